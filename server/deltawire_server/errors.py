@@ -1,0 +1,167 @@
+"""Every way in which a call can fail, named for whose promise was broken.
+
+    DeltawireError          a call's failure: status code, reason, message, details
+    ├── CallerError         the caller asked for what cannot be done: its request has to change
+    ├── ProviderError       a provider did not do its part: its answer, its silence or its absence
+    ├── RegistryError       the registry cannot do it: a name that is taken, a database that is gone
+    └── GatewayError        this process cannot do it now: full, draining, or defective
+
+Nothing here knows gRPC: `rpc.status` turns a failure into a status with details. A layer that meets a foreign library's
+exception raises one of these in its place, from it.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+class Code(enum.IntEnum):
+    """The gRPC status codes in use, by their numbers on the wire."""
+
+    CANCELLED = 1
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    ALREADY_EXISTS = 6
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    ABORTED = 10
+    INTERNAL = 13
+    UNAVAILABLE = 14
+    UNAUTHENTICATED = 16
+
+
+class Reason(enum.Enum):
+    """`deltawire.v1.ErrorReason` without its prefix; the values are the proto's numbers, and a test holds them equal."""
+
+    INVALID_REQUEST = 1
+    CONTEXT_LENGTH_EXCEEDED = 2
+    MODEL_NOT_FOUND = 3
+    MODEL_ALREADY_EXISTS = 4
+    MODEL_WRONG_TYPE = 5
+    PROVIDER_NOT_FOUND = 6
+    PROVIDER_MISCONFIGURED = 7
+    UPSTREAM_UNAUTHENTICATED = 8
+    UPSTREAM_REJECTED = 9
+    UPSTREAM_UNAVAILABLE = 10
+    UPSTREAM_OVERLOADED = 11
+    UPSTREAM_TIMEOUT = 12
+    UPSTREAM_ERROR = 13
+    UPSTREAM_MALFORMED = 14
+    UPSTREAM_INCOMPLETE = 15
+    UPSTREAM_ABORTED = 16
+    TOO_MANY_STREAMS = 17
+    SLOW_CALLER = 18
+    STORE_UNAVAILABLE = 19
+    DRAINING = 20
+    INTERNAL = 21
+    DURATION_LIMIT_EXCEEDED = 22
+    MODEL_AMBIGUOUS = 23
+    MODEL_NOT_SERVED = 24
+    MODEL_DISCOVERED = 25
+
+
+CODES: Mapping[Reason, Code] = MappingProxyType(
+    {
+        Reason.INVALID_REQUEST: Code.INVALID_ARGUMENT,
+        Reason.CONTEXT_LENGTH_EXCEEDED: Code.INVALID_ARGUMENT,
+        Reason.MODEL_NOT_FOUND: Code.NOT_FOUND,
+        Reason.MODEL_ALREADY_EXISTS: Code.ALREADY_EXISTS,
+        Reason.MODEL_WRONG_TYPE: Code.FAILED_PRECONDITION,
+        Reason.PROVIDER_NOT_FOUND: Code.NOT_FOUND,
+        Reason.PROVIDER_MISCONFIGURED: Code.FAILED_PRECONDITION,
+        Reason.UPSTREAM_UNAUTHENTICATED: Code.UNAUTHENTICATED,
+        Reason.UPSTREAM_REJECTED: Code.INVALID_ARGUMENT,
+        Reason.UPSTREAM_UNAVAILABLE: Code.UNAVAILABLE,
+        Reason.UPSTREAM_OVERLOADED: Code.RESOURCE_EXHAUSTED,
+        Reason.UPSTREAM_TIMEOUT: Code.UNAVAILABLE,
+        # Not UNAVAILABLE: the request may be what breaks the engine, so nobody should send it again blindly.
+        Reason.UPSTREAM_ERROR: Code.INTERNAL,
+        Reason.UPSTREAM_MALFORMED: Code.INTERNAL,
+        Reason.UPSTREAM_INCOMPLETE: Code.ABORTED,
+        Reason.UPSTREAM_ABORTED: Code.ABORTED,
+        Reason.TOO_MANY_STREAMS: Code.RESOURCE_EXHAUSTED,
+        Reason.SLOW_CALLER: Code.RESOURCE_EXHAUSTED,
+        Reason.STORE_UNAVAILABLE: Code.UNAVAILABLE,
+        Reason.DRAINING: Code.UNAVAILABLE,
+        Reason.INTERNAL: Code.INTERNAL,
+        Reason.DURATION_LIMIT_EXCEEDED: Code.DEADLINE_EXCEEDED,
+        Reason.MODEL_AMBIGUOUS: Code.FAILED_PRECONDITION,
+        Reason.MODEL_NOT_SERVED: Code.FAILED_PRECONDITION,
+        Reason.MODEL_DISCOVERED: Code.FAILED_PRECONDITION,
+    }
+)
+"""The status code of each reason, as long as the answer has not begun."""
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One broken rule: `field` is a path into the request such as ``chat.messages[2].tool.call_id``."""
+
+    field: str
+    description: str
+
+
+class DeltawireError(Exception):
+    """A call's failure.
+
+    Args:
+        reason: Why, for programs.
+        message: Why, for people; one sentence that says what to do. Never a token or another caller's data.
+        code: The status code; by default the one that `CODES` gives the reason.
+        metadata: The values behind the message, as the proto's comment on the reason lists them.
+        violations: For INVALID_ARGUMENT, every broken rule.
+        retry_after: Seconds after which trying again makes sense; `None` if it does not.
+    """
+
+    def __init__(
+        self,
+        reason: Reason,
+        message: str,
+        *,
+        code: Code | None = None,
+        metadata: Mapping[str, str] | None = None,
+        violations: Sequence[Violation] = (),
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.code = CODES[reason] if code is None else code
+        self.metadata = dict(metadata or {})
+        self.violations = tuple(violations)
+        self.retry_after = retry_after
+
+
+class CallerError(DeltawireError):
+    """The caller asked for what cannot be done: its request has to change."""
+
+
+class ProviderError(DeltawireError):
+    """A provider did not do its part: its answer, its silence or its absence."""
+
+
+class RegistryError(DeltawireError):
+    """The registry cannot do it: a name that is taken, a database that is gone."""
+
+
+class GatewayError(DeltawireError):
+    """This process cannot do it now: full, draining, or defective."""
+
+
+def invalid_request(violations: Sequence[Violation]) -> CallerError:
+    """The failure of a request that breaks rules: one message that lists them all.
+
+    Args:
+        violations: At least one.
+    """
+    message = "; ".join(f"{violation.field}: {violation.description}" for violation in violations)
+    return CallerError(
+        Reason.INVALID_REQUEST, message, metadata={"field": violations[0].field}, violations=violations
+    )

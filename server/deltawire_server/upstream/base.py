@@ -1,0 +1,122 @@
+"""What a provider must be able to do, and the values that pass between it and the layers above.
+
+`vllm` fulfils it over HTTP; tests fulfil it in memory. Everything a provider raises is a `ProviderError` or a
+`CallerError`, and says nothing yet about whether the answer had begun: that is for whoever read it to know.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from contextlib import AbstractAsyncContextManager
+
+    from deltawire_server.upstream.request import ChatRequest
+
+
+@dataclass(frozen=True, slots=True)
+class CallContext:
+    """What of a caller's metadata goes on to the provider.
+
+    Attributes:
+        request_id: Printable ASCII, at most 128 characters.
+        token: The caller's own token for the provider (`x-vllm-api-token`); it comes before the operator's. `None` if it has none.
+        traceparent: As it came; `None` if it did not.
+        tracestate: As it came; `None` if it did not.
+    """
+
+    request_id: str
+    token: str | None = None
+    traceparent: str | None = None
+    tracestate: str | None = None
+
+    def __repr__(self) -> str:
+        """Without the token: this lands in logs."""
+        return f"CallContext(request_id={self.request_id!r}, token={'***' if self.token else None})"
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model as its provider lists it.
+
+    Attributes:
+        id: The name the provider calls it by.
+        root: What it was loaded from; empty if the provider does not say.
+        parent: The base model of a LoRA adapter; empty for others.
+        max_context_tokens: Longest prompt and answer together; `None` if the provider does not say.
+    """
+
+    id: str
+    root: str = ""
+    parent: str = ""
+    max_context_tokens: int | None = None
+
+
+class HealthStatus(enum.Enum):
+    """How a provider is; the values are those of `deltawire.v1.HealthStatus`."""
+
+    OK = 1
+    ERROR = 2
+    NOT_IMPLEMENTED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """How a provider is, and if it is not well, why: one sentence for people."""
+
+    status: HealthStatus
+    message: str = ""
+
+
+class Provider(Protocol):
+    """A server of models. Safe for any number of calls at once; `close` ends it."""
+
+    @property
+    def id(self) -> str:
+        """The operator's name for it."""
+
+    @property
+    def kind(self) -> str:
+        """What it is: "vllm"."""
+
+    @property
+    def base_url(self) -> str:
+        """Where it is, without credentials."""
+
+    @property
+    def default_max_tokens(self) -> int | None:
+        """The operator's `max_tokens` for requests that name none; `None` leaves it to the model's context."""
+
+    def stream_chat(
+        self, request: ChatRequest, model: str, call: CallContext
+    ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        """Ask for a completion; entering yields the body of its event stream as it arrives, cut anywhere.
+
+        Entering raises for whatever the provider refuses with an HTTP status; iterating raises `ProviderError` when the
+        connection breaks. Leaving closes the connection unless the body was read to its end, so that the provider
+        stops generating.
+
+        Args:
+            request: What to ask.
+            model: The provider's own name of the model.
+            call: The caller's metadata.
+        """
+
+    async def list_models(self, token: str | None = None) -> tuple[ServedModel, ...]:
+        """What it serves now, in its order.
+
+        Args:
+            token: The caller's token, used if the operator configured none.
+
+        Raises:
+            ProviderError: It is away, refuses, or answers nonsense.
+        """
+
+    async def check_health(self) -> Health:
+        """How it is. Never raises: being down is an answer."""
+
+    async def close(self) -> None:
+        """End it: its connections are closed, calls under way fail."""
