@@ -46,10 +46,10 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser(
         "serve",
         help="set up if need be, and serve until Ctrl-C or SIGTERM",
-        description="Serve until Ctrl-C or SIGTERM. Two lines on standard output say where, once it is warmed "
-        "up: VLLM_URL=... and VLLM_API_TOKEN=...; everything else goes to standard error.",
+        description="Serve until Ctrl-C or SIGTERM. Two lines on standard output say where, once it is "
+        "warmed up: VLLM_URL=... and VLLM_API_TOKEN=...; everything else goes to standard error.",
     )
-    serve.add_argument("--port", type=int, default=0, metavar="N", help="port on 127.0.0.1 (default: free)")
+    serve.add_argument("--port", type=int, default=0, metavar="N", help="on 127.0.0.1 (default: a free one)")
     serve.add_argument("--api-key", metavar="K", help="key that requests must carry (default: a random one)")
     commands.add_parser("path", help="print where the environment is or would be, and do nothing")
     return parser

@@ -157,8 +157,8 @@ class VllmServer:
     def stop(self, grace: float = 10.0) -> None:
         """End all of the server's processes and wait until they are gone; fine when it is not running.
 
-        The API server gets SIGTERM first and ``grace`` seconds to end its engine by itself; what is left then,
-        or was left by a killed API server, gets SIGKILL. Raises :class:`ServerError` when even that fails.
+        The API server gets SIGTERM first and ``grace`` seconds to end its engine by itself. What is left
+        then, or was left by a killed API server, gets SIGKILL. Raises :class:`ServerError` when even that fails.
         """
         atexit.unregister(self.stop)
         if self._process is None:
