@@ -162,6 +162,4 @@ def invalid_request(violations: Sequence[Violation]) -> CallerError:
         violations: At least one.
     """
     message = "; ".join(f"{violation.field}: {violation.description}" for violation in violations)
-    return CallerError(
-        Reason.INVALID_REQUEST, message, metadata={"field": violations[0].field}, violations=violations
-    )
+    return CallerError(Reason.INVALID_REQUEST, message, metadata={"field": violations[0].field}, violations=violations)

@@ -60,7 +60,9 @@ class Providers:
             )
         return provider
 
-    async def listing(self, provider_id: str, token: str | None = None, *, fresh: bool = False) -> tuple[ServedModel, ...]:
+    async def listing(
+        self, provider_id: str, token: str | None = None, *, fresh: bool = False
+    ) -> tuple[ServedModel, ...]:
         """What a provider serves, at most five seconds old.
 
         Args:

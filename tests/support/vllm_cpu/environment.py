@@ -231,7 +231,7 @@ class _Builder:
 
     def _run(self, command: Sequence[str]) -> None:
         # The caller's own Python settings must not leak into the environment we make.
-        env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+        env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         env |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
         with self._log.open("ab") as log:
             log.write(f"\n$ {' '.join(command)}\n".encode())

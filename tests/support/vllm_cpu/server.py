@@ -9,6 +9,7 @@ import secrets
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -63,6 +64,8 @@ class VllmServer:
         self._arguments = arguments
         self._variables = dict(variables or {})
         self._process: subprocess.Popen[bytes] | None = None
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self.log.parent.mkdir(parents=True, exist_ok=True)
         self.log.write_bytes(b"")
 
     @property
@@ -90,6 +93,9 @@ class VllmServer:
         if self.running:
             raise ServerError(f"vLLM runs already, as process {self.pid}")
         self.stop()  # what a killed API server left behind
+        # vLLM leaves sockets and files behind when it is killed, so it gets a directory of its own for them. Not
+        # in the cache: a socket's path has room for 107 characters.
+        self._temporary = tempfile.TemporaryDirectory(prefix="vllm-cpu-", ignore_cleanup_errors=True)
         with self.log.open("ab") as log:
             try:
                 self._process = subprocess.Popen(
@@ -97,7 +103,7 @@ class VllmServer:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    env=self._env(),
+                    env=self._env(self._temporary.name),
                     cwd=self._environment.root,  # so that nothing of the caller's is imported by accident
                     start_new_session=True,  # its own group, so that the engine can be ended with it
                 )
@@ -127,7 +133,7 @@ class VllmServer:
     def warm_up(self) -> float:
         """Make one short chat and one call forced by a grammar; return the seconds it took.
 
-        The first of each kind takes many seconds on a fresh server, which a test would take for a hang.
+        The first of each kind can take many seconds on a fresh server, which a test would take for a hang.
         Raises :class:`ServerError` when vLLM refuses or takes longer than two minutes.
         """
         started = time.monotonic()
@@ -158,7 +164,7 @@ class VllmServer:
         """End all of the server's processes and wait until they are gone; fine when it is not running.
 
         The API server gets SIGTERM first and ``grace`` seconds to end its engine by itself. What is left
-        then, or was left by a killed API server, gets SIGKILL. Raises :class:`ServerError` when even that fails.
+        then, or was left by a killed API server, gets SIGKILL. Raises ServerError when even that fails.
         """
         atexit.unregister(self.stop)
         if self._process is None:
@@ -173,6 +179,8 @@ class VllmServer:
             raise self._error(f"processes {left} of vLLM do not end")
         self._process.wait()
         self._process = None  # the number may be another process's from now on
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
     def __enter__(self) -> Self:
         try:
@@ -210,17 +218,16 @@ class VllmServer:
             command += [flag, value]
         return [*command, "--enable-auto-tool-choice", "--enforce-eager", *self._arguments]
 
-    def _env(self) -> dict[str, str]:
+    def _env(self, temporary: str) -> dict[str, str]:
         # The caller's own Python and vLLM settings would make runs differ from machine to machine. VLLM_URL
         # and its like are the gateway's, and vLLM warns about each VLLM_ name it does not know.
         caller = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in ("PYTHONPATH", "PYTHONHOME") and not name.startswith("VLLM_")
+            name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VLLM_"))
         }
         state = self._environment.root / "state"
         return {
             **caller,
+            "TMPDIR": temporary,
             "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",

@@ -1,0 +1,243 @@
+"""How a call reaches the gateway: target, credentials, channel options, and the metadata that each call bears.
+
+Nothing here waits for anything, so both clients share it whole. A channel is made by the client itself, from an `Endpoint`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypedDict
+
+import grpc
+
+from deltawire._errors import REQUEST_ID, CallError, FailedCall, Failure, Metadata, error_for, failure_of, metadata_of
+from deltawire._version import __version__
+
+DEFAULT_TARGET = "127.0.0.1:50051"
+# A whole answer with log-probabilities passes gRPC's default of 4 MiB.
+DEFAULT_MAX_RECEIVE_BYTES = 64 * 1024 * 1024
+
+AUTHORIZATION = "authorization"
+VLLM_TOKEN = "x-vllm-api-token"  # noqa: S105 -- the name of a header
+SECRETS = frozenset({AUTHORIZATION, VLLM_TOKEN})
+
+# gRPC itself retries, and only while no message has come, so nothing is ever seen twice. UNAVAILABLE says that nothing
+# of the answer was sent; the engine may have begun all the same. Waits: about 0.2, 0.4 and 0.8 s, randomized.
+SERVICE_CONFIG = json.dumps(
+    {
+        "methodConfig": [
+            {
+                "name": [{"service": "deltawire.v1.ChatCompletion"}, {"service": "deltawire.v1.ModelRegistry"}],
+                "retryPolicy": {
+                    "maxAttempts": 4,
+                    "initialBackoff": "0.2s",
+                    "maxBackoff": "2s",
+                    "backoffMultiplier": 2,
+                    "retryableStatusCodes": ["UNAVAILABLE"],
+                },
+            }
+        ]
+    }
+)
+
+
+class CallOptions(TypedDict, total=False):
+    """What every call takes.
+
+    `timeout` is in seconds and covers the whole call, retries and all; None means the client's own. `metadata` is sent
+    besides the client's own. `wait_for_ready` waits for a gateway that is not there yet instead of failing. `request_id`
+    is what logs know the call by; one is made up if none is given. `vllm_token` is the caller's own token for vLLM.
+    `info` is filled in when the call has ended well.
+    """
+
+    timeout: float | None
+    metadata: Iterable[tuple[str, str | bytes]] | None
+    wait_for_ready: bool | None
+    request_id: str | None
+    vllm_token: str | None
+    info: CallInfo | None
+
+
+@dataclass(slots=True)
+class CallInfo:
+    """What came beside a call's result. Make an empty one, hand it in as `info=`, and read it afterwards."""
+
+    request_id: str = ""
+    initial_metadata: Metadata = ()
+    trailing_metadata: Metadata = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where the gateway is and how to talk to it; `credentials` None means plaintext."""
+
+    target: str
+    credentials: grpc.ChannelCredentials | None
+    options: tuple[tuple[str, Any], ...]
+
+    @property
+    def keeps_secrets(self) -> bool:
+        """Whether nobody on the way can read a token."""
+        return self.credentials is not None or is_local(self.target)
+
+
+def endpoint(
+    target: str,
+    *,
+    tls: bool,
+    credentials: grpc.ChannelCredentials | None,
+    options: Sequence[tuple[str, Any]],
+    max_receive_bytes: int,
+) -> Endpoint:
+    """Put together what a channel is made from; `options` come last, so they win."""
+    if tls and credentials is None:
+        credentials = grpc.ssl_channel_credentials()
+    return Endpoint(target, credentials, (*_options(target, max_receive_bytes), *options))
+
+
+def tls_credentials(
+    *, ca_file: str | Path | None = None, cert_file: str | Path | None = None, key_file: str | Path | None = None
+) -> grpc.ChannelCredentials:
+    """TLS from PEM files.
+
+    Args:
+        ca_file: Whom to trust. None means the roots that gRPC ships.
+        cert_file: The caller's own certificate, where the gateway asks for one.
+        key_file: Its key.
+
+    Raises:
+        ValueError: Only one of certificate and key is given.
+        OSError: A file cannot be read.
+
+    Hand it to `credentials=`.
+    """
+    if (cert_file is None) != (key_file is None):
+        message = "a certificate and its key go together: give both or neither"
+        raise ValueError(message)
+    ca, key, cert = (None if path is None else Path(path).read_bytes() for path in (ca_file, key_file, cert_file))
+    return grpc.ssl_channel_credentials(ca, key, cert)
+
+
+def is_local(target: str) -> bool:
+    """Whether all of a gRPC target's addresses are this machine: a Unix socket or the loopback interface."""
+    scheme, colon, rest = target.partition(":")
+    if colon and scheme in {"unix", "unix-abstract"}:
+        return True
+    if colon and scheme in {"dns", "ipv4", "ipv6"}:
+        # "dns:///host:1" has an empty authority; with another one, that name server decides what the host means.
+        target = rest.removeprefix("///")
+    return all(_is_loopback(_host(address)) for address in target.split(","))
+
+
+@dataclass(slots=True)
+class Outgoing:
+    """One call on its way: what it bears, and afterwards what came back beside its result."""
+
+    arguments: dict[str, Any]
+    info: CallInfo = field(default_factory=CallInfo)
+
+    def began(self, initial: Iterable[tuple[str, str | bytes]] | None) -> None:
+        """Take the headers, as soon as they are there."""
+        self.info.initial_metadata = metadata_of(initial)
+        self.info.request_id = dict(self.info.initial_metadata).get(REQUEST_ID) or self.info.request_id  # type: ignore[assignment]
+
+    def ended(self, trailing: Iterable[tuple[str, str | bytes]] | None) -> None:
+        """Take the trailers of a call that ended well."""
+        self.info.trailing_metadata = metadata_of(trailing)
+
+    def failure(self, call: FailedCall) -> Failure:
+        """What a failed call tells; the headers of a stream that had begun are known already."""
+        failure = failure_of(call, self.info.request_id)
+        self.info.request_id = failure.request_id
+        self.info.initial_metadata = failure.initial_metadata or self.info.initial_metadata
+        self.info.trailing_metadata = failure.trailing_metadata
+        return failure
+
+    def error(self, call: FailedCall) -> CallError:
+        """The error to raise for a failed call."""
+        return error_for(self.failure(call))
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What a client's calls have in common. `secrets` says whether a token may be sent at all."""
+
+    token: str | None
+    metadata: Metadata
+    timeout: float | None
+    secrets: bool
+
+    def __post_init__(self) -> None:
+        self.outgoing({})
+
+    def outgoing(self, options: CallOptions) -> Outgoing:
+        """Begin a call.
+
+        Raises:
+            ValueError: A token would be sent where others can read it.
+        """
+        metadata = [*self.metadata, *(options.get("metadata") or ())]
+        if self.token:
+            metadata.append((AUTHORIZATION, f"Bearer {self.token}"))
+        if vllm_token := options.get("vllm_token"):
+            metadata.append((VLLM_TOKEN, vllm_token))
+        if not self.secrets and any(name.lower() in SECRETS for name, _ in metadata):
+            message = (
+                "a token would go over plaintext to another machine, where others can read it: "
+                "use TLS, or allow it with insecure=True"
+            )
+            raise ValueError(message)
+        # An id made here lets a call that never came back be found in the gateway's log.
+        sent = next((value for name, value in metadata if name == REQUEST_ID and isinstance(value, str)), "")
+        if not sent or options.get("request_id"):
+            sent = options.get("request_id") or uuid.uuid4().hex
+            metadata = [(name, value) for name, value in metadata if name != REQUEST_ID]
+            metadata.append((REQUEST_ID, sent))
+        timeout = options.get("timeout")
+        arguments: dict[str, Any] = {
+            "metadata": tuple(metadata),
+            "timeout": self.timeout if timeout is None else timeout,
+        }
+        if (wait_for_ready := options.get("wait_for_ready")) is not None:
+            arguments["wait_for_ready"] = wait_for_ready
+        info = options.get("info") or CallInfo()
+        info.request_id, info.initial_metadata, info.trailing_metadata = sent, (), ()
+        return Outgoing(arguments, info)
+
+
+def _options(target: str, max_receive_bytes: int) -> list[tuple[str, Any]]:
+    """Channel options, each with its reason."""
+    options: list[tuple[str, Any]] = [
+        ("grpc.service_config", SERVICE_CONFIG),
+        ("grpc.max_receive_message_length", max_receive_bytes),
+        # A stream can be silent for minutes while a long prompt is read; pings find out that the other side is gone,
+        # and keep proxies from closing the connection. 0 means that they go on however long nothing else is sent.
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.primary_user_agent", f"deltawire-python/{__version__}"),
+    ]
+    if is_local(target):
+        # gRPC would send even loopback traffic, tokens and all, through the proxy that $http_proxy names.
+        options.append(("grpc.enable_http_proxy", 0))
+    return options
+
+
+def _host(address: str) -> str:
+    """The host of "host:port", "[v6]:port", "host" or a bare IPv6 address."""
+    if address.startswith("["):
+        return address[1:].partition("]")[0]
+    return address if address.count(":") > 1 else address.partition(":")[0]
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether the host is this machine, by its name or number alone; nothing is looked up."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"

@@ -1,0 +1,441 @@
+"""Every way in which a call can fail. Catch the group that says what to do, or the one that says what happened.
+
+    DeltawireError
+    ├── ProtocolError                        the gateway broke the API's own rules; the answer cannot be trusted
+    └── CallError                            the call ended with a status that is not OK
+        ├── RequestError                     the request has to change
+        │   ├── InvalidRequestError
+        │   ├── ContextLengthExceededError
+        │   ├── UpstreamRejectedError
+        │   ├── UpstreamUnauthenticatedError
+        │   ├── ModelNotFoundError
+        │   ├── ModelAlreadyExistsError
+        │   ├── ModelWrongTypeError
+        │   ├── ModelAmbiguousError
+        │   ├── ModelNotServedError
+        │   ├── ModelDiscoveredError
+        │   └── ProviderNotFoundError
+        ├── ProviderError                    the provider did not do its part; most of it passes: ask again
+        │   ├── ProviderMisconfiguredError   (this does not: the operator has to act)
+        │   ├── UpstreamUnavailableError
+        │   ├── UpstreamOverloadedError
+        │   ├── UpstreamTimeoutError
+        │   ├── UpstreamError
+        │   ├── UpstreamMalformedError
+        │   ├── UpstreamIncompleteError
+        │   └── UpstreamAbortedError
+        ├── GatewayError                     the gateway cannot do it now: full, draining, or defective
+        │   ├── TooManyStreamsError
+        │   ├── SlowCallerError
+        │   ├── StoreUnavailableError
+        │   ├── DrainingError
+        │   └── InternalError
+        ├── StreamInterrupted                the stream broke off after it had begun: what came is in `answer`
+        ├── CallCancelledError               the caller cancelled it
+        ├── DeadlineExceededError            the caller's timeout passed
+        │   └── DurationLimitExceededError   the gateway's own limit for calls without a timeout passed
+        ├── UnavailableError                 the gateway cannot be reached; nobody gave a reason
+        ├── UnauthenticatedError             the gateway does not know the caller: the token is missing or wrong
+        └── PermissionDeniedError            the gateway knows the caller and says no
+
+The reason that the gateway gives decides (`REASONS`); without one, the status code does (`CODES`); without either, the
+class is `CallError` itself. Branch on the class or on `reason`, never on the message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
+
+from deltawire.v1.error_reason_pb2 import ErrorReason
+
+if TYPE_CHECKING:
+    from deltawire._completion import Answer
+
+Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
+
+DOMAIN = "deltawire"
+PREFIX = "ERROR_REASON_"
+DETAILS_TRAILER = "grpc-status-details-bin"
+REASON_TRAILER = "deltawire-reason"
+REQUEST_ID = "x-request-id"
+
+
+@dataclass(frozen=True, slots=True)
+class FieldViolation:
+    """A field of the request that breaks a rule: its path ("chat.messages[0]") and what is wrong with it."""
+
+    field: str
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """All that is known of a failed call; its error shows the same fields."""
+
+    code: grpc.StatusCode
+    message: str
+    reason: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    violations: tuple[FieldViolation, ...] = ()
+    retry_after: float | None = None
+    request_id: str = ""
+    initial_metadata: Metadata = ()
+    trailing_metadata: Metadata = ()
+    status: Any = None
+    answer: Answer | None = None
+
+
+class DeltawireError(Exception):
+    """Whatever this package raises about a call. Arguments that make no sense are ValueError and TypeError."""
+
+
+class ProtocolError(DeltawireError):
+    """The gateway broke the API's own rules: an event is missing, or comes where it must not.
+
+    The answer cannot be trusted, and the call was cancelled. Report it with the request id.
+    """
+
+    def __init__(self, message: str, request_id: str = "") -> None:
+        super().__init__(message, request_id)
+        self.message = message
+        self.request_id = request_id
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class CallError(DeltawireError):
+    """A call ended with a status that is not OK.
+
+    Attributes:
+        code: The gRPC status code.
+        message: For people; it can change from version to version.
+        reason: Why, in one word: a value of `ErrorReason` without its prefix, "" if the gateway gave none. A word that
+            this version does not know stays as it is.
+        metadata: The values that belong to the reason, for example `{"model": "gpt-5"}`.
+        violations: Every field of the request that breaks a rule.
+        retry_after: How long to wait before trying again, in seconds; None if nothing was said.
+        request_id: What the call is known by in the gateway's log.
+        initial_metadata: The headers; empty if the call failed before its first event.
+        trailing_metadata: The trailers.
+        status: The whole `google.rpc.Status`, with details that have no field here; None if none came.
+        answer: What had come of the answer when the call failed; None if nothing had.
+
+    The group says what to do next: see the tree at the top of `deltawire._errors`. The gRPC exception is `__cause__`.
+    """
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure)
+        self.code = failure.code
+        self.message = failure.message
+        self.reason = failure.reason
+        self.metadata = failure.metadata
+        self.violations = failure.violations
+        self.retry_after = failure.retry_after
+        self.request_id = failure.request_id
+        self.initial_metadata = failure.initial_metadata
+        self.trailing_metadata = failure.trailing_metadata
+        self.status = failure.status
+        self.answer = failure.answer
+
+    def __str__(self) -> str:
+        reason = f" ({self.reason})" if self.reason else ""
+        return f"{self.code.name}{reason}: {self.message}"
+
+
+class RequestError(CallError):
+    """The request has to change; sent again as it is, it fails again."""
+
+
+class InvalidRequestError(RequestError):
+    """The request breaks a rule of the API; `violations` lists every field."""
+
+
+class ContextLengthExceededError(RequestError):
+    """Prompt and answer do not fit the model's context. Shorten the messages or lower `max_tokens`."""
+
+
+class UpstreamRejectedError(RequestError):
+    """The provider refused the request; the message is its own."""
+
+
+class UpstreamUnauthenticatedError(RequestError):
+    """The provider refused the `vllm_token` of this call."""
+
+
+class ModelNotFoundError(RequestError):
+    """No model has this id or alias; the message lists some that there are."""
+
+
+class ModelAlreadyExistsError(RequestError):
+    """The id or an alias belongs to another model."""
+
+
+class ModelWrongTypeError(RequestError):
+    """The model is of another type than this call needs."""
+
+
+class ModelAmbiguousError(RequestError):
+    """Several providers serve a model of this name. Call it "provider/model"."""
+
+
+class ModelNotServedError(RequestError):
+    """The provider does not serve the model that was to be registered."""
+
+
+class ModelDiscoveredError(RequestError):
+    """The model was discovered, not registered: it is there for as long as it is served."""
+
+
+class ProviderNotFoundError(RequestError):
+    """No provider of this name is configured."""
+
+
+class ProviderError(CallError):
+    """The provider did not do its part. Most of it passes: ask again, after `retry_after` if that is set."""
+
+
+class ProviderMisconfiguredError(ProviderError):
+    """The gateway's operator has to act: a wrong address, or a token that the provider refuses."""
+
+
+class UpstreamUnavailableError(ProviderError):
+    """The provider could not be reached. It was tried again already; wait before doing more."""
+
+
+class UpstreamOverloadedError(ProviderError):
+    """The provider has no room. Wait `retry_after` seconds, then try again."""
+
+
+class UpstreamTimeoutError(ProviderError):
+    """The provider was silent for longer than the gateway waits."""
+
+
+class UpstreamError(ProviderError):
+    """The provider reported an error of its own. The request may be what breaks it: do not repeat it blindly."""
+
+
+class UpstreamMalformedError(ProviderError):
+    """The provider sent what no vLLM sends."""
+
+
+class UpstreamIncompleteError(ProviderError):
+    """The provider broke off before every choice had ended. Start again from the top."""
+
+
+class UpstreamAbortedError(ProviderError):
+    """The provider aborted the request by itself. Start again from the top."""
+
+
+class GatewayError(CallError):
+    """The gateway cannot do it now."""
+
+
+class TooManyStreamsError(GatewayError):
+    """The gateway serves as many completions as it may. Wait `retry_after` seconds, then try again."""
+
+
+class SlowCallerError(GatewayError):
+    """This program did not read its stream for too long. Read events as they come, and work on them elsewhere."""
+
+
+class StoreUnavailableError(GatewayError):
+    """The registry's database cannot be used now; models known already can still be called."""
+
+
+class DrainingError(GatewayError):
+    """This gateway is shutting down. Try again at once: another one serves."""
+
+
+class InternalError(GatewayError):
+    """A defect of the gateway. Report it with the request id."""
+
+
+class StreamInterrupted(CallError):  # noqa: N818 -- it says what happened better without the suffix
+    """The stream ended without its last event, after it had begun: the gateway, or a proxy on the way, is gone.
+
+    `code` may be anything, even OK. What came is in `answer`; its usage is unknown. Start again from the top.
+    """
+
+
+class CallCancelledError(CallError):
+    """The caller cancelled the call: by `cancel()`, by leaving the `with` block, or by closing the client."""
+
+
+class DeadlineExceededError(CallError):
+    """The call's `timeout` passed. What had come of a stream is in `answer`."""
+
+
+class DurationLimitExceededError(DeadlineExceededError):
+    """A call without `timeout` ran for as long as the gateway allows. Give a `timeout` that suits the work."""
+
+
+class UnavailableError(CallError):
+    """The gateway could not be reached, in several attempts. Check the target, or try again later."""
+
+
+class UnauthenticatedError(CallError):
+    """The gateway does not know the caller. Give the right `token`."""
+
+
+class PermissionDeniedError(CallError):
+    """The gateway knows the caller and does not let it do this."""
+
+
+# A test holds this whole: every value of the enum but the unspecified one, and no class twice.
+REASONS: Mapping[ErrorReason.ValueType, type[CallError]] = MappingProxyType(
+    {
+        ErrorReason.ERROR_REASON_INVALID_REQUEST: InvalidRequestError,
+        ErrorReason.ERROR_REASON_CONTEXT_LENGTH_EXCEEDED: ContextLengthExceededError,
+        ErrorReason.ERROR_REASON_MODEL_NOT_FOUND: ModelNotFoundError,
+        ErrorReason.ERROR_REASON_MODEL_ALREADY_EXISTS: ModelAlreadyExistsError,
+        ErrorReason.ERROR_REASON_MODEL_WRONG_TYPE: ModelWrongTypeError,
+        ErrorReason.ERROR_REASON_PROVIDER_NOT_FOUND: ProviderNotFoundError,
+        ErrorReason.ERROR_REASON_PROVIDER_MISCONFIGURED: ProviderMisconfiguredError,
+        ErrorReason.ERROR_REASON_UPSTREAM_UNAUTHENTICATED: UpstreamUnauthenticatedError,
+        ErrorReason.ERROR_REASON_UPSTREAM_REJECTED: UpstreamRejectedError,
+        ErrorReason.ERROR_REASON_UPSTREAM_UNAVAILABLE: UpstreamUnavailableError,
+        ErrorReason.ERROR_REASON_UPSTREAM_OVERLOADED: UpstreamOverloadedError,
+        ErrorReason.ERROR_REASON_UPSTREAM_TIMEOUT: UpstreamTimeoutError,
+        ErrorReason.ERROR_REASON_UPSTREAM_ERROR: UpstreamError,
+        ErrorReason.ERROR_REASON_UPSTREAM_MALFORMED: UpstreamMalformedError,
+        ErrorReason.ERROR_REASON_UPSTREAM_INCOMPLETE: UpstreamIncompleteError,
+        ErrorReason.ERROR_REASON_UPSTREAM_ABORTED: UpstreamAbortedError,
+        ErrorReason.ERROR_REASON_TOO_MANY_STREAMS: TooManyStreamsError,
+        ErrorReason.ERROR_REASON_SLOW_CALLER: SlowCallerError,
+        ErrorReason.ERROR_REASON_STORE_UNAVAILABLE: StoreUnavailableError,
+        ErrorReason.ERROR_REASON_DRAINING: DrainingError,
+        ErrorReason.ERROR_REASON_INTERNAL: InternalError,
+        ErrorReason.ERROR_REASON_DURATION_LIMIT_EXCEEDED: DurationLimitExceededError,
+        ErrorReason.ERROR_REASON_MODEL_AMBIGUOUS: ModelAmbiguousError,
+        ErrorReason.ERROR_REASON_MODEL_NOT_SERVED: ModelNotServedError,
+        ErrorReason.ERROR_REASON_MODEL_DISCOVERED: ModelDiscoveredError,
+    }
+)
+
+CODES: Mapping[grpc.StatusCode, type[CallError]] = MappingProxyType(
+    {
+        grpc.StatusCode.CANCELLED: CallCancelledError,
+        grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
+        grpc.StatusCode.UNAVAILABLE: UnavailableError,
+        grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
+        grpc.StatusCode.PERMISSION_DENIED: PermissionDeniedError,
+    }
+)
+
+_STATUS_CODES: Mapping[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
+
+
+class FailedCall(Protocol):
+    """What a gRPC exception of either kind, blocking or asynchronous, tells at once."""
+
+    def code(self) -> grpc.StatusCode | None:
+        """The status code."""
+
+    def details(self) -> str | None:
+        """The status message."""
+
+    def initial_metadata(self) -> Iterable[tuple[str, str | bytes]] | None:
+        """The headers, if any came."""
+
+    def trailing_metadata(self) -> Iterable[tuple[str, str | bytes]] | None:
+        """The trailers, if any came."""
+
+
+def metadata_of(pairs: Iterable[tuple[str, str | bytes]] | None) -> Metadata:
+    """Metadata of either kind of call as plain pairs of name and value."""
+    return tuple((name, value) for name, value in pairs or ())
+
+
+def metadata_text(metadata: Metadata, name: str) -> str:
+    """The first value of this name as text; "" if there is none."""
+    return next((value for key, value in metadata if key == name and isinstance(value, str)), "")
+
+
+def failure_of(call: FailedCall, request_id: str) -> Failure:
+    """Read all that a failed call tells.
+
+    Args:
+        call: The gRPC exception.
+        request_id: The id that was sent, for when the call came back with none.
+
+    What comes back is for `error_for`.
+    """
+    initial, trailing = metadata_of(call.initial_metadata()), metadata_of(call.trailing_metadata())
+    failure = Failure(
+        code=call.code() or grpc.StatusCode.UNKNOWN,
+        message=call.details() or "",
+        reason=metadata_text(trailing, REASON_TRAILER),
+        request_id=metadata_text(initial, REQUEST_ID) or metadata_text(trailing, REQUEST_ID) or request_id,
+        initial_metadata=initial,
+        trailing_metadata=trailing,
+        status=_status(trailing),
+    )
+    return failure if failure.status is None else _with_details(failure)
+
+
+def error_for(failure: Failure) -> CallError:
+    """The error to raise for this failure: by its reason, else by its code."""
+    reason = PREFIX + failure.reason
+    if reason in ErrorReason.keys():  # noqa: SIM118 -- the enum's wrapper is no mapping
+        by_reason = REASONS.get(ErrorReason.Value(reason))
+        if by_reason is not None:
+            return by_reason(failure)
+    return CODES.get(failure.code, CallError)(failure)
+
+
+def with_fault(failure: Failure, code: int, reason: ErrorReason.ValueType, message: str) -> Failure:
+    """The failure as `Completed.error` tells it, for when a proxy lost the status that should have said so.
+
+    The number of a reason that this version does not know has no name here: the code alone decides then.
+    """
+    return replace(
+        failure,
+        code=_STATUS_CODES.get(code, grpc.StatusCode.UNKNOWN),
+        reason=ErrorReason.Name(reason).removeprefix(PREFIX) if reason in REASONS else "",
+        message=message,
+    )
+
+
+def _status(trailing: Metadata) -> Any:  # noqa: ANN401 -- google.rpc ships no types
+    """The `google.rpc.Status` in the trailers; None if there is none or it cannot be read."""
+    for name, value in trailing:
+        if name == DETAILS_TRAILER and isinstance(value, bytes):
+            try:
+                return Status.FromString(value)
+            except DecodeError:
+                return None
+    return None
+
+
+def _with_details(failure: Failure) -> Failure:
+    """The failure with what its status details add. Details of other domains and types are left in `status`."""
+    info, bad_request, retry = ErrorInfo(), BadRequest(), RetryInfo()
+    for detail in failure.status.details:
+        try:
+            if detail.Is(ErrorInfo.DESCRIPTOR) and not info.reason:
+                detail.Unpack(info)
+            elif detail.Is(BadRequest.DESCRIPTOR):
+                detail.Unpack(bad_request)
+            elif detail.Is(RetryInfo.DESCRIPTOR):
+                detail.Unpack(retry)
+        except DecodeError:
+            continue
+    ours = info.domain == DOMAIN
+    metadata = dict(info.metadata) if ours else {}
+    return replace(
+        failure,
+        reason=info.reason if ours else failure.reason,
+        metadata=metadata,
+        violations=tuple(FieldViolation(each.field, each.description) for each in bad_request.field_violations),
+        retry_after=retry.retry_delay.ToTimedelta().total_seconds() if retry.HasField("retry_delay") else None,
+        request_id=metadata.get("request_id") or failure.request_id,
+    )

@@ -1,0 +1,156 @@
+"""The JSON of one event: a chunk of the answer, or an error.
+
+Only the fields that mean something here are decoded; what a vLLM may leave out, send as null or add is no error. What
+has another type than the chat API gives it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+DONE = b"[DONE]"
+"""The payload of the last event of a stream."""
+
+
+class MalformedChunkError(ValueError):
+    """An event's payload is not a chunk."""
+
+
+class _Part(msgspec.Struct, frozen=True, gc=False):
+    """A decoded JSON object."""
+
+
+class Function(_Part, frozen=True):
+    """A piece of a tool call."""
+
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolEntry(_Part, frozen=True):
+    """One entry of `delta.tool_calls`."""
+
+    index: int | None = None
+    id: str | None = None
+    function: Function | None = None
+
+
+class Delta(_Part, frozen=True):
+    """What a choice adds. vLLM calls reasoning `reasoning`, and before 0.12 called it `reasoning_content`."""
+
+    content: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolEntry] | None = None
+
+
+class TopLogprob(_Part, frozen=True):
+    """A likely token."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None = None
+
+
+class LogprobEntry(_Part, frozen=True):
+    """A generated token."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None = None
+    top_logprobs: list[TopLogprob] | None = None
+
+
+class Logprobs(_Part, frozen=True):
+    """The tokens of a chunk."""
+
+    content: list[LogprobEntry] | None = None
+
+
+class Choice(_Part, frozen=True):
+    """One choice's share of a chunk."""
+
+    index: int = 0
+    delta: Delta | None = None
+    logprobs: Logprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+class PromptDetails(_Part, frozen=True):
+    """Of the prompt's tokens."""
+
+    cached_tokens: int | None = None
+
+
+class CompletionDetails(_Part, frozen=True):
+    """Of the generated tokens."""
+
+    reasoning_tokens: int | None = None
+
+
+class UsageFigures(_Part, frozen=True):
+    """Tokens used: of one choice so far, or in the chunk without choices of all."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int | None = 0
+    prompt_tokens_details: PromptDetails | None = None
+    completion_tokens_details: CompletionDetails | None = None
+
+
+class ErrorBody(_Part, frozen=True):
+    """An error in vLLM's words."""
+
+    message: str = ""
+    type: str | None = None
+    param: Any = None
+    code: int | str | None = None
+
+
+class Chunk(_Part, frozen=True):
+    """One event. `error` is set in an error event; before 0.10 vLLM put its fields beside `object: "error"` instead."""
+
+    id: str = ""
+    model: str = ""
+    choices: list[Choice] | None = None
+    usage: UsageFigures | None = None
+    error: ErrorBody | str | None = None
+    object: str = ""
+    message: str = ""
+    type: str | None = None
+    param: Any = None
+    code: int | str | None = None
+
+    def error_body(self) -> ErrorBody | None:
+        """The error that this event is, `None` if it is a chunk."""
+        if self.error is not None:
+            return ErrorBody(message=self.error) if isinstance(self.error, str) else self.error
+        if self.object == "error":
+            return ErrorBody(message=self.message, type=self.type, param=self.param, code=self.code)
+        return None
+
+
+_decoder = msgspec.json.Decoder(Chunk)
+
+
+def decode_chunk(payload: bytes) -> Chunk:
+    """Decode an event's payload.
+
+    Args:
+        payload: The event's data, not `DONE`.
+
+    Returns:
+        The chunk; ask its `error_body()` first.
+
+    Raises:
+        MalformedChunkError: It is not JSON, not an object, neither chunk nor error, or a field has another type than it should.
+    """
+    try:
+        chunk = _decoder.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise MalformedChunkError(f"an event is not a chunk: {error}") from error
+    if chunk.choices is None and chunk.usage is None and chunk.error_body() is None:
+        raise MalformedChunkError("an event is neither a chunk nor an error: it has no choices")
+    return chunk

@@ -1,0 +1,266 @@
+"""`deltawire-server`'s command line: flags, `--help` with the whole reference, and printing the settings in effect."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import textwrap
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from pydantic import SecretStr
+from pydantic_core import PydanticUndefined
+
+from deltawire_server.settings.model import SECTIONS, KeyPath, Section, Settings, expectation, field_at, is_secret
+from deltawire_server.settings.sources import SHORT_NAMES, SettingsError, Sources, dotted, variable
+from deltawire_server.settings.values import MASK
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from pydantic.fields import FieldInfo
+
+FLAGS: Mapping[str, KeyPath] = MappingProxyType(
+    {
+        "--listen": ("server", "listen"),
+        "--allow-plaintext": ("server", "allow_plaintext"),
+        "--tls-cert-file": ("server", "tls_cert_file"),
+        "--tls-key-file": ("server", "tls_key_file"),
+        "--tls-client-ca-file": ("server", "tls_client_ca_file"),
+        "--max-streams": ("server", "max_streams"),
+        "--vllm-url": ("providers", "vllm", "base_url"),
+        "--vllm-max-tokens": ("providers", "vllm", "max_tokens"),
+        "--database-url": ("registry", "database_url"),
+        "--log-level": ("log", "level"),
+        "--log-format": ("log", "format"),
+    }
+)
+"""The keys that have a flag of their own; the others are set by `--set`."""
+
+_WIDTH = 100
+_DESCRIPTION = """\
+A gRPC gateway that gives typed, streaming access to chat models served by vLLM.
+
+Settings come from one TOML file, from environment variables over it, and from flags over both. At least one provider
+is needed; `--vllm-url` or VLLM_URL is the shortest way to name it.
+"""
+_EPILOG = """\
+environment:
+  DELTAWIRE_CONFIG               the settings file, unless --config names one
+  DELTAWIRE_<SECTION>_<KEY>      any key below; DELTAWIRE_PROVIDERS_<ID>_<KEY> for a provider's, whose id is written in
+                                 capitals with _ for - and .
+  VLLM_URL, VLLM_MAX_TOKENS,     provider vllm's base_url, max_tokens, api_token and tls_verify
+  VLLM_API_TOKEN, VLLM_TLS_VERIFY
+  An empty variable counts as not set. A list is written with commas.
+
+examples:
+  VLLM_URL=http://127.0.0.1:8000/v1 deltawire-server
+  deltawire-server --vllm-url https://vllm.example/v1 --listen 0.0.0.0:50051 \\
+      --tls-cert-file tls.crt --tls-key-file tls.key
+  deltawire-server --config deltawire.toml --set providers.vllm.silence_timeout=60 --check-config
+
+settings file, with every key and its default:
+
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Invocation:
+    """What a command line asks for.
+
+    Attributes:
+        settings: To serve with.
+        check_only: Print `effective(settings, origins)` and exit 0 instead of serving.
+        sources: All that was read, lowest first: "file …", "environment …", "flag …".
+        origins: Where each key that has not its default is from, by its dotted name.
+    """
+
+    settings: Settings
+    check_only: bool
+    sources: tuple[str, ...]
+    origins: Mapping[str, str]
+
+
+def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Invocation:
+    """Read flags, environment and file. The caller prints or serves what comes back.
+
+    Args:
+        argv: Without the program's name.
+        environ: As in `os.environ`.
+
+    Raises:
+        SettingsError: Something is wrong in one of them; the message has one line for each problem. Exit 2.
+        SystemExit: 2 for flags that do not exist or lack their value, 0 after --help and --version.
+    """
+    arguments = vars(_parser().parse_args(argv))
+    assignments: list[tuple[KeyPath, str]] = arguments["set"] or []
+    sources = Sources()
+    path = arguments["config"] or environ.get("DELTAWIRE_CONFIG")
+    if path:
+        sources.file(Path(path))
+    sources.environment(environ, providers=(key[1] for key, _ in assignments if key[0] == "providers"))
+    given: list[tuple[str, KeyPath, object]] = [
+        (f"flag {flag}", key, arguments[flag]) for flag, key in FLAGS.items() if arguments[flag] is not None
+    ]
+    for key, value in assignments:
+        known = field_at(key)
+        if known is not None and is_secret(known):
+            sources.problems.append(
+                f"{dotted(key)} (from flag --set): a secret on the command line shows in ps: set it by environment "
+                f"{variable(key)}, or in the settings file"
+            )
+        else:
+            given.append((f"flag --set {dotted(key)}", key, value))
+    sources.put(given)
+    return Invocation(
+        settings=sources.settings(environ),
+        check_only=arguments["check_config"],
+        sources=tuple(sources.read),
+        origins=MappingProxyType({dotted(key): origin for key, origin in sources.origins.items() if field_at(key)}),
+    )
+
+
+def effective(settings: Settings, origins: Mapping[str, str] | None = None) -> str:
+    """Settings as TOML, every key, secrets as `"***"`; print it.
+
+    Args:
+        settings: Which.
+        origins: From `Invocation`; with them each line ends in a comment that says where its value is from.
+    """
+    lines: list[str] = []
+    for path, section in _tables(settings):
+        lines.append(f"[{_header(path)}]")
+        for key in type(section).model_fields:
+            value = getattr(section, key)
+            if value is None:
+                lines.append(f"# {key} is not set")
+                continue
+            origin = f"  # {_one_line(origins.get(dotted((*path, key)), 'default'))}" if origins is not None else ""
+            lines.append(f"{key} = {_toml(value)}{origin}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def example() -> str:
+    """A settings file with every key, its description and its default: valid TOML, and part of `--help`.
+
+    Keys without a default are commented out, except the one that is required.
+    """
+    lines: list[str] = []
+    for name, model in SECTIONS.items():
+        path = (name, "vllm") if name == "providers" else (name,)
+        lines += [*_comment(model.__doc__ or ""), f"[{_header(path)}]"]
+        for key, field in model.model_fields.items():
+            lines += ["", *_comment(field.description or ""), *_comment(_ways(field, (*path, key)))]
+            if field.default is PydanticUndefined:
+                lines.append(f"{key} = {_toml(_sample(field))}")
+            elif field.default in {None, ""}:
+                lines.append(f"# {key} = {_toml(_sample(field))}")
+            else:
+                lines.append(f"{key} = {_toml(field.default)}")
+        lines += ["", ""]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="deltawire-server",
+        description=_DESCRIPTION,
+        epilog=_EPILOG + example(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="The settings file (TOML). Environment: DELTAWIRE_CONFIG.")
+    for flag, path in FLAGS.items():
+        field = field_at(path)
+        assert field is not None, flag  # noqa: S101 -- a flag for a key that does not exist is a defect of this table.
+        # What follows the first sentence stands in the example.
+        text = re.split(r"(?<=\.) ", field.description or "", maxsplit=1)[0].replace("%", "%%")
+        if flag == "--allow-plaintext":
+            parser.add_argument(flag, dest=flag, action="store_const", const=True, help=text)
+        elif flag == "--listen":
+            parser.add_argument(flag, dest=flag, action="append", metavar="ADDRESS", help=f"{text} Repeatable.")
+        else:
+            parser.add_argument(flag, dest=flag, metavar=path[-1].rpartition("_")[2].upper(), help=text)
+    parser.add_argument(
+        "--set",
+        action="append",
+        type=_assignment,
+        metavar="SECTION.KEY=VALUE",
+        help="Any other key, written as for the environment; providers.ID.KEY for a provider's. Repeatable.",
+    )
+    parser.add_argument(
+        "--check-config", action="store_true", help="Check and print the settings in effect, then exit."
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('deltawire')}")
+    return parser
+
+
+def _assignment(text: str) -> tuple[KeyPath, str]:
+    """Read `SECTION.KEY=VALUE`; messages leave the value out, which may be a secret."""
+    name, separator, value = text.partition("=")
+    section, _, key = name.strip().partition(".")
+    path: KeyPath = (section, key)
+    if section == "providers":
+        # An id may have dots itself.
+        identifier, _, key = key.rpartition(".")
+        path = (section, identifier, key)
+    if not separator or not all(path):
+        raise argparse.ArgumentTypeError("write SECTION.KEY=VALUE, or providers.ID.KEY=VALUE")
+    return path, value
+
+
+def _tables(settings: Settings) -> Iterator[tuple[KeyPath, Section]]:
+    for name in SECTIONS:
+        if name == "providers":
+            yield from (((name, identifier), provider) for identifier, provider in settings.providers.items())
+        else:
+            yield (name,), getattr(settings, name)
+
+
+def _ways(field: FieldInfo, path: KeyPath) -> str:
+    """What a key takes and its other names, for the example."""
+    flags = [flag for flag, key in FLAGS.items() if key == path]
+    names = [name for name, key in SHORT_NAMES.items() if key == path]
+    return f"({expectation(field)}; {', '.join([*flags, *names, variable(path)])})"
+
+
+def _comment(text: str) -> list[str]:
+    prose = " ".join(text.split())
+    return textwrap.wrap(
+        prose, _WIDTH, initial_indent="# ", subsequent_indent="# ", break_long_words=False, break_on_hyphens=False
+    )
+
+
+def _sample(field: FieldInfo) -> Any:  # noqa: ANN401 -- whatever the field takes.
+    return (field.examples or [""])[0]
+
+
+def _header(path: KeyPath) -> str:
+    return ".".join(part if re.fullmatch(r"[A-Za-z0-9_-]+", part) else _toml(part) for part in path)
+
+
+def _one_line(text: str) -> str:
+    """Text fit for a comment: a file's name may hold what a comment may not."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def _toml(value: object) -> str:
+    """A value as TOML writes it; a secret as the mask."""
+    if isinstance(value, SecretStr):
+        return f'"{MASK}"'
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, tuple):
+        return f"[{', '.join(_toml(item) for item in value)}]"
+    # JSON's strings are TOML's, but for DEL.
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+__all__ = ["FLAGS", "Invocation", "SettingsError", "effective", "example", "parse"]

@@ -1,0 +1,382 @@
+"""The settings themselves: a frozen tree whose field descriptions are also the help, the example file and the reference.
+
+`Settings` checks what it is made of, so one that exists can be served with. Where values come from is `sources`' affair.
+Times are seconds, sizes bytes, throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType, UnionType
+from typing import TYPE_CHECKING, Annotated, Literal, Union, get_args, get_origin
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    SecretStr,
+    ValidationInfo,
+    field_validator,
+)
+
+from deltawire_server.settings import values
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+KIB = 1024
+MIB = 1024 * KIB
+
+# A time beyond a week is a number of milliseconds in the wrong place.
+_WEEK = 7 * 24 * 3600.0
+# gRPC keeps message sizes in 32 bits; the others share the limit so that none can be raised past what can be sent.
+_MOST_BYTES = 2**31 - 1
+
+Whole = Annotated[int, BeforeValidator(values.number)]
+Bytes = Annotated[int, BeforeValidator(values.number), Field(ge=1 * KIB, le=_MOST_BYTES)]
+Seconds = Annotated[float, BeforeValidator(values.number), Field(gt=0, le=_WEEK, allow_inf_nan=False)]
+SecondsOrNone = Annotated[float, BeforeValidator(values.number), Field(ge=0, le=_WEEK, allow_inf_nan=False)]
+OptionalFile = Annotated[
+    Annotated[Path, AfterValidator(values.readable_file)] | None, BeforeValidator(lambda value: value or None)
+]
+ProviderId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
+
+
+class Section(BaseModel):
+    """What all sections share: frozen, no unknown keys, and no value in any exception's text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, validate_default=True)
+
+
+class ServerSettings(Section):
+    """The listener, what it admits, and how it ends."""
+
+    listen: Annotated[
+        tuple[Annotated[str, AfterValidator(values.address)], ...],
+        BeforeValidator(values.addresses),
+        Field(min_length=1),
+    ] = Field(
+        default=("127.0.0.1:50051",),
+        description="Addresses to listen on: host:port, [IPv6 address]:port or unix:/path; one, or a list (with commas in "
+        "the environment). Port 0 takes any free port. The default is reached from this machine only, so that nothing is "
+        "exposed by accident.",
+    )
+    tls_cert_file: OptionalFile = Field(
+        default=None,
+        examples=["/etc/deltawire/tls.crt"],
+        description="PEM file with the server's certificate chain, leaf first. Without it TCP listeners speak plaintext. "
+        "Needs tls_key_file.",
+    )
+    tls_key_file: OptionalFile = Field(
+        default=None,
+        examples=["/etc/deltawire/tls.key"],
+        description="PEM file with the private key of tls_cert_file, not encrypted.",
+    )
+    tls_client_ca_file: OptionalFile = Field(
+        default=None,
+        examples=["/etc/deltawire/clients-ca.crt"],
+        description="PEM file with the authorities whose client certificates are accepted. When set, every caller must "
+        "show one (mutual TLS). Needs tls_cert_file and tls_key_file.",
+    )
+    # After the fields it depends on: a validator sees only those that come before its own.
+    allow_plaintext: bool = Field(
+        default=False,
+        description="Serve without TLS on addresses that other machines can reach. Usual behind a sidecar or a load "
+        "balancer that does TLS; off by default, since prompts and tokens would cross the network readable.",
+    )
+    max_streams: Whole = Field(
+        default=1000,
+        ge=1,
+        le=100_000,
+        description="Completions under way at once; more are refused with RESOURCE_EXHAUSTED (TOO_MANY_STREAMS). The "
+        "default is about what one process forwards at full speed; each takes one connection to a provider.",
+    )
+    max_receive_bytes: Bytes = Field(
+        default=32 * MIB,
+        description="Bytes of the largest request. The default leaves room for a few images; gRPC's own is 4 MiB.",
+    )
+    max_completed_bytes: Bytes = Field(
+        default=1 * MIB,
+        description="Bytes up to which the last event of a stream repeats the whole answer; above, it says "
+        "messages_omitted. The default stays well below the 4 MiB that gRPC clients receive unless told otherwise.",
+    )
+    max_duration: Seconds = Field(
+        default=3600.0,
+        description="Seconds after which a call without an earlier deadline is ended. The default, an hour, outlasts any "
+        "answer that somebody waits for.",
+    )
+    drain_delay: SecondsOrNone = Field(
+        default=2.0,
+        description="Seconds between reporting NOT_SERVING and refusing new calls on shutdown. The default lets load "
+        "balancers notice first; 0 for none.",
+    )
+    drain_grace: SecondsOrNone = Field(
+        default=30.0,
+        description="Seconds that calls under way get to end on shutdown before they are cancelled. With drain_delay it "
+        "should stay below what the supervisor waits (Kubernetes: terminationGracePeriodSeconds, 30 unless set).",
+    )
+    reflection: bool = Field(
+        default=True,
+        description="Serve gRPC reflection, by which tools such as grpcurl learn the API. It tells no more than the "
+        "published proto files, hence on.",
+    )
+    min_ping_interval: Seconds = Field(
+        default=10.0,
+        description="Seconds that must lie between two keepalive pings of a client. The default leaves room for the "
+        "Python client's 30 and for proxies that ping more often.",
+    )
+    keepalive_time: Seconds = Field(
+        default=30.0,
+        description="Seconds without traffic after which the server pings a client. The default stays below the 60 after "
+        "which common load balancers drop a silent connection.",
+    )
+    ping_timeout: Seconds = Field(
+        default=20.0,
+        description="Seconds to wait for the answer to a ping before the connection counts as lost and its generations are "
+        "stopped. The default rides out a short network fault; with keepalive_time, a vanished caller costs at most 50.",
+    )
+
+    @property
+    def tls(self) -> bool:
+        """Whether TCP listeners speak TLS."""
+        return self.tls_cert_file is not None
+
+    # In these a key that `info.data` lacks was itself wrong and has its own error.
+
+    @field_validator("tls_key_file")
+    @classmethod
+    def _key_goes_with_certificate(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if "tls_cert_file" in info.data:
+            certificate = info.data["tls_cert_file"]
+            if certificate is not None and value is None:
+                raise values.DependencyError(
+                    f"is missing, but the certificate {certificate} needs its key: set it (--tls-key-file)",
+                    because="tls_cert_file",
+                )
+            if certificate is None and value is not None:
+                raise ValueError("needs a certificate: set server.tls_cert_file (--tls-cert-file) too")
+        return value
+
+    @field_validator("tls_client_ca_file")
+    @classmethod
+    def _client_ca_needs_certificate(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if value is not None and "tls_cert_file" in info.data and info.data["tls_cert_file"] is None:
+            raise ValueError(
+                "needs TLS: set server.tls_cert_file and server.tls_key_file (--tls-cert-file, --tls-key-file) too"
+            )
+        return value
+
+    @field_validator("allow_plaintext")
+    @classmethod
+    def _plaintext_is_chosen(cls, value: bool, info: ValidationInfo) -> bool:  # noqa: FBT001 -- pydantic's signature.
+        if not value and "listen" in info.data and info.data.get("tls_cert_file", "wrong") is None:
+            exposed = [listen for listen in info.data["listen"] if not values.is_local(listen)]
+            if exposed:
+                raise values.DependencyError(
+                    f"is false, but {', '.join(exposed)} can be reached from other machines and has no TLS: set "
+                    "server.tls_cert_file and server.tls_key_file (--tls-cert-file, --tls-key-file), or, where something "
+                    "in front does TLS, --allow-plaintext (server.allow_plaintext = true)",
+                    because="listen",
+                )
+        return value
+
+
+class StreamSettings(Section):
+    """What one completion may hold in memory, and how long it waits for its caller."""
+
+    queue_bytes: Bytes = Field(
+        default=256 * KIB,
+        description="Bytes of unsent events at which reading from the provider stops until the caller has taken some. The "
+        "default is a minute of fast generation, and 256 MiB if a thousand callers stall.",
+    )
+    slow_caller_timeout: Seconds = Field(
+        default=30.0,
+        description="Seconds that a full queue waits for its caller to take something; then generation is stopped and the "
+        "call ends with RESOURCE_EXHAUSTED (SLOW_CALLER). A provider generates on whether read or not, hence a limit.",
+    )
+    max_tool_calls: Whole = Field(
+        default=128,
+        ge=1,
+        le=65536,
+        description="Tool calls in one answer; more end it with an error. The default is beyond what any model asks for at "
+        "once: past it, a model repeats itself.",
+    )
+    max_tool_call_bytes: Bytes = Field(
+        default=4 * MIB,
+        description="Bytes of one tool call's arguments; more end the answer with an error. The default holds any file a "
+        "model writes in one call.",
+    )
+    max_event_bytes: Bytes = Field(
+        default=16 * MIB,
+        description="Bytes of one event in a provider's stream; more end the answer with an error. Events are small, except "
+        "from parsers that send a whole call at once: the default is four of max_tool_call_bytes.",
+    )
+
+
+class ProviderSettings(Section):
+    """A vLLM server. Its id is the last part of the table's name: lower-case letters, digits, `-`, `_` and `.`."""
+
+    base_url: Annotated[str, AfterValidator(values.base_url)] = Field(
+        examples=["http://127.0.0.1:8000/v1"],
+        description="Its address, http or https, with or without /v1; a prefix before it is kept. Credentials do not belong "
+        "here: see api_token. Required.",
+    )
+    api_token: Annotated[SecretStr | None, AfterValidator(values.token)] = Field(
+        default=None,
+        examples=["the server's --api-key"],
+        description="Bearer token sent as Authorization; a caller's own (metadata x-vllm-api-token) comes before it. Not "
+        "set, none is sent. Never printed, and no flag sets it, since flags show in ps.",
+    )
+    tls_verify: Annotated[bool | Path, PlainValidator(values.tls_verify)] = Field(
+        default=True,
+        description="How an https provider's certificate is checked: true, by the system's authorities; a path, by those in "
+        "that PEM file (~ is expanded); false, not at all. Strings true, false, 1 and 0 mean the booleans.",
+    )
+    max_tokens: Annotated[int | None, BeforeValidator(values.number)] = Field(
+        default=None,
+        ge=1,
+        le=2**31 - 1,
+        examples=[4096],
+        description="Tokens that a request without a limit of its own may generate. Not set, none is sent, and vLLM stops "
+        "where the model's context ends.",
+    )
+    connect_timeout: Seconds = Field(
+        default=5.0,
+        description="Seconds to connect, TLS included. The default is ample within a data centre.",
+    )
+    first_event_timeout: Seconds = Field(
+        default=600.0,
+        description="Seconds from sending a request to the first event of its answer. The default is long, as a busy server "
+        "queues and a long prompt takes minutes.",
+    )
+    silence_timeout: Seconds = Field(
+        default=300.0,
+        description="Seconds between two events of an answer; comments do not count. The default allows for a server that "
+        "preempts a request to serve others.",
+    )
+
+
+class RegistrySettings(Section):
+    """Where registered models are kept."""
+
+    database_url: Annotated[str, AfterValidator(values.database_url)] = Field(
+        default="",
+        examples=["sqlite:////var/lib/deltawire/registry.db"],
+        description="The database, SQLite in this version: sqlite:///relative/path or sqlite:////absolute/path. Not set or "
+        "empty, deltawire/registry.db under $XDG_STATE_HOME, else under ~/.local/state.",
+    )
+
+
+class LogSettings(Section):
+    """What is logged, on standard error."""
+
+    level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(values.lower)] = Field(
+        default="info",
+        description="The least severe that is logged. The default is one line per call and per change of state.",
+    )
+    format: Annotated[Literal["auto", "json", "text"], BeforeValidator(values.lower)] = Field(
+        default="auto",
+        description="One JSON object or one line of text per entry. The default, auto, is text on a terminal, for people, "
+        "else JSON, for collectors.",
+    )
+
+
+class Settings(Section):
+    """Everything the gateway is told. Hand it to `app`, whose parts each take their own section."""
+
+    server: ServerSettings = Field(default_factory=ServerSettings, description="The listener.")
+    stream: StreamSettings = Field(default_factory=StreamSettings, description="Each completion.")
+    providers: Mapping[ProviderId, ProviderSettings] = Field(
+        default_factory=dict, description="Who generates, by the operator's name for each; at least one."
+    )
+    registry: RegistrySettings = Field(default_factory=RegistrySettings, description="Registered models.")
+    log: LogSettings = Field(default_factory=LogSettings, description="Logging.")
+
+    @field_validator("providers")
+    @classmethod
+    def _there_is_a_provider(cls, value: Mapping[str, ProviderSettings]) -> Mapping[str, ProviderSettings]:
+        if not value:
+            raise ValueError(
+                "nobody to generate: give a vLLM server's address by --vllm-url http://127.0.0.1:8000/v1, by environment "
+                'VLLM_URL, or in the settings file as base_url = "http://127.0.0.1:8000/v1" under [providers.vllm]'
+            )
+        return value
+
+
+SECTIONS: Mapping[str, type[Section]] = MappingProxyType(
+    {
+        "server": ServerSettings,
+        "stream": StreamSettings,
+        "providers": ProviderSettings,
+        "registry": RegistrySettings,
+        "log": LogSettings,
+    }
+)
+"""The model of each section's keys; under `providers`, of each provider's."""
+
+KeyPath = tuple[str, ...]
+"""A key's way from the root: ("server", "listen"), ("providers", "vllm", "base_url")."""
+
+
+def field_at(path: KeyPath) -> FieldInfo | None:
+    """The field a path leads to, or `None` if there is none.
+
+    Args:
+        path: From the root; a provider's id may be any.
+    """
+    depth = 3 if path[0] == "providers" else 2
+    if len(path) != depth or path[0] not in SECTIONS:
+        return None
+    return SECTIONS[path[0]].model_fields.get(path[-1])
+
+
+def is_secret(field: FieldInfo) -> bool:
+    """Whether a field's value must not be printed."""
+    return SecretStr in _kinds(field)
+
+
+def expectation(field: FieldInfo) -> str:
+    """What a field takes, to follow "must be": "a whole number from 1 to 65536"."""
+    kinds = _kinds(field)
+    if tuple in kinds:
+        return "an address or a list of addresses"
+    if bool in kinds:
+        return "true, false or the path of a CA file" if Path in kinds else "true or false"
+    if int in kinds:
+        return f"a whole number{_limits(field)}"
+    if float in kinds:
+        return f"a number of seconds{_limits(field)}"
+    if Path in kinds:
+        return "the path of a file, in quotes"
+    words = [word for kind in kinds if isinstance(kind, str) for word in (kind,)]
+    return f"one of {', '.join(words)}" if words else "a string, in quotes"
+
+
+def _kinds(field: FieldInfo) -> list[object]:
+    """The alternatives of a field's type; literals by their values, generics by their origin, without `None`."""
+    annotation = field.annotation
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return list(get_args(annotation))
+    members = get_args(annotation) if origin in {Union, UnionType} else (annotation,)
+    found: list[object] = []
+    for member in members:
+        bare = get_args(member)[0] if get_origin(member) is Annotated else member
+        if bare is not type(None):
+            found.append(get_origin(bare) or bare)
+    return found
+
+
+def _limits(field: FieldInfo) -> str:
+    bounds = {
+        name: getattr(constraint, name)
+        for constraint in field.metadata
+        for name in ("gt", "ge", "le")
+        if getattr(constraint, name, None) is not None
+    }
+    low = f"above {bounds['gt']:g}" if "gt" in bounds else f"from {bounds['ge']}"
+    return f" {low} and up to {bounds['le']:.0f}" if "gt" in bounds else f" {low} to {bounds['le']:.0f}"

@@ -1,0 +1,248 @@
+"""One value at a time: what an address, a URL, a file or a token must look like, and the form in which it is kept.
+
+Every function takes what a source gave, returns what the settings keep, and raises `ValueError` with the remedy as its
+message; pydantic adds which key it was. No message repeats a secret. Files are opened, nothing else is touched.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from ipaddress import IPv6Address, ip_address
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from pydantic import SecretStr
+from pydantic_core import PydanticCustomError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pydantic import ValidationInfo
+
+MASK = "***"
+"""What stands for a secret wherever settings are printed."""
+
+_ADDRESS_FORMS = "write host:port, [IPv6 address]:port or unix:/path"
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9.])?")
+_HIGHEST_PORT = 65535
+_TRUTHS = {"true": True, "1": True, "false": False, "0": False}
+
+
+class DependencyError(ValueError):
+    """A value is wrong because of another one.
+
+    Attributes:
+        because: The key, in the same section, that asks for it: its source is the one to name.
+    """
+
+    def __init__(self, message: str, *, because: str) -> None:
+        super().__init__(message)
+        self.because = because
+
+
+def number(value: object) -> object:
+    """Refuse booleans where a number belongs: Python takes `true` for 1, an operator does not mean that."""
+    if isinstance(value, bool):
+        # Which number is wanted, the field says; whoever prints the error takes it from there.
+        raise PydanticCustomError("not_a_number", "must be a number")
+    return value
+
+
+def lower(value: object) -> object:
+    """Make text lower case, so that `INFO` is `info`; leave the rest to the type."""
+    return value.strip().lower() if isinstance(value, str) else value
+
+
+def addresses(value: object) -> object:
+    """Make one string a list: environment variables and flags hold several addresses with commas between them."""
+    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+
+def address(value: str) -> str:
+    """Check an address to listen on; gRPC takes it as it is.
+
+    Args:
+        value: "host:port", "[::1]:port" or "unix:/path". Port 0 is any free one.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    text = value.strip()
+    if text.startswith("unix:"):
+        if not text.removeprefix("unix:").strip("/"):
+            raise ValueError(f"{text!r} names no socket: write unix:/path")
+        return text
+    host, _, port = text.rpartition(":")
+    if not (port.isascii() and port.isdecimal() and int(port) <= _HIGHEST_PORT):
+        raise ValueError(f"{text!r} has no port from 0 to {_HIGHEST_PORT}: {_ADDRESS_FORMS}")
+    if not host:
+        raise ValueError(f"{text!r} has no host: write 127.0.0.1:{port} for this machine, [::]:{port} for all networks")
+    if host.startswith("[") and host.endswith("]") and _is_ipv6(host[1:-1]):
+        return text
+    if _is_ipv6(host):
+        raise ValueError(f"{text!r} needs brackets: write [{host}]:{port}")
+    if not _HOST.fullmatch(host):
+        raise ValueError(f"{text!r} is no address: {_ADDRESS_FORMS}")
+    return text
+
+
+def is_local(listen: str) -> bool:
+    """Whether only this machine can reach an address: a unix socket, `localhost` or a loopback address.
+
+    Args:
+        listen: As `address` returned it.
+    """
+    if listen.startswith("unix:"):
+        return True
+    host = listen.rpartition(":")[0].strip("[]")
+    if host.lower() == "localhost":
+        return True
+    try:
+        ip = ip_address(host)
+    except ValueError:
+        return False
+    if isinstance(ip, IPv6Address) and ip.ipv4_mapped is not None:
+        return ip.ipv4_mapped.is_loopback
+    return ip.is_loopback
+
+
+def readable_file(value: Path) -> Path:
+    """Expand `~` and see that the file is there and may be read, so that start-up names it and not the first handshake.
+
+    Raises:
+        ValueError: It is missing, no file, or may not be read.
+    """
+    path = _expanded(value)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: give the path of a PEM file")
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file: give the path of a PEM file")
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): let this process's user read it") from None
+    return path
+
+
+def tls_verify(value: object) -> bool | Path:
+    """Read how a provider's certificate is checked: a boolean in any of its spellings, or a CA file.
+
+    Raises:
+        ValueError: A path that leads to no readable file, or neither boolean nor path.
+    """
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, Path):
+        return readable_file(value)
+    text = str(value).strip()
+    if text.lower() in _TRUTHS:
+        return _TRUTHS[text.lower()]
+    if not isinstance(value, str) or not text:
+        raise ValueError("must be true, false or the path of a CA file")
+    return readable_file(Path(text))
+
+
+def base_url(value: str) -> str:
+    """Check a provider's address; trailing slashes go, a path stays, `/v1` may be there or not.
+
+    Raises:
+        ValueError: No http or https URL, or one with credentials, query or fragment.
+    """
+    text = value.strip()
+    if any(character.isspace() or not character.isprintable() for character in text):
+        raise ValueError("must not hold white space or control characters")
+    # Before anything that might print the value.
+    if "@" in re.split(r"[/?#]", text.partition("://")[2] or text, maxsplit=1)[0]:
+        raise ValueError(
+            "must not carry credentials, since addresses are logged: take them out, and give the token as api_token "
+            "of the same provider (for provider vllm: environment VLLM_API_TOKEN)"
+        )
+    if not re.match(r"(?i)https?://", text):
+        hint = f"; did you mean http://{text}?" if text and "://" not in text else ""
+        raise ValueError(f"must begin with http:// or https://{hint}")
+    try:
+        parts = urlsplit(text)
+        host, _ = parts.hostname, parts.port
+    except ValueError as error:
+        raise ValueError(f"is no URL ({error}): write it like http://127.0.0.1:8000/v1") from None
+    if not host:
+        raise ValueError("names no host: write it like http://127.0.0.1:8000/v1")
+    if parts.query or parts.fragment:
+        raise ValueError("must end before any ? or #: paths are appended to it")
+    return text.rstrip("/")
+
+
+def token(value: SecretStr | None) -> SecretStr | None:
+    """Check a bearer token; white space around it goes (a file's last newline), and nothing left is no token.
+
+    Raises:
+        ValueError: It cannot stand in an HTTP header, or is the mask that stands for a token in printed settings.
+    """
+    text = value.get_secret_value().strip() if value is not None else ""
+    if not text:
+        return None
+    if text == MASK:
+        raise ValueError(f'is "{MASK}", which only stands for a token in printed settings: give the token itself')
+    if not all("!" <= character <= "~" for character in text):
+        raise ValueError("must be printable ASCII without spaces, to be sent in an HTTP header")
+    return SecretStr(text)
+
+
+def database_url(value: str, info: ValidationInfo) -> str:
+    """Check the registry's database and name its asynchronous driver; empty is the default file.
+
+    Args:
+        value: "sqlite:///path" or "sqlite+aiosqlite:///path": three slashes and a relative path, or four and an
+            absolute one; `~/` is the home directory. No path is a database in memory.
+        info: Its context may hold "environ", the environment to take the default from.
+
+    Raises:
+        ValueError: Another database, no URL, or no home directory for the default.
+    """
+    text = value.strip()
+    if not text:
+        return (
+            f"sqlite+aiosqlite:///{_state_home((info.context or {}).get('environ', os.environ))}/deltawire/registry.db"
+        )
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        raise ValueError("is no database URL: write sqlite:////absolute/path/registry.db")
+    if scheme.lower() not in {"sqlite", "sqlite+aiosqlite"}:
+        raise ValueError(
+            f"{scheme!r} is not supported, only SQLite is in this version: write sqlite:////absolute/path/registry.db"
+        )
+    if rest and not rest.startswith("/"):
+        raise ValueError("names a host, which SQLite has not: write sqlite:////absolute/path/registry.db")
+    if rest.startswith("/~"):
+        rest = f"/{_expanded(Path(rest[1:]))}"
+    return f"sqlite+aiosqlite://{rest}"
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        return isinstance(ip_address(text), IPv6Address)
+    except ValueError:
+        return False
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path} starts in a home directory that is not known: write the whole path") from None
+
+
+def _state_home(environ: Mapping[str, str]) -> Path:
+    configured = Path(environ.get("XDG_STATE_HOME", ""))
+    # A relative one is to be ignored, says the XDG specification.
+    if configured.is_absolute():
+        return configured
+    try:
+        return Path(environ.get("HOME") or "~").expanduser() / ".local" / "state"
+    except RuntimeError:
+        raise ValueError(
+            "has no default, as this user has no home directory: set it (--database-url), or XDG_STATE_HOME"
+        ) from None
