@@ -71,6 +71,19 @@ class Health:
     message: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long to wait for a provider, in seconds.
+
+    Attributes:
+        first_event: From sending the request to the first event of the answer; a long prompt or queue is silent.
+        silence: Between two events. Comments and headers are no events: an engine that sleeps may send them for ever.
+    """
+
+    first_event: float = 600.0
+    silence: float = 300.0
+
+
 class Provider(Protocol):
     """A server of models. Safe for any number of calls at once; `close` ends it."""
 
@@ -90,13 +103,17 @@ class Provider(Protocol):
     def default_max_tokens(self) -> int | None:
         """The operator's `max_tokens` for requests that name none; `None` leaves it to the model's context."""
 
+    @property
+    def patience(self) -> Patience:
+        """How long its answers may take; for whoever reads them to hold."""
+
     def stream_chat(
         self, request: ChatRequest, model: str, call: CallContext
     ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """Ask for a completion; entering yields the body of its event stream as it arrives, cut anywhere.
 
-        Entering raises for whatever the provider refuses with an HTTP status; iterating raises `ProviderError` when the
-        connection breaks. Leaving closes the connection unless the body was read to its end, so that the provider
+        Entering raises for whatever the provider refuses with an HTTP status, and if it cannot be reached; iterating ends
+        where the body ends or the connection breaks, since what is missing is to be told from the events. Leaving closes the connection unless the body was read to its end, so that the provider
         stops generating.
 
         Args:

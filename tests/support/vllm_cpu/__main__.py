@@ -77,7 +77,7 @@ def _serve(port: int, api_key: str | None) -> int:
         server.stop()
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
+def _stop(_number: int, _frame: FrameType | None) -> None:
     sys.exit(0)  # an exception, so that everything is stopped on the way out
 
 

@@ -250,8 +250,7 @@ class _Builder:
                 raise SetupError(f"cannot run {command[0]}: {error}") from error
         if code != 0:
             raise SetupError(
-                f"`{' '.join(command[:5])} ...` ended with {code}; "
-                f"the log is {self._log}, its end:\n{tail(self._log)}"
+                f"`{' '.join(command[:5])} ...` ended with {code}; the log is {self._log}, its end:\n{tail(self._log)}"
             )
 
     @contextlib.contextmanager

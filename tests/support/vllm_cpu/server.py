@@ -93,8 +93,8 @@ class VllmServer:
         if self.running:
             raise ServerError(f"vLLM runs already, as process {self.pid}")
         self.stop()  # what a killed API server left behind
-        # vLLM leaves sockets and files behind when it is killed, so it gets a directory of its own for them. Not
-        # in the cache: a socket's path has room for 107 characters.
+        # vLLM leaves sockets and files behind when it is killed, so it gets a directory of its own for them.
+        # Not in the cache: a socket's path has room for 107 characters.
         self._temporary = tempfile.TemporaryDirectory(prefix="vllm-cpu-", ignore_cleanup_errors=True)
         with self.log.open("ab") as log:
             try:
@@ -221,9 +221,7 @@ class VllmServer:
     def _env(self, temporary: str) -> dict[str, str]:
         # The caller's own Python and vLLM settings would make runs differ from machine to machine. VLLM_URL
         # and its like are the gateway's, and vLLM warns about each VLLM_ name it does not know.
-        caller = {
-            name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VLLM_"))
-        }
+        caller = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VLLM_"))}
         state = self._environment.root / "state"
         return {
             **caller,
@@ -238,7 +236,7 @@ class VllmServer:
         }
 
     def _chat(self, body: Mapping[str, Any]) -> None:
-        request = urllib.request.Request(
+        request = urllib.request.Request(  # noqa: S310 - the URL is ours, always http:
             f"{self.base_url}/v1/chat/completions",
             data=json.dumps({"model": self.model_name, **body}).encode(),
             headers={"Content-Type": "application/json", "Authorization": f"Bearer {self.api_key}"},

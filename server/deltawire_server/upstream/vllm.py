@@ -1,0 +1,274 @@
+"""A vLLM server over HTTP: one pooled client for the process's life.
+
+httpx over aiohttp's transport: aiohttp's C parser hands over all that has arrived at once, where httpx's own gives one
+chunk at a time. What its mapping of exceptions calls a timeout may be a refused connection, so nothing here decides by
+the exception's type: only by whether the answer had begun.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import httpx
+import msgspec
+from httpx_aiohttp import AiohttpTransport
+
+from deltawire_server.errors import ProviderError, Reason
+from deltawire_server.upstream.base import CallContext, Health, HealthStatus, Patience, ServedModel
+from deltawire_server.upstream.refusals import RETRY_SECONDS, Refusal, error_of
+from deltawire_server.upstream.vllm_request import request_body
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import AsyncGenerator, AsyncIterator
+
+    from deltawire_server.upstream.request import ChatRequest
+
+KEEPALIVE_SECONDS = 4.0
+"""uvicorn, which serves vLLM, closes idle connections after five; ours go first, or a request may meet a closing one."""
+
+CONTROL_SECONDS = 5.0
+"""For listings and health: an engine's API server answers them without the engine, so a slow one is not well."""
+
+MAX_ERROR_BYTES = 64 * 1024
+"""Of an error's body: vLLM quotes the request in some, and a wrong URL may answer with a page."""
+
+_BROKEN = (httpx.TransportError, aiohttp.ClientError, OSError)
+"""What the transport may raise; not all of aiohttp's errors come translated."""
+
+
+def root_url(base_url: str) -> str:
+    """Where a vLLM's paths begin: the base URL without trailing slashes and without `/v1`, which not all paths have.
+
+    Args:
+        base_url: As operators write it: with or without `/v1`, with a prefix, with trailing slashes.
+    """
+    return base_url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+class VllmProvider:
+    """A vLLM server.
+
+    Args:
+        provider_id: The operator's name for it.
+        base_url: http or https; with or without `/v1`.
+        api_token: The operator's token; `None` sends none.
+        tls: For https: a context that verifies as the operator asked.
+        default_max_tokens: For requests that name none; `None` leaves it to the model's context.
+        max_connections: Above what may be in flight at once: a full pool would make calls wait for each other.
+        connect_timeout: Seconds to reach it.
+        patience: How long its answers may take.
+        user_agent: How it is told who asks.
+    """
+
+    kind = "vllm"
+
+    def __init__(
+        self,
+        provider_id: str,
+        base_url: str,
+        *,
+        api_token: str | None = None,
+        tls: ssl.SSLContext | bool = True,
+        default_max_tokens: int | None = None,
+        max_connections: int = 1032,
+        connect_timeout: float = 5.0,
+        patience: Patience | None = None,
+        user_agent: str = "deltawire",
+    ) -> None:
+        self.id = provider_id
+        self._root = root_url(base_url)
+        self.base_url = f"{self._root}/v1"
+        self._api_token = api_token
+        self.default_max_tokens = default_max_tokens
+        self.patience = patience or Patience()
+        self._tls = tls
+        self._max_connections = max_connections
+        # No time limit on reads: silence is counted from the answer's events, by whoever reads them.
+        self._chat_timeout = httpx.Timeout(None, connect=connect_timeout)
+        self._control_timeout = httpx.Timeout(CONTROL_SECONDS, connect=connect_timeout)
+        self._client = httpx.AsyncClient(
+            # Given to the client, `verify` and `limits` would be ignored beside a transport of one's own.
+            transport=AiohttpTransport(verify=tls, trust_env=False, client=self._session),
+            headers={"user-agent": user_agent, "accept-encoding": "identity"},
+            cookies=_NoCookies(),
+            follow_redirects=False,
+            trust_env=False,
+        )
+
+    def __repr__(self) -> str:
+        """Without the token: this lands in logs."""
+        return f"VllmProvider({self.id!r}, {self.base_url!r})"
+
+    @contextlib.asynccontextmanager
+    async def stream_chat(
+        self, request: ChatRequest, model: str, call: CallContext
+    ) -> AsyncIterator[AsyncIterator[bytes]]:
+        """Ask for a completion; see `Provider.stream_chat`."""
+        headers = self._headers(call.token)
+        headers["content-type"] = "application/json"
+        headers["accept"] = "text/event-stream"
+        # vLLM tells the id in every chunk and takes it for its own: each attempt needs another.
+        headers["x-request-id"] = f"{call.request_id}-{secrets.token_hex(4)}"
+        if call.traceparent:
+            headers["traceparent"] = call.traceparent
+        if call.tracestate:
+            headers["tracestate"] = call.tracestate
+        url = f"{self._root}/v1/chat/completions"
+        content = request_body(request, model)
+        outgoing = self._client.build_request("POST", url, content=content, headers=headers, timeout=self._chat_timeout)
+        response = await self._send(outgoing)
+        try:
+            if response.status_code != httpx.codes.OK:
+                raise error_of(await _refusal(response), self.id, callers_token=call.token is not None)
+            content_type = response.headers.get("content-type", "")
+            if not content_type.startswith("text/event-stream"):
+                message = (
+                    f"provider {self.id!r} answered with {content_type or 'no content type'} instead of an event stream"
+                )
+                raise ProviderError(Reason.UPSTREAM_MALFORMED, message, metadata={"provider": self.id})
+            async with contextlib.aclosing(_body(response)) as body:
+                yield body
+        finally:
+            # Closing the socket is what makes vLLM stop; a cancelled call must not get away before that is done.
+            await asyncio.shield(_close(response))
+
+    async def list_models(self, token: str | None = None) -> tuple[ServedModel, ...]:
+        """What it serves now; see `Provider.list_models`. An entry without an id is passed over."""
+        headers = self._headers(None if self._api_token else token)
+        request = self._client.build_request(
+            "GET", f"{self._root}/v1/models", headers=headers, timeout=self._control_timeout
+        )
+        response = await self._send(request)
+        try:
+            if response.status_code != httpx.codes.OK:
+                callers_token = token is not None and not self._api_token
+                raise error_of(await _refusal(response), self.id, callers_token=callers_token)
+            cards = msgspec.json.decode(await response.aread())["data"]
+            return tuple(_served_model(card) for card in cards if isinstance(card, dict) and card.get("id"))
+        except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            message = f"provider {self.id!r} answered its list of models with something else: is its base URL right?"
+            raise ProviderError(Reason.UPSTREAM_MALFORMED, message, metadata={"provider": self.id}) from error
+        except _BROKEN as error:
+            raise self._unreachable(error) from error
+        finally:
+            await asyncio.shield(_close(response))
+
+    async def check_health(self) -> Health:
+        """How it is; see `Provider.check_health`. An engine that is asleep is not well, though its `/health` says so."""
+        try:
+            response = await self._get("/health")
+            if not response.is_success:
+                return Health(HealthStatus.ERROR, f"Health check failed: HTTP {response.status_code}")
+            response = await self._get("/is_sleeping")
+            if response.is_success and _says_asleep(response.content):
+                return Health(HealthStatus.ERROR, "Health check failed: the engine is asleep")
+        except _BROKEN as error:
+            return Health(HealthStatus.ERROR, f"Health check failed: {_describe(error)}")
+        return Health(HealthStatus.OK)
+
+    async def close(self) -> None:
+        """Close its connections; calls under way fail."""
+        await self._client.aclose()
+
+    def _session(self) -> aiohttp.ClientSession:
+        """The transport's session, made by the first request since it belongs to the running loop."""
+        connector = aiohttp.TCPConnector(
+            ssl=self._tls, limit=self._max_connections, keepalive_timeout=KEEPALIVE_SECONDS
+        )
+        # aiohttp keeps cookies too; a load balancer's would tie every caller to one replica.
+        return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+
+    def _headers(self, token: str | None) -> dict[str, str]:
+        chosen = token or self._api_token
+        return {"authorization": f"Bearer {chosen}"} if chosen else {}
+
+    async def _get(self, path: str) -> httpx.Response:
+        return await self._client.get(f"{self._root}{path}", headers=self._headers(None), timeout=self._control_timeout)
+
+    async def _send(self, request: httpx.Request) -> httpx.Response:
+        try:
+            return await self._client.send(request, stream=True)
+        except _BROKEN as error:
+            raise self._unreachable(error) from error
+
+    def _unreachable(self, error: Exception) -> ProviderError:
+        return ProviderError(
+            Reason.UPSTREAM_UNAVAILABLE,
+            f"provider {self.id!r} at {self.base_url} cannot be reached: {_describe(error)}",
+            metadata={"provider": self.id},
+            retry_after=RETRY_SECONDS,
+        )
+
+
+class _NoCookies(httpx.Cookies):
+    """Forgets every cookie: one caller's must not travel with another's request."""
+
+    def extract_cookies(self, response: httpx.Response) -> None:
+        """Take none."""
+
+
+async def _body(response: httpx.Response) -> AsyncGenerator[bytes]:
+    """The body up to its end or to where the connection broke: for what the answer is, both are the same."""
+    with contextlib.suppress(*_BROKEN):
+        async for data in response.aiter_raw():
+            yield data
+
+
+async def _close(response: httpx.Response) -> None:
+    with contextlib.suppress(*_BROKEN):
+        await response.aclose()
+
+
+async def _refusal(response: httpx.Response) -> Refusal:
+    """What an error response says, in any of the four shapes that vLLM gives it, or none."""
+    body = bytearray()
+    with contextlib.suppress(*_BROKEN):
+        async for data in response.aiter_raw():
+            body += data[: MAX_ERROR_BYTES - len(body)]
+            if len(body) >= MAX_ERROR_BYTES:
+                break
+    try:
+        said: Any = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        said = None
+    error = said.get("error", said.get("detail", said)) if isinstance(said, dict) else None
+    fields = error if isinstance(error, dict) else {"message": error}
+    retry_after = response.headers.get("retry-after", "")
+    return Refusal(
+        status=response.status_code,
+        message=_text(fields.get("message")),
+        type=_text(fields.get("type")),
+        param=_text(fields.get("param")),
+        retry_after=float(retry_after) if retry_after.isdecimal() else None,
+    )
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _served_model(card: dict[str, Any]) -> ServedModel:
+    length = card.get("max_model_len")
+    return ServedModel(
+        id=str(card["id"]),
+        root=_text(card.get("root")),
+        parent=_text(card.get("parent")),
+        max_context_tokens=length if isinstance(length, int) and length > 0 else None,
+    )
+
+
+def _says_asleep(body: bytes) -> bool:
+    try:
+        said = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return False
+    return isinstance(said, dict) and said.get("is_sleeping") is True
+
+
+def _describe(error: Exception) -> str:
+    return str(error) or type(error).__name__

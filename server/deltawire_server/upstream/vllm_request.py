@@ -1,0 +1,148 @@
+"""The body of a chat request in vLLM's words.
+
+What is absent is left out, so that the model's own defaults apply. Where vLLM's names are not this API's:
+
+    choice_count        n
+    top_logprobs        logprobs: true, and top_logprobs
+    response_format     response_format for the JSON forms, structured_outputs for the others
+    tool NONE           neither tools nor tool_choice: vLLM's own `none` leaves the tools in the prompt
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from deltawire_server.upstream.request import (
+    ChatMessage,
+    ChatRequest,
+    FormatKind,
+    NamedTool,
+    Role,
+    Sampling,
+    TextFormat,
+    ToolMode,
+    ToolSpec,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_NO_ARGUMENTS: Mapping[str, object] = {"type": "object", "properties": {}}
+
+_PLAIN_SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "frequency_penalty",
+    "presence_penalty",
+    "repetition_penalty",
+    "seed",
+    "max_tokens",
+    "min_tokens",
+    "ignore_eos",
+)
+"""Scalars that vLLM calls by the same name; `None` is left out."""
+
+_LISTED_SAMPLING = ("stop", "stop_token_ids", "bad_words")
+"""Lists that vLLM calls by the same name; empty ones are left out."""
+
+
+def request_body(request: ChatRequest, model: str) -> bytes:
+    """The JSON body of a streamed chat request.
+
+    Args:
+        request: What to ask.
+        model: The provider's own name of the model.
+
+    Returns:
+        JSON text; POST it to `/v1/chat/completions`.
+    """
+    body: dict[str, Any] = {
+        "model": model,
+        "messages": [_message(message) for message in request.messages],
+        "stream": True,
+        # The running figures are what is left of the usage if the answer breaks off.
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    }
+    if request.choice_count != 1:
+        body["n"] = request.choice_count
+    if request.tools and request.tool_choice is not ToolMode.NONE:
+        body["tools"] = [_tool(tool) for tool in request.tools]
+        if request.tool_choice is not None:
+            body["tool_choice"] = _tool_choice(request.tool_choice)
+        if request.parallel_tool_calls is not None:
+            body["parallel_tool_calls"] = request.parallel_tool_calls
+    if request.top_logprobs is not None:
+        body["logprobs"] = True
+        body["top_logprobs"] = request.top_logprobs
+    if request.response_format is not None:
+        body.update(_response_format(request.response_format))
+    body.update(_sampling(request.sampling))
+    return msgspec.json.encode(body)
+
+
+def _message(message: ChatMessage) -> dict[str, Any]:
+    body: dict[str, Any] = {"role": message.role.value, "content": _content(message)}
+    if message.role is Role.TOOL:
+        body["tool_call_id"] = message.call_id
+    if message.reasoning:
+        body["reasoning"] = message.reasoning
+    if message.tool_calls:
+        body["tool_calls"] = [
+            {"id": call.call_id, "type": "function", "function": {"name": call.tool_name, "arguments": call.arguments}}
+            for call in message.tool_calls
+        ]
+    return body
+
+
+def _content(message: ChatMessage) -> str | list[dict[str, str]] | None:
+    """One text as a plain string, since many chat templates concatenate it; several as a list; none beside calls as null."""
+    if len(message.content) > 1:
+        return [{"type": "text", "text": text} for text in message.content]
+    if message.content:
+        return message.content[0]
+    return None if message.tool_calls else ""
+
+
+def _tool(tool: ToolSpec) -> dict[str, Any]:
+    function: dict[str, Any] = {"name": tool.name, "parameters": tool.input_schema or _NO_ARGUMENTS}
+    if tool.description:
+        function["description"] = tool.description
+    if tool.strict is not None:
+        function["strict"] = tool.strict
+    return {"type": "function", "function": function}
+
+
+def _tool_choice(choice: ToolMode | NamedTool) -> str | dict[str, Any]:
+    if isinstance(choice, NamedTool):
+        return {"type": "function", "function": {"name": choice.name}}
+    return choice.value
+
+
+def _response_format(form: TextFormat) -> dict[str, Any]:
+    if form.kind is FormatKind.JSON_OBJECT:
+        return {"response_format": {"type": "json_object"}}
+    if form.kind is FormatKind.JSON_SCHEMA:
+        schema: dict[str, Any] = {"name": form.name, "schema": form.value}
+        if form.strict is not None:
+            schema["strict"] = form.strict
+        return {"response_format": {"type": "json_schema", "json_schema": schema}}
+    return {"structured_outputs": {form.kind.value: form.value}}
+
+
+def _sampling(sampling: Sampling) -> dict[str, Any]:
+    body: dict[str, Any] = {}
+    for name in _PLAIN_SAMPLING:
+        value = getattr(sampling, name)
+        if value is not None:
+            body[name] = value
+    for name in _LISTED_SAMPLING:
+        value = getattr(sampling, name)
+        if value:
+            body[name] = list(value)
+    if sampling.logit_bias:
+        body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias.items()}
+    return body
