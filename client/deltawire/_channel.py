@@ -8,15 +8,27 @@ from __future__ import annotations
 import ipaddress
 import json
 import uuid
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import grpc
 
-from deltawire._errors import REQUEST_ID, CallError, FailedCall, Failure, Metadata, error_for, failure_of, metadata_of
+from deltawire._errors import (
+    REQUEST_ID,
+    CallError,
+    FailedCall,
+    Failure,
+    Metadata,
+    error_for,
+    failure_of,
+    metadata_of,
+    metadata_text,
+)
 from deltawire._version import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 # A whole answer with log-probabilities passes gRPC's default of 4 MiB.
@@ -56,7 +68,7 @@ class CallOptions(TypedDict, total=False):
     """
 
     timeout: float | None
-    metadata: Iterable[tuple[str, str | bytes]] | None
+    metadata: Sequence[tuple[str, str | bytes]] | None
     wait_for_ready: bool | None
     request_id: str | None
     vllm_token: str | None
@@ -70,6 +82,31 @@ class CallInfo:
     request_id: str = ""
     initial_metadata: Metadata = ()
     trailing_metadata: Metadata = ()
+
+
+class ConnectOptions(TypedDict, total=False):
+    """What both clients take by name.
+
+    `token` is the caller's key for the gateway. `tls` uses TLS with the roots that gRPC ships; `credentials` are for
+    everything else, see `tls_credentials`. `insecure` lets tokens go over plaintext to other machines. `options` are
+    gRPC channel options; they come after the client's own, so they win. `max_receive_bytes` limits one message.
+    `timeout` (seconds) and `metadata` are for every call.
+    """
+
+    token: str | None
+    tls: bool
+    credentials: grpc.ChannelCredentials | None
+    insecure: bool
+    options: Sequence[tuple[str, Any]]
+    max_receive_bytes: int
+    timeout: float | None
+    metadata: Sequence[tuple[str, str | bytes]]
+
+
+CALL_OPTIONS = frozenset(CallOptions.__annotations__)
+CONNECT_OPTIONS = frozenset(ConnectOptions.__annotations__)
+# Those that only make sense for a channel that the client makes.
+CHANNEL_OPTIONS = frozenset({"tls", "credentials", "insecure", "options", "max_receive_bytes"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,18 +123,29 @@ class Endpoint:
         return self.credentials is not None or is_local(self.target)
 
 
-def endpoint(
-    target: str,
-    *,
-    tls: bool,
-    credentials: grpc.ChannelCredentials | None,
-    options: Sequence[tuple[str, Any]],
-    max_receive_bytes: int,
-) -> Endpoint:
-    """Put together what a channel is made from; `options` come last, so they win."""
-    if tls and credentials is None:
+def connection(target: str, options: ConnectOptions, *, own_channel: bool) -> tuple[Endpoint, Defaults]:
+    """What a client's channel is made from, and what its calls have in common.
+
+    Raises:
+        TypeError: An option that does not exist.
+        ValueError: A channel was given along with options for making one, or a token would be sent in the open.
+    """
+    _known(options, CONNECT_OPTIONS, "a client")
+    if own_channel and (surplus := options.keys() & CHANNEL_OPTIONS):
+        message = f"a channel of your own is used as it is: leave out {', '.join(sorted(surplus))}"
+        raise ValueError(message)
+    credentials = options.get("credentials")
+    if credentials is None and options.get("tls"):
         credentials = grpc.ssl_channel_credentials()
-    return Endpoint(target, credentials, (*_options(target, max_receive_bytes), *options))
+    max_receive_bytes = options.get("max_receive_bytes", DEFAULT_MAX_RECEIVE_BYTES)
+    # Channel options given by the caller come last, so they win.
+    end = Endpoint(target, credentials, (*_options(target, max_receive_bytes), *options.get("options", ())))
+    return end, Defaults(
+        token=options.get("token"),
+        metadata=metadata_of(options.get("metadata")),
+        timeout=options.get("timeout"),
+        secrets=own_channel or end.keeps_secrets or options.get("insecure", False),
+    )
 
 
 def tls_credentials(
@@ -144,7 +192,7 @@ class Outgoing:
     def began(self, initial: Iterable[tuple[str, str | bytes]] | None) -> None:
         """Take the headers, as soon as they are there."""
         self.info.initial_metadata = metadata_of(initial)
-        self.info.request_id = dict(self.info.initial_metadata).get(REQUEST_ID) or self.info.request_id  # type: ignore[assignment]
+        self.info.request_id = metadata_text(self.info.initial_metadata, REQUEST_ID) or self.info.request_id
 
     def ended(self, trailing: Iterable[tuple[str, str | bytes]] | None) -> None:
         """Take the trailers of a call that ended well."""
@@ -179,8 +227,10 @@ class Defaults:
         """Begin a call.
 
         Raises:
+            TypeError: An option that does not exist.
             ValueError: A token would be sent where others can read it.
         """
+        _known(options, CALL_OPTIONS, "a call")
         metadata = [*self.metadata, *(options.get("metadata") or ())]
         if self.token:
             metadata.append((AUTHORIZATION, f"Bearer {self.token}"))
@@ -193,7 +243,7 @@ class Defaults:
             )
             raise ValueError(message)
         # An id made here lets a call that never came back be found in the gateway's log.
-        sent = next((value for name, value in metadata if name == REQUEST_ID and isinstance(value, str)), "")
+        sent = metadata_text(tuple(metadata), REQUEST_ID)
         if not sent or options.get("request_id"):
             sent = options.get("request_id") or uuid.uuid4().hex
             metadata = [(name, value) for name, value in metadata if name != REQUEST_ID]
@@ -208,6 +258,13 @@ class Defaults:
         info = options.get("info") or CallInfo()
         info.request_id, info.initial_metadata, info.trailing_metadata = sent, (), ()
         return Outgoing(arguments, info)
+
+
+def _known(given: Mapping[str, object], known: frozenset[str], what: str) -> None:
+    """Refuse misspelt names, which would otherwise be lost in silence."""
+    if unknown := given.keys() - known:
+        message = f"{what} has no argument {', '.join(sorted(unknown))}"
+        raise TypeError(message)
 
 
 def _options(target: str, max_receive_bytes: int) -> list[tuple[str, Any]]:

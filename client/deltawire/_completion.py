@@ -44,11 +44,11 @@ from deltawire.v1.chat_completion_pb2 import (
     Usage,
 )
 from deltawire.v1.message_pb2 import AssistantMessage, ContentPart, Message
-from deltawire.v1.tool_pb2 import ToolCall, ToolCallDelta
 
 if TYPE_CHECKING:
     from deltawire._channel import CallInfo, Outgoing
     from deltawire.v1.chat_completion_pb2 import StopReason
+    from deltawire.v1.tool_pb2 import ToolCall, ToolCallDelta
 
 # Ends that are the caller's own doing: they mean the same whether or not the answer had begun.
 CALLERS_OWN = frozenset({grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED})
@@ -193,14 +193,9 @@ class Accumulator:
         Raises:
             ProtocolError: An event is missing, or this one comes where it must not.
         """
-        if event.sequence != self._next:
-            _broken(f"event {self._next} was expected and {event.sequence} came")
-        self._next += 1
-        if self._completed is not None:
-            _broken("an event came after the last one")
         kind = event.WhichOneof("event")
-        if kind is not None and (kind == "started") != (self._started is None):
-            _broken(f"{kind} came {'before' if self._started is None else 'after'} started")
+        self._check(event.sequence, kind)
+        self._next += 1
         match kind:
             case "started":
                 self._started = event.started
@@ -253,6 +248,15 @@ class Accumulator:
         if failure.code not in CALLERS_OWN and (self._next or failure.code is grpc.StatusCode.OK):
             raise StreamInterrupted(failure)
         raise error_for(failure)
+
+    def _check(self, sequence: int, kind: str | None) -> None:
+        """Hold the next event to the rules: no gap, `started` first and once, nothing after `completed`."""
+        if sequence != self._next:
+            _broken(f"event {self._next} was expected and {sequence} came")
+        if self._completed is not None:
+            _broken("an event came after the last one")
+        if kind is not None and (kind == "started") != (self._started is None):
+            _broken(f"{kind} came {'before' if self._started is None else 'after'} started")
 
     def _of(self, event: StreamChatCompletionResponse) -> _Parts:
         """The parts of the choice that this event is about."""
@@ -351,6 +355,8 @@ class StreamOutcome:
         """Take the end of the call: its exception, or None if its status was OK."""
         failure = None if failed is None else self._outgoing.failure(failed)
         self._settle(failure)
+        if failed is not None and isinstance(self._outcome, DeltawireError) and isinstance(failed, Exception):
+            self._outcome.__cause__ = failed
 
     def _cancelled(self) -> None:
         """Take note that the caller gave up, unless the stream had ended before."""
@@ -393,7 +399,7 @@ def text_of_event(event: StreamChatCompletionResponse) -> str:
     return event.text_delta.text
 
 
-def _choice(  # noqa: PLR0913
+def _choice(
     index: int,
     stated: Completed.Choice,
     message: AssistantMessage,

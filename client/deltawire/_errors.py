@@ -44,7 +44,6 @@ class is `CallError` itself. Branch on the class or on `reason`, never on the me
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -57,6 +56,8 @@ from google.rpc.status_pb2 import Status
 from deltawire.v1.error_reason_pb2 import ErrorReason
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     from deltawire._completion import Answer
 
 Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]

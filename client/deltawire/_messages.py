@@ -131,9 +131,7 @@ def message_text(message: Message | RoleMessage) -> str:
     """The text of a turn: its text parts put together, "" if it has none."""
     if isinstance(message, Message):
         role = message.WhichOneof("role")
-        if role is None:
-            return ""
-        message = getattr(message, role)
+        return "" if role is None else message_text(getattr(message, role))
     return "".join(part.text for part in message.content)
 
 

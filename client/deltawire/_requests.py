@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias, TypedDict, Unpack, cast
 
-from deltawire._channel import CallOptions
+from deltawire._channel import CALL_OPTIONS, CallOptions
 from deltawire._messages import MessageLike, RoleMessage, as_message, tool_from_openai
 from deltawire.v1.chat_completion_pb2 import ChatRequest, Logprobs, ResponseFormat, Sampling
 from deltawire.v1.message_pb2 import Message
+from deltawire.v1.model_registry_pb2 import (
+    ListModelsRequest,
+    ListModelsResponse,
+    Model,
+    ModelType,
+    RegisterModelRequest,
+)
 from deltawire.v1.tool_pb2 import Tool, ToolChoice
 
 # A conversation as callers may give it; text alone is one turn of the user.
@@ -59,7 +67,25 @@ class ChatArguments(ChatOptions, CallOptions, total=False):
     """Everything that `chat.create` and `chat.stream` take by name."""
 
 
-CALL_OPTIONS = frozenset(CallOptions.__annotations__)
+class RegisterOptions(TypedDict, total=False):
+    """What a registration says besides the id.
+
+    `provider_id` may be left out if there is only one, `provider_model_id` if it is the same as the id. `model_type` is
+    a `ModelType` or its name ("llm", "embedding", "rerank"). `model_metadata` are free notes.
+    """
+
+    provider_id: str
+    provider_model_id: str
+    model_type: ModelType.ValueType | str
+    aliases: Iterable[str]
+    model_metadata: Mapping[str, str]
+
+
+class RegisterArguments(RegisterOptions, CallOptions, total=False):
+    """Everything that `models.register` takes by name."""
+
+
+REGISTER_OPTIONS = frozenset(RegisterOptions.__annotations__)
 SAMPLING_OPTIONS = frozenset(SamplingOptions.__annotations__)
 CHAT_OPTIONS = frozenset(ChatOptions.__annotations__)
 
@@ -103,9 +129,7 @@ def chat_request(messages: Messages, **options: Unpack[ChatOptions]) -> ChatRequ
     )
 
 
-def split_arguments(
-    messages: Messages | ChatRequest, arguments: ChatArguments
-) -> tuple[ChatRequest, CallOptions]:
+def split_arguments(messages: Messages | ChatRequest, arguments: ChatArguments) -> tuple[ChatRequest, CallOptions]:
     """Part the arguments of `create` and `stream` into what is asked and how the call is made.
 
     Raises:
@@ -119,6 +143,57 @@ def split_arguments(
         message = f"a ChatRequest says everything itself: set {', '.join(sorted(options))} in it"
         raise TypeError(message)
     return messages, call
+
+
+def split_registration(
+    model: str | RegisterModelRequest, arguments: RegisterArguments
+) -> tuple[RegisterModelRequest, CallOptions]:
+    """Part the arguments of `register` into what is registered and how the call is made.
+
+    Raises:
+        TypeError: A whole request came with arguments of its own kind; set its fields instead.
+        ValueError: There is no such type of model.
+    """
+    given = arguments.items()
+    options = cast("RegisterOptions", {name: value for name, value in given if name in REGISTER_OPTIONS})
+    call = cast("CallOptions", {name: value for name, value in given if name not in REGISTER_OPTIONS})
+    if isinstance(model, RegisterModelRequest):
+        if options:
+            message = f"a RegisterModelRequest says everything itself: set {', '.join(sorted(options))} in it"
+            raise TypeError(message)
+        return model, call
+    kind = options.get("model_type", ModelType.MODEL_TYPE_UNSPECIFIED)
+    request = RegisterModelRequest(
+        model_id=model,
+        provider_id=options.get("provider_id", ""),
+        provider_model_id=options.get("provider_model_id", ""),
+        type=ModelType.Value(f"MODEL_TYPE_{kind.upper()}") if isinstance(kind, str) else kind,
+        aliases=options.get("aliases", ()),
+        metadata=options.get("model_metadata", {}),
+    )
+    return request, call
+
+
+class ModelPages:
+    """What both kinds of listing share: the models that have come, and whether more follow.
+
+    `unreachable_provider_ids` are the providers that did not answer, so that their models may be missing; complete once
+    the listing has been read to its end.
+    """
+
+    def __init__(self, page_size: int) -> None:
+        self.unreachable_provider_ids: list[str] = []
+        self._request: ListModelsRequest | None = ListModelsRequest(page_size=page_size)
+        self._models: deque[Model] = deque()
+
+    def _receive(self, page: ListModelsResponse) -> None:
+        """Take a page."""
+        self._models.extend(page.models)
+        new = (each for each in page.unreachable_provider_ids if each not in self.unreachable_provider_ids)
+        self.unreachable_provider_ids.extend(new)
+        if self._request is not None:
+            size, token = self._request.page_size, page.next_page_token
+            self._request = ListModelsRequest(page_size=size, page_token=token) if token else None
 
 
 def _messages(messages: Messages) -> list[Message]:
@@ -175,7 +250,7 @@ def _response_format(value: ResponseFormat | str | None) -> ResponseFormat | Non
     return _FORMATS[value]
 
 
-def _logprobs(value: bool | int | Logprobs | None) -> Logprobs | None:  # noqa: FBT001 -- a value, not a switch
+def _logprobs(value: bool | int | Logprobs | None) -> Logprobs | None:
     """What to ask for, from yes, no or a number of alternatives."""
     if value is None or isinstance(value, Logprobs):
         return value

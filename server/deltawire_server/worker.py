@@ -30,7 +30,7 @@ from deltawire_server.sansio.events import Completed, Event, Fault, Refused, Sta
 from deltawire_server.upstream.refusals import RETRY_SECONDS, Refusal, error_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 
     from deltawire_server.registry.registry import ModelRegistry, Resolution
     from deltawire_server.upstream.base import CallContext
@@ -109,7 +109,9 @@ class Worker:
             try:
                 yield completion
             except asyncio.CancelledError:
-                if completion.gave_up_on_caller and completion.failure is not None:
+                task = asyncio.current_task()
+                if completion.gave_up_on_caller and completion.failure is not None and task is not None:
+                    task.uncancel()  # that cancel was ours
                     raise completion.failure from None
                 raise
             finally:
@@ -188,7 +190,7 @@ class Completion:
         """From accepting the call to its end, or to now."""
         return (self._ended or time.monotonic()) - self._accepted
 
-    async def batches(self) -> AsyncIterator[list[Event]]:
+    async def batches(self) -> AsyncGenerator[list[Event]]:
         """The answer's events in order, each time all that wait, joined.
 
         Write a batch, then come back: what comes meanwhile waits. The last batch ends with `Completed`.
@@ -286,7 +288,6 @@ class Completion:
                 # It is stuck in a write: nothing else gets it out of there.
                 self.gave_up_on_caller = True
                 self._consumer.cancel()
-                self._consumer.uncancel()  # handled: `Worker.completion` raises the failure in its place
             raise self.failure from None
 
     def _fault_of_timeout(self, silence: float, *, overdue: bool) -> Fault:

@@ -25,7 +25,7 @@ DONE = b"data: [DONE]\n\n"
 
 # Cut as a tokenizer would: a word keeps the space before it.
 WORDS = re.findall(
-    r" ?\w+|[^\w ]",
+    r" ?\w+|\. |[^\w ]",
     "The sea keeps every letter that the rivers send, reads them by moonlight, and answers with the tide. ",
 )
 
@@ -64,7 +64,12 @@ class Chunks:
 
     def role(self, index: int = 0) -> dict[str, Any]:
         """Open a choice; vLLM sends this when the first token is ready, not before."""
-        choice = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        choice = {
+            "index": index,
+            "delta": {"role": "assistant", "content": ""},
+            "logprobs": None,
+            "finish_reason": None,
+        }
         return self._chunk([choice]) | {"prompt_token_ids": None, "prompt_text": None}
 
     def text(self, text: str, index: int = 0) -> dict[str, Any]:
@@ -75,7 +80,9 @@ class Chunks:
         """Send a piece of the model's reasoning."""
         return self.delta({"reasoning": text}, index)
 
-    def call(self, name: str, call_id: str = "chatcmpl-tool-0000000000000001", position: int = 0, index: int = 0) -> dict[str, Any]:
+    def call(
+        self, name: str, call_id: str = "chatcmpl-tool-0000000000000001", position: int = 0, index: int = 0
+    ) -> dict[str, Any]:
         """Open the tool call at `position` of choice `index`; it has no arguments yet."""
         entry = {"id": call_id, "type": "function", "index": position, "function": {"name": name}}
         return self.delta({"content": None, "tool_calls": [entry]}, index)
@@ -87,9 +94,13 @@ class Chunks:
 
     def delta(self, delta: dict[str, Any], index: int = 0) -> dict[str, Any]:
         """Send any delta of choice `index`."""
-        return self._chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None, "token_ids": None}])
+        return self._chunk(
+            [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None, "token_ids": None}]
+        )
 
-    def finish(self, reason: str = "stop", index: int = 0, delta: dict[str, Any] | None = None, *, usage_follows: bool = False) -> dict[str, Any]:
+    def finish(
+        self, reason: str = "stop", index: int = 0, delta: dict[str, Any] | None = None, *, usage_follows: bool = False
+    ) -> dict[str, Any]:
         """End a choice, with its last delta if there is one; the fingerprint is on this chunk unless usage follows."""
         choice = {
             "index": index,
@@ -246,7 +257,14 @@ class Generation:
             },
         }
         body |= dict.fromkeys(
-            ("prompt_logprobs", "prompt_token_ids", "prompt_text", "kv_transfer_params", "ec_transfer_params", "metrics")
+            (
+                "prompt_logprobs",
+                "prompt_token_ids",
+                "prompt_text",
+                "kv_transfer_params",
+                "ec_transfer_params",
+                "metrics",
+            )
         )
         return msgspec.json.encode(body)
 

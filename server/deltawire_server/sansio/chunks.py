@@ -6,12 +6,16 @@ has another type than the chat API gives it is.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 DONE = b"[DONE]"
 """The payload of the last event of a stream."""
+
+
+Byte = Annotated[int, msgspec.Meta(ge=0, le=255)]
+"""One of a token's bytes."""
 
 
 class MalformedChunkError(ValueError):
@@ -51,7 +55,7 @@ class TopLogprob(_Part, frozen=True):
 
     token: str
     logprob: float
-    bytes: list[int] | None = None
+    bytes: list[Byte] | None = None
 
 
 class LogprobEntry(_Part, frozen=True):
@@ -59,7 +63,7 @@ class LogprobEntry(_Part, frozen=True):
 
     token: str
     logprob: float
-    bytes: list[int] | None = None
+    bytes: list[Byte] | None = None
     top_logprobs: list[TopLogprob] | None = None
 
 

@@ -65,6 +65,10 @@ FAULT_STOP_REASONS: Mapping[Reason, StopReason] = MappingProxyType(
 """How a choice ended that a fault cut off; every other fault is ERROR."""
 
 
+_CODE_DIGITS = 9
+"""An error's code is an HTTP status; more digits than this are no number to compute."""
+
+
 class Phase(enum.Enum):
     """How far an answer has come."""
 
@@ -170,8 +174,13 @@ class CompletionReader:
         events: list[Event] = []
         if self.ended:
             return events
+        too_large: sse.EventTooLargeError | None = None
         try:
-            for payload in self._sse.receive(data):
+            payloads = self._sse.receive(data)
+        except sse.EventTooLargeError as error:
+            payloads, too_large = error.payloads, error
+        try:
+            for payload in payloads:
                 self.event_count += 1
                 if payload == chunks.DONE:
                     self._end(self._verdict_of_done(), events)
@@ -179,8 +188,10 @@ class CompletionReader:
                     self._receive_chunk(chunks.decode_chunk(payload), events)
                 if self.ended:
                     break
-        except (sse.EventTooLargeError, chunks.MalformedChunkError, tool_calls.ToolCallLimitError) as error:
+        except (chunks.MalformedChunkError, tool_calls.ToolCallLimitError) as error:
             self._end(Fault(Reason.UPSTREAM_MALFORMED, str(error)), events)
+        if too_large is not None and not self.ended:
+            self._end(Fault(Reason.UPSTREAM_MALFORMED, str(too_large)), events)
         return events
 
     def finish(self, fault: Fault | None = None) -> list[Event]:
@@ -282,7 +293,11 @@ class CompletionReader:
             choice.text.append(text or "")
             events.append(TextDelta(choice.index, text or "", tokens))
         if entries:
-            events.extend(choice.calls.receive(entries))
+            try:
+                events.extend(choice.calls.receive(entries))
+            except tool_calls.ToolCallLimitError as error:
+                events.extend(error.events)
+                raise
 
     def _begin_choice(self, index: int) -> _Choice:
         if not 0 <= index < self._choice_count:
@@ -380,9 +395,9 @@ class CompletionReader:
 
 
 def _fault_of(error: chunks.ErrorBody) -> Fault:
-    code = (
-        error.code if isinstance(error.code, int) else int(error.code) if error.code and error.code.isdecimal() else 0
-    )
+    code = error.code or 0
+    if isinstance(code, str):
+        code = int(code) if code.isdecimal() and len(code) <= _CODE_DIGITS else 0
     param = error.param if isinstance(error.param, str) else ""
     return Fault(
         Reason.UPSTREAM_ERROR, error.message or "the provider reported an error", code, error.type or "", param

@@ -17,14 +17,22 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class EventTooLargeError(ValueError):
-    """An event is larger than the decoder may hold."""
+    """An event is larger than the decoder may hold.
+
+    Attributes:
+        payloads: The events that the same bytes completed before it.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.payloads: list[bytes] = []
 
 
 class SSEDecoder:
     """Splits an event stream into the payloads of its events.
 
     Args:
-        max_event_bytes: The largest event, all its lines together.
+        max_event_bytes: The largest event, all its data lines together, and the line that is being read.
     """
 
     def __init__(self, *, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
@@ -50,9 +58,17 @@ class SSEDecoder:
         """
         if self._after_cr or b"\r" in data:
             data = self._unify_line_ends(data)
-        lines = data.split(b"\n")
-        rest = lines.pop()
         payloads: list[bytes] = []
+        try:
+            self._receive_lines(data.split(b"\n"), payloads)
+        except EventTooLargeError as error:
+            error.payloads = payloads
+            raise
+        return payloads
+
+    def _receive_lines(self, lines: list[bytes], payloads: list[bytes]) -> None:
+        """Take lines, the last of which has not ended yet."""
+        rest = lines.pop()
         if lines:
             if self._line:
                 self._line.append(lines[0])
@@ -60,10 +76,12 @@ class SSEDecoder:
                 self._line.clear()
                 self._line_size = 0
             if self._at_start:
+                self._check_size(len(lines[0]))
                 lines[0] = lines[0].removeprefix(_BOM)
                 self._at_start = False
             for line in lines:
                 if line:
+                    self._check_size(len(line))
                     self._receive_field(line)
                 elif self._data:
                     payloads.append(self._data[0] if len(self._data) == 1 else b"\n".join(self._data))
@@ -72,8 +90,7 @@ class SSEDecoder:
         if rest:
             self._line.append(rest)
             self._line_size += len(rest)
-            self._check_size()
-        return payloads
+            self._check_size(self._line_size)
 
     def _receive_field(self, line: bytes) -> None:
         if line.startswith(b"data:"):
@@ -83,11 +100,10 @@ class SSEDecoder:
         else:
             return
         self._data.append(value)
-        self._data_size += len(value)
-        self._check_size()
+        self._data_size += len(line)
 
-    def _check_size(self) -> None:
-        if self._line_size + self._data_size > self._max_event_bytes:
+    def _check_size(self, line_size: int) -> None:
+        if self._data_size + line_size > self._max_event_bytes:
             raise EventTooLargeError(f"an event is larger than {self._max_event_bytes} bytes")
 
     def _unify_line_ends(self, data: bytes) -> bytes:

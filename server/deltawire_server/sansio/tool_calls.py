@@ -66,7 +66,15 @@ _MAX_INDEX = 2**31 - 1
 
 
 class ToolCallLimitError(ValueError):
-    """The answer's calls exceed a limit; it cannot be read on."""
+    """The answer's calls exceed a limit; it cannot be read on.
+
+    Attributes:
+        events: What the entries before it in the same chunk gave.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.events: list[Event] = []
 
 
 class State(enum.Enum):
@@ -219,6 +227,14 @@ class ToolCallAssembler:
         if self._finished:
             self.late_entries += len(entries)
             return events
+        try:
+            self._receive_entries(entries, events)
+        except ToolCallLimitError as error:
+            error.events = events
+            raise
+        return events
+
+    def _receive_entries(self, entries: Sequence[ToolEntry], events: list[Event]) -> None:
         for entry in entries:
             name = (entry.function.name or "") if entry.function else ""
             arguments = (entry.function.arguments or "") if entry.function else ""
@@ -232,7 +248,6 @@ class ToolCallAssembler:
                 self._take_arguments(call, arguments, events)
             if not name and not arguments:
                 call.advance(Kind.EMPTY)
-        return events
 
     def finish(self, *, cut: bool) -> list[Event]:
         """Judge every call; the choice has ended.

@@ -1,7 +1,7 @@
 """What the operator says: one TOML file, environment variables over it, flags over both. Only pydantic, no network.
 
-`parse` gives an `Invocation` whose settings can be served with, or raises `SettingsError` with every problem there is. To
-add a key, add a field with its description to `model`: file, environment, `--set`, `--help` and the printed settings
+`parse` gives an `Invocation` whose settings can be served with, or raises `SettingsError` with every problem there is.
+To add a key, add a field with its description to `model`: file, environment, `--set`, `--help` and the printed settings
 have it then.
 """
 

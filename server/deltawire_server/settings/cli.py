@@ -162,8 +162,8 @@ def example() -> str:
                 lines.append(f"# {key} = {_toml(_sample(field))}")
             else:
                 lines.append(f"{key} = {_toml(field.default)}")
-        lines += ["", ""]
-    return "\n".join(lines).rstrip("\n") + "\n"
+        lines.append("")
+    return "\n".join(lines)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,12 +1,12 @@
-"""The settings themselves: a frozen tree whose field descriptions are also the help, the example file and the reference.
+"""The settings themselves: a frozen tree whose field descriptions are also the help and the example file.
 
-`Settings` checks what it is made of, so one that exists can be served with. Where values come from is `sources`' affair.
+`Settings` checks what it is made of, so one that exists can be served with. Where values come from is for `sources`.
 Times are seconds, sizes bytes, throughout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping  # noqa: TC003 -- pydantic evaluates the annotations.
 from pathlib import Path
 from types import MappingProxyType, UnionType
 from typing import TYPE_CHECKING, Annotated, Literal, Union, get_args, get_origin
@@ -61,15 +61,19 @@ class ServerSettings(Section):
         Field(min_length=1),
     ] = Field(
         default=("127.0.0.1:50051",),
-        description="Addresses to listen on: host:port, [IPv6 address]:port or unix:/path; one, or a list (with commas in "
-        "the environment). Port 0 takes any free port. The default is reached from this machine only, so that nothing is "
-        "exposed by accident.",
+        description=(
+            "Addresses to listen on: host:port, [IPv6 address]:port or unix:/path; one, or a list (with commas in "
+            "the environment). Port 0 takes any free port. The default is reached from this machine only, so that "
+            "nothing is exposed by accident."
+        ),
     )
     tls_cert_file: OptionalFile = Field(
         default=None,
         examples=["/etc/deltawire/tls.crt"],
-        description="PEM file with the server's certificate chain, leaf first. Without it TCP listeners speak plaintext. "
-        "Needs tls_key_file.",
+        description=(
+            "PEM file with the server's certificate chain, leaf first. Without it TCP listeners speak plaintext. "
+            "Needs tls_key_file."
+        ),
     )
     tls_key_file: OptionalFile = Field(
         default=None,
@@ -79,21 +83,27 @@ class ServerSettings(Section):
     tls_client_ca_file: OptionalFile = Field(
         default=None,
         examples=["/etc/deltawire/clients-ca.crt"],
-        description="PEM file with the authorities whose client certificates are accepted. When set, every caller must "
-        "show one (mutual TLS). Needs tls_cert_file and tls_key_file.",
+        description=(
+            "PEM file with the authorities whose client certificates are accepted. When set, every caller must show "
+            "one (mutual TLS). Needs tls_cert_file and tls_key_file."
+        ),
     )
     # After the fields it depends on: a validator sees only those that come before its own.
     allow_plaintext: bool = Field(
         default=False,
-        description="Serve without TLS on addresses that other machines can reach. Usual behind a sidecar or a load "
-        "balancer that does TLS; off by default, since prompts and tokens would cross the network readable.",
+        description=(
+            "Serve without TLS on addresses that other machines can reach. Usual behind a sidecar or a load balancer "
+            "that does TLS; off by default, since prompts and tokens would cross the network readable."
+        ),
     )
     max_streams: Whole = Field(
         default=1000,
         ge=1,
         le=100_000,
-        description="Completions under way at once; more are refused with RESOURCE_EXHAUSTED (TOO_MANY_STREAMS). The "
-        "default is about what one process forwards at full speed; each takes one connection to a provider.",
+        description=(
+            "Completions under way at once; more are refused with RESOURCE_EXHAUSTED (TOO_MANY_STREAMS). The default "
+            "is about what one process forwards at full speed; each takes one connection to a provider."
+        ),
     )
     max_receive_bytes: Bytes = Field(
         default=32 * MIB,
@@ -101,43 +111,61 @@ class ServerSettings(Section):
     )
     max_completed_bytes: Bytes = Field(
         default=1 * MIB,
-        description="Bytes up to which the last event of a stream repeats the whole answer; above, it says "
-        "messages_omitted. The default stays well below the 4 MiB that gRPC clients receive unless told otherwise.",
+        description=(
+            "Bytes up to which the last event of a stream repeats the whole answer; above, it says messages_omitted. "
+            "The default stays well below the 4 MiB that gRPC clients receive unless told otherwise."
+        ),
     )
     max_duration: Seconds = Field(
         default=3600.0,
-        description="Seconds after which a call without an earlier deadline is ended. The default, an hour, outlasts any "
-        "answer that somebody waits for.",
+        description=(
+            "Seconds after which a call without an earlier deadline is ended. The default, an hour, outlasts any "
+            "answer that somebody waits for."
+        ),
     )
     drain_delay: SecondsOrNone = Field(
         default=2.0,
-        description="Seconds between reporting NOT_SERVING and refusing new calls on shutdown. The default lets load "
-        "balancers notice first; 0 for none.",
+        description=(
+            "Seconds between reporting NOT_SERVING and refusing new calls on shutdown. The default lets load "
+            "balancers notice first; 0 for none."
+        ),
     )
     drain_grace: SecondsOrNone = Field(
         default=30.0,
-        description="Seconds that calls under way get to end on shutdown before they are cancelled. With drain_delay it "
-        "should stay below what the supervisor waits (Kubernetes: terminationGracePeriodSeconds, 30 unless set).",
+        description=(
+            "Seconds that calls under way get to end on shutdown before they are cancelled. With drain_delay it must "
+            "stay below what the supervisor waits: with the defaults set Kubernetes' terminationGracePeriodSeconds "
+            "to 35."
+        ),
     )
     reflection: bool = Field(
         default=True,
-        description="Serve gRPC reflection, by which tools such as grpcurl learn the API. It tells no more than the "
-        "published proto files, hence on.",
+        description=(
+            "Serve gRPC reflection, by which tools such as grpcurl learn the API. It tells no more than the "
+            "published proto files, hence on."
+        ),
     )
     min_ping_interval: Seconds = Field(
         default=10.0,
-        description="Seconds that must lie between two keepalive pings of a client. The default leaves room for the "
-        "Python client's 30 and for proxies that ping more often.",
+        description=(
+            "Seconds that must lie between two keepalive pings of a client. The default leaves room for the Python "
+            "client's 30 and for proxies that ping more often."
+        ),
     )
     keepalive_time: Seconds = Field(
         default=30.0,
-        description="Seconds without traffic after which the server pings a client. The default stays below the 60 after "
-        "which common load balancers drop a silent connection.",
+        description=(
+            "Seconds without traffic after which the server pings a client. The default stays below the 60 after "
+            "which common load balancers drop a silent connection."
+        ),
     )
     ping_timeout: Seconds = Field(
         default=20.0,
-        description="Seconds to wait for the answer to a ping before the connection counts as lost and its generations are "
-        "stopped. The default rides out a short network fault; with keepalive_time, a vanished caller costs at most 50.",
+        description=(
+            "Seconds to wait for the answer to a ping before the connection counts as lost and its generations are "
+            "stopped. The default rides out a short network fault; with keepalive_time, a vanished caller costs at "
+            "most 50."
+        ),
     )
 
     @property
@@ -172,7 +200,7 @@ class ServerSettings(Section):
 
     @field_validator("allow_plaintext")
     @classmethod
-    def _plaintext_is_chosen(cls, value: bool, info: ValidationInfo) -> bool:  # noqa: FBT001 -- pydantic's signature.
+    def _plaintext_is_chosen(cls, value: bool, info: ValidationInfo) -> bool:
         if not value and "listen" in info.data and info.data.get("tls_cert_file", "wrong") is None:
             exposed = [listen for listen in info.data["listen"] if not values.is_local(listen)]
             if exposed:
@@ -190,30 +218,41 @@ class StreamSettings(Section):
 
     queue_bytes: Bytes = Field(
         default=256 * KIB,
-        description="Bytes of unsent events at which reading from the provider stops until the caller has taken some. The "
-        "default is a minute of fast generation, and 256 MiB if a thousand callers stall.",
+        description=(
+            "Bytes of unsent events at which reading from the provider stops until the caller has taken some. The "
+            "default is a minute of fast generation, and 256 MiB if a thousand callers stall."
+        ),
     )
     slow_caller_timeout: Seconds = Field(
         default=30.0,
-        description="Seconds that a full queue waits for its caller to take something; then generation is stopped and the "
-        "call ends with RESOURCE_EXHAUSTED (SLOW_CALLER). A provider generates on whether read or not, hence a limit.",
+        description=(
+            "Seconds that a full queue waits for its caller to take something; then generation is stopped and the "
+            "call ends with RESOURCE_EXHAUSTED (SLOW_CALLER). A provider generates on whether read or not, hence a "
+            "limit."
+        ),
     )
     max_tool_calls: Whole = Field(
         default=128,
         ge=1,
         le=65536,
-        description="Tool calls in one answer; more end it with an error. The default is beyond what any model asks for at "
-        "once: past it, a model repeats itself.",
+        description=(
+            "Tool calls in one answer; more end it with an error. The default is beyond what any model asks for at "
+            "once: past it, a model repeats itself."
+        ),
     )
     max_tool_call_bytes: Bytes = Field(
         default=4 * MIB,
-        description="Bytes of one tool call's arguments; more end the answer with an error. The default holds any file a "
-        "model writes in one call.",
+        description=(
+            "Bytes of one tool call's arguments; more end the answer with an error. The default holds any file a "
+            "model writes in one call."
+        ),
     )
     max_event_bytes: Bytes = Field(
         default=16 * MIB,
-        description="Bytes of one event in a provider's stream; more end the answer with an error. Events are small, except "
-        "from parsers that send a whole call at once: the default is four of max_tool_call_bytes.",
+        description=(
+            "Bytes of one event in a provider's stream; more end the answer with an error. Events are small, except "
+            "from parsers that send a whole call at once: the default is four of max_tool_call_bytes."
+        ),
     )
 
 
@@ -222,27 +261,35 @@ class ProviderSettings(Section):
 
     base_url: Annotated[str, AfterValidator(values.base_url)] = Field(
         examples=["http://127.0.0.1:8000/v1"],
-        description="Its address, http or https, with or without /v1; a prefix before it is kept. Credentials do not belong "
-        "here: see api_token. Required.",
+        description=(
+            "The vLLM server's address, http or https, with or without /v1; a prefix before it is kept. Credentials "
+            "do not belong here: see api_token. Required."
+        ),
     )
     api_token: Annotated[SecretStr | None, AfterValidator(values.token)] = Field(
         default=None,
         examples=["the server's --api-key"],
-        description="Bearer token sent as Authorization; a caller's own (metadata x-vllm-api-token) comes before it. Not "
-        "set, none is sent. Never printed, and no flag sets it, since flags show in ps.",
+        description=(
+            "Bearer token sent as Authorization; a caller's own (metadata x-vllm-api-token) comes before it. Not "
+            "set, none is sent. Never printed, and no flag sets it, since flags show in ps."
+        ),
     )
     tls_verify: Annotated[bool | Path, PlainValidator(values.tls_verify)] = Field(
         default=True,
-        description="How an https provider's certificate is checked: true, by the system's authorities; a path, by those in "
-        "that PEM file (~ is expanded); false, not at all. Strings true, false, 1 and 0 mean the booleans.",
+        description=(
+            "How an https provider's certificate is checked: true, by the system's authorities; a path, by those in "
+            "that PEM file (~ is expanded); false, not at all. Strings true, false, 1 and 0 mean the booleans."
+        ),
     )
     max_tokens: Annotated[int | None, BeforeValidator(values.number)] = Field(
         default=None,
         ge=1,
         le=2**31 - 1,
         examples=[4096],
-        description="Tokens that a request without a limit of its own may generate. Not set, none is sent, and vLLM stops "
-        "where the model's context ends.",
+        description=(
+            "Tokens that a request without a limit of its own may generate. Not set, none is sent, and vLLM stops "
+            "where the model's context ends."
+        ),
     )
     connect_timeout: Seconds = Field(
         default=5.0,
@@ -250,13 +297,17 @@ class ProviderSettings(Section):
     )
     first_event_timeout: Seconds = Field(
         default=600.0,
-        description="Seconds from sending a request to the first event of its answer. The default is long, as a busy server "
-        "queues and a long prompt takes minutes.",
+        description=(
+            "Seconds from sending a request to the first event of its answer. The default is long, as a busy server "
+            "queues and a long prompt takes minutes."
+        ),
     )
     silence_timeout: Seconds = Field(
         default=300.0,
-        description="Seconds between two events of an answer; comments do not count. The default allows for a server that "
-        "preempts a request to serve others.",
+        description=(
+            "Seconds between two events of an answer; comments do not count. The default allows for a server that "
+            "preempts a request to serve others."
+        ),
     )
 
 
@@ -266,8 +317,10 @@ class RegistrySettings(Section):
     database_url: Annotated[str, AfterValidator(values.database_url)] = Field(
         default="",
         examples=["sqlite:////var/lib/deltawire/registry.db"],
-        description="The database, SQLite in this version: sqlite:///relative/path or sqlite:////absolute/path. Not set or "
-        "empty, deltawire/registry.db under $XDG_STATE_HOME, else under ~/.local/state.",
+        description=(
+            "The database, SQLite in this version: sqlite:///relative/path or sqlite:////absolute/path. Not set or "
+            "empty, deltawire/registry.db under $XDG_STATE_HOME, else under ~/.local/state."
+        ),
     )
 
 
@@ -280,8 +333,10 @@ class LogSettings(Section):
     )
     format: Annotated[Literal["auto", "json", "text"], BeforeValidator(values.lower)] = Field(
         default="auto",
-        description="One JSON object or one line of text per entry. The default, auto, is text on a terminal, for people, "
-        "else JSON, for collectors.",
+        description=(
+            "One JSON object or one line of text per entry. The default, auto, is text on a terminal, for people, "
+            "else JSON, for collectors."
+        ),
     )
 
 
@@ -352,7 +407,7 @@ def expectation(field: FieldInfo) -> str:
         return f"a number of seconds{_limits(field)}"
     if Path in kinds:
         return "the path of a file, in quotes"
-    words = [word for kind in kinds if isinstance(kind, str) for word in (kind,)]
+    words = [kind for kind in kinds if isinstance(kind, str)]
     return f"one of {', '.join(words)}" if words else "a string, in quotes"
 
 
@@ -378,5 +433,5 @@ def _limits(field: FieldInfo) -> str:
         for name in ("gt", "ge", "le")
         if getattr(constraint, name, None) is not None
     }
-    low = f"above {bounds['gt']:g}" if "gt" in bounds else f"from {bounds['ge']}"
-    return f" {low} and up to {bounds['le']:.0f}" if "gt" in bounds else f" {low} to {bounds['le']:.0f}"
+    low = f"above {bounds['gt']:.0f} and up" if "gt" in bounds else f"from {bounds['ge']:.0f}"
+    return f" {low} to {bounds['le']:.0f}"

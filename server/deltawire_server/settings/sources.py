@@ -10,7 +10,6 @@ import difflib
 import re
 import tomllib
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -28,6 +27,7 @@ from deltawire_server.settings.values import DependencyError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from pathlib import Path
 
     from pydantic_core import ErrorDetails
 
@@ -42,7 +42,7 @@ SHORT_NAMES: Mapping[str, KeyPath] = {
 """Variables that describe provider `vllm`, beside their long names."""
 
 # Kubernetes puts these into every container for a service called deltawire or deltawire-server.
-_SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
+_SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)$")
 # Near enough that a misspelling is found, far enough that the client's variables (DELTAWIRE_TARGET) are none.
 _MISSPELLED = 0.85
 _SHOWN_CHARACTERS = 80
@@ -71,7 +71,7 @@ class Sources:
         problems: What was wrong before any value was looked at.
     """
 
-    tree: dict[str, Any] = field(default_factory=dict)
+    tree: dict[str, Any] = field(default_factory=dict, repr=False)
     origins: dict[KeyPath, str] = field(default_factory=dict)
     read: dict[str, None] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -83,17 +83,18 @@ class Sources:
             SettingsError: It cannot be read, or is not TOML. Nothing else can be judged then.
         """
         origin = f"file {path}"
+        problem = ""
         try:
             self.tree = tomllib.loads(path.read_text("utf-8"))
         except OSError as error:
-            raise SettingsError(
-                [f"{origin}: cannot be read ({error.strerror}): see --config and DELTAWIRE_CONFIG"]
-            ) from None
+            problem = f"cannot be read ({error.strerror}): see --config and DELTAWIRE_CONFIG"
         except UnicodeDecodeError:
-            raise SettingsError([f"{origin}: is not UTF-8 text: save it as such"]) from None
+            problem = "is not UTF-8 text: save it as such"
         except tomllib.TOMLDecodeError as error:
-            # Not chained: later Pythons keep the whole text, and with it any token, on the exception.
-            raise SettingsError([f"{origin}: is not TOML: {error}; deltawire-server --help shows an example"]) from None
+            problem = f"is not TOML: {error}; deltawire-server --help shows an example"
+        # Outside of the handlers: these exceptions may hold the whole text, and with it a token, and would travel along.
+        if problem:
+            raise SettingsError([f"{origin}: {problem}"])
         self.read[origin] = None
         for section, table in self.tree.items():
             self._note((section,), table, origin, depth=2 if section == "providers" else 1)
@@ -153,7 +154,7 @@ class Sources:
             checked = Settings.model_validate(self.tree, context={"environ": environ})
         except ValidationError as error:
             self.problems.extend(self._line(each) for each in error.errors(include_url=False))
-        # Outside of the handler: pydantic's exception holds the values, and must not travel along as context.
+        # Outside of the handler, as above: pydantic's exception holds the values.
         if checked is None or self.problems:
             raise SettingsError(self.problems)
         return checked
@@ -212,7 +213,7 @@ class Sources:
             return self._said(path, str(cause), origin=self.origins.get(asking))
         if location[-1] == "[key]":
             return self._said(
-                path[:2], "no provider id: use lower-case letters, digits, -, _ and ., and begin with a letter or digit"
+                path[:2], "no provider id: use lower-case letters, digits, -, _ and ., first a letter or digit"
             )
         if error["type"] == "missing":
             return self._said(path, f"is missing: {_ways(path)}", origin=self.origins.get(path[:-1]))

@@ -112,9 +112,9 @@ class Provider(Protocol):
     ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """Ask for a completion; entering yields the body of its event stream as it arrives, cut anywhere.
 
-        Entering raises for whatever the provider refuses with an HTTP status, and if it cannot be reached; iterating ends
-        where the body ends or the connection breaks, since what is missing is to be told from the events. Leaving closes the connection unless the body was read to its end, so that the provider
-        stops generating.
+        Entering raises for whatever the provider refuses with an HTTP status, and if it cannot be reached. Iterating
+        ends where the body ends or the connection breaks: what is missing is to be told from the events. Leaving closes
+        the connection unless the body was read to its end, so that the provider stops generating.
 
         Args:
             request: What to ask.

@@ -24,7 +24,7 @@ class Role(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class CallRecord:
+class PastCall:
     """A tool call of an earlier turn; `arguments` is JSON text, passed on to the letter."""
 
     call_id: str
@@ -47,7 +47,7 @@ class ChatMessage:
     role: Role
     content: tuple[str, ...] = ()
     reasoning: str = ""
-    tool_calls: tuple[CallRecord, ...] = ()
+    tool_calls: tuple[PastCall, ...] = ()
     call_id: str = ""
 
 

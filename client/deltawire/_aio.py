@@ -1,0 +1,300 @@
+"""The asynchronous client: the blocking one with `await` in it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Self, TypeVar, Unpack
+
+import grpc
+from grpc import aio
+
+from deltawire._channel import DEFAULT_TARGET, CallOptions, ConnectOptions, Defaults, Outgoing, connection
+from deltawire._completion import Answer, StreamOutcome, answer_of, text_of_event
+from deltawire._errors import CallCancelledError, Failure, ProtocolError
+from deltawire._requests import (
+    ChatArguments,
+    Messages,
+    ModelPages,
+    RegisterArguments,
+    split_arguments,
+    split_registration,
+)
+from deltawire.v1.chat_completion_pb2 import (
+    ChatRequest,
+    CreateChatCompletionRequest,
+    StreamChatCompletionRequest,
+    StreamChatCompletionResponse,
+)
+from deltawire.v1.chat_completion_pb2_grpc import ChatCompletionStub
+from deltawire.v1.model_registry_pb2 import (
+    CheckProviderHealthRequest,
+    CheckProviderHealthResponse,
+    GetModelRequest,
+    ListProvidersRequest,
+    Model,
+    Provider,
+    RegisterModelRequest,
+    UnregisterModelRequest,
+)
+from deltawire.v1.model_registry_pb2_grpc import ModelRegistryStub
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+    from types import TracebackType
+
+    from deltawire.v1.chat_completion_pb2_grpc import ChatCompletionAsyncStub
+    from deltawire.v1.model_registry_pb2_grpc import ModelRegistryAsyncStub
+
+Q = TypeVar("Q")
+R = TypeVar("R")
+
+
+class AsyncClient:
+    """Talks to a gateway, one channel for all calls; close it, or use it in an `async with` block.
+
+    Make it inside the event loop that will use it: it belongs to that loop and its thread. A channel does not survive
+    a fork: make the client in the child process.
+
+    Args:
+        target: A gRPC target: "host:port", "unix:/path", "dns:///name:port".
+        channel: A `grpc.aio` channel of your own, used as it is; the client does not close it, and its retries, limits,
+            interceptors and TLS are up to you.
+        interceptors: grpc.aio's own kind; the first is the outermost.
+        options: See `ConnectOptions`.
+
+    Raises:
+        RuntimeError: No event loop is running.
+        ValueError: A token would go over plaintext to another machine, or interceptors came with a channel.
+
+    Nothing is connected yet: the first call does that. Go on with `chat`, `models` and `providers`.
+    """
+
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        channel: aio.Channel | None = None,
+        interceptors: Sequence[aio.ClientInterceptor] = (),
+        **options: Unpack[ConnectOptions],
+    ) -> None:
+        asyncio.get_running_loop()
+        end, defaults = connection(target, options, own_channel=channel is not None)
+        self._owned: aio.Channel | None = None
+        if channel is None:
+            if end.credentials is None:
+                channel = aio.insecure_channel(end.target, end.options, interceptors=interceptors)
+            else:
+                channel = aio.secure_channel(end.target, end.credentials, end.options, interceptors=interceptors)
+            self._owned = channel
+        elif interceptors:
+            message = "grpc.aio takes interceptors when a channel is made: give them to yours"
+            raise ValueError(message)
+        registry = ModelRegistryStub(channel)
+        self.chat = AsyncChat(ChatCompletionStub(channel), defaults)
+        self.models = AsyncModels(registry, defaults)
+        self.providers = AsyncProviders(registry, defaults)
+
+    async def close(self) -> None:
+        """Close the channel, unless it is your own. Calls that still run end as cancelled."""
+        if self._owned is not None:
+            await self._owned.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+class AsyncChat:
+    """Chats with a model."""
+
+    def __init__(self, stub: ChatCompletionAsyncStub, defaults: Defaults) -> None:
+        self._stub = stub
+        self._defaults = defaults
+
+    async def create(self, messages: Messages | ChatRequest, **arguments: Unpack[ChatArguments]) -> Answer:
+        """Ask, and wait for the whole answer; see `Chat.create`. Cancelling the task cancels the call."""
+        chat, options = split_arguments(messages, arguments)
+        outgoing = self._defaults.outgoing(options)
+        response = await _invoke(self._stub.CreateChatCompletion, CreateChatCompletionRequest(chat=chat), outgoing)
+        return answer_of(response, outgoing.info)
+
+    def stream(self, messages: Messages | ChatRequest, **arguments: Unpack[ChatArguments]) -> AsyncChatStream:
+        """Ask, and read the answer while it is generated; see `Chat.stream`. No `await` here.
+
+        Use the stream in an `async with` block: leaving it ends the call on both sides, which leaving an `async for`
+        does not.
+        """
+        chat, options = split_arguments(messages, arguments)
+        outgoing = self._defaults.outgoing(options)
+        request = StreamChatCompletionRequest(chat=chat)
+        return AsyncChatStream(self._stub.StreamChatCompletion(request, **outgoing.arguments), outgoing)
+
+
+class AsyncChatStream(StreamOutcome):
+    """An answer on its way: iterate over its events, over `text`, or go straight to `final()`.
+
+    All three read the same stream, so what one has taken the others do not see again; `final()` always has everything.
+    """
+
+    def __init__(
+        self, rpc: aio.UnaryStreamCall[StreamChatCompletionRequest, StreamChatCompletionResponse], outgoing: Outgoing
+    ) -> None:
+        super().__init__(outgoing)
+        self._rpc = rpc
+        self._events = rpc.__aiter__()
+        self._begun = False
+
+    def __aiter__(self) -> AsyncIterator[StreamChatCompletionResponse]:
+        return self
+
+    async def __anext__(self) -> StreamChatCompletionResponse:
+        """The next event; see `ChatStream.__next__`. Cancelling the task cancels the call."""
+        if self._outcome is None:
+            try:
+                event = await anext(self._events)
+            except StopAsyncIteration:
+                self._outgoing.ended(await self._rpc.trailing_metadata())
+                self._end(None)
+            except aio.AioRpcError as error:
+                self._end(error)
+            except asyncio.CancelledError:
+                self._cancelled()
+                if _task_is_cancelled():
+                    raise
+            else:
+                return await self._take(event)
+        self._result()
+        raise StopAsyncIteration
+
+    @property
+    def text(self) -> AsyncIterator[str]:
+        """The text of choice 0, piece by piece. Raises what iterating over events raises."""
+        return (piece async for event in self if (piece := text_of_event(event)))
+
+    async def final(self) -> Answer:
+        """Read to the end; see `ChatStream.final`."""
+        async for _ in self:
+            pass
+        return self._result()
+
+    def cancel(self) -> None:
+        """End the call now, on both sides. Reading on raises `CallCancelledError`, unless the stream had ended."""
+        self._cancelled()
+        self._rpc.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+    async def _take(self, event: StreamChatCompletionResponse) -> StreamChatCompletionResponse:
+        """Hand on an event after taking note of it."""
+        if not self._begun:
+            self._begun = True
+            self._outgoing.began(await self._rpc.initial_metadata())
+        try:
+            self._receive(event)
+        except ProtocolError:
+            self._rpc.cancel()
+            raise
+        return event
+
+
+class AsyncModels:
+    """Which models can be called, under which names."""
+
+    def __init__(self, stub: ModelRegistryAsyncStub, defaults: Defaults) -> None:
+        self._stub = stub
+        self._defaults = defaults
+
+    def list(self, *, page_size: int = 0, **options: Unpack[CallOptions]) -> AsyncModelList:
+        """All models by ascending id, for `async for`; see `Models.list`. No `await` here."""
+        return AsyncModelList(self._stub, self._defaults, page_size, options)
+
+    async def get(self, model_id: str, **options: Unpack[CallOptions]) -> Model:
+        """One model; see `Models.get`."""
+        request = GetModelRequest(model_id=model_id)
+        return (await _invoke(self._stub.GetModel, request, self._defaults.outgoing(options))).model
+
+    async def register(self, model: str | RegisterModelRequest, **arguments: Unpack[RegisterArguments]) -> Model:
+        """Give a served model an id and aliases of your own; see `Models.register`."""
+        request, options = split_registration(model, arguments)
+        return (await _invoke(self._stub.RegisterModel, request, self._defaults.outgoing(options))).model
+
+    async def unregister(self, model_id: str, **options: Unpack[CallOptions]) -> None:
+        """Forget a registered model; see `Models.unregister`."""
+        request = UnregisterModelRequest(model_id=model_id)
+        await _invoke(self._stub.UnregisterModel, request, self._defaults.outgoing(options))
+
+
+class AsyncModelList(ModelPages):
+    """Iterates over models, fetching pages as they are needed."""
+
+    def __init__(self, stub: ModelRegistryAsyncStub, defaults: Defaults, page_size: int, options: CallOptions) -> None:
+        super().__init__(page_size)
+        self._stub = stub
+        self._defaults = defaults
+        self._options = options
+
+    def __aiter__(self) -> AsyncIterator[Model]:
+        return self
+
+    async def __anext__(self) -> Model:
+        while not self._models:
+            if self._request is None:
+                raise StopAsyncIteration
+            outgoing = self._defaults.outgoing(self._options)
+            self._receive(await _invoke(self._stub.ListModels, self._request, outgoing))
+        return self._models.popleft()
+
+
+class AsyncProviders:
+    """The servers of models that the gateway's operator configured."""
+
+    def __init__(self, stub: ModelRegistryAsyncStub, defaults: Defaults) -> None:
+        self._stub = stub
+        self._defaults = defaults
+
+    async def list(self, **options: Unpack[CallOptions]) -> Sequence[Provider]:
+        """All of them, by ascending id."""
+        outgoing = self._defaults.outgoing(options)
+        return tuple((await _invoke(self._stub.ListProviders, ListProvidersRequest(), outgoing)).providers)
+
+    async def health(self, provider_id: str, **options: Unpack[CallOptions]) -> CheckProviderHealthResponse:
+        """How a provider is; see `Providers.health`."""
+        request = CheckProviderHealthRequest(provider_id=provider_id)
+        return await _invoke(self._stub.CheckProviderHealth, request, self._defaults.outgoing(options))
+
+
+async def _invoke(method: aio.UnaryUnaryMultiCallable[Q, R], request: Q, outgoing: Outgoing) -> R:
+    """Make a call with one answer.
+
+    Raises:
+        CallError: It failed.
+    """
+    call = method(request, **outgoing.arguments)
+    try:
+        response = await call
+    except aio.AioRpcError as error:
+        raise outgoing.error(error) from error
+    except asyncio.CancelledError:
+        if _task_is_cancelled():
+            raise
+        failure = Failure(grpc.StatusCode.CANCELLED, "the client was closed", request_id=outgoing.info.request_id)
+        raise CallCancelledError(failure) from None
+    outgoing.began(await call.initial_metadata())
+    outgoing.ended(await call.trailing_metadata())
+    return response
+
+
+def _task_is_cancelled() -> bool:
+    """Whether it is this task that is being cancelled, and not only its call: gRPC raises the same for both."""
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0

@@ -1,0 +1,326 @@
+"""The blocking client."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self, TypeAlias, TypeVar, Unpack, cast
+
+import grpc
+
+from deltawire._channel import DEFAULT_TARGET, CallOptions, ConnectOptions, Defaults, Outgoing, connection
+from deltawire._completion import Answer, StreamOutcome, answer_of, text_of_event
+from deltawire._errors import FailedCall, ProtocolError
+from deltawire._requests import (
+    ChatArguments,
+    Messages,
+    ModelPages,
+    RegisterArguments,
+    split_arguments,
+    split_registration,
+)
+from deltawire.v1.chat_completion_pb2 import (
+    ChatRequest,
+    CreateChatCompletionRequest,
+    StreamChatCompletionRequest,
+    StreamChatCompletionResponse,
+)
+from deltawire.v1.chat_completion_pb2_grpc import ChatCompletionStub
+from deltawire.v1.model_registry_pb2 import (
+    CheckProviderHealthRequest,
+    CheckProviderHealthResponse,
+    GetModelRequest,
+    ListProvidersRequest,
+    Model,
+    Provider,
+    RegisterModelRequest,
+    UnregisterModelRequest,
+)
+from deltawire.v1.model_registry_pb2_grpc import ModelRegistryStub
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from types import TracebackType
+
+    from grpc import _CallIterator
+
+Q = TypeVar("Q")
+R = TypeVar("R")
+Interceptor: TypeAlias = grpc.UnaryUnaryClientInterceptor | grpc.UnaryStreamClientInterceptor
+
+
+class Client:
+    """Talks to a gateway, one channel for all calls; close it, or use it in a `with` block.
+
+    Any number of threads may share a client; a stream belongs to one thread at a time, and only its `cancel` may be
+    called from others. A channel does not survive a fork: make the client in the child process.
+
+    Args:
+        target: A gRPC target: "host:port", "unix:/path", "dns:///name:port".
+        channel: A channel of your own, used as it is; the client does not close it, and its retries, limits and TLS are
+            up to you.
+        interceptors: gRPC's own kind; the first is the outermost.
+        options: See `ConnectOptions`.
+
+    Raises:
+        ValueError: A token would go over plaintext to another machine.
+
+    Nothing is connected yet: the first call does that. Go on with `chat`, `models` and `providers`.
+    """
+
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        channel: grpc.Channel | None = None,
+        interceptors: Sequence[Interceptor] = (),
+        **options: Unpack[ConnectOptions],
+    ) -> None:
+        end, defaults = connection(target, options, own_channel=channel is not None)
+        self._owned: grpc.Channel | None = None
+        if channel is None:
+            if end.credentials is None:
+                channel = grpc.insecure_channel(end.target, end.options)
+            else:
+                channel = grpc.secure_channel(end.target, end.credentials, end.options)
+            self._owned = channel
+        if interceptors:
+            channel = grpc.intercept_channel(channel, *interceptors)
+        registry = ModelRegistryStub(channel)
+        self.chat = Chat(ChatCompletionStub(channel), defaults)
+        self.models = Models(registry, defaults)
+        self.providers = Providers(registry, defaults)
+
+    def close(self) -> None:
+        """Close the channel, unless it is your own. Calls that still run end as cancelled."""
+        if self._owned is not None:
+            self._owned.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Chat:
+    """Chats with a model."""
+
+    def __init__(self, stub: ChatCompletionStub, defaults: Defaults) -> None:
+        self._stub = stub
+        self._defaults = defaults
+
+    def create(self, messages: Messages | ChatRequest, **arguments: Unpack[ChatArguments]) -> Answer:
+        """Ask, and wait for the whole answer.
+
+        Args:
+            messages: The conversation, or a whole `ChatRequest`.
+            arguments: See `ChatOptions` and `CallOptions`.
+
+        Raises:
+            CallError: The call failed; see `deltawire._errors`.
+            TypeError: An argument that does not exist.
+
+        The answer's `message` goes into the history; if `tool_calls_executable`, run its `tool_calls` next.
+        """
+        chat, options = split_arguments(messages, arguments)
+        outgoing = self._defaults.outgoing(options)
+        response = _invoke(self._stub.CreateChatCompletion, CreateChatCompletionRequest(chat=chat), outgoing)
+        return answer_of(response, outgoing.info)
+
+    def stream(self, messages: Messages | ChatRequest, **arguments: Unpack[ChatArguments]) -> ChatStream:
+        """Ask, and read the answer while it is generated. It takes what `create` takes.
+
+        The request is on its way when this returns; its errors come from reading. Use the stream in a `with` block:
+        leaving it ends the call on both sides.
+        """
+        chat, options = split_arguments(messages, arguments)
+        outgoing = self._defaults.outgoing(options)
+        request = StreamChatCompletionRequest(chat=chat)
+        return ChatStream(self._stub.StreamChatCompletion(request, **outgoing.arguments), outgoing)
+
+
+class ChatStream(StreamOutcome):
+    """An answer on its way: iterate over its events, over `text`, or go straight to `final()`.
+
+    All three read the same stream, so what one has taken the others do not see again; `final()` always has everything.
+    """
+
+    def __init__(self, rpc: _CallIterator[StreamChatCompletionResponse], outgoing: Outgoing) -> None:
+        super().__init__(outgoing)
+        self._rpc = rpc
+        self._begun = False
+
+    def __iter__(self) -> Iterator[StreamChatCompletionResponse]:
+        return self
+
+    def __next__(self) -> StreamChatCompletionResponse:
+        """The next event; branch on `event.WhichOneof("event")` and skip None, an event of a later version.
+
+        Raises:
+            CallError: The call failed. After a fault this comes after the `completed` event, which tells the same.
+            ProtocolError: The gateway broke the rules of the stream; the call is cancelled.
+        """
+        if self._outcome is None:
+            try:
+                event = next(self._rpc)
+            except StopIteration:
+                self._outgoing.ended(self._rpc.trailing_metadata())
+                self._end(None)
+            except grpc.RpcError as error:
+                self._end(cast("FailedCall", error))
+            else:
+                return self._take(event)
+        self._result()
+        raise StopIteration
+
+    @property
+    def text(self) -> Iterator[str]:
+        """The text of choice 0, piece by piece. Raises what iterating over events raises."""
+        return (piece for event in self if (piece := text_of_event(event)))
+
+    def final(self) -> Answer:
+        """Read to the end.
+
+        Raises:
+            CallError: See `__next__`; its `answer` has what had come.
+
+        Call it as often as you like: the stream is read once.
+        """
+        for _ in self:
+            pass
+        return self._result()
+
+    def cancel(self) -> None:
+        """End the call now, on both sides. Reading on raises `CallCancelledError`, unless the stream had ended."""
+        self._cancelled()
+        self._rpc.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+    def _take(self, event: StreamChatCompletionResponse) -> StreamChatCompletionResponse:
+        """Hand on an event after taking note of it."""
+        if not self._begun:
+            self._begun = True
+            self._outgoing.began(self._rpc.initial_metadata())
+        try:
+            self._receive(event)
+        except ProtocolError:
+            self._rpc.cancel()
+            raise
+        return event
+
+
+class Models:
+    """Which models can be called, under which names."""
+
+    def __init__(self, stub: ModelRegistryStub, defaults: Defaults) -> None:
+        self._stub = stub
+        self._defaults = defaults
+
+    def list(self, *, page_size: int = 0, **options: Unpack[CallOptions]) -> ModelList:
+        """All models by ascending id, fetched page by page while you iterate; 0 leaves the page's size to the gateway.
+
+        `timeout` is for each page. Read `unreachable_provider_ids` when the listing is at its end.
+        """
+        return ModelList(self._stub, self._defaults, page_size, options)
+
+    def get(self, model_id: str, **options: Unpack[CallOptions]) -> Model:
+        """One model, by any name that a chat request takes.
+
+        Raises:
+            ModelNotFoundError: There is none.
+            ModelAmbiguousError: Several providers serve a model of this name.
+        """
+        outgoing = self._defaults.outgoing(options)
+        return _invoke(self._stub.GetModel, GetModelRequest(model_id=model_id), outgoing).model
+
+    def register(self, model: str | RegisterModelRequest, **arguments: Unpack[RegisterArguments]) -> Model:
+        """Give a served model an id and aliases of your own; doing the same again changes nothing.
+
+        Args:
+            model: The id to call it by, or a whole request.
+            arguments: See `RegisterOptions` and `CallOptions`.
+
+        Raises:
+            ModelAlreadyExistsError: The id or an alias belongs to another model.
+            ModelNotServedError: The provider does not serve it.
+
+        The model comes back as registered: its `id` is what to call it by.
+        """
+        request, options = split_registration(model, arguments)
+        return _invoke(self._stub.RegisterModel, request, self._defaults.outgoing(options)).model
+
+    def unregister(self, model_id: str, **options: Unpack[CallOptions]) -> None:
+        """Forget a registered model, by id or alias.
+
+        Raises:
+            ModelNotFoundError: There is none; after a lost connection that may be because it is gone already.
+            ModelDiscoveredError: It was never registered: a provider serves it.
+        """
+        request = UnregisterModelRequest(model_id=model_id)
+        _invoke(self._stub.UnregisterModel, request, self._defaults.outgoing(options))
+
+
+class ModelList(ModelPages):
+    """Iterates over models, fetching pages as they are needed."""
+
+    def __init__(self, stub: ModelRegistryStub, defaults: Defaults, page_size: int, options: CallOptions) -> None:
+        super().__init__(page_size)
+        self._stub = stub
+        self._defaults = defaults
+        self._options = options
+
+    def __iter__(self) -> Iterator[Model]:
+        return self
+
+    def __next__(self) -> Model:
+        while not self._models:
+            if self._request is None:
+                raise StopIteration
+            self._receive(_invoke(self._stub.ListModels, self._request, self._defaults.outgoing(self._options)))
+        return self._models.popleft()
+
+
+class Providers:
+    """The servers of models that the gateway's operator configured."""
+
+    def __init__(self, stub: ModelRegistryStub, defaults: Defaults) -> None:
+        self._stub = stub
+        self._defaults = defaults
+
+    def list(self, **options: Unpack[CallOptions]) -> Sequence[Provider]:
+        """All of them, by ascending id."""
+        outgoing = self._defaults.outgoing(options)
+        return tuple(_invoke(self._stub.ListProviders, ListProvidersRequest(), outgoing).providers)
+
+    def health(self, provider_id: str, **options: Unpack[CallOptions]) -> CheckProviderHealthResponse:
+        """How a provider is; one that is down is an answer, `HEALTH_STATUS_ERROR`, and no error.
+
+        Raises:
+            ProviderNotFoundError: There is none of this name.
+        """
+        request = CheckProviderHealthRequest(provider_id=provider_id)
+        return _invoke(self._stub.CheckProviderHealth, request, self._defaults.outgoing(options))
+
+
+def _invoke(method: grpc.UnaryUnaryMultiCallable[Q, R], request: Q, outgoing: Outgoing) -> R:
+    """Make a call with one answer.
+
+    Raises:
+        CallError: It failed.
+    """
+    try:
+        response, call = method.with_call(request, **outgoing.arguments)
+    except grpc.RpcError as error:
+        # gRPC's exception is the call itself, which its type does not say.
+        raise outgoing.error(cast("FailedCall", error)) from error
+    outgoing.began(call.initial_metadata())
+    outgoing.ended(call.trailing_metadata())
+    return response

@@ -1,0 +1,52 @@
+"""`deltawire-server`: read the settings, serve until told to stop."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the gateway.
+
+    Args:
+        argv: Without the program's name; by default the process's own.
+
+    Returns:
+        0 after a stop that was asked for, 1 if it could not serve, 2 for wrong settings. Give it to `sys.exit`.
+    """
+    try:
+        import uvloop
+
+        from deltawire_server import app, settings
+        from deltawire_server.errors import DeltawireError
+        from deltawire_server.lifecycle import ListenError
+    except ModuleNotFoundError as error:
+        print(
+            f"deltawire-server needs the server's libraries ({error.name} is missing): pip install 'deltawire[server]'",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        invocation = settings.parse(sys.argv[1:] if argv is None else argv, os.environ)
+    except settings.SettingsError as error:
+        for problem in error.problems:
+            print(f"deltawire-server: {problem}", file=sys.stderr)
+        return 2
+    if invocation.check_only:
+        print(settings.effective(invocation.settings, invocation.origins))
+        return 0
+    try:
+        uvloop.run(app.serve(invocation.settings))
+    except (ListenError, DeltawireError) as error:
+        print(f"deltawire-server: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

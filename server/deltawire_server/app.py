@@ -1,0 +1,173 @@
+"""The composition root: settings in, a running gateway out. The only module that knows every part."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import ssl
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from deltawire._version import __version__
+from deltawire.v1 import chat_completion_pb2, chat_completion_pb2_grpc, model_registry_pb2, model_registry_pb2_grpc
+from deltawire_server.lifecycle import Lifecycle, plaintext_addresses
+from deltawire_server.registry.registry import ModelRegistry
+from deltawire_server.registry.store import Store
+from deltawire_server.rpc.chat_completion import ChatCompletionServicer
+from deltawire_server.rpc.interceptors import CallInterceptor
+from deltawire_server.rpc.model_registry import ModelRegistryServicer
+from deltawire_server.sansio.completion import Limits
+from deltawire_server.telemetry import configure_logging, get_logger
+from deltawire_server.upstream.base import Patience
+from deltawire_server.upstream.providers import Providers
+from deltawire_server.upstream.vllm import VllmProvider
+from deltawire_server.worker import Worker, WorkerLimits
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from deltawire_server.settings import ProviderSettings, Settings
+
+SPARE_CONNECTIONS = 32
+"""Of each provider's pool, above the completions that are admitted: for listings and health, which must not wait."""
+
+SERVICES = (
+    chat_completion_pb2.DESCRIPTOR.services_by_name["ChatCompletion"].full_name,
+    model_registry_pb2.DESCRIPTOR.services_by_name["ModelRegistry"].full_name,
+)
+
+_log = get_logger(__name__)
+
+
+class Gateway:
+    """A gateway, from its settings: `async with Gateway(settings) as gateway`, then it serves on `gateway.addresses`.
+
+    Leaving cancels what is under way; `drain` first to let it end.
+
+    Args:
+        settings: Checked already.
+
+    Raises:
+        ListenError: On entering: an address cannot be listened on.
+        RegistryError: On entering: the registry's database cannot be used.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        connections = settings.server.max_streams + SPARE_CONNECTIONS
+        self._providers = Providers(
+            _provider(provider_id, provider, connections) for provider_id, provider in settings.providers.items()
+        )
+        self._registry = ModelRegistry(Store(settings.registry.database_url), self._providers)
+        worker = Worker(self._registry, _worker_limits(settings))
+        calls = CallInterceptor()
+        self._lifecycle = Lifecycle(settings.server, [calls], calls)
+        chat = ChatCompletionServicer(worker, max_completed_bytes=settings.server.max_completed_bytes)
+        models = ModelRegistryServicer(self._registry, self._providers)
+        self._lifecycle.add_service(
+            lambda server: chat_completion_pb2_grpc.add_ChatCompletionServicer_to_server(chat, server)
+        )
+        self._lifecycle.add_service(
+            lambda server: model_registry_pb2_grpc.add_ModelRegistryServicer_to_server(models, server)
+        )
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """What it listens on."""
+        return self._lifecycle.addresses
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._registry.open()
+            await self._lifecycle.start(SERVICES)
+        except BaseException:
+            await self._close()
+            raise
+        server = self._settings.server
+        _log.info(
+            "serving",
+            version=__version__,
+            addresses=list(self.addresses),
+            tls="mutual" if server.tls_client_ca_file else "yes" if server.tls else "no",
+            providers={provider.id: provider.base_url for provider in self._providers.all()},
+        )
+        exposed = plaintext_addresses(server)
+        if exposed:
+            _log.warning("serving without TLS to other machines", addresses=list(exposed))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._close()
+
+    async def drain(self) -> None:
+        """Turn NOT_SERVING, take calls until balancers have noticed, then let those under way end."""
+        await self._lifecycle.stop()
+
+    async def stop(self) -> None:
+        """Cancel what is under way; also while draining."""
+        await self._lifecycle.stop(at_once=True)
+
+    async def _close(self) -> None:
+        await self._lifecycle.stop(at_once=True)
+        await self._registry.close()
+        await self._providers.close()
+
+
+async def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, then drain; a second signal cancels what is still under way.
+
+    Raises:
+        ListenError: An address cannot be listened on.
+        RegistryError: The registry's database cannot be used.
+    """
+    configure_logging(settings.log.level, settings.log.format)
+    asked = asyncio.Event()
+    insisted = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, lambda: (insisted if asked.is_set() else asked).set())
+    async with Gateway(settings) as gateway:
+        await asked.wait()
+        draining = asyncio.create_task(gateway.drain())
+        insisting = asyncio.create_task(insisted.wait())
+        await asyncio.wait([draining, insisting], return_when=asyncio.FIRST_COMPLETED)
+        insisting.cancel()
+        await gateway.stop()
+        await asyncio.wait([draining])
+    _log.info("stopped")
+
+
+def _provider(provider_id: str, settings: ProviderSettings, connections: int) -> VllmProvider:
+    token = settings.api_token
+    return VllmProvider(
+        provider_id,
+        settings.base_url,
+        api_token=token.get_secret_value() if token is not None else None,
+        tls=_tls(settings.tls_verify),
+        default_max_tokens=settings.max_tokens,
+        max_connections=connections,
+        connect_timeout=settings.connect_timeout,
+        patience=Patience(settings.first_event_timeout, settings.silence_timeout),
+        user_agent=f"deltawire/{__version__}",
+    )
+
+
+def _tls(verify: bool | Path) -> ssl.SSLContext | bool:
+    return ssl.create_default_context(cafile=verify) if isinstance(verify, Path) else verify
+
+
+def _worker_limits(settings: Settings) -> WorkerLimits:
+    stream = settings.stream
+    return WorkerLimits(
+        max_streams=settings.server.max_streams,
+        max_duration=settings.server.max_duration,
+        queue_bytes=stream.queue_bytes,
+        slow_caller_timeout=stream.slow_caller_timeout,
+        answer=Limits(
+            max_event_bytes=stream.max_event_bytes,
+            max_calls=stream.max_tool_calls,
+            max_call_bytes=stream.max_tool_call_bytes,
+        ),
+    )

@@ -1,0 +1,125 @@
+"""The look-alike from a shell."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from deltawire_server.fake_vllm.script import End, Knobs, Script
+from deltawire_server.fake_vllm.server import FakeVllm
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+EXAMPLES = """\
+examples:
+  python -m deltawire_server.fake_vllm                                  a short answer to whatever is asked, port 8000
+  python -m deltawire_server.fake_vllm --tokens 200 --tokens-per-second 40
+  python -m deltawire_server.fake_vllm --recording tests/transcripts/tool-one.sse
+  python -m deltawire_server.fake_vllm --after 5 --end reset            every stream breaks after five chunks
+  python -m deltawire_server.fake_vllm --first-delay 60 --keep-alive 5  a long prefill
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until SIGTERM or Ctrl-C.
+
+    Args:
+        arguments: The command line; the process's own if not given.
+
+    Returns:
+        The exit status: 0 after a signal, 1 if the address cannot be used.
+    """
+    options = _parser().parse_args(arguments)
+    knobs = Knobs(
+        headers_delay=options.headers_delay,
+        first_delay=options.first_delay,
+        chunk_delay=options.chunk_delay,
+        chunks_per_write=options.chunks_per_write,
+        keep_alive=options.keep_alive,
+        after=options.after,
+        end=options.end,
+    )
+    try:
+        if options.recording is not None:
+            script = Script.recording(options.recording, **knobs)
+        else:
+            script = Script.generated(
+                tokens=options.tokens, tokens_per_second=options.tokens_per_second, tool_call=options.tool_call, **knobs
+            )
+        # A benchmark opens more connections than a shell's usual 1024 files.
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        models = options.model or ["fake"]
+        fake = FakeVllm(script, models=models, api_key=options.api_key, host=options.host, port=options.port)
+        asyncio.run(_serve(fake, models))
+    except OSError as error:
+        print(f"fake vLLM: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+async def _serve(fake: FakeVllm, models: Sequence[str]) -> None:
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with contextlib.suppress(NotImplementedError):
+            asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    async with fake:
+        print(f"fake vLLM listening on {fake.base_url} serving {', '.join(models)}", flush=True)
+        await stopped.wait()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m deltawire_server.fake_vllm",
+        description="A vLLM look-alike: plays recordings or made-up answers, with faults. No model, no accelerator.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
+    add(
+        "--port",
+        type=int,
+        default=8000,
+        help="0 for a free one, which the first line of output names (default %(default)s)",
+    )
+    add("--model", action="append", metavar="NAME", help="served name; repeat for aliases (default fake)")
+    add("--api-key", metavar="KEY", help="asked for on /v1/*")
+    answer = parser.add_argument_group("what every chat request gets")
+    add = answer.add_argument
+    add(
+        "--recording", type=Path, metavar="FILE", help="this .sse or .body file, bit for bit; else an answer is made up"
+    )
+    add("--tokens", type=int, default=24, metavar="N", help="length of a made-up answer (default %(default)s)")
+    add("--tokens-per-second", type=float, default=0.0, metavar="R", help="pace of each stream (default: flat out)")
+    add("--tool-call", action="store_true", help="make up a call whose arguments come in N pieces, even if unasked")
+    add(
+        "--chunks-per-write",
+        type=int,
+        default=32,
+        metavar="N",
+        help="flat out: tokens handed to the socket at once, each in an HTTP chunk of its own (default %(default)s); "
+        "paced streams write each alone",
+    )
+    pace = parser.add_argument_group("delays and faults (times in seconds)")
+    add = pace.add_argument
+    add("--headers-delay", type=float, default=0.0, metavar="S", help="wait before the status line")
+    add("--first-delay", type=float, default=0.0, metavar="S", help="wait between the headers and the first chunk")
+    add("--chunk-delay", type=float, default=0.0, metavar="S", help="time from chunk to chunk; for recordings")
+    add("--keep-alive", type=float, default=0.0, metavar="S", help="send comment lines while waiting")
+    add("--after", type=int, metavar="N", help="end after N chunks")
+    add("--end", choices=get_args(End), default="clean", help="how streams end (default %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

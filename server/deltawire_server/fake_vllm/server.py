@@ -1,0 +1,303 @@
+"""The look-alike itself: vLLM's endpoints over recorded or made-up answers."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import time
+from collections import deque
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self
+
+from deltawire_server.fake_vllm.connection import Connection, Metronome, Request
+from deltawire_server.fake_vllm.player import Player
+from deltawire_server.fake_vllm.script import Script
+from deltawire_server.fake_vllm.wire import DONE, Generation
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Iterable, Sequence
+
+CHAT = "/v1/chat/completions"
+
+# More than any benchmark opens at once; the kernel takes as many as it allows.
+BACKLOG = 4096
+
+
+class FakeVllm:
+    """A vLLM look-alike on a port of its own.
+
+        async with FakeVllm(api_key="k") as vllm:
+            vllm.play(Script.recording("tool-one.sse"), Script.error(503, "busy"))
+            …                                   # the code under test talks to vllm.base_url
+            chat = await vllm.received()        # what it asked for
+            await chat.closed_early.wait()      # it has hung up
+
+    One difference is on purpose: vLLM generates on while a client does not read; this waits for it, so that endless
+    streams need no memory.
+
+    Args:
+        default: What a chat request gets when nothing is queued; a short generated text if not given.
+        models: The served names, at least one. As with vLLM, answers give the first, whichever was asked for.
+        api_key: Asked for on `/v1/*` alone; `None` for none.
+        host: Address to listen on.
+        port: 0 for a free one.
+        ssl_context: Serve TLS with it.
+
+    Attributes:
+        requests: All that was received, in order.
+        running: Chat requests being answered, from arrival to end; it is `vllm:num_requests_running`.
+        healthy: Set to `False` and `/health` answers 503, as after the engine's death.
+    """
+
+    def __init__(
+        self,
+        default: Script | None = None,
+        *,
+        models: Sequence[str] = ("fake",),
+        api_key: str | None = None,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        ssl_context: ssl.SSLContext | None = None,
+    ) -> None:
+        self.requests: list[Request] = []
+        self.running = 0
+        self.healthy = True
+        self._default = default or Script.generated()
+        self._queued: deque[Script] = deque()
+        self._models = tuple(models)
+        self._api_key = api_key
+        self._host = host
+        self._port = port
+        self._ssl = ssl_context
+        self._server: asyncio.Server | None = None
+        self._connections: set[Connection] = set()
+        self._metronome = Metronome()
+        self._numbers = itertools.count(1)
+        self._arrived = asyncio.Event()
+        self._awake = asyncio.Event()
+        self._awake.set()
+        self._routes = {
+            ("POST", CHAT): self._chat,
+            ("GET", "/v1/models"): self._list_models,
+            ("GET", "/health"): self._health,
+            ("GET", "/version"): self._version,
+            ("GET", "/is_sleeping"): self._is_sleeping,
+            ("GET", "/metrics"): self._metrics,
+        }
+
+    async def __aenter__(self) -> Self:
+        """Listen; `base_url` is known from here on."""
+        await self.start_listening()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Stop, and drop every connection."""
+        await self.crash()
+
+    @property
+    def port(self) -> int:
+        """The port; 0 before the first `start_listening` if a free one was asked for."""
+        return self._port
+
+    @property
+    def base_url(self) -> str:
+        """`http://host:port`, without `/v1`."""
+        return f"{'https' if self._ssl else 'http'}://{self._host}:{self._port}"
+
+    @property
+    def chats(self) -> list[Request]:
+        """The chat requests among `requests`."""
+        return [request for request in self.requests if request.path == CHAT]
+
+    @property
+    def connections(self) -> int:
+        """How many connections are open."""
+        return len(self._connections)
+
+    def play(self, *scripts: Script) -> None:
+        """Queue what the next chat requests get, one each; a request refused for its own faults takes none."""
+        self._queued.extend(scripts)
+
+    async def received(self, count: int = 1) -> Request:
+        """Wait until `count` chat requests have come since the start, and give the last of them."""
+        while len(chats := self.chats) < count:
+            self._arrived.clear()
+            await self._arrived.wait()
+        return chats[count - 1]
+
+    def sleep(self) -> None:
+        """Fall asleep: chat requests get their head and then nothing, while `/health` stays 200."""
+        self._awake.clear()
+
+    def wake(self) -> None:
+        """Wake up: what came meanwhile is answered."""
+        self._awake.set()
+
+    async def start_listening(self) -> None:
+        """Listen, again on the same port if it was stopped.
+
+        Raises:
+            OSError: The address cannot be used.
+        """
+        make = partial(Connection, self._answer, self._connections, self._metronome)
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(make, self._host, self._port, backlog=BACKLOG, ssl=self._ssl)
+        self._port = self._server.sockets[0].getsockname()[1]
+
+    async def stop_listening(self) -> None:
+        """Refuse connections from now on; open ones stay."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+            await asyncio.sleep(0)
+
+    async def crash(self) -> None:
+        """Stop listening and cut every connection, as `kill -9` does; `start_listening` brings it back."""
+        await self.stop_listening()
+        for connection in tuple(self._connections):
+            connection.drop()
+        while self._connections or self.running:  # noqa: ASYNC110 - it takes a turn or two of the loop
+            await asyncio.sleep(0)
+
+    async def _answer(self, request: Request, connection: Connection) -> None:
+        self.requests.append(request)
+        if request.path == CHAT:
+            self._arrived.set()
+        guarded = self._api_key is not None and request.path.startswith("/v1")
+        if guarded and request.headers.get("authorization") != f"Bearer {self._api_key}":
+            await self._say(connection, Script.answer({"error": "Unauthorized"}, status=401))
+            return
+        route = self._routes.get((request.method, request.path))
+        if route is not None:
+            await route(request, connection)
+        elif any(path == request.path for _, path in self._routes):
+            await self._say(connection, Script.answer({"detail": "Method Not Allowed"}, status=405))
+        else:
+            await self._say(connection, Script.answer({"detail": "Not Found"}, status=404))
+
+    async def _say(self, connection: Connection, script: Script) -> None:
+        await Player(connection, script).play([[piece] for piece in script.pieces or ()])
+
+    async def _chat(self, request: Request, connection: Connection) -> None:
+        refusal = self._refusal(request.body)
+        if refusal is not None:
+            await self._say(connection, refusal)
+            return
+        script = self._queued.popleft() if self._queued else self._default
+        self.running += 1
+        try:
+            script, steps = self._prepare(script, request)
+            if not self._awake.is_set():
+                steps = itertools.chain([[self._awake]], steps)
+            await Player(connection, script).play(steps)
+        finally:
+            self.running -= 1
+
+    def _prepare(self, script: Script, request: Request) -> tuple[Script, Iterable[Sequence[bytes | asyncio.Event]]]:
+        """Give what to play: the script's own pieces, or an answer made up now."""
+        if script.pieces is not None:
+            return script, [[piece] for piece in script.trimmed()]
+        generation = Generation(
+            request.body,
+            next(self._numbers),
+            self._models[0],
+            script.tokens,
+            script.tool_call,
+            request.headers.get("x-request-id", ""),
+        )
+        if request.body.get("stream"):
+            steps = generation.steps()
+            if script.end == "no_done":
+                return script, ([piece for piece in step if piece is not DONE] for step in steps)
+            return script, steps
+        whole = script.headers_delay + script.first_delay + script.chunk_delay * generation.completion_tokens
+        script = dataclasses.replace(
+            script,
+            chunked=False,
+            content_type="application/json",
+            headers_delay=whole,
+            first_delay=0.0,
+            chunk_delay=0.0,
+        )
+        return script, [[generation.body()]]
+
+    def _refusal(self, body: Any) -> Script | None:  # noqa: ANN401 - it is any JSON
+        """Give the error for what vLLM refuses; `None` if the request stands."""
+        if not isinstance(body, dict):
+            message = "1 validation error:\n  {'type': 'json_invalid', 'loc': 'body', 'msg': 'JSON decode error'}"
+            return Script.error(400, message, "Bad Request", "body")
+        if "messages" not in body:
+            message = "1 validation error:\n  {'type': 'missing', 'loc': 'body.messages', 'msg': 'Field required'}"
+            return Script.error(400, message, "Bad Request", "body.messages")
+        if (model := body.get("model")) is not None and model not in self._models:
+            message = f"The model `{model}` does not exist. Valid aliases: {', '.join(self._models)}."
+            return Script.error(404, message, "NotFoundError", "model")
+        tool_choice = body.get("tool_choice")
+        names = [tool["function"]["name"] for tool in body.get("tools") or ()]
+        if tool_choice == "required" and not names:
+            message = "When using `tool_choice`, `tools` must be set. (parameter=tool_choice)"
+            return Script.error(400, message, "BadRequestError", "tool_choice")
+        if isinstance(tool_choice, dict) and tool_choice["function"]["name"] not in names:
+            message = "The tool specified in `tool_choice` does not match any of the specified `tools` (parameter=tool_choice)"
+            return Script.error(400, message, "BadRequestError", "tool_choice")
+        return None
+
+    async def _list_models(self, _: Request, connection: Connection) -> None:
+        now = int(time.time())
+        cards = [self._card(name, now, number) for number, name in enumerate(self._models)]
+        await self._say(connection, Script.answer({"object": "list", "data": cards}))
+
+    def _card(self, name: str, now: int, number: int) -> dict[str, Any]:
+        permission = {
+            "id": f"modelperm-{number:016x}",
+            "object": "model_permission",
+            "created": now,
+            "allow_create_engine": False,
+            "allow_sampling": True,
+            "allow_logprobs": True,
+            "allow_search_indices": False,
+            "allow_view": True,
+            "allow_fine_tuning": False,
+            "organization": "*",
+            "group": None,
+            "is_blocking": False,
+        }
+        return {
+            "id": name,
+            "object": "model",
+            "created": now,
+            "owned_by": "vllm",
+            "root": f"/models/{self._models[0]}",
+            "parent": None,
+            "max_model_len": 4096,
+            "permission": [permission],
+        }
+
+    async def _health(self, _: Request, connection: Connection) -> None:
+        await self._say(connection, Script.answer(b"", status=200 if self.healthy else 503))
+
+    async def _version(self, _: Request, connection: Connection) -> None:
+        await self._say(connection, Script.answer({"version": "0.32.0"}))
+
+    async def _is_sleeping(self, _: Request, connection: Connection) -> None:
+        await self._say(connection, Script.answer({"is_sleeping": not self._awake.is_set()}))
+
+    async def _metrics(self, _: Request, connection: Connection) -> None:
+        name = self._models[0]
+        labels = f'engine="0",model_name="{name}"'
+        awake = int(self._awake.is_set())
+        text = (
+            "# HELP vllm:num_requests_running Number of requests in model execution batches.\n"
+            "# TYPE vllm:num_requests_running gauge\n"
+            f"vllm:num_requests_running{{{labels}}} {self.running}.0\n"
+            "# HELP vllm:num_requests_waiting Number of requests waiting to be processed.\n"
+            "# TYPE vllm:num_requests_waiting gauge\n"
+            f"vllm:num_requests_waiting{{{labels}}} 0.0\n"
+            "# HELP vllm:engine_sleep_state Engine sleep state; awake = 0 means engine is sleeping.\n"
+            "# TYPE vllm:engine_sleep_state gauge\n"
+            f'vllm:engine_sleep_state{{{labels},sleep_state="awake"}} {awake}.0\n'
+        )
+        content_type = "text/plain; version=1.0.0; charset=utf-8"
+        await self._say(connection, Script.answer(text.encode(), content_type=content_type))

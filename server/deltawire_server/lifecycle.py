@@ -1,0 +1,192 @@
+"""The gRPC server's life: starting, serving, draining, stopped.
+
+    STARTING ── start ──▶ SERVING ── stop ──▶ DRAINING ──▶ STOPPED
+
+Draining is for balancers: health turns NOT_SERVING first, calls are taken on until the balancers have noticed, then new
+ones are refused and those under way may end. Health says whether *this process* takes calls: a dead provider is not its
+affair, or all replicas would leave the mesh at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from typing import TYPE_CHECKING, Protocol
+
+import grpc
+from grpc import aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+from deltawire_server.settings import ServerSettings, is_local
+from deltawire_server.telemetry import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
+
+_log = get_logger(__name__)
+
+
+class ListenError(Exception):
+    """An address cannot be listened on."""
+
+
+class State(enum.Enum):
+    """Where the server is in its life."""
+
+    STARTING = enum.auto()
+    SERVING = enum.auto()
+    DRAINING = enum.auto()
+    STOPPED = enum.auto()
+
+
+class Calls(Protocol):
+    """The calls under way, as draining needs to see them."""
+
+    def refuse_new_calls(self) -> None:
+        """From now on new calls fail."""
+
+    async def wait_idle(self) -> None:
+        """Wait until no call is under way."""
+
+
+class Lifecycle:
+    """One gRPC server.
+
+    Args:
+        settings: Where it listens, and its limits.
+        interceptors: In order.
+        calls: The calls under way, to drain.
+    """
+
+    def __init__(self, settings: ServerSettings, interceptors: Sequence[aio.ServerInterceptor], calls: Calls) -> None:
+        self._settings = settings
+        self._calls = calls
+        self._health = health.aio.HealthServicer()
+        self._server = aio.server(interceptors=interceptors, options=_options(settings))
+        self._stopping: asyncio.Task[None] | None = None
+        self.state = State.STARTING
+        self.addresses: tuple[str, ...] = ()
+        """What it listens on, once started; with the port that was given for port 0."""
+
+    def add_service(self, add: Callable[[aio.Server], None]) -> None:
+        """Add a service before `start`: `add` gets the server."""
+        add(self._server)
+
+    async def start(self, services: Sequence[str]) -> None:
+        """Listen and serve.
+
+        Args:
+            services: The full names of the services that were added, for health and reflection.
+
+        Raises:
+            ListenError: An address is taken, or is none of this machine's.
+        """
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        if self._settings.reflection:
+            self._add_reflection([*services, health.SERVICE_NAME, reflection.SERVICE_NAME])
+        self.addresses = tuple(self._listen(address) for address in self._settings.listen)
+        for service in services:
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        await self._server.start()
+        self.state = State.SERVING
+
+    async def stop(self, *, at_once: bool = False) -> None:
+        """Drain and stop; when this returns, no call is under way.
+
+        Args:
+            at_once: Cancel what is under way instead of waiting for it; also hastens a stop that has begun.
+        """
+        if at_once and self._stopping is not None:
+            self._stopping.cancel()
+            await asyncio.wait([self._stopping])
+        if self._stopping is None or at_once:
+            self._stopping = asyncio.create_task(self._stop(at_once=at_once), name="stop")
+        await asyncio.shield(self._stopping)
+
+    async def wait(self) -> None:
+        """Wait until the server has stopped."""
+        await self._server.wait_for_termination()
+
+    async def _stop(self, *, at_once: bool) -> None:
+        settings = self._settings
+        if self.state is not State.STARTING:
+            self.state = State.DRAINING
+            await self._health.enter_graceful_shutdown()
+            if not at_once:
+                _log.info("draining", delay=settings.drain_delay, grace=settings.drain_grace)
+                await asyncio.sleep(settings.drain_delay)
+            self._calls.refuse_new_calls()
+            if not at_once:
+                # Not by the server's own grace: an open health watch would use it up.
+                try:
+                    async with asyncio.timeout(settings.drain_grace):
+                        await self._calls.wait_idle()
+                except TimeoutError:
+                    _log.warning("calls under way are cancelled", grace=settings.drain_grace)
+        await self._server.stop(0)
+        self.state = State.STOPPED
+
+    def _listen(self, address: str) -> str:
+        try:
+            credentials = _credentials(self._settings)
+            # A unix socket does not leave the machine, and its file's permissions say who may use it.
+            if credentials is None or address.startswith("unix:"):
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, credentials)
+        except (RuntimeError, OSError, ValueError) as error:
+            raise ListenError(f"cannot listen on {address}: is it taken by another process? ({error})") from error
+        return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
+
+    def _add_reflection(self, names: list[str]) -> None:
+        reflection.enable_server_reflection(names, self._server)
+        # The library only knows v1alpha; v1 has the same messages, and newer tools ask for it first.
+        handlers = {
+            "ServerReflectionInfo": grpc.stream_stream_rpc_method_handler(
+                reflection.aio.ReflectionServicer(names).ServerReflectionInfo,
+                request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+                response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+            )
+        }
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(REFLECTION_V1, handlers),))
+
+
+def _options(settings: ServerSettings) -> list[tuple[str, int]]:
+    return [
+        # Else a second process on the same port starts silently and takes half of the connections.
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", settings.max_receive_bytes),
+        ("grpc.keepalive_time_ms", _milliseconds(settings.keepalive_time)),
+        # The one that decides when a peer that vanished is noticed; grpc.keepalive_timeout_ms has no effect.
+        ("grpc.http2.ping_timeout_ms", _milliseconds(settings.ping_timeout)),
+        # This is the name that works; grpc.http2.min_recv_ping_interval_without_data_ms is ignored.
+        ("grpc.http2.min_ping_interval_without_data_ms", _milliseconds(settings.min_ping_interval)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        # A client that pings too often is not worth its streams.
+        ("grpc.http2.max_ping_strikes", 0),
+        # Without it the window grows to megabytes for a caller that does not read.
+        ("grpc.http2.bdp_probe", 0),
+    ]
+
+
+def _credentials(settings: ServerSettings) -> grpc.ServerCredentials | None:
+    if settings.tls_cert_file is None or settings.tls_key_file is None:
+        return None
+    client_ca = settings.tls_client_ca_file
+    return grpc.ssl_server_credentials(
+        [(settings.tls_key_file.read_bytes(), settings.tls_cert_file.read_bytes())],
+        root_certificates=client_ca.read_bytes() if client_ca else None,
+        require_client_auth=client_ca is not None,
+    )
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(1, round(seconds * 1000))
+
+
+def plaintext_addresses(settings: ServerSettings) -> tuple[str, ...]:
+    """The addresses on which others than this machine are served without TLS; name them when starting."""
+    return () if settings.tls else tuple(address for address in settings.listen if not is_local(address))

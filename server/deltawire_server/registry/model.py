@@ -1,0 +1,75 @@
+"""A model that can be called: plain frozen values, free of database and protobuf."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from datetime import datetime
+
+
+class ModelType(enum.Enum):
+    """What a model is for; the values are those of `deltawire.v1.ModelType`, the names are what the database holds."""
+
+    LLM = 1
+    EMBEDDING = 2
+    RERANK = 3
+
+
+class ModelSource(enum.Enum):
+    """How a model came to be known; the values are those of `deltawire.v1.ModelSource`."""
+
+    REGISTERED = 1
+    DISCOVERED = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model that can be called.
+
+    Attributes:
+        id: Unique. An alias chosen at registration, else "provider_id/provider_model_id".
+        provider_id: Who serves it.
+        provider_model_id: Its name at the provider.
+        type: What it is for. Discovered models are LLM: a vLLM does not say.
+        aliases: Further names in the order they were given, each unique over the registry.
+        metadata: Free notes of whoever registered it.
+        source: How it came to be known.
+        max_context_tokens: Longest prompt and answer together, as the provider said at registration, or says now of a
+            discovered model; `None` if it does not say.
+        root: What the provider loaded it from; empty if it does not say.
+        parent: The base model of a LoRA adapter; empty for others.
+        create_time: When it was registered, in UTC; `None` for discovered models.
+        update_time: When its registration last changed, in UTC; `None` for discovered models.
+    """
+
+    id: str
+    provider_id: str
+    provider_model_id: str
+    type: ModelType = ModelType.LLM
+    aliases: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    source: ModelSource = ModelSource.REGISTERED
+    max_context_tokens: int | None = None
+    root: str = ""
+    parent: str = ""
+    create_time: datetime | None = None
+    update_time: datetime | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The id, then the aliases: all that nobody else may be called."""
+        return (self.id, *self.aliases)
+
+    @property
+    def target(self) -> tuple[str, str]:
+        """Provider and name at the provider: what actually answers."""
+        return (self.provider_id, self.provider_model_id)
+
+
+def scoped_id(provider_id: str, provider_model_id: str) -> str:
+    """The id of a model that nobody gave a name of its own: "provider_id/provider_model_id"."""
+    return f"{provider_id}/{provider_model_id}"

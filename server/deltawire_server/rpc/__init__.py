@@ -1,0 +1,10 @@
+"""The gRPC side: the only folder, with `lifecycle`, that knows gRPC and protobuf.
+
+A call's way through it, in the order of the files one needs to read:
+
+    interceptors      every call: request id, drain, failure to status, one log line
+    chat_completion   the ChatCompletion service        model_registry   the ModelRegistry service
+    validate          a request message in, a checked value out, or every violated field
+    convert           events in, response messages out
+    status            a failure in, google.rpc.Status and trailers out
+"""

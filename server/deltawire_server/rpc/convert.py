@@ -1,0 +1,222 @@
+"""Events in, response messages out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, assert_never
+
+from google.protobuf import duration_pb2, timestamp_pb2
+
+from deltawire.v1 import chat_completion_pb2 as chat_pb
+from deltawire.v1 import error_reason_pb2, message_pb2, tool_pb2
+from deltawire_server.rpc.status import MAX_MESSAGE, shorten
+from deltawire_server.sansio.events import (
+    ChoiceFinished,
+    Completed,
+    Event,
+    FinishedChoice,
+    ReasoningDelta,
+    Refused,
+    Started,
+    TextDelta,
+    TokenLogprob,
+    ToolCallArguments,
+    ToolCallFailed,
+    ToolCallStarted,
+    ToolCallSucceeded,
+    Usage,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from deltawire_server.upstream.request import Sampling
+    from deltawire_server.worker import Completion
+
+
+class ResponseWriter:
+    """Turns the events of one completion into numbered messages.
+
+    Args:
+        completion: Whose events they are.
+        max_completed_bytes: Above this, `Completed` leaves out the messages.
+    """
+
+    def __init__(self, completion: Completion, max_completed_bytes: int) -> None:
+        self._completion = completion
+        self._max_completed_bytes = max_completed_bytes
+        self._sequence = 0
+
+    def message(self, event: Event) -> chat_pb.StreamChatCompletionResponse:  # noqa: C901 (one flat arm per event)
+        """The next message of the stream; write it."""
+        response = chat_pb.StreamChatCompletionResponse(sequence=self._sequence)
+        self._sequence += 1
+        match event:
+            case TextDelta():
+                response.choice_index = event.choice
+                response.text_delta.text = event.text
+                if event.logprobs:
+                    response.text_delta.logprobs.extend(_logprobs(event.logprobs))
+            case ReasoningDelta():
+                response.choice_index = event.choice
+                response.reasoning_delta.text = event.text
+                if event.logprobs:
+                    response.reasoning_delta.logprobs.extend(_logprobs(event.logprobs))
+            case ToolCallSucceeded() | ToolCallFailed():
+                response.choice_index = event.choice
+                response.tool_call_delta.CopyFrom(_verdict(event))
+            case ChoiceFinished():
+                response.choice_index = event.choice
+                response.choice_finished.CopyFrom(_choice_finished(event))
+            case Started():
+                response.started.CopyFrom(started(self._completion))
+            case Completed():
+                response.completed.CopyFrom(completed(self._completion, event))
+                if response.ByteSize() > self._max_completed_bytes:
+                    _omit_messages(response.completed)
+            case Refused() | ToolCallStarted() | ToolCallArguments():
+                # The worker raises the first, and asks for assembled calls only.
+                raise TypeError(f"{type(event).__name__} is no message of a stream")
+            case _:
+                assert_never(event)
+        return response
+
+
+def started(completion: Completion) -> chat_pb.Started:
+    """Who answers, and how it was asked."""
+    created = timestamp_pb2.Timestamp()
+    created.FromNanoseconds(int(completion.create_time * 1e9))
+    return chat_pb.Started(
+        completion_id=completion.id,
+        model=completion.resolution.model.id,
+        alias=completion.resolution.alias,
+        provider_id=completion.resolution.provider.id,
+        create_time=created,
+        effective_sampling=_sampling(completion.sampling),
+    )
+
+
+def completed(completion: Completion, event: Completed) -> chat_pb.Completed:
+    """The end, with everything that is known of the answer."""
+    message = chat_pb.Completed(
+        usage=_usage(event.usage),
+        timings=chat_pb.Timings(total=_duration(completion.seconds_total)),
+        choices=[_choice(choice) for choice in event.choices],
+    )
+    if completion.seconds_to_first_event is not None:
+        message.timings.time_to_first_event.CopyFrom(_duration(completion.seconds_to_first_event))
+    failure = completion.failure
+    if failure is not None:
+        message.error.code = failure.code.value
+        message.error.reason = error_reason_pb2.ErrorReason.ValueType(failure.reason.value)
+        message.error.message = shorten(failure.message, MAX_MESSAGE)
+    return message
+
+
+def _omit_messages(message: chat_pb.Completed) -> None:
+    message.messages_omitted = True
+    for choice in message.choices:
+        choice.ClearField("message")
+        choice.ClearField("failed_tool_calls")
+        choice.ClearField("logprobs")
+
+
+def _choice(choice: FinishedChoice) -> chat_pb.Completed.Choice:
+    content = [message_pb2.ContentPart(text=choice.text)] if choice.text else []
+    return chat_pb.Completed.Choice(
+        index=choice.index,
+        message=message_pb2.AssistantMessage(
+            content=content,
+            reasoning=choice.reasoning,
+            tool_calls=[_tool_call(call) for call in choice.tool_calls],
+        ),
+        failed_tool_calls=[_verdict(call) for call in choice.failed_tool_calls],
+        stop_reason=chat_pb.StopReason.ValueType(choice.stop_reason.value),
+        tool_calls_executable=choice.tool_calls_executable,
+        engine_finish_reason=choice.engine_finish_reason,
+        logprobs=_logprobs(choice.logprobs),
+    )
+
+
+def _choice_finished(event: ChoiceFinished) -> chat_pb.ChoiceFinished:
+    message = chat_pb.ChoiceFinished(
+        stop_reason=chat_pb.StopReason.ValueType(event.stop_reason.value),
+        engine_finish_reason=event.engine_finish_reason,
+        tool_calls_executable=event.tool_calls_executable,
+    )
+    if isinstance(event.matched_stop, str):
+        message.matched_stop = event.matched_stop
+    elif event.matched_stop is not None:
+        message.matched_token_id = event.matched_stop
+    return message
+
+
+def _tool_call(call: ToolCallSucceeded) -> tool_pb2.ToolCall:
+    return tool_pb2.ToolCall(call_id=call.call_id, tool_name=call.tool_name, arguments=call.arguments)
+
+
+def _verdict(event: ToolCallSucceeded | ToolCallFailed) -> tool_pb2.ToolCallDelta:
+    message = tool_pb2.ToolCallDelta(index=event.index, call_id=event.call_id, tool_name=event.tool_name)
+    if isinstance(event, ToolCallSucceeded):
+        message.parse_status = tool_pb2.TOOL_CALL_PARSE_STATUS_SUCCEEDED
+        message.tool_call.CopyFrom(_tool_call(event))
+        return message
+    message.parse_status = tool_pb2.TOOL_CALL_PARSE_STATUS_FAILED
+    message.failure.reason = tool_pb2.ToolCallFailureReason.ValueType(event.reason.value)
+    message.failure.message = event.message
+    message.failure.raw_arguments = event.raw_arguments
+    if event.byte_offset is not None:
+        message.failure.byte_offset = event.byte_offset
+    return message
+
+
+def _logprobs(tokens: Sequence[TokenLogprob]) -> list[chat_pb.TokenLogprob]:
+    return [
+        chat_pb.TokenLogprob(
+            token=token.token,
+            logprob=token.logprob,
+            token_bytes=token.token_bytes,
+            alternatives=[
+                chat_pb.TokenLogprob.Alternative(
+                    token=other.token, logprob=other.logprob, token_bytes=other.token_bytes
+                )
+                for other in token.alternatives
+            ],
+        )
+        for token in tokens
+    ]
+
+
+def _usage(usage: Usage) -> chat_pb.Usage:
+    return chat_pb.Usage(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        cached_prompt_tokens=usage.cached_prompt_tokens,
+        reasoning_tokens=usage.reasoning_tokens,
+        provenance=chat_pb.UsageProvenance.ValueType(usage.provenance.value),
+    )
+
+
+def _sampling(sampling: Sampling) -> chat_pb.Sampling:
+    return chat_pb.Sampling(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        frequency_penalty=sampling.frequency_penalty,
+        presence_penalty=sampling.presence_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        seed=sampling.seed,
+        max_tokens=sampling.max_tokens,
+        min_tokens=sampling.min_tokens,
+        stop=sampling.stop,
+        stop_token_ids=sampling.stop_token_ids,
+        ignore_eos=sampling.ignore_eos,
+        logit_bias=sampling.logit_bias,
+        bad_words=sampling.bad_words,
+    )
+
+
+def _duration(seconds: float) -> duration_pb2.Duration:
+    duration = duration_pb2.Duration()
+    duration.FromNanoseconds(round(seconds * 1e9))
+    return duration

@@ -1,0 +1,214 @@
+"""What every call goes through: a request id, the drain gate, a status for what failed, and one log line.
+
+Handlers raise `DeltawireError` and know nothing of statuses. Nothing is sent before a handler sends it: not even initial
+metadata, so that a call that fails before its first event stays retriable for clients and proxies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import secrets
+import time
+from typing import TYPE_CHECKING, Any, cast
+
+import grpc
+from grpc import aio
+
+from deltawire_server.errors import DeltawireError, GatewayError, Reason
+from deltawire_server.rpc.status import MAX_MESSAGE, grpc_code, shorten, trailers_of
+from deltawire_server.telemetry import get_logger
+from deltawire_server.upstream.base import CallContext
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator, Mapping
+
+REQUEST_ID = "x-request-id"
+PROVIDER_TOKEN = "x-vllm-api-token"  # noqa: S105 (the name of a header, not a token)
+MAX_REQUEST_ID = 128
+OUR_METHODS = "/deltawire.v1."
+
+_log = get_logger(__name__)
+
+if TYPE_CHECKING:
+    _Context = aio.ServicerContext[Any, Any]
+    _Handler = grpc.RpcMethodHandler[Any, Any]
+    _Behaviour = Callable[[object, _Context], Awaitable[object]]
+
+
+class CallRecord:
+    """One call's share of the log line, filled in on the way.
+
+    Attributes:
+        call: What of the caller's metadata goes on.
+        values: What the handler has to say in the log line: model, usage and the like.
+    """
+
+    def __init__(self, call: CallContext) -> None:
+        self.call = call
+        self.values: dict[str, object] = {}
+
+
+_record: contextvars.ContextVar[CallRecord] = contextvars.ContextVar("deltawire_call")
+
+
+def call_record(context: _Context) -> CallRecord:
+    """The record of the call that is being handled; one without a log line, made now, if no interceptor saw the call."""
+    try:
+        return _record.get()
+    except LookupError:
+        return CallRecord(_call_context(_metadata(context)))
+
+
+def call_context(context: _Context) -> CallContext:
+    """What of a caller's metadata goes on to the provider."""
+    return call_record(context).call
+
+
+class CallInterceptor(aio.ServerInterceptor):
+    """Wraps every call of our own services. Health and reflection are left alone: they answer to the end."""
+
+    def __init__(self) -> None:
+        self._active = 0
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def refuse_new_calls(self) -> None:
+        """From now on new calls fail with UNAVAILABLE (DRAINING); those under way go on. Then `wait_idle`."""
+        self._draining = True
+
+    async def wait_idle(self) -> None:
+        """Wait until no call is under way."""
+        await self._idle.wait()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> _Handler:
+        """Find the handler and wrap it."""
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or not method.startswith(OUR_METHODS):
+            return cast("_Handler", handler)  # grpc takes None for an unknown method; its types do not say so
+        behaviour = cast("_Behaviour", handler.unary_stream if handler.response_streaming else handler.unary_unary)
+
+        async def wrapped(request: object, context: _Context) -> object:
+            return await self._run(method, behaviour, request, context)
+
+        make = (
+            grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
+        )
+        return cast("_Handler", cast("Any", make)(wrapped, handler.request_deserializer, handler.response_serializer))
+
+    async def _run(self, method: str, behaviour: _Behaviour, request: object, context: _Context) -> object:
+        metadata = _metadata(context)
+        record = CallRecord(_call_context(metadata))
+        with self._counted(), _entered(record), _logged(method, record, context, metadata) as outcome:
+            try:
+                if self._draining:
+                    message = "this process is shutting down; another one serves"
+                    raise GatewayError(Reason.DRAINING, message, retry_after=0.0)
+                return await behaviour(request, context)
+            except DeltawireError as failure:
+                error = failure
+            except Exception as defect:  # noqa: BLE001 (whatever it is, the caller gets a status and the log the cause)
+                error = GatewayError(Reason.INTERNAL, "the gateway failed; report this with the request id")
+                error.__cause__ = defect
+            outcome.fail(error)
+        message = shorten(error.message, MAX_MESSAGE)
+        return await context.abort(grpc_code(error.code), message, trailers_of(error, record.call.request_id))
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        self._active += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._active -= 1
+            if not self._active:
+                self._idle.set()
+
+
+class _Outcome:
+    """How a call ended, for its log line."""
+
+    def __init__(self) -> None:
+        self.code = "OK"
+        self.values: dict[str, object] = {}
+        self.defect: BaseException | None = None
+
+    def fail(self, error: DeltawireError) -> None:
+        self.code = error.code.name
+        self.values = {"reason": error.reason.name, "error": error.message}
+        if error.reason is Reason.INTERNAL:
+            self.defect = error.__cause__
+
+
+@contextlib.contextmanager
+def _entered(record: CallRecord) -> Iterator[None]:
+    mark = _record.set(record)
+    try:
+        yield
+    finally:
+        _record.reset(mark)
+
+
+@contextlib.contextmanager
+def _logged(method: str, record: CallRecord, context: _Context, metadata: Mapping[str, str]) -> Iterator[_Outcome]:
+    """Log the call when it has ended, however that was."""
+    begin = time.monotonic()
+    outcome = _Outcome()
+    # Until something better is known: a caller's cancel and deadline both arrive as a cancelled task.
+    outcome.code = "CANCELLED"
+    try:
+        yield outcome
+    except Exception:
+        outcome.code = "UNKNOWN"
+        raise
+    else:
+        if outcome.code == "CANCELLED":
+            outcome.code = "OK"
+    finally:
+        if outcome.code == "CANCELLED" and _deadline_passed(context):
+            outcome.code = "DEADLINE_EXCEEDED"
+        log = _log.error if outcome.defect is not None else _log.info
+        log(
+            "call",
+            method=method.removeprefix("/"),
+            code=outcome.code,
+            request_id=record.call.request_id,
+            peer=context.peer(),
+            user_agent=metadata.get("user-agent", ""),
+            seconds=round(time.monotonic() - begin, 6),
+            **record.values,
+            **outcome.values,
+            exc_info=outcome.defect,
+        )
+
+
+def _deadline_passed(context: _Context) -> bool:
+    remaining = cast("float | None", context.time_remaining())  # None without a deadline; grpc's types do not say so
+    return remaining is not None and remaining <= 0
+
+
+def _metadata(context: _Context) -> dict[str, str]:
+    return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+
+
+def _call_context(metadata: Mapping[str, str]) -> CallContext:
+    given = metadata.get(REQUEST_ID, "")
+    request_id = given
+    if not given or len(given) > MAX_REQUEST_ID or not (given.isascii() and given.isprintable()):
+        request_id = secrets.token_hex(16)
+        if given:
+            _log.warning("request id replaced", given=given[:MAX_REQUEST_ID], request_id=request_id)
+    return CallContext(
+        request_id=request_id,
+        token=metadata.get(PROVIDER_TOKEN) or None,
+        traceparent=metadata.get("traceparent"),
+        tracestate=metadata.get("tracestate"),
+    )

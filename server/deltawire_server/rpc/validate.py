@@ -1,0 +1,254 @@
+"""Request messages in, checked values out, or every violated field at once.
+
+Refused is only what no vLLM can accept; everything else is vLLM's to judge, and its answer names the field. Field paths
+are those of the message, with indexes: ``chat.messages[2].tool.call_id``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+from deltawire.v1 import chat_completion_pb2 as chat_pb
+from deltawire.v1 import message_pb2, tool_pb2
+from deltawire_server.errors import Violation, invalid_request
+from deltawire_server.upstream.request import (
+    ChatMessage,
+    ChatRequest,
+    FormatKind,
+    NamedTool,
+    PastCall,
+    Role,
+    Sampling,
+    TextFormat,
+    ToolMode,
+    ToolSpec,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+MAX_CHOICES = 128
+"""As many as the chat API takes."""
+MAX_TOOLS = 128
+"""As many as the chat API takes."""
+
+_MODES = {
+    tool_pb2.ToolChoice.MODE_AUTO: ToolMode.AUTO,
+    tool_pb2.ToolChoice.MODE_REQUIRED: ToolMode.REQUIRED,
+    tool_pb2.ToolChoice.MODE_NONE: ToolMode.NONE,
+}
+
+_RANGES: dict[str, tuple[float, float, str]] = {
+    "temperature": (0.0, math.inf, "must be 0 or above"),
+    "top_p": (math.ulp(0.0), 1.0, "must be above 0 and at most 1"),
+    "top_k": (-1, math.inf, "must be -1 or above"),
+    "min_p": (0.0, 1.0, "must be between 0 and 1"),
+    "frequency_penalty": (-2.0, 2.0, "must be between -2 and 2"),
+    "presence_penalty": (-2.0, 2.0, "must be between -2 and 2"),
+    "repetition_penalty": (math.ulp(0.0), math.inf, "must be above 0"),
+    "max_tokens": (1, math.inf, "must be 1 or more; leave it out for the rest of the context"),
+}
+"""Of the sampling numbers: lowest, highest, and what to say."""
+
+_SCALARS = (*_RANGES, "seed", "min_tokens", "ignore_eos")
+
+
+def chat_request(message: chat_pb.ChatRequest) -> ChatRequest:
+    """Check a chat request.
+
+    Returns:
+        The request as a plain value; find its provider and send it.
+
+    Raises:
+        CallerError: INVALID_REQUEST with every violated field.
+    """
+    return _ChatReader().read(message)
+
+
+class _ChatReader:
+    """Reads one chat request and collects what is wrong with it."""
+
+    def __init__(self) -> None:
+        self._violations: list[Violation] = []
+
+    def read(self, chat: chat_pb.ChatRequest) -> ChatRequest:
+        if not chat.model:
+            self._complain("chat.model", "is required; ListModels says what there is")
+        if not chat.messages:
+            self._complain("chat.messages", "needs at least one message")
+        choice_count = chat.choice_count if chat.HasField("choice_count") else 1
+        if not 1 <= choice_count <= MAX_CHOICES:
+            self._complain("chat.choice_count", f"must be between 1 and {MAX_CHOICES}")
+        request = ChatRequest(
+            model=chat.model,
+            messages=tuple(self._message(f"chat.messages[{i}]", item) for i, item in enumerate(chat.messages)),
+            tools=self._tools(chat.tools),
+            tool_choice=self._tool_choice(chat),
+            parallel_tool_calls=chat.parallel_tool_calls if chat.HasField("parallel_tool_calls") else None,
+            sampling=self._sampling(chat.sampling),
+            response_format=self._response_format(chat.response_format) if chat.HasField("response_format") else None,
+            top_logprobs=chat.logprobs.top_k if chat.HasField("logprobs") else None,
+            choice_count=choice_count,
+        )
+        if self._violations:
+            raise invalid_request(self._violations)
+        return request
+
+    def _complain(self, field: str, description: str) -> None:
+        self._violations.append(Violation(field, description))
+
+    def _message(self, path: str, message: message_pb2.Message) -> ChatMessage:
+        match message.WhichOneof("role"):
+            case "system":
+                return ChatMessage(Role.SYSTEM, self._content(f"{path}.system", message.system.content))
+            case "developer":
+                return ChatMessage(Role.DEVELOPER, self._content(f"{path}.developer", message.developer.content))
+            case "user":
+                return ChatMessage(Role.USER, self._content(f"{path}.user", message.user.content))
+            case "assistant":
+                return self._assistant(f"{path}.assistant", message.assistant)
+            case "tool":
+                if not message.tool.call_id:
+                    self._complain(f"{path}.tool.call_id", "is required: which call does this answer?")
+                content = self._content(f"{path}.tool", message.tool.content)
+                return ChatMessage(Role.TOOL, content, call_id=message.tool.call_id)
+            case None:
+                self._complain(path, "needs a role: system, developer, user, assistant or tool")
+                return ChatMessage(Role.USER)
+
+    def _assistant(self, path: str, message: message_pb2.AssistantMessage) -> ChatMessage:
+        calls: list[PastCall] = []
+        for index, call in enumerate(message.tool_calls):
+            here = f"{path}.tool_calls[{index}]"
+            if not call.call_id:
+                self._complain(f"{here}.call_id", "is required")
+            if not call.tool_name:
+                self._complain(f"{here}.tool_name", "is required")
+            self._json_object(f"{here}.arguments", call.arguments, empty_allowed=True)
+            calls.append(PastCall(call.call_id, call.tool_name, call.arguments or "{}"))
+        content = self._content(path, message.content, required=not (calls or message.reasoning))
+        return ChatMessage(Role.ASSISTANT, content, reasoning=message.reasoning, tool_calls=tuple(calls))
+
+    def _content(
+        self, path: str, parts: Iterable[message_pb2.ContentPart], *, required: bool = True
+    ) -> tuple[str, ...]:
+        texts: list[str] = []
+        for index, part in enumerate(parts):
+            if part.WhichOneof("part") is None:
+                self._complain(f"{path}.content[{index}]", "is empty: set text")
+            texts.append(part.text)
+        if required and not texts:
+            self._complain(f"{path}.content", "needs at least one part")
+        return tuple(texts)
+
+    def _tools(self, tools: Iterable[tool_pb2.Tool]) -> tuple[ToolSpec, ...]:
+        specs: list[ToolSpec] = []
+        seen: set[str] = set()
+        for index, tool in enumerate(tools):
+            path = f"chat.tools[{index}]"
+            if not tool.name:
+                self._complain(f"{path}.name", "is required")
+            elif tool.name in seen:
+                self._complain(f"{path}.name", f"{tool.name!r} is used twice")
+            seen.add(tool.name)
+            schema = self._json_object(f"{path}.input_schema", tool.input_schema, empty_allowed=True)
+            self._json_object(f"{path}.output_schema", tool.output_schema, empty_allowed=True)
+            strict = tool.strict if tool.HasField("strict") else None
+            specs.append(ToolSpec(tool.name, tool.description, schema or None, strict))
+        if len(specs) > MAX_TOOLS:
+            self._complain("chat.tools", f"has {len(specs)} tools; at most {MAX_TOOLS} are allowed")
+        return tuple(specs)
+
+    def _tool_choice(self, chat: chat_pb.ChatRequest) -> ToolMode | NamedTool | None:
+        if not chat.HasField("tool_choice"):
+            return None
+        choice = chat.tool_choice
+        if choice.WhichOneof("choice") == "tool_name":
+            names = [tool.name for tool in chat.tools]
+            if choice.tool_name not in names:
+                offered = ", ".join(names) or "none"
+                self._complain("chat.tool_choice.tool_name", f"{choice.tool_name!r} is not one of the tools: {offered}")
+            return NamedTool(choice.tool_name)
+        mode = _MODES.get(choice.mode)
+        if mode is None:
+            self._complain("chat.tool_choice", "needs a mode (AUTO, REQUIRED or NONE) or a tool_name")
+        elif mode is ToolMode.REQUIRED and not chat.tools:
+            self._complain("chat.tool_choice.mode", "REQUIRED needs at least one tool")
+        return mode
+
+    def _sampling(self, sampling: chat_pb.Sampling) -> Sampling:
+        for name, (lowest, highest, complaint) in _RANGES.items():
+            # Written so that NaN, which compares as false, is refused too; and infinity is no number vLLM can be sent.
+            value = getattr(sampling, name)
+            if sampling.HasField(name) and not (lowest <= value <= highest and math.isfinite(value)):  # type: ignore[arg-type]
+                self._complain(f"chat.sampling.{name}", complaint)
+        for name in ("stop", "bad_words"):
+            for index, text in enumerate(getattr(sampling, name)):
+                if not text:
+                    self._complain(f"chat.sampling.{name}[{index}]", "must not be empty")
+        for token, bias in sampling.logit_bias.items():
+            if not -100 <= bias <= 100:
+                self._complain(f"chat.sampling.logit_bias[{token}]", "must be between -100 and 100")
+        scalars: dict[str, Any] = {
+            name: getattr(sampling, name)
+            for name in _SCALARS
+            if sampling.HasField(name)  # type: ignore[arg-type]
+        }
+        return Sampling(
+            **scalars,
+            stop=tuple(sampling.stop),
+            stop_token_ids=tuple(sampling.stop_token_ids),
+            logit_bias=dict(sampling.logit_bias),
+            bad_words=tuple(sampling.bad_words),
+        )
+
+    def _response_format(self, form: chat_pb.ResponseFormat) -> TextFormat | None:
+        path = "chat.response_format"
+        match form.WhichOneof("format"):
+            case "text":
+                return None
+            case "json_object":
+                return TextFormat(FormatKind.JSON_OBJECT)
+            case "json_schema":
+                schema = self._json_object(f"{path}.json_schema.schema", form.json_schema.schema)
+                strict = form.json_schema.strict if form.json_schema.HasField("strict") else None
+                return TextFormat(FormatKind.JSON_SCHEMA, schema, form.json_schema.name or "response", strict)
+            case "grammar":
+                return TextFormat(FormatKind.GRAMMAR, self._text(f"{path}.grammar", form.grammar))
+            case "regex":
+                return TextFormat(FormatKind.REGEX, self._text(f"{path}.regex", form.regex))
+            case "choice":
+                if not form.choice.values:
+                    self._complain(f"{path}.choice.values", "needs at least one text")
+                return TextFormat(FormatKind.CHOICE, tuple(form.choice.values))
+            case "structural_tag":
+                self._json_object(f"{path}.structural_tag", form.structural_tag)
+                return TextFormat(FormatKind.STRUCTURAL_TAG, form.structural_tag)
+            case None:
+                self._complain(path, "is empty: set one of its forms, or leave it out for free text")
+                return None
+
+    def _text(self, path: str, text: str) -> str:
+        if not text:
+            self._complain(path, "must not be empty")
+        return text
+
+    def _json_object(self, path: str, text: str, *, empty_allowed: bool = False) -> dict[str, object] | None:
+        """The object that a JSON text is; `None`, with a complaint, if it is none."""
+        if empty_allowed and not text.strip():
+            return None
+        try:
+            value = json.loads(text, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            self._complain(path, f"is not JSON: {error}")
+            return None
+        if not isinstance(value, dict):
+            self._complain(path, "must be the JSON text of an object")
+            return None
+        return value
+
+
+def _refuse_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")

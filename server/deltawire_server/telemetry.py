@@ -1,0 +1,80 @@
+"""Logs: one line per event, as JSON for machines or as text for people, to standard error.
+
+Everything goes through the standard library's logging, ours by structlog and other libraries' as they are, so one setting
+rules all. Values of keys that name secrets are masked whatever logs them.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING, TextIO
+
+import structlog
+
+if TYPE_CHECKING:
+    from structlog.typing import EventDict, Processor, WrappedLogger
+
+_SECRET_WORDS = ("token", "authorization", "password", "secret", "api_key")
+_COUNTS = ("prompt_tokens", "completion_tokens", "reasoning_tokens", "cached_prompt_tokens", "max_tokens")
+"""Keys that hold a secret's word and are none."""
+
+
+def configure_logging(level: str, form: str, *, stream: TextIO | None = None) -> None:
+    """Set up logging for the process.
+
+    Args:
+        level: The lowest level to log: debug, info, warning or error.
+        form: "json", "text", or "auto": text on a terminal, else JSON.
+        stream: Where to; standard error by default.
+    """
+    output = sys.stderr if stream is None else stream
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.PositionalArgumentsFormatter(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        mask_secrets,
+    ]
+    renderer: Processor
+    if form == "json" or (form == "auto" and not output.isatty()):
+        renderer = structlog.processors.JSONRenderer()
+        shared.append(structlog.processors.format_exc_info)
+    else:
+        renderer = structlog.dev.ConsoleRenderer(colors=output.isatty())
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=False,
+    )
+    handler = logging.StreamHandler(output)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    # At INFO, httpx logs a line per request: the call's own line says more.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+def mask_secrets(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Replace what a secret-sounding key holds: a last line of defence, nothing should log one."""
+    for key in event:
+        if key not in _COUNTS and any(word in key.lower() for word in _SECRET_WORDS):
+            event[key] = "***"
+    return event
+
+
+def get_logger(name: str) -> structlog.stdlib.BoundLogger:
+    """A logger for a module; call it with an event's name and its values as keywords."""
+    logger: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger(name)
+    return logger

@@ -1,0 +1,72 @@
+"""A registry over a database file and two providers in memory."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Protocol
+
+import pytest
+
+from deltawire_server.registry.registry import ModelRegistry
+from deltawire_server.registry.store import Store
+from deltawire_server.upstream.providers import Providers
+from tests.support.fake_provider import FakeProvider
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from contextlib import AbstractAsyncContextManager
+    from pathlib import Path
+
+
+class Opener(Protocol):
+    """Opens a registry on the test's database, over other providers or another URL if given."""
+
+    def __call__(
+        self, *providers: FakeProvider, url: str | None = None
+    ) -> AbstractAsyncContextManager[ModelRegistry]: ...
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    """A database that does not exist yet, in a folder that does not either."""
+    return f"sqlite:///{tmp_path}/state/registry.db"
+
+
+@pytest.fixture
+def alpha() -> FakeProvider:
+    """Serves llama, and a name with slashes that another provider serves as well."""
+    return FakeProvider("alpha", ["llama", "org/common"])
+
+
+@pytest.fixture
+def beta() -> FakeProvider:
+    """Serves mistral, and a name with slashes that another provider serves as well."""
+    return FakeProvider("beta", ["mistral", "org/common"])
+
+
+@pytest.fixture
+def open_registry(url: str, alpha: FakeProvider, beta: FakeProvider) -> Opener:
+    """Opens a registry; listings are not kept, so that a test sees at once what it changes."""
+
+    @asynccontextmanager
+    async def opened(*providers: FakeProvider, url: str = url) -> AsyncIterator[ModelRegistry]:
+        registry = ModelRegistry(
+            Store(url, busy_seconds=0.2), Providers(providers or (alpha, beta), listing_seconds=0.0)
+        )
+        try:
+            await registry.open()
+            yield registry
+        finally:
+            await registry.close()
+
+    def opener(*providers: FakeProvider, url: str | None = None) -> AbstractAsyncContextManager[ModelRegistry]:
+        return opened(*providers) if url is None else opened(*providers, url=url)
+
+    return opener
+
+
+@pytest.fixture
+async def registry(open_registry: Opener) -> AsyncIterator[ModelRegistry]:
+    """Open, over alpha and beta."""
+    async with open_registry() as registry:
+        yield registry

@@ -1,0 +1,1 @@
+"""Settings: their sources, their checks, and what is printed of them."""

@@ -1,0 +1,322 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr, ValidationError
+from pydantic_core import PydanticUndefined
+
+from deltawire_server.settings import ProviderSettings, RegistrySettings, ServerSettings, Settings, is_local
+from deltawire_server.settings.model import SECTIONS, expectation, field_at, is_secret
+from tests.settings.conftest import URL
+
+FIELDS = [(section, key) for section, model in SECTIONS.items() for key in model.model_fields]
+
+
+def refusal(model: type[ServerSettings | ProviderSettings | RegistrySettings], **values: object) -> str:
+    """The message of the single error that these values give."""
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate(values)
+    (error,) = caught.value.errors()
+    return error["msg"]
+
+
+@pytest.mark.parametrize(("section", "key"), FIELDS)
+def test_every_field_is_described_in_sentences(section: str, key: str) -> None:
+    """The descriptions are the help, the example and the reference: none may be missing, none without a word on defaults."""
+    field = SECTIONS[section].model_fields[key]
+    assert field.description
+    assert field.description[0].isupper()
+    assert field.description.endswith(".")
+    if field.default is PydanticUndefined or field.default in {None, ""}:
+        assert field.examples
+
+
+@pytest.mark.parametrize(("section", "key"), FIELDS)
+def test_times_say_seconds_and_sizes_say_bytes(section: str, key: str) -> None:
+    """A field's unit stands at the start of its description."""
+    field = SECTIONS[section].model_fields[key]
+    description = field.description or ""
+    if "seconds" in expectation(field):
+        assert description.startswith("Seconds")
+    if key.endswith("_bytes"):
+        assert description.startswith("Bytes")
+
+
+def test_every_section_has_its_model() -> None:
+    """The table of sections and the tree are the same."""
+    assert list(SECTIONS) == list(Settings.model_fields)
+    for section, model in SECTIONS.items():
+        if section != "providers":
+            assert Settings.model_fields[section].annotation is model
+
+
+def test_only_the_token_is_secret() -> None:
+    """A new secret must be of the type that is masked."""
+    assert [key for section, key in FIELDS if is_secret(SECTIONS[section].model_fields[key])] == ["api_token"]
+
+
+def test_paths_that_lead_nowhere() -> None:
+    """A path to no field gives none."""
+    assert field_at(("server",)) is None
+    assert field_at(("nowhere", "key")) is None
+    assert field_at(("providers", "vllm")) is None
+    assert field_at(("server", "nothing")) is None
+
+
+def test_settings_are_frozen() -> None:
+    """What was checked stays as it was."""
+    settings = Settings.model_validate({"providers": {"vllm": {"base_url": URL}}})
+    with pytest.raises(ValidationError):
+        settings.server.max_streams = 3
+
+
+def test_built_directly_it_is_checked_as_well() -> None:
+    """Settings that exist can be served with, whoever made them."""
+    with pytest.raises(ValidationError, match="nobody to generate"):
+        Settings()
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("127.0.0.1:50051", ("127.0.0.1:50051",)),
+        ("localhost:0", ("localhost:0",)),
+        (["[::1]:50051", " unix:/run/d.sock "], ("[::1]:50051", "unix:/run/d.sock")),
+        ("127.0.0.1:1, 127.0.0.2:2", ("127.0.0.1:1", "127.0.0.2:2")),
+        ("[::ffff:127.0.0.1]:5", ("[::ffff:127.0.0.1]:5",)),
+    ],
+)
+def test_addresses(given: object, kept: tuple[str, ...]) -> None:
+    """One, a list, or several with commas."""
+    assert ServerSettings.model_validate({"listen": given}).listen == kept
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("unix:", "names no socket: write unix:/path"),
+        ("unix://", "names no socket"),
+        ("127.0.0.1", "has no port from 0 to 65535: write host:port"),
+        ("127.0.0.1:65536", "has no port from 0 to 65535"),
+        ("127.0.0.1:http", "has no port"),
+        ("127.0.0.1:²", "has no port"),
+        (":50051", "has no host: write 127.0.0.1:50051"),
+        ("::1:50051", "needs brackets: write [::1]:50051"),
+        ("[127.0.0.1]:50051", "is no address"),
+        ("http://127.0.0.1:50051", "is no address: write host:port"),
+        ("", "has no port"),
+        ([], "at least 1"),
+    ],
+)
+def test_addresses_that_are_none(given: object, message: str) -> None:
+    """Each says what to write instead."""
+    assert message in refusal(ServerSettings, listen=given)
+
+
+@pytest.mark.parametrize(
+    ("listen", "local"),
+    [
+        ("unix:/run/d.sock", True),
+        ("localhost:1", True),
+        ("127.3.4.5:1", True),
+        ("[::1]:1", True),
+        ("[::ffff:127.0.0.1]:1", True),
+        ("[::ffff:10.0.0.1]:1", False),
+        ("[::]:1", False),
+        ("0.0.0.0:1", False),
+        ("gateway.example:1", False),
+    ],
+)
+def test_what_other_machines_can_reach(listen: str, *, local: bool) -> None:
+    """A name counts as reachable unless it is localhost: what it resolves to may change."""
+    assert is_local(listen) is local
+
+
+def test_certificate_and_key_go_together(pem: Path) -> None:
+    """Either alone is an error, both are TLS, and a client CA needs them."""
+    assert "needs its key" in refusal(ServerSettings, tls_cert_file=pem)
+    assert "needs a certificate" in refusal(ServerSettings, tls_key_file=pem)
+    assert "needs TLS" in refusal(ServerSettings, tls_client_ca_file=pem)
+    server = ServerSettings(tls_cert_file=pem, tls_key_file=pem, tls_client_ca_file=pem, listen=("0.0.0.0:1",))
+    assert server.tls
+    assert not ServerSettings().tls
+
+
+def test_plaintext_beyond_this_machine_is_chosen(pem: Path) -> None:
+    """The message names the address, and both ways out."""
+    message = refusal(ServerSettings, listen=["127.0.0.1:1", "0.0.0.0:2", "[::]:3"])
+    assert "0.0.0.0:2, [::]:3 can be reached" in message
+    assert "--tls-cert-file" in message
+    assert "--allow-plaintext" in message
+    assert ServerSettings(listen=("0.0.0.0:2",), allow_plaintext=True).allow_plaintext
+    assert not ServerSettings(listen=("0.0.0.0:2",), tls_cert_file=pem, tls_key_file=pem).allow_plaintext
+
+
+def test_a_wrong_certificate_is_the_only_error(tmp_path: Path) -> None:
+    """What depends on it is not judged."""
+    missing = str(tmp_path / "missing")
+    assert f"{missing} does not exist" in refusal(ServerSettings, tls_cert_file=missing, listen=["0.0.0.0:1"])
+
+
+def test_files_are_looked_at(tmp_path: Path, pem: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Missing, a directory, not allowed: named at start-up."""
+    assert "is not a file" in refusal(ServerSettings, tls_cert_file=tmp_path)
+
+    def denied(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", denied)
+    assert f"{pem} cannot be read (Permission denied)" in refusal(ServerSettings, tls_cert_file=pem)
+
+
+def test_an_empty_file_name_is_none() -> None:
+    """`tls_cert_file = ""` is a template's way to leave it out."""
+    assert ServerSettings.model_validate({"tls_cert_file": ""}).tls_cert_file is None
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (True, True),
+        (False, False),
+        ("true", True),
+        ("True", True),
+        ("1", True),
+        (1, True),
+        ("0", False),
+        ("false", False),
+    ],
+)
+def test_tls_verify_takes_every_spelling(given: object, *, kept: bool) -> None:
+    """The original took the words "true" and "1" for paths."""
+    assert ProviderSettings.model_validate({"base_url": URL, "tls_verify": given}).tls_verify is kept
+
+
+def test_a_ca_file_is_kept_expanded(pem: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The original checked the expanded path and kept the other."""
+    monkeypatch.setenv("HOME", str(pem.parent))
+    for given in (f"~/{pem.name}", pem):
+        assert ProviderSettings.model_validate({"base_url": URL, "tls_verify": given}).tls_verify == pem
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("/nowhere/ca.pem", "/nowhere/ca.pem does not exist"),
+        ("", "true, false or the path"),
+        (2, "true, false or the path"),
+        ("~nobody-of-that-name/ca.pem", "write the whole path"),
+    ],
+)
+def test_tls_verify_that_is_neither(given: object, message: str) -> None:
+    """A typing error must not switch checking off."""
+    assert message in refusal(ProviderSettings, base_url=URL, tls_verify=given)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("http://127.0.0.1:8000", "http://127.0.0.1:8000"),
+        ("https://vllm.example/v1/", "https://vllm.example/v1"),
+        (" HTTP://[::1]:8000/team/a/v1// ", "HTTP://[::1]:8000/team/a/v1"),
+        ("http://host/p@th", "http://host/p@th"),
+    ],
+)
+def test_base_urls(given: str, kept: str) -> None:
+    """With and without /v1, prefix, trailing slash."""
+    assert ProviderSettings(base_url=given).base_url == kept
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("", "must begin with http:// or https://"),
+        ("localhost:8000", "did you mean http://localhost:8000?"),
+        ("ftp://host", "must begin with http:// or https://"),
+        ("http://", "names no host"),
+        ("http:///v1", "names no host"),
+        ("http://host:port", "is no URL"),
+        ("http://[::1", "is no URL"),
+        ("http://host/v1?x=1", "before any ? or #"),
+        ("http://host/v1#x", "before any ? or #"),
+        ("http://ho st", "white space"),
+        ("http://host/\x7f", "control characters"),
+        ("http://user:geheim@host", "give the token as api_token"),
+        ("user:geheim@host:8000", "give the token as api_token"),
+    ],
+)
+def test_base_urls_that_are_none(given: str, message: str) -> None:
+    """Each says what to write; none repeats a password."""
+    text = refusal(ProviderSettings, base_url=given)
+    assert message in text
+    assert "geheim" not in text
+
+
+def test_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """White space around a token is a file's last newline; nothing is no token."""
+    monkeypatch.delenv("VLLM_API_TOKEN", raising=False)
+    assert ProviderSettings(base_url=URL, api_token=SecretStr("s3cret\n")).api_token == SecretStr("s3cret")
+    assert ProviderSettings(base_url=URL, api_token=SecretStr(" ")).api_token is None
+    assert ProviderSettings(base_url=URL).api_token is None
+    assert "printable ASCII" in refusal(ProviderSettings, base_url=URL, api_token="two\r\nlines")
+    assert "only stands for a token" in refusal(ProviderSettings, base_url=URL, api_token="***")
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("sqlite:///rel.db", "sqlite+aiosqlite:///rel.db"),
+        ("sqlite:////abs/r.db?timeout=3", "sqlite+aiosqlite:////abs/r.db?timeout=3"),
+        ("sqlite+aiosqlite:////abs/r.db", "sqlite+aiosqlite:////abs/r.db"),
+        ("sqlite://", "sqlite+aiosqlite://"),
+        ("sqlite:///~/r.db", "sqlite+aiosqlite:////home/op/r.db"),
+    ],
+)
+def test_database_urls(given: str, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Always with the asynchronous driver."""
+    monkeypatch.setenv("HOME", "/home/op")
+    assert RegistrySettings(database_url=given).database_url == kept
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("/var/lib/r.db", "is no database URL: write sqlite:////"),
+        ("postgresql+asyncpg://u:geheim@h/d", "'postgresql+asyncpg' is not supported, only SQLite"),
+        ("sqlite://r.db", "names a host"),
+        ("sqlite:///~nobody-of-that-name/r.db", "write the whole path"),
+    ],
+)
+def test_database_urls_that_are_none(given: str, message: str) -> None:
+    """Each says what to write; none repeats a password."""
+    text = refusal(RegistrySettings, database_url=given)
+    assert message in text
+    assert "geheim" not in text
+
+
+def test_default_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under XDG_STATE_HOME if that is absolute, else under the home directory, else there is none."""
+    monkeypatch.setenv("HOME", "/home/op")
+    monkeypatch.setenv("XDG_STATE_HOME", "/state")
+    assert RegistrySettings().database_url == "sqlite+aiosqlite:////state/deltawire/registry.db"
+    monkeypatch.setenv("XDG_STATE_HOME", "relative")
+    assert RegistrySettings().database_url == "sqlite+aiosqlite:////home/op/.local/state/deltawire/registry.db"
+
+    def homeless(_: Path) -> Path:
+        raise RuntimeError
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    assert "--database-url" in refusal(RegistrySettings)
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 1.5, "many", 2**31])
+def test_max_tokens_is_a_count(value: object) -> None:
+    """The original took 0, negatives and booleans."""
+    refusal(ProviderSettings, base_url=URL, max_tokens=value)
+
+
+@pytest.mark.parametrize("value", [0, -1, True, "nan", "inf", 700_000])
+def test_times_are_finite_and_below_a_week(value: object) -> None:
+    """A longer one was meant as milliseconds."""
+    refusal(ProviderSettings, base_url=URL, silence_timeout=value)

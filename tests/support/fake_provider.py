@@ -1,0 +1,114 @@
+"""A provider in memory: it serves what a test tells it to, and fails when told to."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from deltawire_server.errors import ProviderError, Reason
+from deltawire_server.upstream.base import Health, HealthStatus, Patience, ServedModel
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable
+
+    from deltawire_server.errors import DeltawireError
+    from deltawire_server.upstream.base import CallContext
+    from deltawire_server.upstream.request import ChatRequest
+
+
+class FakeProvider:
+    """Fulfils `upstream.base.Provider`.
+
+    Args:
+        provider_id: Its id.
+        served: What it lists: names, or whole entries.
+
+    Attributes:
+        served: What it lists now; assign to change it.
+        failure: What asking it raises; `None` while it is well.
+        gate: If set, a listing waits for it.
+        asked: Set as soon as it has been asked for a listing.
+        tokens: The token of each listing, in order: its length is how often it was listed.
+        chunks: What `stream_chat` yields.
+        requests: What `stream_chat` was asked, in order.
+    """
+
+    def __init__(self, provider_id: str = "vllm", served: Iterable[str | ServedModel] = ()) -> None:
+        self._id = provider_id
+        self.served: list[str | ServedModel] = list(served)
+        self.failure: DeltawireError | None = None
+        self.gate: asyncio.Event | None = None
+        self.asked = asyncio.Event()
+        self.tokens: list[str | None] = []
+        self.chunks: list[bytes] = []
+        self.requests: list[tuple[ChatRequest, str, CallContext]] = []
+        self.closed = False
+
+    @property
+    def id(self) -> str:
+        """Its id."""
+        return self._id
+
+    @property
+    def kind(self) -> str:
+        """What it is."""
+        return "fake"
+
+    @property
+    def base_url(self) -> str:
+        """Where it would be."""
+        return f"http://{self._id}.localhost/v1"
+
+    @property
+    def default_max_tokens(self) -> int | None:
+        """None."""
+        return None
+
+    @property
+    def patience(self) -> Patience:
+        """The defaults."""
+        return Patience()
+
+    def go_down(self) -> None:
+        """Be unreachable from now on, as a refused connection is reported."""
+        self.failure = ProviderError(
+            Reason.UPSTREAM_UNAVAILABLE,
+            f"provider {self._id!r} cannot be reached",
+            metadata={"provider": self._id},
+            retry_after=1.0,
+        )
+
+    @asynccontextmanager
+    async def stream_chat(
+        self, request: ChatRequest, model: str, call: CallContext
+    ) -> AsyncIterator[AsyncIterator[bytes]]:
+        """Yield the chunks."""
+        self.requests.append((request, model, call))
+        if self.failure is not None:
+            raise self.failure
+        yield self._body()
+
+    async def list_models(self, token: str | None = None) -> tuple[ServedModel, ...]:
+        """What it serves."""
+        self.tokens.append(token)
+        self.asked.set()
+        if self.gate is not None:
+            await self.gate.wait()
+        if self.failure is not None:
+            raise self.failure
+        return tuple(model if isinstance(model, ServedModel) else ServedModel(model) for model in self.served)
+
+    async def check_health(self) -> Health:
+        """OK unless it was told to fail."""
+        if self.failure is not None:
+            return Health(HealthStatus.ERROR, f"Health check failed: {self.failure.message}")
+        return Health(HealthStatus.OK)
+
+    async def close(self) -> None:
+        """Note it."""
+        self.closed = True
+
+    async def _body(self) -> AsyncIterator[bytes]:
+        for chunk in self.chunks:
+            yield chunk
