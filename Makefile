@@ -72,6 +72,11 @@ e2e: install ## The main path on a real vLLM, set up on the CPU
 bench: install ## CPU per token and added latency, beside the peers that are installed
 	@$(BIN)/python -m tests.bench
 
+.PHONY: bench-peers
+bench-peers: ## Install what `make bench` compares with, in an environment of its own
+	@test -x $(CACHE)/peers/bin/python || $(PYTHON) -m venv $(CACHE)/peers
+	@$(CACHE)/peers/bin/python -m pip install --quiet vllm-router==0.1.17
+
 .PHONY: golden
 golden: install ## Rewrite tests/transcripts/*.events.jsonl; read the diff
 	@$(BIN)/python -m tests.support.golden

@@ -55,6 +55,7 @@ from deltawire._errors import (
     UpstreamUnavailableError,
 )
 from deltawire._messages import (
+    MessageLike,
     assistant,
     developer,
     json_schema,
@@ -106,6 +107,7 @@ __all__ = [
     "InternalError",
     "InvalidRequestError",
     "Message",
+    "MessageLike",
     "Model",
     "ModelAlreadyExistsError",
     "ModelAmbiguousError",

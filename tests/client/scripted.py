@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -19,8 +19,12 @@ from deltawire.v1 import chat_completion_pb2 as chat
 from deltawire.v1 import chat_completion_pb2_grpc as chat_grpc
 from deltawire.v1 import model_registry_pb2 as registry
 from deltawire.v1 import model_registry_pb2_grpc as registry_grpc
+from deltawire.v1 import tool_pb2 as tools
 from deltawire.v1.message_pb2 import AssistantMessage, ContentPart
 from deltawire.v1.tool_pb2 import ToolCall, ToolCallDelta, ToolCallFailure
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 Event: TypeAlias = chat.StreamChatCompletionResponse
 
@@ -70,7 +74,7 @@ Step: TypeAlias = Any
 
 @dataclass
 class Call:
-    """A call as it arrived; `cancelled` is set when the caller has gone."""
+    """A call as it arrived; `ended` is set when it is over on this side."""
 
     method: str
     request: Any
@@ -78,14 +82,17 @@ class Call:
     ended: threading.Event = field(default_factory=threading.Event)
 
 
-class Gateway(chat_grpc.ChatCompletionServicer, registry_grpc.ModelRegistryServicer):
+class Gateway:
     """Plays one script per call, in order, and keeps the calls."""
 
     def __init__(self) -> None:
         self.target = ""
         self.calls: list[Call] = []
+        self.arrived = threading.Event()
         self._scripts: deque[Sequence[Step]] = deque()
         self._release = threading.Event()
+        for method in UNARY:
+            setattr(self, method, functools.partial(self._unary, method))
 
     def will(self, *steps: Step) -> None:
         """Add the script of the next call that has none yet."""
@@ -104,6 +111,7 @@ class Gateway(chat_grpc.ChatCompletionServicer, registry_grpc.ModelRegistryServi
         call = Call(method, request, {each.key: each.value for each in context.invocation_metadata()})
         context.add_callback(call.ended.set)
         self.calls.append(call)
+        self.arrived.set()
         for step in self._scripts.popleft():
             if isinstance(step, Fail):
                 context.set_trailing_metadata(step.trailing())
@@ -116,13 +124,11 @@ class Gateway(chat_grpc.ChatCompletionServicer, registry_grpc.ModelRegistryServi
             else:
                 yield step
 
-    def StreamChatCompletion(self, request: Any, context: Any) -> Iterator[Event]:  # noqa: ANN401, D102, N802
+    def StreamChatCompletion(self, request: Any, context: Any) -> Iterator[Event]:  # noqa: ANN401, N802
         yield from self._play("StreamChatCompletion", request, context)
 
-    def __getattribute__(self, name: str) -> Any:  # noqa: ANN401
-        if name in UNARY:
-            return lambda request, context: next(self._play(name, request, context))
-        return super().__getattribute__(name)
+    def _unary(self, method: str, request: Any, context: Any) -> Any:  # noqa: ANN401
+        return next(self._play(method, request, context))
 
 
 WAIT = object()
@@ -137,12 +143,9 @@ def serve(address: str = "127.0.0.1:0", credentials: grpc.ServerCredentials | No
     """Serve a scripted gateway."""
     gateway = Gateway()
     server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
-    chat_grpc.add_ChatCompletionServicer_to_server(gateway, server)
-    registry_grpc.add_ModelRegistryServicer_to_server(gateway, server)
-    if credentials is None:
-        port = server.add_insecure_port(address)
-    else:
-        port = server.add_secure_port(address, credentials)
+    chat_grpc.add_ChatCompletionServicer_to_server(cast("Any", gateway), server)
+    registry_grpc.add_ModelRegistryServicer_to_server(cast("Any", gateway), server)
+    port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     gateway.target = address if address.startswith("unix:") else f"127.0.0.1:{port}"
     server.start()
     try:
@@ -163,43 +166,49 @@ def numbered(*events: Event) -> list[Event]:
 
 
 def started(completion_id: str = "cmpl-1", model: str = "llama") -> Event:
+    """The first event."""
     return Event(started=chat.Started(completion_id=completion_id, model=model, provider_id="vllm"))
 
 
 def text(piece: str, choice: int = 0, logprobs: Sequence[chat.TokenLogprob] = ()) -> Event:
+    """A piece of text."""
     return Event(choice_index=choice, text_delta=chat.TextDelta(text=piece, logprobs=logprobs))
 
 
 def reasoning(piece: str, choice: int = 0) -> Event:
+    """A piece of reasoning."""
     return Event(choice_index=choice, reasoning_delta=chat.ReasoningDelta(text=piece))
 
 
 def called(call: ToolCall, index: int = 0, choice: int = 0) -> Event:
+    """A verdict: this call parsed."""
     delta = ToolCallDelta(
         index=index,
         call_id=call.call_id,
         tool_name=call.tool_name,
-        parse_status="TOOL_CALL_PARSE_STATUS_SUCCEEDED",
+        parse_status=tools.TOOL_CALL_PARSE_STATUS_SUCCEEDED,
         tool_call=call,
     )
     return Event(choice_index=choice, tool_call_delta=delta)
 
 
 def call_failed(name: str, raw: str, index: int = 0, choice: int = 0) -> Event:
+    """A verdict: the call cannot be executed, and this is what the model wrote."""
     failure = ToolCallFailure(
-        reason="TOOL_CALL_FAILURE_REASON_TRUNCATED", message="the answer\nwas cut", raw_arguments=raw
+        reason=tools.TOOL_CALL_FAILURE_REASON_TRUNCATED, message="the answer\nwas cut", raw_arguments=raw
     )
     delta = ToolCallDelta(
         index=index,
         call_id=f"call_{index}",
         tool_name=name,
-        parse_status="TOOL_CALL_PARSE_STATUS_FAILED",
+        parse_status=tools.TOOL_CALL_PARSE_STATUS_FAILED,
         failure=failure,
     )
     return Event(choice_index=choice, tool_call_delta=delta)
 
 
 def finished(choice: int = 0, reason: str = "END_OF_TURN", **fields: Any) -> Event:  # noqa: ANN401
+    """A choice's end; `reason` is a stop reason without its prefix."""
     value = chat.StopReason.Value(f"STOP_REASON_{reason}")
     return Event(choice_index=choice, choice_finished=chat.ChoiceFinished(stop_reason=value, **fields))
 
@@ -216,7 +225,8 @@ def choice(index: int = 0, said: str = "", reason: str = "END_OF_TURN", **fields
 
 
 def completed(*choices: chat.Completed.Choice, **fields: Any) -> Event:  # noqa: ANN401
-    usage = chat.Usage(prompt_tokens=3, completion_tokens=5, provenance="USAGE_PROVENANCE_EXACT")
+    """The last event."""
+    usage = chat.Usage(prompt_tokens=3, completion_tokens=5, provenance=chat.USAGE_PROVENANCE_EXACT)
     return Event(completed=chat.Completed(usage=usage, choices=choices, **fields))
 
 
@@ -237,6 +247,7 @@ def calling(*calls: ToolCall, said: str = "") -> list[Event]:
 
 
 def model(model_id: str, **fields: Any) -> registry.Model:  # noqa: ANN401
+    """A registered LLM, unless told otherwise."""
     values: dict[str, Any] = {
         "provider_id": "vllm",
         "provider_model_id": model_id.partition("/")[2] or model_id,

@@ -308,7 +308,7 @@ class TestRegister:
     async def test_an_id_is_never_registered_differently(
         self, registry: ModelRegistry, change: dict[str, object], field: str
     ) -> None:
-        """Neither a silent overwrite nor a change that is silently lost; the failure says what differs and what to do."""
+        """Neither a silent overwrite nor a silently lost change; the failure says what differs and what to do."""
         arguments: dict[str, object] = {
             "model_id": "mine",
             "provider_id": "alpha",
@@ -539,6 +539,15 @@ class TestLookUp:
                 parent="base",
             )
 
+    @pytest.mark.parametrize(("tokens", "kept"), [(-1, None), (0, 0), (2**32 - 1, 2**32 - 1), (2**32, None)])
+    async def test_a_context_that_cannot_be_is_left_out(
+        self, open_registry: Opener, tokens: int, kept: int | None
+    ) -> None:
+        """A provider's nonsense is no reason to fail a call."""
+        async with open_registry(FakeProvider("vllm", [ServedModel("m", max_context_tokens=tokens)])) as registry:
+            assert (await registry.get("m")).max_context_tokens == kept
+            assert (await registry.register("m")).max_context_tokens == kept
+
     async def test_slashes_on_both_sides(self, open_registry: Opener) -> None:
         """A name is split at each provider's id; a served name that looks scoped is found by itself."""
         one, two = FakeProvider("a", ["b/c", "d"]), FakeProvider("a/b", ["c", "e"])
@@ -642,7 +651,7 @@ class TestLookUp:
     async def test_a_refused_token_is_told_as_such(
         self, registry: ModelRegistry, alpha: FakeProvider, beta: FakeProvider
     ) -> None:
-        """Waiting would not help, so the failure is the provider's own; one that is merely away may yet have the model."""
+        """Waiting would not help, so the failure is the provider's own; one merely away may yet have the model."""
         alpha.failure = CallerError(Reason.UPSTREAM_UNAUTHENTICATED, "token refused", metadata={"provider": "alpha"})
         beta.failure = alpha.failure
         assert await failure_of(registry.get("llama")) is alpha.failure
@@ -712,6 +721,18 @@ class TestList:
         models, token, _ = await registry.list(size)
         assert len(models) == expected
         assert token
+
+    async def test_a_page_of_many_notes_is_shorter(self, registry: ModelRegistry, alpha: FakeProvider) -> None:
+        """Other languages' clients receive 4 MiB by default: no page may be beyond that, and none is empty."""
+        notes = {f"{number:0128}": "é" * 4096 for number in range(64)}
+        alpha.served = [f"model-{number}" for number in range(5)]
+        for number in range(5):
+            await registry.register(f"model-{number}", "alpha", metadata=notes)
+        pages, token = list[int](), ""
+        while not pages or token:
+            models, token, _ = await registry.list(page_token=token)
+            pages.append(len(models))
+        assert pages == [2, 2, 3]
 
     async def test_a_full_last_page_has_no_token(self, registry: ModelRegistry) -> None:
         """Nobody asks for a page that would be empty."""

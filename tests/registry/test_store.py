@@ -161,6 +161,7 @@ async def test_many_may_open_a_new_database_at_once(url: str) -> None:
         "UPDATE models SET create_time = 'yesterday' WHERE id = 'llama'",
         "UPDATE models SET update_time = 9000000000000000000 WHERE id = 'llama'",
         "UPDATE models SET max_context_tokens = 'many' WHERE id = 'llama'",
+        "UPDATE models SET max_context_tokens = 4294967296 WHERE id = 'llama'",
         "UPDATE models SET provider_id = x'00' WHERE id = 'llama'",
         "UPDATE names SET name = x'00' WHERE name = 'fast'",
     ],

@@ -154,8 +154,9 @@ def ending(
 ) -> list[Event]:
     """How an answer of one choice ends: the verdicts, the choice's end, the answer's. `chunks` had output."""
     whole = FinishedChoice(0, text, reasoning, succeeded, failed, reason, word, executable)
+    verdicts: list[ToolCallSucceeded | ToolCallFailed] = [*succeeded, *failed]
     return [
-        *sorted([*succeeded, *failed], key=lambda call: call.index),
+        *sorted(verdicts, key=lambda call: call.index),
         ChoiceFinished(0, reason, word, executable, matched),
         Completed(usage or Usage(chunks, Provenance.ESTIMATED), (whole,), fault),
     ]

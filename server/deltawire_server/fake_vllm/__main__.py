@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import resource
 import signal
 import sys
@@ -70,8 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 async def _serve(fake: FakeVllm, models: Sequence[str]) -> None:
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        with contextlib.suppress(NotImplementedError):
-            asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     async with fake:
         print(f"fake vLLM listening on {fake.base_url} serving {', '.join(models)}", flush=True)
         await stopped.wait()

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from datetime import datetime
 
+MAX_CONTEXT_TOKENS = 2**32 - 1
+"""What the wire can carry, and a few thousand times the longest context there is."""
+
 
 class ModelType(enum.Enum):
     """What a model is for; the values are those of `deltawire.v1.ModelType`, the names are what the database holds."""

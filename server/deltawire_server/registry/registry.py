@@ -28,7 +28,7 @@ from deltawire_server.errors import (
     Violation,
     invalid_request,
 )
-from deltawire_server.registry.model import Model, ModelSource, ModelType, scoped_id
+from deltawire_server.registry.model import MAX_CONTEXT_TOKENS, Model, ModelSource, ModelType, scoped_id
 from deltawire_server.telemetry import get_logger
 
 if TYPE_CHECKING:
@@ -50,7 +50,9 @@ MAX_METADATA_VALUE_LENGTH = 4096
 """Notes, not documents: the three together keep a model within a quarter of a megabyte."""
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
-"""Models in a page: with usual notes, well within the 4 MiB that other languages' clients receive by default."""
+"""Models in a page: plenty for one call, and made within milliseconds."""
+MAX_PAGE_BYTES = 1024 * 1024
+"""Text in a page, give or take its last model: well within the 4 MiB that clients receive by default."""
 MAX_NAMES_SHOWN = 20
 MAX_NAMES_LENGTH = 600
 """Names, and characters of them, in a message: it travels in the trailers, whose limit leaves it about a thousand."""
@@ -205,7 +207,7 @@ class ModelRegistry:
     async def list(
         self, page_size: int = 0, page_token: str = "", token: str | None = None
     ) -> tuple[list[Model], str, tuple[str, ...]]:
-        """A page of all models, registered and discovered, by ascending id.
+        """A page of all models, registered and discovered, by ascending id; of models with many notes a shorter one.
 
         A page begins after the last id of the one before, whatever has come or gone meanwhile: what stays is seen
         exactly once.
@@ -236,8 +238,14 @@ class ModelRegistry:
         models = {**self._discovered(listings), **self._known.models}
         # `after` is empty for the first page, and no id is empty.
         ids = sorted(model_id for model_id in models if model_id > (after or ""))
-        page = [models[model_id] for model_id in ids[:size]]
-        return page, _encoded(page[-1].id) if len(ids) > size else "", tuple(sorted(_failures(listings)))
+        page: list[Model] = []
+        room = MAX_PAGE_BYTES
+        for model_id in ids[:size]:
+            page.append(models[model_id])
+            room -= _bytes_of(models[model_id])
+            if room < 0:
+                break
+        return page, _encoded(page[-1].id) if len(ids) > len(page) else "", tuple(sorted(_failures(listings)))
 
     def _checked(
         self,
@@ -504,12 +512,20 @@ def _differences(stored: Model, wanted: Model) -> Sequence[str]:
 
 
 def _with_served(model: Model, served: ServedModel) -> Model:
-    return replace(model, max_context_tokens=served.max_context_tokens, root=served.root, parent=served.parent)
+    tokens = served.max_context_tokens
+    # A number that cannot be is as good as none, and must not fail the call.
+    known = tokens is not None and 0 <= tokens <= MAX_CONTEXT_TOKENS
+    return replace(model, max_context_tokens=tokens if known else None, root=served.root, parent=served.parent)
 
 
 def _discovered(provider_id: str, served: ServedModel) -> Model:
     model = Model(scoped_id(provider_id, served.id), provider_id, served.id, source=ModelSource.DISCOVERED)
     return _with_served(model, served)
+
+
+def _bytes_of(model: Model) -> int:
+    texts = (*model.names, *model.target, model.root, model.parent, *model.metadata, *model.metadata.values())
+    return sum(len(text.encode()) for text in texts)
 
 
 def _failures(listings: Listings) -> dict[str, DeltawireError]:

@@ -18,7 +18,7 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from deltawire_server.errors import Reason, RegistryError
-from deltawire_server.registry.model import Model, ModelType
+from deltawire_server.registry.model import MAX_CONTEXT_TOKENS, Model, ModelType
 from deltawire_server.registry.schema import LATEST, MODELS, NAMES, migrate, version_of
 from deltawire_server.telemetry import get_logger
 
@@ -217,7 +217,7 @@ def _model(row: Row[tuple[object, ...]], aliases: Sequence[str]) -> Model | None
             type=ModelType[row.type],
             aliases=tuple(_text(alias) for alias in aliases),
             metadata=_metadata(row.metadata),
-            max_context_tokens=None if row.max_context_tokens is None else int(row.max_context_tokens),
+            max_context_tokens=_tokens(row.max_context_tokens),
             root=_text(row.root),
             parent=_text(row.parent),
             create_time=_EPOCH + int(row.create_time) * _MICROSECOND,
@@ -231,6 +231,12 @@ def _model(row: Row[tuple[object, ...]], aliases: Sequence[str]) -> Model | None
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _tokens(value: object) -> int | None:
+    if value is not None and not (isinstance(value, int) and 0 <= value <= MAX_CONTEXT_TOKENS):
+        raise ValueError(f"{value!r} is no number of tokens")
     return value
 
 

@@ -53,8 +53,6 @@ HEALTH_STATUSES: Mapping[HealthStatus, pb.HealthStatus.ValueType] = MappingProxy
     }
 )
 
-_UINT32_LIMIT = 2**32
-
 
 class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
     """Answers the ModelRegistry service's calls. Every method raises the `DeltawireError`s of what it calls.
@@ -126,7 +124,6 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
 
 def model_message(model: Model) -> pb.Model:
     """A model as it goes over the wire."""
-    tokens = model.max_context_tokens
     return pb.Model(
         id=model.id,
         provider_id=model.provider_id,
@@ -135,8 +132,7 @@ def model_message(model: Model) -> pb.Model:
         aliases=model.aliases,
         metadata=model.metadata,
         source=MODEL_SOURCES[model.source],
-        # It is the provider's word; one that cannot be true is as good as none, and must not fail the call.
-        max_context_tokens=tokens if tokens is not None and 0 <= tokens < _UINT32_LIMIT else None,
+        max_context_tokens=model.max_context_tokens,
         root=model.root,
         parent=model.parent,
         create_time=_timestamp(model.create_time),

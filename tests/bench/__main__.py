@@ -1,0 +1,157 @@
+"""Measures and prints: CPU per token flat out and paced, with and without tool calls, and the added time to first event."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import grpc
+import uvloop
+
+from tests.bench import servers
+from tests.bench.load import grpc_streams, http_streams
+from tests.bench.servers import Server
+
+FLAT_STREAMS, FLAT_TOKENS = 32, 2000
+PACED_STREAMS, PACED_TOKENS, PACED_RATE = 64, 500, 50.0
+FIRST_STREAMS, FIRST_ROUNDS, FIRST_TOKENS = 16, 30, 8
+RESULTS = Path(".cache/bench.json")
+ROUTER = Path(".cache/peers/bin/vllm-router")
+
+Load = Callable[[Server], Awaitable[list[float]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measurement: which load, who, and the CPU microseconds per token of each repetition."""
+
+    load: str
+    who: str
+    micros_per_token: list[float]
+
+    @property
+    def best(self) -> float:
+        """The least disturbed repetition: what others do on the machine only ever adds."""
+        return min(self.micros_per_token)
+
+
+async def measure(load: str, server: Server, run: Load, tokens: int, repeat: int) -> Row:
+    """Warm up once, then measure."""
+    await run(server)
+    figures: list[float] = []
+    for _ in range(repeat):
+        before = server.cpu_seconds
+        await run(server)
+        figures.append((server.cpu_seconds - before) * 1e6 / tokens)
+    return Row(load, server.name, figures)
+
+
+async def cpu_rows(
+    load: str, streams: int, tokens: int, rate: float | None, repeat: int, router: Path | None
+) -> list[Row]:
+    """The same load on the gateway and on every peer there is."""
+    total = streams * tokens
+    rows: list[Row] = []
+
+    async def over_grpc(server: Server) -> list[float]:
+        return await grpc_streams(server, streams, tokens)
+
+    async def over_http(server: Server) -> list[float]:
+        return await http_streams(server, streams, tokens)
+
+    with servers.fake_vllm(tokens, per_second=rate) as upstream:
+        with servers.gateway(upstream) as server:
+            rows.append(await measure(load, server, over_grpc, total, repeat))
+        if router is not None:
+            with servers.vllm_router(router, upstream) as server:
+                rows.append(await measure(load, server, over_http, total, repeat))
+    with servers.bare_grpc(tokens, per_second=rate) as server:
+        rows.append(await measure(load, server, over_grpc, total, repeat))
+    return rows
+
+
+async def tool_row(streams: int, tokens: int, repeat: int) -> Row:
+    """A call whose arguments come in as many fragments, assembled and judged."""
+
+    async def over_grpc(server: Server) -> list[float]:
+        return await grpc_streams(server, streams, tokens, tools=True)
+
+    with servers.fake_vllm(tokens, tool_call=True) as upstream, servers.gateway(upstream) as server:
+        return await measure("tool call, flat out", server, over_grpc, streams * tokens, repeat)
+
+
+async def first_event() -> dict[str, float]:
+    """Milliseconds to the first event through the gateway and straight from the upstream, in turns."""
+    direct: list[float] = []
+    through: list[float] = []
+    with servers.fake_vllm(FIRST_TOKENS) as upstream, servers.gateway(upstream) as server:
+        for round_number in range(FIRST_ROUNDS):
+            straight = await http_streams(upstream, FIRST_STREAMS, FIRST_TOKENS)
+            gateway = await grpc_streams(server, FIRST_STREAMS, FIRST_TOKENS)
+            if round_number:  # the first one opens connections
+                direct += straight
+                through += gateway
+
+    def percentile(times: list[float], hundredth: int) -> float:
+        return statistics.quantiles(times, n=100)[hundredth - 1] * 1e3
+
+    return {
+        "direct_p50_ms": percentile(direct, 50),
+        "direct_p99_ms": percentile(direct, 99),
+        "gateway_p50_ms": percentile(through, 50),
+        "gateway_p99_ms": percentile(through, 99),
+        "added_p50_ms": percentile(through, 50) - percentile(direct, 50),
+        "added_p99_ms": percentile(through, 99) - percentile(direct, 99),
+    }
+
+
+def print_table(rows: list[Row]) -> None:
+    """One line per row, with its ratio to the gateway's under the same load."""
+    print(f"\n{'load':<36}{'who':<16}{'CPU µs/token':>14}   {'repetitions':<28}{'deltawire ÷ this':>16}")
+    for row in rows:
+        ours = next(other.best for other in rows if other.load == row.load and other.who == "deltawire")
+        repetitions = " ".join(f"{figure:.1f}" for figure in row.micros_per_token)
+        print(f"{row.load:<36}{row.who:<16}{row.best:>14.1f}   {repetitions:<28}{ours / row.best:>16.2f}")
+
+
+async def measure_all(arguments: argparse.Namespace, router: Path | None) -> tuple[list[Row], dict[str, float]]:
+    """Run all measurements, one after the other."""
+    repeat = arguments.repeat
+    rows = await cpu_rows(f"{FLAT_STREAMS} streams, flat out", FLAT_STREAMS, FLAT_TOKENS, None, repeat, router)
+    rows.append(await tool_row(FLAT_STREAMS, FLAT_TOKENS, repeat))
+    if not arguments.quick:
+        name = f"{PACED_STREAMS} streams at {PACED_RATE:g} tokens/s"
+        rows += await cpu_rows(name, PACED_STREAMS, PACED_TOKENS, PACED_RATE, repeat, router)
+    return rows, await first_event()
+
+
+def main() -> None:
+    """Measure, print, and write the figures down."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("--router", type=Path, default=ROUTER, help=f"the vllm-router program (default {ROUTER})")
+    parser.add_argument("--repeat", type=int, default=3, help="repetitions of each CPU measurement (default 3)")
+    parser.add_argument("--quick", action="store_true", help="leave out the paced load")
+    arguments = parser.parse_args()
+    router = arguments.router if arguments.router.exists() else None
+    if router is None:
+        print(f"vllm-router is not measured: {arguments.router} is not there ('make bench-peers' installs it)")
+    rows, first = uvloop.run(measure_all(arguments, router))
+    print_table(rows)
+    print(f"\ntime to first event, {FIRST_STREAMS} streams, ms      p50     p99")
+    for who in ("direct", "gateway", "added"):
+        print(f"  {who:<36}{first[f'{who}_p50_ms']:>8.2f}{first[f'{who}_p99_ms']:>8.2f}")
+    RESULTS.parent.mkdir(exist_ok=True)
+    machine = {"cores": os.cpu_count(), "python": platform.python_version(), "grpcio": grpc.__version__}
+    results = {"machine": machine, "rows": [asdict(row) for row in rows], "first_event": first}
+    RESULTS.write_text(json.dumps(results, indent=2))
+    print(f"\nwritten to {RESULTS}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Where calls go and what they bear: targets, channel options, tokens, request ids."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+
+from deltawire import CallInfo, Client, ConnectOptions, tls_credentials
+from deltawire._channel import SERVICE_CONFIG, Defaults, connection, is_local
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "127.0.0.1:50051",
+        "127.8.9.10:1",
+        "localhost:50051",
+        "LOCALHOST",
+        "[::1]:50051",
+        "::1",
+        "unix:/run/deltawire.sock",
+        "unix:///run/deltawire.sock",
+        "unix-abstract:deltawire",
+        "dns:localhost:50051",
+        "dns:///localhost:50051",
+        "ipv4:127.0.0.1:50051,127.0.0.2:50051",
+        "ipv6:[::1]:50051",
+    ],
+)
+def test_this_machine(target: str) -> None:
+    """Unix sockets and the loopback interface, however they are written."""
+    assert is_local(target)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "10.0.0.1:50051",
+        "gateway:50051",
+        "localhost.example.com:50051",
+        "[2001:db8::1]:50051",
+        "2001:db8::1",
+        "dns:///gateway:50051",
+        "dns://8.8.8.8/localhost:50051",
+        "ipv4:127.0.0.1:50051,10.0.0.1:50051",
+        "xds:///localhost",
+        "0.0.0.0:50051",
+        "",
+    ],
+)
+def test_other_machines(target: str) -> None:
+    """One address elsewhere is enough, and so is one that cannot be judged."""
+    assert not is_local(target)
+
+
+def made(target: str = "127.0.0.1:1", **options: Any) -> tuple[dict[str, Any], Defaults]:  # noqa: ANN401
+    """Channel options and call defaults for a client made so."""
+    end, defaults = connection(target, options, own_channel=False)  # type: ignore[arg-type]
+    return dict(end.options), defaults
+
+
+def bears(defaults: Defaults, **options: Any) -> dict[str, str | bytes]:  # noqa: ANN401
+    """The metadata of a call."""
+    return dict(defaults.outgoing(options).arguments["metadata"])  # type: ignore[arg-type]
+
+
+def test_channel_options() -> None:
+    """Keepalive without an end, room for long answers, and no proxy between here and here."""
+    options, _ = made()
+    assert options["grpc.keepalive_time_ms"] == 30_000
+    assert options["grpc.http2.max_pings_without_data"] == 0
+    assert options["grpc.max_receive_message_length"] == 64 * 1024 * 1024
+    assert options["grpc.enable_http_proxy"] == 0
+    assert "grpc.enable_http_proxy" not in made("gateway:1")[0]
+
+
+def test_the_callers_channel_options_win() -> None:
+    """They come last, and gRPC takes the last."""
+    options, _ = made(options=[("grpc.keepalive_time_ms", 5)], max_receive_bytes=7)
+    assert options["grpc.keepalive_time_ms"] == 5
+    assert options["grpc.max_receive_message_length"] == 7
+
+
+def test_only_unavailable_is_retried() -> None:
+    """At most four attempts, on both services."""
+    (config,) = json.loads(SERVICE_CONFIG)["methodConfig"]
+    assert config["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE"]
+    assert config["retryPolicy"]["maxAttempts"] == 4
+    assert {each["service"] for each in config["name"]} == {"deltawire.v1.ChatCompletion", "deltawire.v1.ModelRegistry"}
+
+
+def test_tokens() -> None:
+    """The gateway's as a bearer token, vLLM's in its own header."""
+    _, defaults = made(token="key")
+    metadata = bears(defaults, vllm_token="other")
+    assert metadata["authorization"] == "Bearer key"
+    assert metadata["x-vllm-api-token"] == "other"
+    assert "authorization" not in bears(made()[1])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"token": "key"}, {"metadata": [("Authorization", "Bearer key")]}, {"metadata": [("x-vllm-api-token", "key")]}],
+)
+def test_tokens_stay_off_plaintext(options: dict[str, Any]) -> None:
+    """Whichever way they come in, and before anything is connected."""
+    with pytest.raises(ValueError, match="use TLS, or allow it with insecure=True"):
+        made("gateway:1", **options)
+    for allowed in ({"insecure": True}, {"tls": True}, {"credentials": grpc.ssl_channel_credentials()}):
+        made("gateway:1", **options, **allowed)
+
+
+def test_tokens_of_a_call_stay_off_plaintext() -> None:
+    """The rule holds for each call by itself."""
+    _, defaults = made("gateway:1")
+    with pytest.raises(ValueError, match="plaintext"):
+        bears(defaults, vllm_token="key")
+    assert "x-vllm-api-token" in bears(made("gateway:1", insecure=True)[1], vllm_token="key")
+
+
+def test_request_ids() -> None:
+    """The caller's own, by argument or by metadata, the argument first; else one is made up for each call."""
+    _, defaults = made(metadata=[("x-request-id", "mine"), ("a", "b")])
+    assert bears(defaults)["x-request-id"] == "mine"
+    assert bears(defaults, request_id="this")["x-request-id"] == "this"
+    again = defaults.outgoing({"request_id": "this"}).arguments["metadata"]
+    assert [name for name, _ in again].count("x-request-id") == 1
+    ids = {bears(made()[1])["x-request-id"] for _ in range(3)}
+    assert len(ids) == 3
+
+
+def test_arguments_of_a_call() -> None:
+    """The call's own timeout before the client's; what was not said is not passed on."""
+    _, defaults = made(timeout=9)
+    assert defaults.outgoing({}).arguments["timeout"] == 9
+    assert defaults.outgoing({"timeout": 1}).arguments["timeout"] == 1
+    assert "wait_for_ready" not in defaults.outgoing({}).arguments
+    assert defaults.outgoing({"wait_for_ready": False}).arguments["wait_for_ready"] is False
+    assert bears(defaults, metadata=[("c", "d")])["c"] == "d"
+
+
+def test_call_info_starts_clean() -> None:
+    """One that is used again forgets the call before."""
+    info = CallInfo("old", (("a", "b"),), (("c", "d"),))
+    outgoing = made()[1].outgoing({"info": info, "request_id": "new"})
+    assert outgoing.info is info
+    assert info == CallInfo("new", (), ())
+
+
+def test_misspelt_options_are_refused() -> None:
+    """They would otherwise be lost in silence."""
+    with pytest.raises(TypeError, match="a client has no argument tokn"):
+        made(tokn="key")
+    with pytest.raises(TypeError, match="a call has no argument timout"):
+        made()[1].outgoing({"timout": 1})  # type: ignore[typeddict-unknown-key]
+
+
+def test_a_channel_of_your_own_is_used_as_it_is() -> None:
+    """So options for making one are refused, and tokens are the caller's affair."""
+    options: ConnectOptions = {"tls": True, "options": []}
+    with pytest.raises(ValueError, match="leave out options, tls"):
+        connection("gateway:1", options, own_channel=True)
+    _, defaults = connection("gateway:1", {"token": "key"}, own_channel=True)
+    assert bears(defaults)["authorization"] == "Bearer key"
+
+
+def test_tls_files(tmp_path: Path) -> None:
+    """A certificate needs its key, and a file that is not there is named."""
+    with pytest.raises(ValueError, match="give both or neither"):
+        tls_credentials(cert_file="c.pem")
+    with pytest.raises(FileNotFoundError):
+        tls_credentials(ca_file=tmp_path / "ca.pem")
+    pem = tmp_path / "all.pem"
+    pem.write_text("not checked before the first call")
+    with Client("gateway:1", credentials=tls_credentials(ca_file=pem, cert_file=pem, key_file=pem), token="key"):
+        pass

@@ -1,0 +1,146 @@
+"""Messages and tools made by helpers are the API's own, and nothing is lost on the way."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from deltawire import (
+    Message,
+    Tool,
+    ToolCall,
+    assistant,
+    developer,
+    json_schema,
+    message_text,
+    system,
+    tool,
+    tool_definition,
+    tool_from_openai,
+    user,
+)
+from deltawire._messages import as_message
+from deltawire.v1.message_pb2 import (
+    AssistantMessage,
+    ContentPart,
+    DeveloperMessage,
+    SystemMessage,
+    ToolMessage,
+    UserMessage,
+)
+
+CALL = ToolCall(call_id="call_1", tool_name="get_weather", arguments='{"city":"Oslo"}')
+PART = ContentPart(text="hi")
+
+
+def test_each_role() -> None:
+    """Every helper gives its role, with the content as parts."""
+    assert system("hi") == Message(system=SystemMessage(content=[PART]))
+    assert developer("hi") == Message(developer=DeveloperMessage(content=[PART]))
+    assert user("hi") == Message(user=UserMessage(content=[PART]))
+    assert assistant("hi", tool_calls=[CALL], reasoning="hm") == Message(
+        assistant=AssistantMessage(content=[PART], tool_calls=[CALL], reasoning="hm")
+    )
+    assert assistant(tool_calls=[CALL]).assistant.content == []
+
+
+def test_content_of_several_parts() -> None:
+    """Text and parts can be mixed, and their order stays."""
+    assert user(["a", ContentPart(text="b"), "c"]) == user([ContentPart(text=each) for each in "abc"])
+    assert user(PART) == user("hi")
+
+
+@pytest.mark.parametrize("call", [CALL, "call_1"])
+def test_a_tool_result_names_its_call(call: ToolCall | str) -> None:
+    """By the call itself or by its id."""
+    assert tool(call, "rain") == Message(tool=ToolMessage(call_id="call_1", content=[ContentPart(text="rain")]))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        SystemMessage(content=[PART]),
+        DeveloperMessage(content=[PART]),
+        UserMessage(content=[PART]),
+        AssistantMessage(content=[PART]),
+        ToolMessage(content=[PART], call_id="call_1"),
+    ],
+)
+def test_a_message_of_a_role_finds_its_place(
+    value: SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage,
+) -> None:
+    """The API's own messages of a role are wrapped, whole."""
+    wrapped = as_message(value)
+    role = wrapped.WhichOneof("role")
+    assert role is not None
+    assert getattr(wrapped, role) == value
+    assert message_text(value) == message_text(wrapped) == "hi"
+
+
+def test_text_and_whole_messages() -> None:
+    """Text is the user's; a whole message is passed on, not copied."""
+    assert as_message("hi") == user("hi")
+    message = system("hi")
+    assert as_message(message) is message
+
+
+def test_what_can_be_no_message() -> None:
+    """The error names the type that came."""
+    with pytest.raises(TypeError, match="not dict"):
+        as_message({"role": "user"})  # type: ignore[arg-type]
+
+
+def test_text_of_a_message() -> None:
+    """The parts put together; a message without a role has no text."""
+    assert message_text(user(["a", "b"])) == "ab"
+    assert message_text(Message()) == ""
+
+
+def test_a_schema_as_text_stays_to_the_letter() -> None:
+    """Text is not parsed and written again: key order and spaces may matter to whoever wrote it."""
+    schema = '{ "type":"object" , "properties":{} }'
+    made = tool_definition("f", "does", input_schema=schema, output_schema={"type": "string"}, strict=True)
+    assert made == Tool(
+        name="f", description="does", input_schema=schema, output_schema='{"type": "string"}', strict=True
+    )
+    assert json_schema(schema, name="n", strict=False).json_schema.schema == schema
+
+
+def test_a_tool_without_arguments_says_nothing_of_them() -> None:
+    """And `strict` stays absent, which is not the same as false."""
+    made = tool_definition("f")
+    assert made == Tool(name="f")
+    assert not made.HasField("strict")
+
+
+def test_openai_tools() -> None:
+    """OpenAI's object, whole or the inner one alone."""
+    function = {
+        "name": "get_weather",
+        "description": "Wetter für eine Stadt",
+        "parameters": {"type": "object", "properties": {"Ort": {"const": "Köln"}}},
+        "strict": True,
+    }
+    made = tool_from_openai({"type": "function", "function": function})
+    assert made == tool_from_openai(function)
+    assert (made.name, made.description, made.strict) == ("get_weather", "Wetter für eine Stadt", True)
+    assert json.loads(made.input_schema) == function["parameters"]
+    assert "Köln" in made.input_schema
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        ({"type": "web_search"}, "'web_search'"),
+        ({"function": "get_weather"}, '"function" is not an object'),
+        ({"function": {}}, 'no "name"'),
+        ({"name": 3}, '"name" is not a string'),
+        ({"name": "f", "parameters": "{}"}, '"parameters" is not an object'),
+        ({"name": "f", "strict": "yes"}, '"strict" is not true or false'),
+    ],
+)
+def test_openai_tools_that_are_none(value: dict[str, object], what: str) -> None:
+    """The message says which member is wrong."""
+    with pytest.raises(ValueError, match=what):
+        tool_from_openai(value)

@@ -1,0 +1,237 @@
+"""Keyword arguments become a ChatRequest: what is given is in it, and what is not given is absent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from deltawire import (
+    ChatRequest,
+    MessageLike,
+    ResponseFormat,
+    Sampling,
+    Tool,
+    ToolChoice,
+    assistant,
+    chat_request,
+    json_schema,
+    system,
+    tool_definition,
+    user,
+)
+from deltawire._channel import CallOptions
+from deltawire._requests import (
+    CHAT_OPTIONS,
+    SAMPLING_OPTIONS,
+    ModelPages,
+    split_arguments,
+    split_registration,
+)
+from deltawire.v1.chat_completion_pb2 import Logprobs
+from deltawire.v1.message_pb2 import UserMessage
+from deltawire.v1.model_registry_pb2 import ListModelsResponse, ModelType, RegisterModelRequest
+
+
+def test_nothing_given_nothing_sent() -> None:
+    """None counts as not given, for every option there is."""
+    options: Any = dict.fromkeys(CHAT_OPTIONS)
+    assert chat_request("hi", **options) == chat_request("hi") == ChatRequest(messages=[user("hi")])
+
+
+def test_every_sampling_field_is_an_option() -> None:
+    """What the API can say, a keyword can."""
+    assert {field.name for field in Sampling.DESCRIPTOR.fields} == SAMPLING_OPTIONS
+    fields = {field.name for field in ChatRequest.DESCRIPTOR.fields}
+    assert fields | SAMPLING_OPTIONS == CHAT_OPTIONS | {"messages"}
+
+
+def test_zero_is_a_value() -> None:
+    """0 and False are sent: they are not the same as nothing."""
+    request = chat_request("hi", temperature=0, top_k=0, ignore_eos=False, parallel_tool_calls=False, choice_count=0)
+    assert request.sampling.HasField("temperature")
+    assert request.sampling.HasField("top_k")
+    assert request.sampling.HasField("ignore_eos")
+    assert request.HasField("parallel_tool_calls")
+    assert request.HasField("choice_count")
+    assert not request.sampling.HasField("seed")
+
+
+def test_sampling() -> None:
+    """Every option arrives in its field."""
+    request = chat_request(
+        "hi",
+        temperature=0.5,
+        top_p=0.9,
+        top_k=40,
+        min_p=0.1,
+        frequency_penalty=-1,
+        presence_penalty=1,
+        repetition_penalty=1.1,
+        seed=7,
+        max_tokens=9,
+        min_tokens=2,
+        stop="END",
+        stop_token_ids=[1, 2],
+        ignore_eos=True,
+        logit_bias={5: -100},
+        bad_words=["no"],
+    )
+    assert request.sampling == Sampling(
+        temperature=0.5,
+        top_p=0.9,
+        top_k=40,
+        min_p=0.1,
+        frequency_penalty=-1,
+        presence_penalty=1,
+        repetition_penalty=1.1,
+        seed=7,
+        max_tokens=9,
+        min_tokens=2,
+        stop=["END"],
+        stop_token_ids=[1, 2],
+        ignore_eos=True,
+        logit_bias={5: -100},
+        bad_words=["no"],
+    )
+
+
+def test_single_arguments_are_laid_over_a_sampling() -> None:
+    """They replace, lists too, and the caller's own message is left as it was."""
+    base = Sampling(temperature=0.5, seed=7, stop=["a"])
+    request = chat_request("hi", sampling=base, temperature=0.9, stop=["b", "c"])
+    assert request.sampling == Sampling(temperature=0.9, seed=7, stop=["b", "c"])
+    assert base == Sampling(temperature=0.5, seed=7, stop=["a"])
+    assert chat_request("hi", sampling=base).sampling == base
+
+
+def test_messages_of_every_shape() -> None:
+    """Helpers, text and raw messages mix; one message needs no list."""
+    history: list[MessageLike] = [
+        system("be kind"),
+        "hi",
+        UserMessage(content=user("you").user.content),
+        assistant("yes"),
+    ]
+    request = chat_request(history)
+    assert list(request.messages) == [system("be kind"), user("hi"), user("you"), assistant("yes")]
+    assert list(chat_request(user("hi")).messages) == [user("hi")]
+    assert list(chat_request(user("hi").user).messages) == [user("hi")]
+
+
+def test_tools_of_both_shapes() -> None:
+    """The API's tools and OpenAI's objects mix."""
+    request = chat_request("hi", tools=[tool_definition("a"), {"type": "function", "function": {"name": "b"}}])
+    assert list(request.tools) == [Tool(name="a"), Tool(name="b")]
+
+
+@pytest.mark.parametrize(
+    ("given", "choice"),
+    [
+        ("auto", ToolChoice(mode=ToolChoice.MODE_AUTO)),
+        ("required", ToolChoice(mode=ToolChoice.MODE_REQUIRED)),
+        ("none", ToolChoice(mode=ToolChoice.MODE_NONE)),
+        ("get_weather", ToolChoice(tool_name="get_weather")),
+        (ToolChoice(tool_name="auto"), ToolChoice(tool_name="auto")),
+    ],
+)
+def test_tool_choice(given: str | ToolChoice, choice: ToolChoice) -> None:
+    """Three words, any other is a tool's name, and a raw ToolChoice is passed on."""
+    assert chat_request("hi", tool_choice=given).tool_choice == choice
+
+
+def test_response_formats() -> None:
+    """Two by name, the rest as messages."""
+
+    def made(value: ResponseFormat | str) -> ResponseFormat:
+        return chat_request("hi", response_format=value).response_format
+
+    assert made("json_object").WhichOneof("format") == "json_object"
+    assert made("text").WhichOneof("format") == "text"
+    form = json_schema({"type": "object"}, name="thing", strict=True)
+    assert made(form) == form
+    with pytest.raises(ValueError, match="'xml' is neither"):
+        made("xml")
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [(True, Logprobs()), (3, Logprobs(top_k=3)), (0, Logprobs(top_k=0)), (Logprobs(top_k=2), Logprobs(top_k=2))],
+)
+def test_logprobs(given: bool | int | Logprobs, asked: Logprobs) -> None:
+    """Asked for by yes, by a number, or raw."""
+    request = chat_request("hi", logprobs=given)
+    assert request.HasField("logprobs")
+    assert request.logprobs == asked
+
+
+def test_no_logprobs() -> None:
+    """No is the same as not asking."""
+    assert not chat_request("hi", logprobs=False).HasField("logprobs")
+
+
+def test_misspelt_options_are_refused() -> None:
+    """They would otherwise be lost in silence."""
+    with pytest.raises(TypeError, match="no argument temprature"):
+        chat_request("hi", temprature=1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="no argument timout"):
+        split_arguments("hi", {"timout": 1})  # type: ignore[typeddict-unknown-key]
+
+
+def test_arguments_of_a_call_are_parted() -> None:
+    """What is asked, and how the call is made."""
+    request, call = split_arguments("hi", {"model": "llama", "timeout": 3, "request_id": "r"})
+    assert request == chat_request("hi", model="llama")
+    assert call == CallOptions(timeout=3, request_id="r")
+
+
+def test_a_whole_request_is_taken_as_it_is() -> None:
+    """It cannot be mixed with arguments of its own kind."""
+    whole = ChatRequest(model="llama")
+    assert split_arguments(whole, {"timeout": 3}) == (whole, {"timeout": 3})
+    with pytest.raises(TypeError, match="set model, seed in it"):
+        split_arguments(whole, {"seed": 3, "model": "other"})
+
+
+def test_registrations() -> None:
+    """Every option arrives in its field."""
+    request, call = split_registration(
+        "llama",
+        {
+            "provider_id": "vllm",
+            "provider_model_id": "meta/llama",
+            "model_type": "embedding",
+            "aliases": ["l"],
+            "model_metadata": {"owner": "me"},
+            "timeout": 3,
+        },
+    )
+    assert request == RegisterModelRequest(
+        model_id="llama",
+        provider_id="vllm",
+        provider_model_id="meta/llama",
+        type=ModelType.MODEL_TYPE_EMBEDDING,
+        aliases=["l"],
+        metadata={"owner": "me"},
+    )
+    assert call == {"timeout": 3}
+    assert split_registration("llama", {})[0] == RegisterModelRequest(model_id="llama")
+    assert split_registration("m", {"model_type": ModelType.MODEL_TYPE_RERANK})[0].type == ModelType.MODEL_TYPE_RERANK
+
+
+def test_whole_registrations_are_taken_as_they_are() -> None:
+    """They cannot be mixed with arguments of their own kind."""
+    whole = RegisterModelRequest(model_id="llama")
+    assert split_registration(whole, {"timeout": 3}) == (whole, {"timeout": 3})
+    with pytest.raises(TypeError, match="set aliases in it"):
+        split_registration(whole, {"aliases": ["l"]})
+    with pytest.raises(ValueError, match="MODEL_TYPE_VISION"):
+        split_registration("llama", {"model_type": "vision"})
+
+
+def test_pages_name_a_silent_provider_once() -> None:
+    """A page that comes although the listing was at its end changes nothing about that."""
+    pages = ModelPages(10)
+    pages._receive(ListModelsResponse(unreachable_provider_ids=["a", "b"], next_page_token="2"))
+    pages._receive(ListModelsResponse(unreachable_provider_ids=["b"]))
+    assert pages.unreachable_provider_ids == ["a", "b"]

@@ -1,0 +1,67 @@
+"""The look-alike as a program."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from deltawire_server.fake_vllm.__main__ import main
+from tests.fake_vllm.raw import ASK, TRANSCRIPTS, events, http
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+RECORDING = TRANSCRIPTS / "tool-two.sse"
+
+
+@contextlib.asynccontextmanager
+async def program(*arguments: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    """Start it on a free port; gives the process and its base URL."""
+    command = (sys.executable, "-m", "deltawire_server.fake_vllm", "--port", "0", *arguments)
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        line = (await process.stdout.readline()).decode()
+        yield process, next(word for word in line.split() if word.startswith("http://"))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_it_plays_a_recording_and_ends_on_a_signal(number: signal.Signals) -> None:
+    """The line it prints names where it listens; a signal ends it with status 0."""
+    async with program("--recording", str(RECORDING), "--model", "m", "--api-key", "k") as (process, url):
+        async with http(url, authorization="Bearer k") as client:
+            answer = await client.post("/v1/chat/completions", json=ASK | {"model": "m"})
+        process.send_signal(number)
+        assert await process.wait() == 0
+    assert answer.content == RECORDING.read_bytes()
+
+
+async def test_it_makes_up_a_call_and_breaks_it() -> None:
+    """The flags of generated answers and of faults."""
+    arguments = ("--tokens", "9", "--tool-call", "--tokens-per-second", "5000", "--after", "11", "--end", "no_done")
+    async with program(*arguments) as (_, url), http(url) as client:
+        answer = await client.post("/v1/chat/completions", json=ASK)
+    assert len(events(answer.content + b"data: [DONE]\n\n")) == 11
+
+
+def test_an_address_in_use(capsys: pytest.CaptureFixture[str]) -> None:
+    """One line says so; status 1."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main(["--port", str(taken.getsockname()[1])]) == 1
+    assert "in use" in capsys.readouterr().err
+
+
+def test_a_recording_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    """One line says so; status 1."""
+    assert main(["--recording", "/nowhere.sse"]) == 1
+    assert "/nowhere.sse" in capsys.readouterr().err

@@ -1,0 +1,386 @@
+"""`make run`: a model, a gateway in front of it, one answer and one tool call through it, and then it serves.
+
+    python -m tests.support.run [--once] [--port N]
+
+The model is behind VLLM_URL (with VLLM_API_TOKEN, if it asks for a key), or it is the small one of
+`tests.support.vllm_cpu`, which is set up first if need be. The gateway is the command `deltawire-server`, a process of its
+own. Its registry is kept in a temporary directory: what is tried out here must not end up among the models that
+somebody's real gateway keeps, and a next run begins afresh. DELTAWIRE_REGISTRY_DATABASE_URL says otherwise.
+
+Exit status: 0 it was told to stop while it served, or --once is done; 1 something failed; 2 wrong usage; 130 or 143 it was
+told to stop (Ctrl-C, SIGTERM) before it served. However it ends, nothing that it started is left behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, Self
+
+from deltawire import Client, DeltawireError, RequestError, ToolCall, tool_definition
+from deltawire.v1.model_registry_pb2 import Model, ModelType
+from tests.support.vllm_cpu import ServerError, SetupError, VllmServer, set_up
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from types import FrameType, TracebackType
+
+HOST = "127.0.0.1"
+DEFAULT_PORT = 50051
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Those that ask for the end: Ctrl-C, whoever started this, a closed terminal."""
+CALL_SECONDS = 300.0
+"""For one call of the demonstration: a first request of a kind can take many seconds, a big model more."""
+
+PROMPT = "Write one short sentence about the sea."
+LIGHT = tool_definition(
+    "set_light",
+    "Set how bright the light in a room is",
+    input_schema={
+        "type": "object",
+        "properties": {
+            "room": {"type": "string", "enum": ["kitchen", "bedroom", "hall"]},
+            "percent": {"type": "integer", "minimum": 0, "maximum": 100},
+        },
+        "required": ["room", "percent"],
+        "additionalProperties": False,
+    },
+    strict=True,
+)
+
+
+class RunError(Exception):
+    """It cannot go on; the message says why, for people."""
+
+
+class ToldToStopError(BaseException):
+    """A signal asked for the end. Like KeyboardInterrupt, it is no failure, hence no Exception."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class GatewayProcess:
+    """The command `deltawire-server` of this environment, as a process; its log is a file of JSON lines.
+
+    `with GatewayProcess(...) as gateway:` starts it and waits until it serves; leaving lets it drain and ends it.
+
+    Args:
+        arguments: Its flags.
+        variables: Environment variables over this process's own; an empty value is the same as none.
+        log: Where its standard error goes; emptied now.
+    """
+
+    def __init__(self, arguments: Sequence[str], variables: Mapping[str, str], log: Path) -> None:
+        self.log = log
+        self._command = [str(Path(sys.executable).with_name("deltawire-server")), "--log-format", "json", *arguments]
+        self._variables = dict(variables)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._addresses: list[str] = []
+        log.write_bytes(b"")
+
+    @property
+    def address(self) -> str:
+        """The first address that it listens on; it serves there."""
+        return self._addresses[0]
+
+    @property
+    def running(self) -> bool:
+        """Whether the process is there."""
+        return self._process is not None and self._process.poll() is None
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Its log so far, entry by entry."""
+        for line in self.log.read_bytes().splitlines():
+            with contextlib.suppress(ValueError):  # a warning of a library, or a line that is being written
+                record = json.loads(line)
+                if isinstance(record, dict):
+                    yield record
+
+    def start(self, timeout: float = 60.0) -> None:
+        """Start it and wait until it serves.
+
+        Raises:
+            RunError: It ended, or does not serve within `timeout` seconds. It is not there then.
+        """
+        with self.log.open("ab") as log:
+            # In its own session: Ctrl-C is for this process, which then lets the gateway drain.
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **self._variables},
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + timeout
+        while not self._addresses:
+            if not self.running:
+                raise RunError(
+                    f"the gateway ended with {self._process.returncode}; its last words:\n{self.last_words()}"
+                )
+            if time.monotonic() > deadline:
+                self.stop(grace=0.0)
+                raise RunError(f"the gateway does not serve after {timeout:g} s; its last words:\n{self.last_words()}")
+            time.sleep(0.05)
+            self._addresses = next((each["addresses"] for each in self.records() if each["event"] == "serving"), [])
+
+    def last_words(self, lines: int = 20) -> str:
+        """The end of its log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def stop(self, grace: float = 45.0) -> int | None:
+        """Let it drain and end; after `grace` seconds it is ended by force. Fine when it is not running.
+
+        Returns:
+            Its exit status; `None` if it was never started.
+        """
+        if self._process is None:
+            return None
+        if self._process.poll() is None:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(grace)
+        if self._process.poll() is None:
+            self._process.kill()
+        return self._process.wait()
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.stop(grace=5.0)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do it all; see the top of this file, also for the exit status that comes back."""
+    options = _parser().parse_args(arguments)
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's wish
+            signal.signal(number, _stop)
+    try:
+        with contextlib.ExitStack() as stack:
+            try:
+                _run(options, stack)
+            finally:
+                _ignore_signals()  # stopping is bounded by itself, and must not be interrupted
+    except ToldToStopError as told:
+        return 128 + told.number
+    except (RunError, SetupError, ServerError, DeltawireError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.support.run",
+        description="A model, a gateway in front of it, one answer and one tool call through it; then it serves until "
+        "Ctrl-C. VLLM_URL and VLLM_API_TOKEN name a vLLM of your own; without, a small one is set up on the CPU.",
+    )
+    parser.add_argument("--once", action="store_true", help="end after the answer and the tool call")
+    parser.add_argument(
+        "--port", type=int, default=DEFAULT_PORT, metavar="N", help=f"on {HOST} (default %(default)s; 0: any free one)"
+    )
+    return parser
+
+
+def _stop(number: int, _frame: FrameType | None) -> NoReturn:
+    _ignore_signals()  # once is enough
+    raise ToldToStopError(number)
+
+
+def _ignore_signals() -> None:
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+
+
+def _run(options: argparse.Namespace, stack: contextlib.ExitStack) -> None:
+    _check_port(options.port)  # before anything that takes long
+    directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="deltawire-run-")))
+    variables = {
+        "DELTAWIRE_REGISTRY_DATABASE_URL": os.environ.get("DELTAWIRE_REGISTRY_DATABASE_URL")
+        or f"sqlite:///{directory / 'registry.db'}"
+    }
+    vllm = None
+    if os.environ.get("VLLM_URL"):
+        _say(f"vLLM: {os.environ['VLLM_URL']}, as VLLM_URL says")
+    else:
+        _say("vLLM: a small one on the CPU, as VLLM_URL is not set")
+        vllm = _start_vllm(stack)
+        variables |= {"VLLM_URL": vllm.base_url, "VLLM_API_TOKEN": vllm.api_key}
+
+    # No balancer has to notice that it goes away, and who waits for a terminal does so for seconds, not minutes.
+    flags = ["--listen", f"{HOST}:{options.port}", "--set", "server.drain_delay=0", "--set", "server.drain_grace=5"]
+    gateway = GatewayProcess(flags, variables, directory / "gateway.log")
+    stack.callback(_say, "stopped")
+    stack.enter_context(gateway)
+    stack.callback(_say, "stopping")
+    _say(f"gateway: serving on {gateway.address}, its log is {gateway.log}")
+
+    with Client(gateway.address, timeout=CALL_SECONDS) as client:
+        model = _model(client)
+        _say(f"model: {model.id}")
+        _show_answer(gateway.address, model.id)
+        _show_call(client, model.id, required=vllm is not None)
+    _show_ways(gateway.address, model.id)
+    if not options.once:
+        _serve(gateway, vllm)
+
+
+def _check_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except (OSError, OverflowError) as error:
+            raise RunError(
+                f"cannot listen on {HOST}:{port}: {error}. Is another gateway running? End it, or give another port: "
+                "python -m tests.support.run --port N"
+            ) from error
+
+
+def _start_vllm(stack: contextlib.ExitStack) -> VllmServer:
+    """Set it up, start it, and wait until it is warm; it is stopped with the stack."""
+    vllm = VllmServer(set_up())
+    stack.callback(vllm.stop)
+    vllm.start()
+    _say(f"vLLM: starting, about a minute; its log is {vllm.log}")
+    started = time.monotonic()
+    while True:
+        try:
+            vllm.wait_healthy(10.0)
+            break
+        except ServerError:
+            seconds = time.monotonic() - started
+            if not vllm.running or seconds > CALL_SECONDS:
+                raise
+            _say(f"vLLM: still loading after {seconds:.0f} s")
+    _say(f"vLLM: healthy after {time.monotonic() - started:.0f} s, warming up")
+    _say(f"vLLM: warm after {vllm.warm_up():.0f} s more, at {vllm.base_url}")
+    return vllm
+
+
+def _model(client: Client) -> Model:
+    """The first model that can chat."""
+    listing = client.models.list()
+    for model in listing:
+        if model.type == ModelType.MODEL_TYPE_LLM:
+            return model
+    if listing.unreachable_provider_ids:
+        health = client.providers.health(listing.unreachable_provider_ids[0])
+        raise RunError(f"vLLM does not list its models: {health.message or 'is VLLM_API_TOKEN right?'}")
+    raise RunError("vLLM serves no model")
+
+
+def _show_answer(target: str, model: str) -> None:
+    """One answer, printed by the client's own command while it is generated."""
+    deltawire = Path(sys.executable).with_name("deltawire")
+    arguments = ["chat", "--target", target, "--model", model, "--temperature", "0", "--max-tokens", "120", PROMPT]
+    _say(f"an answer, as it is generated: {shlex.join(['deltawire', *arguments])}\n")
+    done = subprocess.run(
+        [deltawire, *arguments, "--timeout", str(CALL_SECONDS)], stdin=subprocess.DEVNULL, check=False
+    )
+    print(flush=True)
+    if done.returncode:
+        raise RunError("the answer did not come")
+
+
+def _show_call(client: Client, model: str, *, required: bool) -> None:
+    """One tool call, which the model must make.
+
+    Raises:
+        RunError: None came, and it is known that this server can.
+    """
+    _say("a tool call that follows its schema: set_light(room, percent)\n")
+    problem = "no call came"
+    try:
+        answer = client.chat.create(
+            "Set the kitchen light to 40 percent.",
+            model=model,
+            tools=[LIGHT],
+            tool_choice="required",
+            temperature=0.0,
+            max_tokens=1024,
+        )
+        for call in answer.tool_calls:
+            print(f"SUCCEEDED {_call_line(call)}", flush=True)
+        for failed in answer.failed_tool_calls:
+            problem = f"{failed.tool_name}: {failed.failure.message}"
+            print(f"FAILED {problem}", flush=True)
+        print(flush=True)
+        if answer.tool_calls_executable:
+            return
+    except RequestError as error:
+        problem = error.message
+    if required:
+        raise RunError(f"the tool call failed: {problem}")
+    _say(
+        f"this server or model cannot call tools ({problem}). vLLM has to be started with --enable-auto-tool-choice and"
+    )
+    _say("the --tool-call-parser of its model. Everything else works.")
+
+
+def _call_line(call: ToolCall) -> str:
+    return f"{call.tool_name}({call.arguments})"
+
+
+def _show_ways(target: str, model: str) -> None:
+    """How to go on from here."""
+    request = {"chat": {"model": model, "messages": [{"user": {"content": [{"text": "hi"}]}}]}}
+    own = "" if target == f"{HOST}:{DEFAULT_PORT}" else f" --target {target}"
+    bin_directory = os.path.relpath(Path(sys.executable).parent)
+    _say("try it, from another terminal:")
+    print(
+        f"""
+  {bin_directory}/deltawire chat{own} "Why is the sky blue?"
+  {bin_directory}/deltawire models list{own}
+  {bin_directory}/buf curl --protocol grpc --http2-prior-knowledge --data {shlex.quote(json.dumps(request))} \\
+      http://{target}/deltawire.v1.ChatCompletion/StreamChatCompletion
+""",
+        flush=True,
+    )
+
+
+def _serve(gateway: GatewayProcess, vllm: VllmServer | None) -> None:
+    """Wait until told to stop; that is how this is meant to end.
+
+    Raises:
+        RunError: Gateway or vLLM ended by itself.
+    """
+    _say("serving until Ctrl-C")
+    try:
+        while True:
+            if not gateway.running:
+                raise RunError(f"the gateway ended by itself; its last words:\n{gateway.last_words()}")
+            if vllm is not None and not vllm.running:
+                raise RunError(f"vLLM ended by itself; its log is {vllm.log}")
+            time.sleep(0.25)
+    except ToldToStopError:
+        print(flush=True)
+
+
+def _say(line: str) -> None:
+    print(f"run: {line}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
