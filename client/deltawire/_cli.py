@@ -260,6 +260,9 @@ def _call_options(options: argparse.Namespace) -> CallOptions:
 
 def _chat(client: Client, options: argparse.Namespace) -> int:
     """One answer, or a conversation if there is no prompt and somebody to ask for one."""
+    if options.prompt == "-" and options.request == "-":
+        message = "standard input cannot be both the prompt and the request"
+        raise UsageError(message)
     request = _request_of(options)
     prompt = _prompt_of(options)
     if prompt is not None:
@@ -304,11 +307,12 @@ def _request_of(options: argparse.Namespace) -> ChatRequest:
 
 def _prompt_of(options: argparse.Namespace) -> str | None:
     """What to say; None if a request file says it, or if it is to be asked for."""
-    if options.prompt == "-" and options.request == "-":
-        message = "standard input cannot be both the prompt and the request"
-        raise UsageError(message)
     if options.prompt == "-" or (options.prompt is None and options.request is None and not sys.stdin.isatty()):
-        return _read("-")
+        text = _read("-")
+        if not text.strip():
+            message = "there is no prompt: standard input is empty"
+            raise UsageError(message)
+        return text
     prompt: str | None = options.prompt
     return prompt
 

@@ -153,6 +153,7 @@ class Completion:
         self._accepted = accepted
         self._first_event: float | None = None
         self._ended: float | None = None
+        self._limit_passed: float | None = None
         self._handover = Handover(limits.queue_bytes)
         self._reader = CompletionReader(
             choice_count=self._request.choice_count,
@@ -218,14 +219,16 @@ class Completion:
     async def _read(self) -> None:
         """The reader task: to the end of the body, whatever that is, and then the handover is closed."""
         try:
-            await self._receive_all()
+            try:
+                await self._receive_all()
+            finally:
+                self._handover.close()
+            await self._wait_until_taken()
         except DeltawireError as error:
             self.failure = error
         except Exception as error:  # noqa: BLE001 (a defect must end the call, not hang it)
             self.failure = GatewayError(Reason.INTERNAL, "the gateway failed; report this with the request id")
             self.failure.__cause__ = error
-        finally:
-            self._handover.close()
 
     async def _receive_all(self) -> None:
         loop = asyncio.get_running_loop()
@@ -238,6 +241,8 @@ class Completion:
                 model = self.resolution.model.provider_model_id
                 async with self.resolution.provider.stream_chat(self._request, model, self._call) as body:
                     async for data in body:
+                        if self._reader.ended:
+                            continue
                         count = self._reader.event_count
                         self._pass_on(self._reader.receive(data))
                         if self._reader.ended:
@@ -273,6 +278,11 @@ class Completion:
                 self.failure = self._error_after_start(last.fault)
         self._handover.put(events)
 
+    async def _wait_until_taken(self) -> None:
+        """The answer has ended: a caller that does not read it must not hold its place for ever."""
+        while not self._handover.exhausted:
+            await self._wait_for_room()
+
     async def _wait_for_room(self) -> None:
         try:
             async with asyncio.timeout(self._limits.slow_caller_timeout):
@@ -281,7 +291,7 @@ class Completion:
             limit = self._limits.slow_caller_timeout
             self.failure = GatewayError(
                 Reason.SLOW_CALLER,
-                f"the caller read nothing for {limit:g} seconds while {self._limits.queue_bytes} bytes waited for it",
+                f"the caller read nothing for {limit:g} seconds while its answer waited",
                 metadata={"limit_seconds": f"{limit:g}"},
             )
             if self._consumer is not None:
@@ -291,6 +301,7 @@ class Completion:
             raise self.failure from None
 
     def _fault_of_timeout(self, silence: float, *, overdue: bool) -> Fault:
+        self._limit_passed = self._limits.max_duration if overdue else silence
         if overdue:
             limit = self._limits.max_duration
             return Fault(
@@ -302,7 +313,8 @@ class Completion:
         provider_id = self.resolution.provider.id
         if fault.reason is Reason.UPSTREAM_ERROR:
             refusal = Refusal(fault.upstream_code, fault.message, fault.upstream_type, fault.upstream_param)
-            return error_of(refusal, provider_id, callers_token=self._call.token is not None)
+            callers_token = self._call.token is not None
+            return error_of(refusal, provider_id, callers_token=callers_token, model=self._request.model)
         if fault.reason is Reason.DURATION_LIMIT_EXCEEDED:
             return GatewayError(fault.reason, fault.message, metadata=self._metadata(fault))
         retriable = fault.reason in (Reason.UPSTREAM_UNAVAILABLE, Reason.UPSTREAM_TIMEOUT)
@@ -322,6 +334,8 @@ class Completion:
 
     def _metadata(self, fault: Fault) -> dict[str, str]:
         metadata = {"provider": self.resolution.provider.id, "completion_id": self.id}
+        if self._limit_passed is not None:
+            metadata["limit_seconds"] = f"{self._limit_passed:g}"
         if fault.upstream_code:
             metadata["upstream_code"] = str(fault.upstream_code)
         usage = self.usage
@@ -343,6 +357,8 @@ class Handover:
         self._limit = limit
         self._waiting = Coalescer()
         self._closed = False
+        self.exhausted = False
+        """Whether the caller has been told that nothing more comes."""
         self._something = asyncio.Event()
         self._room = asyncio.Event()
 
@@ -367,6 +383,7 @@ class Handover:
             self._something.clear()
             await self._something.wait()
         events = self._waiting.take()
+        self.exhausted = not events
         self._room.set()
         return events
 

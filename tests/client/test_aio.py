@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grpc
 import pytest
@@ -50,8 +50,6 @@ from tests.client.scripted import (
     started,
 )
 
-if TYPE_CHECKING:
-    
 STATUS = grpc.StatusCode
 CALL = ToolCall(call_id="call_1", tool_name="get_weather", arguments='{"city":"Oslo"}')
 PATIENCE = 10

@@ -53,14 +53,14 @@ def test_stream(channel: Any) -> None:  # noqa: ANN401
 
 
 def test_a_broken_stream(channel: Any) -> None:  # noqa: ANN401
-    """The end of the call comes after what was sent before it."""
+    """What came stays, and the end of the call says why there is no more."""
     stream = Client(channel=channel).chat.stream("hi", model="llama")
     _, _, rpc = channel.take_unary_stream(CHAT.methods_by_name["StreamChatCompletion"])
     rpc.send_initial_metadata(())
     for event in saying("Hel", "lo")[:2]:
         rpc.send_response(event)
-    rpc.terminate((), grpc.StatusCode.UNAVAILABLE, "the connection was lost")
     assert next(stream.text) == "Hel"
+    rpc.terminate((), grpc.StatusCode.UNAVAILABLE, "the connection was lost")
     with pytest.raises(StreamInterrupted) as caught:
         stream.final()
     assert caught.value.code is grpc.StatusCode.UNAVAILABLE

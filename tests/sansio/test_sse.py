@@ -84,20 +84,19 @@ def test_a_cut_between_cr_and_lf_ends_one_line() -> None:
     assert _decode(b"data: a\r", b"\n", b"data: b\r", b"", b"\n\r", b"\n") == ([b"a\nb"], False)
 
 
-# --- limits; the limit counts the bytes of an event's data lines, the line that is being read included
+# --- limits; the limit counts all bytes of an event, the line ends between its lines included
 
 LIMITED = {
     "an event of just the limit": (b"data: 4567\n\n", 10, [b"4567"], False),
     "an event of one byte more": (b"data: 45678\n\n", 10, [], True),
     "a line that never ends": (b"data: 45678", 10, [], True),
-    "many small lines": (b"data:\ndata:\ndata:\n\n", 14, [], True),
-    "many small lines of just the limit": (b"data:\ndata:\ndata:\n\n", 15, [b"\n\n"], False),
+    "many small lines": (b"data:\ndata:\ndata:\n\n", 16, [], True),
+    "many small lines of just the limit": (b"data:\ndata:\ndata:\n\n", 17, [b"\n\n"], False),
     "a long comment": (b": 345678901\n\n", 10, [], True),
-    "many comments between the data": (b"data: a\n:\n:\n:\n:\n:\n:\n:\n\n", 10, [b"a"], False),
+    "comments between the data count": (b"data: a\n:\n:\n:\n:\n:\n:\n:\n\n", 10, [], True),
     "every event counts anew": (b"data: 1\n\ndata: 2\n\ndata: 3\n\n", 10, [b"1", b"2", b"3"], False),
     "the events before it are told": (b"data: 1\n\ndata: 2\n\ndata: 45678\n\ndata: 3\n\n", 10, [b"1", b"2"], True),
-    "a BOM counts": (BOM + b"data: 7\n\n", 9, [], True),
-    "a BOM counts on its line only": (BOM + b"data: 7\ndata:\n\n", 12, [b"7\n"], False),
+    "a BOM does not count": (BOM + b"data: 7\n\n", 7, [b"7"], False),
 }
 
 

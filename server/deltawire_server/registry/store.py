@@ -8,7 +8,8 @@ the message: the message goes to callers, who have no business with paths and SQ
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
+import sqlite3
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,6 +70,7 @@ class Store:
         """
         with _translated("open"):
             _make_folder(self._url)
+            self._probe()
             async with self._engine.begin() as connection:
                 version = await connection.run_sync(version_of)
             if version < LATEST:
@@ -135,6 +137,13 @@ class Store:
             async with self._writer.begin() as connection:
                 return await connection.run_sync(_delete, name)
 
+    def _probe(self) -> None:
+        # The asynchronous driver's thread may outlive a connection that fails, and even the event loop, and then it
+        # complains. So whether there is a database to connect to is found out without it.
+        arguments, options = self._engine.dialect.create_connect_args(self._url)
+        with closing(sqlite3.connect(*arguments, **options)) as connection:
+            connection.execute("PRAGMA schema_version")
+
 
 def _sqlite_url(url: str) -> URL:
     try:
@@ -181,7 +190,7 @@ def _delete(connection: Connection, name: str) -> str | None:
 def _translated(what: str) -> Iterator[None]:
     try:
         yield
-    except (SQLAlchemyError, OSError) as error:
+    except (SQLAlchemyError, sqlite3.Error, OSError) as error:
         _log.error("database unusable", call=what, error=str(getattr(error, "orig", error)))
         raise RegistryError(
             Reason.STORE_UNAVAILABLE,

@@ -1,7 +1,8 @@
 """A failure as gRPC tells it: code, message, and google.rpc details in a trailer.
 
 Trailers are headers, and headers have limits: a client drops a call whose trailers exceed 8 KiB by default, and shows that
-instead of the failure. So a message is cut to a kibibyte, and details are kept small.
+instead of the failure. So a message is cut to a kibibyte, which escaped may take three, and the details to three, which
+in base64 take four.
 """
 
 from __future__ import annotations
@@ -15,19 +16,22 @@ from google.rpc import error_details_pb2, status_pb2
 from deltawire_server.errors import Code, Reason
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from google.protobuf.message import Message
 
-    from deltawire_server.errors import DeltawireError
+    from deltawire_server.errors import DeltawireError, Violation
 
 DOMAIN = "deltawire"
 REASON_TRAILER = "deltawire-reason"
 DETAILS_TRAILER = "grpc-status-details-bin"
 
 MAX_MESSAGE = 1024
-"""Characters of a message; in a header each may take up to twelve bytes, since gRPC escapes what is not ASCII."""
-MAX_VIOLATIONS = 16
+"""Bytes of a message; in a header each may take three, since gRPC escapes what is not ASCII."""
+MAX_VIOLATIONS = 1152
+"""Bytes of all violations together: about sixteen of the usual ones, or one as long as the message."""
 MAX_DESCRIPTION = 96
-"""Characters of a violation's description, if there are several; one alone may be as long as the message."""
+"""Bytes of a violation's description, if there are several; one alone may be as long as the message."""
 
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -38,8 +42,11 @@ def grpc_code(code: Code) -> grpc.StatusCode:
 
 
 def shorten(text: str, limit: int) -> str:
-    """At most `limit` characters, the last an ellipsis if something was cut."""
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    """At most `limit` bytes of UTF-8, at the end an ellipsis if something was cut."""
+    data = text.encode(errors="replace")
+    if len(data) <= limit:
+        return data.decode()
+    return data[: limit - len("…".encode())].decode(errors="ignore") + "…"
 
 
 def status_of(error: DeltawireError, request_id: str) -> status_pb2.Status:
@@ -49,18 +56,7 @@ def status_of(error: DeltawireError, request_id: str) -> status_pb2.Status:
     metadata["request_id"] = request_id
     details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason.name, domain=DOMAIN, metadata=metadata)]
     if error.violations:
-        limit = MAX_DESCRIPTION if len(error.violations) > 1 else MAX_MESSAGE
-        details.append(
-            error_details_pb2.BadRequest(
-                field_violations=[
-                    error_details_pb2.BadRequest.FieldViolation(
-                        field=shorten(violation.field, MAX_DESCRIPTION),
-                        description=shorten(violation.description, limit),
-                    )
-                    for violation in error.violations[:MAX_VIOLATIONS]
-                ]
-            )
-        )
+        details.append(_bad_request(error.violations))
     if error.retry_after is not None:
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(round(error.retry_after * 1e9))
@@ -78,6 +74,19 @@ def status_of(error: DeltawireError, request_id: str) -> status_pb2.Status:
         wrapped.Pack(detail)
         packed.append(wrapped)
     return status_pb2.Status(code=error.code.value, message=message, details=packed)
+
+
+def _bad_request(violations: Sequence[Violation]) -> error_details_pb2.BadRequest:
+    limit = MAX_DESCRIPTION if len(violations) > 1 else MAX_MESSAGE
+    message = error_details_pb2.BadRequest()
+    for violation in violations:
+        message.field_violations.add(
+            field=shorten(violation.field, MAX_DESCRIPTION), description=shorten(violation.description, limit)
+        )
+        if message.ByteSize() > MAX_VIOLATIONS:
+            del message.field_violations[-1]
+            break
+    return message
 
 
 def trailers_of(error: DeltawireError, request_id: str) -> tuple[tuple[str, str | bytes], ...]:

@@ -6,9 +6,10 @@ are those of the message, with indexes: ``chat.messages[2].tool.call_id``.
 
 from __future__ import annotations
 
-import json
 import math
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import message_pb2, tool_pb2
@@ -240,15 +241,12 @@ class _ChatReader:
         if empty_allowed and not text.strip():
             return None
         try:
-            value = json.loads(text, parse_constant=_refuse_constant)
-        except (ValueError, RecursionError) as error:
+            # As strict as whoever sends it on: what is decoded here can be encoded again.
+            value = msgspec.json.decode(text)
+        except (msgspec.DecodeError, RecursionError) as error:
             self._complain(path, f"is not JSON: {error}")
             return None
         if not isinstance(value, dict):
             self._complain(path, "must be the JSON text of an object")
             return None
         return value
-
-
-def _refuse_constant(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")

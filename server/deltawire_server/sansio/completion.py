@@ -381,15 +381,18 @@ class CompletionReader:
         self.phase = Phase.ENDED
 
     def _note_figures(self, choice: _Choice, usage: chunks.UsageFigures) -> None:
+        """Figures that came with output; for every token, so comparisons instead of `max`."""
         self._figures_seen = True
-        choice.completion_tokens = max(choice.completion_tokens, usage.completion_tokens or 0)
+        if usage.completion_tokens is not None and usage.completion_tokens > choice.completion_tokens:
+            choice.completion_tokens = usage.completion_tokens
         reasoning = _reasoning_tokens(usage)
-        if reasoning is not None:
-            choice.reasoning_tokens = max(choice.reasoning_tokens or 0, reasoning)
+        if reasoning is not None and reasoning > (choice.reasoning_tokens or 0):
+            choice.reasoning_tokens = reasoning
         self._note_prompt(usage)
 
     def _note_prompt(self, usage: chunks.UsageFigures) -> None:
-        self._prompt_tokens = max(self._prompt_tokens or 0, usage.prompt_tokens)
+        if self._prompt_tokens is None or usage.prompt_tokens > self._prompt_tokens:
+            self._prompt_tokens = usage.prompt_tokens
         if usage.prompt_tokens_details is not None and usage.prompt_tokens_details.cached_tokens is not None:
             self._cached_prompt_tokens = usage.prompt_tokens_details.cached_tokens
 

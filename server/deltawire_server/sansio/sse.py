@@ -4,8 +4,8 @@ Follows the WHATWG specification of event streams: lines end in LF, CRLF or CR; 
 `data` lines are joined by LF; a line that begins with a colon is a comment; an event that the end of the stream cuts off
 is dropped. Other fields (`event`, `id`, `retry`) carry nothing for a chat stream and are passed over.
 
-Each byte is copied a bounded number of times: a line in many pieces is kept in a list and joined once, when its end
-comes. So the work is linear however the bytes are cut.
+Each byte is copied a bounded number of times: an event in many pieces is kept in a list and joined once, when the blank
+line that ends it comes. So the work is linear however the bytes are cut.
 """
 
 from __future__ import annotations
@@ -23,26 +23,25 @@ class EventTooLargeError(ValueError):
         payloads: The events that the same bytes completed before it.
     """
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.payloads: list[bytes] = []
+    def __init__(self, limit: int, payloads: list[bytes]) -> None:
+        super().__init__(f"an event is larger than {limit} bytes")
+        self.payloads = payloads
 
 
 class SSEDecoder:
     """Splits an event stream into the payloads of its events.
 
     Args:
-        max_event_bytes: The largest event, all its data lines together, and the line that is being read.
+        max_event_bytes: The largest event: all its lines together, with the line ends between them.
     """
 
     def __init__(self, *, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         self._max_event_bytes = max_event_bytes
-        self._line: list[bytes] = []  # the pieces of the line that has not ended yet
-        self._line_size = 0
-        self._data: list[bytes] = []  # the data lines of the event that has not ended yet
-        self._data_size = 0
+        self._pieces: list[bytes] = []  # of the event that has not ended yet; between pieces there is no blank line
+        self._size = 0
+        self._after_lf = False  # whether the last piece ends in LF, so that another one is a blank line
         self._after_cr = False  # whether the last byte was a CR, so that an LF now belongs to it
-        self._at_start = True
+        self._head: bytes | None = b""  # what may turn out to be a byte order mark; `None` once that is settled
 
     def receive(self, data: bytes) -> list[bytes]:
         """Take the next bytes.
@@ -56,58 +55,65 @@ class SSEDecoder:
         Raises:
             EventTooLargeError: An event exceeds the limit; the stream cannot be read on.
         """
+        if self._head is not None:
+            data = self._without_mark(self._head + data)
+        if not data:
+            return []
         if self._after_cr or b"\r" in data:
             data = self._unify_line_ends(data)
+        if b"\n\n" not in data and not (self._after_lf and data.startswith(b"\n")):
+            self._keep(data, [])
+            return []
+        if self._pieces:
+            self._pieces.append(data)
+            data = b"".join(self._pieces)
+            self._pieces.clear()
+            self._size = 0
         payloads: list[bytes] = []
-        try:
-            self._receive_lines(data.split(b"\n"), payloads)
-        except EventTooLargeError as error:
-            error.payloads = payloads
-            raise
+        events = data.split(b"\n\n")
+        rest = events.pop()
+        for event in events:
+            if len(event) > self._max_event_bytes:
+                raise EventTooLargeError(self._max_event_bytes, payloads)
+            if event.startswith(b"data: ") and b"\n" not in event:
+                payloads.append(event[6:])
+            else:
+                payloads.extend(_payload(event))
+        self._after_lf = False
+        self._keep(rest, payloads)
         return payloads
 
-    def _receive_lines(self, lines: list[bytes], payloads: list[bytes]) -> None:
-        """Take lines, the last of which has not ended yet."""
-        rest = lines.pop()
-        if lines:
-            if self._line:
-                self._line.append(lines[0])
-                lines[0] = b"".join(self._line)
-                self._line.clear()
-                self._line_size = 0
-            if self._at_start:
-                self._check_size(len(lines[0]))
-                lines[0] = lines[0].removeprefix(_BOM)
-                self._at_start = False
-            for line in lines:
-                if line:
-                    self._check_size(len(line))
-                    self._receive_field(line)
-                elif self._data:
-                    payloads.append(self._data[0] if len(self._data) == 1 else b"\n".join(self._data))
-                    self._data.clear()
-                    self._data_size = 0
-        if rest:
-            self._line.append(rest)
-            self._line_size += len(rest)
-            self._check_size(self._line_size)
-
-    def _receive_field(self, line: bytes) -> None:
-        if line.startswith(b"data:"):
-            value = line[6:] if line[5:6] == b" " else line[5:]
-        elif line == b"data":
-            value = b""
-        else:
+    def _keep(self, piece: bytes, payloads: list[bytes]) -> None:
+        """Keep a piece of an event that has not ended; `payloads` are of those that have."""
+        if not piece:
             return
-        self._data.append(value)
-        self._data_size += len(line)
+        self._pieces.append(piece)
+        self._size += len(piece)
+        self._after_lf = piece.endswith(b"\n")
+        # A last LF may be half of the blank line that ends the event, and then is not part of it.
+        if self._size - self._after_lf > self._max_event_bytes:
+            raise EventTooLargeError(self._max_event_bytes, payloads)
 
-    def _check_size(self, line_size: int) -> None:
-        if self._data_size + line_size > self._max_event_bytes:
-            raise EventTooLargeError(f"an event is larger than {self._max_event_bytes} bytes")
+    def _without_mark(self, head: bytes) -> bytes:
+        """The first bytes without a byte order mark; nothing as long as they may still become one."""
+        if len(head) < len(_BOM) and _BOM.startswith(head):
+            self._head = head
+            return b""
+        self._head = None
+        return head.removeprefix(_BOM)
 
     def _unify_line_ends(self, data: bytes) -> bytes:
         if self._after_cr and data.startswith(b"\n"):
             data = data[1:]
         self._after_cr = data.endswith(b"\r")
         return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+
+def _payload(event: bytes) -> list[bytes]:
+    """The data of an event of any lines, in a list; an empty list if it has none, as a comment."""
+    values = [
+        line[6:] if line.startswith(b"data: ") else line[5:]
+        for line in event.split(b"\n")
+        if line.startswith(b"data:") or line == b"data"
+    ]
+    return [b"\n".join(values)] if values else []

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 RETRY_SECONDS = 1.0
 """When to try again, where the provider does not say: about what a restarted or rebalanced replica needs to be noticed."""
 
+MAX_RETRY_SECONDS = 3600.0
+"""When to try again at the latest, whatever the provider says: more is no advice that a caller waits for."""
+
 REASONS: Mapping[int, Reason] = MappingProxyType(
     {
         400: Reason.UPSTREAM_REJECTED,
@@ -100,13 +103,14 @@ class Refusal:
     retry_after: float | None = None
 
 
-def error_of(refusal: Refusal, provider_id: str, *, callers_token: bool) -> DeltawireError:
+def error_of(refusal: Refusal, provider_id: str, *, callers_token: bool, model: str = "") -> DeltawireError:
     """The failure that a provider's error is for the caller, as long as the answer has not begun.
 
     Args:
         refusal: What it said.
         provider_id: Who said it.
         callers_token: Whether the token came with the call: then a wrong one is the caller's.
+        model: The name that the caller asked for; empty if the request was about none.
 
     Returns:
         A `CallerError` if the request has to change, else a `ProviderError`; raise it.
@@ -118,7 +122,7 @@ def error_of(refusal: Refusal, provider_id: str, *, callers_token: bool) -> Delt
         message = f"provider {provider_id!r} refuses the token in x-vllm-api-token: {said}"
         return CallerError(Reason.UPSTREAM_UNAUTHENTICATED, message, metadata=metadata)
     if status == 404 and refusal.type == "NotFoundError" and refusal.param == "model":
-        return CallerError(Reason.MODEL_NOT_FOUND, said, metadata=metadata)
+        return CallerError(Reason.MODEL_NOT_FOUND, said, metadata={**metadata, "model": model})
     reason = _reason(status)
     if reason is Reason.UPSTREAM_REJECTED:
         return _rejection(refusal, said, metadata)
@@ -127,7 +131,7 @@ def error_of(refusal: Refusal, provider_id: str, *, callers_token: bool) -> Delt
         message = f"provider {provider_id!r} answered HTTP {status}: {remedy} in the gateway's settings"
         return ProviderError(reason, message, metadata=metadata)
     if reason in (Reason.UPSTREAM_UNAVAILABLE, Reason.UPSTREAM_OVERLOADED):
-        wait = RETRY_SECONDS if refusal.retry_after is None else refusal.retry_after
+        wait = RETRY_SECONDS if refusal.retry_after is None else min(refusal.retry_after, MAX_RETRY_SECONDS)
         message = f"provider {provider_id!r} cannot take the request now: {said}"
         return ProviderError(reason, message, metadata=metadata, retry_after=wait)
     metadata["upstream_code"] = metadata.pop("http_status")

@@ -124,7 +124,8 @@ class VllmProvider:
         response = await self._send(outgoing)
         try:
             if response.status_code != httpx.codes.OK:
-                raise error_of(await _refusal(response), self.id, callers_token=call.token is not None)
+                refusal = await _refusal(response)
+                raise error_of(refusal, self.id, callers_token=call.token is not None, model=request.model)
             content_type = response.headers.get("content-type", "")
             if not content_type.startswith("text/event-stream"):
                 message = (
@@ -148,9 +149,9 @@ class VllmProvider:
             if response.status_code != httpx.codes.OK:
                 callers_token = token is not None and not self._api_token
                 raise error_of(await _refusal(response), self.id, callers_token=callers_token)
-            cards = msgspec.json.decode(await response.aread())["data"]
+            cards = msgspec.json.decode(await response.aread(), type=_Listing).data
             return tuple(_served_model(card) for card in cards if isinstance(card, dict) and card.get("id"))
-        except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             message = f"provider {self.id!r} answered its list of models with something else: is its base URL right?"
             raise ProviderError(Reason.UPSTREAM_MALFORMED, message, metadata={"provider": self.id}) from error
         except _BROKEN as error:
@@ -203,6 +204,12 @@ class VllmProvider:
             metadata={"provider": self.id},
             retry_after=RETRY_SECONDS,
         )
+
+
+class _Listing(msgspec.Struct):
+    """The body of a list of models."""
+
+    data: list[Any]
 
 
 class _NoCookies(httpx.Cookies):

@@ -1,0 +1,115 @@
+"""What many tests share: a vLLM look-alike, gateways before it, and the log."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pytest
+import structlog
+
+from deltawire_server.fake_vllm import FakeVllm
+from deltawire_server.telemetry import configure_logging
+from tests.support.gateway import Lines, Running, running, settings_of
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator, Mapping
+    from contextlib import AbstractAsyncContextManager
+    from pathlib import Path
+
+
+class StartGateway(Protocol):
+    """Runs a gateway before the test's `vllm`, or another address, with some keys of each section changed."""
+
+    def __call__(
+        self,
+        *,
+        base_url: str | None = None,
+        server: Mapping[str, Any] | None = None,
+        stream: Mapping[str, Any] | None = None,
+        provider: Mapping[str, Any] | None = None,
+        options: tuple[tuple[str, int], ...] = (),
+    ) -> AbstractAsyncContextManager[Running]: ...
+
+
+@dataclass(frozen=True)
+class Certificates:
+    """PEM files: an authority, and what it signed for this machine's loopback address and for a client."""
+
+    authority: Path
+    server: Path
+    server_key: Path
+    client: Path
+    client_key: Path
+
+
+@pytest.fixture
+async def vllm() -> AsyncIterator[FakeVllm]:
+    """A vLLM look-alike."""
+    async with FakeVllm() as vllm:
+        yield vllm
+
+
+@pytest.fixture
+def start_gateway(vllm: FakeVllm, tmp_path: Path) -> StartGateway:
+    """Runs gateways in this process."""
+
+    @asynccontextmanager
+    async def start(
+        *,
+        base_url: str | None = None,
+        server: Mapping[str, Any] | None = None,
+        stream: Mapping[str, Any] | None = None,
+        provider: Mapping[str, Any] | None = None,
+        options: tuple[tuple[str, int], ...] = (),
+    ) -> AsyncIterator[Running]:
+        settings = settings_of(base_url or vllm.base_url, tmp_path, server=server, stream=stream, provider=provider)
+        async with running(settings, options=options) as gateway:
+            yield gateway
+
+    return start
+
+
+@pytest.fixture
+async def served(start_gateway: StartGateway) -> AsyncIterator[Running]:
+    """A gateway with default settings."""
+    async with start_gateway() as gateway:
+        yield gateway
+
+
+@pytest.fixture
+async def lines() -> AsyncIterator[Lines]:
+    """All that is logged from here on, from debug up, as JSON."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    lines = Lines()
+    configure_logging("debug", "json", stream=lines)
+    try:
+        yield lines
+    finally:
+        structlog.reset_defaults()
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Certificates]:
+    """Made by the openssl command for this run of the tests."""
+    folder = tmp_path_factory.mktemp("certificates")
+    (folder / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+
+    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+    openssl("req", "-x509", *curve, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=authority", "-days", "2")
+    for name in ("server", "client"):
+        openssl("req", *curve, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
+        signing = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "names")
+        openssl("x509", "-req", "-in", f"{name}.csr", "-out", f"{name}.pem", *signing)
+    yield Certificates(
+        folder / "ca.pem", folder / "server.pem", folder / "server.key", folder / "client.pem", folder / "client.key"
+    )

@@ -1,0 +1,117 @@
+"""What the tests on a real vLLM share: how to force an answer, what to ask, and a look at the engine itself."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import urllib.request
+from typing import TYPE_CHECKING, Any
+
+from deltawire import ResponseFormat, tool_definition
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from deltawire import StreamChatCompletionResponse
+    from tests.support.vllm_cpu import VllmServer
+
+MODEL = "smollm2"
+CALL_SECONDS = 300.0
+"""For one call: far more than any takes (the first with log-probabilities, 40), so that a hang ends with a failed test."""
+
+SEA = "Write one short sentence about the sea."
+
+# Strict: the engine holds the arguments to the schema, whatever a model this small would rather say.
+LIGHT_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "room": {"type": "string", "enum": ["kitchen", "bedroom", "hall"]},
+        "percent": {"type": "integer", "minimum": 0, "maximum": 100},
+    },
+    "required": ["room", "percent"],
+    "additionalProperties": False,
+}
+LIGHT = tool_definition("set_light", "Set how bright a room is", input_schema=LIGHT_SCHEMA, strict=True)
+
+# Not strict: a strict tool's own grammar would take the place of the one that forces an answer.
+WEATHER = tool_definition(
+    "get_weather",
+    "Current weather for a city",
+    input_schema={"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+)
+
+_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def forced(text: str) -> ResponseFormat:
+    """A response format under which the model can only say this text; it does so token by token."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return ResponseFormat(grammar=f'root ::= "{escaped}"')
+
+
+def call_text(arguments: str, name: str = "get_weather") -> str:
+    """A tool call in the words that the server's parser (hermes) looks for; the arguments are taken to the letter."""
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+def kinds(events: Iterable[StreamChatCompletionResponse]) -> list[str]:
+    """What kind each event is of, with neighbours of one kind told once."""
+    named = [event.WhichOneof("event") or "" for event in events]
+    return [kind for place, kind in enumerate(named) if place == 0 or named[place - 1] != kind]
+
+
+class Engine:
+    """vLLM's own view of things."""
+
+    def __init__(self, server: VllmServer) -> None:
+        self._server = server
+
+    def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """POST a JSON body to a path, and return what comes back."""
+        request = urllib.request.Request(  # noqa: S310 (the address is the server's own, always http:)
+            f"{self._server.base_url}{path}",
+            data=json.dumps({"model": MODEL, **body}).encode(),
+            headers={"Content-Type": "application/json", "Authorization": f"Bearer {self._server.api_key}"},
+        )
+        with _opener.open(request, timeout=CALL_SECONDS) as response:
+            answer: dict[str, Any] = json.load(response)
+            return answer
+
+    def tokens(self, text: str) -> list[int]:
+        """The ids of a text's tokens."""
+        ids: list[int] = self.ask("/tokenize", {"prompt": text, "add_special_tokens": False})["tokens"]
+        return ids
+
+    def prompt_tokens(self, text: str) -> int:
+        """How many tokens a conversation of this one user's turn makes."""
+        count: int = self.ask("/tokenize", {"messages": [{"role": "user", "content": text}]})["count"]
+        return count
+
+    def running(self) -> int:
+        """How many requests are being generated for now."""
+        with _opener.open(f"{self._server.base_url}/metrics", timeout=CALL_SECONDS) as response:
+            for line in response.read().decode().splitlines():
+                if line.startswith("vllm:num_requests_running{"):
+                    return int(float(line.rpartition(" ")[2]))
+        raise AssertionError("vLLM does not say how many requests run")
+
+    async def becomes_idle(self) -> None:
+        """Wait until nothing is being generated.
+
+        Raises:
+            AssertionError: Half a minute has passed. What the tests cancel would run for longer.
+        """
+        await eventually(lambda: self.running() == 0, "vLLM goes on generating")
+
+
+async def eventually(condition: Callable[[], bool], problem: str, seconds: float = 30.0) -> None:
+    """Wait for something that another process does.
+
+    Raises:
+        AssertionError: It did not come about; the message is `problem`.
+    """
+    deadline = time.monotonic() + seconds
+    while not await asyncio.to_thread(condition):
+        assert time.monotonic() < deadline, problem
+        await asyncio.sleep(0.1)

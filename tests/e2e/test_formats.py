@@ -1,0 +1,89 @@
+"""Every form that an answer's text can be held to; the engine holds it, so the gateway must have passed it on right."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+
+from deltawire import ResponseFormat, StopReason, json_schema
+from tests.e2e.support import LIGHT_SCHEMA, MODEL, SEA
+
+if TYPE_CHECKING:
+    from deltawire import Answer, AsyncClient
+
+pytestmark = pytest.mark.e2e
+
+
+async def ask(client: AsyncClient, form: ResponseFormat | str, *, max_tokens: int = 200) -> Answer:
+    """The greedy answer in this form."""
+    return await client.chat.create(
+        SEA, model=MODEL, response_format=form, temperature=0.0, max_tokens=max_tokens, timeout=300.0
+    )
+
+
+async def test_text(client: AsyncClient) -> None:
+    """The form of free text changes nothing."""
+    plain = await client.chat.create(SEA, model=MODEL, temperature=0.0, max_tokens=12)
+    assert (await ask(client, "text", max_tokens=12)).text == plain.text
+
+
+async def test_json_object(client: AsyncClient) -> None:
+    """Some object: of a model this small only its beginning is sure, since it may never close it."""
+    answer = await ask(client, "json_object")
+    assert answer.text.lstrip().startswith("{")
+    if answer.stop_reason == StopReason.STOP_REASON_END_OF_TURN:
+        assert isinstance(json.loads(answer.text), dict)
+
+
+@pytest.mark.parametrize("strict", [None, True])
+async def test_json_schema(client: AsyncClient, *, strict: bool | None) -> None:
+    """JSON that follows the schema."""
+    answer = await ask(client, json_schema(LIGHT_SCHEMA, name="light", strict=strict))
+    value = json.loads(answer.text)
+    assert value["room"] in ("kitchen", "bedroom", "hall")
+    assert 0 <= value["percent"] <= 100
+    assert answer.stop_reason == StopReason.STOP_REASON_END_OF_TURN
+
+
+async def test_regex(client: AsyncClient) -> None:
+    """The whole text matches."""
+    answer = await ask(client, ResponseFormat(regex=r"[a-f]{3}-\d{2}"))
+    assert re.fullmatch(r"[a-f]{3}-\d{2}", answer.text)
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    ['root ::= "up" | "down" | "wait " [0-9] "s"', 'start: "up" | "down" | "wait " /[0-9]/ "s"'],
+    ids=["gbnf", "lark"],
+)
+async def test_grammar(client: AsyncClient, grammar: str) -> None:
+    """The text is one that the grammar makes, in either notation."""
+    answer = await ask(client, ResponseFormat(grammar=grammar))
+    assert re.fullmatch(r"up|down|wait \ds", answer.text)
+
+
+async def test_choice(client: AsyncClient) -> None:
+    """The text is one of those given, quotes and all."""
+    values = ['a "quoted" one', "another", "日本"]
+    answer = await ask(client, ResponseFormat(choice=ResponseFormat.Choice(values=values)))
+    assert answer.text in values
+
+
+async def test_structural_tag(client: AsyncClient) -> None:
+    """Within the tag the text follows the tag's schema."""
+    tag = {
+        "type": "structural_tag",
+        "format": {
+            "type": "tag",
+            "begin": "<light>",
+            "content": {"type": "json_schema", "json_schema": LIGHT_SCHEMA},
+            "end": "</light>",
+        },
+    }
+    answer = await ask(client, ResponseFormat(structural_tag=json.dumps(tag)))
+    found = re.fullmatch(r"<light>(.*)</light>", answer.text, re.DOTALL)
+    assert found is not None, answer.text
+    assert json.loads(found.group(1)).keys() == {"room", "percent"}

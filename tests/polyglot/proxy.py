@@ -1,0 +1,111 @@
+"""A real Envoy with the shipped configuration, in which only the ports are others."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from tests.polyglot.programs import ENVOY_CONFIG, LIMIT, started, tool
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+# In the file, in this order: Envoy's own administration, the listener, and the two gateways.
+ADMIN, LISTENER, FIRST, SECOND = "9901", "50050", "50051", "50052"
+SECOND_ENDPOINT = """\
+              - endpoint:
+                  address:
+                    socket_address: { address: 127.0.0.1, port_value: 50052 }
+"""
+
+
+def configuration(first: str, second: str | None) -> str:
+    """The shipped file for gateways at these addresses; Envoy takes free ports for itself."""
+    text = ENVOY_CONFIG.read_text(encoding="utf-8")
+    if second is None:
+        assert text.count(SECOND_ENDPOINT) == 1
+        text = text.replace(SECOND_ENDPOINT, "")
+    ports = {ADMIN: "0", LISTENER: "0", FIRST: _port(first)} | ({SECOND: _port(second)} if second else {})
+    for shipped, used in ports.items():
+        written = f"127.0.0.1, port_value: {shipped} }}"
+        assert text.count(written) == 1, written
+        text = text.replace(written, f"127.0.0.1, port_value: {used} }}")
+    return text
+
+
+def _port(address: str) -> str:
+    return address.rpartition(":")[2]
+
+
+@dataclass(frozen=True)
+class Envoy:
+    """One that runs: where it listens, and what it counts."""
+
+    target: str
+    _admin: httpx.AsyncClient
+
+    async def count(self, name: str) -> int:
+        """One of the statistics of the gateways together, for example `upstream_rq_retry`."""
+        name = f"cluster.gateways.{name}"
+        answer = await self._admin.get("/stats", params={"format": "json", "filter": f"^{name}$"})
+        (found,) = answer.json()["stats"]
+        value: int = found["value"]
+        return value
+
+    async def health(self) -> dict[str, dict[str, Any]]:
+        """By gateway's address, what Envoy holds of it: empty of faults is healthy."""
+        answer = await self._admin.get("/clusters", params={"format": "json"})
+        (cluster,) = [each for each in answer.json()["cluster_statuses"] if each["name"] == "gateways"]
+        hosts = {}
+        for host in cluster.get("host_statuses", ()):
+            address = host["address"]["socket_address"]
+            health = {key: value for key, value in host["health_status"].items() if value is True}
+            hosts[f"{address['address']}:{address['port_value']}"] = health
+        return hosts
+
+    async def until(self, address: str, fault: str | None) -> None:
+        """Wait until a gateway has this fault, or none at all."""
+        async with asyncio.timeout(LIMIT):
+            while True:
+                faults = (await self.health()).get(address)
+                if faults is not None and (fault in faults if fault else not faults):
+                    return
+                await asyncio.sleep(0.05)
+
+
+@contextlib.asynccontextmanager
+async def envoy(folder: Path, first: str, second: str | None = None) -> AsyncIterator[Envoy]:
+    """An Envoy in front of one or two gateways, once it finds all of them healthy."""
+    config, admin_file, log = folder / "envoy.yaml", folder / "admin", folder / "envoy.log"
+    config.write_text(configuration(first, second), encoding="utf-8")
+    # A base id of its own, so that it shares no memory with another Envoy of this machine.
+    command = (tool("envoy"), "-c", str(config), "--admin-address-path", str(admin_file), "--use-dynamic-base-id")
+    with log.open("wb") as output:
+        async with (
+            started(
+                *command, "--concurrency", "1", "--log-level", "warning", home=folder, out=output, err=output
+            ) as run,
+            contextlib.AsyncExitStack() as stack,
+        ):
+            async with asyncio.timeout(LIMIT):
+                while not (admin_file.exists() and admin_file.read_text()):
+                    if run.returncode is not None:
+                        pytest.fail(f"Envoy ended: {log.read_text(errors='replace')}")
+                    await asyncio.sleep(0.02)
+                client = httpx.AsyncClient(base_url=f"http://{admin_file.read_text()}", trust_env=False)
+                admin = await stack.enter_async_context(client)
+                while (await admin.get("/ready")).status_code != 200:  # noqa: PLR2004
+                    await asyncio.sleep(0.02)
+                listeners = (await admin.get("/listeners", params={"format": "json"})).json()
+            (listener,) = listeners["listener_statuses"]
+            port = listener["local_address"]["socket_address"]["port_value"]
+            running = Envoy(f"127.0.0.1:{port}", admin)
+            for address in filter(None, (first, second)):
+                await running.until(address, None)
+            yield running

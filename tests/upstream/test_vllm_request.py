@@ -1,0 +1,247 @@
+"""What is asked of vLLM: the request's body, member for member."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+
+from deltawire_server.upstream.request import (
+    ChatMessage,
+    ChatRequest,
+    FormatKind,
+    NamedTool,
+    PastCall,
+    Role,
+    Sampling,
+    TextFormat,
+    ToolMode,
+    ToolSpec,
+)
+from deltawire_server.upstream.vllm_request import request_body
+
+Json = dict[str, Any]
+
+HI = ChatMessage(Role.USER, ("hi",))
+ALWAYS: Json = {
+    "model": "served",
+    "messages": [{"role": "user", "content": "hi"}],
+    "stream": True,
+    "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+}
+SCHEMA: Json = {"type": "object", "properties": {"city": {"type": "string"}}}
+WEATHER = ToolSpec("get_weather", input_schema=SCHEMA)
+WEATHER_SENT: Json = {"type": "function", "function": {"name": "get_weather", "parameters": SCHEMA}}
+
+
+def body_of(*messages: ChatMessage, **fields: Any) -> Json:  # noqa: ANN401 (whatever the request takes)
+    """The body of a request with these messages and fields."""
+    body: Json = json.loads(request_body(ChatRequest("asked", messages or (HI,), **fields), "served"))
+    return body
+
+
+def message_of(message: ChatMessage) -> Json:
+    """How a message is sent."""
+    sent: Json = body_of(message)["messages"][0]
+    return sent
+
+
+def tool_of(tool: ToolSpec) -> Json:
+    """How a tool's function is sent."""
+    sent: Json = body_of(tools=(tool,))["tools"][0]["function"]
+    return sent
+
+
+def test_absent_is_not_sent() -> None:
+    """A bare request has nothing but the provider's model name, the messages, and how to stream: with running usage."""
+    assert body_of() == ALWAYS
+
+
+@pytest.mark.parametrize(
+    ("fields", "added"),
+    [
+        ({"sampling": Sampling(temperature=0.0)}, {"temperature": 0.0}),
+        ({"sampling": Sampling(top_p=0.5)}, {"top_p": 0.5}),
+        ({"sampling": Sampling(top_k=-1)}, {"top_k": -1}),
+        ({"sampling": Sampling(top_k=0)}, {"top_k": 0}),
+        ({"sampling": Sampling(min_p=0.0)}, {"min_p": 0.0}),
+        ({"sampling": Sampling(frequency_penalty=-2.0)}, {"frequency_penalty": -2.0}),
+        ({"sampling": Sampling(presence_penalty=2.0)}, {"presence_penalty": 2.0}),
+        ({"sampling": Sampling(repetition_penalty=1.1)}, {"repetition_penalty": 1.1}),
+        ({"sampling": Sampling(seed=0)}, {"seed": 0}),
+        ({"sampling": Sampling(max_tokens=7)}, {"max_tokens": 7}),
+        ({"sampling": Sampling(min_tokens=0)}, {"min_tokens": 0}),
+        ({"sampling": Sampling(ignore_eos=False)}, {"ignore_eos": False}),
+        ({"sampling": Sampling(stop=("a", "\n"))}, {"stop": ["a", "\n"]}),
+        ({"sampling": Sampling(stop_token_ids=(0, 5))}, {"stop_token_ids": [0, 5]}),
+        ({"sampling": Sampling(bad_words=("no",))}, {"bad_words": ["no"]}),
+        ({"sampling": Sampling(logit_bias={5: -100.0, 7: 0.0})}, {"logit_bias": {"5": -100.0, "7": 0.0}}),
+        ({"top_logprobs": 0}, {"logprobs": True, "top_logprobs": 0}),
+        ({"top_logprobs": 3}, {"logprobs": True, "top_logprobs": 3}),
+        ({"choice_count": 2}, {"n": 2}),
+        ({"choice_count": 1}, {}),
+        ({"tools": (WEATHER,)}, {"tools": [WEATHER_SENT]}),
+        ({"tools": (WEATHER,), "tool_choice": ToolMode.AUTO}, {"tools": [WEATHER_SENT], "tool_choice": "auto"}),
+        ({"tools": (WEATHER,), "tool_choice": ToolMode.REQUIRED}, {"tools": [WEATHER_SENT], "tool_choice": "required"}),
+        (
+            {"tools": (WEATHER,), "tool_choice": NamedTool("get_weather")},
+            {"tools": [WEATHER_SENT], "tool_choice": {"type": "function", "function": {"name": "get_weather"}}},
+        ),
+        (
+            {"tools": (WEATHER,), "parallel_tool_calls": False},
+            {"tools": [WEATHER_SENT], "parallel_tool_calls": False},
+        ),
+        ({"response_format": TextFormat(FormatKind.JSON_OBJECT)}, {"response_format": {"type": "json_object"}}),
+        (
+            {"response_format": TextFormat(FormatKind.JSON_SCHEMA, SCHEMA, "response")},
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "response", "schema": SCHEMA}}},
+        ),
+        (
+            {"response_format": TextFormat(FormatKind.JSON_SCHEMA, {}, "n", strict=False)},
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "n", "schema": {}, "strict": False},
+                }
+            },
+        ),
+        ({"response_format": TextFormat(FormatKind.GRAMMAR, 'root ::= "a"')}, {"structured_outputs": {"grammar": 'root ::= "a"'}}),
+        ({"response_format": TextFormat(FormatKind.REGEX, "a+")}, {"structured_outputs": {"regex": "a+"}}),
+        ({"response_format": TextFormat(FormatKind.CHOICE, ("a", "b"))}, {"structured_outputs": {"choice": ["a", "b"]}}),
+        (
+            {"response_format": TextFormat(FormatKind.STRUCTURAL_TAG, '{"type":"x"}')},
+            {"structured_outputs": {"structural_tag": '{"type":"x"}'}},
+        ),
+    ],
+    ids=repr,
+)
+def test_each_field_alone(fields: Json, added: Json) -> None:
+    """Each field adds its members and touches no other; zero and false are values like any other."""
+    assert body_of(**fields) == ALWAYS | added
+
+
+def test_none_keeps_the_tools_from_the_model() -> None:
+    """NONE sends neither tools nor tool_choice: vLLM's own leaves the tools in the prompt."""
+    body = body_of(tools=(WEATHER,), tool_choice=ToolMode.NONE, parallel_tool_calls=True)
+    assert body == ALWAYS
+
+
+def test_old_vllm_tool_choice() -> None:
+    """No tools: no tool_choice either, which old versions refuse."""
+    assert body_of(tool_choice=ToolMode.AUTO, parallel_tool_calls=True) == ALWAYS
+
+
+def test_get_params_empty_tools() -> None:
+    """An empty list of tools is not sent: it is refused."""
+    assert "tools" not in body_of(tools=())
+
+
+@pytest.mark.parametrize(
+    ("message", "sent"),
+    [
+        (ChatMessage(Role.SYSTEM, ("s",)), {"role": "system", "content": "s"}),
+        (ChatMessage(Role.DEVELOPER, ("d",)), {"role": "developer", "content": "d"}),
+        (ChatMessage(Role.USER, ("Hello, world!",)), {"role": "user", "content": "Hello, world!"}),
+        (ChatMessage(Role.USER, ("",)), {"role": "user", "content": ""}),
+        (
+            ChatMessage(Role.USER, ("a", "b")),
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        ),
+        (ChatMessage(Role.TOOL, ("5",), call_id="foo"), {"role": "tool", "content": "5", "tool_call_id": "foo"}),
+        (
+            ChatMessage(Role.ASSISTANT, ("a",), reasoning="r"),
+            {"role": "assistant", "content": "a", "reasoning": "r"},
+        ),
+        (ChatMessage(Role.ASSISTANT, reasoning="r"), {"role": "assistant", "content": "", "reasoning": "r"}),
+    ],
+    ids=repr,
+)
+def test_messages(message: ChatMessage, sent: Json) -> None:
+    """One text is a plain string, which many templates concatenate; several are a list; the call id is sent."""
+    assert message_of(message) == sent
+
+
+@pytest.mark.parametrize(("content", "sent"), [((), None), (("a",), "a")])
+def test_assistant_calls_keep_their_arguments_to_the_letter(content: tuple[str, ...], sent: str | None) -> None:
+    """The arguments' text is not encoded again, not even its spaces; without text beside calls the content is null."""
+    calls = (PastCall("123", "test_tool", '{"foo":  "bär"}'), PastCall("4", "brave_search", "{}"))
+    assert message_of(ChatMessage(Role.ASSISTANT, content, tool_calls=calls)) == {
+        "role": "assistant",
+        "content": sent,
+        "tool_calls": [
+            {"id": "123", "type": "function", "function": {"name": "test_tool", "arguments": '{"foo":  "bär"}'}},
+            {"id": "4", "type": "function", "function": {"name": "brave_search", "arguments": "{}"}},
+        ],
+    }
+
+
+def test_tool_call_response() -> None:
+    """A history with a call and its result goes out whole: exactly one call, with its arguments, and the result's id."""
+    sent = body_of(
+        ChatMessage(Role.SYSTEM, ("You are a helpful assistant",)),
+        ChatMessage(Role.USER, ("How many?",)),
+        ChatMessage(
+            Role.ASSISTANT, ("",), tool_calls=(PastCall("foo", "knowledge_search", '{"query": "How many?"}'),)
+        ),
+        ChatMessage(Role.TOOL, ("knowledge_search found 5....",), call_id="foo"),
+    )["messages"]
+    function = {"name": "knowledge_search", "arguments": '{"query": "How many?"}'}
+    assert sent[2]["tool_calls"] == [{"id": "foo", "type": "function", "function": function}]
+    assert sent[3] == {"role": "tool", "content": "knowledge_search found 5....", "tool_call_id": "foo"}
+    assert len(sent) == 4
+
+
+def test_name_description_and_strict_pass_through() -> None:
+    """All that a tool has is sent, under vLLM's names."""
+    tool = ToolSpec("t", "does it", SCHEMA, strict=True)
+    assert tool_of(tool) == {"name": "t", "description": "does it", "parameters": SCHEMA, "strict": True}
+
+
+def test_no_description_key_when_absent() -> None:
+    """Neither null nor empty: not there. Nor is strict."""
+    assert tool_of(WEATHER).keys() == {"name", "parameters"}
+
+
+def test_a_tool_without_arguments_has_an_empty_object_schema() -> None:
+    """vLLM wants a schema."""
+    assert tool_of(ToolSpec("t"))["parameters"] == {"type": "object", "properties": {}}
+
+
+RICH_SCHEMAS: dict[str, Json] = {
+    "refs_and_defs": {
+        "type": "object",
+        "properties": {"flight": {"$ref": "#/$defs/FlightInfo"}, "passengers": {"type": "array", "items": {"$ref": "#/$defs/Passenger"}}},
+        "required": ["flight"],
+        "$defs": {
+            "FlightInfo": {"type": "object", "properties": {"day": {"type": "string", "format": "date"}}},
+            "Passenger": {"type": "object", "properties": {"age": {"type": "integer", "minimum": 0}, "seat": {"enum": ["aisle", "window"]}}},
+        },
+    },
+    "any_of": {"type": "object", "properties": {"contact": {"anyOf": [{"type": "string", "format": "email"}, {"type": "string", "pattern": "^\\+?[0-9]{10}$"}]}}},
+    "nested_to_an_enum": {"type": "object", "properties": {"a": {"type": "object", "properties": {"b": {"type": "object", "properties": {"c": {"enum": ["x", None, 1.5, True]}}}}}}},
+    "array_constraints": {"type": "object", "properties": {"rows": {"type": "array", "items": {"type": "object"}, "minItems": 1, "maxItems": 100, "uniqueItems": True}}},
+    "additional_properties": {"type": "object", "additionalProperties": True, "patternProperties": {"^x-": {"type": "string"}}},
+}
+
+
+@pytest.mark.parametrize("schema", RICH_SCHEMAS.values(), ids=RICH_SCHEMAS)
+def test_schemas_are_equal_to_what_was_given(schema: Json) -> None:
+    """Whatever JSON Schema has goes through unchanged, and the given one is not changed either."""
+    before = copy.deepcopy(schema)
+    assert tool_of(ToolSpec("t", input_schema=schema))["parameters"] == before
+    assert schema == before
+
+
+def test_two_tools_with_defs_of_the_same_name_stay_independent() -> None:
+    """Each has its own."""
+    schemas = [{"type": "object", "$defs": {"D": {"type": kind}}} for kind in ("string", "integer")]
+    tools = tuple(ToolSpec(f"t{i}", input_schema=schema) for i, schema in enumerate(schemas))
+    assert [tool["function"]["parameters"] for tool in body_of(tools=tools)["tools"]] == schemas
+
+
+def test_offered_tools() -> None:
+    """A model that is shown no tools can call none that would be known."""
+    assert ChatRequest("m", (HI,), tools=(WEATHER,)).offered_tools == {"get_weather"}
+    assert ChatRequest("m", (HI,), tools=(WEATHER,), tool_choice=ToolMode.NONE).offered_tools == frozenset()
