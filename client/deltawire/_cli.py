@@ -401,9 +401,10 @@ class _Printer:
     def piece(self, text: str) -> None:
         """Print a piece, at once."""
         if text:
+            # Noted first: Ctrl-C can come right after the text is out.
+            self._at_line_start = text.endswith("\n")
             self._stream.write(text.translate(_PICTURES) if self._clean else text)
             self._stream.flush()
-            self._at_line_start = text.endswith("\n")
 
     def line(self, text: str) -> None:
         """Print a line of its own."""

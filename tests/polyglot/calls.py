@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from google.protobuf import json_format
 
 from deltawire import AsyncClient, CallError, tool_from_openai, user
 from deltawire.v1.chat_completion_pb2 import ChatRequest, StreamChatCompletionResponse
 from deltawire_server.app import Gateway
 from deltawire_server.settings import parse
-from tests.polyglot.programs import LIMIT
+from tests.polyglot.programs import LIMIT, started, tool
 from tests.support import recordings
 
 if TYPE_CHECKING:
+    from asyncio.subprocess import Process
     from collections.abc import AsyncIterator, Iterable
     from pathlib import Path
 
@@ -38,6 +41,22 @@ async def gateway(vllm: FakeVllm, folder: Path, *flags: str) -> AsyncIterator[tu
         yield serving, address
 
 
+@contextlib.asynccontextmanager
+async def gateway_process(vllm: FakeVllm, folder: Path) -> AsyncIterator[tuple[Process, str]]:
+    """The same as a process of its own, which can be killed."""
+    own = ("--vllm-url", vllm.base_url, "--listen", "127.0.0.1:0", "--database-url", f"sqlite:///{folder}/process.db")
+    async with started(tool("deltawire-server"), *own, "--log-format", "json", home=folder) as process:
+        assert process.stderr is not None
+        async with asyncio.timeout(LIMIT):
+            async for line in process.stderr:
+                entry = json.loads(line)
+                if entry["event"] == "serving":
+                    (address,) = entry["addresses"]
+                    yield process, address
+                    return
+        pytest.fail("the gateway did not start")
+
+
 @dataclass(frozen=True)
 class Reply:
     """What came of a call: its events, and the error that ended it, if one did."""
@@ -52,14 +71,25 @@ class Reply:
         return fold(self.events)
 
 
-async def ask(target: str, chat: ChatRequest, request_id: str | None = None) -> Reply:
-    """Stream an answer with the Python client. It makes one attempt: retries that are seen are somebody else's."""
+async def ask(
+    target: str, chat: ChatRequest, request_id: str | None = None, began: asyncio.Event | None = None
+) -> Reply:
+    """Stream an answer with the Python client. It makes one attempt: retries that are seen are somebody else's.
+
+    Args:
+        target: Where.
+        chat: What.
+        request_id: What the call is known by.
+        began: Set at the first piece of text.
+    """
     events: list[StreamChatCompletionResponse] = []
     async with AsyncClient(target, options=(("grpc.enable_retries", 0),), timeout=LIMIT) as client:
         try:
             async with client.chat.stream(chat, request_id=request_id) as stream:
                 async for event in stream:
-                    events.append(event)  # noqa: PERF401 -- what came before an error counts
+                    events.append(event)
+                    if began is not None and event.HasField("text_delta"):
+                        began.set()
         except CallError as error:
             return Reply(events, error)
     return Reply(events)

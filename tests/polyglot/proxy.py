@@ -100,7 +100,7 @@ async def envoy(folder: Path, first: str, second: str | None = None) -> AsyncIte
                     await asyncio.sleep(0.02)
                 client = httpx.AsyncClient(base_url=f"http://{admin_file.read_text()}", trust_env=False)
                 admin = await stack.enter_async_context(client)
-                while (await admin.get("/ready")).status_code != 200:  # noqa: PLR2004
+                while (await admin.get("/ready")).status_code != 200:  # noqa: ASYNC110 -- Envoy can only be asked
                     await asyncio.sleep(0.02)
                 listeners = (await admin.get("/listeners", params={"format": "json"})).json()
             (listener,) = listeners["listener_statuses"]

@@ -13,7 +13,7 @@ from google.rpc.error_details_pb2 import ErrorInfo
 from deltawire.v1 import chat_completion_pb2, model_registry_pb2
 from deltawire.v1.chat_completion_pb2 import StreamChatCompletionRequest
 from deltawire_server.fake_vllm import FakeVllm, Script
-from tests.polyglot.calls import MODEL, ask, chat_request, fold, openai_tools, read_json
+from tests.polyglot.calls import MODEL, ask, chat_request, fold, read_json
 from tests.polyglot.programs import Outcome, run, tool
 from tests.support.recordings import TRANSCRIPTS
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import grpc
 import pytest
 
+from deltawire import StreamInterrupted
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
-from tests.polyglot.calls import Reply, ask, chat_request, gateway
+from tests.polyglot.calls import Reply, ask, chat_request, gateway, gateway_process
 from tests.polyglot.programs import ENVOY_CONFIG, LIMIT, run, tool
 from tests.polyglot.proxy import envoy
 from tests.support.recordings import TRANSCRIPTS
@@ -29,6 +30,32 @@ async def other() -> AsyncIterator[FakeVllm]:
     """The vLLM behind the second gateway."""
     async with FakeVllm() as vllm:
         yield vllm
+
+
+async def streams_that_wait(
+    target: str, gate: asyncio.Event, wanted: FakeVllm, other: FakeVllm
+) -> list[asyncio.Task[Reply]]:
+    """Begin streams that stop in the middle until the gate opens, so many that the wanted vLLM has one of them."""
+    chunk = Chunks()
+    pieces = (chunk.role(), chunk.text("begun"), gate, chunk.text(" and ended"), chunk.finish())
+    begun: list[asyncio.Event] = []
+
+    async def stream() -> Reply:
+        begun.append(asyncio.Event())
+        return await ask(target, chat_request(), began=begun[-1])
+
+    streams: list[asyncio.Task[Reply]] = []
+    async with asyncio.timeout(LIMIT):
+        while not wanted.chats and len(streams) < MANY:
+            # Each takes the script that it is given, so none is left over: the other's is played by its next call.
+            wanted.play(Script.chunks(pieces))
+            if len(streams) == len(other.chats):
+                other.play(Script.chunks(pieces))
+            streams.append(asyncio.create_task(stream()))
+            await asyncio.sleep(0)
+            await begun[-1].wait()
+    assert len(wanted.chats) == 1
+    return streams
 
 
 async def test_the_shipped_configuration_is_valid(tmp_path: Path) -> None:
@@ -51,12 +78,12 @@ async def test_the_events_are_the_same_through_envoy(
     ):
         vllm.play(script)
         direct = await ask(first, chat)
-        for calls in range(1, MANY):
+        calls = 0
+        while (len(vllm.chats) < 2 or not other.chats) and calls < MANY:
+            calls += 1
             vllm.play(script)
             other.play(script)
             assert (await ask(proxy.target, chat)).answer == direct.answer
-            if len(vllm.chats) > 1 and other.chats:
-                break
         assert len(vllm.chats) > 1
         assert other.chats
         assert len(vllm.chats) + len(other.chats) == 1 + calls
@@ -123,7 +150,7 @@ async def test_a_vllm_that_refuses_takes_its_gateway_out_for_a_while(
         assert len(vllm.chats) == 1
         assert len(other.chats) == calls
         assert await proxy.count("upstream_rq_retry") == 5
-        assert await proxy.count("outlier_detection.ejections_consecutive_gateway_failure") == 1
+        assert await proxy.count("outlier_detection.ejections_enforced_consecutive_gateway_failure") == 1
         assert (await proxy.health())[first] == {"failed_outlier_check": True}
         assert (await ask(proxy.target, chat_request())).answer
         assert await proxy.count("upstream_rq_retry") == 5
@@ -186,38 +213,25 @@ async def test_a_draining_gateway_gets_no_new_calls_and_ends_its_streams(
     vllm: FakeVllm, other: FakeVllm, tmp_path: Path
 ) -> None:
     """A rolling restart: the stream that runs on the old gateway ends whole, and all new calls go to the other one."""
-    chunk = Chunks()
     gate = asyncio.Event()
-    pieces = [chunk.role(), chunk.text("begun"), gate, chunk.text(" and ended"), chunk.finish()]
-    streams: list[asyncio.Task[Reply]] = []
     async with (
         gateway(vllm, tmp_path) as (leaving, first),
         gateway(other, tmp_path) as (_, second),
         envoy(tmp_path, first, second) as proxy,
     ):
-        # Streams that wait, until the gateway that will leave has one.
-        async with asyncio.timeout(LIMIT):
-            while not vllm.chats and len(streams) < MANY:
-                vllm.play(Script.chunks(pieces))
-                other.play(Script.chunks(pieces))
-                streams.append(asyncio.create_task(ask(proxy.target, chat_request())))
-                while len(vllm.chats) + len(other.chats) < len(streams):
-                    await asyncio.sleep(0.01)
-        assert len(vllm.chats) == 1
+        streams = await streams_that_wait(proxy.target, gate, vllm, other)
         drain = asyncio.create_task(leaving.drain())
         await proxy.until(first, "failed_active_health_check")
-        # Some scripts that wait may be left over at the other one.
-        open_now = len(other.chats)
+        before = len(other.chats)
         new = [asyncio.create_task(ask(proxy.target, chat_request())) for _ in range(20)]
         async with asyncio.timeout(LIMIT):
-            await other.received(open_now + len(new))
+            await other.received(before + len(new))
             assert len(vllm.chats) == 1
             assert not drain.done()
             gate.set()
             for reply in await asyncio.gather(*streams):
-                assert [event["textDelta"]["text"] for event in reply.answer if "textDelta" in event] == [
-                    "begun and ended"
-                ]
+                assert "".join(event.text_delta.text for event in reply.events) == "begun and ended"
+                assert reply.answer[-1]["completed"]
             for reply in await asyncio.gather(*new):
                 assert reply.answer
             await drain
@@ -225,3 +239,33 @@ async def test_a_draining_gateway_gets_no_new_calls_and_ends_its_streams(
         assert await proxy.count("upstream_rq_retry") == 0
         # Also once nobody listens there any more.
         assert (await ask(proxy.target, chat_request())).answer
+
+
+async def test_a_gateway_that_dies(vllm: FakeVllm, other: FakeVllm, tmp_path: Path) -> None:
+    """Kill -9: a caller who has had nothing yet is served by the other gateway; one with half an answer is told so."""
+    gate = asyncio.Event()
+    async with (
+        gateway_process(vllm, tmp_path) as (process, first),
+        gateway(other, tmp_path) as (_, second),
+        envoy(tmp_path, first, second) as proxy,
+    ):
+        streams = await streams_that_wait(proxy.target, gate, vllm, other)
+        vllm.sleep()
+        waiting: list[asyncio.Task[Reply]] = []
+        async with asyncio.timeout(LIMIT):
+            while len(vllm.chats) < 2 and len(waiting) < MANY:
+                waiting.append(asyncio.create_task(ask(proxy.target, chat_request())))
+                hung = asyncio.create_task(vllm.received(2))
+                await asyncio.wait([hung, waiting[-1]], return_when=asyncio.FIRST_COMPLETED)
+                hung.cancel()
+            assert len(vllm.chats) == 2
+            process.kill()
+            for reply in await asyncio.gather(*waiting):
+                assert reply.answer
+            assert await proxy.count("upstream_rq_retry_success") == 1
+            gate.set()
+            replies = await asyncio.gather(*streams)
+        (broken,) = [reply for reply in replies if reply.error]
+        assert isinstance(broken.error, StreamInterrupted)
+        assert "".join(event.text_delta.text for event in broken.events) == "begun"
+        assert all(reply.answer for reply in replies if reply is not broken)

@@ -8,13 +8,12 @@ the message: the message goes to callers, who have no business with paths and SQ
 from __future__ import annotations
 
 import json
-import sqlite3
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqlalchemy import delete, event, insert, make_url, select
+from sqlalchemy import create_engine, delete, event, insert, make_url, select
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -70,7 +69,7 @@ class Store:
         """
         with _translated("open"):
             _make_folder(self._url)
-            self._probe()
+            _probe(self._url)
             async with self._engine.begin() as connection:
                 version = await connection.run_sync(version_of)
             if version < LATEST:
@@ -137,13 +136,6 @@ class Store:
             async with self._writer.begin() as connection:
                 return await connection.run_sync(_delete, name)
 
-    def _probe(self) -> None:
-        # The asynchronous driver's thread may outlive a connection that fails, and even the event loop, and then it
-        # complains. So whether there is a database to connect to is found out without it.
-        arguments, options = self._engine.dialect.create_connect_args(self._url)
-        with closing(sqlite3.connect(*arguments, **options)) as connection:
-            connection.execute("PRAGMA schema_version")
-
 
 def _sqlite_url(url: str) -> URL:
     try:
@@ -161,6 +153,17 @@ def _make_folder(url: URL) -> None:
     # "file:" is SQLite's own URI, which may ask for a read-only or an in-memory database.
     if database != ":memory:" and not database.startswith("file:"):
         Path(database).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def _probe(url: URL) -> None:
+    # The asynchronous driver's thread may outlive a connection that fails, and even the event loop, and then it
+    # complains. So whether there is a database to connect to is found out without it.
+    engine = create_engine(url.set(drivername="sqlite"))
+    try:
+        with engine.connect() as connection:
+            connection.exec_driver_sql("PRAGMA schema_version")
+    finally:
+        engine.dispose()
 
 
 def _prepare(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
@@ -190,7 +193,7 @@ def _delete(connection: Connection, name: str) -> str | None:
 def _translated(what: str) -> Iterator[None]:
     try:
         yield
-    except (SQLAlchemyError, sqlite3.Error, OSError) as error:
+    except (SQLAlchemyError, OSError) as error:
         _log.error("database unusable", call=what, error=str(getattr(error, "orig", error)))
         raise RegistryError(
             Reason.STORE_UNAVAILABLE,

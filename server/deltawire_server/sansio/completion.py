@@ -386,7 +386,7 @@ class CompletionReader:
         if usage.completion_tokens is not None and usage.completion_tokens > choice.completion_tokens:
             choice.completion_tokens = usage.completion_tokens
         reasoning = _reasoning_tokens(usage)
-        if reasoning is not None and reasoning > (choice.reasoning_tokens or 0):
+        if reasoning is not None and (choice.reasoning_tokens is None or reasoning > choice.reasoning_tokens):
             choice.reasoning_tokens = reasoning
         self._note_prompt(usage)
 

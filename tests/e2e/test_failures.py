@@ -1,0 +1,130 @@
+"""What is left when the engine goes: ended in the middle of an answer, killed, gone. These tests run last."""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING
+
+import grpc
+import pytest
+
+from deltawire import (
+    AsyncClient,
+    CallError,
+    ErrorReason,
+    Sampling,
+    StopReason,
+    UpstreamError,
+    UpstreamIncompleteError,
+    UpstreamUnavailableError,
+    chat_request,
+)
+from deltawire.v1.chat_completion_pb2 import UsageProvenance
+from deltawire.v1.model_registry_pb2 import HealthStatus
+from tests.e2e.support import CALL_SECONDS, MODEL, SEA, eventually, kinds
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from deltawire import Answer, StreamChatCompletionResponse
+    from tests.e2e.support import Engine
+    from tests.support.run import GatewayProcess
+    from tests.support.vllm_cpu import VllmServer
+
+pytestmark = pytest.mark.e2e
+
+ENDLESS = chat_request(SEA, model=MODEL, sampling=Sampling(max_tokens=3500, ignore_eos=True))
+
+
+async def interrupted(
+    client: AsyncClient, interrupt: Callable[[], None]
+) -> tuple[list[StreamChatCompletionResponse], CallError]:
+    """The events and the error of an answer in whose middle something happens."""
+    events: list[StreamChatCompletionResponse] = []
+    async with client.chat.stream(ENDLESS) as stream:
+        with pytest.raises(CallError) as caught:
+            async for event in stream:
+                events.append(event)
+                if event.sequence == 10:
+                    interrupt()
+    return events, caught.value
+
+
+def check_the_rest(
+    events: list[StreamChatCompletionResponse],
+    error: CallError,
+    reason: ErrorReason.ValueType,
+    stop: StopReason.ValueType,
+) -> None:
+    """A faulted stream keeps all its promises: the text, one end of the choice, one Completed with usage, the status."""
+    assert kinds(events) == ["started", "text_delta", "choice_finished", "completed"]
+    completed = events[-1].completed
+    text = "".join(event.text_delta.text for event in events)
+    assert text
+    assert completed.choices[0].message.content[0].text == text
+    assert completed.choices[0].stop_reason == events[-2].choice_finished.stop_reason == stop
+    assert completed.error.reason == reason
+    assert completed.error.code == grpc.StatusCode.ABORTED.value[0]
+    assert completed.usage.provenance == UsageProvenance.USAGE_PROVENANCE_LOWER_BOUND
+    assert completed.usage.prompt_tokens > 0
+    assert completed.usage.completion_tokens >= 8
+    assert error.code is grpc.StatusCode.ABORTED
+    assert error.reason == ErrorReason.Name(reason).removeprefix("ERROR_REASON_")
+    answer: Answer | None = error.answer
+    assert answer is not None
+    assert answer.text == text
+
+
+async def test_an_engine_that_is_ended_politely(client: AsyncClient, vllm: VllmServer) -> None:
+    """At SIGTERM vLLM breaks its answers off with an error event and a clean end of the body."""
+    events, error = await interrupted(client, lambda: vllm.kill_group(signal.SIGTERM))
+    assert isinstance(error, UpstreamError)
+    check_the_rest(events, error, ErrorReason.ERROR_REASON_UPSTREAM_ERROR, StopReason.STOP_REASON_ERROR)
+    assert error.metadata["upstream_code"] == "500"
+
+
+async def test_the_next_engine_is_found_again(client: AsyncClient, vllm: VllmServer, engine: Engine) -> None:
+    """The gateway needs no restart when its vLLM had one."""
+    vllm.stop()
+    vllm.start()
+    vllm.wait_healthy()
+    answer = await client.chat.create(SEA, model=MODEL, max_tokens=4, ignore_eos=True)
+    assert answer.usage.completion_tokens == 4
+    await engine.becomes_idle()
+
+
+async def test_an_engine_that_is_killed(client: AsyncClient, vllm: VllmServer) -> None:
+    """The connection breaks without a word; an answer without a finish reason is never taken for a whole one."""
+    events, error = await interrupted(client, vllm.kill_group)
+    assert isinstance(error, UpstreamIncompleteError)
+    check_the_rest(
+        events, error, ErrorReason.ERROR_REASON_UPSTREAM_INCOMPLETE, StopReason.STOP_REASON_UPSTREAM_INCOMPLETE
+    )
+
+
+async def test_nobody_listens(client: AsyncClient, gateway: GatewayProcess, vllm: VllmServer) -> None:
+    """UNAVAILABLE before any event, with a hint when to try again; health says it too, and the gateway lives on."""
+    vllm.stop()
+    for name in ("smollm2", "vllm/smollm2"):
+        with pytest.raises(UpstreamUnavailableError) as caught:
+            await client.chat.create(SEA, model=name, max_tokens=4)
+        assert caught.value.code is grpc.StatusCode.UNAVAILABLE
+        assert caught.value.retry_after
+        assert caught.value.answer is None
+    health = await client.providers.health("vllm")
+    assert health.status == HealthStatus.HEALTH_STATUS_ERROR
+    assert health.message
+    listing = client.models.list()
+    assert [model.id async for model in listing] == []
+    assert listing.unreachable_provider_ids == ["vllm"]
+    assert gateway.running
+
+
+async def test_the_gateway_ends_when_it_is_told_to(gateway: GatewayProcess) -> None:
+    """With status 0, and nobody listens any more."""
+    assert gateway.stop() == 0
+    async with AsyncClient(gateway.address, timeout=CALL_SECONDS) as client:
+        with pytest.raises(CallError) as caught:
+            await client.chat.create(SEA, model=MODEL)
+    assert caught.value.code is grpc.StatusCode.UNAVAILABLE
+    await eventually(lambda: not gateway.running, "the gateway lives on")

@@ -1,0 +1,525 @@
+"""A vLLM over HTTP: what is asked of it and how, and what its answers come to."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from deltawire_server.errors import CallerError, Code, DeltawireError, ProviderError, Reason
+from deltawire_server.fake_vllm import FakeVllm, Script
+from deltawire_server.upstream.base import CallContext, Health, HealthStatus, Patience, ServedModel
+from deltawire_server.upstream.request import ChatMessage, ChatRequest, Role
+from deltawire_server.upstream.vllm import MAX_ERROR_BYTES, VllmProvider, root_url
+from tests.support.recordings import TRANSCRIPTS
+from tests.upstream.plain import plain
+from tests.upstream.test_refusals import RECORDED
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from tests.conftest import Certificates
+    from tests.support.gateway import Lines
+
+HI = ChatRequest("asked", (ChatMessage(Role.USER, ("hi",)),))
+CALL = CallContext("request-1")
+MODELS = "/v1/models"
+OPERATORS = "operators-secret"
+CALLERS = "callers-secret"
+
+
+@asynccontextmanager
+async def provider(base_url: str, **fields: Any) -> AsyncIterator[VllmProvider]:  # noqa: ANN401 (whatever it takes)
+    """A provider named p, closed in the end."""
+    provider = VllmProvider("p", base_url, **fields)
+    try:
+        yield provider
+    finally:
+        await provider.close()
+
+
+async def answer_of(provider: VllmProvider, call: CallContext = CALL, model: str = "fake") -> bytes:
+    """A whole answer's bytes."""
+    async with provider.stream_chat(HI, model, call) as body:
+        return b"".join([data async for data in body])
+
+
+async def refusal_of(provider: VllmProvider, call: CallContext = CALL, model: str = "fake") -> DeltawireError:
+    """The failure of a request that is refused."""
+    with pytest.raises(DeltawireError) as caught:
+        await answer_of(provider, call, model)
+    return caught.value
+
+
+async def listing_of(body: bytes, said: str = "200 OK") -> tuple[ServedModel, ...]:
+    """What a provider that answers this lists."""
+    async with plain({MODELS: (said, body)}) as server, provider(f"http://127.0.0.1:{server.port}") as vllm:
+        return await vllm.list_models()
+
+
+async def health_of(health: tuple[str, bytes], sleeping: tuple[str, bytes] | None = None) -> Health:
+    """How a provider is that answers this."""
+    answers = {"/health": health}
+    if sleeping is not None:
+        answers["/is_sleeping"] = sleeping
+    async with plain(answers) as server, provider(f"http://127.0.0.1:{server.port}/v1") as vllm:
+        return await vllm.check_health()
+
+
+@pytest.mark.parametrize(
+    ("operators", "callers", "sent"),
+    [
+        (None, None, None),
+        (OPERATORS, None, f"Bearer {OPERATORS}"),
+        (None, CALLERS, f"Bearer {CALLERS}"),
+        (OPERATORS, CALLERS, f"Bearer {CALLERS}"),
+        (OPERATORS, "", f"Bearer {OPERATORS}"),
+    ],
+)
+async def test_the_callers_token_comes_before_the_operators(
+    vllm: FakeVllm, operators: str | None, callers: str | None, sent: str | None
+) -> None:
+    """And without either, no authorization is sent."""
+    async with provider(vllm.base_url, api_token=operators) as p:
+        await answer_of(p, CallContext("r", token=callers))
+    assert vllm.chats[0].headers.get("authorization") == sent
+
+
+@pytest.mark.parametrize(
+    ("operators", "callers", "sent"),
+    [(None, None, None), (None, CALLERS, f"Bearer {CALLERS}"), (OPERATORS, CALLERS, f"Bearer {OPERATORS}")],
+)
+async def test_a_listing_is_shared_so_the_operators_token_comes_first(
+    vllm: FakeVllm, operators: str | None, callers: str | None, sent: str | None
+) -> None:
+    """Of two tokens, for a listing."""
+    async with provider(vllm.base_url, api_token=operators) as p:
+        await p.list_models(callers)
+    assert vllm.requests[0].headers.get("authorization") == sent
+
+
+async def test_headers(vllm: FakeVllm) -> None:
+    """A request says who asks and what it takes: an uncompressed event stream; and passes on the caller's trace."""
+    call = CallContext("request-1", traceparent="00-4bf9-00f0-01", tracestate="a=b")
+    async with provider(vllm.base_url, user_agent="deltawire/1.2") as p:
+        await answer_of(p, call)
+    headers = vllm.chats[0].headers
+    assert headers["content-type"] == "application/json"
+    assert headers["accept"] == "text/event-stream"
+    assert headers["accept-encoding"] == "identity"
+    assert headers["user-agent"] == "deltawire/1.2"
+    assert (headers["traceparent"], headers["tracestate"]) == ("00-4bf9-00f0-01", "a=b")
+
+
+async def test_without_a_trace_none_is_sent(vllm: FakeVllm) -> None:
+    """None is made up either."""
+    async with provider(vllm.base_url) as p:
+        await answer_of(p)
+    assert not vllm.chats[0].headers.keys() & {"traceparent", "tracestate"}
+
+
+async def test_each_attempt_has_a_request_id_of_its_own(vllm: FakeVllm) -> None:
+    """The caller's, with eight hexadecimal digits behind it."""
+    async with provider(vllm.base_url) as p:
+        await answer_of(p)
+        await answer_of(p)
+    first, second = (chat.headers["x-request-id"] for chat in vllm.chats)
+    assert first != second
+    for sent in (first, second):
+        begin, _, end = sent.rpartition("-")
+        assert begin == "request-1"
+        assert len(end) == 8
+        assert int(end, 16) >= 0
+
+
+async def test_no_cookies_are_kept(vllm: FakeVllm) -> None:
+    """What one answer sets, the next request does not send."""
+    vllm.play(Script.generated(headers={"set-cookie": "replica=7; path=/"}))
+    async with provider(vllm.base_url) as p:
+        await answer_of(p)
+        await answer_of(p)
+    assert all("cookie" not in chat.headers for chat in vllm.chats)
+
+
+async def test_proxies_in_the_environment_are_not_used(vllm: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base URL says where the provider is."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    async with provider(vllm.base_url) as p:
+        assert await answer_of(p)
+
+
+@pytest.mark.parametrize(
+    ("written", "root"),
+    [
+        ("http://h:8000", "http://h:8000"),
+        ("http://h:8000/", "http://h:8000"),
+        ("http://h:8000/v1", "http://h:8000"),
+        ("http://h:8000/v1/", "http://h:8000"),
+        ("http://h:8000/v1//", "http://h:8000"),
+        ("http://h/prefix", "http://h/prefix"),
+        ("http://h/prefix//v1/", "http://h/prefix"),
+        ("http://h/prefix/v1", "http://h/prefix"),
+        ("http://h/v1x", "http://h/v1x"),
+    ],
+)
+def test_roots(written: str, root: str) -> None:
+    """However an operator writes it."""
+    assert root_url(written) == root
+    assert VllmProvider("p", written).base_url == f"{root}/v1"
+
+
+@pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/", "/pre/fix", "/pre/fix/v1", "/pre/fix/v1/"])
+async def test_every_form_of_base_url_reaches_every_endpoint(suffix: str) -> None:
+    """Chat and models are below /v1, health is beside it; a prefix stays."""
+    prefix = "/pre/fix" if "pre" in suffix else ""
+    answers = {
+        f"{prefix}/v1/chat/completions": ("200 OK\r\ncontent-type: text/event-stream", b"data: [DONE]\n\n"),
+        f"{prefix}/v1/models": ("200 OK", b'{"data":[{"id":"m"}]}'),
+        f"{prefix}/health": ("200 OK", b""),
+    }
+    async with plain(answers) as server, provider(f"http://127.0.0.1:{server.port}{suffix}") as p:
+        assert await answer_of(p) == b"data: [DONE]\n\n"
+        assert await p.list_models() == (ServedModel("m"),)
+        assert await p.check_health() == Health(HealthStatus.OK)
+        assert server.paths == [*answers, f"{prefix}/is_sleeping"]
+
+
+@pytest.fixture
+def tls(certificates: Certificates) -> ssl.SSLContext:
+    """A server's side of TLS, with a certificate that no system's authorities signed."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates.server, certificates.server_key)
+    return context
+
+
+async def test_tls_is_verified_by_default(tls: ssl.SSLContext) -> None:
+    """A certificate from an unknown authority is as good as no answer, and the message says why."""
+    async with FakeVllm(ssl_context=tls) as vllm, provider(vllm.base_url) as p:
+        error = await refusal_of(p)
+        assert error.reason is Reason.UPSTREAM_UNAVAILABLE
+        assert "certificate verify failed" in error.message.lower()
+        with pytest.raises(ProviderError):
+            await p.list_models()
+        assert (await p.check_health()).status is HealthStatus.ERROR
+        assert not vllm.requests
+
+
+async def test_tls_by_an_authority_of_ones_own(tls: ssl.SSLContext, certificates: Certificates) -> None:
+    """With the CA file all of it works."""
+    context = ssl.create_default_context(cafile=certificates.authority)
+    async with FakeVllm(ssl_context=tls) as vllm, provider(vllm.base_url, tls=context) as p:
+        assert await answer_of(p)
+        assert await p.list_models()
+        assert (await p.check_health()).status is HealthStatus.OK
+
+
+async def test_tls_unverified_if_the_operator_says_so(tls: ssl.SSLContext) -> None:
+    """Any certificate will do then, for health too."""
+    async with FakeVllm(ssl_context=tls) as vllm, provider(vllm.base_url, tls=False) as p:
+        assert await answer_of(p)
+        assert (await p.check_health()).status is HealthStatus.OK
+
+
+async def test_tokens_are_in_no_text(vllm: FakeVllm, lines: Lines) -> None:
+    """Neither in what represents the parts, nor in errors, nor in any line of the log from debug up."""
+    call = CallContext("r", token=CALLERS)
+    texts = [repr(call), str(call), repr(CallContext("r"))]
+    vllm.play(Script.error(401, "Unauthorized"), Script.error(500, "no"))
+    async with provider(vllm.base_url, api_token=OPERATORS) as p:
+        texts += [repr(p), str(await refusal_of(p, call)), str(await refusal_of(p))]
+        await answer_of(p, call)
+        await vllm.crash()
+        texts += [str(await refusal_of(p, call)), (await p.check_health()).message]
+    texts.append(lines.getvalue())
+    assert not [text for text in texts if OPERATORS in text or CALLERS in text]
+    assert repr(p) == f"VllmProvider('p', '{vllm.base_url}/v1')"
+
+
+@pytest.mark.parametrize(("name", "expected"), RECORDED.items(), ids=RECORDED)
+async def test_recorded_refusals(vllm: FakeVllm, name: str, expected: tuple[Code, Reason, str]) -> None:
+    """What a real vLLM said, over HTTP: the code, the reason, the field, and vLLM's own sentence where it helps."""
+    code, reason, field = expected
+    vllm.play(Script.recording(TRANSCRIPTS / f"{name}.body"))
+    async with provider(vllm.base_url) as p:
+        error = await refusal_of(p)
+    assert (error.code, error.reason, error.metadata.get("field", "")) == (code, reason, field)
+    assert [violation.field for violation in error.violations] == ([field] if field else [])
+    said = json.loads((TRANSCRIPTS / f"{name}.body").read_bytes()).get("error")
+    if isinstance(said, dict):
+        assert said["message"] in error.message
+
+
+async def test_an_unknown_model_of_the_providers(vllm: FakeVllm) -> None:
+    """The name in the metadata is the one that the caller used; vLLM's sentence lists those that there are."""
+    async with provider(vllm.base_url) as p:
+        error = await refusal_of(p, model="gone")
+    assert error.reason is Reason.MODEL_NOT_FOUND
+    assert error.metadata["model"] == "asked"
+    assert "fake" in error.message
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"error":{"message":"m"}}', "m"),
+        (b'{"error":"m"}', "m"),
+        (b'{"detail":"m"}', "m"),
+        (b'{"message":"m"}', "m"),
+        (b'{"error":{"message":5}}', "HTTP 400"),
+        (b'{"error":null}', "HTTP 400"),
+        (b'["m"]', "HTTP 400"),
+        (b"<html>", "HTTP 400"),
+        (b"\xff\xfe", "HTTP 400"),
+        (b"", "HTTP 400"),
+        (b'{"error":"' + b"m" * MAX_ERROR_BYTES + b'"}', "HTTP 400"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+async def test_shapes_of_errors(vllm: FakeVllm, body: bytes, message: str) -> None:
+    """The sentence is found in each of vLLM's shapes, and what has none is told by its status."""
+    vllm.play(Script.answer(body, status=400))
+    async with provider(vllm.base_url) as p:
+        assert (await refusal_of(p)).message == message
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [("7", 7.0), ("0", 0.0), ("Wed, 21 Oct 2026 07:28:00 GMT", 1.0), ("-5", 1.0), ("9" * 400, 3600.0)],
+)
+async def test_retry_after(vllm: FakeVllm, header: str, seconds: float) -> None:
+    """Seconds are taken, within reason; a date is not read."""
+    vllm.play(Script.error(429, "full", headers={"retry-after": header}))
+    async with provider(vllm.base_url) as p:
+        error = await refusal_of(p)
+    assert (error.reason, error.retry_after) == (Reason.UPSTREAM_OVERLOADED, seconds)
+
+
+async def test_an_error_whose_body_breaks_off_is_told_by_its_status(vllm: FakeVllm) -> None:
+    """The status came."""
+    vllm.play(Script.chunks([b'{"error":'], status=503, content_type="application/json", end="reset"))
+    async with provider(vllm.base_url) as p:
+        error = await refusal_of(p)
+    assert (error.reason, error.retry_after) == (Reason.UPSTREAM_UNAVAILABLE, 1.0)
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "text/html", ""])
+async def test_an_answer_that_is_no_event_stream(vllm: FakeVllm, content_type: str) -> None:
+    """Is nonsense, and the message names what it was."""
+    vllm.play(Script.answer(b"{}", content_type=content_type))
+    async with provider(vllm.base_url) as p:
+        error = await refusal_of(p)
+    assert (error.reason, error.code) == (Reason.UPSTREAM_MALFORMED, Code.INTERNAL)
+    assert (content_type or "no content type") in error.message
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        Script.generated(header_bytes=0, end="eof"),
+        Script.generated(header_bytes=0, end="reset"),
+        Script.generated(header_bytes=20, end="eof"),
+    ],
+    ids=["closed", "reset", "in the status line"],
+)
+async def test_a_connection_that_breaks_before_the_answer(vllm: FakeVllm, script: Script) -> None:
+    """The provider is away: try again."""
+    vllm.play(script)
+    async with provider(vllm.base_url) as p:
+        error = await refusal_of(p)
+    assert (type(error), error.reason, error.retry_after) == (ProviderError, Reason.UPSTREAM_UNAVAILABLE, 1.0)
+    assert error.metadata == {"provider": "p"}
+
+
+async def test_a_provider_that_is_not_there(vllm: FakeVllm) -> None:
+    """Chat and listing fail alike, with the address in the message; health says so and does not fail."""
+    async with provider(vllm.base_url) as p:
+        await vllm.crash()
+        error = await refusal_of(p)
+        with pytest.raises(ProviderError) as listing:
+            await p.list_models()
+        health = await p.check_health()
+    assert error.reason is listing.value.reason is Reason.UPSTREAM_UNAVAILABLE
+    assert p.base_url in error.message
+    assert health.status is HealthStatus.ERROR
+    assert health.message.startswith("Health check failed: ")
+
+
+@pytest.mark.parametrize("end", ["eof", "cut", "reset"])
+async def test_a_body_that_breaks_off_just_ends(vllm: FakeVllm, end: Any) -> None:  # noqa: ANN401 (a fault's name)
+    """What is missing is told from its events."""
+    vllm.play(Script.generated(tokens=20, after=5, end=end))
+    async with provider(vllm.base_url) as p:
+        body = await answer_of(p)
+    assert b"[DONE]" not in body
+    assert body.startswith(b"data: ")
+
+
+async def test_leaving_early_closes_the_connection(vllm: FakeVllm) -> None:
+    """That is what makes vLLM stop."""
+    never = asyncio.Event()
+    vllm.play(Script.chunks([b"data: {}\n\n", never]))
+    async with provider(vllm.base_url) as p:
+        async with p.stream_chat(HI, "fake", CALL) as body:
+            assert await anext(body) == b"data: {}\n\n"
+        await vllm.chats[0].closed_early.wait()
+    assert vllm.running == 0
+
+
+async def test_a_cancelled_request_closes_the_connection(vllm: FakeVllm) -> None:
+    """Also before the first byte of the answer."""
+    vllm.play(Script.generated(headers_delay=3600))
+    async with provider(vllm.base_url) as p:
+        task = asyncio.create_task(answer_of(p))
+        chat = await vllm.received()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await chat.closed_early.wait()
+
+
+async def test_a_body_read_to_its_end_leaves_the_connection_for_the_next(vllm: FakeVllm) -> None:
+    """One connection serves one call after the other."""
+    async with provider(vllm.base_url) as p:
+        for _ in range(3):
+            await answer_of(p)
+            assert vllm.connections == 1
+
+
+async def test_closing_ends_what_is_under_way(vllm: FakeVllm) -> None:
+    """The body ends, the connection is gone."""
+    never = asyncio.Event()
+    vllm.play(Script.chunks([b"data: {}\n\n", never]))
+    async with provider(vllm.base_url) as p, p.stream_chat(HI, "fake", CALL) as body:
+        await anext(body)
+        await p.close()
+        assert [data async for data in body] == []
+        await vllm.chats[0].closed_early.wait()
+
+
+async def test_served_models() -> None:
+    """All that vLLM says of a model; what it does not say is empty."""
+    cards = [
+        {"id": "base", "root": "/models/base", "parent": None, "max_model_len": 4096},
+        {"id": "lora", "root": "/adapters/lora", "parent": "base", "max_model_len": None},
+        {"id": "bare"},
+        {"id": "odd", "root": 5, "parent": [], "max_model_len": "long"},
+    ]
+    assert await listing_of(json.dumps({"object": "list", "data": cards}).encode()) == (
+        ServedModel("base", "/models/base", "", 4096),
+        ServedModel("lora", "/adapters/lora", "base"),
+        ServedModel("bare"),
+        ServedModel("odd"),
+    )
+
+
+async def test_entries_that_are_none_are_passed_over() -> None:
+    """One bad entry does not hide the others."""
+    body = b'{"data":[null,5,"x",{},{"id":""},{"id":null},{"id":"m"}]}'
+    assert await listing_of(body) == (ServedModel("m"),)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"<html>", b"null", b"[]", b"{}", b'{"data":null}', b'{"data":{"id":"m"}}', b'{"data":"m"}', b'{"data":["\xff"]}']
+)
+async def test_a_list_of_models_that_is_none(body: bytes) -> None:
+    """Is nonsense, which must not be taken for "serves nothing"."""
+    with pytest.raises(ProviderError) as caught:
+        await listing_of(body)
+    assert caught.value.reason is Reason.UPSTREAM_MALFORMED
+    assert "base URL" in caught.value.message
+
+
+async def test_a_list_of_models_that_breaks_off() -> None:
+    """The provider is away."""
+    with pytest.raises(ProviderError) as caught:
+        await listing_of(b'{"data":[', "200 OK\r\ncontent-encoding: identity\r\ntransfer-encoding: chunked")
+    assert caught.value.reason is Reason.UPSTREAM_UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    ("operators", "callers", "kind", "reason"),
+    [
+        ("wrong", None, ProviderError, Reason.PROVIDER_MISCONFIGURED),
+        ("wrong", "wrong", ProviderError, Reason.PROVIDER_MISCONFIGURED),
+        (None, None, ProviderError, Reason.PROVIDER_MISCONFIGURED),
+        (None, "wrong", CallerError, Reason.UPSTREAM_UNAUTHENTICATED),
+    ],
+)
+async def test_whose_token_a_listing_refused(
+    operators: str | None, callers: str | None, kind: type, reason: Reason
+) -> None:
+    """The caller's only if it was sent."""
+    async with FakeVllm(api_key="right") as vllm, provider(vllm.base_url, api_token=operators) as p:
+        with pytest.raises(DeltawireError) as caught:
+            await p.list_models(callers)
+    assert (type(caught.value), caught.value.reason) == (kind, reason)
+
+
+OK = ("200 OK", b"")
+
+
+@pytest.mark.parametrize(
+    ("health", "sleeping", "expected"),
+    [
+        (OK, None, Health(HealthStatus.OK)),
+        (OK, ("200 OK", b'{"is_sleeping":false}'), Health(HealthStatus.OK)),
+        (OK, ("200 OK", b'{"is_sleeping":true}'), Health(HealthStatus.ERROR, "Health check failed: the engine is asleep")),
+        (OK, ("200 OK", b'{"is_sleeping":1}'), Health(HealthStatus.OK)),
+        (OK, ("200 OK", b"[]"), Health(HealthStatus.OK)),
+        (OK, ("200 OK", b"<html>"), Health(HealthStatus.OK)),
+        (OK, ("200 OK", b"\xff"), Health(HealthStatus.OK)),
+        (OK, ("500 Oops", b'{"is_sleeping":true}'), Health(HealthStatus.OK)),
+        (("503 Service Unavailable", b""), None, Health(HealthStatus.ERROR, "Health check failed: HTTP 503")),
+        (("307 Elsewhere\r\nlocation: /", b""), None, Health(HealthStatus.ERROR, "Health check failed: HTTP 307")),
+    ],
+)
+async def test_health(health: tuple[str, bytes], sleeping: tuple[str, bytes] | None, expected: Health) -> None:
+    """/health decides, and /is_sleeping where there is one; neither needs a token."""
+    assert await health_of(health, sleeping) == expected
+
+
+@pytest.mark.parametrize("answers", [(("", b""), None), (OK, ("", b""))])
+async def test_health_when_the_connection_breaks(answers: tuple[tuple[str, bytes], tuple[str, bytes] | None]) -> None:
+    """Not well, and why; at either request."""
+    health = await health_of(*answers)
+    assert health.status is HealthStatus.ERROR
+    assert health.message.startswith("Health check failed: ")
+
+
+async def test_health_success(vllm: FakeVllm) -> None:
+    """A vLLM that is up is OK; asked at /health beside /v1."""
+    async with provider(f"{vllm.base_url}/v1") as p:
+        assert await p.check_health() == Health(HealthStatus.OK)
+    assert [request.path for request in vllm.requests] == ["/health", "/is_sleeping"]
+
+
+async def test_health_without_static_key() -> None:
+    """Health needs no token, and a configured one does no harm."""
+    async with FakeVllm(api_key="key") as vllm:
+        for token in (None, "wrong", "key"):
+            async with provider(vllm.base_url, api_token=token) as p:
+                assert (await p.check_health()).status is HealthStatus.OK
+
+
+async def test_health_of_an_engine_that_died_and_one_that_sleeps(vllm: FakeVllm) -> None:
+    """Both are ERROR, though a sleeping one's /health is 200."""
+    async with provider(vllm.base_url) as p:
+        vllm.sleep()
+        assert "asleep" in (await p.check_health()).message
+        vllm.wake()
+        assert (await p.check_health()).status is HealthStatus.OK
+        vllm.healthy = False
+        assert "503" in (await p.check_health()).message
+
+
+def test_what_it_is() -> None:
+    """The rest of what a provider says of itself."""
+    patience = Patience(1.0, 2.0)
+    p = VllmProvider("p", "http://h", default_max_tokens=5, patience=patience)
+    assert (p.id, p.kind, p.default_max_tokens, p.patience) == ("p", "vllm", 5, patience)
+    assert VllmProvider("p", "http://h").patience == Patience()
