@@ -232,8 +232,10 @@ class Accumulator:
         completed = self._completed
         if completed is not None and not completed.HasField("error"):
             return answer
+        interrupted = failure is None or (self._next > 0 and failure.code not in CALLERS_OWN)
+        # A status of OK without an answer is nothing that anybody should read as OK.
         failure = failure or Failure(
-            grpc.StatusCode.OK,
+            grpc.StatusCode.UNKNOWN,
             "the stream ended without its last event",
             request_id=info.request_id,
             initial_metadata=info.initial_metadata,
@@ -245,7 +247,7 @@ class Accumulator:
                 fault = completed.error
                 failure = with_fault(failure, fault.code, fault.reason, fault.message)
             raise error_for(failure)
-        if failure.code not in CALLERS_OWN and (self._next or failure.code is grpc.StatusCode.OK):
+        if interrupted:
             raise StreamInterrupted(failure)
         raise error_for(failure)
 

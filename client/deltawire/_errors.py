@@ -263,7 +263,8 @@ class InternalError(GatewayError):
 class StreamInterrupted(CallError):  # noqa: N818 -- it says what happened better without the suffix
     """The stream ended without its last event, after it had begun: the gateway, or a proxy on the way, is gone.
 
-    `code` may be anything, even OK. What came is in `answer`; its usage is unknown. Start again from the top.
+    `code` may be anything; it is UNKNOWN if the status said OK. What came is in `answer`; its usage is unknown. Start
+    again from the top.
     """
 
 

@@ -199,7 +199,7 @@ def test_reasoning_that_breaks_off(gateway: Gateway, run: Run, monkeypatch: pyte
     monkeypatch.setattr(sys, "stderr", terminal)
     gateway.will(*numbered(started(), reasoning("hm")))
     assert run("chat", "--model", "llama", "hi")[0] == 1
-    assert terminal.getvalue().startswith("\x1b[2mhm\x1b[0m\nerror: OK: the stream ended without its last event\n")
+    assert terminal.getvalue().startswith("\x1b[2mhm\x1b[0m\nerror: UNKNOWN: the stream ended without its last event\n")
 
 
 def test_a_model_does_not_steer_the_terminal(gateway: Gateway, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -495,12 +495,10 @@ def test_ctrl_c_in_an_answer(gateway: Gateway, run: Run, monkeypatch: pytest.Mon
 
 
 def start(gateway: Gateway, *arguments: str) -> subprocess.Popen[bytes]:
-    """Start the command as a process of its own, without what coverage or a developer put into the environment."""
-    environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    command = [sys.executable, "-m", "deltawire", *arguments]
+    """Start the command as a process of its own."""
     return subprocess.Popen(
-        command,
-        env=environment | {"DELTAWIRE_TARGET": gateway.target},
+        [sys.executable, "-m", "deltawire", *arguments],
+        env=os.environ | {"DELTAWIRE_TARGET": gateway.target},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

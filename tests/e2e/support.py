@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
+import sys
 import time
 import urllib.request
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltawire import ResponseFormat, tool_definition
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 
     from deltawire import StreamChatCompletionResponse
     from tests.support.vllm_cpu import VllmServer
@@ -40,6 +45,9 @@ WEATHER = tool_definition(
     "Current weather for a city",
     input_schema={"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
 )
+
+ROOT = Path(__file__).parents[2]
+RUN = (sys.executable, "-m", "tests.support.run")
 
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -115,3 +123,81 @@ async def eventually(condition: Callable[[], bool], problem: str, seconds: float
     while not await asyncio.to_thread(condition):
         assert time.monotonic() < deadline, problem
         await asyncio.sleep(0.1)
+
+
+async def run(*command: str, given: str = "", variables: Mapping[str, str] | None = None) -> tuple[int, str, str]:
+    """Run a command to its end: exit status, standard output, standard error."""
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        cwd=ROOT,
+        env={**os.environ, **(variables or {})},
+    )
+    try:
+        out, errors = await asyncio.wait_for(process.communicate(given.encode()), CALL_SECONDS)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode is not None
+    return process.returncode, out.decode(), errors.decode()
+
+
+@asynccontextmanager
+async def serving(*options: str, variables: Mapping[str, str]) -> AsyncIterator[asyncio.subprocess.Process]:
+    """`make run` with these options, at the point where it serves; ended on leaving if that has not happened yet."""
+    process = await asyncio.create_subprocess_exec(
+        *RUN,
+        *options,
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        assert process.stdout is not None
+        async with asyncio.timeout(2 * CALL_SECONDS):
+            async for line in process.stdout:
+                if b"serving until" in line:
+                    break
+            else:
+                _, errors = await process.communicate()
+                raise AssertionError(f"it does not serve: {errors.decode()}")
+        yield process
+    finally:
+        if process.returncode is None:
+            process.terminate()
+        await process.communicate()
+
+
+def descendants(ancestor: int) -> dict[int, str]:
+    """The processes that a process started, and those that they did, with their command lines."""
+    parents = {pid: parent for pid, (parent, _) in _processes().items()}
+    found: dict[int, str] = {}
+    for pid in parents:
+        above = pid
+        while above in parents and above != ancestor:
+            above = parents[above]
+        if above == ancestor != pid:
+            with contextlib.suppress(OSError):
+                found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return found
+
+
+def alive(pids: Iterable[int]) -> set[int]:
+    """Those of these processes that are there. One that ended and whom nobody has asked about is not."""
+    states = {pid: state for pid, (_, state) in _processes().items()}
+    return {pid for pid in pids if states.get(pid, "Z") not in ("Z", "X")}
+
+
+def _processes() -> dict[int, tuple[int, str]]:
+    """Every process's parent and state."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # ended while we looked
+            # "PID (NAME) STATE PPID ...", and the name may hold spaces and brackets
+            state, parent = entry.read_text(errors="replace").rpartition(")")[2].split()[:2]
+            found[int(entry.parent.name)] = (int(parent), state)
+    return found

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from tests.polyglot.proxy import Envoy
+
 pytestmark = pytest.mark.polyglot
 
 MANY = 100
@@ -33,27 +35,27 @@ async def other() -> AsyncIterator[FakeVllm]:
 
 
 async def streams_that_wait(
-    target: str, gate: asyncio.Event, wanted: FakeVllm, other: FakeVllm
+    proxy: Envoy, gate: asyncio.Event, wanted: FakeVllm, other: FakeVllm, others_gateway: str
 ) -> list[asyncio.Task[Reply]]:
-    """Begin streams that stop in the middle until the gate opens, so many that the wanted vLLM has one of them."""
+    """Begin streams that stop in the middle until the gate opens, until the wanted vLLM has exactly one of them."""
     chunk = Chunks()
-    pieces = (chunk.role(), chunk.text("begun"), gate, chunk.text(" and ended"), chunk.finish())
-    begun: list[asyncio.Event] = []
-
-    async def stream() -> Reply:
-        begun.append(asyncio.Event())
-        return await ask(target, chat_request(), began=begun[-1])
-
+    script = Script.chunks((chunk.role(), chunk.text("begun"), gate, chunk.text(" and ended"), chunk.finish()))
     streams: list[asyncio.Task[Reply]] = []
+
+    async def begin(target: str) -> None:
+        began = asyncio.Event()
+        streams.append(asyncio.create_task(ask(target, chat_request(), began=began)))
+        await began.wait()
+
     async with asyncio.timeout(LIMIT):
+        wanted.play(script)
+        other.play(script)
         while not wanted.chats and len(streams) < MANY:
-            # Each takes the script that it is given, so none is left over: the other's is played by its next call.
-            wanted.play(Script.chunks(pieces))
-            if len(streams) == len(other.chats):
-                other.play(Script.chunks(pieces))
-            streams.append(asyncio.create_task(stream()))
-            await asyncio.sleep(0)
-            await begun[-1].wait()
+            await begin(proxy.target)
+            if not wanted.chats:
+                other.play(script)
+        # The script that the other one has not played yet.
+        await begin(others_gateway)
     assert len(wanted.chats) == 1
     return streams
 
@@ -219,7 +221,7 @@ async def test_a_draining_gateway_gets_no_new_calls_and_ends_its_streams(
         gateway(other, tmp_path) as (_, second),
         envoy(tmp_path, first, second) as proxy,
     ):
-        streams = await streams_that_wait(proxy.target, gate, vllm, other)
+        streams = await streams_that_wait(proxy, gate, vllm, other, second)
         drain = asyncio.create_task(leaving.drain())
         await proxy.until(first, "failed_active_health_check")
         before = len(other.chats)
@@ -249,7 +251,7 @@ async def test_a_gateway_that_dies(vllm: FakeVllm, other: FakeVllm, tmp_path: Pa
         gateway(other, tmp_path) as (_, second),
         envoy(tmp_path, first, second) as proxy,
     ):
-        streams = await streams_that_wait(proxy.target, gate, vllm, other)
+        streams = await streams_that_wait(proxy, gate, vllm, other, second)
         vllm.sleep()
         waiting: list[asyncio.Task[Reply]] = []
         async with asyncio.timeout(LIMIT):

@@ -114,7 +114,7 @@ async def test_a_cancel_reaches_the_engine(vllm: FakeVllm, target: str, tmp_path
 class _Breaks(ChatCompletionServicer):
     """A gateway seen through a proxy that loses the end of streams."""
 
-    async def CreateChatCompletion(  # type: ignore[override]  # noqa: N802 -- the RPC's name
+    async def CreateChatCompletion(  # noqa: N802 -- the RPC's name
         self,
         _request: chat_pb.CreateChatCompletionRequest,
         _context: Any,  # noqa: ANN401

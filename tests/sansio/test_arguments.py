@@ -58,7 +58,7 @@ BAD = {
     "a plus": ('{"a": +1}', "Expecting value", 6),
     "a point without digits": ('{"a": 1.}', "Expecting ',' delimiter", 7),
     "a hexadecimal number": ('{"a": 0x1}', "Expecting ',' delimiter", 7),
-    "digits of another script": ('{"a": ١}', "Expecting value", 6),
+    "digits of another script": ('{"a": \u0661}', "Expecting value", 6),
     "a line end in a string": ('{"a": "\n"}', "Invalid control character at", 7),
     "a tab in a string": ('{"a": "\t"}', "Invalid control character at", 7),
     "a NUL in a string": ('{"a": "\x00"}', "Invalid control character at", 7),
@@ -116,9 +116,11 @@ _JSON = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(st.dictionaries(st.text(), _JSON, max_size=4), st.booleans(), st.sampled_from([None, 1, "\t"]))
-def test_takes_whatever_a_serialiser_writes(value: dict[str, object], ascii_only: bool, indent: int | str | None) -> None:
+def test_takes_whatever_a_serialiser_writes(
+    value: dict[str, object], ascii_only: bool, indent: int | str | None
+) -> None:
     """Any object written by a JSON library is fine, and every proper beginning of its compact form is not."""
     assert find_problem(json.dumps(value, ensure_ascii=ascii_only, indent=indent)) is None
     compact = json.dumps(value, ensure_ascii=ascii_only)
@@ -128,7 +130,7 @@ def test_takes_whatever_a_serialiser_writes(value: dict[str, object], ascii_only
         assert problem.reason is FailureReason.MALFORMED_JSON
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(st.text(st.sampled_from('{}[]":,\\ NaInfty-0.1e\né\ud800'), max_size=20))
 def test_never_raises_and_points_into_the_text(text: str) -> None:
     """Any text gives an answer, and a place within it."""

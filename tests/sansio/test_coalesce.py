@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 from hypothesis import given, settings
@@ -76,7 +77,13 @@ def test_never_across_a_kind() -> None:
 
 def test_never_across_a_choice() -> None:
     """Texts of two choices in turn stay as they are."""
-    events: list[Event] = [TextDelta(0, "a"), TextDelta(1, "b"), TextDelta(0, "c"), ReasoningDelta(0, "d"), ReasoningDelta(1, "e")]
+    events: list[Event] = [
+        TextDelta(0, "a"),
+        TextDelta(1, "b"),
+        TextDelta(0, "c"),
+        ReasoningDelta(0, "d"),
+        ReasoningDelta(1, "e"),
+    ]
     assert _joined(*events) == events
 
 
@@ -96,7 +103,8 @@ def test_never_across_another_event() -> None:
     verdict = ToolCallSucceeded(0, 0, "a", "f", "{}")
     failed = ToolCallFailed(0, 1, "b", "f", FailureReason.TRUNCATED, "m", "{")
     finished = ChoiceFinished(0, StopReason.END_OF_MESSAGE, "stop")
-    for other in [Started("u", "m"), ToolCallStarted(0, 0, "a", "f"), verdict, failed, finished]:
+    others: list[Event] = [Started("u", "m"), ToolCallStarted(0, 0, "a", "f"), verdict, failed, finished]
+    for other in others:
         events: list[Event] = [TextDelta(0, "a"), other, other, TextDelta(0, "b")]
         assert _joined(*events) == events
 
@@ -209,7 +217,7 @@ def test_folding_the_joined_gives_the_same(events: list[Event], takes: set[int])
     assert _letters(taken) == _letters(events)
     assert _tokens(taken) == _tokens(events)
     once = _joined(*events)
-    assert not [1 for one, other in zip(once, once[1:], strict=False) if _kind(one) is not None and _kind(one) == _kind(other)]
+    assert not [1 for one, other in itertools.pairwise(once) if _kind(one) is not None and _kind(one) == _kind(other)]
 
 
 def test_recordings_fold_to_the_same() -> None:

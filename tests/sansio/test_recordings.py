@@ -171,7 +171,14 @@ ONE_CALL = [
     "p-qwen3-coder-noarg", "p-qwen3-coder-one", "p-step3p5-one", "p-xlam-one", "tool-nested", "tool-noarg",
     "tool-parallel-false", "tool-required-one", "tool-strict-auto", "tool-text-before",
 ]  # fmt: skip
-TWO_CALLS = ["p-granite-two", "p-llama3-json-two", "p-qwen3-coder-two", "p-xlam-two", "tool-stream-interval-8", "tool-two"]
+TWO_CALLS = [
+    "p-granite-two",
+    "p-llama3-json-two",
+    "p-qwen3-coder-two",
+    "p-xlam-two",
+    "tool-stream-interval-8",
+    "tool-two",
+]
 CUT_CALLS = [
     "p-deepseek-v3-truncated", "p-minimax-m2-truncated", "p-mistral-truncated", "p-pythonic-truncated",
     "p-qwen3-coder-truncated", "tool-truncated",

@@ -49,7 +49,12 @@ def settings_of(
     return Settings(
         server=ServerSettings(**{"listen": "127.0.0.1:0", "drain_delay": 0, **(server or {})}),
         stream=StreamSettings(**(stream or {})),
-        providers={"vllm": ProviderSettings(base_url=base_url, **(provider or {}))},
+        # Not verified for plain HTTP, where nothing is, since the system's authorities take long to load.
+        providers={
+            "vllm": ProviderSettings(
+                **{"base_url": base_url, "tls_verify": base_url.startswith("https:"), **(provider or {})}
+            )
+        },
         registry=RegistrySettings(database_url=f"sqlite:///{folder}/registry.db"),
     )
 

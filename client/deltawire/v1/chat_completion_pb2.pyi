@@ -966,6 +966,8 @@ class Completed(_message.Message):
         TOOL_CALLS_EXECUTABLE_FIELD_NUMBER: _builtins.int
         ENGINE_FINISH_REASON_FIELD_NUMBER: _builtins.int
         LOGPROBS_FIELD_NUMBER: _builtins.int
+        MATCHED_STOP_FIELD_NUMBER: _builtins.int
+        MATCHED_TOKEN_ID_FIELD_NUMBER: _builtins.int
         index: _builtins.int
         """See StreamChatCompletionResponse.choice_index."""
         stop_reason: Global___StopReason.ValueType
@@ -974,6 +976,10 @@ class Completed(_message.Message):
         """See ChoiceFinished.tool_calls_executable."""
         engine_finish_reason: _builtins.str
         """The engine's own word, to the letter; empty if it gave none."""
+        matched_stop: _builtins.str
+        """A stop text."""
+        matched_token_id: _builtins.int
+        """A stop token: the caller's, or an extra end token of the model's own."""
         @_builtins.property
         def message(self) -> _message_pb2.AssistantMessage:
             """What the model said. Its tool_calls are only those that SUCCEEDED, so it can be sent back as it is."""
@@ -996,12 +1002,16 @@ class Completed(_message.Message):
             tool_calls_executable: _builtins.bool = ...,
             engine_finish_reason: _builtins.str = ...,
             logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
+            matched_stop: _builtins.str = ...,
+            matched_token_id: _builtins.int = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["matched", b"matched", "matched_stop", b"matched_stop", "matched_token_id", b"matched_token_id", "message", b"message"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_finish_reason", b"engine_finish_reason", "failed_tool_calls", b"failed_tool_calls", "index", b"index", "logprobs", b"logprobs", "message", b"message", "stop_reason", b"stop_reason", "tool_calls_executable", b"tool_calls_executable"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_finish_reason", b"engine_finish_reason", "failed_tool_calls", b"failed_tool_calls", "index", b"index", "logprobs", b"logprobs", "matched", b"matched", "matched_stop", b"matched_stop", "matched_token_id", b"matched_token_id", "message", b"message", "stop_reason", b"stop_reason", "tool_calls_executable", b"tool_calls_executable"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        def WhichOneof(self, oneof_group: _Never) -> None: ...
+        _WhichOneofReturnType_matched: _TypeAlias = _typing.Literal["matched_stop", "matched_token_id"]  # noqa: Y015
+        _WhichOneofArgType_matched: _TypeAlias = _typing.Literal["matched", b"matched"]  # noqa: Y015
+        def WhichOneof(self, oneof_group: _WhichOneofArgType_matched) -> _WhichOneofReturnType_matched | None: ...
 
     @_typing.final
     class Error(_message.Message):

@@ -122,7 +122,7 @@ def _omit_messages(message: chat_pb.Completed) -> None:
 
 def _choice(choice: FinishedChoice) -> chat_pb.Completed.Choice:
     content = [message_pb2.ContentPart(text=choice.text)] if choice.text else []
-    return chat_pb.Completed.Choice(
+    message = chat_pb.Completed.Choice(
         index=choice.index,
         message=message_pb2.AssistantMessage(
             content=content,
@@ -135,6 +135,8 @@ def _choice(choice: FinishedChoice) -> chat_pb.Completed.Choice:
         engine_finish_reason=choice.engine_finish_reason,
         logprobs=_logprobs(choice.logprobs),
     )
+    _set_matched(message, choice.matched_stop)
+    return message
 
 
 def _choice_finished(event: ChoiceFinished) -> chat_pb.ChoiceFinished:
@@ -143,11 +145,15 @@ def _choice_finished(event: ChoiceFinished) -> chat_pb.ChoiceFinished:
         engine_finish_reason=event.engine_finish_reason,
         tool_calls_executable=event.tool_calls_executable,
     )
-    if isinstance(event.matched_stop, str):
-        message.matched_stop = event.matched_stop
-    elif event.matched_stop is not None:
-        message.matched_token_id = event.matched_stop
+    _set_matched(message, event.matched_stop)
     return message
+
+
+def _set_matched(message: chat_pb.ChoiceFinished | chat_pb.Completed.Choice, matched: str | int | None) -> None:
+    if isinstance(matched, str):
+        message.matched_stop = matched
+    elif matched is not None:
+        message.matched_token_id = matched
 
 
 def _tool_call(call: ToolCallSucceeded) -> tool_pb2.ToolCall:

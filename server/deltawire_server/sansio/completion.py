@@ -417,6 +417,7 @@ def _whole(choice: _Choice, finished: ChoiceFinished) -> FinishedChoice:
         finished.stop_reason,
         finished.engine_finish_reason,
         finished.tool_calls_executable,
+        finished.matched_stop,
         tuple(choice.logprobs),
     )
 

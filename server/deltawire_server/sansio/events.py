@@ -197,6 +197,7 @@ class FinishedChoice(_Value, frozen=True):
     stop_reason: StopReason
     engine_finish_reason: str
     tool_calls_executable: bool
+    matched_stop: str | int | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -95,7 +96,8 @@ class VllmProvider:
             # Given to the client, `verify` and `limits` would be ignored beside a transport of one's own.
             transport=AiohttpTransport(verify=tls, trust_env=False, client=self._session),
             headers={"user-agent": user_agent, "accept-encoding": "identity"},
-            cookies=_NoCookies(),
+            # One caller's must not travel with another's request; by its policy, since the client copies other forms.
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
             follow_redirects=False,
             trust_env=False,
         )
@@ -210,13 +212,6 @@ class _Listing(msgspec.Struct):
     """The body of a list of models."""
 
     data: list[Any]
-
-
-class _NoCookies(httpx.Cookies):
-    """Forgets every cookie: one caller's must not travel with another's request."""
-
-    def extract_cookies(self, response: httpx.Response) -> None:
-        """Take none."""
 
 
 async def _body(response: httpx.Response) -> AsyncGenerator[bytes]:

@@ -1,0 +1,680 @@
+"""The contract of a stream, point by point, as far as it is decided here; usage and joining have files of their own."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deltawire.v1 import chat_completion_pb2, tool_pb2
+from deltawire_server.errors import Reason
+from deltawire_server.sansio import completion
+from deltawire_server.sansio.completion import Limits, Phase
+from deltawire_server.sansio.events import (
+    Alternative,
+    ChoiceFinished,
+    Completed,
+    Event,
+    FailureReason,
+    Fault,
+    Provenance,
+    ReasoningDelta,
+    Refused,
+    Started,
+    StopReason,
+    TextDelta,
+    TokenLogprob,
+    ToolCallArguments,
+    ToolCallFailed,
+    ToolCallStarted,
+    ToolCallSucceeded,
+)
+from tests.sansio.build import (
+    DONE,
+    STARTED,
+    Json,
+    calls,
+    chunk,
+    data,
+    end,
+    entry,
+    error,
+    figures,
+    part,
+    read,
+    reader,
+    text,
+)
+from tests.support import chop
+
+ROLE = chunk(part({"role": "assistant", "content": ""}))
+COMMENT = b": keep-alive\n\n"
+
+
+def _fault(events: list[Event]) -> Fault | None:
+    """What the answer ended with."""
+    last = events[-1]
+    assert isinstance(last, Completed)
+    return last.fault
+
+
+def _finished(events: list[Event]) -> list[ChoiceFinished]:
+    return [event for event in events if isinstance(event, ChoiceFinished)]
+
+
+# --- 1. `Started` first, and only once the engine has really begun
+
+
+def test_1_nothing_is_told_before_the_first_choice() -> None:
+    """Comments, an empty chunk and a usage chunk begin nothing; the first choice does, even if it says nothing."""
+    reading = reader()
+    for piece in [COMMENT, b"\n\n", chunk(), chunk(usage=figures(7, 0)), b"event: x\n\n"]:
+        assert reading.receive(piece) == []
+        assert reading.phase is Phase.WAITING
+    assert reading.receive(ROLE) == [STARTED]
+    assert reading.phase is Phase.OPEN
+
+
+def test_1_started_comes_once() -> None:
+    """Under the first chunk's id and model, whatever the later ones say."""
+    first = data({"id": "1", "model": "a", "choices": [part()]})
+    second = data({"id": "2", "model": "b", "choices": [part({"content": "x"}, finish="stop")]})
+    events = read(first, second, DONE)
+    assert [event for event in events if isinstance(event, Started)] == [Started("1", "a")]
+
+
+REFUSALS = {
+    "an error event": ([error("no", code=400, kind="BadRequestError")], Fault(Reason.UPSTREAM_ERROR, "no", 400, "BadRequestError")),
+    "an error event after comments": ([COMMENT, error("no")], Fault(Reason.UPSTREAM_ERROR, "no", 500, "InternalServerError")),
+    "an error that blames a field": (
+        [data({"error": {"message": "no", "type": "T", "param": "logprobs", "code": 400}})],
+        Fault(Reason.UPSTREAM_ERROR, "no", 400, "T", "logprobs"),
+    ),
+    "an error that blames something odd": (
+        [data({"error": {"message": "no", "param": ["a"], "code": None}})], Fault(Reason.UPSTREAM_ERROR, "no"),
+    ),
+    "an error with a code in words": (
+        [data({"error": {"message": "no", "code": "503"}})], Fault(Reason.UPSTREAM_ERROR, "no", 503),
+    ),
+    "an error with a word for a code": (
+        [data({"error": {"message": "no", "code": "overloaded"}})], Fault(Reason.UPSTREAM_ERROR, "no"),
+    ),
+    "an error with a code of 5000 digits": (
+        [data({"error": {"message": "no", "code": "1" * 5000}})], Fault(Reason.UPSTREAM_ERROR, "no"),
+    ),
+    "an error that is a string": ([data({"error": "Unauthorized"})], Fault(Reason.UPSTREAM_ERROR, "Unauthorized")),
+    "an error without words": ([data({"error": {}})], Fault(Reason.UPSTREAM_ERROR, "the provider reported an error")),
+    "an error in the older shape": (
+        [data({"object": "error", "message": "no", "type": "T", "code": 400})], Fault(Reason.UPSTREAM_ERROR, "no", 400, "T"),
+    ),
+    "[DONE] at once": ([DONE], Fault(Reason.UPSTREAM_MALFORMED, "the stream ended without a choice")),
+    "[DONE] after usage": (
+        [chunk(usage=figures(7, 0)), DONE], Fault(Reason.UPSTREAM_MALFORMED, "the stream ended without a choice"),
+    ),
+    "nothing": ([], Fault(Reason.UPSTREAM_UNAVAILABLE, "the provider closed the connection before it answered")),
+    "only comments": (
+        [COMMENT], Fault(Reason.UPSTREAM_UNAVAILABLE, "the provider closed the connection before it answered"),
+    ),
+    "half an event": (
+        [ROLE[:-1]], Fault(Reason.UPSTREAM_UNAVAILABLE, "the provider closed the connection before it answered"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("pieces", "fault"), REFUSALS.values(), ids=REFUSALS.keys())
+def test_1_what_fails_before_it_began_is_refused(pieces: list[bytes], fault: Fault) -> None:
+    """One `Refused` and nothing else, so that the caller can be told by trailers alone and may go elsewhere."""
+    assert read(*pieces, ROLE if fault.reason is not Reason.UPSTREAM_UNAVAILABLE else b"") == [Refused(fault)]
+
+
+@pytest.mark.parametrize("payload", [b"data: <html>\n\n", b'data: {"detail":"Not Found"}\n\n', b"data:\n\n"])
+def test_1_nonsense_is_refused(payload: bytes) -> None:
+    """What is no chunk is named so."""
+    [refused] = read(payload)
+    assert isinstance(refused, Refused)
+    assert refused.fault.reason is Reason.UPSTREAM_MALFORMED
+
+
+def test_1_giving_up_before_it_began_refuses() -> None:
+    """Whoever reads may have waited long enough: what it says is the fault."""
+    reading = reader()
+    fault = Fault(Reason.UPSTREAM_TIMEOUT, "no first event")
+    assert reading.finish(fault) == [Refused(fault)]
+    assert reading.ended
+
+
+# --- 2. Text is never reordered, lost or told twice
+
+
+def test_2_text_beside_anything_is_text() -> None:
+    """Within a chunk the order is reasoning, text, tool calls, finish; a second choice's share comes after the first's."""
+    everything: Json = {"content": "t", "reasoning": "r", "tool_calls": [entry("{}", call_id="c", name="f")]}
+    assert read(
+        chunk(part(everything, finish="stop"), part({"content": "u"}, choice=1)), choice_count=2, incremental=True
+    )[:-2] == [
+        STARTED,
+        ReasoningDelta(0, "r"),
+        TextDelta(0, "t"),
+        ToolCallStarted(0, 0, "c", "f"),
+        ToolCallArguments(0, 0, "c", "{}"),
+        ToolCallSucceeded(0, 0, "c", "f", "{}"),
+        ChoiceFinished(0, StopReason.END_OF_MESSAGE, "stop", True),
+        TextDelta(1, "u"),
+    ]
+
+
+def test_2_text_after_the_finish_is_not_lost() -> None:
+    """An engine that goes on after its finish reason is read on: what it said is told, and in `Completed`."""
+    events = read(text("a", finish="stop"), text("b"), chunk(part({"reasoning": "c"})), DONE)
+    assert [event.text for event in events if isinstance(event, TextDelta | ReasoningDelta)] == ["a", "b", "c"]
+    assert isinstance(events[-1], Completed)
+    assert (events[-1].choices[0].text, events[-1].choices[0].reasoning) == ("ab", "c")
+
+
+def test_2_both_names_of_reasoning_are_read_once() -> None:
+    """A chunk with reasoning under its new and its old name says it once."""
+    events = read(chunk(part({"reasoning": "a", "reasoning_content": "a"}, finish="stop")), DONE)
+    assert events[:2] == [STARTED, ReasoningDelta(0, "a")]
+    assert len(events) == 4
+
+
+def _logprobs(*tokens: str) -> Json:
+    return {
+        "content": [
+            {
+                "token": token,
+                "logprob": -1.5,
+                "bytes": list(token.encode()),
+                "top_logprobs": [{"token": "x", "logprob": -2}],
+            }
+            for token in tokens
+        ]
+    }
+
+
+def _tokens(*tokens: str) -> tuple[TokenLogprob, ...]:
+    return tuple(TokenLogprob(token, -1.5, token.encode(), (Alternative("x", -2.0),)) for token in tokens)
+
+
+@pytest.mark.parametrize(
+    ("delta", "expected"),
+    [
+        ({"content": "t"}, [TextDelta(0, "t", _tokens("a", "é"))]),
+        ({"reasoning": "r"}, [ReasoningDelta(0, "r", _tokens("a", "é"))]),
+        ({"content": "t", "reasoning": "r"}, [ReasoningDelta(0, "r", _tokens("a", "é")), TextDelta(0, "t")]),
+        ({"tool_calls": [entry("{", name="f")]}, [TextDelta(0, "", _tokens("a", "é"))]),
+        ({}, [TextDelta(0, "", _tokens("a", "é"))]),
+        (None, [TextDelta(0, "", _tokens("a", "é"))]),
+    ],
+    ids=["text", "reasoning", "both", "a call", "nothing", "null"],
+)
+def test_2_a_chunks_logprobs_ride_once(delta: Json | None, expected: list[Event]) -> None:
+    """On the first text or reasoning made from it, else on an empty text; `Completed` repeats them only on demand."""
+    body = data({"id": "up", "model": "m", "choices": [{"index": 0, "delta": delta, "logprobs": _logprobs("a", "é")}]})
+    for keep in (False, True):
+        reading = reader(keep_logprobs=keep)
+        assert reading.receive(body) == [STARTED, *expected]
+        last = reading.finish()[-1]
+        assert isinstance(last, Completed)
+        assert last.choices[0].logprobs == (_tokens("a", "é") if keep else ())
+
+
+def test_2_logprobs_without_entries_are_none() -> None:
+    """A chunk whose list is null or empty tells nothing."""
+    for logprobs in ({"content": None}, {"content": []}, {}):
+        assert read(chunk(part({}, logprobs=logprobs), part({}, finish="stop")), DONE)[:-2] == [STARTED]
+
+
+def test_2_a_token_without_bytes_has_none() -> None:
+    """Bytes and alternatives may be null or left out."""
+    logprobs = {
+        "content": [{"token": "a", "logprob": -1, "bytes": None, "top_logprobs": None}, {"token": "b", "logprob": 0}]
+    }
+    assert read(text("ab", logprobs=logprobs))[1] == TextDelta(
+        0, "ab", (TokenLogprob("a", -1.0), TokenLogprob("b", 0.0))
+    )
+
+
+# --- 4. A call: started, in progress, then one verdict, at the choice's end
+
+
+def test_4_verdicts_come_at_the_choices_end_by_index() -> None:
+    """A whole call waits for the finish reason, since only that says whether it may be trusted."""
+    reading = reader(incremental=True)
+    reading.receive(calls(entry("{}", index=1, call_id="b", name="g")))
+    assert not any(
+        isinstance(event, ToolCallSucceeded)
+        for event in reading.receive(calls(entry("{}", index=0, call_id="a", name="f")))
+    )
+    last = {"content": "t", "reasoning": "r", "tool_calls": [entry("", index=0)]}
+    assert reading.receive(chunk(part(last, finish="tool_calls"))) == [
+        ReasoningDelta(0, "r"),
+        TextDelta(0, "t"),
+        ToolCallSucceeded(0, 0, "a", "f", "{}"),
+        ToolCallSucceeded(0, 1, "b", "g", "{}"),
+        ChoiceFinished(0, StopReason.END_OF_MESSAGE, "tool_calls", True),
+    ]
+
+
+def test_4_assembled_tells_only_verdicts() -> None:
+    """Pieces are told only on demand."""
+    body = [calls(entry("{", call_id="a", name="f")), calls(entry("}")), end("tool_calls"), DONE]
+    pieces = [
+        event for event in read(*body, incremental=True) if isinstance(event, ToolCallStarted | ToolCallArguments)
+    ]
+    assert len(pieces) == 3
+    assert read(*body) == [event for event in read(*body, incremental=True) if event not in pieces]
+
+
+def test_4_a_call_without_arguments_is_started_all_the_same() -> None:
+    """Started, then the verdict, though no fragment ever came."""
+    events = read(calls(entry(call_id="a", name="f")), end("tool_calls"), DONE, incremental=True)
+    assert events[1:3] == [ToolCallStarted(0, 0, "a", "f"), ToolCallSucceeded(0, 0, "a", "f", "{}")]
+
+
+# --- 5. A failed call says why, where, and what the model said
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "finish", "reason", "offset"),
+    [
+        (None, "x", "length", FailureReason.MISSING_NAME, 0),
+        ("nuke", "x", "length", FailureReason.UNKNOWN_TOOL, 0),
+        ("f", "x", "length", FailureReason.TRUNCATED, 0),
+        ("f", '{"é": x', "stop", FailureReason.MALFORMED_JSON, 7),
+        ("f", "[1]", "stop", FailureReason.NOT_AN_OBJECT, None),
+    ],
+)
+def test_5_the_first_reason_that_applies(
+    tool: str | None, arguments: str, finish: str, reason: FailureReason, offset: int | None
+) -> None:
+    """Reason, sentence, place and raw text; the call stands among the failed ones in `Completed`."""
+    events = read(calls(entry(arguments, call_id="a", name=tool)), end(finish), DONE)
+    [failed] = [event for event in events if isinstance(event, ToolCallFailed)]
+    assert (failed.reason, failed.raw_arguments, failed.byte_offset) == (reason, arguments, offset)
+    assert failed.message
+    assert isinstance(events[-1], Completed)
+    assert events[-1].choices[0].failed_tool_calls == (failed,)
+    assert events[-1].choices[0].tool_calls == ()
+
+
+# --- 6. In a cut turn the call that was being written is truncated, and nothing is to be executed
+
+_TWO_CALLS = [
+    calls(entry("{}", index=0, call_id="a", name="f")),
+    calls(entry("{}", index=1, call_id="b", name="g")),
+]
+TIMEOUT = Fault(Reason.UPSTREAM_TIMEOUT, "silent")
+TIME_LIMIT = Fault(Reason.DURATION_LIMIT_EXCEEDED, "too long")
+CUTS: dict[str, tuple[list[bytes], Fault | None, StopReason]] = {
+    "length": ([end("length"), DONE], None, StopReason.OUT_OF_TOKENS),
+    "content_filter": ([end("content_filter"), DONE], None, StopReason.CONTENT_FILTER),
+    "repetition": ([end("repetition"), DONE], None, StopReason.REPETITION),
+    "abort": ([end("abort"), DONE], None, StopReason.UPSTREAM_INCOMPLETE),
+    "error": ([end("error"), DONE], None, StopReason.ERROR),
+    "an error event": ([error(), DONE], None, StopReason.ERROR),
+    "nonsense": ([b"data: x\n\n"], None, StopReason.ERROR),
+    "[DONE] without a finish reason": ([DONE], None, StopReason.UPSTREAM_INCOMPLETE),
+    "the body's end": ([], None, StopReason.UPSTREAM_INCOMPLETE),
+    "a silence": ([], TIMEOUT, StopReason.ERROR),
+    "a time limit": ([], TIME_LIMIT, StopReason.TIME_LIMIT),
+    "a caller that does not read": ([], Fault(Reason.SLOW_CALLER, "slow"), StopReason.ERROR),
+}
+
+
+@pytest.mark.parametrize(("pieces", "given_up", "reason"), CUTS.values(), ids=CUTS.keys())
+def test_6_a_cut_turn(pieces: list[bytes], given_up: Fault | None, reason: StopReason) -> None:
+    """The call before has succeeded, the current one has not though it parses, and neither is to be executed."""
+    reading = reader()
+    events = [event for piece in [*_TWO_CALLS, *pieces] for event in reading.receive(piece)]
+    events += reading.finish(given_up)
+    verdicts = [event for event in events if isinstance(event, ToolCallSucceeded | ToolCallFailed)]
+    assert verdicts[0] == ToolCallSucceeded(0, 0, "a", "f", "{}")
+    assert isinstance(verdicts[1], ToolCallFailed)
+    assert verdicts[1].reason is FailureReason.TRUNCATED
+    [finished] = _finished(events)
+    assert finished.stop_reason is reason
+    assert not finished.tool_calls_executable
+    assert isinstance(events[-1], Completed)
+    assert not events[-1].choices[0].tool_calls_executable
+
+
+@pytest.mark.parametrize("word", ["stop", "tool_calls"])
+def test_6_executable_only_if_all_succeeded(word: str) -> None:
+    """A turn that ended by itself may be executed if it has calls and none of them failed."""
+    bad = calls(entry("[", index=2, call_id="c", name="f"))
+    assert [
+        _finished(read(*body, end(word), DONE))[0].tool_calls_executable
+        for body in ([], _TWO_CALLS, [*_TWO_CALLS, bad])
+    ] == [
+        False,
+        True,
+        False,
+    ]
+
+
+def test_6_a_word_that_nobody_knows_executes_nothing() -> None:
+    """Calls under an unknown word are judged as in a whole turn, but what it means for them is unknown."""
+    events = read(*_TWO_CALLS, end("whim"), DONE)
+    assert sum(isinstance(event, ToolCallSucceeded) for event in events) == 2
+    assert _finished(events) == [ChoiceFinished(0, StopReason.END_OF_TURN, "whim")]
+
+
+def test_6_choices_are_judged_apart() -> None:
+    """One choice's cut does not touch the calls of one that ended by itself."""
+    both = [calls(entry("{}", call_id=call_id, name="f"), choice=choice) for choice, call_id in enumerate("ab")]
+    events = read(*both, end("length", choice=1), end("tool_calls", choice=0), DONE, choice_count=2)
+    assert _finished(events) == [
+        ChoiceFinished(1, StopReason.OUT_OF_TOKENS, "length"),
+        ChoiceFinished(0, StopReason.END_OF_MESSAGE, "tool_calls", True),
+    ]
+
+
+# --- 7. One `ChoiceFinished` per choice; one `Completed`, last
+
+STOPS = {
+    "stop": StopReason.END_OF_TURN,
+    "tool_calls": StopReason.END_OF_TURN,
+    "length": StopReason.OUT_OF_TOKENS,
+    "content_filter": StopReason.CONTENT_FILTER,
+    "repetition": StopReason.REPETITION,
+    "abort": StopReason.UPSTREAM_INCOMPLETE,
+    "error": StopReason.ERROR,
+}
+OWN_ENDS = ["stop", "tool_calls", "length", "content_filter", "repetition", "whim"]
+
+
+@pytest.mark.parametrize(("word", "reason"), STOPS.items())
+def test_7_each_word_has_its_stop_reason(word: str, reason: StopReason) -> None:
+    """The engine's word stands beside what it means."""
+    assert _finished(read(text("a"), end(word), DONE)) == [ChoiceFinished(0, reason, word)]
+
+
+def test_7_the_table_of_words_is_tested_whole() -> None:
+    """A word that is added to the table is added here."""
+    assert completion.STOP_REASONS == STOPS
+
+
+@pytest.mark.parametrize("word", OWN_ENDS)
+def test_7_an_end_of_the_models_own_is_no_fault(word: str) -> None:
+    """Whatever ended the model, the stream is a success."""
+    assert _fault(read(text("a"), end(word), DONE)) is None
+
+
+def test_7_an_aborted_answer_is_a_fault() -> None:
+    """Somebody else ended the request; every choice has a finish reason and still it is not whole."""
+    assert _fault(read(text("a"), end("abort"), DONE)) == Fault(
+        Reason.UPSTREAM_ABORTED, "the provider aborted the request"
+    )
+
+
+def test_7_an_engines_error_word_is_a_fault() -> None:
+    """A finish reason may itself be the failure."""
+    fault = Fault(Reason.UPSTREAM_ERROR, "the provider ended the answer with an error")
+    assert _fault(read(text("a"), end("error"), DONE)) == fault
+
+
+def test_7_stop_sequence_only_if_the_caller_sent_it() -> None:
+    """A stop text or token of the caller's; a model's own end token is told, but is an end of turn; a call outweighs both."""
+
+    def finished(matched: str | int | None, *before: bytes, word: str = "stop") -> ChoiceFinished:
+        events = read(*before, end(word, stop_reason=matched), DONE, stop=["END", "7"], stop_token_ids=[5])
+        return _finished(events)[0]
+
+    assert finished("END") == ChoiceFinished(0, StopReason.STOP_SEQUENCE, "stop", matched_stop="END")
+    assert finished(5) == ChoiceFinished(0, StopReason.STOP_SEQUENCE, "stop", matched_stop=5)
+    assert finished("other") == ChoiceFinished(0, StopReason.END_OF_TURN, "stop", matched_stop="other")
+    assert finished(7) == ChoiceFinished(0, StopReason.END_OF_TURN, "stop", matched_stop=7)
+    assert finished(None) == ChoiceFinished(0, StopReason.END_OF_TURN, "stop")
+    assert finished("END", word="length") == ChoiceFinished(0, StopReason.OUT_OF_TOKENS, "length", matched_stop="END")
+    call = calls(entry("{}", call_id="a", name="f"))
+    assert finished("END", call) == ChoiceFinished(0, StopReason.END_OF_MESSAGE, "stop", True, "END")
+
+
+def test_7_nothing_after_the_end() -> None:
+    """An answer that has ended takes nothing in, however often it is told that there is no more."""
+    reading = reader()
+    reading.receive(text("a", finish="stop") + DONE + text("b") + error())
+    assert reading.ended
+    assert reading.event_count == 2
+    assert reading.receive(text("c") + DONE) == []
+    assert reading.finish() == []
+    assert reading.finish(TIMEOUT) == []
+
+
+def test_7_choices_end_in_the_order_in_which_they_finish_and_are_listed_by_index() -> None:
+    """`Completed` sorts them; those that a fault cuts are finished by index."""
+    events = read(text("b", choice=2), text("a", choice=0), end("stop", choice=1), error(), choice_count=3)
+    assert [event.choice for event in _finished(events)] == [1, 0, 2]
+    assert isinstance(events[-1], Completed)
+    assert [choice.index for choice in events[-1].choices] == [0, 1, 2]
+    assert [choice.stop_reason for choice in events[-1].choices] == [
+        StopReason.ERROR,
+        StopReason.END_OF_TURN,
+        StopReason.ERROR,
+    ]
+
+
+def test_7_a_fault_after_the_finish_leaves_the_choice_as_it_was() -> None:
+    """What a choice ended with stays; the fault is the answer's."""
+    events = read(text("a", finish="stop"), error())
+    assert _finished(events) == [ChoiceFinished(0, StopReason.END_OF_TURN, "stop")]
+    assert _fault(events) == Fault(Reason.UPSTREAM_ERROR, "broken", 500, "InternalServerError")
+
+
+@pytest.mark.parametrize("choice", [-1, 2])
+def test_7_a_choice_that_was_not_asked_for_is_a_fault(choice: int) -> None:
+    """An answer of more choices than asked for is not understood; what came before it is told."""
+    events = read(text("a"), text("b", choice=choice), choice_count=2)
+    assert events[:2] == [STARTED, TextDelta(0, "a")]
+    message = f"choice {choice} came in an answer of 2"
+    assert _fault(events) == Fault(Reason.UPSTREAM_MALFORMED, message)
+
+
+# --- 8. Without a finish reason for every choice it is never a success
+
+
+@pytest.mark.parametrize("last", [[], [DONE]], ids=["end of the body", "[DONE]"])
+@pytest.mark.parametrize(
+    ("pieces", "choice_count", "missing"),
+    [
+        ([ROLE], 1, "1 of 1"),
+        ([text("a")], 1, "1 of 1"),
+        ([text("a", finish="stop")], 2, "1 of 2"),
+        ([text("a", finish="stop"), text("b", choice=1)], 2, "1 of 2"),
+        ([text("a", finish="abort")], 3, "2 of 3"),
+    ],
+)
+def test_8_incomplete(pieces: list[bytes], choice_count: int, missing: str, last: list[bytes]) -> None:
+    """Neither the body's end nor `[DONE]` makes an answer whole; a choice that never came counts as unfinished."""
+    message = f"the stream ended without a finish reason for {missing} choices"
+    assert _fault(read(*pieces, *last, choice_count=choice_count)) == Fault(Reason.UPSTREAM_INCOMPLETE, message)
+
+
+def test_8_whole_without_done() -> None:
+    """Every choice has finished: a body that ends without `[DONE]`, or within a later event, took nothing away."""
+    assert _fault(read(text("a", finish="stop"))) is None
+    assert _fault(read(text("a", finish="stop"), chunk(usage=figures(1, 1))[:-1])) is None
+
+
+# --- limits
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        (Limits(max_event_bytes=300), "an event is larger than 300 bytes"),
+        (Limits(max_calls=1), "the answer has more than 1 tool calls"),
+        (Limits(max_call_bytes=100), "tool call 1 is larger than 100 bytes"),
+    ],
+    ids=["event", "calls", "call"],
+)
+def test_what_exceeds_a_limit_ends_the_answer(limits: Limits, message: str) -> None:
+    """As a fault, with everything that came before it, also within the same read and the same chunk."""
+    body = b"".join(
+        [
+            text("a"),
+            calls(
+                entry("{}", index=0, call_id="a", name="f"),
+                entry("x" * 300, index=1, call_id="b", name="g"),
+                content="b",
+            ),
+            end("stop"),
+            DONE,
+        ]
+    )
+    events = read(body, limits=limits, incremental=True)
+    assert _fault(events) == Fault(Reason.UPSTREAM_MALFORMED, message)
+    assert events[:2] == [STARTED, TextDelta(0, "a")]
+    begun = [event for event in events if isinstance(event, ToolCallStarted)]
+    verdicts = [event for event in events if isinstance(event, ToolCallSucceeded | ToolCallFailed)]
+    assert [(event.index, event.call_id) for event in begun] == [(event.index, event.call_id) for event in verdicts]
+    assert len(verdicts) == {300: 0}.get(limits.max_event_bytes, 3 - (limits.max_calls == 1) - 1)
+    for pieces in [chop.byte_by_byte(body), *chop.at_random(body)]:
+        assert read(*pieces, limits=limits, incremental=True) == events
+
+
+def test_what_comes_after_done_cannot_exceed_a_limit() -> None:
+    """Nobody reads it, whether it comes in the same read or in another."""
+    body = text("a", finish="stop") + DONE + b"data: " + b"x" * 500
+    events = read(body, limits=Limits(max_event_bytes=300))
+    assert _fault(events) is None
+    assert read(*chop.byte_by_byte(body), limits=Limits(max_event_bytes=300)) == events
+
+
+# --- oddities, for the log
+
+
+def test_what_was_got_over_is_counted() -> None:
+    """Things that no vLLM should send and that cost nothing are counted by what they are."""
+    reading = reader()
+    for piece in [
+        chunk(),
+        calls(entry("{}", call_id="a", name="f")),
+        end("whim"),
+        end("stop"),
+        end("stop"),
+        calls(entry("x"), entry("y", index=1)),
+        DONE,
+    ]:
+        reading.receive(piece)
+    assert reading.oddities == {
+        "chunk without choices or usage": 1,
+        "finish reason 'whim'": 1,
+        "second finish reason": 2,
+        "tool entry after the finish": 2,
+    }
+    assert reading.event_count == 7
+
+
+# --- the proto's numbers
+
+
+def test_the_numbers_are_the_protos() -> None:
+    """A reason is translated by its number; each has the same name there."""
+    for ours, theirs, prefix in [
+        (StopReason, chat_completion_pb2.StopReason, "STOP_REASON_"),
+        (Provenance, chat_completion_pb2.UsageProvenance, "USAGE_PROVENANCE_"),
+        (FailureReason, tool_pb2.ToolCallFailureReason, "TOOL_CALL_FAILURE_REASON_"),
+    ]:
+        for member in ours:
+            assert theirs.Value(prefix + member.name) == member.value
+
+
+# --- any stream at all, cut in any way
+
+_PIECES = st.sampled_from(
+    [
+        *[
+            ROLE,
+            COMMENT,
+            chunk(),
+            chunk(usage=figures(7, 3)),
+            DONE,
+            error(),
+            b"data: x\n\n",
+            b"data: cut",
+            b"\n\n",
+            b"\r\n\r\n",
+        ],
+        *[text("aé"), text("b", choice=1), text("c", finish="stop"), text("", finish="length"), text("d", choice=2)],
+        *[chunk(part({"reasoning": "r", "content": "t"}), part({"content": "u"}, choice=1), usage=figures(7, 2))],
+        *[
+            calls(entry("{", call_id="a", name="f")),
+            calls(entry("}")),
+            calls(entry("[", index=None)),
+            calls(entry(name="g")),
+        ],
+        *[calls(entry("{}", index=1, call_id="a", name="f"), choice=1), end("tool_calls"), end("stop", choice=1)],
+        *[end("abort"), end("whim", choice=1), calls(entry("}"), finish="tool_calls", content="w")],
+    ]
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    st.lists(_PIECES, max_size=10),
+    st.lists(st.integers(0, 1500), max_size=6),
+    st.booleans(),
+    st.sampled_from([None, TIMEOUT]),
+)
+def test_any_stream_keeps_the_contract(
+    pieces: list[bytes], cuts: list[int], incremental: bool, given_up: Fault | None
+) -> None:
+    """Nothing raises; the order of events, the number of ends, the sums and the verdicts hold; no cut changes anything."""
+    body = b"".join(pieces)
+    told = []
+    for way in ([body], chop.at(body, cuts)):
+        reading = reader(choice_count=2, incremental=incremental)
+        events = [event for piece in way for event in reading.receive(piece)]
+        events += reading.finish(given_up)
+        assert reading.ended
+        assert reading.receive(body) == []
+        told.append(events)
+    events = told[0]
+    assert told[1] == events
+    last = events[-1]
+    if isinstance(last, Refused):
+        assert len(events) == 1
+        return
+    assert isinstance(last, Completed)
+    assert isinstance(events[0], Started)
+    assert not [event for event in events[1:-1] if isinstance(event, Started | Completed | Refused)]
+    finished = _finished(events)
+    assert sorted(event.choice for event in finished) == [choice.index for choice in last.choices]
+    assert (last.fault is None) <= (len(finished) == 2 and all(event.engine_finish_reason for event in finished))
+    for choice in last.choices:
+        own = [event for event in events[1:-1] if getattr(event, "choice", None) == choice.index]
+        assert "".join(event.text for event in own if isinstance(event, TextDelta)) == choice.text
+        assert "".join(event.text for event in own if isinstance(event, ReasoningDelta)) == choice.reasoning
+        verdicts = [event for event in own if isinstance(event, ToolCallSucceeded | ToolCallFailed)]
+        assert sorted([*choice.tool_calls, *choice.failed_tool_calls], key=lambda call: call.index) == verdicts
+        end_at = next(place for place, event in enumerate(own) if isinstance(event, ChoiceFinished))
+        assert (
+            own[end_at - len(verdicts) : end_at]
+            == [
+                event
+                for event in own[:end_at][-len(verdicts) - 9 :]
+                if event in verdicts or isinstance(event, ToolCallStarted)
+            ][-len(verdicts) :]
+            or not verdicts
+            or incremental
+        )
+        assert not [event for event in own[end_at:] if isinstance(event, ToolCallSucceeded | ToolCallFailed)]
+        finish = own[end_at]
+        assert isinstance(finish, ChoiceFinished)
+        assert (finish.stop_reason, finish.engine_finish_reason, finish.tool_calls_executable) == (
+            choice.stop_reason,
+            choice.engine_finish_reason,
+            choice.tool_calls_executable,
+        )
+        if choice.tool_calls_executable:
+            assert choice.engine_finish_reason in {"stop", "tool_calls"}
+            assert choice.tool_calls
+            assert not choice.failed_tool_calls
+    ids = [
+        call.call_id for choice in last.choices for call in itertools.chain(choice.tool_calls, choice.failed_tool_calls)
+    ]
+    assert len(set(ids)) == len(ids)
