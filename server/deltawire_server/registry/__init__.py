@@ -1,5 +1,12 @@
 """Which models can be called, under which names. The only folder that knows a database; it knows neither gRPC nor HTTP.
 
-`model` is what all pass around, `schema` the tables and how they came to be, `store` the database, `registry` the
-rules.
+    registry ─┬─ rules      a registration: what may be asked for, and whether it is served
+              ├─ lookup     a name to its model: registered, else discovered
+              ├─ pages      sizes and tokens of a list
+              ├─ writes     database first, then memory, each write as a whole
+              ├─ known      the registered models in memory, by id, alias and target
+              ├─ listings   what the providers serve, as models
+              └─ store      the database ── schema   its tables and how they came to be
+
+`registry` is what others call. All pass `model`s around; `messages` shows names in failures.
 """

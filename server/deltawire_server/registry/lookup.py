@@ -1,0 +1,107 @@
+"""A name to its model: registered or, failing that, discovered.
+
+    a name ──► id ──► alias ──► "provider/served name" ──► served name of just one provider
+               └── memory ──┘   └────── memory, else the providers' listings ──────────────┘
+
+Registered names come first, so whoever registers decides what a name means.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from deltawire_server.errors import CallerError, Code, DeltawireError, ProviderError, Reason
+from deltawire_server.registry.messages import cut, quoted, some
+from deltawire_server.registry.model import Model, scoped_id
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from deltawire_server.registry.known import Known
+    from deltawire_server.registry.listings import Listings
+
+
+async def find(name: str, known: Known, listings: Listings) -> Model:
+    """The model of this name. Asks only the providers that it needs to.
+
+    Raises:
+        CallerError: MODEL_NOT_FOUND, whose message lists some that there are; MODEL_AMBIGUOUS.
+        ProviderError: Nobody who could serve it can be asked.
+    """
+    model = known.find(name)
+    if model is not None:
+        return model
+    # First the providers that the name names: the others may be slow, and are asked only if that leads nowhere.
+    scopes = scopes_of(name, listings.provider_ids)
+    found = await _serving(scopes, known, listings)
+    if not found:
+        found = await _serving(dict.fromkeys(listings.provider_ids, name), known, listings)
+    if len(found) > 1:
+        raise _ambiguous(name, found)
+    if not found:
+        raise _not_found(name, tuple(scopes) or listings.provider_ids, known, listings)
+    return found[0]
+
+
+def scopes_of(name: str, provider_ids: Iterable[str]) -> dict[str, str]:
+    """Each way to read a name as a provider and its served name: both may hold slashes."""
+    return {
+        provider_id: name[len(provider_id) + 1 :] for provider_id in provider_ids if name.startswith(f"{provider_id}/")
+    }
+
+
+def all_models(known: Known, listings: Listings) -> dict[str, Model]:
+    """By id: the registered models, and what was listed unless it or its name is registered."""
+    discovered = {model.id: model for model in listings.models() if _is_new(model, known)}
+    return discovered | known.models
+
+
+def _is_new(discovered: Model, known: Known) -> bool:
+    return known.serving(*discovered.target) is None and known.find(discovered.id) is None
+
+
+async def _serving(wanted: Mapping[str, str], known: Known, listings: Listings) -> list[Model]:
+    """The models that providers have under the names wanted of them; whose is registered is not asked.
+
+    Args:
+        wanted: By provider.
+        known: What is registered.
+        listings: What is fetched is added.
+    """
+    registered = {provider_id: known.serving(provider_id, served_name) for provider_id, served_name in wanted.items()}
+    await listings.fetch(provider_id for provider_id, model in registered.items() if model is None)
+    models = (registered[provider_id] or listings.find(provider_id, name) for provider_id, name in wanted.items())
+    return [model for model in models if model is not None]
+
+
+def _ambiguous(name: str, found: Sequence[Model]) -> CallerError:
+    providers = [model.provider_id for model in found]
+    ways = " or ".join(repr(scoped_id(*model.target)) for model in found[:2])
+    return CallerError(
+        Reason.MODEL_AMBIGUOUS,
+        f"{quoted(name)} is served by several providers: {some(providers)}; call it as {ways}",
+        metadata={"model": cut(name), "providers": ", ".join(providers)},
+    )
+
+
+def _not_found(name: str, asked: Sequence[str], known: Known, listings: Listings) -> DeltawireError:
+    """Why nothing was found: there is nothing, or those who could know it are away."""
+    failures = [listings.failures[provider_id] for provider_id in asked if provider_id in listings.failures]
+    if failures and len(failures) == len(asked):
+        if all(failure.code is not Code.UNAVAILABLE for failure in failures):
+            # Refused, misconfigured: that is what has to be known, and waiting would not help.
+            return failures[0]
+        return ProviderError(
+            Reason.UPSTREAM_UNAVAILABLE,
+            f"whether there is a model {quoted(name)} cannot be told now: no answer from provider"
+            f" {some(asked)}: {failures[0].message}",
+            metadata={"provider": ", ".join(asked)},
+            retry_after=1.0,
+        )
+    names = some(sorted(all_models(known, listings))) or "none"
+    away = f"; without an answer: {some(sorted(listings.failures))}" if listings.failures else ""
+    return CallerError(
+        Reason.MODEL_NOT_FOUND,
+        f"model {quoted(name)} not found; there are: {names}{away}",
+        metadata={"model": cut(name)},
+    )

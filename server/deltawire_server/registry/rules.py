@@ -1,0 +1,129 @@
+"""What can be registered: requests within the limits, of models that are served, under names that nobody serves."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from deltawire_server.errors import Reason, RegistryError, Violation, invalid_request
+from deltawire_server.registry.known import taken
+from deltawire_server.registry.listings import with_served
+from deltawire_server.registry.lookup import scopes_of
+from deltawire_server.registry.messages import MAX_NAME_LENGTH, cut, quoted, some
+from deltawire_server.registry.model import Model, ModelType, scoped_id
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from deltawire_server.upstream.providers import Providers
+
+MAX_ALIASES = 32
+"""Aliases of a model: people use a few; this keeps a registration small."""
+MAX_METADATA_ENTRIES = 64
+MAX_METADATA_KEY_LENGTH = 128
+MAX_METADATA_VALUE_LENGTH = 4096
+"""Notes, not documents: the three together keep a model within a quarter of a megabyte."""
+
+_TYPES: Mapping[int, ModelType] = MappingProxyType({0: ModelType.LLM} | {kind.value: kind for kind in ModelType})
+
+
+def requested(
+    providers: Providers,
+    model_id: str,
+    provider_id: str,
+    provider_model_id: str,
+    model_type: ModelType | int,
+    aliases: Sequence[str],
+    metadata: Mapping[str, str],
+) -> Model:
+    """The model that a request describes, if it keeps all limits; it may still be served by nobody.
+
+    Raises:
+        CallerError: INVALID_REQUEST, which lists all broken rules; PROVIDER_NOT_FOUND.
+    """
+    violations = [*_name_violations("model_id", model_id), *_metadata_violations(metadata)]
+    if not provider_id and len(providers.ids) == 1:
+        (provider_id,) = providers.ids
+    if not provider_id:
+        known = some(providers.ids) or "none"
+        violations.append(Violation("provider_id", f"is required unless there is one provider; there are: {known}"))
+    kind = model_type if isinstance(model_type, ModelType) else _TYPES.get(model_type)
+    if kind is None:
+        violations.append(Violation("type", f"{model_type} is no model type"))
+    provider_model_id = provider_model_id or model_id
+    final_id = model_id if model_id != provider_model_id else scoped_id(provider_id, provider_model_id)
+    violations += _alias_violations(aliases, final_id)
+    if violations or kind is None:
+        raise invalid_request(violations)
+    providers.get(provider_id)
+    return Model(final_id, provider_id, provider_model_id, kind, tuple(aliases), dict(metadata))
+
+
+async def as_served(wanted: Model, providers: Providers, token: str | None) -> Model:
+    """What is to be registered with what its provider, asked anew, says of it.
+
+    Raises:
+        RegistryError: MODEL_NOT_SERVED.
+        ProviderError: The provider cannot be asked.
+    """
+    listing = await providers.listing(wanted.provider_id, token, fresh=True)
+    for served in listing:
+        if served.id == wanted.provider_model_id:
+            return with_served(wanted, served)
+    names = some(served.id for served in listing) or "nothing"
+    raise RegistryError(
+        Reason.MODEL_NOT_SERVED,
+        f"model {quoted(wanted.provider_model_id)} is not being served by provider {wanted.provider_id!r};"
+        f" it serves: {names}",
+        metadata={"model": cut(wanted.provider_model_id), "provider": wanted.provider_id},
+    )
+
+
+async def refuse_served_names(wanted: Model, providers: Providers, token: str | None) -> None:
+    """Keep "provider/served name" for what the provider serves: its callers must not be led elsewhere.
+
+    Raises:
+        RegistryError: MODEL_ALREADY_EXISTS.
+        ProviderError: A provider that a name names cannot be asked.
+    """
+    for name in wanted.names:
+        for provider_id, served_name in scopes_of(name, providers.ids).items():
+            if (provider_id, served_name) == wanted.target:
+                continue
+            listing = await providers.listing(provider_id, token)
+            if any(served.id == served_name for served in listing):
+                raise taken(name, name, f"is what provider {provider_id!r} serves as {served_name!r}")
+
+
+def _name_violations(field: str, name: str) -> Iterable[Violation]:
+    if not name:
+        yield Violation(field, "is required")
+    if len(name) > MAX_NAME_LENGTH:
+        yield Violation(field, f"has {len(name)} characters; at most {MAX_NAME_LENGTH} are allowed")
+    if not all(character.isprintable() and not character.isspace() for character in name):
+        yield Violation(field, "must be printable, without white space")
+
+
+def _alias_violations(aliases: Sequence[str], model_id: str) -> Iterable[Violation]:
+    if len(aliases) > MAX_ALIASES:
+        yield Violation("aliases", f"are {len(aliases)}; at most {MAX_ALIASES} are allowed")
+    seen = {model_id}
+    # Those beyond the limit are not looked at: one violation tells all about them.
+    for position, alias in enumerate(aliases[:MAX_ALIASES]):
+        field = f"aliases[{position}]"
+        yield from _name_violations(field, alias)
+        if alias in seen:
+            yield Violation(field, "repeats the id or another alias")
+        seen.add(alias)
+
+
+def _metadata_violations(metadata: Mapping[str, str]) -> Iterable[Violation]:
+    if len(metadata) > MAX_METADATA_ENTRIES:
+        yield Violation("metadata", f"has {len(metadata)} entries; at most {MAX_METADATA_ENTRIES} are allowed")
+        return
+    for key, value in metadata.items():
+        if not 1 <= len(key) <= MAX_METADATA_KEY_LENGTH:
+            yield Violation("metadata", f"key {quoted(key)} must have 1 to {MAX_METADATA_KEY_LENGTH} characters")
+        if len(value) > MAX_METADATA_VALUE_LENGTH:
+            field = f"metadata[{quoted(key)}]"
+            yield Violation(field, f"has {len(value)} characters; at most {MAX_METADATA_VALUE_LENGTH} are allowed")

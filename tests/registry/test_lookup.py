@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from deltawire_server.errors import CallerError, Code, ProviderError, Reason
+from deltawire_server.registry.model import ModelSource
+from tests.registry.helpers import failure_of, ids
+from tests.support.fake_provider import FakeProvider
+
+if TYPE_CHECKING:
+    from deltawire_server.registry.registry import ModelRegistry
+    from tests.registry.conftest import Opener
+
+
+async def test_id_then_alias_then_scoped_then_served(registry: ModelRegistry, alpha: FakeProvider) -> None:
+    """Every way leads to its model; only the id itself is no alias."""
+    alpha.served = ["llama", "plain"]
+    mine = await registry.register("mine", "alpha", "llama", aliases=["a"])
+    for name, model_id in [
+        ("mine", "mine"),
+        ("a", "mine"),
+        ("alpha/llama", "mine"),
+        ("llama", "mine"),
+        ("alpha/plain", "alpha/plain"),
+        ("plain", "alpha/plain"),
+        ("beta/org/common", "beta/org/common"),
+        ("org/common", "beta/org/common"),
+    ]:
+        resolution = await registry.resolve(name)
+        assert resolution.model.id == model_id
+        assert resolution.alias == ("" if name == model_id else name)
+        assert resolution.provider.id == resolution.model.provider_id
+    assert (await registry.resolve("mine")).provider is alpha
+    assert await registry.get("a") is mine
+
+
+async def test_a_registered_name_comes_before_a_served_one(registry: ModelRegistry) -> None:
+    """Whoever registers decides what a bare name means."""
+    await registry.register("mistral", "alpha", "llama")
+    assert (await registry.get("mistral")).provider_model_id == "llama"
+    assert (await registry.get("beta/mistral")).source is ModelSource.DISCOVERED
+
+
+async def test_slashes_on_both_sides(open_registry: Opener) -> None:
+    """A name is split at each provider's id; a served name that looks scoped is found by itself."""
+    one, two = FakeProvider("a", ["b/c", "d"]), FakeProvider("a/b", ["c", "e"])
+    three = FakeProvider("z", ["a/x", "a/"])
+    async with open_registry(one, two, three) as registry:
+        assert (await registry.get("a/d")).target == ("a", "d")
+        assert (await registry.get("a/b/e")).target == ("a/b", "e")
+        assert (await registry.get("a/x")).target == ("z", "a/x")
+        assert (await registry.get("a/")).target == ("z", "a/")
+        failure = await failure_of(registry.get("a/b/c"))
+    assert failure.reason is Reason.MODEL_AMBIGUOUS
+    assert failure.metadata["providers"] == "a, a/b"
+
+
+async def test_registered_models_need_no_provider(registry: ModelRegistry, alpha: FakeProvider) -> None:
+    """Look-ups of what is registered ask nobody, so they are quick and go on when the provider does not answer."""
+    await registry.register("mine", "alpha", "llama", aliases=["a"])
+    asked = len(alpha.tokens)
+    alpha.go_down()
+    for name in ("mine", "a", "alpha/llama"):
+        assert (await registry.get(name)).id == "mine"
+    assert len(alpha.tokens) == asked
+
+
+async def test_a_scoped_name_asks_only_its_provider(
+    registry: ModelRegistry, alpha: FakeProvider, beta: FakeProvider
+) -> None:
+    """The other may be slow; the caller's token goes along."""
+    await registry.get("alpha/llama", "token")
+    assert (alpha.tokens, beta.tokens) == (["token"], [])
+
+
+async def test_an_id_is_listed_once(registry: ModelRegistry, alpha: FakeProvider) -> None:
+    """A registered name comes before what is served under it later, here as in look-ups."""
+    mine = await registry.register("alpha/later", "alpha", "llama")
+    alpha.served.append("later")
+    models, _, _ = await registry.list()
+    assert ids(models) == ["alpha/later", "alpha/org/common", "beta/mistral", "beta/org/common"]
+    assert models[0] is mine
+
+
+async def test_not_found_lists_what_there_is(registry: ModelRegistry, alpha: FakeProvider) -> None:
+    """Ids, by name, at most twenty of them, registered and discovered."""
+    await registry.register("mine", "alpha", "llama")
+    failure = await failure_of(registry.get("unknown"))
+    assert isinstance(failure, CallerError)
+    assert failure.metadata == {"model": "unknown"}
+    assert failure.message == (
+        "model 'unknown' not found; there are: alpha/org/common, beta/mistral, beta/org/common, mine"
+    )
+    alpha.served = [f"model-{number:02}" for number in range(50)]
+    assert "alpha/model-19 and 33 more" in (await failure_of(registry.get("unknown"))).message
+
+
+async def test_found_at_one_while_another_is_away(registry: ModelRegistry, beta: FakeProvider) -> None:
+    """What is found is good enough."""
+    beta.go_down()
+    assert (await registry.get("org/common")).provider_id == "alpha"
+
+
+async def test_not_found_names_who_could_not_be_asked(registry: ModelRegistry, beta: FakeProvider) -> None:
+    """At least one answered: not found, but the caller learns who did not."""
+    beta.go_down()
+    failure = await failure_of(registry.get("mistral"))
+    assert failure.reason is Reason.MODEL_NOT_FOUND
+    assert failure.message.endswith("; without an answer: beta")
+
+
+async def test_nobody_can_be_asked(registry: ModelRegistry, alpha: FakeProvider, beta: FakeProvider) -> None:
+    """Not NOT_FOUND, since nobody knows: try again."""
+    alpha.go_down()
+    beta.go_down()
+    failure = await failure_of(registry.get("llama"))
+    assert isinstance(failure, ProviderError)
+    assert (failure.reason, failure.code) == (Reason.UPSTREAM_UNAVAILABLE, Code.UNAVAILABLE)
+    assert failure.metadata == {"provider": "alpha, beta"}
+    assert failure.retry_after == 1.0
+
+
+async def test_the_provider_that_a_name_names_cannot_be_asked(registry: ModelRegistry, alpha: FakeProvider) -> None:
+    """What others say does not matter for a scoped name."""
+    alpha.go_down()
+    failure = await failure_of(registry.get("alpha/llama"))
+    assert failure.reason is Reason.UPSTREAM_UNAVAILABLE
+    assert failure.metadata == {"provider": "alpha"}
+
+
+async def test_a_refused_token_is_told_as_such(
+    registry: ModelRegistry, alpha: FakeProvider, beta: FakeProvider
+) -> None:
+    """Waiting would not help, so the failure is the provider's own; one merely away may yet have the model."""
+    alpha.failure = CallerError(Reason.UPSTREAM_UNAUTHENTICATED, "token refused", metadata={"provider": "alpha"})
+    beta.failure = alpha.failure
+    assert await failure_of(registry.get("llama")) is alpha.failure
+    assert await failure_of(registry.get("alpha/llama")) is alpha.failure
+    beta.go_down()
+    assert (await failure_of(registry.get("llama"))).reason is Reason.UPSTREAM_UNAVAILABLE

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import base64
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deltawire_server.errors import Reason
+from deltawire_server.registry.registry import ModelRegistry
+from deltawire_server.registry.store import Store
+from deltawire_server.upstream.providers import Providers
+from tests.registry.helpers import failure_of, ids
+from tests.support.fake_provider import FakeProvider
+
+
+async def test_pages(registry: ModelRegistry, alpha: FakeProvider) -> None:
+    """Ascending ids, every model once, the last page without a token."""
+    alpha.served = [f"model-{number}" for number in (3, 1, 2)]
+    await registry.register("mine", "alpha", "model-2")
+    pages, token = [], ""
+    while True:
+        models, token, unreachable = await registry.list(2, token)
+        assert unreachable == ()
+        pages.append(ids(models))
+        if not token:
+            break
+    assert pages == [["alpha/model-1", "alpha/model-3"], ["beta/mistral", "beta/org/common"], ["mine"]]
+
+
+@pytest.mark.parametrize(("size", "expected"), [(0, 100), (1, 1), (1000, 1000), (1001, 1000), (2**31 - 1, 1000)])
+async def test_page_sizes(registry: ModelRegistry, alpha: FakeProvider, size: int, expected: int) -> None:
+    """None is a hundred, too many are a thousand."""
+    alpha.served = [str(number) for number in range(1100)]
+    models, token, _ = await registry.list(size)
+    assert len(models) == expected
+    assert token
+
+
+async def test_a_page_of_many_notes_is_shorter(registry: ModelRegistry, alpha: FakeProvider) -> None:
+    """Other languages' clients receive 4 MiB by default: no page may be beyond that, and none is empty."""
+    notes = {f"{number:0128}": "é" * 4096 for number in range(64)}
+    alpha.served = [f"model-{number}" for number in range(5)]
+    for number in range(5):
+        await registry.register(f"model-{number}", "alpha", metadata=notes)
+    pages, token = list[int](), ""
+    while not pages or token:
+        models, token, _ = await registry.list(page_token=token)
+        pages.append(len(models))
+    assert pages == [2, 2, 3]
+
+
+async def test_a_full_last_page_has_no_token(registry: ModelRegistry) -> None:
+    """Nobody asks for a page that would be empty."""
+    models, token, _ = await registry.list(4)
+    assert (len(models), token) == (4, "")
+
+
+@pytest.mark.parametrize(
+    "token",
+    ["!", "a", "é", "a b=", base64.urlsafe_b64encode(b"\xff").decode()],
+)
+async def test_a_token_that_is_none_of_ours(registry: ModelRegistry, token: str) -> None:
+    """It is refused rather than taken for the beginning, together with a bad size."""
+    failure = await failure_of(registry.list(-1, token))
+    assert [violation.field for violation in failure.violations] == ["page_size", "page_token"]
+    assert failure.reason is Reason.INVALID_REQUEST
+    failure = await failure_of(registry.list(0, token))
+    assert [violation.field for violation in failure.violations] == ["page_token"]
+
+
+async def test_a_negative_size(registry: ModelRegistry, alpha: FakeProvider) -> None:
+    """It is refused, and nobody was asked for anything."""
+    failure = await failure_of(registry.list(-1))
+    assert [violation.field for violation in failure.violations] == ["page_size"]
+    assert alpha.tokens == []
+
+
+# Each example opens a database, so there are few, and no deadline.
+@settings(max_examples=30, deadline=None)
+@given(
+    start=st.sets(st.integers(0, 30)),
+    changes=st.lists(st.sets(st.integers(0, 30)), max_size=20),
+    size=st.integers(1, 7),
+)
+async def test_what_stays_is_seen_just_once(start: set[int], changes: list[set[int]], size: int) -> None:
+    """Models come and go between pages: those that stay are neither missed nor repeated, and the order holds."""
+    provider = FakeProvider("vllm")
+    registry = ModelRegistry(Store("sqlite://"), Providers([provider], listing_seconds=0.0))
+    await registry.open()
+    try:
+        stays, seen, token, versions = set(start), list[str](), "", iter(changes)
+        served = start
+        while True:
+            provider.served = [f"{number:02}" for number in served]
+            models, token, _ = await registry.list(size, token)
+            seen += ids(models)
+            if not token:
+                break
+            served = next(versions, served)
+            stays &= served
+    finally:
+        await registry.close()
+    assert seen == sorted(set(seen))
+    assert {f"vllm/{number:02}" for number in stays} <= set(seen)

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from deltawire_server.errors import CallerError, Code, Reason, RegistryError
+from deltawire_server.registry.model import Model, ModelSource, ModelType
+from deltawire_server.registry.registry import ModelRegistry
+from deltawire_server.registry.store import Store
+from deltawire_server.upstream.base import ServedModel
+from deltawire_server.upstream.providers import Providers
+from tests.registry.helpers import failure_of
+from tests.support.fake_provider import FakeProvider
+
+if TYPE_CHECKING:
+    from tests.registry.conftest import Opener
+
+
+async def test_keeps_what_the_provider_says(open_registry: Opener) -> None:
+    """The provider's limits and origins are part of the model, its times are set."""
+    served = ServedModel("lora", root="/adapters/lora", parent="base", max_context_tokens=4096)
+    async with open_registry(FakeProvider("vllm", ["base", served])) as registry:
+        model = await registry.register("mine", "vllm", "lora", ModelType.EMBEDDING, ["a", "b"], {"k": "v"})
+    assert model.create_time is not None
+    assert model == Model(
+        "mine",
+        "vllm",
+        "lora",
+        ModelType.EMBEDDING,
+        ("a", "b"),
+        {"k": "v"},
+        ModelSource.REGISTERED,
+        4096,
+        "/adapters/lora",
+        "base",
+        model.create_time,
+        model.create_time,
+    )
+
+
+@pytest.mark.parametrize(
+    ("model_id", "provider_model_id", "expected"),
+    [
+        ("llama", "", "alpha/llama"),
+        ("llama", "llama", "alpha/llama"),
+        ("mine", "llama", "mine"),
+        ("org/common", "", "alpha/org/common"),
+        ("alpha/llama", "llama", "alpha/llama"),
+    ],
+)
+async def test_the_identifier_rule(
+    registry: ModelRegistry, model_id: str, provider_model_id: str, expected: str
+) -> None:
+    """An id different from the provider's name is an alias and stays; the provider's own name is scoped."""
+    assert (await registry.register(model_id, "alpha", provider_model_id)).id == expected
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3])
+async def test_types_by_number(registry: ModelRegistry, number: int) -> None:
+    """A number as it came over the wire; none is LLM."""
+    model = await registry.register("llama", "alpha", model_type=number)
+    assert model.type.value == (number or 1)
+
+
+async def test_every_broken_rule_is_listed(registry: ModelRegistry) -> None:
+    """One answer tells all there is to mend."""
+    failure = await failure_of(
+        registry.register(
+            "two words",
+            "",
+            "llama",
+            9,
+            ["", "fine", "fine", "two words", "x" * 257, "tab\t"],
+            {"": "", "k" * 129: "", "v": "x" * 4097},
+        )
+    )
+    assert isinstance(failure, CallerError)
+    assert (failure.reason, failure.code) == (Reason.INVALID_REQUEST, Code.INVALID_ARGUMENT)
+    assert [violation.field for violation in failure.violations] == [
+        "model_id",
+        "metadata",
+        "metadata",
+        "metadata['v']",
+        "provider_id",
+        "type",
+        "aliases[0]",
+        "aliases[2]",
+        "aliases[3]",
+        "aliases[3]",
+        "aliases[4]",
+        "aliases[5]",
+    ]
+    assert "alpha, beta" in failure.message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"model_id": ""}, "model_id"),
+        ({"model_id": "x" * 257}, "model_id"),
+        ({"model_id": "nul\x00"}, "model_id"),
+        ({"model_id": "hidden\u202e"}, "model_id"),
+        ({"model_id": "no\u00a0break"}, "model_id"),
+        ({"model_id": "llama", "aliases": ["alpha/llama"]}, "aliases[0]"),
+        ({"model_id": "llama", "aliases": [f"alias-{number}" for number in range(33)]}, "aliases"),
+        ({"model_id": "llama", "metadata": {str(number): "" for number in range(65)}}, "metadata"),
+        ({"model_id": "llama", "model_type": -1}, "type"),
+    ],
+)
+async def test_a_broken_rule(registry: ModelRegistry, arguments: dict[str, object], field: str) -> None:
+    """Each rule by itself, at its limit; nobody was asked about what cannot be registered."""
+    failure = await failure_of(registry.register(provider_id="alpha", **arguments))  # type: ignore[arg-type]
+    assert [violation.field for violation in failure.violations] == [field]
+
+
+async def test_the_limits_themselves_are_allowed(registry: ModelRegistry) -> None:
+    """The greatest that the rules name is within them."""
+    aliases = [f"{number:02}{'é' * 254}" for number in range(32)]
+    metadata = {f"{number:02}{'k' * 126}": "v" * 4096 for number in range(64)}
+    model = await registry.register("x" * 256, "alpha", "llama", aliases=aliases, metadata=metadata)
+    assert await registry.get(aliases[-1]) == model
+
+
+async def test_the_only_provider_needs_no_name(open_registry: Opener, alpha: FakeProvider) -> None:
+    """With one provider there is no doubt."""
+    async with open_registry(alpha) as registry:
+        assert (await registry.register("llama")).provider_id == "alpha"
+
+
+async def test_without_any_provider(url: str) -> None:
+    """The failure says that there is none, and nothing can be found."""
+    registry = ModelRegistry(Store(url), Providers([]))
+    await registry.open()
+    failure = await failure_of(registry.register("llama"))
+    missing = await failure_of(registry.get("llama"))
+    await registry.close()
+    assert [violation.field for violation in failure.violations] == ["provider_id"]
+    assert "there are: none" in failure.message
+    assert missing.reason is Reason.MODEL_NOT_FOUND
+    assert "there are: none" in missing.message
+
+
+async def test_an_unknown_provider(registry: ModelRegistry) -> None:
+    """A provider is the operator's to configure."""
+    failure = await failure_of(registry.register("llama", "gamma"))
+    assert failure.reason is Reason.PROVIDER_NOT_FOUND
+
+
+async def test_a_model_that_is_not_served(registry: ModelRegistry, alpha: FakeProvider) -> None:
+    """The failure lists what is, at most twenty names."""
+    failure = await failure_of(registry.register("mine", "alpha", "mistral"))
+    assert isinstance(failure, RegistryError)
+    assert (failure.reason, failure.code) == (Reason.MODEL_NOT_SERVED, Code.FAILED_PRECONDITION)
+    assert failure.metadata == {"model": "mistral", "provider": "alpha"}
+    assert "it serves: llama, org/common" in failure.message
+    alpha.served = [f"model-{number:02}" for number in range(50)]
+    failure = await failure_of(registry.register("mine", "alpha", "mistral"))
+    assert "model-19 and 30 more" in failure.message
+    assert "model-20" not in failure.message
+    alpha.served = []
+    assert "it serves: nothing" in (await failure_of(registry.register("mine", "alpha", "mistral"))).message
+
+
+async def test_asks_the_provider_itself_with_the_callers_token(url: str, alpha: FakeProvider) -> None:
+    """A listing at hand is not enough: what was loaded a second ago can be registered."""
+    registry = ModelRegistry(Store(url), Providers([alpha]))
+    await registry.open()
+    await registry.list()
+    alpha.served.append("new")
+    assert (await registry.register("new", token="mine")).id == "alpha/new"
+    await registry.close()
+    assert alpha.tokens == [None, "mine"]
+
+
+async def test_a_provider_that_is_down(registry: ModelRegistry, alpha: FakeProvider) -> None:
+    """The provider's own failure tells; nothing is registered."""
+    alpha.go_down()
+    assert await failure_of(registry.register("llama", "alpha")) is alpha.failure
+    alpha.failure = None
+    assert (await registry.get("llama")).source is ModelSource.DISCOVERED
+
+
+async def test_a_scoped_name_stays_with_what_is_served_under_it(registry: ModelRegistry, beta: FakeProvider) -> None:
+    """Nobody leads the callers of beta/mistral to another model; a name that beta does not serve is free."""
+    failure = await failure_of(registry.register("beta/mistral", "alpha", "llama"))
+    assert failure.reason is Reason.MODEL_ALREADY_EXISTS
+    assert failure.metadata == {"model": "beta/mistral", "name": "beta/mistral"}
+    assert (await registry.register("beta/free", "alpha", "llama")).id == "beta/free"
+    beta.go_down()
+    assert await failure_of(registry.register("beta/other", "alpha", "llama")) is beta.failure

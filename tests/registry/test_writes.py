@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import pytest
+
+from deltawire_server.errors import Reason, RegistryError
+from deltawire_server.registry.model import Model
+from deltawire_server.registry.store import Store
+from tests.registry.helpers import failure_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from deltawire_server.registry.registry import ModelRegistry
+    from tests.registry.conftest import Opener
+
+
+def on_disk(url: str, statement: str) -> None:
+    """Another program at the database file."""
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection:
+        connection.execute(statement)
+        connection.commit()
+
+
+async def test_of_a_hundred_registrations_of_an_alias_one_wins(registry: ModelRegistry) -> None:
+    """The others learn whose it is."""
+    results = await asyncio.gather(
+        *(registry.register(f"model-{number}", "alpha", "llama", aliases=["wanted"]) for number in range(100)),
+        return_exceptions=True,
+    )
+    (winner,) = [result for result in results if isinstance(result, Model)]
+    losers = [result for result in results if isinstance(result, RegistryError)]
+    assert len(losers) == 99
+    assert {loser.metadata["model"] for loser in losers} == {winner.id}
+    assert await registry.get("wanted") is winner
+
+
+async def test_a_hundred_identical_registrations_all_win(registry: ModelRegistry) -> None:
+    """They get the same model with the same times."""
+    models = await asyncio.gather(*(registry.register("mine", "alpha", "llama") for _ in range(100)))
+    assert {id(model) for model in models} == {id(models[0])}
+
+
+async def test_two_processes_on_one_database(open_registry: Opener) -> None:
+    """What another process has registered since is seen as soon as it matters."""
+    async with open_registry() as one, open_registry() as two:
+        theirs = await one.register("mine", "alpha", "llama", aliases=["a"])
+        assert await two.register("mine", "alpha", "llama", aliases=["a"]) == theirs
+        await one.register("other", "alpha", "llama", aliases=["b"])
+        failure = await failure_of(two.register("new", "alpha", "llama", aliases=["b"]))
+        assert failure.metadata == {"model": "other", "name": "b"}
+        assert (await two.get("other")).aliases == ("b",)
+
+
+async def test_what_another_process_registered_or_removed(open_registry: Opener) -> None:
+    """The database decides: either way it is gone here afterwards."""
+    async with open_registry() as one, open_registry() as two:
+        await one.register("mine", "alpha", "llama")
+        await two.unregister("mine")
+        await one.unregister("mine")
+        assert (await failure_of(one.get("mine"))).reason is Reason.MODEL_NOT_FOUND
+
+
+async def test_a_name_of_a_damaged_record_is_taken_until_it_is_unregistered(url: str, open_registry: Opener) -> None:
+    """A damaged record costs no start; its names are not given away, and unregistering mends it."""
+    async with open_registry() as registry:
+        await registry.register("mine", "alpha", "llama", aliases=["a"])
+        good = await registry.register("good", "alpha", "llama")
+    on_disk(url, "UPDATE models SET metadata = '{' WHERE id = 'mine'")
+    async with open_registry() as registry:
+        assert await registry.get("good") == good
+        failure = await failure_of(registry.register("mine", "alpha", "llama"))
+        assert failure.reason is Reason.MODEL_ALREADY_EXISTS
+        assert "cannot be read; unregister that one first" in failure.message
+        await registry.unregister("mine")
+        assert (await registry.register("a", "alpha", "llama")).id == "a"
+
+
+async def test_a_caller_that_gives_up_leaves_memory_and_database_the_same(
+    open_registry: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write that has begun is done as a whole, by the latest before closing."""
+    begun, go = asyncio.Event(), asyncio.Event()
+    insert = Store.insert
+
+    async def slow_insert(store: Store, model: Model) -> bool:
+        kept = await insert(store, model)
+        begun.set()
+        await go.wait()
+        return kept
+
+    monkeypatch.setattr(Store, "insert", slow_insert)
+    async with open_registry() as registry:
+        call = asyncio.create_task(registry.register("mine", "alpha", "llama"))
+        await begun.wait()
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        waiting = asyncio.create_task(registry.register("other", "alpha", "llama"))
+        closing_down = asyncio.create_task(registry.close())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        go.set()
+        await closing_down
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        mine = await registry.get("mine")
+    async with open_registry() as registry:
+        assert await registry.get("mine") == mine
+
+
+async def test_a_failure_that_nobody_waits_for_is_no_noise(
+    registry: ModelRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was the caller's to hear, and the caller has gone."""
+    begun, go = asyncio.Event(), asyncio.Event()
+
+    async def failing_delete(_: Store, __: str) -> str | None:
+        begun.set()
+        await go.wait()
+        raise RegistryError(Reason.STORE_UNAVAILABLE, "away")
+
+    monkeypatch.setattr(Store, "delete", failing_delete)
+    noise: list[Mapping[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: noise.append(context))
+    call = asyncio.create_task(registry.unregister("mine"))
+    await begun.wait()
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    go.set()
+    await registry.close()
+    assert noise == []
