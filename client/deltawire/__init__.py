@@ -22,7 +22,6 @@ from deltawire._errors import (
     DeltawireError,
     DrainingError,
     DurationLimitExceededError,
-    FieldViolation,
     GatewayError,
     InternalError,
     InvalidRequestError,
@@ -54,6 +53,7 @@ from deltawire._errors import (
     UpstreamUnauthenticatedError,
     UpstreamUnavailableError,
 )
+from deltawire._failure import FieldViolation
 from deltawire._messages import (
     MessageLike,
     assistant,

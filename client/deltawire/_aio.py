@@ -10,7 +10,8 @@ from grpc import aio
 
 from deltawire._channel import DEFAULT_TARGET, CallOptions, ConnectOptions, Defaults, Outgoing, connection
 from deltawire._completion import Answer, StreamOutcome, answer_of, text_of_event
-from deltawire._errors import CallCancelledError, Failure, ProtocolError
+from deltawire._errors import CallCancelledError, ProtocolError
+from deltawire._failure import Failure
 from deltawire._requests import (
     ChatArguments,
     Messages,

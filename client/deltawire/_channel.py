@@ -14,17 +14,8 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import grpc
 
-from deltawire._errors import (
-    REQUEST_ID,
-    CallError,
-    FailedCall,
-    Failure,
-    Metadata,
-    error_for,
-    failure_of,
-    metadata_of,
-    metadata_text,
-)
+from deltawire._errors import CallError, error_for
+from deltawire._failure import REQUEST_ID, FailedCall, Failure, Metadata, failure_of, metadata_of, metadata_text
 from deltawire._version import __version__
 
 if TYPE_CHECKING:

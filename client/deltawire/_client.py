@@ -8,7 +8,7 @@ import grpc
 
 from deltawire._channel import DEFAULT_TARGET, CallOptions, ConnectOptions, Defaults, Outgoing, connection
 from deltawire._completion import Answer, StreamOutcome, answer_of, text_of_event
-from deltawire._errors import FailedCall, ProtocolError
+from deltawire._errors import ProtocolError
 from deltawire._requests import (
     ChatArguments,
     Messages,
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from grpc import _CallIterator
+
+    from deltawire._failure import FailedCall
 
 Q = TypeVar("Q")
 R = TypeVar("R")

@@ -27,7 +27,7 @@ from deltawire import (
     message_text,
 )
 from deltawire._completion import answer_of
-from deltawire._errors import Failure
+from deltawire._failure import Failure
 from deltawire.v1.chat_completion_pb2 import (
     Completed,
     CreateChatCompletionResponse,

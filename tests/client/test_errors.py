@@ -23,6 +23,7 @@ from deltawire import (
     UnavailableError,
 )
 from deltawire import _errors as errors
+from deltawire._failure import Failure, Metadata, failure_of
 from tests.client.scripted import Fail
 
 
@@ -32,8 +33,8 @@ class Failed:
     def __init__(
         self,
         code: grpc.StatusCode | None,
-        trailing: errors.Metadata | None = (),
-        initial: errors.Metadata | None = None,
+        trailing: Metadata | None = (),
+        initial: Metadata | None = None,
         details: str | None = "it failed",
     ) -> None:
         self._code, self._details, self._initial, self._trailing = code, details, initial, trailing
@@ -44,16 +45,16 @@ class Failed:
     def details(self) -> str | None:
         return self._details
 
-    def initial_metadata(self) -> errors.Metadata | None:
+    def initial_metadata(self) -> Metadata | None:
         return self._initial
 
-    def trailing_metadata(self) -> errors.Metadata | None:
+    def trailing_metadata(self) -> Metadata | None:
         return self._trailing
 
 
 def error_of(fail: Fail, request_id: str = "") -> CallError:
     """The error for a call that failed like this."""
-    return errors.error_for(errors.failure_of(Failed(fail.code, fail.trailing()), request_id))
+    return errors.error_for(failure_of(Failed(fail.code, fail.trailing()), request_id))
 
 
 def test_every_reason_has_an_error_of_its_own() -> None:
@@ -100,7 +101,7 @@ def test_all_that_the_gateway_told() -> None:
         retry_after=1.5,
     )
     failed = Failed(fail.code, fail.trailing(), (("x-request-id", "from-headers"),), "two fields")
-    error = errors.error_for(errors.failure_of(failed, "sent"))
+    error = errors.error_for(failure_of(failed, "sent"))
     assert isinstance(error, InvalidRequestError)
     assert error.code is grpc.StatusCode.INVALID_ARGUMENT
     assert (error.reason, error.message) == ("INVALID_REQUEST", "two fields")
@@ -183,13 +184,13 @@ def test_reasons_of_a_later_version() -> None:
 
 def test_a_call_that_knows_nothing() -> None:
     """No code, no message, no metadata: still a failure that can be told."""
-    failure = errors.failure_of(Failed(None, None, None, None), "sent")
+    failure = failure_of(Failed(None, None, None, None), "sent")
     assert (failure.code, failure.message, failure.request_id) == (grpc.StatusCode.UNKNOWN, "", "sent")
 
 
 def test_the_fault_that_completed_tells() -> None:
     """It replaces code, reason and message, and nothing else."""
-    failure = errors.Failure(grpc.StatusCode.OK, "", request_id="r")
+    failure = Failure(grpc.StatusCode.OK, "", request_id="r")
     told = errors.with_fault(failure, 10, ErrorReason.ERROR_REASON_UPSTREAM_INCOMPLETE, "gone")
     assert (told.code, told.reason, told.message) == (grpc.StatusCode.ABORTED, "UPSTREAM_INCOMPLETE", "gone")
     assert told.request_id == "r"

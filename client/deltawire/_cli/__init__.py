@@ -1,0 +1,67 @@
+"""The command `deltawire`: chat with a model, and see and name the models there are.
+
+Standard output is the answer and nothing else: text, or with --json one message per line. Everything about the answer
+goes to standard error: a model's reasoning (only if that is a terminal), notes and errors. Exit status: 0 the answer came
+whole, whatever its stop reason; 1 the call failed; 2 wrong usage; 130 Ctrl-C.
+
+A command's way through the folder, in the order of the files one needs to read:
+
+    arguments     every command and option, and the function that runs it
+    connection    options in, a client out
+    chat          `chat`: one answer, or a conversation     registry   `models`, `providers` and `health`
+    request       options and files in, a ChatRequest out   files      the text of a file or of standard input
+    answer        prints an answer while it comes           terminal   text in pieces, harmless to a terminal
+    output        JSON lines, tables, notes, errors         status     exit statuses and `UsageError`
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from deltawire._cli.arguments import make_parser
+from deltawire._cli.connection import client_of
+from deltawire._cli.output import print_error
+from deltawire._cli.status import FAILED, INTERRUPTED, USAGE, UsageError
+from deltawire._errors import DeltawireError
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Sequence
+
+    from deltawire._client import Client
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: Those after the program's name. None takes the process's own.
+
+    Raises:
+        SystemExit: As argparse does: 0 after --help and --version, 2 for wrong usage.
+
+    The exit status comes back; hand it to `sys.exit`.
+    """
+    options = make_parser().parse_args(arguments)
+    run: Callable[[Client, argparse.Namespace], int] = options.run
+    try:
+        with client_of(options) as client:
+            status = run(client, options)
+            # Here, where a reader that has gone can still be dealt with, and not at exit.
+            sys.stdout.flush()
+            return status
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE
+    except DeltawireError as error:
+        print_error(error)
+        return FAILED
+    except BrokenPipeError:
+        # Whoever read the answer has had enough. What is still in the buffer must not fail once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED

@@ -1,0 +1,160 @@
+"""Every command and option there is, its help, and the function that runs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from deltawire._channel import DEFAULT_TARGET
+from deltawire._cli.chat import run_chat
+from deltawire._cli.registry import (
+    check_health,
+    get_model,
+    list_models,
+    list_providers,
+    register_model,
+    unregister_model,
+)
+from deltawire._version import __version__
+
+_SAMPLING = (
+    ("temperature", float, "randomness; 0 is greedy"),
+    ("top_p", float, "consider the likeliest tokens up to this probability mass"),
+    ("top_k", int, "consider this many of the likeliest tokens"),
+    ("min_p", float, "leave out tokens less likely than this share of the likeliest"),
+    ("frequency_penalty", float, "-2 to 2; above 0 discourages repeating often"),
+    ("presence_penalty", float, "-2 to 2; above 0 discourages repeating at all"),
+    ("repetition_penalty", float, "above 1 discourages tokens of prompt and answer"),
+    ("seed", int, "make sampling repeatable"),
+    ("max_tokens", int, "the most tokens to generate"),
+    ("min_tokens", int, "the fewest tokens to generate"),
+)
+
+_CHAT_EXAMPLES = """\
+examples:
+  deltawire chat "Why is the sky blue?"
+  git diff | deltawire chat --system "Write a commit message for this diff."
+  deltawire chat --tool weather.json --tool-choice required "Is it raining in Oslo?"
+  deltawire chat --json "hi" | jq -r '.textDelta.text // empty'
+  echo '{"model": "llama", "messages": [{"user": {"content": [{"text": "hi"}]}}]}' | deltawire chat --request -
+  deltawire chat                                  a conversation; Ctrl-D ends it
+
+Without PROMPT, standard input is the prompt, unless it is a terminal. A model's reasoning is shown dimmed, on standard
+error, if that is a terminal. Exit status: 0 whole answer, 1 failed call, 2 wrong usage, 130 Ctrl-C.
+"""
+
+_EXAMPLES = """\
+examples:
+  deltawire chat "Why is the sky blue?"
+  deltawire models list
+  deltawire health
+
+environment:
+  DELTAWIRE_TARGET   where the gateway is (default 127.0.0.1:50051)
+  DELTAWIRE_TOKEN    the key for it
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Every command and option there is."""
+    parser = argparse.ArgumentParser(
+        prog="deltawire",
+        description="Chat with models behind a deltawire gateway.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"deltawire {__version__}")
+    common = _common_options()
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_chat(commands, common)
+
+    models = commands.add_parser("models", help="list, look up, register and unregister models")
+    actions = models.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    listing = actions.add_parser("list", help="all models", parents=[common])
+    listing.set_defaults(run=list_models)
+    get = actions.add_parser("get", help="one model", parents=[common])
+    get.add_argument("model", metavar="MODEL", help="an id or alias")
+    get.set_defaults(run=get_model)
+    _add_register(actions, common)
+    unregister = actions.add_parser("unregister", help="forget a registered model", parents=[common])
+    unregister.add_argument("model", metavar="MODEL", help="an id or alias")
+    unregister.set_defaults(run=unregister_model)
+
+    providers = commands.add_parser("providers", help="list the servers of models", parents=[common])
+    providers.set_defaults(run=list_providers)
+    health = commands.add_parser(
+        "health", help="ask how providers are", parents=[common], description="Exit status 1 if any of them is down."
+    )
+    health.add_argument("provider", metavar="PROVIDER", nargs="?", help="its id; without it, all of them")
+    health.set_defaults(run=check_health)
+    return parser
+
+
+def _common_options() -> argparse.ArgumentParser:
+    """What every command takes."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print messages as protobuf JSON, one per line")
+    group = common.add_argument_group("connection")
+    target = os.environ.get("DELTAWIRE_TARGET") or DEFAULT_TARGET
+    group.add_argument(
+        "--target", default=target, help="where the gateway is (default $DELTAWIRE_TARGET, else %(default)s)"
+    )
+    group.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this long")
+    group.add_argument("--tls", action="store_true", help="use TLS")
+    group.add_argument("--ca-file", metavar="FILE", help="whom to trust, as PEM; implies --tls")
+    group.add_argument("--cert-file", metavar="FILE", help="your own certificate, as PEM; implies --tls")
+    group.add_argument("--key-file", metavar="FILE", help="its key, as PEM")
+    group.add_argument(
+        "--token", help="your key for the gateway (default $DELTAWIRE_TOKEN, which others cannot see in ps)"
+    )
+    group.add_argument("--insecure", action="store_true", help="let tokens go over plaintext to other machines")
+    group.add_argument("--vllm-token", metavar="TOKEN", help="your own token for vLLM")
+    group.add_argument("--request-id", metavar="ID", help="what the gateway's log shall know the call by")
+    return common
+
+
+def _add_chat(commands: Any, common: argparse.ArgumentParser) -> None:  # noqa: ANN401 -- argparse hides the type
+    """The command `chat`."""
+    chat = commands.add_parser(
+        "chat",
+        help="chat with a model",
+        parents=[common],
+        epilog=_CHAT_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    chat.add_argument("prompt", metavar="PROMPT", nargs="?", help='what to say; "-" reads standard input')
+    chat.add_argument("--model", help="id or alias (default: the only one there is)")
+    chat.add_argument("--system", metavar="TEXT", help="instructions for the model")
+    chat.add_argument(
+        "--request",
+        metavar="FILE",
+        help='a ChatRequest as protobuf JSON, "-" for standard input; the other options are laid over it',
+    )
+    tools = chat.add_argument_group("tools")
+    tools.add_argument(
+        "--tool",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="OpenAI tool objects as JSON, one or a list; repeatable",
+    )
+    tools.add_argument("--tool-choice", metavar="CHOICE", help="auto, required, none, or a tool's name")
+    sampling = chat.add_argument_group("sampling", "What is not given is left to the model's own defaults.")
+    for name, kind, text in _SAMPLING:
+        metavar = "N" if kind is int else "X"
+        sampling.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
+    sampling.add_argument("--stop", metavar="TEXT", action="append", help="a text that ends the answer; repeatable")
+    chat.set_defaults(run=run_chat)
+
+
+def _add_register(actions: Any, common: argparse.ArgumentParser) -> None:  # noqa: ANN401 -- argparse hides the type
+    """The command `models register`."""
+    register = actions.add_parser("register", help="give a served model a name of your own", parents=[common])
+    register.add_argument("model", metavar="ID", help="the id to call it by")
+    register.add_argument("--provider", default="", help="who serves it (default: the only one there is)")
+    register.add_argument("--provider-model", metavar="NAME", default="", help="its name there (default: ID)")
+    register.add_argument("--type", choices=("llm", "embedding", "rerank"), default="llm", help="what it is for")
+    register.add_argument("--alias", action="append", default=[], help="a further name; repeatable")
+    register.add_argument("--metadata", metavar="KEY=VALUE", action="append", default=[], help="a note; repeatable")
+    register.set_defaults(run=register_model)

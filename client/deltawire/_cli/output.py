@@ -1,0 +1,53 @@
+"""What the commands print alike: messages as JSON lines, tables, names of enum values, notes, errors."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from google.protobuf.json_format import MessageToJson
+
+from deltawire._errors import CallError, ProtocolError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from google.protobuf.message import Message as ProtoMessage
+
+    from deltawire._errors import DeltawireError
+
+
+def print_json(message: ProtoMessage) -> None:
+    """A message as one line of protobuf JSON, at once."""
+    print(MessageToJson(message, indent=None), flush=True)
+
+
+def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Rows under a head, columns aligned; the last column is not padded."""
+    lines = [head, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def word(enum: Any, value: int, prefix: str) -> str:  # noqa: ANN401 -- any enum of the API
+    """An enum value's name without its prefix; the number of one that this version does not know."""
+    return str(enum.Name(value)).removeprefix(prefix) if value in enum.values() else str(value)
+
+
+def note_unreachable(provider_ids: Sequence[str]) -> None:
+    """Say that models may be missing."""
+    if provider_ids:
+        print(f"note: did not answer, so models may be missing: {', '.join(provider_ids)}", file=sys.stderr)
+
+
+def print_error(error: DeltawireError) -> None:
+    """An error as it can be acted upon: what, which fields, and what to give whoever looks into it."""
+    print(f"error: {error}", file=sys.stderr)
+    if isinstance(error, CallError):
+        for violation in error.violations:
+            print(f"  {violation.field}: {violation.description}", file=sys.stderr)
+        if error.retry_after is not None:
+            print(f"  try again in {error.retry_after:g} s", file=sys.stderr)
+    if isinstance(error, CallError | ProtocolError) and error.request_id:
+        print(f"  request id: {error.request_id}", file=sys.stderr)

@@ -1,0 +1,59 @@
+"""Text in pieces, as a model writes it: on lines of its own, and harmless to a terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import TextIO
+
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+# What a model writes must not steer a terminal: control characters other than tab and newline are shown as pictures.
+_PICTURES = {code: 0x2400 + code for code in range(0x20) if code not in {0x09, 0x0A}} | {0x7F: 0x2421}
+_PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
+
+class Printer:
+    """Prints pieces of text so that a line of another kind always begins a line."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._clean = stream.isatty()
+        self._at_line_start = True
+
+    def piece(self, text: str) -> None:
+        """Print a piece, at once."""
+        if text:
+            # Noted first: Ctrl-C can come right after the text is out.
+            self._at_line_start = text.endswith("\n")
+            self._stream.write(text.translate(_PICTURES) if self._clean else text)
+            self._stream.flush()
+
+    def line(self, text: str) -> None:
+        """Print a line of its own."""
+        self.end()
+        self.piece(f"{text}\n")
+
+    def end(self) -> None:
+        """End the line that is open, if one is."""
+        if not self._at_line_start:
+            self.piece("\n")
+
+
+class Thinking:
+    """Prints reasoning, dimmed, on standard error, if that is a terminal; otherwise nothing."""
+
+    def __init__(self) -> None:
+        self._shown = sys.stderr.isatty()
+        self._open = False
+
+    def piece(self, text: str) -> None:
+        """Print a piece, at once."""
+        if self._shown:
+            text = text.translate(_PICTURES)
+            print(text if self._open else DIM + text, end="", file=sys.stderr, flush=True)
+            self._open = True
+
+    def end(self) -> None:
+        """Make the terminal as it was."""
+        if self._open:
+            print(PLAIN, file=sys.stderr, flush=True)
+            self._open = False

@@ -1,0 +1,188 @@
+"""From events to the finished answer, and from the way a stream ended to what is raised or given back.
+
+Two verbs: `Accumulator.receive(event)` for each event, then `finish(failure)` once, with how the call ended. What decides:
+
+    Completed came   its error   the call ended with      finish gives
+    yes              no          anything                 the answer: it is whole, whatever happened to the status
+    yes              yes         a status with a reason   that reason's error
+    yes              yes         anything else            the error that `Completed.error` tells
+    no               -           CANCELLED,               the error of that code: the caller's own doing
+                                 DEADLINE_EXCEEDED
+    no               -           another, before any      the error of that status
+                                 event
+    no               -           another, or OK           `StreamInterrupted`
+
+Every error after the first event has what came in `answer`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, assert_never
+
+import grpc
+
+from deltawire._completion.answer import Answer, choice_of, with_info
+from deltawire._errors import ProtocolError, StreamInterrupted, error_for, with_fault
+from deltawire._failure import Failure
+from deltawire.v1.chat_completion_pb2 import (
+    ChoiceFinished,
+    Completed,
+    Started,
+    StreamChatCompletionResponse,
+    TokenLogprob,
+)
+from deltawire.v1.message_pb2 import AssistantMessage, ContentPart
+
+if TYPE_CHECKING:
+    from deltawire._channel import CallInfo
+    from deltawire.v1.tool_pb2 import ToolCall, ToolCallDelta
+
+# Ends that are the caller's own doing: they mean the same whether or not the answer had begun.
+CALLERS_OWN = frozenset({grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED})
+
+
+@dataclass(slots=True)
+class _Parts:
+    """What the events said of one choice. Text is kept in pieces and joined once."""
+
+    text: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
+    failed: list[ToolCallDelta] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finished: ChoiceFinished = field(default_factory=ChoiceFinished)
+
+    def message(self) -> AssistantMessage:
+        """The model's turn, as far as it came."""
+        text = "".join(self.text)
+        return AssistantMessage(
+            content=[ContentPart(text=text)] if text else [],
+            reasoning="".join(self.reasoning),
+            tool_calls=self.calls,
+        )
+
+
+class Accumulator:
+    """Folds a stream's events into its answer, and holds the stream to its rules."""
+
+    def __init__(self) -> None:
+        self._next = 0
+        self._started: Started | None = None
+        self._completed: Completed | None = None
+        self._parts: dict[int, _Parts] = {}
+
+    def receive(self, event: StreamChatCompletionResponse) -> None:
+        """Take the next event. An event of a kind that is not known here counts, and is otherwise skipped.
+
+        Raises:
+            ProtocolError: An event is missing, or this one comes where it must not.
+        """
+        kind = event.WhichOneof("event")
+        self._check(event.sequence, kind)
+        self._next += 1
+        match kind:
+            case "started":
+                self._started = event.started
+            case "text_delta":
+                parts = self._of(event)
+                parts.text.append(event.text_delta.text)
+                parts.logprobs.extend(event.text_delta.logprobs)
+            case "reasoning_delta":
+                parts = self._of(event)
+                parts.reasoning.append(event.reasoning_delta.text)
+                parts.logprobs.extend(event.reasoning_delta.logprobs)
+            case "tool_call_delta":
+                self._receive_call(self._of(event), event.tool_call_delta)
+            case "choice_finished":
+                self._of(event).finished = event.choice_finished
+            case "completed":
+                self._completed = event.completed
+            case None:
+                pass
+            case _:
+                assert_never(kind)
+
+    def finish(self, failure: Failure | None, info: CallInfo) -> Answer:
+        """Say what the stream came to.
+
+        Args:
+            failure: How the call failed; None if its status was OK.
+            info: What came beside the events.
+
+        Raises:
+            CallError: By the table at the top of this file.
+        """
+        answer = self._answer(info)
+        completed = self._completed
+        if completed is not None and not completed.HasField("error"):
+            return answer
+        interrupted = failure is None or (self._next > 0 and failure.code not in CALLERS_OWN)
+        # A status of OK without an answer is nothing that anybody should read as OK.
+        failure = failure or Failure(
+            grpc.StatusCode.UNKNOWN,
+            "the stream ended without its last event",
+            request_id=info.request_id,
+            initial_metadata=info.initial_metadata,
+            trailing_metadata=info.trailing_metadata,
+        )
+        failure = replace(failure, answer=answer if self._next else None)
+        if completed is not None:
+            if not failure.reason:
+                fault = completed.error
+                failure = with_fault(failure, fault.code, fault.reason, fault.message)
+            raise error_for(failure)
+        if interrupted:
+            raise StreamInterrupted(failure)
+        raise error_for(failure)
+
+    def _check(self, sequence: int, kind: str | None) -> None:
+        """Hold the next event to the rules: no gap, `started` first and once, nothing after `completed`."""
+        if sequence != self._next:
+            _broken(f"event {self._next} was expected and {sequence} came")
+        if self._completed is not None:
+            _broken("an event came after the last one")
+        if kind is not None and (kind == "started") != (self._started is None):
+            _broken(f"{kind} came {'before' if self._started is None else 'after'} started")
+
+    def _of(self, event: StreamChatCompletionResponse) -> _Parts:
+        """The parts of the choice that this event is about."""
+        return self._parts.setdefault(event.choice_index, _Parts())
+
+    @staticmethod
+    def _receive_call(parts: _Parts, delta: ToolCallDelta) -> None:
+        """Take a verdict on a tool call; a status that is not known here is skipped."""
+        outcome = delta.WhichOneof("outcome")
+        match outcome:
+            case "tool_call":
+                parts.calls.append(delta.tool_call)
+            case "failure":
+                parts.failed.append(delta)
+            case None:
+                pass
+            case _:
+                assert_never(outcome)
+
+    def _answer(self, info: CallInfo) -> Answer:
+        """The answer as far as it came, with choice 0 always in it."""
+        completed = self._completed or Completed()
+        stated = {} if completed.messages_omitted else {choice.index: choice for choice in completed.choices}
+        closed = {choice.index: choice for choice in completed.choices}
+        choices = []
+        for index in sorted({0, *self._parts, *closed}):
+            parts = self._parts.get(index) or _Parts()
+            choice = closed.get(index) or Completed.Choice(
+                stop_reason=parts.finished.stop_reason,
+                engine_finish_reason=parts.finished.engine_finish_reason,
+                tool_calls_executable=parts.finished.tool_calls_executable,
+            )
+            message = stated[index].message if index in stated else parts.message()
+            failed = tuple(choice.failed_tool_calls) or tuple(parts.failed)
+            choices.append(choice_of(index, choice, message, failed, parts.finished, tuple(parts.logprobs)))
+        return with_info(Answer(self._started or Started(), completed, tuple(choices)), info)
+
+
+def _broken(what: str) -> None:
+    """Refuse a stream that breaks its own rules."""
+    message = f"the gateway broke the rules of its stream: {what}"
+    raise ProtocolError(message)

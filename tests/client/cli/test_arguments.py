@@ -1,0 +1,61 @@
+"""The command line: help, the version, and what is said of wrong usage."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+import deltawire
+from deltawire._cli import main
+
+if TYPE_CHECKING:
+    from tests.client.cli.support import Run
+    from tests.client.scripted import Gateway
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    """The program and its version, also as a module."""
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"deltawire {deltawire.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["chat"], ["models"], ["models", "list"], ["models", "register"], ["providers"], ["health"]]
+)
+def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Every command explains itself; chat with examples."""
+    with pytest.raises(SystemExit) as caught:
+        main([*command, "--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: {' '.join(['deltawire', *command])}")
+    if command in ([], ["chat"]):
+        assert "examples:" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["chat", "--request", "-", "-"], "cannot be both"),
+        (["chat", "--model", "llama"], "there is no prompt: standard input is empty"),
+        (["chat", "--model", "llama", "--max-tokens", "-1", "hi"], "out of range"),
+        (["chat", "--max-tokens", "many", "hi"], "invalid int value: 'many'"),
+        (["chat", "--target", "gateway:1", "--token", "key", "hi"], "or allow it with --insecure"),
+        (["chat", "--target", "gateway:1", "--vllm-token", "key", "hi"], "or allow it with --insecure"),
+        (["chat", "--cert-file", "cert.pem", "hi"], "give both or neither"),
+        (["chat", "--ca-file", "/nowhere/ca.pem", "hi"], "/nowhere/ca.pem: No such file or directory"),
+        (["models", "register", "llama", "--metadata", "owner"], "--metadata owner: not KEY=VALUE"),
+        (["models"], "the following arguments are required: COMMAND"),
+        (["sing"], "invalid choice: 'sing'"),
+        ([], "the following arguments are required: COMMAND"),
+    ],
+)
+def test_wrong_usage(gateway: Gateway, run: Run, arguments: list[str], what: str) -> None:
+    """Status 2 and a sentence that says what to change; nothing is called."""
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert what.lower() in err.lower()
+    assert gateway.calls == []

@@ -1,0 +1,110 @@
+"""Chatting: which model is taken, and conversations."""
+
+from __future__ import annotations
+
+import sys
+
+import grpc
+import pytest
+
+from deltawire import assistant, system, tool, user
+from deltawire.v1 import model_registry_pb2 as registry
+from tests.client.cli.support import CALL, Run, Terminal, asked
+from tests.client.scripted import WAIT, Fail, Gateway, calling, model, saying
+
+STATUS = grpc.StatusCode
+
+
+@pytest.mark.parametrize(
+    ("models", "chosen"),
+    [
+        ([model("llama")], "llama"),
+        ([model("bge", type=registry.MODEL_TYPE_EMBEDDING), model("llama")], "llama"),
+        ([model("llama", provider_model_id="m"), model("vllm/m", source=registry.MODEL_SOURCE_DISCOVERED)], "llama"),
+        ([model("vllm/m", source=registry.MODEL_SOURCE_DISCOVERED), model("z", provider_model_id="m")], "z"),
+    ],
+)
+def test_the_only_model(gateway: Gateway, run: Run, models: list[registry.Model], chosen: str) -> None:
+    """Without --model it is taken; a model and its registration are one."""
+    gateway.will(registry.ListModelsResponse(models=models))
+    gateway.will(*saying("hi"))
+    assert run("chat", "hi")[0] == 0
+    assert asked(gateway).model == chosen
+
+
+def test_no_model_to_choose(gateway: Gateway, run: Run) -> None:
+    """Several are listed, none is said to be none, and who did not answer is named."""
+    gateway.will(registry.ListModelsResponse(models=[model("b"), model("a")]))
+    assert run("chat", "hi") == (2, "", "error: there is more than one model; give --model, one of: a, b\n")
+    gateway.will(registry.ListModelsResponse(unreachable_provider_ids=["vllm"]))
+    status, _, err = run("chat", "hi")
+    assert status == 2
+    assert err.splitlines() == [
+        "note: did not answer, so models may be missing: vllm",
+        "error: there is no model to chat with",
+    ]
+
+
+def test_a_conversation(gateway: Gateway, run: Run) -> None:
+    """Each turn knows those before it; empty lines are nothing; Ctrl-D ends it well."""
+    gateway.will(*saying("one"))
+    gateway.will(*saying("two"))
+    status, out, err = run("chat", "--model", "llama", "--system", "be brief", stdin=["1?", "  ", "2?", EOFError()])
+    assert (status, out) == (0, "> one\n> > two\n> ")
+    assert err.startswith("llama; Ctrl-C stops an answer")
+    turns = [system("be brief"), user("1?"), assistant("one"), user("2?")]
+    assert list(asked(gateway).messages) == turns
+
+
+def test_tool_calls_in_a_conversation(gateway: Gateway, run: Run) -> None:
+    """Whoever types is asked for the results."""
+    gateway.will(*calling(CALL))
+    gateway.will(*saying("Rain."))
+    status, out, _ = run("chat", "--model", "llama", stdin=["Köln?", "rain", EOFError()])
+    assert status == 0
+    assert 'result of get_weather({"city": "Köln"})> ' in out
+    assert list(asked(gateway).messages) == [user("Köln?"), assistant(tool_calls=[CALL]), tool(CALL, "rain")]
+
+
+def test_a_failed_turn_leaves_no_trace(gateway: Gateway, run: Run) -> None:
+    """The error is shown, and the conversation goes on without the turn; so it does without a tool's result."""
+    gateway.will(Fail(STATUS.INTERNAL, "INTERNAL"))
+    gateway.will(*calling(CALL))
+    gateway.will(*saying("hi"))
+    status, _, err = run("chat", "--model", "llama", stdin=["1?", "2?", EOFError(), "3?", EOFError()])
+    assert status == 0
+    assert "error: INTERNAL (INTERNAL): it failed" in err
+    assert "note: no result, so the turn is dropped" in err
+    assert list(asked(gateway).messages) == [user("3?")]
+
+
+def test_ctrl_c_at_the_prompt(run: Run) -> None:
+    """It ends everything."""
+    status, _, err = run("chat", "--model", "llama", stdin=[KeyboardInterrupt()])
+    assert status == 130
+    assert err.endswith("interrupted\n")
+
+
+def test_ctrl_c_in_an_answer(gateway: Gateway, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends that answer, keeps what came, and the conversation goes on."""
+
+    class Stopped(Terminal):
+        """Standard output whose reader presses Ctrl-C when the text comes."""
+
+        def write(self, piece: str) -> int:
+            """Write, and then be interrupted."""
+            super().write(piece)
+            if piece == "Hel":
+                raise KeyboardInterrupt
+            return len(piece)
+
+    out = Stopped()
+    monkeypatch.setattr(sys, "stdout", out)
+    gateway.will(*saying("Hel", "lo")[:2], WAIT)
+    gateway.will(*saying("yes"))
+    status, _, err = run("chat", "--model", "llama", stdin=["1?", "2?", EOFError()])
+    assert status == 0
+    assert "note: the answer was stopped" in err
+    assert "Hel" in out.getvalue()
+    assert gateway.calls[0].ended.wait(10)
+    assert list(asked(gateway).messages)[-1] == user("2?")

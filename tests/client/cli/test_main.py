@@ -1,0 +1,58 @@
+"""The command as a process: its signals, its pipes, its exit status."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import deltawire
+from tests.client.scripted import WAIT, Gateway, saying
+
+
+def test_it_runs_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """`python -m deltawire` is the same program."""
+    monkeypatch.setattr(sys, "argv", ["deltawire", "--version"])
+    with pytest.raises(SystemExit):
+        runpy.run_module("deltawire", run_name="__main__")
+    assert capsys.readouterr().out == f"deltawire {deltawire.__version__}\n"
+
+
+def start(gateway: Gateway, *arguments: str) -> subprocess.Popen[bytes]:
+    """Start the command as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "deltawire", *arguments],
+        env=os.environ | {"DELTAWIRE_TARGET": gateway.target},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def test_ctrl_c(gateway: Gateway) -> None:
+    """The call is cancelled, what came is kept, the status is 130."""
+    gateway.will(*saying("Hel", "lo")[:2], WAIT)
+    with start(gateway, "chat", "--model", "llama", "hi") as process:
+        assert process.stdout is not None
+        assert process.stdout.read(3) == b"Hel"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert (out, err) == (b"\n", b"interrupted\n")
+    assert gateway.last.ended.wait(10)
+
+
+def test_a_reader_that_has_gone(gateway: Gateway) -> None:
+    """As with `| head -1`: the call is cancelled, and nothing is said about it."""
+    gateway.will(*saying("Hel", *["lo\n"] * 5000))
+    with start(gateway, "chat", "--model", "llama", "--json", "hi") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith(b'{"started"')
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+    assert process.returncode == 1

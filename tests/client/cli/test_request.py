@@ -1,0 +1,108 @@
+"""What a chat asks, by its options, files and standard input."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from deltawire import ChatRequest, ToolChoice, system, user
+from deltawire.v1.chat_completion_pb2 import Sampling
+from tests.client.cli.support import Run, asked
+from tests.client.scripted import Gateway, saying
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
+
+
+def test_every_option(gateway: Gateway, run: Run, tmp_path: Path) -> None:
+    """Each arrives in its field."""
+    one, many = tmp_path / "one.json", tmp_path / "many.json"
+    one.write_text(json.dumps(WEATHER))
+    many.write_text(json.dumps([{"name": "a"}, {"name": "b", "strict": True}]))
+    gateway.will(*saying("hi"))
+    status, _, err = run(
+        "chat", "--model", "llama", "--system", "be kind", "--tool", str(one), "--tool", str(many),
+        "--tool-choice", "required", "--temperature", "0", "--top-p", "0.9", "--top-k", "40", "--min-p", "0.1",
+        "--frequency-penalty", "-1", "--presence-penalty", "1", "--repetition-penalty", "1.5", "--seed", "7",
+        "--max-tokens", "9", "--min-tokens", "2", "--stop", "END", "--stop", "FIN", "--token", "key",
+        "--vllm-token", "other", "--request-id", "mine", "--timeout", "60", "hi",
+    )  # fmt: skip
+    assert (status, err) == (0, "")
+    request = asked(gateway)
+    assert list(request.messages) == [system("be kind"), user("hi")]
+    assert [each.name for each in request.tools] == ["get_weather", "a", "b"]
+    assert request.tool_choice == ToolChoice(mode=ToolChoice.MODE_REQUIRED)
+    assert request.sampling == Sampling(
+        temperature=0, top_p=0.9, top_k=40, min_p=0.1, frequency_penalty=-1, presence_penalty=1,
+        repetition_penalty=1.5, seed=7, max_tokens=9, min_tokens=2, stop=["END", "FIN"],
+    )  # fmt: skip
+    metadata = gateway.last.metadata
+    assert metadata["authorization"] == "Bearer key"
+    assert metadata["x-vllm-api-token"] == "other"
+    assert metadata["x-request-id"] == "mine"
+
+
+@pytest.mark.parametrize("arguments", [[], ["-"]])
+def test_standard_input_is_the_prompt(gateway: Gateway, run: Run, arguments: list[str]) -> None:
+    """If it is no terminal, or if it is asked for."""
+    gateway.will(*saying("hi"))
+    assert run("chat", "--model", "llama", *arguments, stdin="from a pipe\n")[0] == 0
+    assert asked(gateway).messages[0] == user("from a pipe\n")
+
+
+def test_a_request_in_a_file(gateway: Gateway, run: Run, tmp_path: Path) -> None:
+    """It is sent as it is."""
+    path = tmp_path / "request.json"
+    path.write_text('{"model": "llama", "messages": [{"user": {"content": [{"text": "hi"}]}}], "choiceCount": 2}')
+    gateway.will(*saying("hi"))
+    assert run("chat", "--request", str(path))[0] == 0
+    assert asked(gateway) == ChatRequest(model="llama", messages=[user("hi")], choice_count=2)
+
+
+def test_options_are_laid_over_a_request(gateway: Gateway, run: Run) -> None:
+    """They replace values; the prompt comes after the messages, instructions before them."""
+    request = (
+        '{"model": "a", "messages": [{"user": {"content": [{"text": "1"}]}}], "sampling": {"seed": "1", "topK": 2}}'
+    )
+    gateway.will(*saying("hi"))
+    arguments = ("--request", "-", "--model", "b", "--seed", "3", "--system", "0", "2")
+    assert run("chat", *arguments, stdin=request)[0] == 0
+    assert asked(gateway) == ChatRequest(
+        model="b", messages=[system("0"), user("1"), user("2")], sampling=Sampling(seed=3, top_k=2)
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ("{", "tools.json: not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+        ("3", "tools.json: not an object"),
+        ('[{"name": "a"}, 3]', "tools.json: tool 2: not an object"),
+        ('[{"name": "a"}, {}]', 'tools.json: tool 2: the tool has no "name"'),
+        ('{"type": "web_search"}', "tools.json: the tool's \"type\" is 'web_search'"),
+        (b"\xff", "tools.json: not UTF-8 text"),
+        (None, "tools.json: No such file or directory"),
+    ],
+)
+def test_tool_files_that_are_wrong(run: Run, tmp_path: Path, content: str | bytes | None, what: str) -> None:
+    """The message names the file, the tool and what is wrong."""
+    path = tmp_path / "tools.json"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    status, _, err = run("chat", "--model", "llama", "--tool", str(path), "hi")
+    assert status == 2
+    assert what in err
+    assert err.startswith(f"error: {tmp_path}")
+
+
+def test_requests_that_are_wrong(run: Run) -> None:
+    """The message names the source and the field."""
+    status, _, err = run("chat", "--request", "-", stdin='{"modle": "llama"}')
+    assert status == 2
+    assert err.startswith("error: standard input: not a ChatRequest: ")
+    assert "modle" in err
