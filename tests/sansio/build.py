@@ -153,7 +153,7 @@ def ending(
     matched: str | int | None = None,
 ) -> list[Event]:
     """How an answer of one choice ends: the verdicts, the choice's end, the answer's. `chunks` had output."""
-    whole = FinishedChoice(0, text, reasoning, succeeded, failed, reason, word, executable)
+    whole = FinishedChoice(0, text, reasoning, succeeded, failed, reason, word, executable, matched)
     verdicts: list[ToolCallSucceeded | ToolCallFailed] = [*succeeded, *failed]
     return [
         *sorted(verdicts, key=lambda call: call.index),

@@ -83,6 +83,9 @@ MALFORMED = {
     "an index without end": b'{"choices":[{"index":' + b"1" * 5000 + b"}]}",
     "a byte that is none": b'{"choices":[{"logprobs":{"content":[{"token":"a","logprob":-1,"bytes":[256]}]}}]}',
     "a negative byte": b'{"choices":[{"logprobs":{"content":[{"token":"a","logprob":-1,"bytes":[-1]}]}}]}',
+    "more tokens than there can be": b'{"choices":[],"usage":{"prompt_tokens":4294967296}}',
+    "fewer tokens than none": b'{"choices":[],"usage":{"completion_tokens":-1}}',
+    "a stop token that is none": b'{"choices":[{"stop_reason":9223372036854775808}]}',
     "an error of another type": b'{"error":[]}',
     "nested too deeply": b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b',"choices":[]}',
 }

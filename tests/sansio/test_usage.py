@@ -115,6 +115,12 @@ def test_figures_that_outgrow_an_early_account_count() -> None:
     assert _usage(early, *more) == Usage(4, Provenance.LOWER_BOUND, 7)
 
 
+def test_a_lower_bound_never_falls() -> None:
+    """Of several early accounts the largest counts."""
+    accounts = chunk(usage=figures(7, 9)), text("a"), chunk(usage=figures(7, 3)), text("b")
+    assert _usage(*accounts) == Usage(9, Provenance.LOWER_BOUND, 7)
+
+
 # --- ESTIMATED
 
 

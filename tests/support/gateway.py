@@ -165,9 +165,7 @@ def taken_apart(error: aio.AioRpcError) -> Failure:
     packed = trailers["grpc-status-details-bin"]
     assert isinstance(packed, bytes)
     status = status_pb2.Status.FromString(packed)
-    failure = Failure(
-        error.code(), error.details() or "", status, trailers, dict(error.initial_metadata() or ())
-    )
+    failure = Failure(error.code(), error.details() or "", status, trailers, dict(error.initial_metadata() or ()))
     for detail in status.details:
         message = _unpacked(detail.TypeName().rpartition(".")[2], detail.value)
         match message:

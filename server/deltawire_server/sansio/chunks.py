@@ -17,6 +17,12 @@ DONE = b"[DONE]"
 Byte = Annotated[int, msgspec.Meta(ge=0, le=255)]
 """One of a token's bytes."""
 
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
+"""Tokens; what is passed on holds 32 bits."""
+
+TokenId = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+"""A token; what is passed on holds 64 bits."""
+
 
 class MalformedChunkError(ValueError):
     """An event's payload is not a chunk."""
@@ -80,26 +86,26 @@ class Choice(_Part, frozen=True):
     delta: Delta | None = None
     logprobs: Logprobs | None = None
     finish_reason: str | None = None
-    stop_reason: int | str | None = None
+    stop_reason: TokenId | str | None = None
 
 
 class PromptDetails(_Part, frozen=True):
     """Of the prompt's tokens."""
 
-    cached_tokens: int | None = None
+    cached_tokens: Count | None = None
 
 
 class CompletionDetails(_Part, frozen=True):
     """Of the generated tokens."""
 
-    reasoning_tokens: int | None = None
+    reasoning_tokens: Count | None = None
 
 
 class UsageFigures(_Part, frozen=True):
     """Tokens used: of one choice so far, or in the chunk without choices of all."""
 
-    prompt_tokens: int = 0
-    completion_tokens: int | None = 0
+    prompt_tokens: Count = 0
+    completion_tokens: Count | None = 0
     prompt_tokens_details: PromptDetails | None = None
     completion_tokens_details: CompletionDetails | None = None
 

@@ -249,7 +249,7 @@ class CompletionReader:
             if self._exact is not None:
                 # More output follows, so that account was not the final one: at least that much was used.
                 self._figures_seen = True
-                self._completion_floor = self._exact.completion_tokens or 0
+                self._completion_floor = max(self._completion_floor, self._exact.completion_tokens or 0)
                 self._exact = None
             for part in chunk.choices:
                 self._receive_part(part, chunk.usage, events)
