@@ -678,3 +678,26 @@ def test_any_stream_keeps_the_contract(
             assert not choice.failed_tool_calls
     ids = [event.call_id for event in events if isinstance(event, ToolCallSucceeded | ToolCallFailed)]
     assert len(set(ids)) == len(ids)
+
+
+def test_a_repeated_name_does_not_count_towards_a_calls_size() -> None:
+    """An engine that says the name beside every fragment has no smaller limit than one that says it once."""
+    pieces = [calls(entry(piece, call_id="c", name="get_weather")) for piece in ('{"a', '": ', '"b"}')]
+    limits = Limits(max_call_bytes=len('get_weather{"a": "b"}'))
+    events = read(*pieces, end("tool_calls"), DONE, limits=limits)
+    assert _fault(events) is None
+    assert any(isinstance(event, ToolCallSucceeded) for event in events)
+
+
+def test_an_empty_finish_reason_is_none() -> None:
+    """An engine that fills in the field with an empty text has not ended the choice."""
+    events = read(text("a", finish=""), text("b", finish="stop"), DONE)
+    assert [event.engine_finish_reason for event in events if isinstance(event, ChoiceFinished)] == ["stop"]
+
+
+def test_null_is_as_good_as_left_out() -> None:
+    """A chunk whose id, model, object and choice index are null is a chunk."""
+    nulls = data({"id": None, "model": None, "object": None, "choices": [{"index": None, "delta": {"content": "a"}}]})
+    events = read(nulls, end("stop"), DONE)
+    assert events[:2] == [Started("", ""), TextDelta(0, "a")]
+    assert _fault(events) is None

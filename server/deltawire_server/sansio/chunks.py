@@ -82,7 +82,7 @@ class Logprobs(_Part, frozen=True):
 class Choice(_Part, frozen=True):
     """One choice's share of a chunk."""
 
-    index: int = 0
+    index: int | None = 0
     delta: Delta | None = None
     logprobs: Logprobs | None = None
     finish_reason: str | None = None
@@ -113,25 +113,25 @@ class UsageFigures(_Part, frozen=True):
 class ErrorBody(_Part, frozen=True):
     """An error in vLLM's words."""
 
-    message: str = ""
+    message: str | None = None
     type: str | None = None
     param: Any = None
-    code: int | str | None = None
+    code: Any = None
 
 
 class Chunk(_Part, frozen=True):
     """One event. `error` is set in an error event; before 0.10 vLLM put its fields beside `object: "error"` instead."""
 
-    id: str = ""
-    model: str = ""
+    id: str | None = None
+    model: str | None = None
     choices: list[Choice] | None = None
     usage: UsageFigures | None = None
     error: ErrorBody | str | None = None
-    object: str = ""
-    message: str = ""
+    object: str | None = None
+    message: str | None = None
     type: str | None = None
     param: Any = None
-    code: int | str | None = None
+    code: Any = None
 
     def error_body(self) -> ErrorBody | None:
         """The error that this event is, `None` if it is a chunk."""

@@ -11,6 +11,7 @@ never begins or ends anything. Within a chunk the order is reasoning, text, tool
 from __future__ import annotations
 
 import enum
+import re
 from collections import Counter
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -65,8 +66,8 @@ FAULT_STOP_REASONS: Mapping[Reason, StopReason] = MappingProxyType(
 """How a choice ended that a fault cut off; every other fault is ERROR."""
 
 
-_CODE_DIGITS = 9
-"""An error's code is an HTTP status; more digits than this are no number to compute."""
+_STATUS = re.compile(r"[1-5][0-9]{2}")
+"""What an error's code has to be: an HTTP status. Any other is as good as none."""
 
 
 class Phase(enum.Enum):
@@ -245,7 +246,7 @@ class CompletionReader:
         if chunk.choices:
             if self.phase is Phase.WAITING:
                 self.phase = Phase.OPEN
-                events.append(Started(chunk.id, chunk.model))
+                events.append(Started(chunk.id or "", chunk.model or ""))
             if self._exact is not None:
                 # More output follows, so that account was not the final one: at least that much was used.
                 self._figures_seen = True
@@ -260,7 +261,7 @@ class CompletionReader:
             self.oddities["chunk without choices or usage"] += 1
 
     def _receive_part(self, part: chunks.Choice, usage: chunks.UsageFigures | None, events: list[Event]) -> None:
-        choice = self._choices.get(part.index) or self._begin_choice(part.index)
+        choice = self._choices.get(part.index or 0) or self._begin_choice(part.index or 0)
         if usage is not None:
             self._note_figures(choice, usage)
         delta = part.delta
@@ -268,7 +269,7 @@ class CompletionReader:
             self._receive_delta(choice, delta, part.logprobs, events)
         elif part.logprobs is not None:
             self._receive_delta(choice, chunks.Delta(), part.logprobs, events)
-        if part.finish_reason is not None:
+        if part.finish_reason:
             if choice.finished is None:
                 self._finish_choice(choice, part.finish_reason, part.stop_reason, events)
             else:
@@ -398,9 +399,8 @@ class CompletionReader:
 
 
 def _fault_of(error: chunks.ErrorBody) -> Fault:
-    code = error.code or 0
-    if isinstance(code, str):
-        code = int(code) if code.isdecimal() and len(code) <= _CODE_DIGITS else 0
+    text = str(error.code)
+    code = int(text) if _STATUS.fullmatch(text) else 0
     param = error.param if isinstance(error.param, str) else ""
     return Fault(
         Reason.UPSTREAM_ERROR, error.message or "the provider reported an error", code, error.type or "", param

@@ -171,7 +171,7 @@ class _Call:
             ) from None
 
     def take_name(self, name: str) -> None:
-        """A name equal to what is there is a repeat, one that extends it replaces it, another is its next piece."""
+        """A name that extends what is there replaces it, another is its next piece."""
         if name.startswith(self.name):
             self.name = name
         else:
@@ -307,10 +307,10 @@ class ToolCallAssembler:
             raise ToolCallLimitError(f"tool call {call.index} is larger than {self._max_call_bytes} bytes")
 
     def _take_name(self, call: _Call, name: str, events: list[Event]) -> None:
-        self._grow(call, name)
         before = call.state
         call.advance(Kind.NAME)
-        if before is not State.OPEN:
+        if before is not State.OPEN and name != call.name:  # else a repeat, of which nothing is kept
+            self._grow(call, name)
             call.take_name(name)
         if before is State.ANONYMOUS:
             self._settle(call, events)
