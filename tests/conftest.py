@@ -16,7 +16,7 @@ from deltawire_server.telemetry import configure_logging
 from tests.support.gateway import Lines, Running, running, settings_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Mapping
+    from collections.abc import AsyncIterator, Mapping
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
@@ -96,7 +96,7 @@ async def lines() -> AsyncIterator[Lines]:
 
 
 @pytest.fixture(scope="session")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Certificates]:
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     """Made by the openssl command for this run of the tests."""
     folder = tmp_path_factory.mktemp("certificates")
     (folder / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
@@ -110,6 +110,6 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Certifica
         openssl("req", *curve, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
         signing = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "names")
         openssl("x509", "-req", "-in", f"{name}.csr", "-out", f"{name}.pem", *signing)
-    yield Certificates(
+    return Certificates(
         folder / "ca.pem", folder / "server.pem", folder / "server.key", folder / "client.pem", folder / "client.key"
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import ssl
 from typing import TYPE_CHECKING, Protocol
 
 import grpc
@@ -82,12 +83,13 @@ class Lifecycle:
             services: The full names of the services that were added, for health and reflection.
 
         Raises:
-            ListenError: An address is taken, or is none of this machine's.
+            ListenError: An address is taken, or is none of this machine's; or the certificate cannot be used.
         """
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if self._settings.reflection:
             self._add_reflection([*services, health.SERVICE_NAME, reflection.SERVICE_NAME])
-        self.addresses = tuple(self._listen(address) for address in self._settings.listen)
+        credentials = _credentials(self._settings)
+        self.addresses = tuple(self._listen(address, credentials) for address in self._settings.listen)
         for service in services:
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         await self._server.start()
@@ -105,10 +107,6 @@ class Lifecycle:
         if self._stopping is None or at_once:
             self._stopping = asyncio.create_task(self._stop(at_once=at_once), name="stop")
         await asyncio.shield(self._stopping)
-
-    async def wait(self) -> None:
-        """Wait until the server has stopped."""
-        await self._server.wait_for_termination()
 
     async def _stop(self, *, at_once: bool) -> None:
         settings = self._settings
@@ -129,15 +127,14 @@ class Lifecycle:
         await self._server.stop(0)
         self.state = State.STOPPED
 
-    def _listen(self, address: str) -> str:
+    def _listen(self, address: str, credentials: grpc.ServerCredentials | None) -> str:
         try:
-            credentials = _credentials(self._settings)
             # A unix socket does not leave the machine, and its file's permissions say who may use it.
             if credentials is None or address.startswith("unix:"):
                 port = self._server.add_insecure_port(address)
             else:
                 port = self._server.add_secure_port(address, credentials)
-        except (RuntimeError, OSError, ValueError) as error:
+        except (RuntimeError, ValueError) as error:
             raise ListenError(f"cannot listen on {address}: is it taken by another process? ({error})") from error
         return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
 
@@ -176,11 +173,20 @@ def _credentials(settings: ServerSettings) -> grpc.ServerCredentials | None:
     if settings.tls_cert_file is None or settings.tls_key_file is None:
         return None
     client_ca = settings.tls_client_ca_file
-    return grpc.ssl_server_credentials(
-        [(settings.tls_key_file.read_bytes(), settings.tls_cert_file.read_bytes())],
-        root_certificates=client_ca.read_bytes() if client_ca else None,
-        require_client_auth=client_ca is not None,
-    )
+    try:
+        # Only to find out what is wrong with them: grpc itself would not say. A password is not asked for.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(settings.tls_cert_file, settings.tls_key_file, password="")
+        if client_ca is not None:
+            context.load_verify_locations(client_ca)
+        return grpc.ssl_server_credentials(
+            [(settings.tls_key_file.read_bytes(), settings.tls_cert_file.read_bytes())],
+            root_certificates=client_ca.read_bytes() if client_ca else None,
+            require_client_auth=client_ca is not None,
+        )
+    except OSError as error:
+        files = ", ".join(str(path) for path in (settings.tls_cert_file, settings.tls_key_file, client_ca) if path)
+        raise ListenError(f"cannot use the certificates {files}: {error}") from error
 
 
 def _milliseconds(seconds: float) -> int:

@@ -43,6 +43,8 @@ def gateway(vllm: VllmServer, tmp_path_factory: pytest.TempPathFactory) -> Itera
     directory = tmp_path_factory.mktemp("gateway")
     flags = ["--listen", "127.0.0.1:0", "--database-url", f"sqlite:///{directory / 'registry.db'}"]
     quick = ["--set", "server.drain_delay=0", "--set", "server.drain_grace=5"]
+    # Far above what this vLLM takes between two events; its default would be a long wait for one that was ended.
+    quick += ["--set", "providers.vllm.silence_timeout=30"]
     variables = {"VLLM_URL": vllm.base_url, "VLLM_API_TOKEN": vllm.api_key}
     # What the developer's own shell says about some other gateway must not get in.
     foreign = {name: "" for name in os.environ if name.startswith(("DELTAWIRE_", "VLLM_"))}

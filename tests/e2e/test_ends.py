@@ -83,7 +83,9 @@ async def test_a_deadline_ends_the_stream_and_stops_the_engine(
     assert caught.value.answer.text
     await engine.becomes_idle()
     line = await log_line(gateway, caught.value.request_id)
-    assert line["code"] == "DEADLINE_EXCEEDED"
+    # The caller's own clock may be the first to strike; then its cancel is what arrives.
+    assert line["code"] in ("DEADLINE_EXCEEDED", "CANCELLED")
+    assert line["completion_tokens"] > 0
 
 
 async def test_a_client_that_goes_away_stops_the_engine(gateway: GatewayProcess, engine: Engine) -> None:

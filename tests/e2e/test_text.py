@@ -135,6 +135,10 @@ async def test_a_stop_text_ends_the_answer_and_is_named(client: AsyncClient) -> 
     assert answer.stop_reason == StopReason.STOP_REASON_STOP_SEQUENCE
     assert answer.choices[0].matched_stop == "three"
     assert answer.choices[0].engine_finish_reason == "stop"
+    whole = await client.chat.create(SEA, model=MODEL, response_format=answer_form, stop=["four", "three"])
+    assert whole.text == answer.text
+    assert whole.stop_reason == StopReason.STOP_REASON_STOP_SEQUENCE
+    assert whole.completed.choices[0].matched_stop == "three"
 
 
 async def test_a_stop_token_ends_the_answer_and_is_named(client: AsyncClient, engine: Engine) -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import grpc
     from google.protobuf.message import Message
 
-WAIT = 10.0
+WAIT = 30.0
 """Seconds after which something that was waited for has not happened. Never reached by a test that passes."""
 
 Events = list[chat_pb.StreamChatCompletionResponse]
@@ -208,7 +208,7 @@ async def read(call: StreamCall) -> tuple[Events, Failure | None]:
     try:
         async with asyncio.timeout(WAIT):
             async for event in call:
-                events.append(event)  # noqa: PERF401 (what came before a failure is kept)
+                events.append(event)
     except aio.AioRpcError as error:
         return events, taken_apart(error)
     return events, None

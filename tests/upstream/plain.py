@@ -17,8 +17,8 @@ class Plain:
     """What it answers, and what it was asked.
 
     Attributes:
-        answers: Status line and headers, without the length, and body, by path. Other paths get a 404; an empty head
-            closes the connection instead.
+        answers: Status line and headers, and body, by path. The length is added; if it is given and wrong, the
+            connection is closed after the body. Other paths get a 404; an empty head closes the connection at once.
         port: Where it listens.
         heads: The heads of all requests, in lower case.
     """
@@ -44,7 +44,11 @@ class Plain:
                 said, body = self.answers.get(head.split(" ")[1], ("404 Not Found", b'{"detail":"Not Found"}'))
                 if not said:
                     return
-                writer.write(f"HTTP/1.1 {said}\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)
+                if "content-length" not in said:
+                    said += f"\r\ncontent-length: {len(body)}"
+                writer.write(f"HTTP/1.1 {said}\r\n\r\n".encode() + body)
+                if f"content-length: {len(body)}" not in said:
+                    return
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:

@@ -38,11 +38,8 @@ RECORDED = {
 
 def recorded_refusals() -> list[str]:
     """The recordings of errors that came with an HTTP status."""
-    names = []
-    for path in [*TRANSCRIPTS.glob("err-*.body"), *TRANSCRIPTS.glob("auth-*.body")]:
-        if json.loads(path.with_suffix(".meta.json").read_bytes())["status"] != 200:
-            names.append(path.stem)
-    return names
+    paths = [*TRANSCRIPTS.glob("err-*.body"), *TRANSCRIPTS.glob("auth-*.body")]
+    return [path.stem for path in paths if json.loads(path.with_suffix(".meta.json").read_bytes())["status"] != 200]
 
 
 def test_every_recorded_refusal_has_its_row() -> None:
@@ -88,7 +85,11 @@ def test_each_status(status: int, kind: type, reason: Reason, code: Code) -> Non
 def test_a_wrong_token_of_the_callers_is_the_callers(status: int) -> None:
     """The caller can mend it; the operator's token could only be mended by the operator."""
     error = error_of(Refusal(status, "Unauthorized"), "p", callers_token=True)
-    assert (type(error), error.reason, error.code) == (CallerError, Reason.UPSTREAM_UNAUTHENTICATED, Code.UNAUTHENTICATED)
+    assert (type(error), error.reason, error.code) == (
+        CallerError,
+        Reason.UPSTREAM_UNAUTHENTICATED,
+        Code.UNAUTHENTICATED,
+    )
     assert "x-vllm-api-token" in error.message
 
 
@@ -107,7 +108,9 @@ def test_a_404_about_the_model_names_it() -> None:
     assert error.metadata == {"provider": "p", "http_status": "404", "model": "asked"}
 
 
-@pytest.mark.parametrize(("said", "told"), [(7.0, 7.0), (0.0, 0.0), (1e30, MAX_RETRY_SECONDS), (float("inf"), MAX_RETRY_SECONDS)])
+@pytest.mark.parametrize(
+    ("said", "told"), [(7.0, 7.0), (0.0, 0.0), (1e30, MAX_RETRY_SECONDS), (float("inf"), MAX_RETRY_SECONDS)]
+)
 def test_the_providers_own_delay_comes_first(said: float, told: float) -> None:
     """Within reason."""
     assert error_of(Refusal(429, retry_after=said), "p", callers_token=False).retry_after == told
@@ -152,5 +155,5 @@ def test_context_told_by_its_words(said: str) -> None:
     ],
 )
 def test_fields(param: str, field: str) -> None:
-    """vLLM's names, in each of their forms, are this API's paths; a name that is none of them is none."""
+    """Its names, in each of their forms, are this API's paths; a name that is none of them is none."""
     assert field_of(param) == field

@@ -107,9 +107,15 @@ def test_absent_is_not_sent() -> None:
                 }
             },
         ),
-        ({"response_format": TextFormat(FormatKind.GRAMMAR, 'root ::= "a"')}, {"structured_outputs": {"grammar": 'root ::= "a"'}}),
+        (
+            {"response_format": TextFormat(FormatKind.GRAMMAR, 'root ::= "a"')},
+            {"structured_outputs": {"grammar": 'root ::= "a"'}},
+        ),
         ({"response_format": TextFormat(FormatKind.REGEX, "a+")}, {"structured_outputs": {"regex": "a+"}}),
-        ({"response_format": TextFormat(FormatKind.CHOICE, ("a", "b"))}, {"structured_outputs": {"choice": ["a", "b"]}}),
+        (
+            {"response_format": TextFormat(FormatKind.CHOICE, ("a", "b"))},
+            {"structured_outputs": {"choice": ["a", "b"]}},
+        ),
         (
             {"response_format": TextFormat(FormatKind.STRUCTURAL_TAG, '{"type":"x"}')},
             {"structured_outputs": {"structural_tag": '{"type":"x"}'}},
@@ -182,9 +188,7 @@ def test_tool_call_response() -> None:
     sent = body_of(
         ChatMessage(Role.SYSTEM, ("You are a helpful assistant",)),
         ChatMessage(Role.USER, ("How many?",)),
-        ChatMessage(
-            Role.ASSISTANT, ("",), tool_calls=(PastCall("foo", "knowledge_search", '{"query": "How many?"}'),)
-        ),
+        ChatMessage(Role.ASSISTANT, ("",), tool_calls=(PastCall("foo", "knowledge_search", '{"query": "How many?"}'),)),
         ChatMessage(Role.TOOL, ("knowledge_search found 5....",), call_id="foo"),
     )["messages"]
     function = {"name": "knowledge_search", "arguments": '{"query": "How many?"}'}
@@ -205,24 +209,54 @@ def test_no_description_key_when_absent() -> None:
 
 
 def test_a_tool_without_arguments_has_an_empty_object_schema() -> None:
-    """vLLM wants a schema."""
+    """For vLLM wants a schema."""
     assert tool_of(ToolSpec("t"))["parameters"] == {"type": "object", "properties": {}}
 
 
 RICH_SCHEMAS: dict[str, Json] = {
     "refs_and_defs": {
         "type": "object",
-        "properties": {"flight": {"$ref": "#/$defs/FlightInfo"}, "passengers": {"type": "array", "items": {"$ref": "#/$defs/Passenger"}}},
+        "properties": {
+            "flight": {"$ref": "#/$defs/FlightInfo"},
+            "passengers": {"type": "array", "items": {"$ref": "#/$defs/Passenger"}},
+        },
         "required": ["flight"],
         "$defs": {
             "FlightInfo": {"type": "object", "properties": {"day": {"type": "string", "format": "date"}}},
-            "Passenger": {"type": "object", "properties": {"age": {"type": "integer", "minimum": 0}, "seat": {"enum": ["aisle", "window"]}}},
+            "Passenger": {
+                "type": "object",
+                "properties": {"age": {"type": "integer", "minimum": 0}, "seat": {"enum": ["aisle", "window"]}},
+            },
         },
     },
-    "any_of": {"type": "object", "properties": {"contact": {"anyOf": [{"type": "string", "format": "email"}, {"type": "string", "pattern": "^\\+?[0-9]{10}$"}]}}},
-    "nested_to_an_enum": {"type": "object", "properties": {"a": {"type": "object", "properties": {"b": {"type": "object", "properties": {"c": {"enum": ["x", None, 1.5, True]}}}}}}},
-    "array_constraints": {"type": "object", "properties": {"rows": {"type": "array", "items": {"type": "object"}, "minItems": 1, "maxItems": 100, "uniqueItems": True}}},
-    "additional_properties": {"type": "object", "additionalProperties": True, "patternProperties": {"^x-": {"type": "string"}}},
+    "any_of": {
+        "type": "object",
+        "properties": {
+            "contact": {
+                "anyOf": [{"type": "string", "format": "email"}, {"type": "string", "pattern": "^\\+?[0-9]{10}$"}]
+            }
+        },
+    },
+    "nested_to_an_enum": {
+        "type": "object",
+        "properties": {
+            "a": {
+                "type": "object",
+                "properties": {"b": {"type": "object", "properties": {"c": {"enum": ["x", None, 1.5, True]}}}},
+            }
+        },
+    },
+    "array_constraints": {
+        "type": "object",
+        "properties": {
+            "rows": {"type": "array", "items": {"type": "object"}, "minItems": 1, "maxItems": 100, "uniqueItems": True}
+        },
+    },
+    "additional_properties": {
+        "type": "object",
+        "additionalProperties": True,
+        "patternProperties": {"^x-": {"type": "string"}},
+    },
 }
 
 

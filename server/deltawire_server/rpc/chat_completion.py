@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import chat_completion_pb2_grpc
-from deltawire_server.errors import GatewayError, Reason, Violation, invalid_request
+from deltawire_server.errors import Violation, invalid_request
 from deltawire_server.rpc import convert, validate
 from deltawire_server.rpc.interceptors import REQUEST_ID, call_record
 from deltawire_server.sansio.events import Completed
@@ -45,20 +45,17 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
             raise invalid_request([Violation("chat", "is required")])
         record = call_record(context)
         chat = validate.chat_request(request.chat)
-        response: chat_pb.CreateChatCompletionResponse | None = None
+        response = chat_pb.CreateChatCompletionResponse()
         async with self._worker.completion(chat, record.call, keep_logprobs=True) as completion:
             try:
                 async with aclosing(completion.batches()) as batches:
                     async for events in batches:
                         last = events[-1]
                         if isinstance(last, Completed):
-                            response = chat_pb.CreateChatCompletionResponse(
-                                started=convert.started(completion), completed=convert.completed(completion, last)
-                            )
+                            response.started.CopyFrom(convert.started(completion))
+                            response.completed.CopyFrom(convert.completed(completion, last))
             finally:
                 _note(record, completion)
-        if response is None:
-            raise GatewayError(Reason.INTERNAL, "the completion ended without an end; report this with the request id")
         await context.send_initial_metadata(((REQUEST_ID, record.call.request_id),))
         return response
 

@@ -166,10 +166,6 @@ def _logged(method: str, record: CallRecord, context: _Context, metadata: Mappin
     outcome.code = "CANCELLED"
     try:
         yield outcome
-    except Exception:
-        outcome.code = "UNKNOWN"
-        raise
-    else:
         if outcome.code == "CANCELLED":
             outcome.code = "OK"
     finally:

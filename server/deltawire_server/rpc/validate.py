@@ -128,7 +128,8 @@ class _ChatReader:
             if not call.tool_name:
                 self._complain(f"{here}.tool_name", "is required")
             self._json_object(f"{here}.arguments", call.arguments, empty_allowed=True)
-            calls.append(PastCall(call.call_id, call.tool_name, call.arguments or "{}"))
+            arguments = call.arguments if call.arguments.strip() else "{}"
+            calls.append(PastCall(call.call_id, call.tool_name, arguments))
         content = self._content(path, message.content, required=not (calls or message.reasoning))
         return ChatMessage(Role.ASSISTANT, content, reasoning=message.reasoning, tool_calls=tuple(calls))
 

@@ -1,0 +1,248 @@
+"""Events become messages, and the enums on both sides are the same."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from deltawire.v1 import chat_completion_pb2 as chat_pb
+from deltawire.v1 import message_pb2, tool_pb2
+from deltawire_server.errors import Code, GatewayError, ProviderError, Reason
+from deltawire_server.registry.model import Model, ModelSource, ModelType
+from deltawire_server.registry.registry import Resolution
+from deltawire_server.rpc.convert import ResponseWriter, completed
+from deltawire_server.rpc.status import MAX_MESSAGE
+from deltawire_server.sansio.events import (
+    ChoiceFinished,
+    Completed,
+    Event,
+    FailureReason,
+    Fault,
+    FinishedChoice,
+    Provenance,
+    ReasoningDelta,
+    Refused,
+    Started,
+    StopReason,
+    TextDelta,
+    ToolCallArguments,
+    ToolCallFailed,
+    ToolCallStarted,
+    ToolCallSucceeded,
+    Usage,
+)
+from deltawire_server.upstream.request import Sampling
+from tests.support.fake_provider import FakeProvider
+
+if TYPE_CHECKING:
+    import enum
+
+    from deltawire_server.worker import Completion
+
+SUCCEEDED = ToolCallSucceeded(1, 2, "c", "t", '{"a": 1}')
+FAILED = ToolCallFailed(1, 3, "d", "u", FailureReason.MALFORMED_JSON, "why", '{"a', 3)
+
+
+class Answered:
+    """What a writer needs of a completion."""
+
+    def __init__(self, failure: Exception | None = None, first: float | None = 0.5) -> None:
+        self.id = "cmpl-0"
+        self.create_time = 1.5
+        model = Model("m", "p", "served", ModelType.LLM, source=ModelSource.REGISTERED)
+        self.resolution = Resolution(model, "a", FakeProvider("p"))
+        self.sampling = Sampling(top_k=3)
+        self.failure = failure
+        self.seconds_total = 2.25
+        self.seconds_to_first_event = first
+
+
+def answered(failure: Exception | None = None, first: float | None = 0.5) -> Completion:
+    """A completion."""
+    return cast("Completion", Answered(failure, first))
+
+
+def written(event: Event, completion: Completion | None = None) -> chat_pb.StreamChatCompletionResponse:
+    """The message of an event."""
+    return ResponseWriter(completion or answered(), 2**20).message(event)
+
+
+def message(**fields: Any) -> chat_pb.StreamChatCompletionResponse:  # noqa: ANN401 (whatever the message takes)
+    """A message of a stream."""
+    return chat_pb.StreamChatCompletionResponse(**fields)
+
+
+VERDICT = tool_pb2.ToolCallDelta(
+    index=2,
+    call_id="c",
+    tool_name="t",
+    parse_status=tool_pb2.TOOL_CALL_PARSE_STATUS_SUCCEEDED,
+    tool_call=tool_pb2.ToolCall(call_id="c", tool_name="t", arguments='{"a": 1}'),
+)
+FAILURE = tool_pb2.ToolCallDelta(
+    index=3,
+    call_id="d",
+    tool_name="u",
+    parse_status=tool_pb2.TOOL_CALL_PARSE_STATUS_FAILED,
+    failure=tool_pb2.ToolCallFailure(
+        reason=tool_pb2.TOOL_CALL_FAILURE_REASON_MALFORMED_JSON, message="why", raw_arguments='{"a', byte_offset=3
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    ("event", "expected"),
+    [
+        (TextDelta(0, "x"), message(choice_index=0, text_delta=chat_pb.TextDelta(text="x"))),
+        (TextDelta(1, ""), message(choice_index=1, text_delta=chat_pb.TextDelta())),
+        (ReasoningDelta(2, "x"), message(choice_index=2, reasoning_delta=chat_pb.ReasoningDelta(text="x"))),
+        (SUCCEEDED, message(choice_index=1, tool_call_delta=VERDICT)),
+        (FAILED, message(choice_index=1, tool_call_delta=FAILURE)),
+        (
+            ChoiceFinished(1, StopReason.OUT_OF_TOKENS, "length"),
+            message(
+                choice_index=1,
+                choice_finished=chat_pb.ChoiceFinished(
+                    stop_reason=chat_pb.STOP_REASON_OUT_OF_TOKENS, engine_finish_reason="length"
+                ),
+            ),
+        ),
+        (
+            ChoiceFinished(0, StopReason.END_OF_MESSAGE, "tool_calls", tool_calls_executable=True, matched_stop=0),
+            message(
+                choice_index=0,
+                choice_finished=chat_pb.ChoiceFinished(
+                    stop_reason=chat_pb.STOP_REASON_END_OF_MESSAGE,
+                    engine_finish_reason="tool_calls",
+                    tool_calls_executable=True,
+                    matched_token_id=0,
+                ),
+            ),
+        ),
+        (
+            ChoiceFinished(0, StopReason.STOP_SEQUENCE, "stop", matched_stop=""),
+            message(
+                choice_index=0,
+                choice_finished=chat_pb.ChoiceFinished(
+                    stop_reason=chat_pb.STOP_REASON_STOP_SEQUENCE, engine_finish_reason="stop", matched_stop=""
+                ),
+            ),
+        ),
+        (
+            Started("up", "m"),
+            message(
+                started=chat_pb.Started(
+                    completion_id="cmpl-0",
+                    model="m",
+                    alias="a",
+                    provider_id="p",
+                    create_time=Timestamp(seconds=1, nanos=500_000_000),
+                    effective_sampling=chat_pb.Sampling(top_k=3),
+                )
+            ),
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_each_event(event: Event, expected: chat_pb.StreamChatCompletionResponse) -> None:
+    """Member for member; what is absent stays absent."""
+    assert written(event) == expected
+
+
+def test_a_failure_without_an_offset() -> None:
+    """Nothing was parsed: zero would be wrong."""
+    event = ToolCallFailed(0, 0, "d", "", FailureReason.MISSING_NAME, "why", "")
+    assert not written(event).tool_call_delta.failure.HasField("byte_offset")
+
+
+def test_completed() -> None:
+    """All of an answer's end; `message` holds only what can be sent back."""
+    choice = FinishedChoice(4, "text", "reasoning", (SUCCEEDED,), (FAILED,), StopReason.END_OF_MESSAGE, "stop", False)
+    event = Completed(Usage(5, Provenance.EXACT, 3, 2, 1), (choice,))
+    expected = chat_pb.Completed(
+        usage=chat_pb.Usage(
+            prompt_tokens=3,
+            completion_tokens=5,
+            cached_prompt_tokens=2,
+            reasoning_tokens=1,
+            provenance=chat_pb.USAGE_PROVENANCE_EXACT,
+        ),
+        timings=chat_pb.Timings(
+            time_to_first_event=Duration(nanos=500_000_000), total=Duration(seconds=2, nanos=250_000_000)
+        ),
+        choices=[
+            chat_pb.Completed.Choice(
+                index=4,
+                message=message_pb2.AssistantMessage(
+                    content=[message_pb2.ContentPart(text="text")],
+                    reasoning="reasoning",
+                    tool_calls=[VERDICT.tool_call],
+                ),
+                failed_tool_calls=[FAILURE],
+                stop_reason=chat_pb.STOP_REASON_END_OF_MESSAGE,
+                engine_finish_reason="stop",
+            )
+        ],
+    )
+    assert written(event) == message(completed=expected)
+
+
+def test_an_end_without_anything() -> None:
+    """No text is no part, no figure is no number, and no first event is no time."""
+    choice = FinishedChoice(0, "", "", (), (), StopReason.ERROR, "", False)
+    result = completed(answered(first=None), Completed(Usage(0, Provenance.ESTIMATED), (choice,)))
+    assert not result.choices[0].message.content
+    assert result.choices[0].HasField("message")
+    assert not result.usage.HasField("prompt_tokens")
+    assert not result.timings.HasField("time_to_first_event")
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        ProviderError(Reason.UPSTREAM_ERROR, "m", code=Code.ABORTED),
+        GatewayError(Reason.DURATION_LIMIT_EXCEEDED, "x" * 5000),
+    ],
+)
+def test_a_fault(failure: ProviderError | GatewayError) -> None:
+    """The error is the status that the call will end with."""
+    event = Completed(Usage(0, Provenance.ESTIMATED), (), Fault(failure.reason, "m"))
+    error = completed(answered(failure), event).error
+    assert (error.code, error.reason) == (failure.code.value, failure.reason.value)
+    assert error.message[:20] == failure.message[:20]
+    assert len(error.message.encode()) <= MAX_MESSAGE
+
+
+@pytest.mark.parametrize(
+    "event",
+    [Refused(Fault(Reason.INTERNAL, "m")), ToolCallStarted(0, 0, "c", "t"), ToolCallArguments(0, 0, "c", "x")],
+    ids=lambda event: type(event).__name__,
+)
+def test_what_is_no_message(event: Event) -> None:
+    """The worker gives none of these."""
+    with pytest.raises(TypeError, match=type(event).__name__):
+        written(event)
+
+
+def test_numbers_have_no_gaps() -> None:
+    """From 0."""
+    writer = ResponseWriter(answered(), 2**20)
+    assert [writer.message(TextDelta(0, "x")).sequence for _ in range(3)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "prefix"),
+    [
+        (StopReason, chat_pb.StopReason, "STOP_REASON_"),
+        (Provenance, chat_pb.UsageProvenance, "USAGE_PROVENANCE_"),
+        (FailureReason, tool_pb2.ToolCallFailureReason, "TOOL_CALL_FAILURE_REASON_"),
+    ],
+)
+def test_enums_are_the_protos(ours: type[enum.Enum], theirs: Any, prefix: str) -> None:  # noqa: ANN401 (a generated wrapper)
+    """By name and number, all of them but UNSPECIFIED: they are passed on by number."""
+    assert {f"{prefix}{member.name}": member.value for member in ours} | {f"{prefix}UNSPECIFIED": 0} == dict(
+        theirs.items()
+    )

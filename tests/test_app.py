@@ -1,0 +1,170 @@
+"""The composition root: settings reach the parts, and signals end the process well."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import ssl
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+from grpc import aio
+
+from deltawire_server import app
+from deltawire_server.app import SPARE_CONNECTIONS, Gateway, serve
+from deltawire_server.errors import RegistryError
+from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
+from deltawire_server.settings import RegistrySettings, Settings
+from deltawire_server.upstream.base import Patience
+from deltawire_server.worker import Worker, WorkerLimits
+from tests.support.gateway import WAIT, Lines, Running, failure_of, kinds, read, read_well, settings_of
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from tests.conftest import Certificates, StartGateway
+
+CHUNKS = Chunks()
+
+
+class Served:
+    """`serve` as a task, and a channel to it."""
+
+    def __init__(self, task: asyncio.Task[None], address: str, channel: aio.Channel) -> None:
+        self.task = task
+        self.address = address
+        self.running = Running(None, channel)  # type: ignore[arg-type]
+
+    def signal(self, number: int = signal.SIGTERM) -> None:
+        """Send this process a signal."""
+        os.kill(os.getpid(), number)
+
+
+@pytest.fixture
+def serving(monkeypatch: pytest.MonkeyPatch, lines: Lines) -> Any:  # noqa: ANN401 (a context manager's function)
+    """Runs `serve` in this process, which then takes this process's signals; logging stays the test's."""
+    from contextlib import asynccontextmanager
+
+    configured: list[tuple[str, str]] = []
+    monkeypatch.setattr(app, "configure_logging", lambda level, form: configured.append((level, form)))
+
+    @asynccontextmanager
+    async def run(settings: Settings) -> AsyncIterator[Served]:
+        task = asyncio.create_task(serve(settings))
+        entry = await lines.find("serving")
+        assert configured == [(settings.log.level, settings.log.format)]
+        (address,) = entry["addresses"]
+        async with asyncio.timeout(WAIT), aio.insecure_channel(address) as channel:
+            yield Served(task, address, channel)
+            await task
+
+    return run
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_drains(serving: Any, vllm: FakeVllm, tmp_path: Path, lines: Lines, number: int) -> None:  # noqa: ANN401
+    """What is under way ends well, new calls are refused, then it is over."""
+    gate = asyncio.Event()
+    vllm.play(Script.chunks([CHUNKS.role(), gate, CHUNKS.finish()]))
+    async with serving(settings_of(vllm.base_url, tmp_path)) as served:
+        messages = aiter(served.running.stream())
+        await anext(messages)
+        served.signal(number)
+        await lines.find("draining")
+        while (failure := (await read(served.running.stream()))[1]) is None:
+            pass
+        assert failure.reason == "DRAINING"
+        assert not served.task.done()
+        gate.set()
+        assert kinds([event async for event in messages])[-1] == "completed"
+    await lines.find("stopped")
+
+
+async def test_a_second_signal_hastens(serving: Any, vllm: FakeVllm, tmp_path: Path, lines: Lines) -> None:  # noqa: ANN401
+    """Whoever insists does not wait for delay, grace or calls."""
+    vllm.play(Script.chunks([CHUNKS.role(), asyncio.Event()]))
+    settings = settings_of(vllm.base_url, tmp_path, server={"drain_delay": 3600, "drain_grace": 3600})
+    async with serving(settings) as served:
+        messages = aiter(served.running.stream())
+        await anext(messages)
+        served.signal()
+        await lines.find("draining")
+        served.signal()
+        await served.task
+        with pytest.raises((aio.AioRpcError, asyncio.CancelledError)):
+            await anext(messages)
+    await vllm.chats[0].closed_early.wait()
+
+
+async def test_serving_says_what_it_is(start_gateway: StartGateway, vllm: FakeVllm, lines: Lines) -> None:
+    """Version, addresses, TLS and providers in one line, without any token."""
+    async with start_gateway(provider={"api_token": "operators-secret"}) as gateway:
+        entry = await lines.find("serving")
+        assert entry["addresses"] == [gateway.address]
+        assert entry["providers"] == {"vllm": f"{vllm.base_url}/v1"}
+        assert entry["tls"] == "no"
+        assert entry["version"]
+    assert "secret" not in lines.getvalue()
+
+
+async def test_a_database_that_cannot_be_used(vllm: FakeVllm, tmp_path: Path) -> None:
+    """Nothing is listened on then, and nothing is left open."""
+    (tmp_path / "file").write_text("not a folder")
+    url = f"sqlite:///{tmp_path}/file/registry.db"
+    settings = settings_of(vllm.base_url, tmp_path).model_copy(update={"registry": RegistrySettings(database_url=url)})
+    gateway = Gateway(settings)
+    with pytest.raises(RegistryError):
+        await gateway.__aenter__()
+    assert gateway.addresses == ()
+
+
+async def test_settings_reach_the_parts(vllm: FakeVllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each key of streams and providers arrives under its own name."""
+    seen: list[WorkerLimits | None] = []
+
+    class Seen(Worker):
+        def __init__(self, registry: Any, limits: WorkerLimits | None = None) -> None:  # noqa: ANN401 (not used)
+            seen.append(limits)
+            super().__init__(registry, limits)
+
+    monkeypatch.setattr(app, "Worker", Seen)
+    settings = settings_of(
+        vllm.base_url,
+        tmp_path,
+        server={"max_streams": 11, "max_duration": 12},
+        stream={
+            "queue_bytes": 1313,
+            "slow_caller_timeout": 14,
+            "max_tool_calls": 15,
+            "max_tool_call_bytes": 1616,
+            "max_event_bytes": 1717,
+        },
+        provider={"max_tokens": 18, "first_event_timeout": 19, "silence_timeout": 20, "connect_timeout": 21},
+    )
+    gateway = Gateway(settings)
+    (limits,) = seen
+    assert limits is not None
+    assert (limits.max_streams, limits.max_duration) == (11, 12)
+    assert (limits.queue_bytes, limits.slow_caller_timeout) == (1313, 14)
+    assert (limits.answer.max_calls, limits.answer.max_call_bytes, limits.answer.max_event_bytes) == (15, 1616, 1717)
+    (provider,) = gateway._providers.all()
+    assert (provider.id, provider.default_max_tokens, provider.patience) == ("vllm", 18, Patience(19, 20))
+    assert provider._max_connections == 11 + SPARE_CONNECTIONS  # type: ignore[attr-defined]
+    assert provider._chat_timeout.connect == 21  # type: ignore[attr-defined]
+
+
+async def test_tls_to_the_provider(start_gateway: StartGateway, certificates: Certificates) -> None:
+    """By the CA file, not at all, or by the system's authorities, as the operator says."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates.server, certificates.server_key)
+    async with FakeVllm(ssl_context=context) as vllm:
+        for verify in (certificates.authority, False):
+            async with start_gateway(base_url=vllm.base_url, provider={"tls_verify": verify}) as gateway:
+                await read_well(gateway.stream())
+        async with start_gateway(base_url=vllm.base_url) as gateway:
+            failure = await failure_of(gateway.create())
+    assert failure.code is grpc.StatusCode.UNAVAILABLE
+    assert "certificate" in failure.message

@@ -1,0 +1,137 @@
+"""`deltawire-server`: exit codes, what it prints, and a process's life from start to SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import json
+import os
+import signal
+import socket
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from grpc import aio
+
+from deltawire_server.__main__ import main
+from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
+from tests.support.gateway import WAIT, Running, kinds, read_well
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+URL = "http://127.0.0.1:8000/v1"
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No settings of whoever runs the tests."""
+    for name in [*os.environ]:
+        if name.startswith(("DELTAWIRE_", "VLLM_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+
+
+def test_check_config(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings in effect are printed, without secrets, and nothing is started."""
+    monkeypatch.setenv("VLLM_API_TOKEN", "hush")
+    assert main(["--vllm-url", URL, "--check-config"]) == 0
+    captured = capsys.readouterr()
+    assert URL in captured.out
+    assert "hush" not in captured.out
+    assert not captured.err
+
+
+def test_the_processs_own_arguments(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Are taken unless others are given."""
+    monkeypatch.setattr(sys, "argv", ["deltawire-server", "--vllm-url", URL, "--check-config"])
+    assert main() == 0
+    assert URL in capsys.readouterr().out
+
+
+def test_wrong_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every problem on a line of its own, and 2."""
+    assert main(["--set", "server.max_streams=0", "--set", "stream.queue_bytes=x", "--vllm-url", URL]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith("deltawire-server: ") for line in lines)
+
+
+@pytest.mark.parametrize("missing", ["uvloop", "deltawire_server.app"])
+def test_without_the_servers_libraries(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], missing: str
+) -> None:
+    """The light client installs this command too: it says what to install, and 2."""
+    real = builtins.__import__
+
+    def without(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:  # noqa: A002, ANN401
+        if name == missing or (name == "deltawire_server" and missing.endswith(".app") and "app" in (fromlist or ())):
+            raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+        return real(name, globals, locals, fromlist, level)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert main([]) == 2
+    error = capsys.readouterr().err
+    assert missing in error
+    assert "pip install 'deltawire[server]'" in error
+
+
+def test_a_port_that_is_taken(capfd: pytest.CaptureFixture[str]) -> None:
+    """One sentence, and 1."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert main(["--vllm-url", URL, "--listen", address, "--log-level", "error"]) == 1
+    assert f"deltawire-server: cannot listen on {address}: is it taken" in capfd.readouterr().err
+
+
+def test_a_database_that_cannot_be_used(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """One sentence, and 1."""
+    (tmp_path / "file").write_text("not a folder")
+    url = f"sqlite:///{tmp_path}/file/registry.db"
+    assert main(["--vllm-url", URL, "--listen", "127.0.0.1:0", "--database-url", url, "--log-level", "error"]) == 1
+    assert "deltawire-server: " in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("insist", [False, True])
+async def test_a_process_from_start_to_sigterm(vllm: FakeVllm, insist: bool) -> None:
+    """It serves, drains at the first signal, and ends with 0: when the last call has, or at a second signal."""
+    gate = asyncio.Event()
+    vllm.play(Script.chunks([Chunks().role(), gate, Chunks().finish()]))
+    arguments = ["--vllm-url", vllm.base_url, "--listen", "127.0.0.1:0", "--set", "server.drain_delay=0"]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "deltawire_server", *arguments, stderr=asyncio.subprocess.PIPE
+    )
+    assert process.stderr is not None
+
+    async def logged(event: str) -> dict[str, Any]:
+        assert process.stderr is not None
+        while (entry := json.loads(await process.stderr.readline()))["event"] != event:
+            pass
+        result: dict[str, Any] = entry
+        return result
+
+    try:
+        async with asyncio.timeout(WAIT):
+            (address,) = (await logged("serving"))["addresses"]
+            async with aio.insecure_channel(address) as channel:
+                gateway = Running(None, channel)  # type: ignore[arg-type]
+                messages = aiter(gateway.stream())
+                await anext(messages)
+                await read_well(gateway.stream())
+                process.send_signal(signal.SIGTERM)
+                await logged("draining")
+                if insist:
+                    process.send_signal(signal.SIGTERM)
+                    await vllm.chats[0].closed_early.wait()
+                else:
+                    gate.set()
+                    assert kinds([event async for event in messages])[-1] == "completed"
+                await logged("stopped")
+                assert await process.wait() == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()

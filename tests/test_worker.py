@@ -1,0 +1,382 @@
+"""One completion, from admission to the last event, over a look-alike of vLLM: clocks, back-pressure, and who stops whom."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pytest
+
+from deltawire_server.errors import CallerError, GatewayError, ProviderError, Reason
+from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
+from deltawire_server.registry.registry import ModelRegistry
+from deltawire_server.registry.store import Store
+from deltawire_server.sansio.events import ChoiceFinished, Completed, Event, Provenance, Started, TextDelta
+from deltawire_server.upstream.base import CallContext, Patience
+from deltawire_server.upstream.providers import Providers
+from deltawire_server.upstream.request import ChatMessage, ChatRequest, Role, Sampling
+from deltawire_server.upstream.vllm import VllmProvider
+from deltawire_server.worker import Handover, Worker, WorkerLimits
+from tests.support.fake_provider import FakeProvider
+from tests.support.gateway import WAIT, until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from contextlib import AbstractAsyncContextManager
+    from pathlib import Path
+
+    from deltawire_server.upstream.base import Provider
+
+CHUNKS = Chunks()
+CALL = CallContext("r")
+NEVER_ENDING = Script.generated(tokens=100_000_000, chunks_per_write=50)
+LONG = 3600.0
+
+
+class MakeWorker(Protocol):
+    """Makes a worker before the test's `vllm`, or another provider."""
+
+    def __call__(
+        self,
+        *,
+        provider: Provider | None = None,
+        patience: Patience | None = None,
+        **limits: Any,  # noqa: ANN401 (those of WorkerLimits)
+    ) -> AbstractAsyncContextManager[Worker]: ...
+
+
+@pytest.fixture
+def make_worker(vllm: FakeVllm, tmp_path: Path) -> MakeWorker:
+    """Makes workers."""
+
+    @asynccontextmanager
+    async def make(
+        *,
+        provider: Provider | None = None,
+        patience: Patience | None = None,
+        **limits: Any,  # noqa: ANN401 (those of WorkerLimits)
+    ) -> AsyncIterator[Worker]:
+        providers = Providers([provider or VllmProvider("vllm", vllm.base_url, tls=False, patience=patience)])
+        registry = ModelRegistry(Store(f"sqlite+aiosqlite:///{tmp_path}/registry.db"), providers)
+        await registry.open()
+        try:
+            async with asyncio.timeout(WAIT):
+                yield Worker(registry, WorkerLimits(**limits))
+        finally:
+            await registry.close()
+            await providers.close()
+
+    return make
+
+
+def ask(**fields: Any) -> ChatRequest:  # noqa: ANN401 (whatever the request takes)
+    """A request for the model that `FakeVllm` serves."""
+    return ChatRequest("fake", (ChatMessage(Role.USER, ("hi",)),), **fields)
+
+
+async def events_of(worker: Worker, request: ChatRequest | None = None) -> list[Event]:
+    """All events of a completion that ends well."""
+    async with worker.completion(request or ask(), CALL) as completion:
+        return [event async for batch in completion.batches() for event in batch]
+
+
+async def rest_of(batches: AsyncIterator[list[Event]], events: list[Event]) -> None:
+    """Take all that still comes, and fail as it fails."""
+    async for batch in batches:
+        events += batch
+
+
+async def take_one_and_get_stuck(worker: Worker) -> None:
+    """Be a caller that takes what there is first, and never comes back."""
+    async with worker.completion(ask(), CALL) as completion:
+        async for _ in completion.batches():
+            await asyncio.Event().wait()
+
+
+def writable(vllm: FakeVllm) -> bool:
+    """Whether the look-alike can send on every connection."""
+    return all(connection.writable.is_set() for connection in vllm._connections)
+
+
+async def test_a_completion(make_worker: MakeWorker, vllm: FakeVllm) -> None:
+    """Begins with `Started`, ends with `Completed`, and is counted for as long as it lasts."""
+    async with make_worker() as worker:
+        assert worker.active == 0
+        async with worker.completion(ask(sampling=Sampling(seed=1)), CALL) as completion:
+            assert worker.active == 1
+            assert completion.seconds_to_first_event is None
+            events = [event async for batch in completion.batches() for event in batch]
+            assert completion.failure is None
+            assert completion.usage.provenance is Provenance.EXACT
+            assert completion.oddities == {}
+            assert completion.sampling == Sampling(seed=1)
+            assert completion.seconds_to_first_event is not None
+            assert 0 < completion.seconds_to_first_event <= completion.seconds_total
+        assert worker.active == 0
+        total = completion.seconds_total
+    assert isinstance(events[0], Started)
+    assert isinstance(events[-1], Completed)
+    assert completion.seconds_total == total
+    assert vllm.running == 0
+
+
+async def test_nothing_is_asked_before_batches(make_worker: MakeWorker, vllm: FakeVllm) -> None:
+    """Admission and the look-up of the model come first; a completion that nobody reads costs the provider nothing."""
+    async with make_worker() as worker:
+        async with worker.completion(ask(), CALL):
+            pass
+        assert not vllm.chats
+        assert worker.active == 0
+
+
+async def test_what_waits_is_joined(make_worker: MakeWorker, vllm: FakeVllm) -> None:
+    """A caller that is slower than the engine gets neighbouring deltas as one."""
+    gate = asyncio.Event()
+    texts = [CHUNKS.text(f"{number} ") for number in range(100)]
+    vllm.play(Script.chunks([CHUNKS.role(), gate, *texts, CHUNKS.finish()]))
+    async with make_worker() as worker, worker.completion(ask(), CALL) as completion:
+        batches = completion.batches()
+        assert [type(event) for event in await anext(batches)] == [Started]
+        gate.set()
+        await until(lambda: completion._reader.ended)
+        (rest,) = [batch async for batch in batches]
+    assert [type(event) for event in rest] == [TextDelta, ChoiceFinished, Completed]
+    assert isinstance(rest[0], TextDelta)
+    assert rest[0].text == "".join(f"{number} " for number in range(100))
+
+
+async def test_reading_stops_at_the_limit_and_with_it_the_provider(make_worker: MakeWorker, vllm: FakeVllm) -> None:
+    """What waits for a caller that takes nothing is bounded; when it comes back, all goes on and nothing is lost."""
+    vllm.play(Script.generated(tokens=60_000, chunks_per_write=100))
+    async with (
+        make_worker(queue_bytes=4096, slow_caller_timeout=LONG) as worker,
+        worker.completion(ask(), CALL) as completion,
+    ):
+        batches = completion.batches()
+        events = await anext(batches)
+        await until(lambda: not writable(vllm))
+        assert completion._handover.full
+        assert completion._handover._waiting.size < 200_000
+        async for batch in batches:
+            events += batch
+    last = events[-1]
+    assert isinstance(last, Completed)
+    assert last.usage.completion_tokens == 60_000
+    assert "".join(event.text for event in events if isinstance(event, TextDelta)) == last.choices[0].text
+
+
+async def test_a_caller_that_takes_nothing_loses_its_upstream(make_worker: MakeWorker, vllm: FakeVllm) -> None:
+    """SLOW_CALLER comes out of whatever it was doing, and the provider stops."""
+    vllm.play(NEVER_ENDING)
+    async with make_worker(queue_bytes=1024, slow_caller_timeout=0.05) as worker:
+        with pytest.raises(GatewayError) as caught:
+            await take_one_and_get_stuck(worker)
+        assert worker.active == 0
+        await vllm.chats[0].closed_early.wait()
+        task = asyncio.current_task()
+        assert task is not None
+        assert task.cancelling() == 0
+    assert caught.value.reason is Reason.SLOW_CALLER
+    assert caught.value.metadata == {"limit_seconds": "0.05"}
+
+
+async def test_a_caller_that_does_not_take_the_end_loses_it(make_worker: MakeWorker, vllm: FakeVllm) -> None:
+    """Also when all is said and there is little of it: a caller that is stuck must not hold its place for ever."""
+    async with make_worker(slow_caller_timeout=0.05) as worker:
+        with pytest.raises(GatewayError) as caught:
+            await take_one_and_get_stuck(worker)
+        assert worker.active == 0
+    assert caught.value.reason is Reason.SLOW_CALLER
+    assert vllm.running == 0
+
+
+async def test_a_caller_that_is_stuck_when_its_time_is_up(make_worker: MakeWorker, vllm: FakeVllm) -> None:
+    """The limit on a call's duration stops the provider at once, and the caller that does not read after it as well."""
+    vllm.play(Script.chunks([CHUNKS.role(), asyncio.Event()]))
+    async with make_worker(slow_caller_timeout=0.05, max_duration=0.2) as worker:
+        with pytest.raises(GatewayError) as caught:
+            await take_one_and_get_stuck(worker)
+        await vllm.chats[0].closed_early.wait()
+    assert caught.value.reason is Reason.SLOW_CALLER
+
+
+async def test_while_we_do_not_read_the_provider_is_not_silent(make_worker: MakeWorker, vllm: FakeVllm) -> None:
+    """Its clock stands while a full queue waits for the caller."""
+    vllm.play(Script.generated(tokens=20_000, chunks_per_write=100))
+    async with (
+        make_worker(
+            queue_bytes=1024, slow_caller_timeout=LONG, patience=Patience(first_event=LONG, silence=0.5)
+        ) as worker,
+        worker.completion(ask(), CALL) as completion,
+    ):
+        batches = completion.batches()
+        await anext(batches)
+        await until(lambda: not writable(vllm))
+        await asyncio.sleep(0.8)  # longer than the provider may be silent
+        events = [event async for batch in batches for event in batch]
+    assert isinstance(events[-1], Completed)
+    assert completion.failure is None
+
+
+async def test_a_time_limit_while_the_queue_is_full(make_worker: MakeWorker, vllm: FakeVllm) -> None:
+    """Ends the answer as it does any other, and what waited is still told."""
+    vllm.play(NEVER_ENDING)
+    async with (
+        make_worker(queue_bytes=1024, slow_caller_timeout=LONG, max_duration=0.3) as worker,
+        worker.completion(ask(), CALL) as completion,
+    ):
+        batches = completion.batches()
+        events = await anext(batches)
+        await vllm.chats[0].closed_early.wait()
+        with pytest.raises(GatewayError) as caught:
+            await rest_of(batches, events)
+    assert caught.value.reason is Reason.DURATION_LIMIT_EXCEEDED
+    assert isinstance(events[-1], Completed)
+    assert events[-1].fault is not None
+
+
+async def test_comments_do_not_keep_a_silent_provider(make_worker: MakeWorker, vllm: FakeVllm) -> None:
+    """An engine that sleeps may send them for ever, before the first event and after it."""
+    never = asyncio.Event()
+    vllm.play(
+        Script.chunks([never], keep_alive=0.01),
+        Script.chunks([CHUNKS.role(), never], keep_alive=0.01),
+    )
+    async with make_worker(patience=Patience(first_event=0.1, silence=0.1)) as worker:
+        for begun in (False, True):
+            with pytest.raises(ProviderError) as caught:
+                await events_of(worker)
+            assert caught.value.reason is Reason.UPSTREAM_TIMEOUT
+            assert caught.value.retry_after == (None if begun else 1.0)
+            await vllm.chats[-1].closed_early.wait()
+
+
+async def test_each_event_starts_the_clock_anew(make_worker: MakeWorker, vllm: FakeVllm) -> None:
+    """An answer may take longer than any silence in it."""
+    vllm.play(Script.generated(tokens=12, chunk_delay=0.1))
+    async with make_worker(patience=Patience(first_event=LONG, silence=1.0)) as worker:
+        events = await events_of(worker)
+    assert isinstance(events[-1], Completed)
+
+
+async def test_what_comes_after_the_end_is_not_waited_for(make_worker: MakeWorker, vllm: FakeVllm) -> None:
+    """A body that goes on and on after `[DONE]` ends the call all the same; so does one that just stays open."""
+    end: list[dict[str, Any] | bytes] = [CHUNKS.role(), CHUNKS.finish(), b"data: [DONE]\n\n"]
+    vllm.play(Script.chunks([*end, asyncio.Event()], keep_alive=0.01), Script.chunks(end, end="hang"))
+    async with make_worker() as worker:
+        for _ in range(2):
+            assert isinstance((await events_of(worker))[-1], Completed)
+            await vllm.chats[-1].closed_early.wait()
+
+
+async def test_events_after_the_end_are_none(make_worker: MakeWorker, vllm: FakeVllm) -> None:
+    """Whatever a provider sends after `[DONE]`."""
+    vllm.play(
+        Script.chunks([CHUNKS.role(), CHUNKS.finish(), b"data: [DONE]\n\n", CHUNKS.text("late"), b"data: {oops\n\n"])
+    )
+    async with make_worker() as worker:
+        last = (await events_of(worker))[-1]
+    assert isinstance(last, Completed)
+    assert (last.choices[0].text, last.fault) == ("", None)
+
+
+async def test_leaving_early_stops_the_provider(make_worker: MakeWorker, vllm: FakeVllm) -> None:
+    """A caller that has enough just goes."""
+    vllm.play(NEVER_ENDING)
+    async with make_worker() as worker:
+        async with worker.completion(ask(), CALL) as completion:
+            async for _ in completion.batches():
+                break
+        assert worker.active == 0
+        await vllm.chats[0].closed_early.wait()
+        assert completion.failure is None
+
+
+@pytest.mark.parametrize(
+    "script", [NEVER_ENDING, Script.generated(headers_delay=LONG), Script.generated(first_delay=LONG)]
+)
+async def test_a_cancelled_caller_stops_the_provider(make_worker: MakeWorker, vllm: FakeVllm, script: Script) -> None:
+    """However far the answer is; and its cancellation stays one."""
+    vllm.play(script)
+    async with make_worker() as worker:
+        task = asyncio.create_task(events_of(worker))
+        chat = await vllm.received()
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+        assert worker.active == 0
+        await chat.closed_early.wait()
+        assert vllm.running == 0
+
+
+async def test_admission(make_worker: MakeWorker) -> None:
+    """The limit counts completions in whatever state, and a look-up that fails gives its place back."""
+    async with make_worker(max_streams=2) as worker:
+        async with worker.completion(ask(), CALL), worker.completion(ask(), CALL):
+            with pytest.raises(GatewayError) as caught:
+                await events_of(worker)
+            assert caught.value.reason is Reason.TOO_MANY_STREAMS
+        with pytest.raises(CallerError):
+            async with worker.completion(ChatRequest("other", ask().messages), CALL):
+                pass
+        assert worker.active == 0
+
+
+async def test_a_defect_ends_the_call(make_worker: MakeWorker) -> None:
+    """What nobody thought of is INTERNAL, with its cause kept for the log; a call does not hang in it."""
+
+    class Defective(FakeProvider):
+        async def _body(self) -> AsyncIterator[bytes]:
+            yield b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}\n\n'
+            raise ZeroDivisionError
+
+    async with make_worker(provider=Defective(served=["fake"])) as worker:
+        events: list[Event] = []
+        async with worker.completion(ask(), CALL) as completion:
+            with pytest.raises(GatewayError) as caught:
+                await rest_of(completion.batches(), events)
+    assert caught.value.reason is Reason.INTERNAL
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    assert [type(event) for event in events] == [Started, TextDelta]
+
+
+async def test_the_operators_limit_is_for_requests_without_one(make_worker: MakeWorker, vllm: FakeVllm) -> None:
+    """And leaves the rest of the sampling alone."""
+    provider = VllmProvider("vllm", vllm.base_url, tls=False, default_max_tokens=9)
+    async with make_worker(provider=provider) as worker:
+        for given, sent in ((None, 9), (3, 3)):
+            async with worker.completion(ask(sampling=Sampling(max_tokens=given, seed=1)), CALL) as completion:
+                assert completion.sampling == Sampling(max_tokens=sent, seed=1)
+
+
+async def test_oddities_are_counted(make_worker: MakeWorker, vllm: FakeVllm) -> None:
+    """What was got over is there for the log."""
+    vllm.play(Script.chunks([CHUNKS.role(), CHUNKS.finish("because")]))
+    async with make_worker() as worker, worker.completion(ask(), CALL) as completion:
+        async for _ in completion.batches():
+            pass
+        assert completion.oddities == {"finish reason 'because'": 1}
+
+
+async def test_handover() -> None:
+    """Takes while nobody comes, and says when it is full; what waits at the close is still given."""
+    handover = Handover(200)
+    handover.put([TextDelta(0, "a")])
+    assert not handover.full
+    handover.put([TextDelta(0, "b" * 300)])
+    assert handover.full
+    room = asyncio.create_task(handover.room())
+    await asyncio.sleep(0)
+    assert not room.done()
+    assert await handover.take() == [TextDelta(0, "a" + "b" * 300)]
+    await room
+    assert not handover.full
+    waiting = asyncio.create_task(handover.take())
+    await asyncio.sleep(0)
+    handover.put([TextDelta(0, "c")])
+    handover.close()
+    assert await waiting == [TextDelta(0, "c")]
+    assert not handover.exhausted
+    assert await handover.take() == []
+    assert handover.exhausted
