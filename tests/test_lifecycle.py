@@ -245,7 +245,7 @@ async def test_a_caller_that_vanished_is_noticed(start_gateway: StartGateway, vl
             forwards.append(asyncio.create_task(forward(other_reader, writer)))
 
         proxy = await asyncio.start_server(accept, "127.0.0.1", 0)
-        address = "127.0.0.1:{}".format(proxy.sockets[0].getsockname()[1])
+        address = f"127.0.0.1:{proxy.sockets[0].getsockname()[1]}"
         async with asyncio.timeout(WAIT), aio.insecure_channel(address) as channel:
             messages = aiter(Running(gateway.gateway, channel).stream())
             await anext(messages)

@@ -143,10 +143,16 @@ def test_logprobs_come_in_order() -> None:
     [({"matched_stop": "END"}, "END", None), ({"matched_token_id": 7}, None, 7), ({}, None, None)],
 )
 def test_what_made_the_engine_stop(fields: dict[str, Any], stop: str | None, token: int | None) -> None:
-    """Only the event of the choice's end knows it."""
-    events = numbered(started(), finished(reason="STOP_SEQUENCE", **fields), completed(choice(reason="STOP_SEQUENCE")))
-    only = fold(events).choices[0]
-    assert (only.matched_stop, only.matched_token_id) == (stop, token)
+    """The last event says it, and so does a whole answer; a stream that breaks off before has its choice's own word."""
+    ends = [started(), finished(reason="STOP_SEQUENCE", **fields)]
+    stated = completed(choice(reason="STOP_SEQUENCE", **fields))
+    whole = answer_of(CreateChatCompletionResponse(started=Started(), completed=stated.completed), INFO)
+    with pytest.raises(StreamInterrupted) as broken_off:
+        fold(numbered(*ends))
+    for answer in (fold(numbered(*ends, stated)), whole, broken_off.value.answer):
+        assert answer is not None
+        only = answer.choices[0]
+        assert (only.matched_stop, only.matched_token_id) == (stop, token)
 
 
 def test_events_of_a_later_version_are_skipped() -> None:

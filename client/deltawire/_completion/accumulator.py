@@ -171,15 +171,28 @@ class Accumulator:
         choices = []
         for index in sorted({0, *self._parts, *closed}):
             parts = self._parts.get(index) or _Parts()
-            choice = closed.get(index) or Completed.Choice(
-                stop_reason=parts.finished.stop_reason,
-                engine_finish_reason=parts.finished.engine_finish_reason,
-                tool_calls_executable=parts.finished.tool_calls_executable,
-            )
+            choice = closed.get(index) or _unstated(parts.finished)
             message = stated[index].message if index in stated else parts.message()
             failed = tuple(choice.failed_tool_calls) or tuple(parts.failed)
-            choices.append(choice_of(index, choice, message, failed, parts.finished, tuple(parts.logprobs)))
+            choices.append(choice_of(index, choice, message, failed, tuple(parts.logprobs)))
         return with_info(Answer(self._started or Started(), completed, tuple(choices)), info)
+
+
+def _unstated(finished: ChoiceFinished) -> Completed.Choice:
+    """What `Completed` would have stated of a choice, as far as its own end said it."""
+    choice = Completed.Choice(
+        stop_reason=finished.stop_reason,
+        engine_finish_reason=finished.engine_finish_reason,
+        tool_calls_executable=finished.tool_calls_executable,
+    )
+    match finished.WhichOneof("matched"):
+        case "matched_stop":
+            choice.matched_stop = finished.matched_stop
+        case "matched_token_id":
+            choice.matched_token_id = finished.matched_token_id
+        case None:
+            pass
+    return choice
 
 
 def _broken(what: str) -> None:

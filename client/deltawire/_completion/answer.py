@@ -7,20 +7,19 @@ from typing import TYPE_CHECKING
 
 from deltawire._errors import ProtocolError
 from deltawire._messages import message_text
-from deltawire.v1.chat_completion_pb2 import (
-    ChoiceFinished,
-    Completed,
-    CreateChatCompletionResponse,
-    Started,
-    TokenLogprob,
-    Usage,
-)
 from deltawire.v1.message_pb2 import AssistantMessage, Message
 
 if TYPE_CHECKING:
     from deltawire._channel import CallInfo
     from deltawire._failure import Metadata
-    from deltawire.v1.chat_completion_pb2 import StopReason
+    from deltawire.v1.chat_completion_pb2 import (
+        Completed,
+        CreateChatCompletionResponse,
+        Started,
+        StopReason,
+        TokenLogprob,
+        Usage,
+    )
     from deltawire.v1.tool_pb2 import ToolCall, ToolCallDelta
 
 
@@ -30,7 +29,7 @@ class Choice:
 
     `message` is the model's turn, ready to be sent back; its tool calls are those that can be executed.
     `failed_tool_calls` are the others, with all that the model said. `matched_stop` and `matched_token_id` say what made
-    the engine stop, if it told; only a stream does. `logprobs` are those of all tokens, if asked for.
+    the engine stop, if it told. `logprobs` are those of all tokens, if asked for.
     """
 
     index: int
@@ -136,7 +135,6 @@ def answer_of(response: CreateChatCompletionResponse, info: CallInfo) -> Answer:
             choice,
             choice.message,
             tuple(choice.failed_tool_calls),
-            ChoiceFinished(),
             tuple(choice.logprobs),
         )
         for choice in completed.choices
@@ -152,11 +150,10 @@ def choice_of(
     stated: Completed.Choice,
     message: AssistantMessage,
     failed: tuple[ToolCallDelta, ...],
-    finished: ChoiceFinished,
     logprobs: tuple[TokenLogprob, ...],
 ) -> Choice:
     """A choice, from what was stated of it at the end and what its events said."""
-    matched = finished.WhichOneof("matched")
+    matched = stated.WhichOneof("matched")
     return Choice(
         index=index,
         message=Message(assistant=message),
@@ -164,8 +161,8 @@ def choice_of(
         stop_reason=stated.stop_reason,
         engine_finish_reason=stated.engine_finish_reason,
         tool_calls_executable=stated.tool_calls_executable,
-        matched_stop=finished.matched_stop if matched == "matched_stop" else None,
-        matched_token_id=finished.matched_token_id if matched == "matched_token_id" else None,
+        matched_stop=stated.matched_stop if matched == "matched_stop" else None,
+        matched_token_id=stated.matched_token_id if matched == "matched_token_id" else None,
         logprobs=logprobs,
     )
 

@@ -28,6 +28,8 @@ REQUEST_ID = "x-request-id"
 PROVIDER_TOKEN = "x-vllm-api-token"  # noqa: S105 (the name of a header, not a token)
 MAX_REQUEST_ID = 128
 OUR_METHODS = "/deltawire.v1."
+DEADLINE_SLACK = 0.1
+"""Seconds: the caller's clock runs out first, and then its cancel arrives before our own clock says the same."""
 
 _log = get_logger(__name__)
 
@@ -188,7 +190,7 @@ def _logged(method: str, record: CallRecord, context: _Context, metadata: Mappin
 
 def _deadline_passed(context: _Context) -> bool:
     remaining = cast("float | None", context.time_remaining())  # None without a deadline; grpc's types do not say so
-    return remaining is not None and remaining <= 0
+    return remaining is not None and remaining <= DEADLINE_SLACK
 
 
 def _metadata(context: _Context) -> dict[str, str]:
