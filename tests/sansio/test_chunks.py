@@ -36,7 +36,7 @@ def test_decodes_every_field_that_means_something() -> None:
     logprobs = Logprobs([LogprobEntry("c", -1.0, [99], [TopLogprob("d", -2.5)])])
     usage = UsageFigures(1, 2, PromptDetails(1), CompletionDetails(2))
     assert chunk == Chunk("i", "m", [Choice(1, delta, logprobs, "stop", 7)], usage)
-    assert chunk.error_body() is None
+    assert not chunk.is_error
 
 
 FORGIVEN = {
@@ -58,7 +58,7 @@ FORGIVEN = {
 @pytest.mark.parametrize("payload", FORGIVEN.values(), ids=FORGIVEN.keys())
 def test_forgives(payload: bytes) -> None:
     """What may be left out, null or added is no error."""
-    assert decode_chunk(payload).error_body() is None
+    assert not decode_chunk(payload).is_error
 
 
 MALFORMED = {

@@ -81,14 +81,14 @@ def test_figures_may_come_for_some_choices_only() -> None:
 
 
 def test_reasoning_and_cached_tokens_of_figures() -> None:
-    """Reasoning is summed over the choices that have it, by the largest figure; cached tokens belong to the one prompt."""
+    """Reasoning is summed over the choices that have it, by the account with the most tokens; cached tokens belong to the one prompt."""
     assert _usage(
         chunk(part({"reasoning": "a"}, choice=0), usage=figures(7, 2, cached=4, reasoning=2)),
-        chunk(part({"reasoning": "b"}, choice=0), usage=figures(7, 3, cached=4, reasoning=1)),
+        chunk(part({"reasoning": "b"}, choice=0), usage=figures(7, 3, cached=4, reasoning=3)),
         chunk(part({"reasoning": "c"}, choice=1), usage=figures(7, 5, reasoning=5)),
         chunk(part({"content": "d"}, choice=2), usage=figures(7, 1)),
         choice_count=3,
-    ) == Usage(9, Provenance.LOWER_BOUND, 7, 4, 7)
+    ) == Usage(9, Provenance.LOWER_BOUND, 7, 4, 8)
 
 
 def test_figures_without_reasoning_leave_it_unknown() -> None:

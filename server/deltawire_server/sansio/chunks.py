@@ -133,13 +133,16 @@ class Chunk(_Part, frozen=True):
     param: Any = None
     code: Any = None
 
-    def error_body(self) -> ErrorBody | None:
-        """The error that this event is, `None` if it is a chunk."""
-        if self.error is not None:
-            return ErrorBody(message=self.error) if isinstance(self.error, str) else self.error
-        if self.object == "error":
+    @property
+    def is_error(self) -> bool:
+        """Whether this event is an error; then ask `error_body()`, and nothing else of it."""
+        return self.error is not None or self.object == "error"
+
+    def error_body(self) -> ErrorBody:
+        """The error that this event is."""
+        if self.error is None:
             return ErrorBody(message=self.message, type=self.type, param=self.param, code=self.code)
-        return None
+        return ErrorBody(message=self.error) if isinstance(self.error, str) else self.error
 
 
 _decoder = msgspec.json.Decoder(Chunk)
@@ -152,7 +155,7 @@ def decode_chunk(payload: bytes) -> Chunk:
         payload: The event's data, not `DONE`.
 
     Returns:
-        The chunk; ask its `error_body()` first.
+        The chunk; ask `is_error` first.
 
     Raises:
         MalformedChunkError: It is not JSON, not an object, neither chunk nor error, or a field has another type than it should.
@@ -161,6 +164,6 @@ def decode_chunk(payload: bytes) -> Chunk:
         chunk = _decoder.decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise MalformedChunkError(f"an event is not a chunk: {error}") from error
-    if chunk.choices is None and chunk.usage is None and chunk.error_body() is None:
+    if chunk.choices is None and chunk.usage is None and not chunk.is_error:
         raise MalformedChunkError("an event is neither a chunk nor an error: it has no choices")
     return chunk

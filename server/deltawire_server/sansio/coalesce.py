@@ -23,7 +23,7 @@ from deltawire_server.sansio.events import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
 
 EVENT_BYTES = 64
 """What an event weighs beside its text: about what its message takes on the wire with ids and numbers."""
@@ -47,11 +47,10 @@ class Coalescer:
         """How many events wait, not yet joined."""
         return len(self._events)
 
-    def receive(self, events: Iterable[Event]) -> None:
+    def receive(self, events: Sequence[Event]) -> None:
         """Let events wait."""
-        for event in events:
-            self._events.append(event)
-            self.size += _weight(event)
+        self._events.extend(events)
+        self.size += sum(map(_weight, events))
 
     def take(self) -> list[Event]:
         """All that waits, joined where that may be; then nothing waits. Write it, in order, then come again."""
@@ -96,6 +95,8 @@ def _join_texts(run: list[TextDelta | ReasoningDelta]) -> TextDelta | ReasoningD
 
 
 def _weight(event: Event) -> int:
+    if type(event) is TextDelta and not event.logprobs:  # the commonest, once per token
+        return EVENT_BYTES + len(event.text)
     if isinstance(event, _TEXTS):
         weight = EVENT_BYTES + len(event.text)
         if event.logprobs:

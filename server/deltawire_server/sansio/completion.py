@@ -113,8 +113,7 @@ class _Choice:
         self.succeeded: list[ToolCallSucceeded] = []
         self.failed: list[ToolCallFailed] = []
         self.finished: ChoiceFinished | None = None
-        self.completion_tokens = 0  # the largest figures seen
-        self.reasoning_tokens: int | None = None
+        self.figures: chunks.UsageFigures | None = None  # the running ones with the most tokens
 
 
 class CompletionReader:
@@ -153,10 +152,7 @@ class CompletionReader:
         self._call_ids = tool_calls.CallIds(mint)
         self._choices: dict[int, _Choice] = {}
         self._exact: chunks.UsageFigures | None = None
-        self._prompt_tokens: int | None = None
-        self._cached_prompt_tokens: int | None = None
-        self._figures_seen = False
-        self._completion_floor = 0
+        self._overtaken: chunks.UsageFigures | None = None  # the largest account that more output followed
         self._output_chunks = 0
         self._pending_fault: Fault | None = None
         self.phase = Phase.WAITING
@@ -218,52 +214,52 @@ class CompletionReader:
     @property
     def usage(self) -> Usage:
         """What is known of the tokens used so far."""
+        running = [choice.figures for choice in self._choices.values() if choice.figures is not None]
+        accounts = [account for account in (self._overtaken, *running, self._exact) if account is not None]
+        if not accounts:
+            return Usage(self._output_chunks, Provenance.ESTIMATED)
+        cached = [count for count in map(_cached_tokens, accounts) if count is not None]
         if self._exact is not None:
             return Usage(
                 self._exact.completion_tokens or 0,
                 Provenance.EXACT,
                 self._exact.prompt_tokens,
-                self._cached_prompt_tokens,
+                cached[-1] if cached else None,
                 _reasoning_tokens(self._exact),
             )
-        if self._figures_seen:
-            choices = self._choices.values()
-            reasoning = [choice.reasoning_tokens for choice in choices if choice.reasoning_tokens is not None]
-            return Usage(
-                max(self._completion_floor, sum(choice.completion_tokens for choice in choices)),
-                Provenance.LOWER_BOUND,
-                self._prompt_tokens,
-                self._cached_prompt_tokens,
-                sum(reasoning) if reasoning else None,
-            )
-        return Usage(self._output_chunks, Provenance.ESTIMATED)
+        reasoning = [count for count in map(_reasoning_tokens, running) if count is not None]
+        floor = self._overtaken.completion_tokens or 0 if self._overtaken is not None else 0
+        return Usage(
+            max(floor, sum(account.completion_tokens or 0 for account in running)),
+            Provenance.LOWER_BOUND,
+            max(account.prompt_tokens for account in accounts),
+            cached[-1] if cached else None,
+            sum(reasoning) if reasoning else None,
+        )
 
     def _receive_chunk(self, chunk: chunks.Chunk, events: list[Event]) -> None:
-        error = chunk.error_body()
-        if error is not None:
-            self._end(_fault_of(error), events)
-            return
-        if chunk.choices:
+        if chunk.is_error:
+            self._end(_fault_of(chunk.error_body()), events)
+        elif chunk.choices:
             if self.phase is Phase.WAITING:
                 self.phase = Phase.OPEN
                 events.append(Started(chunk.id or "", chunk.model or ""))
             if self._exact is not None:
                 # More output follows, so that account was not the final one: at least that much was used.
-                self._figures_seen = True
-                self._completion_floor = max(self._completion_floor, self._exact.completion_tokens or 0)
+                if self._overtaken is None or _exceeds(self._exact, self._overtaken):
+                    self._overtaken = self._exact
                 self._exact = None
             for part in chunk.choices:
                 self._receive_part(part, chunk.usage, events)
         elif chunk.usage is not None:
             self._exact = chunk.usage
-            self._note_prompt(chunk.usage)
         else:
             self.oddities["chunk without choices or usage"] += 1
 
     def _receive_part(self, part: chunks.Choice, usage: chunks.UsageFigures | None, events: list[Event]) -> None:
         choice = self._choices.get(part.index or 0) or self._begin_choice(part.index or 0)
-        if usage is not None:
-            self._note_figures(choice, usage)
+        if usage is not None and (choice.figures is None or _exceeds(usage, choice.figures)):
+            choice.figures = usage
         delta = part.delta
         if delta is not None:
             self._receive_delta(choice, delta, part.logprobs, events)
@@ -381,22 +377,6 @@ class CompletionReader:
             events.append(Completed(self.usage, tuple(whole), fault))
         self.phase = Phase.ENDED
 
-    def _note_figures(self, choice: _Choice, usage: chunks.UsageFigures) -> None:
-        """Figures that came with output; for every token, so comparisons instead of `max`."""
-        self._figures_seen = True
-        if usage.completion_tokens is not None and usage.completion_tokens > choice.completion_tokens:
-            choice.completion_tokens = usage.completion_tokens
-        reasoning = _reasoning_tokens(usage)
-        if reasoning is not None and (choice.reasoning_tokens is None or reasoning > choice.reasoning_tokens):
-            choice.reasoning_tokens = reasoning
-        self._note_prompt(usage)
-
-    def _note_prompt(self, usage: chunks.UsageFigures) -> None:
-        if self._prompt_tokens is None or usage.prompt_tokens > self._prompt_tokens:
-            self._prompt_tokens = usage.prompt_tokens
-        if usage.prompt_tokens_details is not None and usage.prompt_tokens_details.cached_tokens is not None:
-            self._cached_prompt_tokens = usage.prompt_tokens_details.cached_tokens
-
 
 def _fault_of(error: chunks.ErrorBody) -> Fault:
     text = str(error.code)
@@ -422,8 +402,17 @@ def _whole(choice: _Choice, finished: ChoiceFinished) -> FinishedChoice:
     )
 
 
+def _exceeds(figures: chunks.UsageFigures, others: chunks.UsageFigures) -> bool:
+    """Whether figures are at least as large as earlier ones; for every token, so nothing more than it takes."""
+    return (figures.completion_tokens or 0) >= (others.completion_tokens or 0)
+
+
 def _reasoning_tokens(usage: chunks.UsageFigures) -> int | None:
     return usage.completion_tokens_details.reasoning_tokens if usage.completion_tokens_details else None
+
+
+def _cached_tokens(usage: chunks.UsageFigures) -> int | None:
+    return usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else None
 
 
 def _tokens(logprobs: chunks.Logprobs) -> tuple[TokenLogprob, ...]:
