@@ -81,7 +81,7 @@ def test_figures_may_come_for_some_choices_only() -> None:
 
 
 def test_reasoning_and_cached_tokens_of_figures() -> None:
-    """Reasoning is summed over the choices that have it, by the account with the most tokens; cached tokens belong to the one prompt."""
+    """Reasoning is summed over the choices that have it, as accounted last; cached tokens belong to the one prompt."""
     assert _usage(
         chunk(part({"reasoning": "a"}, choice=0), usage=figures(7, 2, cached=4, reasoning=2)),
         chunk(part({"reasoning": "b"}, choice=0), usage=figures(7, 3, cached=4, reasoning=3)),

@@ -238,9 +238,7 @@ class CompletionReader:
         )
 
     def _receive_chunk(self, chunk: chunks.Chunk, events: list[Event]) -> None:
-        if chunk.is_error:
-            self._end(_fault_of(chunk.error_body()), events)
-        elif chunk.choices:
+        if chunk.choices and chunk.error is None:
             if self.phase is Phase.WAITING:
                 self.phase = Phase.OPEN
                 events.append(Started(chunk.id or "", chunk.model or ""))
@@ -251,6 +249,8 @@ class CompletionReader:
                 self._exact = None
             for part in chunk.choices:
                 self._receive_part(part, chunk.usage, events)
+        elif chunk.is_error:
+            self._end(_fault_of(chunk.error_body()), events)
         elif chunk.usage is not None:
             self._exact = chunk.usage
         else:

@@ -70,12 +70,17 @@ class SSEDecoder:
             self._pieces.clear()
             self._size = 0
         payloads: list[bytes] = []
-        events = data.split(b"\n\n")
-        rest = events.pop()
+        lines = data.split(b"\n")
+        if len(lines) % 2 and not any(lines[1::2]):
+            # Every event is one line, as vLLM writes them. Splitting at one byte is several times faster than at two.
+            events, rest = lines[:-1:2], lines[-1]
+        else:
+            events = data.split(b"\n\n")
+            rest = events.pop()
         for event in events:
             if len(event) > self._max_event_bytes:
                 raise EventTooLargeError(self._max_event_bytes, payloads)
-            if event.startswith(b"data: ") and b"\n" not in event:
+            if event[:6] == b"data: " and b"\n" not in event:  # as vLLM writes them all
                 payloads.append(event[6:])
             else:
                 payloads.extend(_payload(event))
