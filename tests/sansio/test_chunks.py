@@ -35,8 +35,7 @@ def test_decodes_every_field_that_means_something() -> None:
     delta = Delta("c", "r", "o", [ToolEntry(2, "t", Function("f", "{"))])
     logprobs = Logprobs([LogprobEntry("c", -1.0, [99], [TopLogprob("d", -2.5)])])
     usage = UsageFigures(1, 2, PromptDetails(1), CompletionDetails(2))
-    assert chunk == Chunk("i", "m", [Choice(1, delta, logprobs, "stop", 7)], usage)
-    assert not chunk.is_error
+    assert chunk == Chunk([Choice(1, delta, logprobs, "stop", 7)], usage, id="i", model="m")
 
 
 FORGIVEN = {
@@ -58,7 +57,7 @@ FORGIVEN = {
 @pytest.mark.parametrize("payload", FORGIVEN.values(), ids=FORGIVEN.keys())
 def test_forgives(payload: bytes) -> None:
     """What may be left out, null or added is no error."""
-    assert not decode_chunk(payload).is_error
+    assert isinstance(decode_chunk(payload), Chunk)
 
 
 MALFORMED = {
@@ -116,4 +115,6 @@ ERRORS = {
 @pytest.mark.parametrize(("payload", "body"), ERRORS.values(), ids=ERRORS.keys())
 def test_knows_an_error(payload: bytes, body: ErrorBody) -> None:
     """Each shape in which an error has been sent is the same error."""
-    assert decode_chunk(payload).error_body() == body
+    error = decode_chunk(payload)
+    assert isinstance(error, ErrorBody)
+    assert (error.message, error.type, error.param, error.code) == (body.message, body.type, body.param, body.code)

@@ -30,6 +30,7 @@ class FakeProvider:
         gate: If set, a listing waits for it.
         asked: Set as soon as it has been asked for a listing.
         tokens: The token of each listing, in order: its length is how often it was listed.
+        has_token: Whether its operator gave it a token, so that every caller sees the same listing.
         chunks: What `stream_chat` yields.
         requests: What `stream_chat` was asked, in order.
     """
@@ -41,6 +42,7 @@ class FakeProvider:
         self.gate: asyncio.Event | None = None
         self.asked = asyncio.Event()
         self.tokens: list[str | None] = []
+        self.has_token = False
         self.chunks: list[bytes] = []
         self.requests: list[tuple[ChatRequest, str, CallContext]] = []
         self.closed = False

@@ -74,7 +74,7 @@ THINKING_FLAGS = (
 WEATHER = ToolSpec(
     "get_weather",
     "Current weather for a city",
-    {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    '{"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}',
 )
 TOOL_CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "%s"}}\n</tool_call>'
 LONG_NAME = "a name much too long for any city that there is or ever was, and it goes on"

@@ -88,6 +88,21 @@ async def test_other_tokens_ask_for_themselves(provider: FakeProvider) -> None:
     assert sorted(map(str, provider.tokens)) == ["None", "a", "b"]
 
 
+async def test_what_one_token_may_see_another_need_not(provider: FakeProvider) -> None:
+    """Without a token of the operator's, a listing is kept for the caller whose token fetched it."""
+    providers = Providers([provider])
+    assert [await providers.listing("p", token) for token in ("a", "b", "a")] == [M] * 3
+    assert provider.tokens == ["a", "b"]
+
+
+async def test_the_operators_token_makes_one_listing_for_all(provider: FakeProvider) -> None:
+    """Then callers' tokens change nothing, and cost no request."""
+    provider.has_token = True
+    providers = Providers([provider])
+    assert [await providers.listing("p", token) for token in ("a", "b", None)] == [M] * 3
+    assert provider.tokens == [None]
+
+
 async def test_closing(provider: FakeProvider) -> None:
     """Every provider is closed, and a listing under way is given up."""
     providers = Providers([provider])

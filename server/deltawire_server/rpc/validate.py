@@ -127,9 +127,8 @@ class _ChatReader:
                 self._complain(f"{here}.call_id", "is required")
             if not call.tool_name:
                 self._complain(f"{here}.tool_name", "is required")
-            self._json_object(f"{here}.arguments", call.arguments, empty_allowed=True)
-            arguments = call.arguments if call.arguments.strip() else "{}"
-            calls.append(PastCall(call.call_id, call.tool_name, arguments))
+            arguments = self._json_object(f"{here}.arguments", call.arguments, empty_allowed=True)
+            calls.append(PastCall(call.call_id, call.tool_name, arguments or "{}"))
         content = self._content(path, message.content, required=not (calls or message.reasoning))
         return ChatMessage(Role.ASSISTANT, content, reasoning=message.reasoning, tool_calls=tuple(calls))
 
@@ -158,7 +157,7 @@ class _ChatReader:
             schema = self._json_object(f"{path}.input_schema", tool.input_schema, empty_allowed=True)
             self._json_object(f"{path}.output_schema", tool.output_schema, empty_allowed=True)
             strict = tool.strict if tool.HasField("strict") else None
-            specs.append(ToolSpec(tool.name, tool.description, schema or None, strict))
+            specs.append(ToolSpec(tool.name, tool.description, schema, strict))
         if len(specs) > MAX_TOOLS:
             self._complain("chat.tools", f"has {len(specs)} tools; at most {MAX_TOOLS} are allowed")
         return tuple(specs)
@@ -216,7 +215,7 @@ class _ChatReader:
             case "json_schema":
                 schema = self._json_object(f"{path}.json_schema.schema", form.json_schema.schema)
                 strict = form.json_schema.strict if form.json_schema.HasField("strict") else None
-                return TextFormat(FormatKind.JSON_SCHEMA, schema, form.json_schema.name or "response", strict)
+                return TextFormat(FormatKind.JSON_SCHEMA, schema or "{}", form.json_schema.name or "response", strict)
             case "grammar":
                 return TextFormat(FormatKind.GRAMMAR, self._text(f"{path}.grammar", form.grammar))
             case "regex":
@@ -237,17 +236,15 @@ class _ChatReader:
             self._complain(path, "must not be empty")
         return text
 
-    def _json_object(self, path: str, text: str, *, empty_allowed: bool = False) -> dict[str, object] | None:
-        """The object that a JSON text is; `None`, with a complaint, if it is none."""
+    def _json_object(self, path: str, text: str, *, empty_allowed: bool = False) -> str:
+        """The text of a JSON object, to be passed on as it is; empty for `{}`, or with a complaint if it is none."""
         if empty_allowed and not text.strip():
-            return None
+            return ""
         try:
-            # As strict as whoever sends it on: what is decoded here can be encoded again.
             value = msgspec.json.decode(text)
         except (msgspec.DecodeError, RecursionError) as error:
             self._complain(path, f"is not JSON: {error}")
-            return None
+            return ""
         if not isinstance(value, dict):
             self._complain(path, "must be the JSON text of an object")
-            return None
-        return value
+        return text if value else ""

@@ -119,51 +119,47 @@ class ErrorBody(_Part, frozen=True):
     code: Any = None
 
 
-class Chunk(_Part, frozen=True):
-    """One event. `error` is set in an error event; before 0.10 vLLM put its fields beside `object: "error"` instead."""
+class _BareError(ErrorBody, frozen=True):
+    """An error event as vLLM sent it before 0.10: the error's fields at the top, beside `object: "error"`."""
 
-    id: str | None = None
-    model: str | None = None
+    object: str | None = None
+
+
+class Chunk(_Part, frozen=True):
+    """One event that is no error. Kept to what is needed: one is made for every token."""
+
     choices: list[Choice] | None = None
     usage: UsageFigures | None = None
+    id: str | None = None
+    model: str | None = None
     error: ErrorBody | str | None = None
-    object: str | None = None
-    message: str | None = None
-    type: str | None = None
-    param: Any = None
-    code: Any = None
-
-    @property
-    def is_error(self) -> bool:
-        """Whether this event is an error; then ask `error_body()`, and nothing else of it."""
-        return self.error is not None or self.object == "error"
-
-    def error_body(self) -> ErrorBody:
-        """The error that this event is."""
-        if self.error is None:
-            return ErrorBody(message=self.message, type=self.type, param=self.param, code=self.code)
-        return ErrorBody(message=self.error) if isinstance(self.error, str) else self.error
 
 
 _decoder = msgspec.json.Decoder(Chunk)
+_bare_error_decoder = msgspec.json.Decoder(_BareError)
 
 
-def decode_chunk(payload: bytes) -> Chunk:
+def decode_chunk(payload: bytes) -> Chunk | ErrorBody:
     """Decode an event's payload.
 
     Args:
         payload: The event's data, not `DONE`.
 
     Returns:
-        The chunk; ask `is_error` first.
+        The chunk, or the error that the event is.
 
     Raises:
         MalformedChunkError: It is not JSON, not an object, neither chunk nor error, or a field has another type than it should.
     """
     try:
         chunk = _decoder.decode(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise MalformedChunkError(f"an event is not a chunk: {error}") from error
-    if chunk.choices is None and chunk.usage is None and not chunk.is_error:
+        if chunk.error is not None:
+            return ErrorBody(message=chunk.error) if isinstance(chunk.error, str) else chunk.error
+        if chunk.choices is not None or chunk.usage is not None:
+            return chunk
+        error = _bare_error_decoder.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as problem:
+        raise MalformedChunkError(f"an event is not a chunk: {problem}") from problem
+    if error.object != "error":
         raise MalformedChunkError("an event is neither a chunk nor an error: it has no choices")
-    return chunk
+    return error

@@ -78,6 +78,9 @@ class Phase(enum.Enum):
     ENDED = enum.auto()
 
 
+_ENDED: Phase = Phase.ENDED  # not a literal, so that a type checker sees that methods change `phase`
+
+
 class Limits:
     """What an answer may take. Each default gives its reason where it is defined.
 
@@ -183,7 +186,7 @@ class CompletionReader:
                     self._end(self._verdict_of_done(), events)
                 else:
                     self._receive_chunk(chunks.decode_chunk(payload), events)
-                if self.ended:
+                if self.phase is _ENDED:
                     break
         except (chunks.MalformedChunkError, tool_calls.ToolCallLimitError) as error:
             self._end(Fault(Reason.UPSTREAM_MALFORMED, str(error)), events)
@@ -237,8 +240,10 @@ class CompletionReader:
             sum(reasoning) if reasoning else None,
         )
 
-    def _receive_chunk(self, chunk: chunks.Chunk, events: list[Event]) -> None:
-        if chunk.choices and chunk.error is None:
+    def _receive_chunk(self, chunk: chunks.Chunk | chunks.ErrorBody, events: list[Event]) -> None:
+        if isinstance(chunk, chunks.ErrorBody):
+            self._end(_fault_of(chunk), events)
+        elif chunk.choices:
             if self.phase is Phase.WAITING:
                 self.phase = Phase.OPEN
                 events.append(Started(chunk.id or "", chunk.model or ""))
@@ -249,8 +254,6 @@ class CompletionReader:
                 self._exact = None
             for part in chunk.choices:
                 self._receive_part(part, chunk.usage, events)
-        elif chunk.is_error:
-            self._end(_fault_of(chunk.error_body()), events)
         elif chunk.usage is not None:
             self._exact = chunk.usage
         else:

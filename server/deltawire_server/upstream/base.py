@@ -104,6 +104,10 @@ class Provider(Protocol):
         """The operator's `max_tokens` for requests that name none; `None` leaves it to the model's context."""
 
     @property
+    def has_token(self) -> bool:
+        """Whether the operator configured a token; then what it lists is the same for every caller."""
+
+    @property
     def patience(self) -> Patience:
         """How long its answers may take; for whoever reads them to hold."""
 

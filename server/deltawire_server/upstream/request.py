@@ -53,11 +53,11 @@ class ChatMessage:
 
 @dataclass(frozen=True, slots=True)
 class ToolSpec:
-    """A tool; `input_schema` is the decoded JSON Schema, `None` for a tool without arguments."""
+    """A tool; `input_schema` is JSON text of an object, passed on to the letter; empty for a tool without arguments."""
 
     name: str
     description: str = ""
-    input_schema: Mapping[str, object] | None = None
+    input_schema: str = ""
     strict: bool | None = None
 
 
@@ -93,13 +93,13 @@ class TextFormat:
 
     Attributes:
         kind: Which of the forms.
-        value: By kind: nothing, a decoded schema, a grammar, a regular expression, a tuple of texts, a decoded structural tag.
+        value: By kind: nothing, a schema as JSON text, a grammar, a regular expression, texts, a structural tag as JSON text.
         name: Of a JSON schema.
         strict: Of a JSON schema; `None` if not said.
     """
 
     kind: FormatKind
-    value: object = None
+    value: str | tuple[str, ...] = ""
     name: str = ""
     strict: bool | None = None
 

@@ -35,8 +35,11 @@ KEEPALIVE_SECONDS = 4.0
 CONTROL_SECONDS = 5.0
 """For listings and health: an engine's API server answers them without the engine, so a slow one is not well."""
 
-MAX_ERROR_BYTES = 64 * 1024
-"""Of an error's body: vLLM quotes the request in some, and a wrong URL may answer with a page."""
+READ_BUFFER_BYTES = 128 * 1024
+"""Of each connection, half of what may wait in it: with less, a busy stream stops and starts its socket all the time."""
+
+MAX_ERROR_BYTES = 1024 * 1024
+"""Of an error's body: vLLM quotes the request in some, and a cut one cannot be read; a wrong URL may answer with anything."""
 
 _BROKEN = (httpx.TransportError, aiohttp.ClientError, OSError)
 """What the transport may raise; not all of aiohttp's errors come translated."""
@@ -101,6 +104,11 @@ class VllmProvider:
             follow_redirects=False,
             trust_env=False,
         )
+
+    @property
+    def has_token(self) -> bool:
+        """Whether the operator configured a token."""
+        return self._api_token is not None
 
     def __repr__(self) -> str:
         """Without the token: this lands in logs."""
@@ -184,7 +192,9 @@ class VllmProvider:
             ssl=self._tls, limit=self._max_connections, keepalive_timeout=KEEPALIVE_SECONDS
         )
         # aiohttp keeps cookies too; a load balancer's would tie every caller to one replica.
-        return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+        return aiohttp.ClientSession(
+            connector=connector, cookie_jar=aiohttp.DummyCookieJar(), read_bufsize=READ_BUFFER_BYTES
+        )
 
     def _headers(self, token: str | None) -> dict[str, str]:
         chosen = token or self._api_token

@@ -10,7 +10,7 @@ What is absent is left out, so that the model's own defaults apply. Where vLLM's
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -26,10 +26,7 @@ from deltawire_server.upstream.request import (
     ToolSpec,
 )
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-_NO_ARGUMENTS: Mapping[str, object] = {"type": "object", "properties": {}}
+_NO_ARGUMENTS = '{"type": "object", "properties": {}}'
 
 _PLAIN_SAMPLING = (
     "temperature",
@@ -108,7 +105,9 @@ def _content(message: ChatMessage) -> str | list[dict[str, str]] | None:
 
 
 def _tool(tool: ToolSpec) -> dict[str, Any]:
-    function: dict[str, Any] = {"name": tool.name, "parameters": tool.input_schema or _NO_ARGUMENTS}
+    # As it came: decoded and encoded again, a schema could lose what a decoder does not keep.
+    parameters = msgspec.Raw((tool.input_schema or _NO_ARGUMENTS).encode())
+    function: dict[str, Any] = {"name": tool.name, "parameters": parameters}
     if tool.description:
         function["description"] = tool.description
     if tool.strict is not None:
@@ -126,7 +125,7 @@ def _response_format(form: TextFormat) -> dict[str, Any]:
     if form.kind is FormatKind.JSON_OBJECT:
         return {"response_format": {"type": "json_object"}}
     if form.kind is FormatKind.JSON_SCHEMA:
-        schema: dict[str, Any] = {"name": form.name, "schema": form.value}
+        schema: dict[str, Any] = {"name": form.name, "schema": msgspec.Raw(str(form.value).encode())}
         if form.strict is not None:
             schema["strict"] = form.strict
         return {"response_format": {"type": "json_schema", "json_schema": schema}}
