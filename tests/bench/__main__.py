@@ -9,22 +9,26 @@ import platform
 import statistics
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 import uvloop
 
 from tests.bench import servers
-from tests.bench.load import grpc_streams, http_streams
-from tests.bench.servers import Server
+from tests.bench.load import GrpcLoad, HttpLoad
+
+if TYPE_CHECKING:
+    from tests.bench.servers import Server
 
 FLAT_STREAMS, FLAT_TOKENS = 32, 2000
 PACED_STREAMS, PACED_TOKENS, PACED_RATE = 64, 500, 50.0
-FIRST_STREAMS, FIRST_ROUNDS, FIRST_TOKENS = 16, 30, 8
+FIRST_STREAMS, FIRST_ROUNDS, FIRST_TOKENS = (1, 16), 60, 8
 RESULTS = Path(".cache/bench.json")
 ROUTER = Path(".cache/peers/bin/vllm-router")
 
-Load = Callable[[Server], Awaitable[list[float]]]
+Run = Callable[[], Awaitable[list[float]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +45,13 @@ class Row:
         return min(self.micros_per_token)
 
 
-async def measure(load: str, server: Server, run: Load, tokens: int, repeat: int) -> Row:
+async def measure(load: str, server: Server, run: Run, tokens: int, repeat: int) -> Row:
     """Warm up once, then measure."""
-    await run(server)
+    await run()
     figures: list[float] = []
     for _ in range(repeat):
         before = server.cpu_seconds
-        await run(server)
+        await run()
         figures.append((server.cpu_seconds - before) * 1e6 / tokens)
     return Row(load, server.name, figures)
 
@@ -58,45 +62,40 @@ async def cpu_rows(
     """The same load on the gateway and on every peer there is."""
     total = streams * tokens
     rows: list[Row] = []
-
-    async def over_grpc(server: Server) -> list[float]:
-        return await grpc_streams(server, streams, tokens)
-
-    async def over_http(server: Server) -> list[float]:
-        return await http_streams(server, streams, tokens)
-
     with servers.fake_vllm(tokens, per_second=rate) as upstream:
         with servers.gateway(upstream) as server:
-            rows.append(await measure(load, server, over_grpc, total, repeat))
+            async with GrpcLoad(server) as callers:
+                rows.append(await measure(load, server, partial(callers.run, streams, tokens), total, repeat))
         if router is not None:
             with servers.vllm_router(router, upstream) as server:
-                rows.append(await measure(load, server, over_http, total, repeat))
+                async with HttpLoad(server) as readers:
+                    rows.append(await measure(load, server, partial(readers.run, streams, tokens), total, repeat))
     with servers.bare_grpc(tokens, per_second=rate) as server:
-        rows.append(await measure(load, server, over_grpc, total, repeat))
+        async with GrpcLoad(server) as callers:
+            rows.append(await measure(load, server, partial(callers.run, streams, tokens), total, repeat))
     return rows
 
 
 async def tool_row(streams: int, tokens: int, repeat: int) -> Row:
     """A call whose arguments come in as many fragments, assembled and judged."""
-
-    async def over_grpc(server: Server) -> list[float]:
-        return await grpc_streams(server, streams, tokens, tools=True)
-
     with servers.fake_vllm(tokens, tool_call=True) as upstream, servers.gateway(upstream) as server:
-        return await measure("tool call, flat out", server, over_grpc, streams * tokens, repeat)
+        async with GrpcLoad(server) as callers:
+            run = partial(callers.run, streams, tokens, tools=True)
+            return await measure("tool call, flat out", server, run, streams * tokens, repeat)
 
 
-async def first_event() -> dict[str, float]:
+async def first_event(streams: int) -> dict[str, float]:
     """Milliseconds to the first event through the gateway and straight from the upstream, in turns."""
     direct: list[float] = []
     through: list[float] = []
     with servers.fake_vllm(FIRST_TOKENS) as upstream, servers.gateway(upstream) as server:
-        for round_number in range(FIRST_ROUNDS):
-            straight = await http_streams(upstream, FIRST_STREAMS, FIRST_TOKENS)
-            gateway = await grpc_streams(server, FIRST_STREAMS, FIRST_TOKENS)
-            if round_number:  # the first one opens connections
-                direct += straight
-                through += gateway
+        async with HttpLoad(upstream) as readers, GrpcLoad(server) as callers:
+            for round_number in range(FIRST_ROUNDS):
+                straight = await readers.run(streams, FIRST_TOKENS)
+                gateway = await callers.run(streams, FIRST_TOKENS)
+                if round_number:  # the first one opens connections
+                    direct += straight
+                    through += gateway
 
     def percentile(times: list[float], hundredth: int) -> float:
         return statistics.quantiles(times, n=100)[hundredth - 1] * 1e3
@@ -120,7 +119,9 @@ def print_table(rows: list[Row]) -> None:
         print(f"{row.load:<36}{row.who:<16}{row.best:>14.1f}   {repetitions:<28}{ours / row.best:>16.2f}")
 
 
-async def measure_all(arguments: argparse.Namespace, router: Path | None) -> tuple[list[Row], dict[str, float]]:
+async def measure_all(
+    arguments: argparse.Namespace, router: Path | None
+) -> tuple[list[Row], dict[int, dict[str, float]]]:
     """Run all measurements, one after the other."""
     repeat = arguments.repeat
     rows = await cpu_rows(f"{FLAT_STREAMS} streams, flat out", FLAT_STREAMS, FLAT_TOKENS, None, repeat, router)
@@ -128,7 +129,7 @@ async def measure_all(arguments: argparse.Namespace, router: Path | None) -> tup
     if not arguments.quick:
         name = f"{PACED_STREAMS} streams at {PACED_RATE:g} tokens/s"
         rows += await cpu_rows(name, PACED_STREAMS, PACED_TOKENS, PACED_RATE, repeat, router)
-    return rows, await first_event()
+    return rows, {streams: await first_event(streams) for streams in FIRST_STREAMS}
 
 
 def main() -> None:
@@ -143,9 +144,10 @@ def main() -> None:
         print(f"vllm-router is not measured: {arguments.router} is not there ('make bench-peers' installs it)")
     rows, first = uvloop.run(measure_all(arguments, router))
     print_table(rows)
-    print(f"\ntime to first event, {FIRST_STREAMS} streams, ms      p50     p99")
-    for who in ("direct", "gateway", "added"):
-        print(f"  {who:<36}{first[f'{who}_p50_ms']:>8.2f}{first[f'{who}_p99_ms']:>8.2f}")
+    for streams, figures in first.items():
+        print(f"\n{f'ms to the first event, {streams} at once':<36}{'p50':>8}{'p99':>8}")
+        for who in ("direct", "gateway", "added"):
+            print(f"  {who:<34}{figures[f'{who}_p50_ms']:>8.2f}{figures[f'{who}_p99_ms']:>8.2f}")
     RESULTS.parent.mkdir(exist_ok=True)
     machine = {"cores": os.cpu_count(), "python": platform.python_version(), "grpcio": grpc.__version__}
     results = {"machine": machine, "rows": [asdict(row) for row in rows], "first_event": first}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Self
 
 import aiohttp
 from grpc import aio
@@ -19,9 +19,6 @@ CHANNELS = 4
 
 STREAM_SECONDS = 300.0
 """A bound on every stream, so that a run that hangs ends."""
-
-Stream = Callable[[], Awaitable[float]]
-"""Runs one stream; gives the seconds to its first event."""
 
 
 def chat_request(*, tools: bool = False) -> chat_pb.StreamChatCompletionRequest:
@@ -37,69 +34,93 @@ def chat_request(*, tools: bool = False) -> chat_pb.StreamChatCompletionRequest:
     return chat_pb.StreamChatCompletionRequest(chat=chat)
 
 
-async def grpc_streams(server: Server, streams: int, tokens: int, *, tools: bool = False) -> list[float]:
-    """Run streams over gRPC at once and check that each had its tokens.
+class GrpcLoad:
+    """Callers over gRPC that keep their connections.
 
-    Returns:
-        Seconds to each stream's first event.
+    Args:
+        server: The gateway, or what stands in for it.
     """
-    channels = [
-        aio.insecure_channel(f"127.0.0.1:{server.port}", [("grpc.use_local_subchannel_pool", 1)])
-        for _ in range(CHANNELS)
-    ]
-    stubs = [chat_completion_pb2_grpc.ChatCompletionStub(channel) for channel in channels]
-    request = chat_request(tools=tools)
 
-    async def stream(number: int) -> float:
-        begin = time.perf_counter()
-        first = None
-        last = chat_pb.StreamChatCompletionResponse()
-        async for event in stubs[number % CHANNELS].StreamChatCompletion(request, timeout=STREAM_SECONDS):
-            first = first or time.perf_counter() - begin
-            last = event
-        if first is None or last.completed.usage.completion_tokens < tokens:
-            raise RuntimeError(f"{server.name} ended a stream without its {tokens} tokens: {last}")
-        return first
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        self._channels = [aio.insecure_channel(f"127.0.0.1:{server.port}", options) for _ in range(CHANNELS)]
+        self._stubs = [chat_completion_pb2_grpc.ChatCompletionStub(channel) for channel in self._channels]
 
-    try:
-        return await asyncio.gather(*map(stream, range(streams)))
-    finally:
-        for channel in channels:
+    async def __aenter__(self) -> Self:
+        await asyncio.gather(*(channel.channel_ready() for channel in self._channels))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for channel in self._channels:
             await channel.close()
 
+    async def run(self, streams: int, tokens: int, *, tools: bool = False) -> list[float]:
+        """Run streams at once and check that each had its tokens.
 
-async def http_streams(server: Server, streams: int, tokens: int) -> list[float]:
-    """Run streams over HTTP at once, reading and not parsing; check that each had its chunks.
+        Returns:
+            Seconds to each stream's first event.
+        """
+        request = chat_request(tools=tools)
 
-    Returns:
-        Seconds to the first byte of each stream's body.
-    """
-    body = {
-        "model": MODEL,
-        "messages": [{"role": "user", "content": "Go on."}],
-        "stream": True,
-        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-    }
-    timeout = aiohttp.ClientTimeout(total=STREAM_SECONDS)
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
-
-        async def stream(_: int) -> float:
+        async def stream(number: int) -> float:
             begin = time.perf_counter()
             first = None
-            events = 0
-            url = f"http://127.0.0.1:{server.port}/v1/chat/completions"
-            async with session.post(url, json=body) as response:
-                response.raise_for_status()
-                async for data in _body(response):
-                    first = first or time.perf_counter() - begin
-                    events += data.count(b"data: ")
-            if first is None or events < tokens:
-                raise RuntimeError(f"{server.name} ended a stream after {events} events of {tokens}")
+            last = chat_pb.StreamChatCompletionResponse()
+            async for event in self._stubs[number % CHANNELS].StreamChatCompletion(request, timeout=STREAM_SECONDS):
+                first = first or time.perf_counter() - begin
+                last = event
+            if first is None or last.completed.usage.completion_tokens < tokens:
+                raise RuntimeError(f"{self._server.name} ended a stream without its {tokens} tokens: {last}")
             return first
 
         return await asyncio.gather(*map(stream, range(streams)))
 
 
-async def _body(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-    async for data in response.content.iter_any():
-        yield data
+class HttpLoad:
+    """Callers over HTTP that keep their connections, and read without parsing.
+
+    Args:
+        server: What speaks the chat API.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._url = f"http://127.0.0.1:{server.port}/v1/chat/completions"
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=STREAM_SECONDS)
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._session.close()
+
+    async def run(self, streams: int, tokens: int) -> list[float]:
+        """Run streams at once and check that each had its chunks.
+
+        Returns:
+            Seconds to the first bytes of each stream's body.
+        """
+        body = {
+            "model": MODEL,
+            "messages": [{"role": "user", "content": "Go on."}],
+            "stream": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        }
+
+        async def stream(_: int) -> float:
+            begin = time.perf_counter()
+            first = None
+            events = 0
+            async with self._session.post(self._url, json=body) as response:
+                response.raise_for_status()
+                async for data in response.content.iter_any():
+                    first = first or time.perf_counter() - begin
+                    events += data.count(b"data: ")
+            if first is None or events < tokens:
+                raise RuntimeError(f"{self._server.name} ended a stream after {events} events of {tokens}")
+            return first
+
+        return await asyncio.gather(*map(stream, range(streams)))
