@@ -57,12 +57,18 @@ async def measure(load: str, server: Server, run: Run, tokens: int, repeat: int)
 
 
 async def cpu_rows(
-    load: str, streams: int, tokens: int, rate: float | None, repeat: int, router: Path | None
+    load: str,
+    streams: int,
+    tokens: int,
+    rate: float | None,
+    repeat: int,
+    router: Path | None,
+    chunks_per_write: int = 1,
 ) -> list[Row]:
     """The same load on the gateway and on every peer there is."""
     total = streams * tokens
     rows: list[Row] = []
-    with servers.fake_vllm(tokens, per_second=rate) as upstream:
+    with servers.fake_vllm(tokens, per_second=rate, chunks_per_write=chunks_per_write) as upstream:
         with servers.gateway(upstream) as server:
             async with GrpcLoad(server) as callers:
                 rows.append(await measure(load, server, partial(callers.run, streams, tokens), total, repeat))
@@ -125,6 +131,7 @@ async def measure_all(
     """Run all measurements, one after the other."""
     repeat = arguments.repeat
     rows = await cpu_rows(f"{FLAT_STREAMS} streams, flat out", FLAT_STREAMS, FLAT_TOKENS, None, repeat, router)
+    rows += await cpu_rows("the same, 32 chunks in a write", FLAT_STREAMS, FLAT_TOKENS, None, repeat, router, 32)
     rows.append(await tool_row(FLAT_STREAMS, FLAT_TOKENS, repeat))
     if not arguments.quick:
         name = f"{PACED_STREAMS} streams at {PACED_RATE:g} tokens/s"

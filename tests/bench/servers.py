@@ -60,9 +60,9 @@ def running(name: str, command: Sequence[str], port: int) -> Iterator[Server]:
 
 
 def fake_vllm(
-    tokens: int, *, per_second: float | None = None, tool_call: bool = False
+    tokens: int, *, per_second: float | None = None, tool_call: bool = False, chunks_per_write: int = 1
 ) -> contextlib.AbstractContextManager[Server]:
-    """A fake vLLM whose every answer has this many tokens, flat out unless paced."""
+    """A fake vLLM whose every answer has this many tokens, flat out unless paced; vLLM itself writes every chunk alone."""
     port = free_port()
     command = [
         sys.executable,
@@ -71,7 +71,7 @@ def fake_vllm(
         f"--port={port}",
         f"--model={MODEL}",
         f"--tokens={tokens}",
-        "--chunks-per-write=1",  # as vLLM does
+        f"--chunks-per-write={chunks_per_write}",
     ]
     if per_second is not None:
         command.append(f"--tokens-per-second={per_second}")
