@@ -17,7 +17,7 @@ from deltawire_server.upstream.base import CallContext, Patience
 from deltawire_server.upstream.providers import Providers
 from deltawire_server.upstream.request import ChatMessage, ChatRequest, Role, Sampling
 from deltawire_server.upstream.vllm import VllmProvider
-from deltawire_server.worker import Handover, Worker, WorkerLimits
+from deltawire_server.worker import Worker, WorkerLimits
 from tests.support.fake_provider import FakeProvider
 from tests.support.gateway import WAIT, until
 
@@ -357,26 +357,3 @@ async def test_oddities_are_counted(make_worker: MakeWorker, vllm: FakeVllm) -> 
         async for _ in completion.batches():
             pass
         assert completion.oddities == {"finish reason 'because'": 1}
-
-
-async def test_handover() -> None:
-    """Takes while nobody comes, and says when it is full; what waits at the close is still given."""
-    handover = Handover(200)
-    handover.put([TextDelta(0, "a")])
-    assert not handover.full
-    handover.put([TextDelta(0, "b" * 300)])
-    assert handover.full
-    room = asyncio.create_task(handover.room())
-    await asyncio.sleep(0)
-    assert not room.done()
-    assert await handover.take() == [TextDelta(0, "a" + "b" * 300)]
-    await room
-    assert not handover.full
-    waiting = asyncio.create_task(handover.take())
-    await asyncio.sleep(0)
-    handover.put([TextDelta(0, "c")])
-    handover.close()
-    assert await waiting == [TextDelta(0, "c")]
-    assert not handover.exhausted
-    assert await handover.take() == []
-    assert handover.exhausted

@@ -1,0 +1,31 @@
+"""Where events wait between the reader and the caller."""
+
+from __future__ import annotations
+
+import asyncio
+
+from deltawire_server.handover import Handover
+from deltawire_server.sansio.events import TextDelta
+
+
+async def test_events_wait_and_are_taken() -> None:
+    """Takes while nobody comes, and says when it is full; what waits at the close is still given."""
+    handover = Handover(200)
+    handover.put([TextDelta(0, "a")])
+    assert not handover.full
+    handover.put([TextDelta(0, "b" * 300)])
+    assert handover.full
+    room = asyncio.create_task(handover.room())
+    await asyncio.sleep(0)
+    assert not room.done()
+    assert await handover.take() == [TextDelta(0, "a" + "b" * 300)]
+    await room
+    assert not handover.full
+    waiting = asyncio.create_task(handover.take())
+    await asyncio.sleep(0)
+    handover.put([TextDelta(0, "c")])
+    handover.close()
+    assert await waiting == [TextDelta(0, "c")]
+    assert not handover.exhausted
+    assert await handover.take() == []
+    assert handover.exhausted
