@@ -78,6 +78,7 @@ class Phase(enum.Enum):
     ENDED = enum.auto()
 
 
+_NO_DELTA = chunks.Delta()
 _ENDED: Phase = Phase.ENDED  # not a literal, so that a type checker sees that methods change `phase`
 
 
@@ -260,31 +261,20 @@ class CompletionReader:
             self.oddities["chunk without choices or usage"] += 1
 
     def _receive_part(self, part: chunks.Choice, usage: chunks.UsageFigures | None, events: list[Event]) -> None:
+        """One choice's share of a chunk: figures, reasoning, text, tool calls, finish. Once per token."""
         choice = self._choices.get(part.index or 0) or self._begin_choice(part.index or 0)
         if usage is not None and (choice.figures is None or _exceeds(usage, choice.figures)):
             choice.figures = usage
-        delta = part.delta
-        if delta is not None:
-            self._receive_delta(choice, delta, part.logprobs, events)
-        elif part.logprobs is not None:
-            self._receive_delta(choice, chunks.Delta(), part.logprobs, events)
-        if part.finish_reason:
-            if choice.finished is None:
-                self._finish_choice(choice, part.finish_reason, part.stop_reason, events)
-            else:
-                self.oddities["second finish reason"] += 1
-
-    def _receive_delta(
-        self, choice: _Choice, delta: chunks.Delta, logprobs: chunks.Logprobs | None, events: list[Event]
-    ) -> None:
+        delta = part.delta or _NO_DELTA
         reasoning = delta.reasoning or delta.reasoning_content
         text = delta.content
-        entries = delta.tool_calls
-        if reasoning or text or entries:
+        if reasoning or text or delta.tool_calls:
             self._output_chunks += 1
-        tokens = _tokens(logprobs) if logprobs is not None else ()
-        if tokens and self._keep_logprobs:
-            choice.logprobs.extend(tokens)
+        tokens: tuple[TokenLogprob, ...] = ()
+        if part.logprobs is not None:
+            tokens = _tokens(part.logprobs)
+            if self._keep_logprobs:
+                choice.logprobs.extend(tokens)
         if reasoning:
             choice.reasoning.append(reasoning)
             events.append(ReasoningDelta(choice.index, reasoning, tokens))
@@ -292,12 +282,20 @@ class CompletionReader:
         if text or tokens:
             choice.text.append(text or "")
             events.append(TextDelta(choice.index, text or "", tokens))
-        if entries:
-            try:
-                events.extend(choice.calls.receive(entries))
-            except tool_calls.ToolCallLimitError as error:
-                events.extend(error.events)
-                raise
+        if delta.tool_calls:
+            self._receive_entries(choice, delta.tool_calls, events)
+        if part.finish_reason:
+            if choice.finished is None:
+                self._finish_choice(choice, part.finish_reason, part.stop_reason, events)
+            else:
+                self.oddities["second finish reason"] += 1
+
+    def _receive_entries(self, choice: _Choice, entries: list[chunks.ToolEntry], events: list[Event]) -> None:
+        try:
+            events.extend(choice.calls.receive(entries))
+        except tool_calls.ToolCallLimitError as error:
+            events.extend(error.events)
+            raise
 
     def _begin_choice(self, index: int) -> _Choice:
         if not 0 <= index < self._choice_count:

@@ -69,7 +69,6 @@ class SSEDecoder:
             data = b"".join(self._pieces)
             self._pieces.clear()
             self._size = 0
-        payloads: list[bytes] = []
         lines = data.split(b"\n")
         if len(lines) % 2 and not any(lines[1::2]):
             # Every event is one line, as vLLM writes them. Splitting at one byte is several times faster than at two.
@@ -77,15 +76,21 @@ class SSEDecoder:
         else:
             events = data.split(b"\n\n")
             rest = events.pop()
+        payloads = self._payloads(events)
+        self._after_lf = False
+        self._keep(rest, payloads)
+        return payloads
+
+    def _payloads(self, events: list[bytes]) -> list[bytes]:
+        payloads: list[bytes] = []
+        limit = self._max_event_bytes
         for event in events:
-            if len(event) > self._max_event_bytes:
-                raise EventTooLargeError(self._max_event_bytes, payloads)
-            if event[:6] == b"data: " and b"\n" not in event:  # as vLLM writes them all
+            if len(event) > limit:
+                raise EventTooLargeError(limit, payloads)
+            if event.startswith(b"data: ") and b"\n" not in event:
                 payloads.append(event[6:])
             else:
                 payloads.extend(_payload(event))
-        self._after_lf = False
-        self._keep(rest, payloads)
         return payloads
 
     def _keep(self, piece: bytes, payloads: list[bytes]) -> None:
