@@ -7,11 +7,12 @@ difference.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from deltawire_server.errors import CallerError, DeltawireError, ProviderError, Reason, Violation
+from deltawire_server.upstream.request import Sampling
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -57,26 +58,7 @@ FIELDS: Mapping[str, str] = MappingProxyType(
         "response_format": "chat.response_format",
         "structured_outputs": "chat.response_format",
         "max_completion_tokens": "chat.sampling.max_tokens",
-        **{
-            name: f"chat.sampling.{name}"
-            for name in (
-                "temperature",
-                "top_p",
-                "top_k",
-                "min_p",
-                "frequency_penalty",
-                "presence_penalty",
-                "repetition_penalty",
-                "seed",
-                "max_tokens",
-                "min_tokens",
-                "stop",
-                "stop_token_ids",
-                "ignore_eos",
-                "logit_bias",
-                "bad_words",
-            )
-        },
+        **{field.name: f"chat.sampling.{field.name}" for field in fields(Sampling)},
     }
 )
 """The request field that vLLM's `param` stands for; it may come as `stop`, `body.stop` or `body.messages.0.content`."""
