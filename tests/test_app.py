@@ -88,14 +88,15 @@ async def test_a_second_signal_hastens(serving: Any, vllm: FakeVllm, tmp_path: P
     vllm.play(Script.chunks([CHUNKS.role(), asyncio.Event()]))
     settings = settings_of(vllm.base_url, tmp_path, server={"drain_delay": 3600, "drain_grace": 3600})
     async with serving(settings) as served:
-        messages = aiter(served.running.stream())
-        await anext(messages)
+        stream = served.running.stream()
+        await anext(aiter(stream))
         served.signal()
         await lines.find("draining")
         served.signal()
-        await served.task
-        with pytest.raises((aio.AioRpcError, asyncio.CancelledError)):
-            await anext(messages)
+        events, failure = await read(stream)
+        assert kinds(events)[-1] == "completed"
+        assert failure is not None
+        assert failure.reason == "DRAINING"
     await vllm.chats[0].closed_early.wait()
 
 

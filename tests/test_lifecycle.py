@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +14,13 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
-from deltawire.v1 import model_registry_pb2
+from deltawire.v1 import error_reason_pb2, model_registry_pb2
 from deltawire_server.app import SERVICES, Gateway
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
 from deltawire_server.lifecycle import Lifecycle, ListenError, State, _options, plaintext_addresses
 from deltawire_server.rpc.interceptors import CallInterceptor
 from deltawire_server.settings import ServerSettings
-from tests.support.gateway import WAIT, Lines, Running, kinds, read, read_well, settings_of, until
+from tests.support.gateway import WAIT, Lines, Running, kinds, read, read_badly, read_well, settings_of, until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -282,16 +283,20 @@ async def test_a_drain(start_gateway: StartGateway, vllm: FakeVllm) -> None:
 
 
 async def test_grace_has_an_end(start_gateway: StartGateway, vllm: FakeVllm, lines: Lines) -> None:
-    """What is under way after it is cancelled, and the provider stops."""
-    vllm.play(Script.chunks([CHUNKS.role(), asyncio.Event()]))
+    """What is under way after it is ended by the contract: what came, usage, why; and the provider stops."""
+    vllm.play(Script.chunks([CHUNKS.role(), CHUNKS.text("so far"), asyncio.Event()]))
     async with start_gateway(server={"drain_grace": 0.1}) as gateway:
-        messages = aiter(gateway.stream())
-        await anext(messages)
-        await gateway.gateway.drain()
-        await lines.find("calls under way are cancelled")
+        stream = gateway.stream()
+        await anext(aiter(stream))
+        drained = asyncio.create_task(gateway.gateway.drain())
+        events, failure = await read_badly(stream)
+        await drained
+        await lines.find("calls under way are ended")
         await vllm.chats[0].closed_early.wait()
-        with pytest.raises((aio.AioRpcError, asyncio.CancelledError)):
-            await anext(messages)
+    completed = events[-1].completed
+    assert completed.choices[0].message.content[0].text == "so far"
+    assert (completed.error.code, completed.error.reason) == (10, error_reason_pb2.ERROR_REASON_DRAINING)
+    assert (failure.code, failure.reason) == (grpc.StatusCode.ABORTED, "DRAINING")
 
 
 async def test_during_the_delay_calls_are_taken(start_gateway: StartGateway) -> None:
@@ -367,3 +372,24 @@ async def test_a_key_of_another_certificate(certificates: Certificates) -> None:
     with pytest.raises(ListenError, match="cannot use the certificates"):
         await server.start([])
     await server.stop()
+
+
+async def test_a_unix_socket_that_is_listened_on_is_refused(start_gateway: StartGateway, tmp_path: Path) -> None:
+    """It is not taken away from its owner; one that a killed process left behind is taken over."""
+    address = f"unix:{tmp_path}/gateway.sock"
+    async with start_gateway(server={"listen": [address]}) as gateway:
+        with pytest.raises(ListenError, match="another process does"):
+            await lifecycle(listen=[address]).start([])
+        await read_well(gateway.stream())
+    left_behind = socket.socket(socket.AF_UNIX)
+    left_behind.bind(f"{tmp_path}/left.sock")
+    left_behind.close()
+    server = lifecycle(listen=[f"unix:{tmp_path}/left.sock"])
+    await server.start([])
+    await server.stop(at_once=True)
+
+
+async def test_a_unix_socket_in_no_folder_is_named(tmp_path: Path) -> None:
+    """The failure says which."""
+    with pytest.raises(ListenError, match=r"none/gateway\.sock"):
+        await lifecycle(listen=[f"unix:{tmp_path}/none/gateway.sock"]).start([])

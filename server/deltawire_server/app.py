@@ -60,7 +60,7 @@ class Gateway:
         )
         self._registry = ModelRegistry(Store(settings.registry.database_url), self._providers)
         worker = Worker(self._registry, _worker_limits(settings))
-        calls = CallInterceptor()
+        calls = CallInterceptor(worker.end_all)
         self._lifecycle = Lifecycle(settings.server, [calls], calls)
         chat = ChatCompletionServicer(worker, max_completed_bytes=settings.server.max_completed_bytes)
         models = ModelRegistryServicer(self._registry, self._providers)

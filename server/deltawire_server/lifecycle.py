@@ -10,7 +10,9 @@ affair, or all replicas would leave the mesh at once.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
+import socket
 import ssl
 from typing import TYPE_CHECKING, Protocol
 
@@ -26,6 +28,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
+
+FAREWELL_SECONDS = 1.0
+"""What calls that are ended get to tell their callers; one whose caller does not read is cancelled then."""
+
+FLUSH_SECONDS = 0.2
+"""What the last words get to leave this process."""
 
 _log = get_logger(__name__)
 
@@ -48,6 +56,9 @@ class Calls(Protocol):
 
     def refuse_new_calls(self) -> None:
         """From now on new calls fail."""
+
+    def end_calls(self) -> None:
+        """End what is under way, and tell its callers."""
 
     async def wait_idle(self) -> None:
         """Wait until no call is under way."""
@@ -123,11 +134,17 @@ class Lifecycle:
                     async with asyncio.timeout(settings.drain_grace):
                         await self._calls.wait_idle()
                 except TimeoutError:
-                    _log.warning("calls under way are cancelled", grace=settings.drain_grace)
-        await self._server.stop(0)
+                    _log.warning("calls under way are ended", grace=settings.drain_grace)
+            self._calls.end_calls()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FAREWELL_SECONDS):
+                    await self._calls.wait_idle()
+        await self._server.stop(FLUSH_SECONDS)
         self.state = State.STOPPED
 
     def _listen(self, address: str, credentials: grpc.ServerCredentials | None) -> str:
+        if address.startswith("unix:"):
+            _check_socket(address.removeprefix("unix:"))
         try:
             # A unix socket does not leave the machine, and its file's permissions say who may use it.
             if credentials is None or address.startswith("unix:"):
@@ -149,6 +166,18 @@ class Lifecycle:
             )
         }
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(REFLECTION_V1, handlers),))
+
+
+def _check_socket(path: str) -> None:
+    """Refuse a socket that another process listens on: grpc would take it away from there, and remove it in the end."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path.removeprefix("//"))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return
+        except OSError as error:
+            raise ListenError(f"cannot listen on unix:{path}: {error}") from error
+    raise ListenError(f"cannot listen on unix:{path}: another process does")
 
 
 def _options(settings: ServerSettings) -> list[tuple[str, int]]:

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from deltawire_server.upstream.base import CallContext
     from deltawire_server.upstream.request import ChatRequest, Sampling
 
+_OURS = frozenset({Reason.DURATION_LIMIT_EXCEEDED, Reason.DRAINING})
+"""The faults that are this process's and not the provider's."""
+
 TAIL_SECONDS = 0.25
 """How long the end of a body may take after the last event. Read to its end, the connection can be used again."""
 
@@ -71,11 +74,17 @@ class Worker:
         self._registry = registry
         self._limits = limits or WorkerLimits()
         self._active = 0
+        self._under_way: set[Completion] = set()
 
     @property
     def active(self) -> int:
         """How many completions there are now."""
         return self._active
+
+    def end_all(self) -> None:
+        """End every completion now: this process stops. Each tells what came, and then that it was ended."""
+        for completion in tuple(self._under_way):
+            completion.end(Fault(Reason.DRAINING, "this process is shutting down; start again, another one serves"))
 
     @contextlib.asynccontextmanager
     async def completion(
@@ -106,6 +115,7 @@ class Worker:
             resolution = await self._registry.resolve(request.model, call.token)
             require_type(resolution.model, ModelType.LLM)
             completion = Completion(request, call, resolution, self._limits, accepted, keep_logprobs=keep_logprobs)
+            self._under_way.add(completion)
             try:
                 yield completion
             except asyncio.CancelledError:
@@ -115,6 +125,7 @@ class Worker:
                     raise completion.failure from None
                 raise
             finally:
+                self._under_way.discard(completion)
                 await completion.close()
         finally:
             self._active -= 1
@@ -154,6 +165,9 @@ class Completion:
         self._first_event: float | None = None
         self._ended: float | None = None
         self._limit_passed: float | None = None
+        self._clock: asyncio.Timeout | None = None  # while the provider's answer is read
+        self._end_by = float("inf")  # on the loop's clock
+        self._ended_by: Fault | None = None
         self._handover = Handover(limits.queue_bytes)
         self._reader = CompletionReader(
             choice_count=self._request.choice_count,
@@ -208,6 +222,13 @@ class Completion:
         if self.failure is not None:
             raise self.failure
 
+    def end(self, fault: Fault) -> None:
+        """End it now, with a fault of our own: `batches` gives what is left, as after any other."""
+        self._ended_by = fault
+        self._end_by = asyncio.get_running_loop().time()
+        if self._clock is not None and not self._clock.expired():
+            self._clock.reschedule(self._end_by)
+
     async def close(self) -> None:
         """Stop reading and close the upstream connection, if that has not happened yet; then it is done."""
         if self._task is not None and not self._task.done():
@@ -233,9 +254,9 @@ class Completion:
     async def _receive_all(self) -> None:
         loop = asyncio.get_running_loop()
         patience = self.resolution.provider.patience
-        end_by = loop.time() + self._limits.max_duration
+        self._end_by = min(self._end_by, loop.time() + self._limits.max_duration)
         silence = patience.first_event
-        clock = asyncio.timeout_at(min(end_by, loop.time() + silence))
+        clock = self._clock = asyncio.timeout_at(min(self._end_by, loop.time() + silence))
         try:
             async with clock:
                 model = self.resolution.model.provider_model_id
@@ -255,13 +276,16 @@ class Completion:
                             continue  # only comments: the clock goes on
                         silence = patience.silence
                         if self._handover.full:
-                            clock.reschedule(end_by)  # while we do not read, the provider is not silent
+                            clock.reschedule(self._end_by)  # while we do not read, the provider is not silent
                             await self._wait_for_room()
-                        clock.reschedule(min(end_by, loop.time() + silence))
+                        clock.reschedule(min(self._end_by, loop.time() + silence))
                     self._pass_on(self._reader.finish())
         except TimeoutError:
             if not self._reader.ended:
-                self._pass_on(self._reader.finish(self._fault_of_timeout(silence, overdue=clock.when() == end_by)))
+                overdue = clock.when() == self._end_by
+                self._pass_on(self._reader.finish(self._ended_by or self._fault_of_timeout(silence, overdue=overdue)))
+        finally:
+            self._clock = None
 
     def _pass_on(self, events: list[Event]) -> None:
         """Hand events over; a fault among them becomes this completion's failure."""
@@ -315,7 +339,7 @@ class Completion:
             refusal = Refusal(fault.upstream_code, fault.message, fault.upstream_type, fault.upstream_param)
             callers_token = self._call.token is not None
             return error_of(refusal, provider_id, callers_token=callers_token, model=self._request.model)
-        if fault.reason is Reason.DURATION_LIMIT_EXCEEDED:
+        if fault.reason in _OURS:
             return GatewayError(fault.reason, fault.message, metadata=self._metadata(fault))
         retriable = fault.reason in (Reason.UPSTREAM_UNAVAILABLE, Reason.UPSTREAM_TIMEOUT)
         return ProviderError(
@@ -326,8 +350,9 @@ class Completion:
         )
 
     def _error_after_start(self, fault: Fault) -> DeltawireError:
-        if fault.reason is Reason.DURATION_LIMIT_EXCEEDED:
-            return GatewayError(fault.reason, fault.message, metadata=self._metadata(fault))
+        if fault.reason in _OURS:
+            code = Code.ABORTED if fault.reason is Reason.DRAINING else None
+            return GatewayError(fault.reason, fault.message, code=code, metadata=self._metadata(fault))
         # Whatever is the provider's fault now: start again from the top.
         message = f"provider {self.resolution.provider.id!r}: {fault.message}"
         return ProviderError(fault.reason, message, code=Code.ABORTED, metadata=self._metadata(fault))

@@ -69,9 +69,14 @@ def call_context(context: _Context) -> CallContext:
 
 
 class CallInterceptor(aio.ServerInterceptor):
-    """Wraps every call of our own services. Health and reflection are left alone: they answer to the end."""
+    """Wraps every call of our own services. Health and reflection are left alone: they answer to the end.
 
-    def __init__(self) -> None:
+    Args:
+        end_calls: Ends the calls under way that can be ended with a word to the caller.
+    """
+
+    def __init__(self, end_calls: Callable[[], None] = lambda: None) -> None:
+        self._end_calls = end_calls
         self._active = 0
         self._draining = False
         self._idle = asyncio.Event()
@@ -80,6 +85,10 @@ class CallInterceptor(aio.ServerInterceptor):
     def refuse_new_calls(self) -> None:
         """From now on new calls fail with UNAVAILABLE (DRAINING); those under way go on. Then `wait_idle`."""
         self._draining = True
+
+    def end_calls(self) -> None:
+        """End what is under way, now, and tell its callers. Then `wait_idle` for a moment."""
+        self._end_calls()
 
     async def wait_idle(self) -> None:
         """Wait until no call is under way."""
@@ -108,20 +117,21 @@ class CallInterceptor(aio.ServerInterceptor):
     async def _run(self, method: str, behaviour: _Behaviour, request: object, context: _Context) -> object:
         metadata = _metadata(context)
         record = CallRecord(_call_context(metadata))
-        with self._counted(), _entered(record), _logged(method, record, context, metadata) as outcome:
-            try:
-                if self._draining:
-                    message = "this process is shutting down; another one serves"
-                    raise GatewayError(Reason.DRAINING, message, retry_after=0.0)
-                return await behaviour(request, context)
-            except DeltawireError as failure:
-                error = failure
-            except Exception as defect:  # noqa: BLE001 (whatever it is, the caller gets a status and the log the cause)
-                error = GatewayError(Reason.INTERNAL, "the gateway failed; report this with the request id")
-                error.__cause__ = defect
-            outcome.fail(error)
-        message = shorten(error.message, MAX_MESSAGE)
-        return await context.abort(grpc_code(error.code), message, trailers_of(error, record.call.request_id))
+        with self._counted():
+            with _entered(record), _logged(method, record, context, metadata) as outcome:
+                try:
+                    if self._draining:
+                        message = "this process is shutting down; another one serves"
+                        raise GatewayError(Reason.DRAINING, message, retry_after=0.0)
+                    return await behaviour(request, context)
+                except DeltawireError as failure:
+                    error = failure
+                except Exception as defect:  # noqa: BLE001 (whatever it is, the caller gets a status and the log the cause)
+                    error = GatewayError(Reason.INTERNAL, "the gateway failed; report this with the request id")
+                    error.__cause__ = defect
+                outcome.fail(error)
+            message = shorten(error.message, MAX_MESSAGE)
+            return await context.abort(grpc_code(error.code), message, trailers_of(error, record.call.request_id))
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
