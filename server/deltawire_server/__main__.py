@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         import uvloop
 
         from deltawire_server import app, settings
-        from deltawire_server.errors import DeltawireError
+        from deltawire_server.errors import RegistryError
         from deltawire_server.lifecycle import ListenError
     except ModuleNotFoundError as error:
         print(
@@ -42,8 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         uvloop.run(app.serve(invocation.settings))
-    except (ListenError, DeltawireError) as error:
+    except ListenError as error:
         print(f"deltawire-server: {error}", file=sys.stderr)
+        return 1
+    except RegistryError as error:
+        # Its own words are for callers, who have no business with paths; here the operator reads.
+        url = invocation.settings.registry.database_url
+        cause = str(error.__cause__ or error).partition("\n")[0]
+        print(f"deltawire-server: cannot use the database {url}: {cause}", file=sys.stderr)
         return 1
     return 0
 
