@@ -177,7 +177,7 @@ def split_registration(
 class ModelPages:
     """What both kinds of listing share: the models that have come, and whether more follow.
 
-    `unreachable_provider_ids` are the providers that did not answer, so that their models may be missing; complete once
+    `unreachable_provider_ids` are the providers that could not be listed, so that their models may be missing; complete once
     the listing has been read to its end.
     """
 

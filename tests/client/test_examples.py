@@ -51,6 +51,16 @@ def play(gateway: Gateway, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     return play
 
 
+@pytest.mark.parametrize("name", ["chat.py", "tools.py"])
+def test_usage(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without arguments they say what they take."""
+    monkeypatch.setattr(sys, "argv", [name])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(CLIENT / "examples/python" / name), run_name="__main__")
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == f"usage: python {name} MODEL PROMPT\n"
+
+
 def test_chat(gateway: Gateway, play: Play) -> None:
     """The text as it comes, then what it cost."""
     gateway.will(*saying("Hel", "lo"))

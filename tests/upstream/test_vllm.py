@@ -514,10 +514,20 @@ async def test_health_success(vllm: FakeVllm) -> None:
     assert [request.path for request in vllm.requests] == ["/health", "/is_sleeping"]
 
 
+async def test_a_wrong_token_is_not_well() -> None:
+    """/health asks for no key, so a wrong one is looked for where it matters; without one, callers bring their own."""
+    async with FakeVllm(api_key="right") as vllm:
+        for token, status in (("right", HealthStatus.OK), ("wrong", HealthStatus.ERROR), (None, HealthStatus.OK)):
+            async with provider(vllm.base_url, api_token=token) as p:
+                health = await p.check_health()
+                assert health.status is status
+                assert ("refuses the token" in health.message) is (status is HealthStatus.ERROR)
+
+
 async def test_health_without_static_key() -> None:
-    """Health needs no token, and a configured one does no harm."""
+    """Health needs no token, and the right one does no harm. Kept; that a wrong one looked well too is fixed."""
     async with FakeVllm(api_key="key") as vllm:
-        for token in (None, "wrong", "key"):
+        for token in (None, "key"):
             async with provider(vllm.base_url, api_token=token) as p:
                 assert (await p.check_health()).status is HealthStatus.OK
 

@@ -11,7 +11,7 @@ A command's way through the folder, in the order of the files one needs to read:
     chat          `chat`: one answer, or a conversation     registry   `models`, `providers` and `health`
     request       options and files in, a ChatRequest out   files      the text of a file or of standard input
     answer        prints an answer while it comes           terminal   text in pieces, harmless to a terminal
-    output        JSON lines, tables, notes, errors         status     exit statuses and `UsageError`
+    output        JSON lines, tables, notes, errors         status     exit statuses, and the errors that stand for them
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from deltawire._cli.arguments import make_parser
+from deltawire._cli.arguments import check_text, make_parser
 from deltawire._cli.connection import client_of
 from deltawire._cli.output import print_error
-from deltawire._cli.status import FAILED, INTERRUPTED, USAGE, UsageError
+from deltawire._cli.status import FAILED, INTERRUPTED, USAGE, FailedError, UsageError
 from deltawire._errors import DeltawireError
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     run: Callable[[Client, argparse.Namespace], int] = options.run
     try:
+        check_text(options)
         with client_of(options) as client:
             status = run(client, options)
             # Here, where a reader that has gone can still be dealt with, and not at exit.
@@ -58,10 +59,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
+    except FailedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
     except DeltawireError as error:
         print_error(error)
         return FAILED
-    except BrokenPipeError:
-        # Whoever read the answer has had enough. What is still in the buffer must not fail once more at exit.
+    except OSError as error:
+        # If whoever read the answer has had enough, there is nothing to say.
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: input or output failed: {error.strerror or error}", file=sys.stderr)
+        # What is still in the buffer must not fail once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED

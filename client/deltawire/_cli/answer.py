@@ -70,7 +70,7 @@ def call_line(call: ToolCall) -> str:
     """A tool call on one line, for people: name(arguments)."""
     try:
         arguments = json.dumps(json.loads(call.arguments), ensure_ascii=False)
-    except ValueError:
+    except (ValueError, RecursionError):
         arguments = " ".join(call.arguments.split())
     return f"{call.tool_name}({arguments})"
 

@@ -16,6 +16,7 @@ from deltawire._cli.registry import (
     register_model,
     unregister_model,
 )
+from deltawire._cli.status import UsageError
 from deltawire._version import __version__
 
 _SAMPLING = (
@@ -30,6 +31,9 @@ _SAMPLING = (
     ("max_tokens", int, "the most tokens to generate"),
     ("min_tokens", int, "the fewest tokens to generate"),
 )
+
+# A file may be called by bytes that are no text.
+_FILES = frozenset({"tool", "request", "ca_file", "cert_file", "key_file"})
 
 _CHAT_EXAMPLES = """\
 examples:
@@ -91,6 +95,25 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_text(options: argparse.Namespace) -> None:
+    """See that what was given is text: Python lets other bytes through, as lone surrogates.
+
+    Raises:
+        UsageError: Something is not; the message says what.
+    """
+    for name, value in vars(options).items():
+        for each in value if isinstance(value, list) else [value]:
+            if not isinstance(each, str) or name in _FILES:
+                continue
+            try:
+                each.encode()
+            except UnicodeEncodeError as error:
+                # The last two are options of some commands and arguments of others.
+                named = name in {"prompt", "model", "provider"}
+                message = f"the {name} is not UTF-8 text" if named else f"--{name.replace('_', '-')}: not UTF-8 text"
+                raise UsageError(message) from error
+
+
 def _common_options() -> argparse.ArgumentParser:
     """What every command takes."""
     common = argparse.ArgumentParser(add_help=False)
@@ -106,7 +129,9 @@ def _common_options() -> argparse.ArgumentParser:
     group.add_argument("--cert-file", metavar="FILE", help="your own certificate, as PEM; implies --tls")
     group.add_argument("--key-file", metavar="FILE", help="its key, as PEM")
     group.add_argument(
-        "--token", help="your key for the gateway (default $DELTAWIRE_TOKEN, which others cannot see in ps)"
+        "--token",
+        default=os.environ.get("DELTAWIRE_TOKEN"),
+        help="your key for the gateway (default $DELTAWIRE_TOKEN, which others cannot see in ps)",
     )
     group.add_argument("--insecure", action="store_true", help="let tokens go over plaintext to other machines")
     group.add_argument("--vllm-token", metavar="TOKEN", help="your own token for vLLM")

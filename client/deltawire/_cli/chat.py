@@ -10,7 +10,7 @@ from deltawire._cli.answer import call_line, print_answer
 from deltawire._cli.connection import call_options
 from deltawire._cli.output import note_unreachable, print_error, print_json
 from deltawire._cli.request import prompt_of, request_of
-from deltawire._cli.status import OK, UsageError
+from deltawire._cli.status import OK, FailedError, UsageError
 from deltawire._errors import DeltawireError
 from deltawire._messages import tool, user
 from deltawire.v1.model_registry_pb2 import ModelSource, ModelType
@@ -52,7 +52,14 @@ def _only_model(client: Client, options: argparse.Namespace) -> str:
             key not in chosen or model.source == ModelSource.MODEL_SOURCE_REGISTERED
         ):
             chosen[key] = model.id
-    note_unreachable(listing.unreachable_provider_ids)
+    unreachable = listing.unreachable_provider_ids
+    if not chosen and unreachable:
+        message = (
+            f"there is no model to chat with, and these providers could not be listed: {', '.join(unreachable)};"
+            " see `deltawire health` and the gateway's log"
+        )
+        raise FailedError(message)
+    note_unreachable(unreachable)
     if len(chosen) == 1:
         return next(iter(chosen.values()))
     if not chosen:
@@ -80,12 +87,24 @@ def _converse(client: Client, request: ChatRequest, options: argparse.Namespace)
     print(f"{request.model}; Ctrl-C stops an answer, Ctrl-D ends", file=sys.stderr)
     while True:
         try:
-            prompt = input("> ")
+            prompt = _ask("> ")
         except EOFError:
             print(file=sys.stderr)
             return
         if prompt.strip():
             _take_turn(client, request, user(prompt), options)
+
+
+def _ask(question: str) -> str:
+    """A line that somebody types; asked for again if it is no text."""
+    while True:
+        try:
+            line = input(question)
+            line.encode()
+        except UnicodeError:
+            print("error: the line is not UTF-8 text", file=sys.stderr)
+        else:
+            return line
 
 
 def _take_turn(client: Client, request: ChatRequest, turn: Any, options: argparse.Namespace) -> None:  # noqa: ANN401
@@ -107,7 +126,7 @@ def _take_turn(client: Client, request: ChatRequest, turn: Any, options: argpars
         if not answer.tool_calls:
             return
         try:
-            results = [tool(call, input(f"result of {call_line(call)}> ")) for call in answer.tool_calls]
+            results = [tool(call, _ask(f"result of {call_line(call)}> ")) for call in answer.tool_calls]
         except EOFError:
             print("\nnote: no result, so the turn is dropped", file=sys.stderr)
             del request.messages[before:]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from deltawire._channel import VLLM_TOKEN, CallOptions, ConnectOptions, tls_credentials
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 def client_of(options: argparse.Namespace) -> Client:
     """The client that the options describe."""
     connect: ConnectOptions = {
-        "token": options.token or os.environ.get("DELTAWIRE_TOKEN"),
+        "token": options.token or None,
         "insecure": options.insecure,
         "timeout": options.timeout,
         "metadata": [(VLLM_TOKEN, options.vllm_token)] if options.vllm_token else [],

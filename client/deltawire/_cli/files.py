@@ -12,9 +12,14 @@ from deltawire._cli.status import UsageError
 def read_text(path: str) -> str:
     """A file's text; "-" is standard input."""
     try:
-        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        if path != "-":
+            return Path(path).read_text(encoding="utf-8")
+        text = sys.stdin.read()
+        # Python lets bytes that are no text through, as lone surrogates.
+        text.encode()
+    except (OSError, UnicodeError) as error:
         refuse_file(path, error)
+    return text
 
 
 def refuse_file(path: str, error: Exception) -> NoReturn:

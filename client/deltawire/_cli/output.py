@@ -38,7 +38,7 @@ def word(enum: Any, value: int, prefix: str) -> str:  # noqa: ANN401 -- any enum
 def note_unreachable(provider_ids: Sequence[str]) -> None:
     """Say that models may be missing."""
     if provider_ids:
-        print(f"note: did not answer, so models may be missing: {', '.join(provider_ids)}", file=sys.stderr)
+        print(f"note: could not be listed, so models may be missing: {', '.join(provider_ids)}", file=sys.stderr)
 
 
 def print_error(error: DeltawireError) -> None:
@@ -46,7 +46,12 @@ def print_error(error: DeltawireError) -> None:
     print(f"error: {error}", file=sys.stderr)
     if isinstance(error, CallError):
         for violation in error.violations:
-            print(f"  {violation.field}: {violation.description}", file=sys.stderr)
+            detail = f"{violation.field}: {violation.description}"
+            # The message of an error with one violation mostly is that violation.
+            if violation.description == error.message:
+                detail = f"field: {violation.field}"
+            if detail != error.message:
+                print(f"  {detail}", file=sys.stderr)
         if error.retry_after is not None:
             print(f"  try again in {error.retry_after:g} s", file=sys.stderr)
     if isinstance(error, CallError | ProtocolError) and error.request_id:

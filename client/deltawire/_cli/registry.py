@@ -70,9 +70,13 @@ def register_model(client: Client, options: argparse.Namespace) -> int:
 
 
 def unregister_model(client: Client, options: argparse.Namespace) -> int:
-    """Unregister a model; without --json, say so."""
-    client.models.unregister(options.model, **call_options(options))
-    print("{}" if options.json else f"{options.model} is no longer registered")
+    """Unregister a model; without --json, say which."""
+    call = call_options(options)
+    # Asked before, as nobody knows afterwards whose alias it was.
+    model_id = client.models.get(options.model, **call).id
+    client.models.unregister(options.model, **call)
+    alias = f" (alias {options.model})" if options.model != model_id else ""
+    print("{}" if options.json else f"{model_id}{alias} is no longer registered")
     return OK
 
 

@@ -28,7 +28,7 @@ def request_of(options: argparse.Namespace) -> ChatRequest:
         text = read_text(options.request)
         try:
             Parse(text, request)
-        except ParseError as error:
+        except (ParseError, RecursionError) as error:
             message = f"{name_of(options.request)}: not a ChatRequest: {error}"
             raise UsageError(message) from error
     # Each of these has the name of its option.
@@ -65,7 +65,7 @@ def _tools(path: str) -> Iterator[Tool]:
     """The tools in a file of OpenAI tool objects."""
     try:
         value = json.loads(read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         message = f"{name_of(path)}: not JSON: {error}"
         raise UsageError(message) from error
     for index, each in enumerate(value if isinstance(value, list) else [value]):
@@ -75,6 +75,6 @@ def _tools(path: str) -> Iterator[Tool]:
             raise UsageError(message)
         try:
             yield tool_from_openai(each)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             message = f"{where}: {error}"
             raise UsageError(message) from error

@@ -14,6 +14,9 @@ from deltawire import CallError, Client, StopReason, StreamInterrupted
 
 def main() -> int:
     """Ask, print, and tell what it cost."""
+    if len(sys.argv) != 3:
+        print("usage: python chat.py MODEL PROMPT", file=sys.stderr)
+        return 2
     model, prompt = sys.argv[1:]
     target = os.environ.get("DELTAWIRE_TARGET", "127.0.0.1:50051")
     try:

@@ -36,6 +36,9 @@ async def execute(call: ToolCall) -> str:
 
 async def main() -> int:
     """Ask until the model has said its last word."""
+    if len(sys.argv) != 3:
+        print("usage: python tools.py MODEL PROMPT", file=sys.stderr)
+        return 2
     model, prompt = sys.argv[1:]
     history = [user(prompt)]
     async with AsyncClient(os.environ.get("DELTAWIRE_TARGET", "127.0.0.1:50051")) as client:

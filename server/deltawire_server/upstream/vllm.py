@@ -178,6 +178,9 @@ class VllmProvider:
             response = await self._get("/is_sleeping")
             if response.is_success and _says_asleep(response.content):
                 return Health(HealthStatus.ERROR, "Health check failed: the engine is asleep")
+            # vLLM's /health asks for no key: a wrong one would look well, and every call would fail.
+            if self.has_token and (await self._get("/v1/models")).status_code in (401, 403):
+                return Health(HealthStatus.ERROR, "Health check failed: it refuses the token in the gateway's settings")
         except _BROKEN as error:
             return Health(HealthStatus.ERROR, f"Health check failed: {_describe(error)}")
         return Health(HealthStatus.OK)

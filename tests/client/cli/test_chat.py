@@ -33,16 +33,20 @@ def test_the_only_model(gateway: Gateway, run: Run, models: list[registry.Model]
 
 
 def test_no_model_to_choose(gateway: Gateway, run: Run) -> None:
-    """Several are listed, none is said to be none, and who did not answer is named."""
+    """Several are listed, none is said to be none, and who could not be listed is named."""
     gateway.will(registry.ListModelsResponse(models=[model("b"), model("a")]))
     assert run("chat", "hi") == (2, "", "error: there is more than one model; give --model, one of: a, b\n")
-    gateway.will(registry.ListModelsResponse(unreachable_provider_ids=["vllm"]))
-    status, _, err = run("chat", "hi")
-    assert status == 2
-    assert err.splitlines() == [
-        "note: did not answer, so models may be missing: vllm",
-        "error: there is no model to chat with",
-    ]
+    gateway.will(registry.ListModelsResponse())
+    assert run("chat", "hi") == (2, "", "error: there is no model to chat with\n")
+    gateway.will(registry.ListModelsResponse(unreachable_provider_ids=["a", "b"]))
+    assert run("chat", "hi") == (
+        1,
+        "",
+        (
+            "error: there is no model to chat with, and these providers could not be listed: a, b;"
+            " see `deltawire health` and the gateway's log\n"
+        ),
+    )
 
 
 def test_a_conversation(gateway: Gateway, run: Run) -> None:
@@ -76,6 +80,16 @@ def test_a_failed_turn_leaves_no_trace(gateway: Gateway, run: Run) -> None:
     assert "error: INTERNAL (INTERNAL): it failed" in err
     assert "note: no result, so the turn is dropped" in err
     assert list(asked(gateway).messages) == [user("3?")]
+
+
+def test_a_line_that_is_no_text(gateway: Gateway, run: Run) -> None:
+    """It is said, and the conversation goes on; some terminals raise, others hand on lone surrogates."""
+    gateway.will(*saying("hi"))
+    broken = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+    status, _, err = run("chat", "--model", "llama", stdin=["\udcff", broken, "1?", EOFError()])
+    assert status == 0
+    assert err.count("error: the line is not UTF-8 text\n") == 2
+    assert list(asked(gateway).messages) == [user("1?")]
 
 
 def test_ctrl_c_at_the_prompt(run: Run) -> None:

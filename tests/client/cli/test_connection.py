@@ -22,6 +22,12 @@ def test_the_token_of_the_environment(gateway: Gateway, run: Run, monkeypatch: p
         assert gateway.last.metadata["authorization"] == expected
 
 
+def test_a_token_of_the_environment_that_is_no_text(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong usage, as if it were an option."""
+    monkeypatch.setenv("DELTAWIRE_TOKEN", "\udcff")
+    assert run("providers") == (2, "", "error: --token: not UTF-8 text\n")
+
+
 def test_tls_is_used_if_asked_for(gateway: Gateway, run: Run) -> None:
     """A gateway that speaks plaintext is not talked to."""
     status, _, err = run("providers", "--tls", "--timeout", "5")

@@ -7,6 +7,8 @@ import runpy
 import signal
 import subprocess
 import sys
+from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -22,14 +24,18 @@ def test_it_runs_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert capsys.readouterr().out == f"deltawire {deltawire.__version__}\n"
 
 
-def start(gateway: Gateway, *arguments: str) -> subprocess.Popen[bytes]:
+def start(
+    gateway: Gateway, *arguments: str | bytes, stdout: int | IO[bytes] = subprocess.PIPE
+) -> subprocess.Popen[bytes]:
     """Start the command as a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "deltawire", *arguments],
         env=os.environ | {"DELTAWIRE_TARGET": gateway.target},
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.PIPE,
+        # Under nohup and the like it is ignored, and a child would ignore it too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -56,3 +62,21 @@ def test_a_reader_that_has_gone(gateway: Gateway) -> None:
         assert process.stderr is not None
         assert process.stderr.read() == b""
     assert process.returncode == 1
+
+
+def test_output_that_fails(gateway: Gateway) -> None:
+    """A full disk is an error in one line."""
+    gateway.will(*saying("Hel", "lo"))
+    with (
+        Path("/dev/full").open("wb") as full,
+        start(gateway, "chat", "--model", "llama", "hi", stdout=full) as process,
+    ):
+        _, err = process.communicate(timeout=10)
+    assert (process.returncode, err) == (1, b"error: input or output failed: No space left on device\n")
+
+
+def test_an_argument_that_is_no_text(gateway: Gateway) -> None:
+    """Bytes that are not UTF-8 are wrong usage."""
+    with start(gateway, "chat", "--model", "llama", b"h\xff") as process:
+        _, err = process.communicate(timeout=10)
+    assert (process.returncode, err) == (2, b"error: the prompt is not UTF-8 text\n")

@@ -50,6 +50,21 @@ def test_a_failed_call(gateway: Gateway, run: Run) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("message", "detail"),
+    [("chat.model: is empty", []), ("is empty", ["  field: chat.model"]), ("no", ["  chat.model: is empty"])],
+)
+def test_one_violation(gateway: Gateway, run: Run, message: str, detail: list[str]) -> None:
+    """What the message says already is not said twice."""
+    gateway.will(Fail(STATUS.INVALID_ARGUMENT, "INVALID_REQUEST", message, violations=[("chat.model", "is empty")]))
+    _, _, err = run("chat", "--model", "llama", "--request-id", "mine", "hi")
+    assert err.splitlines() == [
+        f"error: INVALID_ARGUMENT (INVALID_REQUEST): {message}",
+        *detail,
+        "  request id: mine",
+    ]
+
+
 def faulted() -> list[Event]:
     """A stream that a fault ended, as far as the gateway could tell."""
     error = Completed.Error(code=10, reason=15, message="it broke off")  # type: ignore[arg-type]

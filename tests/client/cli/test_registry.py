@@ -18,7 +18,7 @@ FOUND = model("vllm/qwen", source=registry.MODEL_SOURCE_DISCOVERED)
 
 
 def test_models_list(gateway: Gateway, run: Run) -> None:
-    """A table over all pages; who did not answer is on standard error."""
+    """A table over all pages; who could not be listed is on standard error."""
     gateway.will(registry.ListModelsResponse(models=[LLAMA], next_page_token="2"))
     gateway.will(registry.ListModelsResponse(models=[FOUND], unreachable_provider_ids=["other"]))
     status, out, err = run("models", "list")
@@ -28,7 +28,7 @@ def test_models_list(gateway: Gateway, run: Run) -> None:
         "llama      llm   registered  vllm      8192     l, ll\n"
         "vllm/qwen  llm   discovered  vllm      -\n"
     )
-    assert err == "note: did not answer, so models may be missing: other\n"
+    assert err == "note: could not be listed, so models may be missing: other\n"
 
 
 def test_models_list_in_json(gateway: Gateway, run: Run) -> None:
@@ -77,8 +77,12 @@ def test_models_register_and_unregister(gateway: Gateway, run: Run) -> None:
         aliases=["l", "ll"],
         metadata={"owner": "me", "note": "a=b"},
     )
-    gateway.will(registry.UnregisterModelResponse())
-    assert run("models", "unregister", "l") == (0, "l is no longer registered\n", "")
+    for name, said in ("llama", "llama"), ("l", "llama (alias l)"):
+        gateway.will(registry.GetModelResponse(model=LLAMA))
+        gateway.will(registry.UnregisterModelResponse())
+        assert run("models", "unregister", name) == (0, f"{said} is no longer registered\n", "")
+        assert gateway.last.request == registry.UnregisterModelRequest(model_id=name)
+    gateway.will(registry.GetModelResponse(model=LLAMA))
     gateway.will(registry.UnregisterModelResponse())
     assert run("models", "unregister", "--json", "l") == (0, "{}\n", "")
 

@@ -86,6 +86,7 @@ def test_options_are_laid_over_a_request(gateway: Gateway, run: Run) -> None:
         ('[{"name": "a"}, {}]', 'tools.json: tool 2: the tool has no "name"'),
         ('{"type": "web_search"}', "tools.json: the tool's \"type\" is 'web_search'"),
         (b"\xff", "tools.json: not UTF-8 text"),
+        ("[" * 5000 + "]" * 5000, "tools.json: not JSON: maximum recursion depth exceeded"),
         (None, "tools.json: No such file or directory"),
     ],
 )
@@ -106,3 +107,10 @@ def test_requests_that_are_wrong(run: Run) -> None:
     assert status == 2
     assert err.startswith("error: standard input: not a ChatRequest: ")
     assert "modle" in err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--request", "-"]])
+def test_standard_input_that_is_no_text(run: Run, arguments: list[str]) -> None:
+    """Bytes that are not UTF-8 come as lone surrogates."""
+    result = run("chat", "--model", "llama", *arguments, stdin="h\udcff")
+    assert result == (2, "", "error: standard input: not UTF-8 text\n")
