@@ -287,7 +287,8 @@ def _model(client: Client) -> Model:
             return model
     if listing.unreachable_provider_ids:
         health = client.providers.health(listing.unreachable_provider_ids[0])
-        raise RunError(f"vLLM does not list its models: {health.message or 'is VLLM_API_TOKEN right?'}")
+        said = health.message or "it is well otherwise"
+        raise RunError(f"vLLM does not list its models ({said}): are VLLM_URL and VLLM_API_TOKEN right?")
     raise RunError("vLLM serves no model")
 
 
