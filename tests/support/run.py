@@ -367,8 +367,8 @@ def _serve(gateway: GatewayProcess, vllm: VllmServer | None) -> None:
     Raises:
         RunError: Gateway or vLLM ended by itself.
     """
-    _say("serving until Ctrl-C")
     try:
+        _say("serving until Ctrl-C")  # in here: whoever reads it may stop this at once
         while True:
             if not gateway.running:
                 raise RunError(f"the gateway ended by itself; its last words:\n{gateway.last_words()}")
