@@ -68,7 +68,7 @@ async def cpu_rows(
     """The same load on the gateway and on every peer there is."""
     total = streams * tokens
     rows: list[Row] = []
-    with servers.fake_vllm(tokens, per_second=rate, chunks_per_write=chunks_per_write) as upstream:
+    with servers.upstream(tokens, per_second=rate, chunks_per_write=chunks_per_write) as upstream:
         with servers.gateway(upstream) as server:
             async with GrpcLoad(server) as callers:
                 rows.append(await measure(load, server, partial(callers.run, streams, tokens), total, repeat))
@@ -84,7 +84,7 @@ async def cpu_rows(
 
 async def tool_row(streams: int, tokens: int, repeat: int) -> Row:
     """A call whose arguments come in as many fragments, assembled and judged."""
-    with servers.fake_vllm(tokens, tool_call=True) as upstream, servers.gateway(upstream) as server:
+    with servers.upstream(tokens, tool_call=True) as upstream, servers.gateway(upstream) as server:
         async with GrpcLoad(server) as callers:
             run = partial(callers.run, streams, tokens, tools=True)
             return await measure("tool call, flat out", server, run, streams * tokens, repeat)
@@ -94,7 +94,7 @@ async def first_event(streams: int) -> dict[str, float]:
     """Milliseconds to the first event through the gateway and straight from the upstream, in turns."""
     direct: list[float] = []
     through: list[float] = []
-    with servers.fake_vllm(FIRST_TOKENS) as upstream, servers.gateway(upstream) as server:
+    with servers.upstream(FIRST_TOKENS) as upstream, servers.gateway(upstream) as server:
         async with HttpLoad(upstream) as readers, GrpcLoad(server) as callers:
             for round_number in range(FIRST_ROUNDS):
                 straight = await readers.run(streams, FIRST_TOKENS)

@@ -59,25 +59,19 @@ def running(name: str, command: Sequence[str], port: int) -> Iterator[Server]:
                 process.wait()
 
 
-def fake_vllm(
+def upstream(
     tokens: int, *, per_second: float | None = None, tool_call: bool = False, chunks_per_write: int = 1
 ) -> contextlib.AbstractContextManager[Server]:
-    """A fake vLLM whose every answer has this many tokens, flat out unless paced; vLLM itself writes every chunk alone."""
+    """What stands in for vLLM, whose every answer has this many tokens: flat out the fastest there is, paced the shipped fake."""
     port = free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "deltawire_server.fake_vllm",
-        f"--port={port}",
-        f"--model={MODEL}",
-        f"--tokens={tokens}",
-        f"--chunks-per-write={chunks_per_write}",
-    ]
-    if per_second is not None:
-        command.append(f"--tokens-per-second={per_second}")
+    options = [f"--port={port}", f"--model={MODEL}", f"--tokens={tokens}"]
     if tool_call:
-        command.append("--tool-call")
-    return running("fake vLLM", command, port)
+        options.append("--tool-call")
+    if per_second is not None:
+        options.append(f"--tokens-per-second={per_second}")
+        return running("fake vLLM", [sys.executable, "-m", "deltawire_server.fake_vllm", *options], port)
+    options.append(f"--chunks-per-write={chunks_per_write}")
+    return running("upstream", [sys.executable, "-m", "tests.bench.upstream", *options], port)
 
 
 def gateway(upstream: Server) -> contextlib.AbstractContextManager[Server]:

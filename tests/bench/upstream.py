@@ -1,0 +1,141 @@
+"""A vLLM look-alike that does nothing but write: its answers are made once, and every chunk then costs one system call.
+
+What is measured flat out should be the server under test. The shipped fake makes every chunk anew, which costs it as much
+as the gateway takes to read one; on two cores the gateway then only seems to keep up, and reads less at a time.
+
+Like an engine, it goes in steps: each gives every stream its next chunk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import selectors
+import socket
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from deltawire_server.fake_vllm.player import http_chunk
+from deltawire_server.fake_vllm.wire import Generation
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\n%b\r\n\r\n"
+STREAM_HEAD = HEAD % (b"text/event-stream; charset=utf-8", b"transfer-encoding: chunked")
+
+
+class Client:
+    """One connection: what it asked for so far, and what is left to write of its answer."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.received = b""
+        self.frames: Iterator[bytes] = iter(())
+        self.rest = b""
+
+    def request(self) -> tuple[str, Any] | None:
+        """The next whole request's path and body, if it has come."""
+        head, found, rest = self.received.partition(b"\r\n\r\n")
+        if not found:
+            return None
+        lines = head.decode("latin-1").lower().split("\r\n")
+        length = next((int(line.partition(":")[2]) for line in lines if line.startswith("content-length:")), 0)
+        if len(rest) < length:
+            return None
+        self.received = rest[length:]
+        return lines[0].split(" ")[1], json.loads(rest[:length]) if length else None
+
+    def step(self) -> bool:
+        """Write the next chunk, or what the socket did not take of the last; tell whether there was any."""
+        frame = self.rest or next(self.frames, b"")
+        if not frame:
+            return False
+        try:
+            sent = self.sock.send(frame)
+        except BlockingIOError:
+            sent = 0
+        self.rest = frame[sent:] if sent < len(frame) else b""
+        return True
+
+
+class Upstream:
+    """Serves the chat API on one port.
+
+    Args:
+        port: On loopback.
+        model: The name of its model.
+        tokens: Of every answer.
+        chunks_per_write: How many chunks go into one write; vLLM writes each alone.
+        tool_call: Whether the answer is a call of the first tool offered.
+    """
+
+    def __init__(self, port: int, model: str, tokens: int, chunks_per_write: int, *, tool_call: bool) -> None:
+        self._model = model
+        self._tokens = tokens
+        self._tool_call = tool_call
+        self._chunks_per_write = chunks_per_write
+        self._frames: list[bytes] = []
+        self._answering: list[Client] = []
+        self._selector = selectors.DefaultSelector()
+        self._listener = socket.create_server(("127.0.0.1", port), backlog=1024)
+        self._listener.setblocking(False)
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+
+    def serve(self) -> None:
+        """Until the process is ended."""
+        while True:
+            # While there is something to write, only look whether somebody asks or goes.
+            for key, _ in self._selector.select(0 if self._answering else None):
+                key.data()
+            self._answering = [client for client in self._answering if client.step()]
+
+    def _accept(self) -> None:
+        sock, _ = self._listener.accept()
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._selector.register(sock, selectors.EVENT_READ, partial(self._read, Client(sock)))
+
+    def _read(self, client: Client) -> None:
+        with contextlib.suppress(ConnectionError):
+            if data := client.sock.recv(1 << 20):
+                client.received += data
+                if request := client.request():
+                    self._answer(client, *request)
+                return
+        self._selector.unregister(client.sock)
+        client.sock.close()
+        self._answering = [other for other in self._answering if other is not client]
+
+    def _answer(self, client: Client, path: str, body: Any) -> None:  # noqa: ANN401 (any JSON)
+        if path.endswith("/chat/completions"):
+            self._frames = self._frames or self._made(body)
+            client.frames = iter(self._frames)
+            self._answering.append(client)
+            return
+        listing = json.dumps({"object": "list", "data": [{"id": self._model, "object": "model"}]}).encode()
+        client.sock.sendall(HEAD % (b"application/json", b"content-length: %d" % len(listing)) + listing)
+
+    def _made(self, body: Any) -> list[bytes]:  # noqa: ANN401 (any JSON)
+        """The writes of an answer. All requests ask for the same, so it is made for the first."""
+        generation = Generation(body, 1, self._model, self._tokens, self._tool_call)
+        chunks = [http_chunk(event) for step in generation.steps() for event in step]
+        at_once = self._chunks_per_write
+        writes = [b"".join(chunks[start : start + at_once]) for start in range(0, len(chunks), at_once)]
+        return [STREAM_HEAD, *writes, b"0\r\n\r\n"]
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--tokens", type=int, required=True)
+    parser.add_argument("--chunks-per-write", type=int, default=1)
+    parser.add_argument("--tool-call", action="store_true")
+    options = parser.parse_args()
+    Upstream(options.port, options.model, options.tokens, options.chunks_per_write, tool_call=options.tool_call).serve()
+
+
+if __name__ == "__main__":
+    _main()
