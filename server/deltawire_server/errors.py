@@ -29,9 +29,11 @@ class Code(enum.IntEnum):
     DEADLINE_EXCEEDED = 4
     NOT_FOUND = 5
     ALREADY_EXISTS = 6
+    PERMISSION_DENIED = 7
     RESOURCE_EXHAUSTED = 8
     FAILED_PRECONDITION = 9
     ABORTED = 10
+    OUT_OF_RANGE = 11
     INTERNAL = 13
     UNAVAILABLE = 14
     UNAUTHENTICATED = 16
@@ -65,6 +67,11 @@ class Reason(enum.Enum):
     MODEL_AMBIGUOUS = 23
     MODEL_NOT_SERVED = 24
     MODEL_DISCOVERED = 25
+    UNAUTHENTICATED = 26
+    PERMISSION_DENIED = 27
+    ETAG_MISMATCH = 28
+    REVISION_GONE = 29
+    SLOW_WATCHER = 30
 
 
 CODES: Mapping[Reason, Code] = MappingProxyType(
@@ -95,6 +102,11 @@ CODES: Mapping[Reason, Code] = MappingProxyType(
         Reason.MODEL_AMBIGUOUS: Code.FAILED_PRECONDITION,
         Reason.MODEL_NOT_SERVED: Code.FAILED_PRECONDITION,
         Reason.MODEL_DISCOVERED: Code.FAILED_PRECONDITION,
+        Reason.UNAUTHENTICATED: Code.UNAUTHENTICATED,
+        Reason.PERMISSION_DENIED: Code.PERMISSION_DENIED,
+        Reason.ETAG_MISMATCH: Code.ABORTED,
+        Reason.REVISION_GONE: Code.OUT_OF_RANGE,
+        Reason.SLOW_WATCHER: Code.RESOURCE_EXHAUSTED,
     }
 )
 """The status code of each reason, as long as the answer has not begun."""

@@ -110,6 +110,24 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION. The model is not registered but discovered at a provider: it is there for as long as it is served.
     Metadata: {"model": "vllm/llama"}.
     """
+    ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 26
+    """UNAUTHENTICATED. This gateway wants a key, as `authorization: Bearer …`, or a client certificate, and got none that it
+    knows.
+    """
+    ERROR_REASON_PERMISSION_DENIED: _ErrorReason.ValueType  # 27
+    """PERMISSION_DENIED. The caller is known and may not do this. Metadata: {"caller": "ci", "needs": "change"}."""
+    ERROR_REASON_ETAG_MISMATCH: _ErrorReason.ValueType  # 28
+    """ABORTED. Somebody has changed the model since it had that etag. Read it again, then decide again.
+    Metadata: {"model": "chat", "etag": "r43"}.
+    """
+    ERROR_REASON_REVISION_GONE: _ErrorReason.ValueType  # 29
+    """OUT_OF_RANGE. A watch cannot go on from that revision: too much has happened since, or another process gave it. Watch
+    again without a revision, for a snapshot.
+    """
+    ERROR_REASON_SLOW_WATCHER: _ErrorReason.ValueType  # 30
+    """RESOURCE_EXHAUSTED. A watch was not read for too long, and as many changes waited for it as may. Watch again from the
+    last revision. Metadata: {"limit": "4096"}.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed, in one word to branch on.
@@ -209,5 +227,23 @@ Metadata: {"model": "llama", "provider": "vllm"}.
 ERROR_REASON_MODEL_DISCOVERED: ErrorReason.ValueType  # 25
 """FAILED_PRECONDITION. The model is not registered but discovered at a provider: it is there for as long as it is served.
 Metadata: {"model": "vllm/llama"}.
+"""
+ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 26
+"""UNAUTHENTICATED. This gateway wants a key, as `authorization: Bearer …`, or a client certificate, and got none that it
+knows.
+"""
+ERROR_REASON_PERMISSION_DENIED: ErrorReason.ValueType  # 27
+"""PERMISSION_DENIED. The caller is known and may not do this. Metadata: {"caller": "ci", "needs": "change"}."""
+ERROR_REASON_ETAG_MISMATCH: ErrorReason.ValueType  # 28
+"""ABORTED. Somebody has changed the model since it had that etag. Read it again, then decide again.
+Metadata: {"model": "chat", "etag": "r43"}.
+"""
+ERROR_REASON_REVISION_GONE: ErrorReason.ValueType  # 29
+"""OUT_OF_RANGE. A watch cannot go on from that revision: too much has happened since, or another process gave it. Watch
+again without a revision, for a snapshot.
+"""
+ERROR_REASON_SLOW_WATCHER: ErrorReason.ValueType  # 30
+"""RESOURCE_EXHAUSTED. A watch was not read for too long, and as many changes waited for it as may. Watch again from the
+last revision. Metadata: {"limit": "4096"}.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -22,10 +22,11 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!deltawire/v1/model_registry.proto\x12\x0c\x64\x65ltawire.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xdd\x03\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0bprovider_id\x18\x02 \x01(\t\x12\x19\n\x11provider_model_id\x18\x03 \x01(\t\x12%\n\x04type\x18\x04 \x01(\x0e\x32\x17.deltawire.v1.ModelType\x12\x0f\n\x07\x61liases\x18\x05 \x03(\t\x12\x33\n\x08metadata\x18\x06 \x03(\x0b\x32!.deltawire.v1.Model.MetadataEntry\x12)\n\x06source\x18\x07 \x01(\x0e\x32\x19.deltawire.v1.ModelSource\x12\x1f\n\x12max_context_tokens\x18\t \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04root\x18\n \x01(\t\x12\x0e\n\x06parent\x18\x0b \x01(\t\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x15\n\x13_max_context_tokensJ\x04\x08\x08\x10\tJ\x04\x08\x0e\x10\x0fR\x05stateR\x04\x65tag\"\x85\x02\n\x14RegisterModelRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x13\n\x0bprovider_id\x18\x02 \x01(\t\x12\x19\n\x11provider_model_id\x18\x03 \x01(\t\x12%\n\x04type\x18\x04 \x01(\x0e\x32\x17.deltawire.v1.ModelType\x12\x0f\n\x07\x61liases\x18\x05 \x03(\t\x12\x42\n\x08metadata\x18\x06 \x03(\x0b\x32\x30.deltawire.v1.RegisterModelRequest.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\";\n\x15RegisterModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.deltawire.v1.Model\"#\n\x0fGetModelRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.deltawire.v1.Model\"t\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\tJ\x04\x08\x03\x10\x04J\x04\x08\x04\x10\x05J\x04\x08\x05\x10\x06J\x04\x08\x06\x10\x07R\x0bprovider_idR\x04typeR\x05stateR\x06source\"t\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.deltawire.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12 \n\x18unreachable_provider_ids\x18\x03 \x03(\t\"*\n\x16UnregisterModelRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\"\x19\n\x17UnregisterModelResponse\"\x16\n\x14ListProvidersRequest\"B\n\x15ListProvidersResponse\x12)\n\tproviders\x18\x01 \x03(\x0b\x32\x16.deltawire.v1.Provider\"6\n\x08Provider\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x10\n\x08\x62\x61se_url\x18\x03 \x01(\t\"1\n\x1a\x43heckProviderHealthRequest\x12\x13\n\x0bprovider_id\x18\x01 \x01(\t\"Z\n\x1b\x43heckProviderHealthResponse\x12*\n\x06status\x18\x01 \x01(\x0e\x32\x1a.deltawire.v1.HealthStatus\x12\x0f\n\x07message\x18\x02 \x01(\t*l\n\tModelType\x12\x1a\n\x16MODEL_TYPE_UNSPECIFIED\x10\x00\x12\x12\n\x0eMODEL_TYPE_LLM\x10\x01\x12\x18\n\x14MODEL_TYPE_EMBEDDING\x10\x02\x12\x15\n\x11MODEL_TYPE_RERANK\x10\x03*e\n\x0bModelSource\x12\x1c\n\x18MODEL_SOURCE_UNSPECIFIED\x10\x00\x12\x1b\n\x17MODEL_SOURCE_REGISTERED\x10\x01\x12\x1b\n\x17MODEL_SOURCE_DISCOVERED\x10\x02*\x7f\n\x0cHealthStatus\x12\x1d\n\x19HEALTH_STATUS_UNSPECIFIED\x10\x00\x12\x14\n\x10HEALTH_STATUS_OK\x10\x01\x12\x17\n\x13HEALTH_STATUS_ERROR\x10\x02\x12!\n\x1dHEALTH_STATUS_NOT_IMPLEMENTED\x10\x03\x32\xab\x04\n\rModelRegistry\x12X\n\rRegisterModel\x12\".deltawire.v1.RegisterModelRequest\x1a#.deltawire.v1.RegisterModelResponse\x12I\n\x08GetModel\x12\x1d.deltawire.v1.GetModelRequest\x1a\x1e.deltawire.v1.GetModelResponse\x12O\n\nListModels\x12\x1f.deltawire.v1.ListModelsRequest\x1a .deltawire.v1.ListModelsResponse\x12^\n\x0fUnregisterModel\x12$.deltawire.v1.UnregisterModelRequest\x1a%.deltawire.v1.UnregisterModelResponse\x12X\n\rListProviders\x12\".deltawire.v1.ListProvidersRequest\x1a#.deltawire.v1.ListProvidersResponse\x12j\n\x13\x43heckProviderHealth\x12(.deltawire.v1.CheckProviderHealthRequest\x1a).deltawire.v1.CheckProviderHealthResponseBv\n\x10\x64\x65v.deltawire.v1B\x12ModelRegistryProtoP\x01Z\x18\x64\x65ltawire/v1;deltawirev1\xa2\x02\x03\x44WX\xaa\x02\x0c\x44\x65ltawire.V1\xca\x02\x0c\x44\x65ltawire\\V1\xea\x02\rDeltawire::V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!deltawire/v1/model_registry.proto\x12\x0c\x64\x65ltawire.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb5\x04\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0bprovider_id\x18\x02 \x01(\t\x12\x19\n\x11provider_model_id\x18\x03 \x01(\t\x12%\n\x04type\x18\x04 \x01(\x0e\x32\x17.deltawire.v1.ModelType\x12\x0f\n\x07\x61liases\x18\x05 \x03(\t\x12\x33\n\x08metadata\x18\x06 \x03(\x0b\x32!.deltawire.v1.Model.MetadataEntry\x12)\n\x06source\x18\x07 \x01(\x0e\x32\x19.deltawire.v1.ModelSource\x12\'\n\x05state\x18\x08 \x01(\x0e\x32\x18.deltawire.v1.ModelState\x12\x1f\n\x12max_context_tokens\x18\t \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04root\x18\n \x01(\t\x12\x0e\n\x06parent\x18\x0b \x01(\t\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\x0e \x01(\t\x12 \n\x13\x65mbedding_dimension\x18\x0f \x01(\rH\x01\x88\x01\x01\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x15\n\x13_max_context_tokensB\x16\n\x14_embedding_dimension\"\xbf\x02\n\x14RegisterModelRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x13\n\x0bprovider_id\x18\x02 \x01(\t\x12\x19\n\x11provider_model_id\x18\x03 \x01(\t\x12%\n\x04type\x18\x04 \x01(\x0e\x32\x17.deltawire.v1.ModelType\x12\x0f\n\x07\x61liases\x18\x05 \x03(\t\x12\x42\n\x08metadata\x18\x06 \x03(\x0b\x32\x30.deltawire.v1.RegisterModelRequest.MetadataEntry\x12 \n\x13\x65mbedding_dimension\x18\x07 \x01(\rH\x00\x88\x01\x01\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x16\n\x14_embedding_dimension\";\n\x15RegisterModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.deltawire.v1.Model\"#\n\x0fGetModelRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.deltawire.v1.Model\"\xca\x01\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x13\n\x0bprovider_id\x18\x03 \x01(\t\x12%\n\x04type\x18\x04 \x01(\x0e\x32\x17.deltawire.v1.ModelType\x12\'\n\x05state\x18\x05 \x01(\x0e\x32\x18.deltawire.v1.ModelState\x12)\n\x06source\x18\x06 \x01(\x0e\x32\x19.deltawire.v1.ModelSource\"t\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.deltawire.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12 \n\x18unreachable_provider_ids\x18\x03 \x03(\t\"i\n\x12UpdateModelRequest\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.deltawire.v1.Model\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"9\n\x13UpdateModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.deltawire.v1.Model\"8\n\x16UnregisterModelRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"\x19\n\x17UnregisterModelResponse\"&\n\x12WatchModelsRequest\x12\x10\n\x08revision\x18\x01 \x01(\t\"\xf4\x01\n\x13WatchModelsResponse\x12\x38\n\x06\x63hange\x18\x01 \x01(\x0e\x32(.deltawire.v1.WatchModelsResponse.Change\x12\"\n\x05model\x18\x02 \x01(\x0b\x32\x13.deltawire.v1.Model\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x10\n\x08\x62ookmark\x18\x04 \x01(\x08\"[\n\x06\x43hange\x12\x16\n\x12\x43HANGE_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x43HANGE_ADDED\x10\x01\x12\x13\n\x0f\x43HANGE_MODIFIED\x10\x02\x12\x12\n\x0e\x43HANGE_REMOVED\x10\x03\"+\n\x14RefreshModelsRequest\x12\x13\n\x0bprovider_id\x18\x01 \x01(\t\"\x9d\x01\n\x15RefreshModelsResponse\x12?\n\tproviders\x18\x01 \x03(\x0b\x32,.deltawire.v1.RefreshModelsResponse.Provider\x1a\x43\n\x08Provider\x12\x13\n\x0bprovider_id\x18\x01 \x01(\t\x12\x13\n\x0bmodel_count\x18\x02 \x01(\r\x12\r\n\x05\x65rror\x18\x03 \x01(\t\"\x16\n\x14ListProvidersRequest\"B\n\x15ListProvidersResponse\x12)\n\tproviders\x18\x01 \x03(\x0b\x32\x16.deltawire.v1.Provider\"7\n\x08Provider\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x11\n\tbase_urls\x18\x03 \x03(\t\"1\n\x1a\x43heckProviderHealthRequest\x12\x13\n\x0bprovider_id\x18\x01 \x01(\t\"Z\n\x1b\x43heckProviderHealthResponse\x12*\n\x06status\x18\x01 \x01(\x0e\x32\x1a.deltawire.v1.HealthStatus\x12\x0f\n\x07message\x18\x02 \x01(\t*l\n\tModelType\x12\x1a\n\x16MODEL_TYPE_UNSPECIFIED\x10\x00\x12\x12\n\x0eMODEL_TYPE_LLM\x10\x01\x12\x18\n\x14MODEL_TYPE_EMBEDDING\x10\x02\x12\x15\n\x11MODEL_TYPE_RERANK\x10\x03*e\n\x0bModelSource\x12\x1c\n\x18MODEL_SOURCE_UNSPECIFIED\x10\x00\x12\x1b\n\x17MODEL_SOURCE_REGISTERED\x10\x01\x12\x1b\n\x17MODEL_SOURCE_DISCOVERED\x10\x02*x\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_SERVING\x10\x01\x12\x1b\n\x17MODEL_STATE_UNAVAILABLE\x10\x02\x12\x17\n\x13MODEL_STATE_UNKNOWN\x10\x03*\x7f\n\x0cHealthStatus\x12\x1d\n\x19HEALTH_STATUS_UNSPECIFIED\x10\x00\x12\x14\n\x10HEALTH_STATUS_OK\x10\x01\x12\x17\n\x13HEALTH_STATUS_ERROR\x10\x02\x12!\n\x1dHEALTH_STATUS_NOT_IMPLEMENTED\x10\x03\x32\xaf\x06\n\rModelRegistry\x12X\n\rRegisterModel\x12\".deltawire.v1.RegisterModelRequest\x1a#.deltawire.v1.RegisterModelResponse\x12I\n\x08GetModel\x12\x1d.deltawire.v1.GetModelRequest\x1a\x1e.deltawire.v1.GetModelResponse\x12O\n\nListModels\x12\x1f.deltawire.v1.ListModelsRequest\x1a .deltawire.v1.ListModelsResponse\x12R\n\x0bUpdateModel\x12 .deltawire.v1.UpdateModelRequest\x1a!.deltawire.v1.UpdateModelResponse\x12^\n\x0fUnregisterModel\x12$.deltawire.v1.UnregisterModelRequest\x1a%.deltawire.v1.UnregisterModelResponse\x12T\n\x0bWatchModels\x12 .deltawire.v1.WatchModelsRequest\x1a!.deltawire.v1.WatchModelsResponse0\x01\x12X\n\rRefreshModels\x12\".deltawire.v1.RefreshModelsRequest\x1a#.deltawire.v1.RefreshModelsResponse\x12X\n\rListProviders\x12\".deltawire.v1.ListProvidersRequest\x1a#.deltawire.v1.ListProvidersResponse\x12j\n\x13\x43heckProviderHealth\x12(.deltawire.v1.CheckProviderHealthRequest\x1a).deltawire.v1.CheckProviderHealthResponseBv\n\x10\x64\x65v.deltawire.v1B\x12ModelRegistryProtoP\x01Z\x18\x64\x65ltawire/v1;deltawirev1\xa2\x02\x03\x44WX\xaa\x02\x0c\x44\x65ltawire.V1\xca\x02\x0c\x44\x65ltawire\\V1\xea\x02\rDeltawire::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,44 +38,62 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODEL_METADATAENTRY']._serialized_options = b'8\001'
   _globals['_REGISTERMODELREQUEST_METADATAENTRY']._loaded_options = None
   _globals['_REGISTERMODELREQUEST_METADATAENTRY']._serialized_options = b'8\001'
-  _globals['_MODELTYPE']._serialized_start=1580
-  _globals['_MODELTYPE']._serialized_end=1688
-  _globals['_MODELSOURCE']._serialized_start=1690
-  _globals['_MODELSOURCE']._serialized_end=1791
-  _globals['_HEALTHSTATUS']._serialized_start=1793
-  _globals['_HEALTHSTATUS']._serialized_end=1920
-  _globals['_MODEL']._serialized_start=85
-  _globals['_MODEL']._serialized_end=562
-  _globals['_MODEL_METADATAENTRY']._serialized_start=467
-  _globals['_MODEL_METADATAENTRY']._serialized_end=514
-  _globals['_REGISTERMODELREQUEST']._serialized_start=565
-  _globals['_REGISTERMODELREQUEST']._serialized_end=826
-  _globals['_REGISTERMODELREQUEST_METADATAENTRY']._serialized_start=467
-  _globals['_REGISTERMODELREQUEST_METADATAENTRY']._serialized_end=514
-  _globals['_REGISTERMODELRESPONSE']._serialized_start=828
-  _globals['_REGISTERMODELRESPONSE']._serialized_end=887
-  _globals['_GETMODELREQUEST']._serialized_start=889
-  _globals['_GETMODELREQUEST']._serialized_end=924
-  _globals['_GETMODELRESPONSE']._serialized_start=926
-  _globals['_GETMODELRESPONSE']._serialized_end=980
-  _globals['_LISTMODELSREQUEST']._serialized_start=982
-  _globals['_LISTMODELSREQUEST']._serialized_end=1098
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1100
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1216
-  _globals['_UNREGISTERMODELREQUEST']._serialized_start=1218
-  _globals['_UNREGISTERMODELREQUEST']._serialized_end=1260
-  _globals['_UNREGISTERMODELRESPONSE']._serialized_start=1262
-  _globals['_UNREGISTERMODELRESPONSE']._serialized_end=1287
-  _globals['_LISTPROVIDERSREQUEST']._serialized_start=1289
-  _globals['_LISTPROVIDERSREQUEST']._serialized_end=1311
-  _globals['_LISTPROVIDERSRESPONSE']._serialized_start=1313
-  _globals['_LISTPROVIDERSRESPONSE']._serialized_end=1379
-  _globals['_PROVIDER']._serialized_start=1381
-  _globals['_PROVIDER']._serialized_end=1435
-  _globals['_CHECKPROVIDERHEALTHREQUEST']._serialized_start=1437
-  _globals['_CHECKPROVIDERHEALTHREQUEST']._serialized_end=1486
-  _globals['_CHECKPROVIDERHEALTHRESPONSE']._serialized_start=1488
-  _globals['_CHECKPROVIDERHEALTHRESPONSE']._serialized_end=1578
-  _globals['_MODELREGISTRY']._serialized_start=1923
-  _globals['_MODELREGISTRY']._serialized_end=2478
+  _globals['_MODELTYPE']._serialized_start=2520
+  _globals['_MODELTYPE']._serialized_end=2628
+  _globals['_MODELSOURCE']._serialized_start=2630
+  _globals['_MODELSOURCE']._serialized_end=2731
+  _globals['_MODELSTATE']._serialized_start=2733
+  _globals['_MODELSTATE']._serialized_end=2853
+  _globals['_HEALTHSTATUS']._serialized_start=2855
+  _globals['_HEALTHSTATUS']._serialized_end=2982
+  _globals['_MODEL']._serialized_start=119
+  _globals['_MODEL']._serialized_end=684
+  _globals['_MODEL_METADATAENTRY']._serialized_start=590
+  _globals['_MODEL_METADATAENTRY']._serialized_end=637
+  _globals['_REGISTERMODELREQUEST']._serialized_start=687
+  _globals['_REGISTERMODELREQUEST']._serialized_end=1006
+  _globals['_REGISTERMODELREQUEST_METADATAENTRY']._serialized_start=590
+  _globals['_REGISTERMODELREQUEST_METADATAENTRY']._serialized_end=637
+  _globals['_REGISTERMODELRESPONSE']._serialized_start=1008
+  _globals['_REGISTERMODELRESPONSE']._serialized_end=1067
+  _globals['_GETMODELREQUEST']._serialized_start=1069
+  _globals['_GETMODELREQUEST']._serialized_end=1104
+  _globals['_GETMODELRESPONSE']._serialized_start=1106
+  _globals['_GETMODELRESPONSE']._serialized_end=1160
+  _globals['_LISTMODELSREQUEST']._serialized_start=1163
+  _globals['_LISTMODELSREQUEST']._serialized_end=1365
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1367
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1483
+  _globals['_UPDATEMODELREQUEST']._serialized_start=1485
+  _globals['_UPDATEMODELREQUEST']._serialized_end=1590
+  _globals['_UPDATEMODELRESPONSE']._serialized_start=1592
+  _globals['_UPDATEMODELRESPONSE']._serialized_end=1649
+  _globals['_UNREGISTERMODELREQUEST']._serialized_start=1651
+  _globals['_UNREGISTERMODELREQUEST']._serialized_end=1707
+  _globals['_UNREGISTERMODELRESPONSE']._serialized_start=1709
+  _globals['_UNREGISTERMODELRESPONSE']._serialized_end=1734
+  _globals['_WATCHMODELSREQUEST']._serialized_start=1736
+  _globals['_WATCHMODELSREQUEST']._serialized_end=1774
+  _globals['_WATCHMODELSRESPONSE']._serialized_start=1777
+  _globals['_WATCHMODELSRESPONSE']._serialized_end=2021
+  _globals['_WATCHMODELSRESPONSE_CHANGE']._serialized_start=1930
+  _globals['_WATCHMODELSRESPONSE_CHANGE']._serialized_end=2021
+  _globals['_REFRESHMODELSREQUEST']._serialized_start=2023
+  _globals['_REFRESHMODELSREQUEST']._serialized_end=2066
+  _globals['_REFRESHMODELSRESPONSE']._serialized_start=2069
+  _globals['_REFRESHMODELSRESPONSE']._serialized_end=2226
+  _globals['_REFRESHMODELSRESPONSE_PROVIDER']._serialized_start=2159
+  _globals['_REFRESHMODELSRESPONSE_PROVIDER']._serialized_end=2226
+  _globals['_LISTPROVIDERSREQUEST']._serialized_start=2228
+  _globals['_LISTPROVIDERSREQUEST']._serialized_end=2250
+  _globals['_LISTPROVIDERSRESPONSE']._serialized_start=2252
+  _globals['_LISTPROVIDERSRESPONSE']._serialized_end=2318
+  _globals['_PROVIDER']._serialized_start=2320
+  _globals['_PROVIDER']._serialized_end=2375
+  _globals['_CHECKPROVIDERHEALTHREQUEST']._serialized_start=2377
+  _globals['_CHECKPROVIDERHEALTHREQUEST']._serialized_end=2426
+  _globals['_CHECKPROVIDERHEALTHRESPONSE']._serialized_start=2428
+  _globals['_CHECKPROVIDERHEALTHRESPONSE']._serialized_end=2518
+  _globals['_MODELREGISTRY']._serialized_start=2985
+  _globals['_MODELREGISTRY']._serialized_end=3800
 # @@protoc_insertion_point(module_scope)

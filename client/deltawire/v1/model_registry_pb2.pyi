@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -72,6 +73,34 @@ MODEL_SOURCE_DISCOVERED: ModelSource.ValueType  # 2
 """A provider lists it; it is there for as long as it is listed."""
 Global___ModelSource: _TypeAlias = ModelSource  # noqa: Y015
 
+class _ModelState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ModelStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MODEL_STATE_UNSPECIFIED: _ModelState.ValueType  # 0
+    """Not set; never sent."""
+    MODEL_STATE_SERVING: _ModelState.ValueType  # 1
+    """Its provider lists it."""
+    MODEL_STATE_UNAVAILABLE: _ModelState.ValueType  # 2
+    """Its provider does not list it any more, or does not answer. Calling it is tried all the same."""
+    MODEL_STATE_UNKNOWN: _ModelState.ValueType  # 3
+    """Its provider could not be asked yet, or lists nothing without a caller's own token."""
+
+class ModelState(_ModelState, metaclass=_ModelStateEnumTypeWrapper):
+    """Whether a model can be called now, as far as this process knows. It follows reality within a provider's refresh interval."""
+
+MODEL_STATE_UNSPECIFIED: ModelState.ValueType  # 0
+"""Not set; never sent."""
+MODEL_STATE_SERVING: ModelState.ValueType  # 1
+"""Its provider lists it."""
+MODEL_STATE_UNAVAILABLE: ModelState.ValueType  # 2
+"""Its provider does not list it any more, or does not answer. Calling it is tried all the same."""
+MODEL_STATE_UNKNOWN: ModelState.ValueType  # 3
+"""Its provider could not be asked yet, or lists nothing without a caller's own token."""
+Global___ModelState: _TypeAlias = ModelState  # noqa: Y015
+
 class _HealthStatus:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -133,11 +162,14 @@ class Model(_message.Message):
     ALIASES_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     ROOT_FIELD_NUMBER: _builtins.int
     PARENT_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    EMBEDDING_DIMENSION_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Unique. An alias chosen at registration, else "provider_id/provider_model_id"."""
     provider_id: _builtins.str
@@ -145,15 +177,23 @@ class Model(_message.Message):
     provider_model_id: _builtins.str
     """Its name at the provider."""
     type: Global___ModelType.ValueType
-    """What it is for. Discovered models are LLM: a vLLM does not say."""
+    """What it is for. Discovered models are LLM: a vLLM does not say. Only an LLM can be asked to chat."""
     source: Global___ModelSource.ValueType
     """How it came to be known."""
+    state: Global___ModelState.ValueType
+    """Whether it can be called now."""
     max_context_tokens: _builtins.int
     """Longest prompt and answer together, in tokens, as the provider says; absent if it does not."""
     root: _builtins.str
     """What the provider loaded it from; empty if it does not say."""
     parent: _builtins.str
     """The base model of a LoRA adapter; empty for others."""
+    etag: _builtins.str
+    """Changes with every change of the registration; give it back to change only what was seen. Empty for discovered models.
+    Example: "r42".
+    """
+    embedding_dimension: _builtins.int
+    """Numbers in a vector that it makes; only for EMBEDDING, and always there."""
     @_builtins.property
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Further names, each unique over the registry."""
@@ -180,18 +220,26 @@ class Model(_message.Message):
         aliases: _abc.Iterable[_builtins.str] | None = ...,
         metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         source: Global___ModelSource.ValueType = ...,
+        state: Global___ModelState.ValueType = ...,
         max_context_tokens: _builtins.int | None = ...,
         root: _builtins.str = ...,
         parent: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
+        etag: _builtins.str = ...,
+        embedding_dimension: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_context_tokens", b"_max_context_tokens", "create_time", b"create_time", "max_context_tokens", b"max_context_tokens", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_embedding_dimension", b"_embedding_dimension", "_max_context_tokens", b"_max_context_tokens", "create_time", b"create_time", "embedding_dimension", b"embedding_dimension", "max_context_tokens", b"max_context_tokens", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_context_tokens", b"_max_context_tokens", "aliases", b"aliases", "create_time", b"create_time", "id", b"id", "max_context_tokens", b"max_context_tokens", "metadata", b"metadata", "parent", b"parent", "provider_id", b"provider_id", "provider_model_id", b"provider_model_id", "root", b"root", "source", b"source", "type", b"type", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_embedding_dimension", b"_embedding_dimension", "_max_context_tokens", b"_max_context_tokens", "aliases", b"aliases", "create_time", b"create_time", "embedding_dimension", b"embedding_dimension", "etag", b"etag", "id", b"id", "max_context_tokens", b"max_context_tokens", "metadata", b"metadata", "parent", b"parent", "provider_id", b"provider_id", "provider_model_id", b"provider_model_id", "root", b"root", "source", b"source", "state", b"state", "type", b"type", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__embedding_dimension: _TypeAlias = _typing.Literal["embedding_dimension"]  # noqa: Y015
+    _WhichOneofArgType__embedding_dimension: _TypeAlias = _typing.Literal["_embedding_dimension", b"_embedding_dimension"]  # noqa: Y015
     _WhichOneofReturnType__max_context_tokens: _TypeAlias = _typing.Literal["max_context_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_context_tokens: _TypeAlias = _typing.Literal["_max_context_tokens", b"_max_context_tokens"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__embedding_dimension) -> _WhichOneofReturnType__embedding_dimension | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_context_tokens) -> _WhichOneofReturnType__max_context_tokens | None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
@@ -228,6 +276,7 @@ class RegisterModelRequest(_message.Message):
     TYPE_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
+    EMBEDDING_DIMENSION_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """The id to call it by. Required. If it equals the provider's own name, the id becomes "provider_id/provider_model_id";
     else it is an alias of that name and becomes the id as it is. At most 256 characters, printable, no white space.
@@ -235,9 +284,13 @@ class RegisterModelRequest(_message.Message):
     provider_id: _builtins.str
     """Who serves it. Empty means the only provider there is."""
     provider_model_id: _builtins.str
-    """Its name at the provider. Empty means `model_id`."""
+    """Its name at the provider. Empty means `model_id`. Where the provider serves a Llama model under another of its known
+    names, the Hugging Face repository or the descriptor, either is understood, and the provider's is kept.
+    """
     type: Global___ModelType.ValueType
     """Unspecified means LLM."""
+    embedding_dimension: _builtins.int
+    """Numbers in a vector that it makes: required for EMBEDDING, else not allowed. Example: 1024."""
     @_builtins.property
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Further names, under the rules of `model_id`. At most 32."""
@@ -255,12 +308,15 @@ class RegisterModelRequest(_message.Message):
         type: Global___ModelType.ValueType = ...,
         aliases: _abc.Iterable[_builtins.str] | None = ...,
         metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        embedding_dimension: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_embedding_dimension", b"_embedding_dimension", "embedding_dimension", b"embedding_dimension"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "metadata", b"metadata", "model_id", b"model_id", "provider_id", b"provider_id", "provider_model_id", b"provider_model_id", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_embedding_dimension", b"_embedding_dimension", "aliases", b"aliases", "embedding_dimension", b"embedding_dimension", "metadata", b"metadata", "model_id", b"model_id", "provider_id", b"provider_id", "provider_model_id", b"provider_model_id", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__embedding_dimension: _TypeAlias = _typing.Literal["embedding_dimension"]  # noqa: Y015
+    _WhichOneofArgType__embedding_dimension: _TypeAlias = _typing.Literal["_embedding_dimension", b"_embedding_dimension"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__embedding_dimension) -> _WhichOneofReturnType__embedding_dimension | None: ...
 
 Global___RegisterModelRequest: _TypeAlias = RegisterModelRequest  # noqa: Y015
 
@@ -342,19 +398,35 @@ class ListModelsRequest(_message.Message):
 
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    PROVIDER_ID_FIELD_NUMBER: _builtins.int
+    TYPE_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """How many at most: 1 to 1000. 0 means 100; more than 1000 is taken as 1000."""
     page_token: _builtins.str
     """`next_page_token` of the page before; empty for the first."""
+    provider_id: _builtins.str
+    """Only models of this provider; empty for all."""
+    type: Global___ModelType.ValueType
+    """Only models of this type; unspecified for all."""
+    state: Global___ModelState.ValueType
+    """Only models in this state; unspecified for all."""
+    source: Global___ModelSource.ValueType
+    """Only models of this source; unspecified for all."""
     def __init__(
         self,
         *,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        provider_id: _builtins.str = ...,
+        type: Global___ModelType.ValueType = ...,
+        state: Global___ModelState.ValueType = ...,
+        source: Global___ModelSource.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "provider_id", b"provider_id", "source", b"source", "state", b"state", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -395,22 +467,85 @@ class ListModelsResponse(_message.Message):
 Global___ListModelsResponse: _TypeAlias = ListModelsResponse  # noqa: Y015
 
 @_typing.final
+class UpdateModelRequest(_message.Message):
+    """Changes a model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    UPDATE_MASK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def model(self) -> Global___Model:
+        """Its `id`, or an alias, says which. With an `etag`, only if nobody has changed it since: else ABORTED (ETAG_MISMATCH).
+        Required.
+        """
+
+    @_builtins.property
+    def update_mask(self) -> _field_mask_pb2.FieldMask:
+        """What of `model` to take over: "provider_id", "provider_model_id", "type", "aliases", "metadata",
+        "embedding_dimension"; "*" for all of them. A list or map is replaced as a whole. Empty means those that are set. The
+        id cannot change: register anew for that.
+        """
+
+    def __init__(
+        self,
+        *,
+        model: Global___Model | None = ...,
+        update_mask: _field_mask_pb2.FieldMask | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "update_mask", b"update_mask"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "update_mask", b"update_mask"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateModelRequest: _TypeAlias = UpdateModelRequest  # noqa: Y015
+
+@_typing.final
+class UpdateModelResponse(_message.Message):
+    """The model as it is now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def model(self) -> Global___Model:
+        """Always set."""
+
+    def __init__(
+        self,
+        *,
+        model: Global___Model | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateModelResponse: _TypeAlias = UpdateModelResponse  # noqa: Y015
+
+@_typing.final
 class UnregisterModelRequest(_message.Message):
     """Unregisters a model."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_ID_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """Id or alias of a registered model. Required."""
+    etag: _builtins.str
+    """Only if nobody has changed it since it had this etag; empty for in any case."""
     def __init__(
         self,
         *,
         model_id: _builtins.str = ...,
+        etag: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_id", b"model_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "model_id", b"model_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -432,6 +567,169 @@ class UnregisterModelResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UnregisterModelResponse: _TypeAlias = UnregisterModelResponse  # noqa: Y015
+
+@_typing.final
+class WatchModelsRequest(_message.Message):
+    """Watches models."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    revision: _builtins.str
+    """Go on after this `revision` of an earlier watch, without a snapshot; empty for a snapshot. A revision that is too old,
+    or of another process, is OUT_OF_RANGE (REVISION_GONE): watch again without one.
+    """
+    def __init__(
+        self,
+        *,
+        revision: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchModelsRequest: _TypeAlias = WatchModelsRequest  # noqa: Y015
+
+@_typing.final
+class WatchModelsResponse(_message.Message):
+    """One step of a watch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Change:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _ChangeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[WatchModelsResponse._Change.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        CHANGE_UNSPECIFIED: WatchModelsResponse._Change.ValueType  # 0
+        """Not set; in a bookmark."""
+        CHANGE_ADDED: WatchModelsResponse._Change.ValueType  # 1
+        """It is there, since now or, in a snapshot, already."""
+        CHANGE_MODIFIED: WatchModelsResponse._Change.ValueType  # 2
+        """Something of it is different, its state for example."""
+        CHANGE_REMOVED: WatchModelsResponse._Change.ValueType  # 3
+        """It is gone; `model` is what it was."""
+
+    class Change(_Change, metaclass=_ChangeEnumTypeWrapper):
+        """What has become known of a model."""
+
+    CHANGE_UNSPECIFIED: WatchModelsResponse.Change.ValueType  # 0
+    """Not set; in a bookmark."""
+    CHANGE_ADDED: WatchModelsResponse.Change.ValueType  # 1
+    """It is there, since now or, in a snapshot, already."""
+    CHANGE_MODIFIED: WatchModelsResponse.Change.ValueType  # 2
+    """Something of it is different, its state for example."""
+    CHANGE_REMOVED: WatchModelsResponse.Change.ValueType  # 3
+    """It is gone; `model` is what it was."""
+
+    CHANGE_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    BOOKMARK_FIELD_NUMBER: _builtins.int
+    change: Global___WatchModelsResponse.Change.ValueType
+    """What happened."""
+    revision: _builtins.str
+    """Where a later watch can go on after this step. Empty within a snapshot, which has to be seen whole: up to the bookmark."""
+    bookmark: _builtins.bool
+    """This step is no change: all that came before it together is the state of `revision`. Comes once after a snapshot, or
+    after what a resumed watch had missed, and then about once a minute while nothing changes.
+    """
+    @_builtins.property
+    def model(self) -> Global___Model:
+        """The model as it is now, or was. Absent in a bookmark."""
+
+    def __init__(
+        self,
+        *,
+        change: Global___WatchModelsResponse.Change.ValueType = ...,
+        model: Global___Model | None = ...,
+        revision: _builtins.str = ...,
+        bookmark: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bookmark", b"bookmark", "change", b"change", "model", b"model", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchModelsResponse: _TypeAlias = WatchModelsResponse  # noqa: Y015
+
+@_typing.final
+class RefreshModelsRequest(_message.Message):
+    """Refreshes listings."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROVIDER_ID_FIELD_NUMBER: _builtins.int
+    provider_id: _builtins.str
+    """Whose; empty for all."""
+    def __init__(
+        self,
+        *,
+        provider_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["provider_id", b"provider_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RefreshModelsRequest: _TypeAlias = RefreshModelsRequest  # noqa: Y015
+
+@_typing.final
+class RefreshModelsResponse(_message.Message):
+    """What the providers list."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Provider(_message.Message):
+        """What one provider said."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        PROVIDER_ID_FIELD_NUMBER: _builtins.int
+        MODEL_COUNT_FIELD_NUMBER: _builtins.int
+        ERROR_FIELD_NUMBER: _builtins.int
+        provider_id: _builtins.str
+        """Which one."""
+        model_count: _builtins.int
+        """How many models it lists; 0 if it could not be listed."""
+        error: _builtins.str
+        """Why it could not be listed, for people; empty if it was."""
+        def __init__(
+            self,
+            *,
+            provider_id: _builtins.str = ...,
+            model_count: _builtins.int = ...,
+            error: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "model_count", b"model_count", "provider_id", b"provider_id"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    PROVIDERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def providers(self) -> _containers.RepeatedCompositeFieldContainer[Global___RefreshModelsResponse.Provider]:
+        """By ascending id."""
+
+    def __init__(
+        self,
+        *,
+        providers: _abc.Iterable[Global___RefreshModelsResponse.Provider] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["providers", b"providers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RefreshModelsResponse: _TypeAlias = RefreshModelsResponse  # noqa: Y015
 
 @_typing.final
 class ListProvidersRequest(_message.Message):
@@ -482,23 +780,25 @@ class Provider(_message.Message):
 
     ID_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
-    BASE_URL_FIELD_NUMBER: _builtins.int
+    BASE_URLS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Unique; chosen by the operator."""
     kind: _builtins.str
     """What it is; "vllm" is the only kind there is."""
-    base_url: _builtins.str
-    """Where it is, without credentials. Example: "http://127.0.0.1:8000/v1"."""
+    @_builtins.property
+    def base_urls(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Where it is, without credentials: one address for each of its replicas. Example: "http://127.0.0.1:8000/v1"."""
+
     def __init__(
         self,
         *,
         id: _builtins.str = ...,
         kind: _builtins.str = ...,
-        base_url: _builtins.str = ...,
+        base_urls: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_url", b"base_url", "id", b"id", "kind", b"kind"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_urls", b"base_urls", "id", b"id", "kind", b"kind"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -50,10 +50,25 @@ class ModelRegistryStub(object):
                 request_serializer=deltawire_dot_v1_dot_model__registry__pb2.ListModelsRequest.SerializeToString,
                 response_deserializer=deltawire_dot_v1_dot_model__registry__pb2.ListModelsResponse.FromString,
                 _registered_method=True)
+        self.UpdateModel = channel.unary_unary(
+                '/deltawire.v1.ModelRegistry/UpdateModel',
+                request_serializer=deltawire_dot_v1_dot_model__registry__pb2.UpdateModelRequest.SerializeToString,
+                response_deserializer=deltawire_dot_v1_dot_model__registry__pb2.UpdateModelResponse.FromString,
+                _registered_method=True)
         self.UnregisterModel = channel.unary_unary(
                 '/deltawire.v1.ModelRegistry/UnregisterModel',
                 request_serializer=deltawire_dot_v1_dot_model__registry__pb2.UnregisterModelRequest.SerializeToString,
                 response_deserializer=deltawire_dot_v1_dot_model__registry__pb2.UnregisterModelResponse.FromString,
+                _registered_method=True)
+        self.WatchModels = channel.unary_stream(
+                '/deltawire.v1.ModelRegistry/WatchModels',
+                request_serializer=deltawire_dot_v1_dot_model__registry__pb2.WatchModelsRequest.SerializeToString,
+                response_deserializer=deltawire_dot_v1_dot_model__registry__pb2.WatchModelsResponse.FromString,
+                _registered_method=True)
+        self.RefreshModels = channel.unary_unary(
+                '/deltawire.v1.ModelRegistry/RefreshModels',
+                request_serializer=deltawire_dot_v1_dot_model__registry__pb2.RefreshModelsRequest.SerializeToString,
+                response_deserializer=deltawire_dot_v1_dot_model__registry__pb2.RefreshModelsResponse.FromString,
                 _registered_method=True)
         self.ListProviders = channel.unary_unary(
                 '/deltawire.v1.ModelRegistry/ListProviders',
@@ -93,8 +108,33 @@ class ModelRegistryServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdateModel(self, request, context):
+        """Change a registered model. What is not named in the mask stays. If what it leads to changes, the provider must serve
+        that now. Calls under way are not touched.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def UnregisterModel(self, request, context):
         """Forget a registered model. What is served under its provider's own name stays callable by that name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchModels(self, request, context):
+        """All models and then every change to them, as it happens, until the caller has enough: registered, changed,
+        unregistered, appearing at a provider, gone from it, or in another state. First a snapshot, then a bookmark, then
+        changes; or, from a revision on, what was missed and then changes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RefreshModels(self, request, context):
+        """List what a provider serves now, without waiting for its next turn; or all of them. One that cannot be listed is an
+        answer and not a failure of this call.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -132,10 +172,25 @@ def add_ModelRegistryServicer_to_server(servicer, server):
                     request_deserializer=deltawire_dot_v1_dot_model__registry__pb2.ListModelsRequest.FromString,
                     response_serializer=deltawire_dot_v1_dot_model__registry__pb2.ListModelsResponse.SerializeToString,
             ),
+            'UpdateModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateModel,
+                    request_deserializer=deltawire_dot_v1_dot_model__registry__pb2.UpdateModelRequest.FromString,
+                    response_serializer=deltawire_dot_v1_dot_model__registry__pb2.UpdateModelResponse.SerializeToString,
+            ),
             'UnregisterModel': grpc.unary_unary_rpc_method_handler(
                     servicer.UnregisterModel,
                     request_deserializer=deltawire_dot_v1_dot_model__registry__pb2.UnregisterModelRequest.FromString,
                     response_serializer=deltawire_dot_v1_dot_model__registry__pb2.UnregisterModelResponse.SerializeToString,
+            ),
+            'WatchModels': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchModels,
+                    request_deserializer=deltawire_dot_v1_dot_model__registry__pb2.WatchModelsRequest.FromString,
+                    response_serializer=deltawire_dot_v1_dot_model__registry__pb2.WatchModelsResponse.SerializeToString,
+            ),
+            'RefreshModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.RefreshModels,
+                    request_deserializer=deltawire_dot_v1_dot_model__registry__pb2.RefreshModelsRequest.FromString,
+                    response_serializer=deltawire_dot_v1_dot_model__registry__pb2.RefreshModelsResponse.SerializeToString,
             ),
             'ListProviders': grpc.unary_unary_rpc_method_handler(
                     servicer.ListProviders,
@@ -241,6 +296,33 @@ class ModelRegistry(object):
             _registered_method=True)
 
     @staticmethod
+    def UpdateModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/deltawire.v1.ModelRegistry/UpdateModel',
+            deltawire_dot_v1_dot_model__registry__pb2.UpdateModelRequest.SerializeToString,
+            deltawire_dot_v1_dot_model__registry__pb2.UpdateModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def UnregisterModel(request,
             target,
             options=(),
@@ -257,6 +339,60 @@ class ModelRegistry(object):
             '/deltawire.v1.ModelRegistry/UnregisterModel',
             deltawire_dot_v1_dot_model__registry__pb2.UnregisterModelRequest.SerializeToString,
             deltawire_dot_v1_dot_model__registry__pb2.UnregisterModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/deltawire.v1.ModelRegistry/WatchModels',
+            deltawire_dot_v1_dot_model__registry__pb2.WatchModelsRequest.SerializeToString,
+            deltawire_dot_v1_dot_model__registry__pb2.WatchModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RefreshModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/deltawire.v1.ModelRegistry/RefreshModels',
+            deltawire_dot_v1_dot_model__registry__pb2.RefreshModelsRequest.SerializeToString,
+            deltawire_dot_v1_dot_model__registry__pb2.RefreshModelsResponse.FromString,
             options,
             channel_credentials,
             insecure,

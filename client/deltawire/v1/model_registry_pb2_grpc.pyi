@@ -41,8 +41,21 @@ class ModelRegistryStub:
     """One model, by the same names that a chat request takes."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_model_registry_pb2.ListModelsRequest, _model_registry_pb2.ListModelsResponse]
     """All models, registered and discovered, by ascending id, in pages."""
+    UpdateModel: _grpc.UnaryUnaryMultiCallable[_model_registry_pb2.UpdateModelRequest, _model_registry_pb2.UpdateModelResponse]
+    """Change a registered model. What is not named in the mask stays. If what it leads to changes, the provider must serve
+    that now. Calls under way are not touched.
+    """
     UnregisterModel: _grpc.UnaryUnaryMultiCallable[_model_registry_pb2.UnregisterModelRequest, _model_registry_pb2.UnregisterModelResponse]
     """Forget a registered model. What is served under its provider's own name stays callable by that name."""
+    WatchModels: _grpc.UnaryStreamMultiCallable[_model_registry_pb2.WatchModelsRequest, _model_registry_pb2.WatchModelsResponse]
+    """All models and then every change to them, as it happens, until the caller has enough: registered, changed,
+    unregistered, appearing at a provider, gone from it, or in another state. First a snapshot, then a bookmark, then
+    changes; or, from a revision on, what was missed and then changes.
+    """
+    RefreshModels: _grpc.UnaryUnaryMultiCallable[_model_registry_pb2.RefreshModelsRequest, _model_registry_pb2.RefreshModelsResponse]
+    """List what a provider serves now, without waiting for its next turn; or all of them. One that cannot be listed is an
+    answer and not a failure of this call.
+    """
     ListProviders: _grpc.UnaryUnaryMultiCallable[_model_registry_pb2.ListProvidersRequest, _model_registry_pb2.ListProvidersResponse]
     """The providers that the operator configured, by ascending id."""
     CheckProviderHealth: _grpc.UnaryUnaryMultiCallable[_model_registry_pb2.CheckProviderHealthRequest, _model_registry_pb2.CheckProviderHealthResponse]
@@ -61,8 +74,21 @@ class ModelRegistryAsyncStub(ModelRegistryStub):
     """One model, by the same names that a chat request takes."""
     ListModels: _aio.UnaryUnaryMultiCallable[_model_registry_pb2.ListModelsRequest, _model_registry_pb2.ListModelsResponse]  # type: ignore[assignment]
     """All models, registered and discovered, by ascending id, in pages."""
+    UpdateModel: _aio.UnaryUnaryMultiCallable[_model_registry_pb2.UpdateModelRequest, _model_registry_pb2.UpdateModelResponse]  # type: ignore[assignment]
+    """Change a registered model. What is not named in the mask stays. If what it leads to changes, the provider must serve
+    that now. Calls under way are not touched.
+    """
     UnregisterModel: _aio.UnaryUnaryMultiCallable[_model_registry_pb2.UnregisterModelRequest, _model_registry_pb2.UnregisterModelResponse]  # type: ignore[assignment]
     """Forget a registered model. What is served under its provider's own name stays callable by that name."""
+    WatchModels: _aio.UnaryStreamMultiCallable[_model_registry_pb2.WatchModelsRequest, _model_registry_pb2.WatchModelsResponse]  # type: ignore[assignment]
+    """All models and then every change to them, as it happens, until the caller has enough: registered, changed,
+    unregistered, appearing at a provider, gone from it, or in another state. First a snapshot, then a bookmark, then
+    changes; or, from a revision on, what was missed and then changes.
+    """
+    RefreshModels: _aio.UnaryUnaryMultiCallable[_model_registry_pb2.RefreshModelsRequest, _model_registry_pb2.RefreshModelsResponse]  # type: ignore[assignment]
+    """List what a provider serves now, without waiting for its next turn; or all of them. One that cannot be listed is an
+    answer and not a failure of this call.
+    """
     ListProviders: _aio.UnaryUnaryMultiCallable[_model_registry_pb2.ListProvidersRequest, _model_registry_pb2.ListProvidersResponse]  # type: ignore[assignment]
     """The providers that the operator configured, by ascending id."""
     CheckProviderHealth: _aio.UnaryUnaryMultiCallable[_model_registry_pb2.CheckProviderHealthRequest, _model_registry_pb2.CheckProviderHealthResponse]  # type: ignore[assignment]
@@ -98,12 +124,43 @@ class ModelRegistryServicer(metaclass=_abc_1.ABCMeta):
         """All models, registered and discovered, by ascending id, in pages."""
 
     @_abc_1.abstractmethod
+    def UpdateModel(
+        self,
+        request: _model_registry_pb2.UpdateModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_registry_pb2.UpdateModelResponse, _abc.Awaitable[_model_registry_pb2.UpdateModelResponse]]:
+        """Change a registered model. What is not named in the mask stays. If what it leads to changes, the provider must serve
+        that now. Calls under way are not touched.
+        """
+
+    @_abc_1.abstractmethod
     def UnregisterModel(
         self,
         request: _model_registry_pb2.UnregisterModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_registry_pb2.UnregisterModelResponse, _abc.Awaitable[_model_registry_pb2.UnregisterModelResponse]]:
         """Forget a registered model. What is served under its provider's own name stays callable by that name."""
+
+    @_abc_1.abstractmethod
+    def WatchModels(
+        self,
+        request: _model_registry_pb2.WatchModelsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_model_registry_pb2.WatchModelsResponse], _abc.AsyncIterator[_model_registry_pb2.WatchModelsResponse]]:
+        """All models and then every change to them, as it happens, until the caller has enough: registered, changed,
+        unregistered, appearing at a provider, gone from it, or in another state. First a snapshot, then a bookmark, then
+        changes; or, from a revision on, what was missed and then changes.
+        """
+
+    @_abc_1.abstractmethod
+    def RefreshModels(
+        self,
+        request: _model_registry_pb2.RefreshModelsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_registry_pb2.RefreshModelsResponse, _abc.Awaitable[_model_registry_pb2.RefreshModelsResponse]]:
+        """List what a provider serves now, without waiting for its next turn; or all of them. One that cannot be listed is an
+        answer and not a failure of this call.
+        """
 
     @_abc_1.abstractmethod
     def ListProviders(

@@ -106,7 +106,7 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
         """The configured providers."""
         return pb.ListProvidersResponse(
             providers=[
-                pb.Provider(id=provider.id, kind=provider.kind, base_url=provider.base_url)
+                pb.Provider(id=provider.id, kind=provider.kind, base_urls=[provider.base_url])
                 for provider in self._providers.all()
             ]
         )
