@@ -60,7 +60,7 @@ class Gateway:
         )
         self._registry = ModelRegistry(Store(settings.registry.database_url), self._providers)
         worker = Worker(self._registry, _worker_limits(settings))
-        calls = CallInterceptor(worker.end_all)
+        calls = CallInterceptor(worker.end_all, self._registry.stop_watches)
         self._lifecycle = Lifecycle(settings.server, [calls], calls)
         chat = ChatCompletionServicer(worker, max_completed_bytes=settings.server.max_completed_bytes)
         models = ModelRegistryServicer(self._registry, self._providers)
@@ -79,6 +79,7 @@ class Gateway:
     async def __aenter__(self) -> Self:
         try:
             await self._registry.open()
+            self._registry.start_refreshing()
             await self._lifecycle.start(SERVICES)
         except BaseException:
             await self._close()

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 _OURS = frozenset({Reason.DURATION_LIMIT_EXCEEDED, Reason.DRAINING})
 """The faults that are this process's and not the provider's."""
 
+_TELLING = frozenset({Reason.MODEL_NOT_FOUND, Reason.UPSTREAM_UNAVAILABLE, Reason.UPSTREAM_INCOMPLETE})
+"""The failures after which a provider may serve something else than it did, or nothing."""
+
 TAIL_SECONDS = 0.25
 """How long the end of a body may take after the last event. Read to its end, the connection can be used again."""
 
@@ -127,6 +130,8 @@ class Worker:
             finally:
                 self._under_way.discard(completion)
                 await completion.close()
+                if completion.failure is not None and completion.failure.reason in _TELLING:
+                    self._registry.suspect(resolution.provider.id)
         finally:
             self._active -= 1
 

@@ -72,6 +72,11 @@ class FakeProvider:
         """The defaults."""
         return Patience()
 
+    @property
+    def refresh_interval(self) -> float:
+        """An hour: tests refresh when they want to."""
+        return 3600.0
+
     def go_down(self) -> None:
         """Be unreachable from now on, as a refused connection is reported."""
         self.failure = ProviderError(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Known:
-    """Models by id, by name and by target. Empty at first; only `writes` changes it once the registry is open.
+    """Models by id, by name and by target. Empty at first; only `follower` changes it once the registry is open.
 
     Attributes:
         models: All of them, by id.
@@ -77,6 +77,17 @@ class Known:
             raise taken(name, owner.id, f"is already registered with different {' and '.join(different)}")
         return None
 
+    def free(self, wanted: Model) -> None:
+        """Hold that a model may bear all its names: nobody else does.
+
+        Raises:
+            RegistryError: A name is taken.
+        """
+        for name in wanted.names:
+            owner = self.find(name)
+            if owner is not None and owner.id != wanted.id:
+                raise taken(name, owner.id, f"already belongs to model {owner.id!r}")
+
 
 def taken(name: str, model_id: str, why: str) -> RegistryError:
     """The failure of a registration whose name is not free.
@@ -88,7 +99,7 @@ def taken(name: str, model_id: str, why: str) -> RegistryError:
     """
     return RegistryError(
         Reason.MODEL_ALREADY_EXISTS,
-        f"the name {quoted(name)} {why}; unregister that one first, or choose another name",
+        f"the name {quoted(name)} {why}; update or unregister that one first, or choose another name",
         metadata={"model": model_id, "name": name},
     )
 
@@ -101,5 +112,6 @@ def _differences(stored: Model, wanted: Model) -> list[str]:
         "type": (stored.type, wanted.type),
         "aliases": (set(stored.aliases), set(wanted.aliases)),
         "metadata": (stored.metadata, wanted.metadata),
+        "embedding_dimension": (stored.embedding_dimension, wanted.embedding_dimension),
     }
     return [field for field, (old, new) in pairs.items() if old != new]

@@ -1,7 +1,7 @@
-"""What the providers serve, as models: discovered ones, or what a registration keeps of them.
+"""What the providers serve, as one call sees it: what they said last where that is enough, else what they say now.
 
-`Providers` fetches a listing once for all who ask and keeps it for five seconds. vLLM answers with its first served
-name whatever it was asked by, so models are told apart by their listed names and answers are never matched on.
+vLLM answers with its first served name whatever it was asked by, so models are told apart by their listed names and
+answers are never matched on.
 """
 
 from __future__ import annotations
@@ -11,23 +11,22 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from deltawire_server.errors import DeltawireError
-from deltawire_server.registry.model import MAX_CONTEXT_TOKENS, Model, ModelSource, scoped_id
-from deltawire_server.telemetry import get_logger
+from deltawire_server.registry.model import ModelState
+from deltawire_server.registry.view import discovered
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from deltawire_server.registry.model import Model
+    from deltawire_server.registry.served import Served
     from deltawire_server.upstream.base import ServedModel
-    from deltawire_server.upstream.providers import Providers
-
-_log = get_logger(__name__)
 
 
 class Listings:
-    """What one call sees of the providers' listings: each provider is asked at most once.
+    """The listings that one call looks at: each provider is asked at most once.
 
     Args:
-        providers: All there are.
+        served: Asks them, and knows what they said last.
         token: The caller's token for them.
 
     Attributes:
@@ -35,48 +34,54 @@ class Listings:
         failures: Why a provider that was asked did not say what it serves, by its id.
     """
 
-    def __init__(self, providers: Providers, token: str | None) -> None:
-        self.provider_ids = providers.ids
+    def __init__(self, served: Served, token: str | None) -> None:
+        self.provider_ids = served.provider_ids
         self.failures: dict[str, DeltawireError] = {}
-        self._served: dict[str, tuple[ServedModel, ...]] = {}
-        self._providers = providers
+        self._served = served
         self._token = token
+        self._listings: dict[str, tuple[ServedModel, ...]] = {}
+        self._asked: set[str] = set()
+
+    async def recall(self, provider_ids: Iterable[str]) -> None:
+        """Have what these said last, also of those that do not answer any more; ask only those that never were."""
+        provider_ids = tuple(provider_ids)
+        await self.fetch(each for each in provider_ids if not self._recalled(each))
 
     async def fetch(self, provider_ids: Iterable[str]) -> None:
-        """Ask those that were not asked yet, all at once."""
-        missing = [each for each in provider_ids if each not in self._served and each not in self.failures]
+        """Have what these say now, at most five seconds old; what those that do not answer said last."""
+        missing = [each for each in provider_ids if each not in self._asked]
+        self._asked.update(missing)
         results = await asyncio.gather(
-            *(self._providers.listing(provider_id, self._token) for provider_id in missing), return_exceptions=True
+            *(self._served.listing(provider_id, self._token) for provider_id in missing), return_exceptions=True
         )
         for provider_id, result in zip(missing, results, strict=True):
             if isinstance(result, DeltawireError):
-                _log.warning("provider not listed", provider=provider_id, error=result.message)
                 self.failures[provider_id] = result
+                self._recalled(provider_id)
             elif isinstance(result, BaseException):
                 raise result
             else:
-                self._served[provider_id] = result
+                self._listings[provider_id] = result
 
     def find(self, provider_id: str, served_name: str) -> Model | None:
         """The discovered model of this name; `None` as well if its provider was not asked or did not say."""
-        listing = self._served.get(provider_id, ())
-        return next((_discovered(provider_id, served) for served in listing if served.id == served_name), None)
+        return next((model for model in self._models(provider_id) if model.provider_model_id == served_name), None)
 
     def models(self) -> Iterator[Model]:
         """Everything that is listed, whether registered or not."""
-        for provider_id, listing in self._served.items():
-            for served in listing:
-                yield _discovered(provider_id, served)
+        for provider_id in self._listings:
+            yield from self._models(provider_id)
 
+    def _recalled(self, provider_id: str) -> bool:
+        if not self._served.shared(provider_id, self._token) or not self._served.was_asked(provider_id):
+            return False
+        self._listings[provider_id] = self._served.models(provider_id)
+        return True
 
-def with_served(model: Model, served: ServedModel) -> Model:
-    """A model with what its provider says of it."""
-    tokens = served.max_context_tokens
-    # A number that cannot be is as good as none, and must not fail the call.
-    known = tokens is not None and 0 <= tokens <= MAX_CONTEXT_TOKENS
-    return replace(model, max_context_tokens=tokens if known else None, root=served.root, parent=served.parent)
-
-
-def _discovered(provider_id: str, served: ServedModel) -> Model:
-    model = Model(scoped_id(provider_id, served.id), provider_id, served.id, source=ModelSource.DISCOVERED)
-    return with_served(model, served)
+    def _models(self, provider_id: str) -> Iterator[Model]:
+        for served in self._listings.get(provider_id, ()):
+            model = discovered(provider_id, served)
+            state = ModelState.SERVING  # as a caller with a token of its own has just been told
+            if self._served.shared(provider_id, self._token):
+                state = self._served.state(provider_id, served.id)
+            yield replace(model, state=state)

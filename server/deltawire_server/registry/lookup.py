@@ -1,9 +1,10 @@
 """A name to its model: registered or, failing that, discovered.
 
     a name ──► id ──► alias ──► "provider/served name" ──► served name of just one provider
-               └── memory ──┘   └────── memory, else the providers' listings ──────────────┘
+               └── memory ──┘   └── memory, what the providers said last, what they say now ─┘
 
-Registered names come first, so whoever registers decides what a name means.
+Registered names come first, so whoever registers decides what a name means. Providers are asked only about names that
+lead nowhere without: a call for what is there waits for nobody.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING
 from deltawire_server.errors import CallerError, Code, DeltawireError, ProviderError, Reason
 from deltawire_server.registry.messages import cut, quoted, some
 from deltawire_server.registry.model import Model, scoped_id
+from deltawire_server.registry.view import is_new
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
     from deltawire_server.registry.known import Known
     from deltawire_server.registry.listings import Listings
@@ -33,9 +35,10 @@ async def find(name: str, known: Known, listings: Listings) -> Model:
         return model
     # First the providers that the name names: the others may be slow, and are asked only if that leads nowhere.
     scopes = scopes_of(name, listings.provider_ids)
-    found = await _serving(scopes, known, listings)
-    if not found:
-        found = await _serving(dict.fromkeys(listings.provider_ids, name), known, listings)
+    found: list[Model] = []
+    for have in (listings.recall, listings.fetch):
+        for wanted in (scopes, dict.fromkeys(listings.provider_ids, name)):
+            found = found or await _serving(wanted, known, listings, have)
     if len(found) > 1:
         raise _ambiguous(name, found)
     if not found:
@@ -52,24 +55,25 @@ def scopes_of(name: str, provider_ids: Iterable[str]) -> dict[str, str]:
 
 def all_models(known: Known, listings: Listings) -> dict[str, Model]:
     """By id: the registered models, and what was listed unless it or its name is registered."""
-    discovered = {model.id: model for model in listings.models() if _is_new(model, known)}
-    return discovered | known.models
+    return {model.id: model for model in listings.models() if is_new(model, known)} | known.models
 
 
-def _is_new(discovered: Model, known: Known) -> bool:
-    return known.serving(*discovered.target) is None and known.find(discovered.id) is None
-
-
-async def _serving(wanted: Mapping[str, str], known: Known, listings: Listings) -> list[Model]:
+async def _serving(
+    wanted: Mapping[str, str],
+    known: Known,
+    listings: Listings,
+    have: Callable[[Iterable[str]], Awaitable[None]],
+) -> list[Model]:
     """The models that providers have under the names wanted of them; whose is registered is not asked.
 
     Args:
         wanted: By provider.
         known: What is registered.
-        listings: What is fetched is added.
+        listings: Of the providers.
+        have: Their method that gets those that are looked at.
     """
     registered = {provider_id: known.serving(provider_id, served_name) for provider_id, served_name in wanted.items()}
-    await listings.fetch(provider_id for provider_id, model in registered.items() if model is None)
+    await have(provider_id for provider_id, model in registered.items() if model is None)
     models = (registered[provider_id] or listings.find(provider_id, name) for provider_id, name in wanted.items())
     return [model for model in models if model is not None]
 

@@ -22,6 +22,14 @@ class ModelType(enum.Enum):
     RERANK = 3
 
 
+class ModelState(enum.Enum):
+    """Whether a model can be called now; the values are those of `deltawire.v1.ModelState`."""
+
+    SERVING = 1
+    UNAVAILABLE = 2
+    UNKNOWN = 3
+
+
 class ModelSource(enum.Enum):
     """How a model came to be known; the values are those of `deltawire.v1.ModelSource`."""
 
@@ -47,6 +55,9 @@ class Model:
         parent: The base model of a LoRA adapter; empty for others.
         create_time: When it was registered, in UTC; `None` for discovered models.
         update_time: When its registration last changed, in UTC; `None` for discovered models.
+        embedding_dimension: Numbers in a vector that it makes; `None` unless its type is EMBEDDING.
+        revision: Of the change that made it what it is, unique and rising; 0 for discovered models.
+        state: Whether it can be called now, as far as this process knows.
     """
 
     id: str
@@ -61,6 +72,9 @@ class Model:
     parent: str = ""
     create_time: datetime | None = None
     update_time: datetime | None = None
+    embedding_dimension: int | None = None
+    revision: int = 0
+    state: ModelState = ModelState.UNKNOWN
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -71,6 +85,11 @@ class Model:
     def target(self) -> tuple[str, str]:
         """Provider and name at the provider: what actually answers."""
         return (self.provider_id, self.provider_model_id)
+
+    @property
+    def etag(self) -> str:
+        """What changes with every change of the registration; empty for discovered models."""
+        return f"r{self.revision}" if self.revision else ""
 
 
 def scoped_id(provider_id: str, provider_model_id: str) -> str:

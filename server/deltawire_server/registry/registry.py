@@ -1,33 +1,44 @@
 """The registry of models: what others call.
 
-Registered models are read from the database once and kept in memory: a look-up never waits for the database, and goes
-on when it is away. A write goes to the database first and to memory when it has succeeded. What is not registered is
-discovered: looked up in the listings of the providers.
+Registered models are kept in memory, in step with the database: a look-up never waits for it, and goes on when it is away.
+A write goes to the database first and to memory when it has succeeded. What is not registered is discovered: looked up in
+the listings of the providers, which are refreshed again and again.
 """
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from deltawire_server.errors import CallerError, Reason, RegistryError
+from deltawire_server.errors import CallerError, DeltawireError, Reason, RegistryError
 from deltawire_server.registry import lookup, pages, rules
+from deltawire_server.registry.feed import Feed
+from deltawire_server.registry.follower import Follower
 from deltawire_server.registry.known import Known
 from deltawire_server.registry.listings import Listings
 from deltawire_server.registry.messages import cut, quoted
-from deltawire_server.registry.model import Model, ModelSource, ModelType
+from deltawire_server.registry.model import Model, ModelSource, ModelState, ModelType
+from deltawire_server.registry.refresh import Refresher
+from deltawire_server.registry.served import Served
+from deltawire_server.registry.store import ChangeKind
+from deltawire_server.registry.view import View
 from deltawire_server.registry.writes import Writes
 from deltawire_server.telemetry import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 
+    from deltawire_server.registry.feed import Step
     from deltawire_server.registry.store import Store
     from deltawire_server.upstream.base import Provider
     from deltawire_server.upstream.providers import Providers
 
 _log = get_logger(__name__)
+
+ATTEMPTS = 5
+"""Of a write that other processes overtake, each on what they have just made of the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +56,41 @@ class Resolution:
     provider: Provider
 
 
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which models a list shows; `None` and an empty provider are for all."""
+
+    provider_id: str = ""
+    type: ModelType | None = None
+    state: ModelState | None = None
+    source: ModelSource | None = None
+
+    def takes(self, model: Model) -> bool:
+        """Whether a model is shown."""
+        wanted = (self.provider_id or None, self.type, self.state, self.source)
+        found = (model.provider_id, model.type, model.state, model.source)
+        return all(want is None or want == have for want, have in zip(wanted, found, strict=True))
+
+
 class ModelRegistry:
     """Which models can be called, and under which names. `open` it before anything else, `close` it in the end.
 
     Args:
         store: Where registered models are kept; opened and closed with the registry.
         providers: Who serves; theirs is the owner's to close.
+        feed: Where changes are published.
     """
 
-    def __init__(self, store: Store, providers: Providers) -> None:
+    def __init__(self, store: Store, providers: Providers, feed: Feed | None = None) -> None:
         self._store = store
         self._providers = providers
+        self._feed = feed or Feed()
         self._known = Known()
-        self._writes = Writes(store, self._known)
+        self._served = Served(providers, self._listed)
+        self._view = View(self._known, self._served, self._feed.publish)
+        self._follower = Follower(store, self._known, self._view.registered)
+        self._writes = Writes(store, self._known, self._follower)
+        self._refresher = Refresher(providers, self._served)
 
     async def open(self) -> None:
         """Open the store and read all registered models into memory; then call the others. `close` even if this fails.
@@ -66,12 +99,30 @@ class ModelRegistry:
             RegistryError: The database cannot be used.
         """
         await self._store.open()
-        self._known.load(await self._store.list())
-        _log.info("registry opened", registered_models=len(self._known.models))
+        await self._follower.start()
+        _log.info("registry opened", registered_models=len(self._known.models), revision=self._follower.revision)
+
+    def start_refreshing(self) -> None:
+        """List the providers, now and again and again until `close`."""
+        self._refresher.start()
+
+    def providers_changed(self, provider_ids: Iterable[str]) -> None:
+        """These providers have come, gone, or are others now: what they said before counts no more."""
+        self._served.forget(provider_ids)
+        self._refresher.start()
+        for provider_id in provider_ids:
+            self._refresher.suspect(provider_id)
+
+    def stop_watches(self) -> None:
+        """End all watches, with DRAINING: this process stops."""
+        self._feed.close()
 
     async def close(self) -> None:
         """Let the writes under way finish, then close the store."""
+        self._feed.close()
+        await self._refresher.stop()
         await self._writes.finish()
+        await self._follower.stop()
         await self._store.close()
 
     async def register(
@@ -82,6 +133,7 @@ class ModelRegistry:
         model_type: ModelType | int = ModelType.LLM,
         aliases: Sequence[str] = (),
         metadata: Mapping[str, str] | None = None,
+        embedding_dimension: int | None = None,
         token: str | None = None,
     ) -> Model:
         """Give a served model an id and aliases.
@@ -96,6 +148,7 @@ class ModelRegistry:
             model_type: What it is for: a `ModelType`, or the number of one as it came; 0 is LLM.
             aliases: Further names, at most 32.
             metadata: Free notes.
+            embedding_dimension: Numbers in a vector that it makes; for EMBEDDING, and only then.
             token: The caller's token for the provider.
 
         Raises:
@@ -105,30 +158,92 @@ class ModelRegistry:
             ProviderError: The provider cannot be asked whether it serves the model.
         """
         wanted = rules.requested(
-            self._providers, model_id, provider_id, provider_model_id, model_type, aliases, metadata or {}
+            self._providers,
+            model_id,
+            provider_id,
+            provider_model_id,
+            model_type,
+            aliases,
+            metadata or {},
+            embedding_dimension,
         )
         stored = self._known.same(wanted)
-        if stored is not None:
-            return stored
-        wanted = await rules.as_served(wanted, self._providers, token)
-        await rules.refuse_served_names(wanted, self._providers, token)
-        now = datetime.now(UTC)
-        return await self._writes.insert(replace(wanted, create_time=now, update_time=now))
+        if stored is None:
+            wanted = await rules.as_served(wanted, self._served, token)
+            await rules.refuse_served_names(wanted, self._served, token)
+            now = datetime.now(UTC)
+            stored = await self._writes.insert(replace(wanted, create_time=now, update_time=now))
+        return self._view.as_seen(stored)
 
-    async def unregister(self, name: str, token: str | None = None) -> None:
+    async def update(self, name: str, changes: Mapping[str, object], etag: str = "", token: str | None = None) -> Model:
+        """Change a registered model; what is not named stays. Nothing is written if nothing is different.
+
+        Args:
+            name: Its id or one of its aliases.
+            changes: New values by the names in `rules.UPDATABLE`.
+            etag: Only if it still has this one; empty for in any case.
+            token: The caller's token for the provider.
+
+        Raises:
+            CallerError: MODEL_NOT_FOUND. Rules are broken (INVALID_REQUEST lists all of them), or there is no such provider.
+            RegistryError: ETAG_MISMATCH. MODEL_ALREADY_EXISTS if a name belongs to another model. MODEL_NOT_SERVED.
+                MODEL_DISCOVERED. STORE_UNAVAILABLE.
+            ProviderError: The provider cannot be asked whether it serves the model.
+        """
+        attempts = 0
+        while True:
+            model = await self._registered(name, etag, token)
+            wanted = rules.changed(model, changes, self._providers)
+            if wanted == model:
+                return self._view.as_seen(model)
+            if wanted.target != model.target:
+                wanted = await rules.as_served(wanted, self._served, token)
+            await rules.refuse_served_names(wanted, self._served, token)
+            stored = await self._writes.update(replace(wanted, update_time=datetime.now(UTC)))
+            if stored is not None:
+                return self._view.as_seen(stored)
+            attempts += 1
+            if attempts == ATTEMPTS:
+                raise _overtaken(model)
+
+    async def unregister(self, name: str, etag: str = "", token: str | None = None) -> None:
         """Forget a registered model. What its provider serves stays callable by the provider's own name.
 
         Args:
             name: Its id or one of its aliases.
+            etag: Only if it still has this one; empty for in any case.
             token: The caller's token for the providers.
 
         Raises:
             CallerError: MODEL_NOT_FOUND.
-            RegistryError: MODEL_DISCOVERED if it is served but not registered. STORE_UNAVAILABLE.
+            RegistryError: ETAG_MISMATCH. MODEL_DISCOVERED if it is served but not registered. STORE_UNAVAILABLE.
             ProviderError: No model of this name is registered, and no provider can be asked whether it serves one.
         """
-        if await self._writes.delete(name):
-            return
+        attempts = 0
+        while not await self._writes.delete(
+            name, (await self._registered(name, etag, token)).revision if etag else None
+        ):
+            model = await self._registered(name, etag, token)
+            attempts += 1
+            if attempts == ATTEMPTS:
+                raise _overtaken(model)
+
+    async def _registered(self, name: str, etag: str, token: str | None) -> Model:
+        """The registered model of this id or alias, if it has this etag.
+
+        Raises:
+            CallerError, ProviderError: As for `unregister`.
+            RegistryError: ETAG_MISMATCH, MODEL_DISCOVERED, STORE_UNAVAILABLE.
+        """
+        model = self._known.find(name)
+        if model is None or (etag and etag != model.etag):
+            # Another process may have registered or changed it just now.
+            await self._follower.catch_up()
+            model = self._known.find(name)
+        if model is not None:
+            if etag and etag != model.etag:
+                raise _overtaken(model)
+            return model
         model = await self.get(name, token)
         if model.source is ModelSource.DISCOVERED:
             raise RegistryError(
@@ -154,7 +269,8 @@ class ModelRegistry:
             CallerError: MODEL_NOT_FOUND, whose message lists some that there are; MODEL_AMBIGUOUS.
             ProviderError: Nobody who could serve it can be asked: try again.
         """
-        return await lookup.find(name, self._known, Listings(self._providers, token))
+        model = await lookup.find(name, self._known, Listings(self._served, token))
+        return self._view.as_seen(model) if model.source is ModelSource.REGISTERED else model
 
     async def resolve(self, name: str, token: str | None = None) -> Resolution:
         """The model of this name and who serves it.
@@ -171,7 +287,7 @@ class ModelRegistry:
         return Resolution(model, "" if name == model.id else name, self._providers.get(model.provider_id))
 
     async def list(
-        self, page_size: int = 0, page_token: str = "", token: str | None = None
+        self, page_size: int = 0, page_token: str = "", token: str | None = None, wanted: Filter | None = None
     ) -> tuple[list[Model], str, tuple[str, ...]]:
         """A page of all models, registered and discovered, by ascending id; of models with many notes a shorter one.
 
@@ -182,19 +298,79 @@ class ModelRegistry:
             page_size: 1 to 1000; 0 for 100, more is taken as 1000.
             page_token: As the page before gave it; empty for the first.
             token: The caller's token for the providers.
+            wanted: Which models; a page token may be used with another filter.
 
         Returns:
-            The models; the token of the next page, empty on the last; and the providers that could not be listed, whose
-            discovered models are missing.
+            The models; the token of the next page, empty on the last; and the providers that could not be listed: of what
+            they serve there is what they said last.
 
         Raises:
             CallerError: A negative page size, or a token that is none of ours.
         """
         size, after = pages.asked_for(page_size, page_token)
-        listings = Listings(self._providers, token)
-        await listings.fetch(listings.provider_ids)
-        page, next_page_token = pages.page_of(lookup.all_models(self._known, listings), size, after)
+        wanted = wanted or Filter()
+        listings = Listings(self._served, token)
+        await listings.fetch(each for each in listings.provider_ids if wanted.provider_id in ("", each))
+        models = lookup.all_models(self._known, listings)
+        for model_id in self._known.models:
+            models[model_id] = self._view.as_seen(models[model_id])
+        shown = {model.id: model for model in models.values() if wanted.takes(model)}
+        page, next_page_token = pages.page_of(shown, size, after)
         return page, next_page_token, tuple(sorted(listings.failures))
+
+    def watch(self, revision: str = "") -> AsyncGenerator[Step]:
+        """All models and then every change, or what came after a revision and then every change; see `Feed.watch`.
+
+        What only a caller's own token shows is not among them.
+        """
+        return self._feed.watch(self._snapshot, ChangeKind.ADDED, revision)
+
+    async def refresh(self, provider_id: str = "", token: str | None = None) -> dict[str, int | DeltawireError]:
+        """List a provider now, or all of them.
+
+        Args:
+            provider_id: Whose; empty for all.
+            token: The caller's token, used where the operator configured none.
+
+        Returns:
+            By ascending id, how many models each lists, or why it could not be listed.
+
+        Raises:
+            CallerError: No such provider.
+        """
+        provider_ids = self._providers.ids
+        if provider_id:
+            provider_ids = (self._providers.get(provider_id).id,)
+        listings = await asyncio.gather(
+            *(self._served.listing(each, token, fresh=True) for each in provider_ids), return_exceptions=True
+        )
+        results: dict[str, int | DeltawireError] = {}
+        for each, listing in zip(provider_ids, listings, strict=True):
+            if isinstance(listing, DeltawireError):
+                results[each] = listing
+            elif isinstance(listing, BaseException):
+                raise listing
+            else:
+                results[each] = len(listing)
+        return results
+
+    def suspect(self, provider_id: str) -> None:
+        """A call found that a provider is not what it was: it is listed at once, and not only at its next turn."""
+        self._refresher.suspect(provider_id)
+
+    def _listed(self, provider_id: str) -> None:
+        self._view.listed(provider_id)
+
+    def _snapshot(self) -> Iterable[Model]:
+        return [model for _, model in sorted(self._view.models.items())]
+
+
+def _overtaken(model: Model) -> RegistryError:
+    return RegistryError(
+        Reason.ETAG_MISMATCH,
+        f"model {model.id!r} has been changed by somebody else; its etag is {model.etag!r} now: read it, then decide again",
+        metadata={"model": model.id, "etag": model.etag},
+    )
 
 
 def require_type(model: Model, wanted: ModelType) -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deltawire_server.errors import Reason, RegistryError, Violation, invalid_request
 from deltawire_server.registry.known import taken
-from deltawire_server.registry.listings import with_served
 from deltawire_server.registry.lookup import scopes_of
 from deltawire_server.registry.messages import MAX_NAME_LENGTH, cut, quoted, some
-from deltawire_server.registry.model import Model, ModelType, scoped_id
+from deltawire_server.registry.model import MAX_CONTEXT_TOKENS, Model, ModelType, scoped_id
+from deltawire_server.registry.view import with_served
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from deltawire_server.registry.served import Served
     from deltawire_server.upstream.providers import Providers
 
 MAX_ALIASES = 32
@@ -35,6 +37,7 @@ def requested(
     model_type: ModelType | int,
     aliases: Sequence[str],
     metadata: Mapping[str, str],
+    embedding_dimension: int | None,
 ) -> Model:
     """The model that a request describes, if it keeps all limits; it may still be served by nobody.
 
@@ -47,19 +50,56 @@ def requested(
     if not provider_id:
         known = some(providers.ids) or "none"
         violations.append(Violation("provider_id", f"is required unless there is one provider; there are: {known}"))
-    kind = model_type if isinstance(model_type, ModelType) else _TYPES.get(model_type)
-    if kind is None:
-        violations.append(Violation("type", f"{model_type} is no model type"))
+    kind = _kind(model_type)
+    violations += _kind_violations(model_type, kind, embedding_dimension)
     provider_model_id = provider_model_id or model_id
     final_id = model_id if model_id != provider_model_id else scoped_id(provider_id, provider_model_id)
     violations += _alias_violations(aliases, final_id)
     if violations or kind is None:
         raise invalid_request(violations)
     providers.get(provider_id)
-    return Model(final_id, provider_id, provider_model_id, kind, tuple(aliases), dict(metadata))
+    return Model(
+        final_id,
+        provider_id,
+        provider_model_id,
+        kind,
+        tuple(aliases),
+        dict(metadata),
+        embedding_dimension=embedding_dimension,
+    )
 
 
-async def as_served(wanted: Model, providers: Providers, token: str | None) -> Model:
+UPDATABLE = ("provider_id", "provider_model_id", "type", "aliases", "metadata", "embedding_dimension")
+"""What of a registered model can change. Not its id: that is how callers know it."""
+
+
+def changed(model: Model, changes: Mapping[str, Any], providers: Providers) -> Model:
+    """A registered model with changes, if it keeps all limits then.
+
+    Args:
+        model: As it is.
+        changes: New values by `UPDATABLE` name.
+        providers: All there are.
+
+    Raises:
+        CallerError: INVALID_REQUEST, which lists all broken rules; PROVIDER_NOT_FOUND.
+    """
+    values = {name: getattr(model, name) for name in UPDATABLE} | dict(changes)
+    kind = _kind(values["type"])
+    violations = [
+        *(Violation(name, "is required") for name in ("provider_id", "provider_model_id") if not values[name]),
+        *_kind_violations(values["type"], kind, values["embedding_dimension"]),
+        *_alias_violations(values["aliases"], model.id),
+        *_metadata_violations(values["metadata"]),
+    ]
+    if violations or kind is None:
+        raise invalid_request([Violation(f"model.{each.field}", each.description) for each in violations])
+    providers.get(values["provider_id"])
+    values |= {"type": kind, "aliases": tuple(values["aliases"]), "metadata": dict(values["metadata"])}
+    return replace(model, **values)
+
+
+async def as_served(wanted: Model, providers: Served, token: str | None) -> Model:
     """What is to be registered with what its provider, asked anew, says of it.
 
     Raises:
@@ -79,7 +119,7 @@ async def as_served(wanted: Model, providers: Providers, token: str | None) -> M
     )
 
 
-async def refuse_served_names(wanted: Model, providers: Providers, token: str | None) -> None:
+async def refuse_served_names(wanted: Model, providers: Served, token: str | None) -> None:
     """Keep "provider/served name" for what the provider serves: its callers must not be led elsewhere.
 
     Raises:
@@ -87,12 +127,27 @@ async def refuse_served_names(wanted: Model, providers: Providers, token: str | 
         ProviderError: A provider that a name names cannot be asked.
     """
     for name in wanted.names:
-        for provider_id, served_name in scopes_of(name, providers.ids).items():
+        for provider_id, served_name in scopes_of(name, providers.provider_ids).items():
             if (provider_id, served_name) == wanted.target:
                 continue
             listing = await providers.listing(provider_id, token)
             if any(served.id == served_name for served in listing):
                 raise taken(name, name, f"is what provider {provider_id!r} serves as {served_name!r}")
+
+
+def _kind(model_type: ModelType | int) -> ModelType | None:
+    return model_type if isinstance(model_type, ModelType) else _TYPES.get(model_type)
+
+
+def _kind_violations(model_type: ModelType | int, kind: ModelType | None, dimension: int | None) -> Iterable[Violation]:
+    if kind is None:
+        yield Violation("type", f"{model_type} is no model type")
+    elif kind is ModelType.EMBEDDING and dimension is None:
+        yield Violation("embedding_dimension", "is required for an EMBEDDING model: how many numbers a vector has")
+    elif kind is not ModelType.EMBEDDING and dimension is not None:
+        yield Violation("embedding_dimension", f"is for EMBEDDING models; the type is {kind.name}")
+    if dimension is not None and not 1 <= dimension <= MAX_CONTEXT_TOKENS:
+        yield Violation("embedding_dimension", f"must be 1 to {MAX_CONTEXT_TOKENS}, is {dimension}")
 
 
 def _name_violations(field: str, name: str) -> Iterable[Violation]:

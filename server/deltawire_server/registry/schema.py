@@ -42,8 +42,11 @@ MODELS = Table(
     Column("parent", Text, nullable=False),
     Column("create_time", BigInteger, nullable=False),
     Column("update_time", BigInteger, nullable=False),
+    Column("embedding_dimension", BigInteger),
+    Column("revision", BigInteger, nullable=False),
 )
-"""Registered models. `type` is the enum's name, `metadata` a JSON object of strings; times: microseconds since 1970."""
+"""Registered models. `type` is the enum's name, `metadata` a JSON object of strings; times: microseconds since 1970.
+`revision` is that of the change that made the row what it is."""
 
 NAMES = Table(
     "names",
@@ -53,6 +56,26 @@ NAMES = Table(
     Column("position", Integer, nullable=False),
 )
 """Every id (position 0) and alias (from 1). Its key is what makes a name unique, whichever of the two it is."""
+
+REVISION = Table(
+    "registry_revision",
+    TABLES,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("revision", BigInteger, nullable=False),
+)
+"""One row, with the revision of the last change. Every write begins by raising it, so that writes are in one order, which
+is that of their revisions, and a revision that is rolled back is used again: there are no gaps."""
+
+CHANGES = Table(
+    "changes",
+    TABLES,
+    Column("revision", BigInteger, primary_key=True, autoincrement=False),
+    Column("change", Text, nullable=False),
+    Column("model_id", Text, nullable=False),
+    Column("record", Text, nullable=False),
+)
+"""The last changes, for processes that have to catch up. `change` is the enum's name, `record` the model as JSON: after the
+change, or before it if it was removed."""
 
 STEPS: Mapping[int, tuple[str, ...]] = MappingProxyType(
     {
@@ -80,6 +103,20 @@ STEPS: Mapping[int, tuple[str, ...]] = MappingProxyType(
             )
             """,
             "CREATE INDEX names_by_model ON names (model_id)",
+        ),
+        2: (
+            "ALTER TABLE models ADD COLUMN embedding_dimension BIGINT",
+            "ALTER TABLE models ADD COLUMN revision BIGINT NOT NULL DEFAULT 1",
+            "CREATE TABLE registry_revision (id INTEGER NOT NULL PRIMARY KEY, revision BIGINT NOT NULL)",
+            "INSERT INTO registry_revision VALUES (1, 1)",
+            """
+            CREATE TABLE changes (
+                revision BIGINT NOT NULL PRIMARY KEY,
+                change TEXT NOT NULL,
+                model_id TEXT NOT NULL,
+                record TEXT NOT NULL
+            )
+            """,
         ),
     }
 )

@@ -1,66 +1,88 @@
-"""Registered models in a database: SQLite, in a file that several processes may share.
+"""Registered models in a database: SQLite, or PostgreSQL for gateways on several machines.
 
-Each write is one transaction. That a name has one owner is the database's own constraint, so it holds between processes
-too. Whatever the database cannot do is a `RegistryError` with STORE_UNAVAILABLE whose cause is in the log and not in
-the message: the message goes to callers, who have no business with paths and SQL.
+Each write is one transaction, has a revision one above that of the write before it, and leaves a record of what it did,
+by which other processes catch up. That a name has one owner is the database's own constraint, so it holds between
+processes too. Whatever the database cannot do is a `RegistryError` with STORE_UNAVAILABLE whose cause is in the log and
+not in the message: the message goes to callers, who have no business with paths and SQL.
 """
 
 from __future__ import annotations
 
-import json
+import enum
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import create_engine, delete, event, insert, make_url, select
+from sqlalchemy import delete, insert, select, update
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import create_async_engine
 
 from deltawire_server.errors import Reason, RegistryError
-from deltawire_server.registry.model import MAX_CONTEXT_TOKENS, Model, ModelType
-from deltawire_server.registry.schema import LATEST, MODELS, NAMES, migrate, version_of
+from deltawire_server.registry.database import BUSY_SECONDS, database_of
+from deltawire_server.registry.records import (
+    DamagedRecordError,
+    model_of,
+    model_of_record,
+    record_of,
+    values_of,
+)
+from deltawire_server.registry.schema import CHANGES, LATEST, MODELS, NAMES, REVISION, migrate, version_of
 from deltawire_server.telemetry import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 
-    from sqlalchemy import URL, Connection, Row
-    from sqlalchemy.engine.interfaces import DBAPIConnection
-    from sqlalchemy.pool import ConnectionPoolEntry
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from deltawire_server.registry.model import Model
 
 _log = get_logger(__name__)
 
-BUSY_SECONDS = 5.0
-"""How long a write waits for another process's: a thousand times what one takes, and still short for a caller."""
+CHANGES_KEPT = 10_000
+"""Records of changes: who missed more reads everything anew, which costs about as much as that many records."""
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND = timedelta(microseconds=1)
+
+class ChangeKind(enum.Enum):
+    """What became of a model; the values are those of `deltawire.v1.WatchModelsResponse.Change`."""
+
+    ADDED = 1
+    MODIFIED = 2
+    REMOVED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A change that was committed.
+
+    Attributes:
+        revision: Its place in the order of all of them.
+        kind: What became of the model.
+        model_id: Whose.
+        model: As it is after the change, or was before it was removed; `None` if the record cannot be read.
+    """
+
+    revision: int
+    kind: ChangeKind
+    model_id: str
+    model: Model | None
 
 
 class Store:
     """The database of registered models. `open` it before anything else, `close` it in the end.
 
     Args:
-        url: An SQLAlchemy URL, "sqlite:////var/lib/deltawire/registry.db" for example; "sqlite://" lives in memory and
-            dies with the process.
+        url: An SQLAlchemy URL, "sqlite:////var/lib/deltawire/registry.db" or "postgresql://user:password@host/name" for
+            example; "sqlite://" lives in memory and dies with the process.
         busy_seconds: How long a write waits for another process's.
 
     Raises:
-        ValueError: The URL is none, or of another database than SQLite.
+        ValueError: The URL is none, or of another database.
     """
 
     def __init__(self, url: str, *, busy_seconds: float = BUSY_SECONDS) -> None:
-        self._url = _sqlite_url(url)
-        self._engine = create_async_engine(self._url, connect_args={"timeout": busy_seconds}, hide_parameters=True)
-        # Shares the engine's connections; its transactions take the write lock at once, since one that begins by
-        # reading and is overtaken fails without waiting.
-        self._writer = self._engine.execution_options(deltawire_write=True)
-        event.listen(self._engine.sync_engine, "connect", _prepare)
-        event.listen(self._engine.sync_engine, "begin", _begin)
+        self._database = database_of(url, busy_seconds)
 
     async def open(self) -> None:
-        """Make the file and its folder if there are none, and bring the tables up to date; then call the others.
+        """Make what is missing, and bring the tables up to date; then call the others.
 
         A database that is up to date is not written to.
 
@@ -68,125 +90,191 @@ class Store:
             RegistryError: It cannot be opened, or is of a newer release.
         """
         with _translated("open"):
-            _make_folder(self._url)
-            _probe(self._url)
-            async with self._engine.begin() as connection:
+            await self._database.open()
+            async with self._database.reading() as connection:
                 version = await connection.run_sync(version_of)
             if version < LATEST:
-                async with self._writer.begin() as connection:
+                async with self._database.writing() as connection:
+                    await self._database.lock_migrations(connection)
                     await connection.run_sync(migrate)
 
     async def close(self) -> None:
         """Close all connections. Nothing else may be called afterwards."""
-        await self._engine.dispose()
+        await self._database.close()
 
-    async def list(self) -> list[Model]:
-        """All models that can be read, by ascending id. A damaged record is logged and left out.
+    async def load(self) -> tuple[int, list[Model]]:
+        """The revision of the last change, and all models that can be read, by ascending id.
+
+        A damaged record is logged and left out.
 
         Raises:
             RegistryError: The database cannot be read.
         """
-        with _translated("list"):
-            async with self._engine.begin() as connection:
-                rows = (await connection.execute(select(MODELS).order_by(MODELS.c.id))).all()
+        with _translated("load"):
+            async with self._database.reading() as connection:
+                revision = await _revision(connection)
+                rows = (await connection.execute(select(MODELS).order_by(MODELS.c.id))).mappings().all()
                 names = (await connection.execute(select(NAMES).order_by(NAMES.c.model_id, NAMES.c.position))).all()
-        aliases: dict[str, list[str]] = {}
+        aliases: dict[str, list[object]] = {}
         for name in names:
             if name.name != name.model_id:
                 aliases.setdefault(name.model_id, []).append(name.name)
-        return [model for row in rows if (model := _model(row, aliases.get(row.id, ()))) is not None]
+        models = [_readable(dict(row), aliases.get(row["id"], ())) for row in rows]
+        # Not by the database: what comes before what differs between them.
+        return revision, sorted((model for model in models if model is not None), key=lambda model: model.id)
 
-    async def insert(self, model: Model) -> bool:
+    async def changes_after(self, revision: int) -> list[Change] | None:
+        """All changes after a revision, in their order; `None` if they are not all there any more: `load` then.
+
+        Raises:
+            RegistryError: The database cannot be read.
+        """
+        with _translated("catch up"):
+            async with self._database.reading() as connection:
+                last = await _revision(connection)
+                rows = (
+                    await connection.execute(
+                        select(CHANGES).where(CHANGES.c.revision > revision).order_by(CHANGES.c.revision)
+                    )
+                ).all()
+        if [row.revision for row in rows] != list(range(revision + 1, last + 1)) or last < revision:
+            return None
+        return [_change(row.revision, row.change, row.model_id, row.record) for row in rows]
+
+    async def insert(self, model: Model) -> Model | None:
         """Keep a model under its id and aliases.
 
         Args:
             model: With both times set.
 
         Returns:
-            Whether it is kept; `False` if a name of it has an owner, and then nothing has changed: `list` tells who.
+            As it is kept, with its revision; `None` if a name of it has an owner, and then nothing has changed: `load`
+            tells who.
 
         Raises:
             RegistryError: The database cannot be written.
         """
         with _translated("insert"):
             try:
-                async with self._writer.begin() as connection:
-                    await connection.execute(insert(MODELS).values(**_values(model)))
-                    await connection.execute(
-                        insert(NAMES),
-                        [
-                            {"name": name, "model_id": model.id, "position": position}
-                            for position, name in enumerate(model.names)
-                        ],
-                    )
+                async with self._database.writing() as connection:
+                    model = replace(model, revision=await self._next_revision(connection))
+                    await connection.execute(insert(MODELS).values(**values_of(model)))
+                    await _insert_names(connection, model)
+                    await _record(connection, Change(model.revision, ChangeKind.ADDED, model.id, model))
             except IntegrityError:
-                return False
-        return True
+                return None
+        return model
 
-    async def delete(self, name: str) -> str | None:
-        """Forget the model of this id or alias, damaged or not, with all its names.
+    async def update(self, model: Model) -> Model | None:
+        """Put a model in the place of the one of the same id and revision.
+
+        Args:
+            model: As it shall be; its revision is that of the one which it was made from.
 
         Returns:
-            Its id; `None` if no model has this name.
+            As it is kept, with its new revision; `None` if that one is not there any more or a name has an owner, and then
+            nothing has changed.
+
+        Raises:
+            RegistryError: The database cannot be written.
+        """
+        with _translated("update"):
+            try:
+                async with self._database.writing() as connection:
+                    changed = replace(model, revision=await self._next_revision(connection))
+                    mine = (MODELS.c.id == model.id) & (MODELS.c.revision == model.revision)
+                    result = await connection.execute(update(MODELS).where(mine).values(**values_of(changed)))
+                    if not result.rowcount:
+                        raise _OvertakenError
+                    await connection.execute(delete(NAMES).where(NAMES.c.model_id == model.id))
+                    await _insert_names(connection, changed)
+                    await _record(connection, Change(changed.revision, ChangeKind.MODIFIED, changed.id, changed))
+            except (IntegrityError, _OvertakenError):
+                return None
+        return changed
+
+    async def delete(self, name: str, revision: int | None = None) -> Change | None:
+        """Forget the model of this id or alias, damaged or not, with all its names.
+
+        Args:
+            name: Id or alias.
+            revision: Only if it still is of this one; `None` for in any case.
+
+        Returns:
+            The change; `None` if no model has this name, or it is of another revision.
 
         Raises:
             RegistryError: The database cannot be written.
         """
         with _translated("delete"):
-            async with self._writer.begin() as connection:
-                return await connection.run_sync(_delete, name)
+            try:
+                async with self._database.writing() as connection:
+                    next_revision = await self._next_revision(connection)
+                    model_id = await connection.scalar(select(NAMES.c.model_id).where(NAMES.c.name == name))
+                    row = (await connection.execute(select(MODELS).where(MODELS.c.id == model_id))).mappings().first()
+                    if row is None or revision not in (None, row["revision"]):
+                        raise _OvertakenError
+                    names = select(NAMES.c.name).where(NAMES.c.model_id == model_id).order_by(NAMES.c.position)
+                    aliases = [alias for alias in await connection.scalars(names) if alias != model_id]
+                    await connection.execute(delete(NAMES).where(NAMES.c.model_id == model_id))
+                    await connection.execute(delete(MODELS).where(MODELS.c.id == model_id))
+                    change = Change(next_revision, ChangeKind.REMOVED, row["id"], _readable(dict(row), aliases))
+                    await _record(connection, change)
+            except _OvertakenError:
+                return None
+        return change
+
+    def changes_elsewhere(self) -> AsyncGenerator[None]:
+        """Something may have changed, each time: `changes_after` tells. Ends only by being closed."""
+        return self._database.changes_elsewhere()
+
+    async def _next_revision(self, connection: AsyncConnection) -> int:
+        """Raise the revision. First in every write: it makes all others wait until this one is done."""
+        raised = update(REVISION).values(revision=REVISION.c.revision + 1).returning(REVISION.c.revision)
+        revision = int((await connection.execute(raised)).scalar_one())
+        await connection.execute(delete(CHANGES).where(CHANGES.c.revision <= revision - CHANGES_KEPT))
+        await self._database.announce(connection, revision)
+        return revision
 
 
-def _sqlite_url(url: str) -> URL:
+class _OvertakenError(Exception):
+    """What was to be changed is not there any more: the transaction is rolled back."""
+
+
+async def _revision(connection: AsyncConnection) -> int:
+    return int((await connection.execute(select(REVISION.c.revision))).scalar_one())
+
+
+async def _insert_names(connection: AsyncConnection, model: Model) -> None:
+    rows = [{"name": name, "model_id": model.id, "position": place} for place, name in enumerate(model.names)]
+    await connection.execute(insert(NAMES), rows)
+
+
+async def _record(connection: AsyncConnection, change: Change) -> None:
+    values = {
+        "revision": change.revision,
+        "change": change.kind.name,
+        "model_id": change.model_id,
+        "record": "" if change.model is None else record_of(change.model),
+    }
+    await connection.execute(insert(CHANGES).values(**values))
+
+
+def _change(revision: int, kind: str, model_id: str, record: object) -> Change:
     try:
-        parsed = make_url(url)
-    except SQLAlchemyError as error:
-        # Not the URL itself: another database's may hold a password.
-        raise ValueError('the database URL is none; an example is "sqlite:////var/lib/registry.db"') from error
-    if parsed.get_backend_name() != "sqlite":
-        raise ValueError(f"the registry keeps its models in SQLite, not in {parsed.get_backend_name()}")
-    return parsed.set(drivername="sqlite+aiosqlite")
+        return Change(revision, ChangeKind[kind], model_id, model_of_record(record))
+    except (DamagedRecordError, KeyError) as error:
+        if record:
+            _log.warning("damaged change left out", model=model_id, revision=revision, error=str(error))
+        return Change(revision, ChangeKind.REMOVED, model_id, None)
 
 
-def _make_folder(url: URL) -> None:
-    database = url.database or ":memory:"
-    # "file:" is SQLite's own URI, which may ask for a read-only or an in-memory database.
-    if database != ":memory:" and not database.startswith("file:"):
-        Path(database).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-
-
-def _probe(url: URL) -> None:
-    # The asynchronous driver's thread may outlive a connection that fails, and even the event loop, and then it
-    # complains. So whether there is a database to connect to is found out without it.
-    engine = create_engine(url.set(drivername="sqlite"))
+def _readable(row: Mapping[str, Any], aliases: Sequence[object]) -> Model | None:
     try:
-        with engine.connect() as connection:
-            connection.exec_driver_sql("PRAGMA schema_version")
-    finally:
-        engine.dispose()
-
-
-def _prepare(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
-    # Left to itself the driver begins transactions late and not at all for tables, so half a migration could stay.
-    connection.isolation_level = None
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA foreign_keys = ON")
-    # Readers and a writer of several processes do not wait for each other.
-    cursor.execute("PRAGMA journal_mode = WAL")
-    cursor.close()
-
-
-def _begin(connection: Connection) -> None:
-    write = connection.get_execution_options().get("deltawire_write", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
-
-
-def _delete(connection: Connection, name: str) -> str | None:
-    model_id = connection.scalar(select(NAMES.c.model_id).where(NAMES.c.name == name))
-    if model_id is not None:
-        connection.execute(delete(NAMES).where(NAMES.c.model_id == model_id))
-        connection.execute(delete(MODELS).where(MODELS.c.id == model_id))
-    return model_id
+        return model_of(row, aliases)
+    except DamagedRecordError as error:
+        _log.warning("damaged record left out", model=row["id"], error=str(error))
+        return None
 
 
 @contextmanager
@@ -200,60 +288,3 @@ def _translated(what: str) -> Iterator[None]:
             "the registry's database cannot be used now; models that are known already can still be called",
             retry_after=1.0,
         ) from error
-
-
-def _values(model: Model) -> dict[str, object]:
-    if model.create_time is None or model.update_time is None:
-        raise ValueError(f"model {model.id!r} has no times: only registered models are stored")
-    return {
-        "id": model.id,
-        "provider_id": model.provider_id,
-        "provider_model_id": model.provider_model_id,
-        "type": model.type.name,
-        "metadata": json.dumps(dict(model.metadata)),
-        "max_context_tokens": model.max_context_tokens,
-        "root": model.root,
-        "parent": model.parent,
-        "create_time": (model.create_time - _EPOCH) // _MICROSECOND,
-        "update_time": (model.update_time - _EPOCH) // _MICROSECOND,
-    }
-
-
-def _model(row: Row[tuple[object, ...]], aliases: Sequence[str]) -> Model | None:
-    # SQLite keeps in any column whatever another program puts there, so each value is looked at.
-    try:
-        return Model(
-            id=_text(row.id),
-            provider_id=_text(row.provider_id),
-            provider_model_id=_text(row.provider_model_id),
-            type=ModelType[row.type],
-            aliases=tuple(_text(alias) for alias in aliases),
-            metadata=_metadata(row.metadata),
-            max_context_tokens=_tokens(row.max_context_tokens),
-            root=_text(row.root),
-            parent=_text(row.parent),
-            create_time=_EPOCH + int(row.create_time) * _MICROSECOND,
-            update_time=_EPOCH + int(row.update_time) * _MICROSECOND,
-        )
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        _log.warning("damaged record left out", model=row.id, error=repr(error))
-        return None
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
-    return value
-
-
-def _tokens(value: object) -> int | None:
-    if value is not None and not (isinstance(value, int) and 0 <= value <= MAX_CONTEXT_TOKENS):
-        raise ValueError(f"{value!r} is no number of tokens")
-    return value
-
-
-def _metadata(text: str) -> dict[str, str]:
-    metadata = json.loads(text)
-    if not isinstance(metadata, dict):
-        raise TypeError("metadata is no JSON object")
-    return {key: _text(value) for key, value in metadata.items()}

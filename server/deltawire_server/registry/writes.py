@@ -6,10 +6,12 @@ import asyncio
 from typing import TYPE_CHECKING, TypeVar
 
 from deltawire_server.registry.known import taken
+from deltawire_server.registry.store import Change, ChangeKind
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
+    from deltawire_server.registry.follower import Follower
     from deltawire_server.registry.known import Known
     from deltawire_server.registry.model import Model
     from deltawire_server.registry.store import Store
@@ -22,12 +24,14 @@ class Writes:
 
     Args:
         store: Open before the first write, until `finish` has returned.
-        known: What is in memory; from now on only this changes it.
+        known: What is in memory.
+        follower: Brings the writes into it.
     """
 
-    def __init__(self, store: Store, known: Known) -> None:
+    def __init__(self, store: Store, known: Known, follower: Follower) -> None:
         self._store = store
         self._known = known
+        self._follower = follower
         self._lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[object]] = set()
 
@@ -39,13 +43,21 @@ class Writes:
         """
         return await self._to_the_end(self._insert(model))
 
-    async def delete(self, name: str) -> bool:
-        """Forget the model of this id or alias; whether there was one.
+    async def update(self, model: Model) -> Model | None:
+        """Put a model in the place of the one of the same id and revision; `None` if that one is not there any more.
+
+        Raises:
+            RegistryError: MODEL_ALREADY_EXISTS, STORE_UNAVAILABLE.
+        """
+        return await self._to_the_end(self._update(model))
+
+    async def delete(self, name: str, revision: int | None = None) -> bool:
+        """Forget the model of this id or alias; whether there was one, of this revision if one is given.
 
         Raises:
             RegistryError: STORE_UNAVAILABLE.
         """
-        return await self._to_the_end(self._delete(name))
+        return await self._to_the_end(self._delete(name, revision))
 
     async def finish(self) -> None:
         """Wait for the writes under way."""
@@ -58,24 +70,40 @@ class Writes:
             stored = self._known.same(model)
             if stored is not None:
                 return stored
-            if await self._store.insert(model):
-                self._known.add(model)
-                return model
+            kept = await self._store.insert(model)
+            if kept is not None:
+                await self._follower.applied(Change(kept.revision, ChangeKind.ADDED, kept.id, kept))
+                return kept
             # The names were free in memory: another process on this database has registered in the meantime.
-            self._known.load(await self._store.list())
+            await self._follower.catch_up()
             stored = self._known.same(model)
             if stored is not None:
                 return stored
             raise taken(model.id, model.id, "or an alias belongs to a record that cannot be read")
 
-    async def _delete(self, name: str) -> bool:
+    async def _update(self, model: Model) -> Model | None:
+        async with self._lock:
+            self._known.free(model)
+            kept = await self._store.update(model)
+            if kept is not None:
+                await self._follower.applied(Change(kept.revision, ChangeKind.MODIFIED, kept.id, kept))
+                return kept
+            # Another process has changed the model, or has taken a name, in the meantime.
+            await self._follower.catch_up()
+            self._known.free(model)
+            return None
+
+    async def _delete(self, name: str, revision: int | None) -> bool:
         async with self._lock:
             # The database decides: it may hold what another process registered, or a record too damaged for memory.
-            deleted = await self._store.delete(name)
+            change = await self._store.delete(name, revision)
+            if change is not None:
+                await self._follower.applied(change)
+                return True
             known = self._known.find(name)
-            if known is not None:
-                self._known.remove(known)
-            return deleted is not None or known is not None
+            await self._follower.catch_up()
+            # Another process was faster: then it is gone, which is what was asked for.
+            return revision is None and known is not None and self._known.find(name) is None
 
     async def _to_the_end(self, write: Coroutine[object, object, T]) -> T:
         """Do a write as a whole even if its caller gives up: memory must not miss what the database has."""

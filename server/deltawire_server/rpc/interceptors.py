@@ -73,18 +73,23 @@ class CallInterceptor(aio.ServerInterceptor):
 
     Args:
         end_calls: Ends the calls under way that can be ended with a word to the caller.
+        end_watches: Ends those that would go on for ever.
     """
 
-    def __init__(self, end_calls: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, end_calls: Callable[[], None] = lambda: None, end_watches: Callable[[], None] = lambda: None
+    ) -> None:
         self._end_calls = end_calls
+        self._end_watches = end_watches
         self._active = 0
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
 
     def refuse_new_calls(self) -> None:
-        """From now on new calls fail with UNAVAILABLE (DRAINING); those under way go on. Then `wait_idle`."""
+        """From now on new calls fail with UNAVAILABLE (DRAINING); those under way go on, but watches. Then `wait_idle`."""
         self._draining = True
+        self._end_watches()
 
     def end_calls(self) -> None:
         """End what is under way, now, and tell its callers. Then `wait_idle` for a moment."""

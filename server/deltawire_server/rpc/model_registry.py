@@ -8,16 +8,23 @@ Failures are raised as they come from below; whoever serves this turns them into
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import aclosing
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from deltawire.v1 import model_registry_pb2 as pb
 from deltawire.v1 import model_registry_pb2_grpc as pb_grpc
-from deltawire_server.errors import Violation, invalid_request
-from deltawire_server.registry.model import ModelSource, ModelType
-from deltawire_server.rpc.interceptors import call_context
+from deltawire_server.errors import GatewayError, Reason, Violation, invalid_request
+from deltawire_server.registry import rules
+from deltawire_server.registry.messages import quoted
+from deltawire_server.registry.model import ModelSource, ModelState, ModelType
+from deltawire_server.registry.registry import Filter
+from deltawire_server.registry.store import ChangeKind
+from deltawire_server.rpc.interceptors import REQUEST_ID, call_context
+from deltawire_server.rpc.status import MAX_MESSAGE, shorten
 from deltawire_server.upstream.base import HealthStatus
 
 if TYPE_CHECKING:
@@ -26,6 +33,7 @@ if TYPE_CHECKING:
 
     import grpc
 
+    from deltawire_server.registry.feed import Step
     from deltawire_server.registry.model import Model
     from deltawire_server.registry.registry import ModelRegistry
     from deltawire_server.upstream.providers import Providers
@@ -45,6 +53,20 @@ MODEL_SOURCES: Mapping[ModelSource, pb.ModelSource.ValueType] = MappingProxyType
         ModelSource.DISCOVERED: pb.MODEL_SOURCE_DISCOVERED,
     }
 )
+MODEL_STATES: Mapping[ModelState, pb.ModelState.ValueType] = MappingProxyType(
+    {
+        ModelState.SERVING: pb.MODEL_STATE_SERVING,
+        ModelState.UNAVAILABLE: pb.MODEL_STATE_UNAVAILABLE,
+        ModelState.UNKNOWN: pb.MODEL_STATE_UNKNOWN,
+    }
+)
+CHANGES: Mapping[ChangeKind, pb.WatchModelsResponse.Change.ValueType] = MappingProxyType(
+    {
+        ChangeKind.ADDED: pb.WatchModelsResponse.CHANGE_ADDED,
+        ChangeKind.MODIFIED: pb.WatchModelsResponse.CHANGE_MODIFIED,
+        ChangeKind.REMOVED: pb.WatchModelsResponse.CHANGE_REMOVED,
+    }
+)
 HEALTH_STATUSES: Mapping[HealthStatus, pb.HealthStatus.ValueType] = MappingProxyType(
     {
         HealthStatus.OK: pb.HEALTH_STATUS_OK,
@@ -52,6 +74,11 @@ HEALTH_STATUSES: Mapping[HealthStatus, pb.HealthStatus.ValueType] = MappingProxy
         HealthStatus.NOT_IMPLEMENTED: pb.HEALTH_STATUS_NOT_IMPLEMENTED,
     }
 )
+
+SLOW_WATCHER_SECONDS = 30.0
+"""How long a watcher may not read: as long as a chat's caller."""
+
+_Choice = TypeVar("_Choice", ModelType, ModelState, ModelSource)
 
 
 class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
@@ -75,6 +102,7 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
             request.type,
             request.aliases,
             request.metadata,
+            request.embedding_dimension if request.HasField("embedding_dimension") else None,
             token=call_context(context).token,
         )
         return pb.RegisterModelResponse(model=model_message(model))
@@ -87,8 +115,14 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         """A page of all models."""
+        wanted = Filter(
+            request.provider_id,
+            _chosen("type", request.type, MODEL_TYPES),
+            _chosen("state", request.state, MODEL_STATES),
+            _chosen("source", request.source, MODEL_SOURCES),
+        )
         models, next_page_token, unreachable = await self._registry.list(
-            request.page_size, request.page_token, call_context(context).token
+            request.page_size, request.page_token, call_context(context).token, wanted
         )
         return pb.ListModelsResponse(
             models=map(model_message, models),
@@ -99,8 +133,47 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
     async def UnregisterModel(self, request: pb.UnregisterModelRequest, context: Context) -> pb.UnregisterModelResponse:
         """Forget a registered model."""
         _require("model_id", request.model_id)
-        await self._registry.unregister(request.model_id, call_context(context).token)
+        await self._registry.unregister(request.model_id, request.etag, call_context(context).token)
         return pb.UnregisterModelResponse()
+
+    async def UpdateModel(self, request: pb.UpdateModelRequest, context: Context) -> pb.UpdateModelResponse:
+        """Change a registered model."""
+        _require("model.id", request.model.id)
+        model = await self._registry.update(
+            request.model.id, changes_of(request), request.model.etag, call_context(context).token
+        )
+        return pb.UpdateModelResponse(model=model_message(model))
+
+    async def WatchModels(  # type: ignore[override]  # (written to, as a stream of answers is)
+        self, request: pb.WatchModelsRequest, context: Context
+    ) -> None:
+        """All models, and then every change to them."""
+        first = True
+        async with aclosing(self._registry.watch(request.revision)) as steps:
+            async for step in steps:
+                if first:
+                    await context.send_initial_metadata(((REQUEST_ID, call_context(context).request_id),))
+                    first = False
+                try:
+                    async with asyncio.timeout(SLOW_WATCHER_SECONDS):
+                        await context.write(step_message(step))
+                except TimeoutError:
+                    raise GatewayError(
+                        Reason.SLOW_WATCHER,
+                        f"this watch was not read for {SLOW_WATCHER_SECONDS:g} seconds; watch on from the last revision",
+                        metadata={"limit_seconds": f"{SLOW_WATCHER_SECONDS:g}"},
+                    ) from None
+
+    async def RefreshModels(self, request: pb.RefreshModelsRequest, context: Context) -> pb.RefreshModelsResponse:
+        """What the providers list now."""
+        results = await self._registry.refresh(request.provider_id, call_context(context).token)
+        response = pb.RefreshModelsResponse()
+        for provider_id, result in results.items():
+            if isinstance(result, int):
+                response.providers.add(provider_id=provider_id, model_count=result)
+            else:
+                response.providers.add(provider_id=provider_id, error=shorten(result.message, MAX_MESSAGE))
+        return response
 
     async def ListProviders(self, request: pb.ListProvidersRequest, context: Context) -> pb.ListProvidersResponse:
         """The configured providers."""
@@ -122,6 +195,47 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
         return pb.CheckProviderHealthResponse(status=HEALTH_STATUSES[health.status], message=health.message)
 
 
+def changes_of(request: pb.UpdateModelRequest) -> dict[str, object]:
+    """The new values that a request names, by field.
+
+    Raises:
+        CallerError: INVALID_REQUEST: a path that cannot be changed, or nothing to change.
+    """
+    given = request.model
+    paths = list(request.update_mask.paths) or [
+        field.name for field, _ in given.ListFields() if field.name in rules.UPDATABLE
+    ]
+    if paths == ["*"]:
+        paths = list(rules.UPDATABLE)
+    violations = [
+        Violation("update_mask", f"{quoted(path)} cannot be changed; what can: {', '.join(rules.UPDATABLE)}")
+        for path in paths
+        if path not in rules.UPDATABLE
+    ]
+    if not paths:
+        violations.append(
+            Violation("update_mask", f"names nothing to change; set some of {', '.join(rules.UPDATABLE)}")
+        )
+    if violations:
+        raise invalid_request(violations)
+    values: dict[str, object] = {
+        "provider_id": given.provider_id,
+        "provider_model_id": given.provider_model_id,
+        "type": given.type,
+        "aliases": tuple(given.aliases),
+        "metadata": dict(given.metadata),
+        "embedding_dimension": given.embedding_dimension if given.HasField("embedding_dimension") else None,
+    }
+    return {path: values[path] for path in paths}
+
+
+def step_message(step: Step) -> pb.WatchModelsResponse:
+    """A step of a watch as it goes over the wire."""
+    if step.kind is None or step.model is None:
+        return pb.WatchModelsResponse(bookmark=True, revision=step.revision)
+    return pb.WatchModelsResponse(change=CHANGES[step.kind], model=model_message(step.model), revision=step.revision)
+
+
 def model_message(model: Model) -> pb.Model:
     """A model as it goes over the wire."""
     return pb.Model(
@@ -137,6 +251,9 @@ def model_message(model: Model) -> pb.Model:
         parent=model.parent,
         create_time=_timestamp(model.create_time),
         update_time=_timestamp(model.update_time),
+        state=MODEL_STATES[model.state],
+        etag=model.etag,
+        embedding_dimension=model.embedding_dimension,
     )
 
 
@@ -146,6 +263,16 @@ def _timestamp(time: datetime | None) -> Timestamp | None:
     timestamp = Timestamp()
     timestamp.FromDatetime(time)
     return timestamp
+
+
+def _chosen(field: str, number: int, meanings: Mapping[_Choice, int]) -> _Choice | None:
+    """What a filter's number means; `None` for all."""
+    if not number:
+        return None
+    for meaning, value in meanings.items():
+        if value == number:
+            return meaning
+    raise invalid_request([Violation(field, f"{number} is none that there is")])
 
 
 def _require(field: str, value: str) -> None:

@@ -82,6 +82,7 @@ class VllmProvider:
         max_connections: int = 1032,
         connect_timeout: float = 5.0,
         patience: Patience | None = None,
+        refresh_interval: float = 30.0,
         user_agent: str = "deltawire",
     ) -> None:
         self.id = provider_id
@@ -90,6 +91,7 @@ class VllmProvider:
         self._api_token = api_token
         self.default_max_tokens = default_max_tokens
         self.patience = patience or Patience()
+        self.refresh_interval = refresh_interval
         self._tls = tls
         self._max_connections = max_connections
         # No time limit on reads: silence is counted from the answer's events, by whoever reads them.

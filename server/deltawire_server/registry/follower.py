@@ -1,0 +1,126 @@
+"""Keeps memory in step with the database, in which other processes write too.
+
+Changes are applied in the order of their revisions, each once, whoever made them: this process's own writes come the same
+way. Whoever missed too many reads everything anew, and finds out what is different by comparing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+from deltawire_server.errors import RegistryError
+from deltawire_server.registry.store import Change, ChangeKind
+from deltawire_server.telemetry import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from deltawire_server.registry.known import Known
+    from deltawire_server.registry.model import Model
+    from deltawire_server.registry.store import Store
+
+_log = get_logger(__name__)
+
+
+class Follower:
+    """Applies changes to what is known.
+
+    Args:
+        store: Open.
+        known: What is in memory; from now on only this changes it.
+        on_change: Called with each registration as it was and as it is, once memory has it; `None` where it is not there.
+    """
+
+    def __init__(
+        self, store: Store, known: Known, on_change: Callable[[Model | None, Model | None], None] = lambda _, __: None
+    ) -> None:
+        self._store = store
+        self._known = known
+        self._on_change = on_change
+        self._lock = asyncio.Lock()
+        self._task: asyncio.Task[None] | None = None
+        self.revision = 0
+        """Of the last change that memory has."""
+
+    async def start(self) -> None:
+        """Read everything, then follow until `stop`.
+
+        Raises:
+            RegistryError: The database cannot be read.
+        """
+        await self._reload()
+        self._task = asyncio.create_task(self._follow(), name="follow the registry's database")
+
+    async def stop(self) -> None:
+        """Follow no longer."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    async def catch_up(self) -> None:
+        """Apply what others have changed.
+
+        Raises:
+            RegistryError: The database cannot be read.
+        """
+        async with self._lock:
+            await self._catch_up()
+
+    async def applied(self, change: Change) -> None:
+        """Apply a change of our own, after those that others made before it. The database has it: this cannot fail."""
+        async with self._lock:
+            if change.revision > self.revision + 1:
+                try:
+                    await self._catch_up()
+                except RegistryError as error:
+                    # Ours is told when it is read with the others'.
+                    _log.warning("a change is known later", model=change.model_id, error=error.message)
+            elif change.revision == self.revision + 1:
+                self._apply(change)
+
+    async def _follow(self) -> None:
+        async with aclosing(self._store.changes_elsewhere()) as changes:
+            async for _ in changes:
+                try:
+                    await self.catch_up()
+                except RegistryError:
+                    continue  # logged where it happened; the next look may find the database well again
+                except Exception:  # noqa: BLE001 (a defect must not end the following for good)
+                    _log.exception("the registry cannot follow its database")
+
+    async def _catch_up(self) -> None:
+        changes = await self._store.changes_after(self.revision)
+        if changes is None:
+            _log.warning("too many changes were missed: everything is read anew", revision=self.revision)
+            await self._reload()
+            return
+        for change in changes:
+            self._apply(change)
+
+    async def _reload(self) -> None:
+        revision, models = await self._store.load()
+        before = dict(self._known.models)
+        now = {model.id: model for model in models}
+        # Those that go first: their names may be others' now.
+        for model_id in before.keys() - now.keys():
+            self._exchange(before[model_id], None)
+        changed = [model for model in models if model != before.get(model.id)]
+        self._known.load(models)
+        for model in changed:
+            self._on_change(before.get(model.id), model)
+        self.revision = revision
+
+    def _apply(self, change: Change) -> None:
+        before = self._known.models.get(change.model_id)
+        self._exchange(before, None if change.kind is ChangeKind.REMOVED else change.model)
+        self.revision = change.revision
+
+    def _exchange(self, before: Model | None, now: Model | None) -> None:
+        if before is not None:
+            self._known.remove(before)
+        if now is not None:
+            self._known.add(now)
+        if before is not None or now is not None:
+            self._on_change(before, now)

@@ -1,0 +1,119 @@
+"""What the providers said last of what they serve, and whether they still answer.
+
+Every listing that is the same for all callers goes through here, whoever asked for it, so that one look at a provider
+tells all: a look-up, a refresh, a registration. A provider that stops answering keeps its last listing: its models are
+UNAVAILABLE and not gone. What only a caller's own token shows is not kept here, and is nobody else's to see.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from deltawire_server.errors import DeltawireError, Reason
+from deltawire_server.registry.model import ModelState
+from deltawire_server.telemetry import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from deltawire_server.upstream.base import ServedModel
+    from deltawire_server.upstream.providers import Providers
+
+_log = get_logger(__name__)
+
+_NEEDS_TOKEN = frozenset({Reason.PROVIDER_MISCONFIGURED, Reason.UPSTREAM_UNAUTHENTICATED})
+
+
+class Served:
+    """The last listing of each provider.
+
+    Args:
+        providers: All there are.
+        on_change: Called with a provider's id when what is known of it has changed, at once and before anybody else runs.
+    """
+
+    def __init__(self, providers: Providers, on_change: Callable[[str], None] = lambda _: None) -> None:
+        self._providers = providers
+        self._on_change = on_change
+        self._models: dict[str, dict[str, ServedModel]] = {}
+        self._failures: dict[str, DeltawireError] = {}
+
+    @property
+    def provider_ids(self) -> tuple[str, ...]:
+        """All there are, ascending."""
+        return self._providers.ids
+
+    def shared(self, provider_id: str, token: str | None) -> bool:
+        """Whether a caller with this token sees the same listing as all others."""
+        return token is None or self._providers.get(provider_id).has_token
+
+    async def listing(
+        self, provider_id: str, token: str | None = None, *, fresh: bool = False
+    ) -> tuple[ServedModel, ...]:
+        """Ask a provider; see `Providers.listing`. What it says is known to all from then on.
+
+        Args:
+            provider_id: Which.
+            token: The caller's token, used if the operator configured none.
+            fresh: Ask it even if it was asked just now.
+
+        Raises:
+            CallerError: No such provider.
+            ProviderError: It is away, refuses, or answers nonsense.
+        """
+        if not self.shared(provider_id, token):
+            return await self._providers.listing(provider_id, token, fresh=fresh)
+        try:
+            listing = await self._providers.listing(provider_id, fresh=fresh)
+        except DeltawireError as error:
+            self._fail(provider_id, error)
+            raise
+        self._record(provider_id, listing)
+        return listing
+
+    def models(self, provider_id: str) -> tuple[ServedModel, ...]:
+        """What it listed last; nothing if it never did."""
+        return tuple(self._models.get(provider_id, {}).values())
+
+    def was_asked(self, provider_id: str) -> bool:
+        """Whether it was asked ever, and so whether `models` is all that is known of it."""
+        return provider_id in self._models or provider_id in self._failures
+
+    def find(self, provider_id: str, served_name: str) -> ServedModel | None:
+        """What it listed last under this name."""
+        return self._models.get(provider_id, {}).get(served_name)
+
+    def state(self, provider_id: str, served_name: str) -> ModelState:
+        """Whether this can be called now."""
+        if provider_id not in self._providers.ids:
+            return ModelState.UNAVAILABLE
+        failure = self._failures.get(provider_id)
+        if failure is not None and failure.reason not in _NEEDS_TOKEN:
+            return ModelState.UNAVAILABLE
+        if failure is not None or provider_id not in self._models:
+            return ModelState.UNKNOWN
+        return ModelState.SERVING if served_name in self._models[provider_id] else ModelState.UNAVAILABLE
+
+    def forget(self, provider_ids: Iterable[str]) -> None:
+        """Know nothing of these any more: they are gone, or are others now."""
+        for provider_id in provider_ids:
+            self._models.pop(provider_id, None)
+            self._failures.pop(provider_id, None)
+            self._on_change(provider_id)
+
+    def _record(self, provider_id: str, listing: Iterable[ServedModel]) -> None:
+        models = {served.id: served for served in listing}
+        failed = self._failures.pop(provider_id, None)
+        if failed is not None:
+            _log.info("provider answers again", provider=provider_id)
+        if failed is not None or models != self._models.get(provider_id):
+            self._models[provider_id] = models
+            self._on_change(provider_id)
+
+    def _fail(self, provider_id: str, error: DeltawireError) -> None:
+        before = self._failures.get(provider_id)
+        self._failures[provider_id] = error
+        if before is None or before.reason is not error.reason:
+            # Once, and not with every refresh for as long as it is away.
+            _log.warning("provider not listed", provider=provider_id, error=error.message)
+            self._on_change(provider_id)

@@ -1,0 +1,114 @@
+"""All models as they are now: registered and discovered, each with its state; and the changes to them, one by one.
+
+    database ── follower ──▶ known ──┐
+                                     ├──▶ view ──▶ feed ──▶ watchers
+    providers ── refresh ──▶ served ─┘
+
+Whatever changes says which ids may look different now; those are looked at again, and what is different is published.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from deltawire_server.registry.model import MAX_CONTEXT_TOKENS, Model, ModelSource, scoped_id
+from deltawire_server.registry.store import ChangeKind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from deltawire_server.registry.known import Known
+    from deltawire_server.registry.served import Served
+    from deltawire_server.upstream.base import ServedModel
+
+
+class View:
+    """What a caller without a token of its own sees.
+
+    Args:
+        known: What is registered.
+        served: What the providers list.
+        publish: Called with every change, in order.
+
+    Attributes:
+        models: All of them, by id.
+    """
+
+    def __init__(self, known: Known, served: Served, publish: Callable[[ChangeKind, Model], None]) -> None:
+        self.models: dict[str, Model] = {}
+        self._known = known
+        self._served = served
+        self._publish = publish
+        self._discovered: dict[str, dict[str, str]] = {}  # by provider: served names by id
+
+    def registered(self, *models: Model | None) -> None:
+        """A registration has changed: it was one of these and is the other."""
+        ids: dict[str, None] = {}
+        for model in models:
+            if model is not None:
+                # Whatever it is called, and what it leads to: a registered model stands for its target.
+                ids.update(dict.fromkeys((*model.names, scoped_id(*model.target))))
+        self._look(ids)
+
+    def listed(self, provider_id: str) -> None:
+        """What is known of a provider has changed."""
+        served = {scoped_id(provider_id, each.id): each.id for each in self._served.models(provider_id)}
+        before = self._discovered.pop(provider_id, {})
+        if served:
+            self._discovered[provider_id] = served
+        registered = (model.id for model in self._known.models.values() if model.provider_id == provider_id)
+        self._look(dict.fromkeys((*before, *served, *registered)))
+
+    def as_seen(self, model: Model) -> Model:
+        """A model that was looked up, with its state."""
+        return self.models.get(model.id, model)
+
+    def _look(self, ids: Iterable[str]) -> None:
+        for model_id in ids:
+            before, now = self.models.get(model_id), self._now(model_id)
+            if now == before:
+                continue
+            if now is None:
+                del self.models[model_id]
+            else:
+                self.models[model_id] = now
+            if before is None and now is not None:
+                self._publish(ChangeKind.ADDED, now)
+            elif now is not None:
+                self._publish(ChangeKind.MODIFIED, now)
+            elif before is not None:
+                self._publish(ChangeKind.REMOVED, before)
+
+    def _now(self, model_id: str) -> Model | None:
+        model = self._known.models.get(model_id)
+        if model is None:
+            model = self._find_discovered(model_id)
+            if model is None or not is_new(model, self._known):
+                return None
+        return replace(model, state=self._served.state(*model.target))
+
+    def _find_discovered(self, model_id: str) -> Model | None:
+        for provider_id, names in self._discovered.items():
+            if model_id in names and (served := self._served.find(provider_id, names[model_id])) is not None:
+                return discovered(provider_id, served)
+        return None
+
+
+def discovered(provider_id: str, served: ServedModel) -> Model:
+    """What a provider lists, as a model."""
+    model = Model(scoped_id(provider_id, served.id), provider_id, served.id, source=ModelSource.DISCOVERED)
+    return with_served(model, served)
+
+
+def with_served(model: Model, served: ServedModel) -> Model:
+    """A model with what its provider says of it."""
+    tokens = served.max_context_tokens
+    # A number that cannot be is as good as none, and must not fail the call.
+    known = tokens is not None and 0 <= tokens <= MAX_CONTEXT_TOKENS
+    return replace(model, max_context_tokens=tokens if known else None, root=served.root, parent=served.parent)
+
+
+def is_new(discovered_model: Model, known: Known) -> bool:
+    """Whether a discovered model is to be seen: neither it nor its name is registered."""
+    return known.serving(*discovered_model.target) is None and known.find(discovered_model.id) is None
