@@ -14,6 +14,8 @@
         │   ├── ModelAmbiguousError
         │   ├── ModelNotServedError
         │   ├── ModelDiscoveredError
+        │   ├── EtagMismatchError
+        │   ├── RevisionGoneError
         │   └── ProviderNotFoundError
         ├── ProviderError                    the provider did not do its part; most of it passes: ask again
         │   ├── ProviderMisconfiguredError   (this does not: the operator has to act)
@@ -27,6 +29,7 @@
         ├── GatewayError                     the gateway cannot do it now: full, draining, or defective
         │   ├── TooManyStreamsError
         │   ├── SlowCallerError
+        │   ├── SlowWatcherError
         │   ├── StoreUnavailableError
         │   ├── DrainingError
         │   └── InternalError
@@ -162,6 +165,14 @@ class ModelDiscoveredError(RequestError):
     """The model was discovered, not registered: it is there for as long as it is served."""
 
 
+class EtagMismatchError(RequestError):
+    """Somebody has changed the model since it had that etag. Read it again, then decide again."""
+
+
+class RevisionGoneError(RequestError):
+    """A watch cannot go on from that revision: it is too old, or of another process. Watch again without one."""
+
+
 class ProviderNotFoundError(RequestError):
     """No provider of this name is configured."""
 
@@ -214,6 +225,10 @@ class SlowCallerError(GatewayError):
     """This program did not read its stream for too long. Read events as they come, and work on them elsewhere."""
 
 
+class SlowWatcherError(GatewayError):
+    """This program did not read its watch for too long. Watch again from the last revision, and read as changes come."""
+
+
 class StoreUnavailableError(GatewayError):
     """The registry's database cannot be used now; models known already can still be called."""
 
@@ -251,11 +266,11 @@ class UnavailableError(CallError):
 
 
 class UnauthenticatedError(CallError):
-    """The gateway does not know the caller. Give the right `token`."""
+    """The gateway does not know the caller. Give the right `token`, or `credentials` with a client certificate."""
 
 
 class PermissionDeniedError(CallError):
-    """The gateway knows the caller and does not let it do this."""
+    """The gateway knows the caller and does not let it do this. `metadata` says what the call needs."""
 
 
 # A test holds this whole: every value of the enum but the unspecified one, and no class twice.
@@ -286,6 +301,11 @@ REASONS: Mapping[ErrorReason.ValueType, type[CallError]] = MappingProxyType(
         ErrorReason.ERROR_REASON_MODEL_AMBIGUOUS: ModelAmbiguousError,
         ErrorReason.ERROR_REASON_MODEL_NOT_SERVED: ModelNotServedError,
         ErrorReason.ERROR_REASON_MODEL_DISCOVERED: ModelDiscoveredError,
+        ErrorReason.ERROR_REASON_UNAUTHENTICATED: UnauthenticatedError,
+        ErrorReason.ERROR_REASON_PERMISSION_DENIED: PermissionDeniedError,
+        ErrorReason.ERROR_REASON_ETAG_MISMATCH: EtagMismatchError,
+        ErrorReason.ERROR_REASON_REVISION_GONE: RevisionGoneError,
+        ErrorReason.ERROR_REASON_SLOW_WATCHER: SlowWatcherError,
     }
 )
 

@@ -127,14 +127,17 @@ class Gateway:
     def StreamChatCompletion(self, request: Any, context: Any) -> Iterator[Event]:  # noqa: ANN401, N802
         yield from self._play("StreamChatCompletion", request, context)
 
+    def WatchModels(self, request: Any, context: Any) -> Iterator[registry.WatchModelsResponse]:  # noqa: ANN401, N802
+        yield from self._play("WatchModels", request, context)
+
     def _unary(self, method: str, request: Any, context: Any) -> Any:  # noqa: ANN401
         return next(self._play(method, request, context))
 
 
 WAIT = object()
 UNARY = {
-    "CreateChatCompletion", "RegisterModel", "GetModel", "ListModels", "UnregisterModel", "ListProviders",
-    "CheckProviderHealth",
+    "CreateChatCompletion", "RegisterModel", "GetModel", "ListModels", "UpdateModel", "UnregisterModel", "RefreshModels",
+    "ListProviders", "CheckProviderHealth",
 }  # fmt: skip
 
 
@@ -247,11 +250,12 @@ def calling(*calls: ToolCall, said: str = "") -> list[Event]:
 
 
 def model(model_id: str, **fields: Any) -> registry.Model:  # noqa: ANN401
-    """A registered LLM, unless told otherwise."""
+    """A registered LLM that is served, unless told otherwise."""
     values: dict[str, Any] = {
         "provider_id": "vllm",
         "provider_model_id": model_id.partition("/")[2] or model_id,
         "type": registry.MODEL_TYPE_LLM,
         "source": registry.MODEL_SOURCE_REGISTERED,
+        "state": registry.MODEL_STATE_SERVING,
     }
     return registry.Model(id=model_id, **(values | fields))

@@ -324,7 +324,7 @@ def test_get_register_and_unregister(gateway: Gateway, client: Client) -> None:
 
 def test_providers(gateway: Gateway, client: Client) -> None:
     """A provider that is down is an answer."""
-    vllm = Provider(id="vllm", kind="vllm", base_url="http://127.0.0.1:8000/v1")
+    vllm = Provider(id="vllm", kind="vllm", base_urls=["http://127.0.0.1:8000/v1"])
     gateway.will(ListProvidersResponse(providers=[vllm]))
     gateway.will(CheckProviderHealthResponse(status=HEALTH_STATUS_ERROR, message="HTTP 503"))
     assert list(client.providers.list()) == [vllm]

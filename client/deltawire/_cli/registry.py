@@ -87,7 +87,7 @@ def list_providers(client: Client, options: argparse.Namespace) -> int:
         for provider in providers:
             print_json(provider)
     else:
-        print_table(("ID", "KIND", "URL"), [(each.id, each.kind, each.base_url) for each in providers])
+        print_table(("ID", "KIND", "URLS"), [(each.id, each.kind, ", ".join(each.base_urls)) for each in providers])
     return OK
 
 

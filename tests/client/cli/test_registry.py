@@ -88,10 +88,10 @@ def test_models_register_and_unregister(gateway: Gateway, run: Run) -> None:
 
 
 def test_providers(gateway: Gateway, run: Run) -> None:
-    """A table, or a provider on each line."""
-    vllm = registry.Provider(id="vllm", kind="vllm", base_url="http://127.0.0.1:8000/v1")
+    """A table with every replica's address, or a provider on each line."""
+    vllm = registry.Provider(id="vllm", kind="vllm", base_urls=["http://gpu1:8000/v1", "http://gpu2:8000/v1"])
     gateway.will(registry.ListProvidersResponse(providers=[vllm]))
-    assert run("providers")[1] == "ID    KIND  URL\nvllm  vllm  http://127.0.0.1:8000/v1\n"
+    assert run("providers")[1] == "ID    KIND  URLS\nvllm  vllm  http://gpu1:8000/v1, http://gpu2:8000/v1\n"
     gateway.will(registry.ListProvidersResponse(providers=[vllm]))
     assert Parse(run("providers", "--json")[1], registry.Provider()) == vllm
 
