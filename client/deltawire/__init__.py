@@ -80,7 +80,7 @@ from deltawire.v1.chat_completion_pb2 import (
 )
 from deltawire.v1.error_reason_pb2 import ErrorReason
 from deltawire.v1.message_pb2 import Message
-from deltawire.v1.model_registry_pb2 import Model, ModelType
+from deltawire.v1.model_registry_pb2 import Model, ModelSource, ModelState, ModelType
 from deltawire.v1.tool_pb2 import Tool, ToolCall, ToolCallDelta, ToolChoice
 
 __all__ = [
@@ -118,6 +118,8 @@ __all__ = [
     "ModelDiscoveredError",
     "ModelNotFoundError",
     "ModelNotServedError",
+    "ModelSource",
+    "ModelState",
     "ModelType",
     "ModelWrongTypeError",
     "PermissionDeniedError",

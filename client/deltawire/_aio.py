@@ -14,11 +14,15 @@ from deltawire._errors import CallCancelledError, ProtocolError
 from deltawire._failure import Failure
 from deltawire._requests import (
     ChatArguments,
+    ListArguments,
     Messages,
     ModelPages,
     RegisterArguments,
+    UpdateArguments,
     split_arguments,
+    split_listing,
     split_registration,
+    split_update,
 )
 from deltawire.v1.chat_completion_pb2 import (
     ChatRequest,
@@ -31,11 +35,15 @@ from deltawire.v1.model_registry_pb2 import (
     CheckProviderHealthRequest,
     CheckProviderHealthResponse,
     GetModelRequest,
+    ListModelsRequest,
     ListProvidersRequest,
     Model,
     Provider,
+    RefreshModelsRequest,
+    RefreshModelsResponse,
     RegisterModelRequest,
     UnregisterModelRequest,
+    UpdateModelRequest,
 )
 from deltawire.v1.model_registry_pb2_grpc import ModelRegistryStub
 
@@ -215,9 +223,10 @@ class AsyncModels:
         self._stub = stub
         self._defaults = defaults
 
-    def list(self, *, page_size: int = 0, **options: Unpack[CallOptions]) -> AsyncModelList:
-        """All models by ascending id, for `async for`; see `Models.list`. No `await` here."""
-        return AsyncModelList(self._stub, self._defaults, page_size, options)
+    def list(self, **arguments: Unpack[ListArguments]) -> AsyncModelList:
+        """All models by ascending id, or those that pass, for `async for`; see `Models.list`. No `await` here."""
+        request, options = split_listing(arguments)
+        return AsyncModelList(self._stub, self._defaults, request, options)
 
     async def get(self, model_id: str, **options: Unpack[CallOptions]) -> Model:
         """One model; see `Models.get`."""
@@ -229,17 +238,32 @@ class AsyncModels:
         request, options = split_registration(model, arguments)
         return (await _invoke(self._stub.RegisterModel, request, self._defaults.outgoing(options))).model
 
-    async def unregister(self, model_id: str, **options: Unpack[CallOptions]) -> None:
+    async def update(self, model: str | Model | UpdateModelRequest, **arguments: Unpack[UpdateArguments]) -> Model:
+        """Change a registered model; see `Models.update`."""
+        request, options = split_update(model, arguments)
+        return (await _invoke(self._stub.UpdateModel, request, self._defaults.outgoing(options))).model
+
+    async def unregister(self, model_id: str, *, etag: str = "", **options: Unpack[CallOptions]) -> None:
         """Forget a registered model; see `Models.unregister`."""
-        request = UnregisterModelRequest(model_id=model_id)
+        request = UnregisterModelRequest(model_id=model_id, etag=etag)
         await _invoke(self._stub.UnregisterModel, request, self._defaults.outgoing(options))
+
+    async def refresh(
+        self, provider_id: str = "", **options: Unpack[CallOptions]
+    ) -> Sequence[RefreshModelsResponse.Provider]:
+        """List what a provider serves now; see `Models.refresh`."""
+        request = RefreshModelsRequest(provider_id=provider_id)
+        outgoing = self._defaults.outgoing(options)
+        return tuple((await _invoke(self._stub.RefreshModels, request, outgoing)).providers)
 
 
 class AsyncModelList(ModelPages):
     """Iterates over models, fetching pages as they are needed."""
 
-    def __init__(self, stub: ModelRegistryAsyncStub, defaults: Defaults, page_size: int, options: CallOptions) -> None:
-        super().__init__(page_size)
+    def __init__(
+        self, stub: ModelRegistryAsyncStub, defaults: Defaults, request: ListModelsRequest, options: CallOptions
+    ) -> None:
+        super().__init__(request)
         self._stub = stub
         self._defaults = defaults
         self._options = options

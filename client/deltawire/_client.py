@@ -11,11 +11,15 @@ from deltawire._completion import Answer, StreamOutcome, answer_of, text_of_even
 from deltawire._errors import ProtocolError
 from deltawire._requests import (
     ChatArguments,
+    ListArguments,
     Messages,
     ModelPages,
     RegisterArguments,
+    UpdateArguments,
     split_arguments,
+    split_listing,
     split_registration,
+    split_update,
 )
 from deltawire.v1.chat_completion_pb2 import (
     ChatRequest,
@@ -28,11 +32,15 @@ from deltawire.v1.model_registry_pb2 import (
     CheckProviderHealthRequest,
     CheckProviderHealthResponse,
     GetModelRequest,
+    ListModelsRequest,
     ListProvidersRequest,
     Model,
     Provider,
+    RefreshModelsRequest,
+    RefreshModelsResponse,
     RegisterModelRequest,
     UnregisterModelRequest,
+    UpdateModelRequest,
 )
 from deltawire.v1.model_registry_pb2_grpc import ModelRegistryStub
 
@@ -226,12 +234,19 @@ class Models:
         self._stub = stub
         self._defaults = defaults
 
-    def list(self, *, page_size: int = 0, **options: Unpack[CallOptions]) -> ModelList:
-        """All models by ascending id, fetched page by page while you iterate; 0 leaves the page's size to the gateway.
+    def list(self, **arguments: Unpack[ListArguments]) -> ModelList:
+        """All models by ascending id, or those that pass every filter, fetched page by page while you iterate.
 
-        `timeout` is for each page. Read `unreachable_provider_ids` when the listing is at its end.
+        Args:
+            arguments: See `ListOptions` and `CallOptions`; `timeout` is for each page.
+
+        Raises:
+            ValueError: There is no such type, state or source.
+
+        Read `unreachable_provider_ids` when the listing is at its end.
         """
-        return ModelList(self._stub, self._defaults, page_size, options)
+        request, options = split_listing(arguments)
+        return ModelList(self._stub, self._defaults, request, options)
 
     def get(self, model_id: str, **options: Unpack[CallOptions]) -> Model:
         """One model, by any name that a chat request takes.
@@ -259,22 +274,60 @@ class Models:
         request, options = split_registration(model, arguments)
         return _invoke(self._stub.RegisterModel, request, self._defaults.outgoing(options)).model
 
-    def unregister(self, model_id: str, **options: Unpack[CallOptions]) -> None:
-        """Forget a registered model, by id or alias.
+    def update(self, model: str | Model | UpdateModelRequest, **arguments: Unpack[UpdateArguments]) -> Model:
+        """Change a registered model. What is not given stays, and calls under way are not touched.
+
+        Args:
+            model: Its id or an alias, to change it in any case; the `Model` as it was read, to change it only if nobody
+                else has since; or a whole request.
+            arguments: See `UpdateOptions` and `CallOptions`.
 
         Raises:
+            EtagMismatchError: Somebody has changed it since; read it again, then decide again. After a lost connection
+                that may have been this call.
+            ModelNotFoundError: There is none.
+            ModelDiscoveredError: It was never registered: a provider serves it.
+            ModelAlreadyExistsError: An alias belongs to another model.
+            ModelNotServedError: The provider does not serve what it is to lead to.
+            TypeError: Nothing is to be changed.
+
+        The model comes back as it is now, with the `etag` for the next change.
+        """
+        request, options = split_update(model, arguments)
+        return _invoke(self._stub.UpdateModel, request, self._defaults.outgoing(options)).model
+
+    def unregister(self, model_id: str, *, etag: str = "", **options: Unpack[CallOptions]) -> None:
+        """Forget a registered model, by id or alias; with the `etag` that it had, only if nobody has changed it since.
+
+        Raises:
+            EtagMismatchError: Somebody has; read it again, then decide again.
             ModelNotFoundError: There is none; after a lost connection that may be because it is gone already.
             ModelDiscoveredError: It was never registered: a provider serves it.
         """
-        request = UnregisterModelRequest(model_id=model_id)
+        request = UnregisterModelRequest(model_id=model_id, etag=etag)
         _invoke(self._stub.UnregisterModel, request, self._defaults.outgoing(options))
+
+    def refresh(
+        self, provider_id: str = "", **options: Unpack[CallOptions]
+    ) -> Sequence[RefreshModelsResponse.Provider]:
+        """List what a provider serves now, without waiting for its next turn; "" is all of them, by ascending id.
+
+        Raises:
+            ProviderNotFoundError: There is none of this name.
+
+        One that cannot be listed is an answer and no error: look at each `error`, which is empty if all went well.
+        """
+        request = RefreshModelsRequest(provider_id=provider_id)
+        return tuple(_invoke(self._stub.RefreshModels, request, self._defaults.outgoing(options)).providers)
 
 
 class ModelList(ModelPages):
     """Iterates over models, fetching pages as they are needed."""
 
-    def __init__(self, stub: ModelRegistryStub, defaults: Defaults, page_size: int, options: CallOptions) -> None:
-        super().__init__(page_size)
+    def __init__(
+        self, stub: ModelRegistryStub, defaults: Defaults, request: ListModelsRequest, options: CallOptions
+    ) -> None:
+        super().__init__(request)
         self._stub = stub
         self._defaults = defaults
         self._options = options

@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias, TypedDict, Unpack, cast
 
+from google.protobuf.field_mask_pb2 import FieldMask
+
 from deltawire._channel import CALL_OPTIONS, CallOptions
 from deltawire._messages import MessageLike, RoleMessage, as_message, tool_from_openai
 from deltawire.v1.chat_completion_pb2 import ChatRequest, Logprobs, ResponseFormat, Sampling
@@ -14,8 +16,11 @@ from deltawire.v1.model_registry_pb2 import (
     ListModelsRequest,
     ListModelsResponse,
     Model,
+    ModelSource,
+    ModelState,
     ModelType,
     RegisterModelRequest,
+    UpdateModelRequest,
 )
 from deltawire.v1.tool_pb2 import Tool, ToolChoice
 
@@ -67,11 +72,30 @@ class ChatArguments(ChatOptions, CallOptions, total=False):
     """Everything that `chat.create` and `chat.stream` take by name."""
 
 
+class ListOptions(TypedDict, total=False):
+    """Which models to list; what is not given lets all of them through.
+
+    `page_size` is how many to fetch at once, 1 to 1000; 0 leaves it to the gateway. `model_type`, `state` and `source`
+    are a `ModelType`, `ModelState` and `ModelSource`, or their names ("llm", "serving", "registered").
+    """
+
+    page_size: int
+    provider_id: str
+    model_type: ModelType.ValueType | str
+    state: ModelState.ValueType | str
+    source: ModelSource.ValueType | str
+
+
+class ListArguments(ListOptions, CallOptions, total=False):
+    """Everything that `models.list` takes by name."""
+
+
 class RegisterOptions(TypedDict, total=False):
     """What a registration says besides the id.
 
     `provider_id` may be left out if there is only one, `provider_model_id` if it is the same as the id. `model_type` is
-    a `ModelType` or its name ("llm", "embedding", "rerank"). `model_metadata` are free notes.
+    a `ModelType` or its name ("llm", "embedding", "rerank"). `model_metadata` are free notes. `embedding_dimension` is
+    how many numbers a vector of an embedding model has; only such a model has it, and has to.
     """
 
     provider_id: str
@@ -79,16 +103,36 @@ class RegisterOptions(TypedDict, total=False):
     model_type: ModelType.ValueType | str
     aliases: Iterable[str]
     model_metadata: Mapping[str, str]
+    embedding_dimension: int | None
 
 
 class RegisterArguments(RegisterOptions, CallOptions, total=False):
     """Everything that `models.register` takes by name."""
 
 
+class UpdateOptions(RegisterOptions, total=False):
+    """What to change of a registered model; what is not given stays.
+
+    A list or mapping replaces the one that was; an empty one takes all of it away, as None does with
+    `embedding_dimension`. With an `etag` the change is made only if nobody has changed the model since it had that; a
+    `Model` brings its own, and "" makes the change in any case.
+    """
+
+    etag: str
+
+
+class UpdateArguments(UpdateOptions, CallOptions, total=False):
+    """Everything that `models.update` takes by name."""
+
+
+LIST_OPTIONS = frozenset(ListOptions.__annotations__)
 REGISTER_OPTIONS = frozenset(RegisterOptions.__annotations__)
+UPDATE_OPTIONS = frozenset(UpdateOptions.__annotations__)
 SAMPLING_OPTIONS = frozenset(SamplingOptions.__annotations__)
 CHAT_OPTIONS = frozenset(ChatOptions.__annotations__)
 
+# Where an option has another name than the API's field, since a call has `metadata` of its own.
+_FIELDS = {"model_type": "type", "model_metadata": "metadata"}
 _MODES = {
     "auto": ToolChoice.MODE_AUTO,
     "required": ToolChoice.MODE_REQUIRED,
@@ -145,6 +189,25 @@ def split_arguments(messages: Messages | ChatRequest, arguments: ChatArguments) 
     return messages, call
 
 
+def split_listing(arguments: ListArguments) -> tuple[ListModelsRequest, CallOptions]:
+    """Part the arguments of `list` into what is listed and how its calls are made.
+
+    Raises:
+        ValueError: There is no such type, state or source.
+    """
+    given = arguments.items()
+    options = cast("ListOptions", {name: value for name, value in given if name in LIST_OPTIONS})
+    call = cast("CallOptions", {name: value for name, value in given if name not in LIST_OPTIONS})
+    request = ListModelsRequest(
+        page_size=options.get("page_size", 0),
+        provider_id=options.get("provider_id", ""),
+        type=_value(ModelType, "MODEL_TYPE_", options.get("model_type", ModelType.MODEL_TYPE_UNSPECIFIED)),
+        state=_value(ModelState, "MODEL_STATE_", options.get("state", ModelState.MODEL_STATE_UNSPECIFIED)),
+        source=_value(ModelSource, "MODEL_SOURCE_", options.get("source", ModelSource.MODEL_SOURCE_UNSPECIFIED)),
+    )
+    return request, call
+
+
 def split_registration(
     model: str | RegisterModelRequest, arguments: RegisterArguments
 ) -> tuple[RegisterModelRequest, CallOptions]:
@@ -162,16 +225,35 @@ def split_registration(
             message = f"a RegisterModelRequest says everything itself: set {', '.join(sorted(options))} in it"
             raise TypeError(message)
         return model, call
-    kind = options.get("model_type", ModelType.MODEL_TYPE_UNSPECIFIED)
-    request = RegisterModelRequest(
-        model_id=model,
-        provider_id=options.get("provider_id", ""),
-        provider_model_id=options.get("provider_model_id", ""),
-        type=ModelType.Value(f"MODEL_TYPE_{kind.upper()}") if isinstance(kind, str) else kind,
-        aliases=options.get("aliases", ()),
-        metadata=options.get("model_metadata", {}),
-    )
-    return request, call
+    return RegisterModelRequest(model_id=model, **_registration(options)), call
+
+
+def split_update(
+    model: str | Model | UpdateModelRequest, arguments: UpdateArguments
+) -> tuple[UpdateModelRequest, CallOptions]:
+    """Part the arguments of `update` into what is changed and how the call is made.
+
+    Raises:
+        TypeError: Nothing is to be changed, or a whole request came with arguments of its own kind; set its fields
+            instead.
+        ValueError: There is no such type of model.
+    """
+    given = arguments.items()
+    options = cast("UpdateOptions", {name: value for name, value in given if name in UPDATE_OPTIONS})
+    call = cast("CallOptions", {name: value for name, value in given if name not in UPDATE_OPTIONS})
+    if isinstance(model, UpdateModelRequest):
+        if options:
+            message = f"an UpdateModelRequest says everything itself: set {', '.join(sorted(options))} in it"
+            raise TypeError(message)
+        return model, call
+    fields = _registration(options)
+    if not fields:
+        # Without a mask, the gateway would take over whatever is set.
+        message = f"nothing to change: give one of {', '.join(sorted(REGISTER_OPTIONS))}"
+        raise TypeError(message)
+    model_id, etag = (model.id, model.etag) if isinstance(model, Model) else (model, "")
+    changed = Model(id=model_id, etag=options.get("etag", etag), **fields)
+    return UpdateModelRequest(model=changed, update_mask=FieldMask(paths=sorted(fields))), call
 
 
 class ModelPages:
@@ -181,9 +263,9 @@ class ModelPages:
     the listing has been read to its end.
     """
 
-    def __init__(self, page_size: int) -> None:
+    def __init__(self, request: ListModelsRequest) -> None:
         self.unreachable_provider_ids: list[str] = []
-        self._request: ListModelsRequest | None = ListModelsRequest(page_size=page_size)
+        self._request: ListModelsRequest | None = request
         self._models: deque[Model] = deque()
 
     def _receive(self, page: ListModelsResponse) -> None:
@@ -192,8 +274,28 @@ class ModelPages:
         new = (each for each in page.unreachable_provider_ids if each not in self.unreachable_provider_ids)
         self.unreachable_provider_ids.extend(new)
         if self._request is not None:
-            size, token = self._request.page_size, page.next_page_token
-            self._request = ListModelsRequest(page_size=size, page_token=token) if token else None
+            self._request.page_token = page.next_page_token
+            if not page.next_page_token:
+                self._request = None
+
+
+def _registration(options: RegisterOptions) -> dict[str, Any]:
+    """What was given of a registration, by the names of the API's fields; they are the same in all of its messages."""
+    fields: dict[str, Any] = {
+        _FIELDS.get(name, name): value for name, value in options.items() if name in REGISTER_OPTIONS
+    }
+    if "type" in fields:
+        fields["type"] = _value(ModelType, "MODEL_TYPE_", fields["type"])
+    return fields
+
+
+def _value(enum: Any, prefix: str, value: int | str) -> Any:  # noqa: ANN401 -- any enum of the API
+    """An enum's value, from its name without the prefix if it is given so.
+
+    Raises:
+        ValueError: There is no such name.
+    """
+    return enum.Value(prefix + value.upper()) if isinstance(value, str) else value
 
 
 def _messages(messages: Messages) -> list[Message]:

@@ -31,11 +31,16 @@ from deltawire.v1.model_registry_pb2 import (
     HEALTH_STATUS_OK,
     CheckProviderHealthResponse,
     GetModelResponse,
+    ListModelsRequest,
     ListModelsResponse,
     ListProvidersResponse,
+    Model,
     Provider,
+    RefreshModelsResponse,
     RegisterModelResponse,
+    UnregisterModelRequest,
     UnregisterModelResponse,
+    UpdateModelResponse,
 )
 from tests.client.scripted import (
     WAIT,
@@ -272,14 +277,16 @@ async def test_models_and_providers(gateway: Gateway, async_client: AsyncClient)
     llama, vllm = model("llama"), Provider(id="vllm")
     gateway.will(ListModelsResponse(models=[llama], next_page_token="2"))
     gateway.will(ListModelsResponse(models=[model("m")], unreachable_provider_ids=["p"]))
-    listing = async_client.models.list(page_size=1)
+    listing = async_client.models.list(page_size=1, source="registered")
     assert [each.id async for each in listing] == ["llama", "m"]
     assert listing.unreachable_provider_ids == ["p"]
-    assert gateway.last.request.page_token == "2"
+    assert gateway.last.request == ListModelsRequest(page_size=1, page_token="2", source=1)  # type: ignore[arg-type]
 
     gateway.will(GetModelResponse(model=llama))
     gateway.will(RegisterModelResponse(model=llama))
+    gateway.will(UpdateModelResponse(model=llama))
     gateway.will(UnregisterModelResponse())
+    gateway.will(RefreshModelsResponse(providers=[RefreshModelsResponse.Provider(provider_id="vllm", model_count=1)]))
     gateway.will(ListProvidersResponse(providers=[vllm]))
     gateway.will(CheckProviderHealthResponse(status=HEALTH_STATUS_OK))
     info = CallInfo()
@@ -287,8 +294,12 @@ async def test_models_and_providers(gateway: Gateway, async_client: AsyncClient)
     assert info.request_id == "mine"
     assert await async_client.models.register("llama", aliases=["l"]) == llama
     assert list(gateway.last.request.aliases) == ["l"]
-    await async_client.models.unregister("l")
-    assert gateway.last.request.model_id == "l"
+    assert await async_client.models.update("llama", aliases=[], etag="r1") == llama
+    assert gateway.last.request.model == Model(id="llama", etag="r1")
+    await async_client.models.unregister("l", etag="r2")
+    assert gateway.last.request == UnregisterModelRequest(model_id="l", etag="r2")
+    assert [each.model_count for each in await async_client.models.refresh("vllm")] == [1]
+    assert gateway.last.request.provider_id == "vllm"
     assert list(await async_client.providers.list()) == [vllm]
     assert (await async_client.providers.health("vllm")).status == HEALTH_STATUS_OK
 

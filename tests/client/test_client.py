@@ -17,8 +17,10 @@ from deltawire import (
     ChatRequest,
     Client,
     DeadlineExceededError,
+    EtagMismatchError,
     InternalError,
     ModelNotFoundError,
+    ModelState,
     ModelType,
     ProtocolError,
     StreamInterrupted,
@@ -36,12 +38,16 @@ from deltawire.v1.model_registry_pb2 import (
     HEALTH_STATUS_ERROR,
     CheckProviderHealthResponse,
     GetModelResponse,
+    ListModelsRequest,
     ListModelsResponse,
     ListProvidersResponse,
     Provider,
+    RefreshModelsResponse,
     RegisterModelRequest,
     RegisterModelResponse,
+    UnregisterModelRequest,
     UnregisterModelResponse,
+    UpdateModelResponse,
 )
 from tests.client.scripted import (
     WAIT,
@@ -294,13 +300,15 @@ def test_models(gateway: Gateway, client: Client) -> None:
     gateway.will(ListModelsResponse(models=[a, b], next_page_token="2", unreachable_provider_ids=["p"]))
     gateway.will(ListModelsResponse(next_page_token="3"))
     gateway.will(ListModelsResponse(models=[c]))
-    listing = client.models.list(page_size=2)
+    listing = client.models.list(page_size=2, state="serving")
     assert next(listing) == a
     assert len(gateway.calls) == 1
     assert list(listing) == [b, c]
     assert listing.unreachable_provider_ids == ["p"]
-    asked = [(call.request.page_size, call.request.page_token) for call in gateway.calls]
-    assert asked == [(2, ""), (2, "2"), (2, "3")]
+    serving = ModelState.MODEL_STATE_SERVING
+    assert [call.request for call in gateway.calls] == [
+        ListModelsRequest(page_size=2, page_token=token, state=serving) for token in ("", "2", "3")
+    ]
 
 
 def test_get_register_and_unregister(gateway: Gateway, client: Client) -> None:
@@ -319,7 +327,36 @@ def test_get_register_and_unregister(gateway: Gateway, client: Client) -> None:
         RegisterModelRequest(model_id="llama"),
     ]
     assert gateway.calls[0].request.model_id == "l"
-    assert gateway.last.request.model_id == "llama"
+    assert gateway.last.request == UnregisterModelRequest(model_id="llama")
+
+
+def test_changes_to_what_was_read(gateway: Gateway, client: Client) -> None:
+    """An etag goes along, and its mismatch is an error of its own that is not tried again."""
+    read, now = model("llama", etag="r1"), model("llama", etag="r2", aliases=["l"])
+    gateway.will(UpdateModelResponse(model=now))
+    assert client.models.update(read, aliases=["l"]) == now
+    assert gateway.last.request.model.etag == "r1"
+    gateway.will(Fail(STATUS.ABORTED, "ETAG_MISMATCH", metadata={"model": "llama", "etag": "r2"}))
+    with pytest.raises(EtagMismatchError) as caught:
+        client.models.update(read, model_type="rerank")
+    assert caught.value.metadata["etag"] == "r2"
+    gateway.will(UnregisterModelResponse())
+    client.models.unregister("llama", etag="r2")
+    assert gateway.last.request == UnregisterModelRequest(model_id="llama", etag="r2")
+
+
+def test_refresh(gateway: Gateway, client: Client) -> None:
+    """One that cannot be listed is an answer."""
+    answers = [
+        RefreshModelsResponse.Provider(provider_id="a", model_count=2),
+        RefreshModelsResponse.Provider(provider_id="b", error="refused"),
+    ]
+    gateway.will(RefreshModelsResponse(providers=answers))
+    gateway.will(RefreshModelsResponse(providers=answers[:1]))
+    assert list(client.models.refresh()) == answers
+    assert gateway.last.request.provider_id == ""
+    assert list(client.models.refresh("a")) == answers[:1]
+    assert gateway.last.request.provider_id == "a"
 
 
 def test_providers(gateway: Gateway, client: Client) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
 
 from deltawire import (
     ChatRequest,
@@ -26,11 +27,22 @@ from deltawire._requests import (
     SAMPLING_OPTIONS,
     ModelPages,
     split_arguments,
+    split_listing,
     split_registration,
+    split_update,
 )
 from deltawire.v1.chat_completion_pb2 import Logprobs
 from deltawire.v1.message_pb2 import UserMessage
-from deltawire.v1.model_registry_pb2 import ListModelsResponse, ModelType, RegisterModelRequest
+from deltawire.v1.model_registry_pb2 import (
+    ListModelsRequest,
+    ListModelsResponse,
+    Model,
+    ModelSource,
+    ModelState,
+    ModelType,
+    RegisterModelRequest,
+    UpdateModelRequest,
+)
 
 
 def test_nothing_given_nothing_sent() -> None:
@@ -203,6 +215,7 @@ def test_registrations() -> None:
             "model_type": "embedding",
             "aliases": ["l"],
             "model_metadata": {"owner": "me"},
+            "embedding_dimension": 1024,
             "timeout": 3,
         },
     )
@@ -213,6 +226,7 @@ def test_registrations() -> None:
         type=ModelType.MODEL_TYPE_EMBEDDING,
         aliases=["l"],
         metadata={"owner": "me"},
+        embedding_dimension=1024,
     )
     assert call == {"timeout": 3}
     assert split_registration("llama", {})[0] == RegisterModelRequest(model_id="llama")
@@ -229,9 +243,97 @@ def test_whole_registrations_are_taken_as_they_are() -> None:
         split_registration("llama", {"model_type": "vision"})
 
 
+def test_listings() -> None:
+    """Every filter arrives in its field, from its name or its value."""
+    by_name, call = split_listing(
+        {
+            "page_size": 5,
+            "provider_id": "vllm",
+            "model_type": "rerank",
+            "state": "serving",
+            "source": "discovered",
+            "timeout": 3,
+        }
+    )
+    assert by_name == ListModelsRequest(
+        page_size=5,
+        provider_id="vllm",
+        type=ModelType.MODEL_TYPE_RERANK,
+        state=ModelState.MODEL_STATE_SERVING,
+        source=ModelSource.MODEL_SOURCE_DISCOVERED,
+    )
+    assert call == {"timeout": 3}
+    assert split_listing({"state": ModelState.MODEL_STATE_UNKNOWN})[0].state == ModelState.MODEL_STATE_UNKNOWN
+    assert split_listing({})[0] == ListModelsRequest()
+    with pytest.raises(ValueError, match="MODEL_STATE_ASLEEP"):
+        split_listing({"state": "asleep"})
+
+
+def test_updates_name_what_is_given() -> None:
+    """All that was given is in the mask and nothing else is, so that the rest stays as it is."""
+    request, call = split_update(
+        "llama",
+        {
+            "provider_id": "vllm",
+            "provider_model_id": "meta/llama",
+            "model_type": "embedding",
+            "aliases": ["l"],
+            "model_metadata": {"owner": "me"},
+            "embedding_dimension": 1024,
+            "etag": "r1",
+            "timeout": 3,
+        },
+    )
+    changed = Model(
+        id="llama",
+        provider_id="vllm",
+        provider_model_id="meta/llama",
+        type=ModelType.MODEL_TYPE_EMBEDDING,
+        aliases=["l"],
+        metadata={"owner": "me"},
+        embedding_dimension=1024,
+        etag="r1",
+    )
+    assert request.model == changed
+    assert list(request.update_mask.paths) == [
+        "aliases", "embedding_dimension", "metadata", "provider_id", "provider_model_id", "type",
+    ]  # fmt: skip
+    assert call == {"timeout": 3}
+
+
+def test_updates_can_take_away() -> None:
+    """What is given empty is in the mask too: that is how it goes."""
+    request, _ = split_update("llama", {"aliases": [], "model_metadata": {}, "embedding_dimension": None})
+    assert request.model == Model(id="llama")
+    assert list(request.update_mask.paths) == ["aliases", "embedding_dimension", "metadata"]
+
+
+def test_updates_of_what_was_read() -> None:
+    """A model brings its etag, which can be overruled; the rest of it is not sent."""
+    read = Model(id="llama", etag="r7", provider_id="vllm", aliases=["old"])
+    request, _ = split_update(read, {"aliases": ["new"]})
+    assert request == UpdateModelRequest(
+        model=Model(id="llama", etag="r7", aliases=["new"]), update_mask=FieldMask(paths=["aliases"])
+    )
+    assert split_update(read, {"aliases": [], "etag": "r8"})[0].model.etag == "r8"
+    assert split_update(read, {"aliases": [], "etag": ""})[0].model.etag == ""
+    assert split_update("llama", {"aliases": []})[0].model.etag == ""
+
+
+def test_whole_updates_are_taken_as_they_are() -> None:
+    """They cannot be mixed with arguments of their own kind, and an update of nothing is none."""
+    whole = UpdateModelRequest(model=Model(id="llama", aliases=["l"]))
+    assert split_update(whole, {"timeout": 3}) == (whole, {"timeout": 3})
+    with pytest.raises(TypeError, match="set aliases, etag in it"):
+        split_update(whole, {"aliases": ["l"], "etag": "r1"})
+    for model in "llama", Model(id="llama", aliases=["l"]):
+        with pytest.raises(TypeError, match="nothing to change"):
+            split_update(model, {"etag": "r1"})
+
+
 def test_pages_name_a_silent_provider_once() -> None:
     """A page that comes although the listing was at its end changes nothing about that."""
-    pages = ModelPages(10)
+    pages = ModelPages(ListModelsRequest(page_size=10))
     pages._receive(ListModelsResponse(unreachable_provider_ids=["a", "b"], next_page_token="2"))
     pages._receive(ListModelsResponse(unreachable_provider_ids=["b"]))
     assert pages.unreachable_provider_ids == ["a", "b"]
