@@ -10,9 +10,9 @@
 wire are in `deltawire.v1`, the most used of them here too. Errors: the tree at the top of `deltawire._errors`.
 """
 
-from deltawire._aio import AsyncChatStream, AsyncClient
+from deltawire._aio import AsyncChatStream, AsyncClient, AsyncModelWatch
 from deltawire._channel import CallInfo, CallOptions, ConnectOptions, tls_credentials
-from deltawire._client import ChatStream, Client
+from deltawire._client import ChatStream, Client, ModelWatch
 from deltawire._completion import Accumulator, Answer, Choice
 from deltawire._errors import (
     CallCancelledError,
@@ -71,6 +71,7 @@ from deltawire._messages import (
 )
 from deltawire._requests import ChatArguments, ChatOptions, SamplingOptions, chat_request
 from deltawire._version import __version__
+from deltawire._watch import ModelChange, WatchBookmark, WatchEvent
 from deltawire.v1.chat_completion_pb2 import (
     ChatRequest,
     ResponseFormat,
@@ -88,6 +89,7 @@ __all__ = [
     "Answer",
     "AsyncChatStream",
     "AsyncClient",
+    "AsyncModelWatch",
     "CallCancelledError",
     "CallError",
     "CallInfo",
@@ -115,12 +117,14 @@ __all__ = [
     "Model",
     "ModelAlreadyExistsError",
     "ModelAmbiguousError",
+    "ModelChange",
     "ModelDiscoveredError",
     "ModelNotFoundError",
     "ModelNotServedError",
     "ModelSource",
     "ModelState",
     "ModelType",
+    "ModelWatch",
     "ModelWrongTypeError",
     "PermissionDeniedError",
     "ProtocolError",
@@ -154,6 +158,8 @@ __all__ = [
     "UpstreamTimeoutError",
     "UpstreamUnauthenticatedError",
     "UpstreamUnavailableError",
+    "WatchBookmark",
+    "WatchEvent",
     "__version__",
     "assistant",
     "chat_request",

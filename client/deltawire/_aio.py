@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
+from weakref import WeakSet
 
 import grpc
 from grpc import aio
@@ -24,6 +26,7 @@ from deltawire._requests import (
     split_registration,
     split_update,
 )
+from deltawire._watch import WatchCalls, WatchEvent, WatchState
 from deltawire.v1.chat_completion_pb2 import (
     ChatRequest,
     CreateChatCompletionRequest,
@@ -48,9 +51,10 @@ from deltawire.v1.model_registry_pb2 import (
 from deltawire.v1.model_registry_pb2_grpc import ModelRegistryStub
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Iterable, Sequence
     from types import TracebackType
 
+    from deltawire._failure import FailedCall
     from deltawire.v1.chat_completion_pb2_grpc import ChatCompletionAsyncStub
     from deltawire.v1.model_registry_pb2_grpc import ModelRegistryAsyncStub
 
@@ -106,6 +110,9 @@ class AsyncClient:
     async def close(self) -> None:
         """Close the channel, unless it is your own. Calls that still run end as cancelled."""
         if self._owned is not None:
+            # Those that pause between two calls would otherwise make the next one on a closed channel.
+            for watch in tuple(self.models._watches):
+                watch.cancel()
             await self._owned.close()
 
     async def __aenter__(self) -> Self:
@@ -222,6 +229,7 @@ class AsyncModels:
     def __init__(self, stub: ModelRegistryAsyncStub, defaults: Defaults) -> None:
         self._stub = stub
         self._defaults = defaults
+        self._watches: WeakSet[AsyncModelWatch] = WeakSet()
 
     def list(self, **arguments: Unpack[ListArguments]) -> AsyncModelList:
         """All models by ascending id, or those that pass, for `async for`; see `Models.list`. No `await` here."""
@@ -256,6 +264,18 @@ class AsyncModels:
         outgoing = self._defaults.outgoing(options)
         return tuple((await _invoke(self._stub.RefreshModels, request, outgoing)).providers)
 
+    def watch(
+        self, revision: str = "", *, known: Iterable[Model] | None = None, **options: Unpack[CallOptions]
+    ) -> AsyncModelWatch:
+        """All models, and then every change to them as it happens, each told once; see `Models.watch`. No `await` here.
+
+        Use the watch in an `async with` block: leaving it ends the call on both sides, which leaving an `async for` does
+        not.
+        """
+        watch = AsyncModelWatch(self._stub, self._defaults, WatchState(revision, known), revision, options)
+        self._watches.add(watch)
+        return watch
+
 
 class AsyncModelList(ModelPages):
     """Iterates over models, fetching pages as they are needed."""
@@ -278,6 +298,76 @@ class AsyncModelList(ModelPages):
             outgoing = self._defaults.outgoing(self._options)
             self._receive(await _invoke(self._stub.ListModels, self._request, outgoing))
         return self._models.popleft()
+
+
+class AsyncModelWatch(WatchCalls):
+    """Changes to models, without an end: iterate over it, and look at what is a `ModelChange` or a `WatchBookmark`."""
+
+    def __init__(
+        self, stub: ModelRegistryAsyncStub, defaults: Defaults, state: WatchState, revision: str, options: CallOptions
+    ) -> None:
+        super().__init__(defaults, state, revision, options)
+        self._stub = stub
+        self._stopped = asyncio.Event()
+        self._call()
+
+    def __aiter__(self) -> AsyncIterator[WatchEvent]:
+        return self
+
+    async def __anext__(self) -> WatchEvent:
+        """The next event; see `ModelWatch.__next__`. Cancelling the task ends the watch."""
+        try:
+            while self._error is None and not self._events:
+                await self._read()
+        except asyncio.CancelledError:
+            self.cancel()
+            if _task_is_cancelled():
+                raise
+        return self._event()
+
+    def cancel(self) -> None:
+        """End the watch now, on both sides. Reading on raises `CallCancelledError`, unless it was over before."""
+        self._cancelled()
+        self._stopped.set()
+        self._rpc.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+    def _call(self) -> None:
+        """Make a call."""
+        self._rpc = self._stub.WatchModels(self._begin(), **self._outgoing.arguments)
+        self._messages = self._rpc.__aiter__()
+
+    async def _read(self) -> None:
+        """Wait for a message, or for the next call."""
+        try:
+            message = await anext(self._messages)
+        except StopAsyncIteration:
+            await self._go_on(None)
+        except aio.AioRpcError as error:
+            await self._go_on(error)
+        else:
+            if not self._begun:
+                self._begun = True
+                self._outgoing.began(await self._rpc.initial_metadata())
+            self._receive(message)
+
+    async def _go_on(self, failed: FailedCall | None) -> None:
+        """Make the next call when it is time, unless the watch is over."""
+        pause = self._end(failed)
+        if pause is None:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(pause):
+                await self._stopped.wait()
+        if not self._stopped.is_set():
+            self._call()
 
 
 class AsyncProviders:

@@ -43,7 +43,9 @@ SERVICE_CONFIG = json.dumps(
                     "backoffMultiplier": 2,
                     "retryableStatusCodes": ["UNAVAILABLE"],
                 },
-            }
+            },
+            # A watch begins again by itself, for more than this.
+            {"name": [{"service": "deltawire.v1.ModelRegistry", "method": "WatchModels"}]},
         ]
     }
 )
@@ -268,6 +270,8 @@ def _options(target: str, max_receive_bytes: int) -> list[tuple[str, Any]]:
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.http2.max_pings_without_data", 0),
+        # A gateway that was away for long is found soon after it is back; gRPC would let two minutes pass.
+        ("grpc.max_reconnect_backoff_ms", 10_000),
         ("grpc.primary_user_agent", f"deltawire-python/{__version__}"),
     ]
     if is_local(target):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Self, TypeAlias, TypeVar, Unpack, cast
+from weakref import WeakSet
 
 import grpc
 
@@ -21,6 +23,7 @@ from deltawire._requests import (
     split_registration,
     split_update,
 )
+from deltawire._watch import WatchCalls, WatchEvent, WatchState
 from deltawire.v1.chat_completion_pb2 import (
     ChatRequest,
     CreateChatCompletionRequest,
@@ -41,11 +44,12 @@ from deltawire.v1.model_registry_pb2 import (
     RegisterModelRequest,
     UnregisterModelRequest,
     UpdateModelRequest,
+    WatchModelsResponse,
 )
 from deltawire.v1.model_registry_pb2_grpc import ModelRegistryStub
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from types import TracebackType
 
     from grpc import _CallIterator
@@ -102,6 +106,9 @@ class Client:
     def close(self) -> None:
         """Close the channel, unless it is your own. Calls that still run end as cancelled."""
         if self._owned is not None:
+            # Those that pause between two calls would otherwise make the next one on a closed channel.
+            for watch in tuple(self.models._watches):
+                watch.cancel()
             self._owned.close()
 
     def __enter__(self) -> Self:
@@ -233,6 +240,7 @@ class Models:
     def __init__(self, stub: ModelRegistryStub, defaults: Defaults) -> None:
         self._stub = stub
         self._defaults = defaults
+        self._watches: WeakSet[ModelWatch] = WeakSet()
 
     def list(self, **arguments: Unpack[ListArguments]) -> ModelList:
         """All models by ascending id, or those that pass every filter, fetched page by page while you iterate.
@@ -320,6 +328,24 @@ class Models:
         request = RefreshModelsRequest(provider_id=provider_id)
         return tuple(_invoke(self._stub.RefreshModels, request, self._defaults.outgoing(options)).providers)
 
+    def watch(
+        self, revision: str = "", *, known: Iterable[Model] | None = None, **options: Unpack[CallOptions]
+    ) -> ModelWatch:
+        """All models, and then every change to them as it happens, across lost connections, each told once.
+
+        Args:
+            revision: Go on after this revision of an earlier watch; "" begins with the models that there are.
+            known: The models that you know from that watch. What has become of them is told as changes if the revision
+                turns out to be gone, which ends the watch otherwise.
+            options: See `CallOptions`. `timeout` is for the whole watch; None, also as the client's own, lets it go on.
+
+        The request is on its way when this returns; its errors come from reading. Use the watch in a `with` block:
+        leaving it ends the call on both sides.
+        """
+        watch = ModelWatch(self._stub, self._defaults, WatchState(revision, known), revision, options)
+        self._watches.add(watch)
+        return watch
+
 
 class ModelList(ModelPages):
     """Iterates over models, fetching pages as they are needed."""
@@ -341,6 +367,73 @@ class ModelList(ModelPages):
                 raise StopIteration
             self._receive(_invoke(self._stub.ListModels, self._request, self._defaults.outgoing(self._options)))
         return self._models.popleft()
+
+
+class ModelWatch(WatchCalls):
+    """Changes to models, without an end: iterate over it, and look at what is a `ModelChange` or a `WatchBookmark`."""
+
+    def __init__(
+        self, stub: ModelRegistryStub, defaults: Defaults, state: WatchState, revision: str, options: CallOptions
+    ) -> None:
+        super().__init__(defaults, state, revision, options)
+        self._stub = stub
+        self._stopped = threading.Event()
+        self._rpc = self._call()
+
+    def __iter__(self) -> Iterator[WatchEvent]:
+        return self
+
+    def __next__(self) -> WatchEvent:
+        """The next event, whenever it comes; lost connections are waited out and noted in the log `deltawire`.
+
+        Raises:
+            RevisionGoneError: The revision that `watch` was given is gone, and it was not told what is `known`. Watch
+                again without one; what the new watch does not tell is gone.
+            UnauthenticatedError, PermissionDeniedError, RequestError: Trying again would not mend it.
+            InternalError: A defect of the gateway.
+            DeadlineExceededError: The watch's own `timeout` passed.
+            CallCancelledError: It was cancelled, or the client closed.
+        """
+        while self._error is None and not self._events:
+            try:
+                message = next(self._rpc)
+            except StopIteration:
+                self._go_on(None)
+            except grpc.RpcError as error:
+                self._go_on(cast("FailedCall", error))
+            else:
+                if not self._begun:
+                    self._begun = True
+                    self._outgoing.began(self._rpc.initial_metadata())
+                self._receive(message)
+        return self._event()
+
+    def cancel(self) -> None:
+        """End the watch now, on both sides. Reading on raises `CallCancelledError`, unless it was over before."""
+        self._cancelled()
+        self._stopped.set()
+        self._rpc.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+    def _call(self) -> _CallIterator[WatchModelsResponse]:
+        """Make a call."""
+        return self._stub.WatchModels(self._begin(), **self._outgoing.arguments)
+
+    def _go_on(self, failed: FailedCall | None) -> None:
+        """Make the next call when it is time, unless the watch is over."""
+        pause = self._end(failed)
+        if pause is not None and not self._stopped.wait(pause):
+            self._rpc = self._call()
+            # Another thread may have cancelled the call before.
+            if self._stopped.is_set():
+                self._rpc.cancel()
 
 
 class Providers:

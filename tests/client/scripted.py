@@ -259,3 +259,14 @@ def model(model_id: str, **fields: Any) -> registry.Model:  # noqa: ANN401
         "state": registry.MODEL_STATE_SERVING,
     }
     return registry.Model(id=model_id, **(values | fields))
+
+
+def told(kind: str, about: registry.Model, revision: str = "") -> registry.WatchModelsResponse:
+    """A step of a watch, `kind` without its prefix; without a revision it belongs to a snapshot."""
+    change = registry.WatchModelsResponse.Change.Value(f"CHANGE_{kind}")
+    return registry.WatchModelsResponse(change=change, model=about, revision=revision)
+
+
+def bookmark(revision: str) -> registry.WatchModelsResponse:
+    """The step of a watch that is no change."""
+    return registry.WatchModelsResponse(revision=revision, bookmark=True)

@@ -75,7 +75,7 @@ async def has_ended(gateway: Gateway) -> bool:
     return await asyncio.to_thread(gateway.last.ended.wait, PATIENCE)
 
 
-@pytest.mark.parametrize("name", ["Client", "Chat", "ChatStream", "Models", "ModelList", "Providers"])
+@pytest.mark.parametrize("name", ["Client", "Chat", "ChatStream", "Models", "ModelList", "ModelWatch", "Providers"])
 def test_both_clients_are_the_same(name: str) -> None:
     """Every public method takes the same arguments in both."""
     blocking, asynchronous = getattr(_client, name), getattr(_aio, f"Async{name}")

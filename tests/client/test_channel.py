@@ -75,6 +75,7 @@ def test_channel_options() -> None:
     options, _ = made()
     assert options["grpc.keepalive_time_ms"] == 30_000
     assert options["grpc.http2.max_pings_without_data"] == 0
+    assert options["grpc.max_reconnect_backoff_ms"] == 10_000
     assert options["grpc.max_receive_message_length"] == 64 * 1024 * 1024
     assert options["grpc.enable_http_proxy"] == 0
     assert "grpc.enable_http_proxy" not in made("gateway:1")[0]
@@ -88,11 +89,12 @@ def test_the_callers_channel_options_win() -> None:
 
 
 def test_only_unavailable_is_retried() -> None:
-    """At most four attempts, on both services."""
-    (config,) = json.loads(SERVICE_CONFIG)["methodConfig"]
+    """At most four attempts, on both services; a watch tries again by itself, so gRPC does not."""
+    config, watch = json.loads(SERVICE_CONFIG)["methodConfig"]
     assert config["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE"]
     assert config["retryPolicy"]["maxAttempts"] == 4
     assert {each["service"] for each in config["name"]} == {"deltawire.v1.ChatCompletion", "deltawire.v1.ModelRegistry"}
+    assert watch == {"name": [{"service": "deltawire.v1.ModelRegistry", "method": "WatchModels"}]}
 
 
 def test_tokens() -> None:
