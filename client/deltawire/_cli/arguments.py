@@ -13,8 +13,11 @@ from deltawire._cli.registry import (
     get_model,
     list_models,
     list_providers,
+    refresh_models,
     register_model,
     unregister_model,
+    update_model,
+    watch_models,
 )
 from deltawire._cli.status import UsageError
 from deltawire._version import __version__
@@ -34,6 +37,15 @@ _SAMPLING = (
 
 # A file may be called by bytes that are no text.
 _FILES = frozenset({"tool", "request", "ca_file", "cert_file", "key_file"})
+
+_TYPES = ("llm", "embedding", "rerank")
+# What no filter says, in the API's own word.
+_ANY = "unspecified"
+
+_WATCH_DESCRIPTION = """\
+Goes on until Ctrl-C. If the connection is lost, that is noted on standard error, and what was missed is shown once it is
+back. With --json also the revisions are shown from which another watch can go on.
+"""
 
 _CHAT_EXAMPLES = """\
 examples:
@@ -73,17 +85,8 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_chat(commands, common)
 
-    models = commands.add_parser("models", help="list, look up, register and unregister models")
-    actions = models.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    listing = actions.add_parser("list", help="all models", parents=[common])
-    listing.set_defaults(run=list_models)
-    get = actions.add_parser("get", help="one model", parents=[common])
-    get.add_argument("model", metavar="MODEL", help="an id or alias")
-    get.set_defaults(run=get_model)
-    _add_register(actions, common)
-    unregister = actions.add_parser("unregister", help="forget a registered model", parents=[common])
-    unregister.add_argument("model", metavar="MODEL", help="an id or alias")
-    unregister.set_defaults(run=unregister_model)
+    models = commands.add_parser("models", help="list, look up, watch, register and change models")
+    _add_models(models.add_subparsers(title="commands", metavar="COMMAND", required=True), common)
 
     providers = commands.add_parser("providers", help="list the servers of models", parents=[common])
     providers.set_defaults(run=list_providers)
@@ -93,6 +96,20 @@ def make_parser() -> argparse.ArgumentParser:
     health.add_argument("provider", metavar="PROVIDER", nargs="?", help="its id; without it, all of them")
     health.set_defaults(run=check_health)
     return parser
+
+
+def count(text: str) -> int:
+    """A number of things, as the API's messages can hold it.
+
+    Raises:
+        argparse.ArgumentTypeError: It is none, or too large.
+        ValueError: It is no number.
+    """
+    value = int(text)
+    if not 0 < value < 2**32:
+        message = f"{text} is not from 1 to {2**32 - 1}"
+        raise argparse.ArgumentTypeError(message)
+    return value
 
 
 def check_text(options: argparse.Namespace) -> None:
@@ -173,13 +190,79 @@ def _add_chat(commands: Any, common: argparse.ArgumentParser) -> None:  # noqa: 
     chat.set_defaults(run=run_chat)
 
 
+def _add_models(actions: Any, common: argparse.ArgumentParser) -> None:  # noqa: ANN401 -- argparse hides the type
+    """The commands under `models`."""
+    listing = actions.add_parser("list", help="all models, or some of them", parents=[common])
+    listing.add_argument("--provider", default="", help="only those of this provider")
+    listing.add_argument("--type", choices=_TYPES, default=_ANY, help="only those of this type")
+    listing.add_argument(
+        "--state", choices=("serving", "unavailable", "unknown"), default=_ANY, help="only those in this state"
+    )
+    listing.add_argument(
+        "--source", choices=("registered", "discovered"), default=_ANY, help="only those that came to be known so"
+    )
+    listing.set_defaults(run=list_models)
+    watch = actions.add_parser(
+        "watch", help="all models, then every change to them", parents=[common], description=_WATCH_DESCRIPTION
+    )
+    watch.add_argument(
+        "--revision", default="", help="go on after this revision, which --json shows, with no models first"
+    )
+    watch.set_defaults(run=watch_models)
+    get = actions.add_parser("get", help="one model", parents=[common])
+    get.add_argument("model", metavar="MODEL", help="an id or alias")
+    get.set_defaults(run=get_model)
+    _add_register(actions, common)
+    _add_update(actions, common)
+    unregister = actions.add_parser("unregister", help="forget a registered model", parents=[common])
+    unregister.add_argument("model", metavar="MODEL", help="an id or alias")
+    unregister.add_argument("--etag", default="", help="only if nobody has changed it since it had this")
+    unregister.set_defaults(run=unregister_model)
+    refresh = actions.add_parser(
+        "refresh",
+        help="list what providers serve now",
+        parents=[common],
+        description="Exit status 1 if any of them cannot be listed.",
+    )
+    refresh.add_argument("provider", metavar="PROVIDER", nargs="?", default="", help="its id; without it, all of them")
+    refresh.set_defaults(run=refresh_models)
+
+
 def _add_register(actions: Any, common: argparse.ArgumentParser) -> None:  # noqa: ANN401 -- argparse hides the type
     """The command `models register`."""
     register = actions.add_parser("register", help="give a served model a name of your own", parents=[common])
     register.add_argument("model", metavar="ID", help="the id to call it by")
     register.add_argument("--provider", default="", help="who serves it (default: the only one there is)")
     register.add_argument("--provider-model", metavar="NAME", default="", help="its name there (default: ID)")
-    register.add_argument("--type", choices=("llm", "embedding", "rerank"), default="llm", help="what it is for")
+    register.add_argument("--type", choices=_TYPES, default="llm", help="what it is for")
+    register.add_argument(
+        "--embedding-dimension", metavar="N", type=count, help="numbers in a vector; for embedding alone"
+    )
     register.add_argument("--alias", action="append", default=[], help="a further name; repeatable")
     register.add_argument("--metadata", metavar="KEY=VALUE", action="append", default=[], help="a note; repeatable")
     register.set_defaults(run=register_model)
+
+
+def _add_update(actions: Any, common: argparse.ArgumentParser) -> None:  # noqa: ANN401 -- argparse hides the type
+    """The command `models update`."""
+    update = actions.add_parser(
+        "update",
+        help="change a registered model",
+        parents=[common],
+        description="What no option says stays as it is.",
+    )
+    update.add_argument("model", metavar="ID", help="its id or an alias")
+    update.add_argument("--provider", help="who serves it")
+    update.add_argument("--provider-model", metavar="NAME", help="its name there")
+    update.add_argument("--type", choices=_TYPES, help="what it is for")
+    update.add_argument(
+        "--embedding-dimension", metavar="N", type=count, help="numbers in a vector; for embedding alone"
+    )
+    aliases = update.add_mutually_exclusive_group()
+    aliases.add_argument("--alias", action="append", help="a further name, instead of all there were; repeatable")
+    aliases.add_argument("--no-aliases", action="store_const", const=[], dest="alias", help="no further names")
+    notes = update.add_mutually_exclusive_group()
+    notes.add_argument("--metadata", metavar="KEY=VALUE", action="append", help="a note, instead of all; repeatable")
+    notes.add_argument("--no-metadata", action="store_const", const=[], dest="metadata", help="no notes")
+    update.add_argument("--etag", default="", help="only if nobody has changed it since it had this")
+    update.set_defaults(run=update_model)

@@ -25,9 +25,15 @@ def print_json(message: ProtoMessage) -> None:
 def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Rows under a head, columns aligned; the last column is not padded."""
     lines = [head, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head) - 1)]
     for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        print_row(line, widths)
+
+
+def print_row(cells: Sequence[str], widths: Sequence[int]) -> None:
+    """A line of a table, at once: every cell but the last is padded to its column's width."""
+    padded = [cell.ljust(width) for cell, width in zip(cells[:-1], widths, strict=True)]
+    print("  ".join([*padded, cells[-1]]).rstrip(), flush=True)
 
 
 def word(enum: Any, value: int, prefix: str) -> str:  # noqa: ANN401 -- any enum of the API

@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from typing import TYPE_CHECKING
+import logging
+import sys
+from typing import TYPE_CHECKING, NoReturn, cast
 
 from google.protobuf.json_format import MessageToDict
 
 from deltawire._cli.connection import call_options
-from deltawire._cli.output import note_unreachable, print_json, print_table, word
+from deltawire._cli.output import note_unreachable, print_json, print_row, print_table, word
 from deltawire._cli.status import FAILED, OK, UsageError
-from deltawire.v1.model_registry_pb2 import HealthStatus, Model, ModelSource, ModelType
+from deltawire._watch import ModelChange
+from deltawire.v1.model_registry_pb2 import (
+    HealthStatus,
+    Model,
+    ModelSource,
+    ModelState,
+    ModelType,
+    WatchModelsResponse,
+)
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Iterator, Sequence
 
     from deltawire._client import Client
+    from deltawire._requests import RegisterOptions
+    from deltawire._watch import WatchEvent
+
+# Nobody knows how long an id will come: this holds most of them.
+_WATCH_WIDTHS = (8, 40, 11, 9)
 
 
 def list_models(client: Client, options: argparse.Namespace) -> int:
-    """All models."""
-    listing = client.models.list(**call_options(options))
+    """All models, or those that pass the filters."""
+    listing = client.models.list(
+        provider_id=options.provider,
+        model_type=options.type,
+        state=options.state,
+        source=options.source,
+        **call_options(options),
+    )
     if options.json:
         for model in listing:
             print_json(model)
@@ -28,7 +51,8 @@ def list_models(client: Client, options: argparse.Namespace) -> int:
         rows = [
             (
                 model.id,
-                word(ModelType, model.type, "MODEL_TYPE_").lower(),
+                _type(model),
+                _state(model),
                 word(ModelSource, model.source, "MODEL_SOURCE_").lower(),
                 model.provider_id,
                 str(model.max_context_tokens) if model.HasField("max_context_tokens") else "-",
@@ -36,7 +60,7 @@ def list_models(client: Client, options: argparse.Namespace) -> int:
             )
             for model in listing
         ]
-        print_table(("ID", "TYPE", "SOURCE", "PROVIDER", "CONTEXT", "ALIASES"), rows)
+        print_table(("ID", "TYPE", "STATE", "SOURCE", "PROVIDER", "CONTEXT", "ALIASES"), rows)
     note_unreachable(listing.unreachable_provider_ids)
     return OK
 
@@ -49,22 +73,38 @@ def get_model(client: Client, options: argparse.Namespace) -> int:
 
 def register_model(client: Client, options: argparse.Namespace) -> int:
     """Register a model."""
-    notes = {}
-    for each in options.metadata:
-        key, equals, value = each.partition("=")
-        if not equals:
-            message = f"--metadata {each}: not KEY=VALUE"
-            raise UsageError(message)
-        notes[key] = value
     model = client.models.register(
         options.model,
         provider_id=options.provider,
         provider_model_id=options.provider_model,
         model_type=options.type,
         aliases=options.alias,
-        model_metadata=notes,
+        model_metadata=_notes(options.metadata),
+        embedding_dimension=options.embedding_dimension,
         **call_options(options),
     )
+    _print_model(model, options)
+    return OK
+
+
+def update_model(client: Client, options: argparse.Namespace) -> int:
+    """Change a registered model."""
+    given = {
+        "provider_id": options.provider,
+        "provider_model_id": options.provider_model,
+        "model_type": options.type,
+        "aliases": options.alias,
+        "model_metadata": None if options.metadata is None else _notes(options.metadata),
+        "embedding_dimension": options.embedding_dimension,
+    }
+    changes = cast("RegisterOptions", {name: value for name, value in given.items() if value is not None})
+    if options.type not in {None, "embedding"}:
+        # Other types have none, so one that was goes with the old type.
+        changes.setdefault("embedding_dimension", None)
+    if not changes:
+        message = "there is nothing to change: give at least one option that says what"
+        raise UsageError(message)
+    model = client.models.update(options.model, etag=options.etag, **changes, **call_options(options))
     _print_model(model, options)
     return OK
 
@@ -74,10 +114,38 @@ def unregister_model(client: Client, options: argparse.Namespace) -> int:
     call = call_options(options)
     # Asked before, as nobody knows afterwards whose alias it was.
     model_id = client.models.get(options.model, **call).id
-    client.models.unregister(options.model, **call)
+    client.models.unregister(options.model, etag=options.etag, **call)
     alias = f" (alias {options.model})" if options.model != model_id else ""
     print("{}" if options.json else f"{model_id}{alias} is no longer registered")
     return OK
+
+
+def refresh_models(client: Client, options: argparse.Namespace) -> int:
+    """List what providers serve now; one that cannot be listed makes the exit status 1, for scripts."""
+    providers = client.models.refresh(options.provider, **call_options(options))
+    if options.json:
+        for each in providers:
+            print_json(each)
+    else:
+        rows = [(each.provider_id, "-" if each.error else str(each.model_count)) for each in providers]
+        print_table(("PROVIDER", "MODELS"), rows)
+    failed = [each for each in providers if each.error]
+    for each in failed:
+        print(f"error: {each.provider_id} could not be listed: {each.error}", file=sys.stderr)
+    return FAILED if failed else OK
+
+
+def watch_models(client: Client, options: argparse.Namespace) -> NoReturn:
+    """Every change to models as it happens, until Ctrl-C or an error."""
+    if not options.json:
+        print_row(("CHANGE", "ID", "STATE", "TYPE", "PROVIDER"), _WATCH_WIDTHS)
+    call = call_options(options)
+    # The client's own does not limit a watch.
+    call["timeout"] = options.timeout
+    watch = client.models.watch(options.revision, **call)
+    with _log_on_stderr(), watch:
+        while True:
+            _print_event(next(watch), options)
 
 
 def list_providers(client: Client, options: argparse.Namespace) -> int:
@@ -105,6 +173,54 @@ def check_health(client: Client, options: argparse.Namespace) -> int:
     return FAILED if any(health.status == HealthStatus.HEALTH_STATUS_ERROR for _, health in answers) else OK
 
 
+def _print_event(event: WatchEvent, options: argparse.Namespace) -> None:
+    """What a watch tells; what is no change only in JSON, for its revision."""
+    if isinstance(event, ModelChange):
+        if options.json:
+            change = WatchModelsResponse.Change.Value(f"CHANGE_{event.change}")
+            print_json(WatchModelsResponse(change=change, model=event.model, revision=event.revision))
+        else:
+            model = event.model
+            print_row((event.change, model.id, _state(model), _type(model), model.provider_id), _WATCH_WIDTHS)
+    elif options.json:
+        print_json(WatchModelsResponse(revision=event.revision, bookmark=True))
+
+
+@contextlib.contextmanager
+def _log_on_stderr() -> Iterator[None]:
+    """Let what the client logs be seen: that a connection was lost, and why."""
+    logger = logging.getLogger("deltawire")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("note: %(message)s"))
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def _notes(given: Sequence[str]) -> dict[str, str]:
+    """Notes from KEY=VALUE, each."""
+    notes = {}
+    for each in given:
+        key, equals, value = each.partition("=")
+        if not equals:
+            message = f"--metadata {each}: not KEY=VALUE"
+            raise UsageError(message)
+        notes[key] = value
+    return notes
+
+
+def _type(model: Model) -> str:
+    """What a model is for, as it is printed."""
+    return word(ModelType, model.type, "MODEL_TYPE_").lower()
+
+
+def _state(model: Model) -> str:
+    """Whether a model can be called, as it is printed."""
+    return word(ModelState, model.state, "MODEL_STATE_").lower()
+
+
 def _print_model(model: Model, options: argparse.Namespace) -> None:
     """One model, a line for each thing that is known of it."""
     if options.json:
@@ -114,7 +230,9 @@ def _print_model(model: Model, options: argparse.Namespace) -> None:
         "id": model.id,
         "provider": model.provider_id,
         "served as": model.provider_model_id,
-        "type": word(ModelType, model.type, "MODEL_TYPE_").lower(),
+        "type": _type(model),
+        "dimension": str(model.embedding_dimension) if model.HasField("embedding_dimension") else "",
+        "state": _state(model),
         "source": word(ModelSource, model.source, "MODEL_SOURCE_").lower(),
         "aliases": ", ".join(model.aliases),
         "metadata": ", ".join(f"{key}={value}" for key, value in sorted(model.metadata.items())),
@@ -123,6 +241,7 @@ def _print_model(model: Model, options: argparse.Namespace) -> None:
         "parent": model.parent,
         "created": model.create_time.ToJsonString() if model.HasField("create_time") else "",
         "updated": model.update_time.ToJsonString() if model.HasField("update_time") else "",
+        "etag": model.etag,
     }
     for name, value in facts.items():
         if value:

@@ -23,7 +23,19 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["chat"], ["models"], ["models", "list"], ["models", "register"], ["providers"], ["health"]]
+    "command",
+    [
+        [],
+        ["chat"],
+        ["models"],
+        ["models", "list"],
+        ["models", "watch"],
+        ["models", "register"],
+        ["models", "update"],
+        ["models", "refresh"],
+        ["providers"],
+        ["health"],
+    ],
 )
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Every command explains itself; chat with examples."""
@@ -48,6 +60,16 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         (["chat", "--cert-file", "cert.pem", "hi"], "give both or neither"),
         (["chat", "--ca-file", "/nowhere/ca.pem", "hi"], "/nowhere/ca.pem: No such file or directory"),
         (["models", "register", "llama", "--metadata", "owner"], "--metadata owner: not KEY=VALUE"),
+        (["models", "update", "llama", "--metadata", "owner"], "--metadata owner: not KEY=VALUE"),
+        (["models", "update", "llama", "--etag", "r1"], "there is nothing to change"),
+        (
+            ["models", "update", "llama", "--alias", "l", "--no-aliases"],
+            "--no-aliases: not allowed with argument --alias",
+        ),
+        (["models", "register", "bge", "--embedding-dimension", "0"], "0 is not from 1 to 4294967295"),
+        (["models", "register", "bge", "--embedding-dimension", "many"], "invalid count value: 'many'"),
+        (["models", "list", "--state", "asleep"], "invalid choice: 'asleep'"),
+        (["models", "watch", "--revision", "\udcff"], "error: --revision: not UTF-8 text"),
         (["chat", "--model", "llama", "h\udcff"], "error: the prompt is not UTF-8 text"),
         (["chat", "--model", "llama", "--stop", "a", "--stop", "\udcff", "hi"], "error: --stop: not UTF-8 text"),
         (["chat", "--system", "\udcff", "hi"], "error: --system: not UTF-8 text"),

@@ -13,7 +13,7 @@ from typing import IO
 import pytest
 
 import deltawire
-from tests.client.scripted import WAIT, Gateway, saying
+from tests.client.scripted import WAIT, Gateway, bookmark, saying
 
 
 def test_it_runs_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,6 +49,18 @@ def test_ctrl_c(gateway: Gateway) -> None:
         out, err = process.communicate(timeout=10)
     assert process.returncode == 130
     assert (out, err) == (b"\n", b"interrupted\n")
+    assert gateway.last.ended.wait(10)
+
+
+def test_ctrl_c_while_watching(gateway: Gateway) -> None:
+    """It is how a watch ends: the call is cancelled, and the status is 130."""
+    gateway.will(bookmark("1"), WAIT)
+    with start(gateway, "models", "watch", "--json") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b'{"revision": "1", "bookmark": true}\n'
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=10)
+    assert (process.returncode, out, err) == (130, b"", b"interrupted\n")
     assert gateway.last.ended.wait(10)
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING
 
+import grpc
 from google.protobuf.json_format import Parse
 
 from deltawire.v1 import model_registry_pb2 as registry
-from tests.client.scripted import Gateway, model
+from tests.client.scripted import WAIT, Fail, Gateway, bookmark, model, told
 
 if TYPE_CHECKING:
     from tests.client.cli.support import Run
 
 LLAMA = model("llama", provider_model_id="meta/llama", max_context_tokens=8192, aliases=["l", "ll"])
-FOUND = model("vllm/qwen", source=registry.MODEL_SOURCE_DISCOVERED)
+FOUND = model("vllm/qwen", source=registry.MODEL_SOURCE_DISCOVERED, state=registry.MODEL_STATE_UNAVAILABLE)
 
 
 def test_models_list(gateway: Gateway, run: Run) -> None:
@@ -24,9 +26,9 @@ def test_models_list(gateway: Gateway, run: Run) -> None:
     status, out, err = run("models", "list")
     assert status == 0
     assert out == (
-        "ID         TYPE  SOURCE      PROVIDER  CONTEXT  ALIASES\n"
-        "llama      llm   registered  vllm      8192     l, ll\n"
-        "vllm/qwen  llm   discovered  vllm      -\n"
+        "ID         TYPE  STATE        SOURCE      PROVIDER  CONTEXT  ALIASES\n"
+        "llama      llm   serving      registered  vllm      8192     l, ll\n"
+        "vllm/qwen  llm   unavailable  discovered  vllm      -\n"
     )
     assert err == "note: could not be listed, so models may be missing: other\n"
 
@@ -38,16 +40,33 @@ def test_models_list_in_json(gateway: Gateway, run: Run) -> None:
     assert [Parse(line, registry.Model()) for line in out.splitlines()] == [LLAMA, FOUND]
 
 
+def test_models_list_filtered(gateway: Gateway, run: Run) -> None:
+    """Every filter arrives in its field, and none is sent that was not given."""
+    gateway.will(registry.ListModelsResponse())
+    gateway.will(registry.ListModelsResponse())
+    run("models", "list", "--provider", "vllm", "--type", "rerank", "--state", "unknown", "--source", "discovered")
+    assert gateway.last.request == registry.ListModelsRequest(
+        provider_id="vllm",
+        type=registry.MODEL_TYPE_RERANK,
+        state=registry.MODEL_STATE_UNKNOWN,
+        source=registry.MODEL_SOURCE_DISCOVERED,
+    )
+    run("models", "list")
+    assert gateway.last.request == registry.ListModelsRequest()
+
+
 def test_models_get(gateway: Gateway, run: Run) -> None:
     """What is known, a line for each; in JSON, one line."""
     known = model("llama", metadata={"b": "2", "a": "1"}, root="/models/llama", parent="base", max_context_tokens=5)
+    known.type, known.embedding_dimension, known.etag = registry.MODEL_TYPE_EMBEDDING, 1024, "r7"
     known.create_time.FromJsonString("2025-01-02T03:04:05Z")
     known.update_time.FromJsonString("2025-01-03T03:04:05Z")
     gateway.will(registry.GetModelResponse(model=known))
     assert run("models", "get", "l")[1] == (
-        "id:        llama\nprovider:  vllm\nserved as: llama\ntype:      llm\nsource:    registered\n"
+        "id:        llama\nprovider:  vllm\nserved as: llama\ntype:      embedding\ndimension: 1024\n"
+        "state:     serving\nsource:    registered\n"
         "metadata:  a=1, b=2\ncontext:   5 tokens\nroot:      /models/llama\nparent:    base\n"
-        "created:   2025-01-02T03:04:05Z\nupdated:   2025-01-03T03:04:05Z\n"
+        "created:   2025-01-02T03:04:05Z\nupdated:   2025-01-03T03:04:05Z\netag:      r7\n"
     )
     gateway.will(registry.GetModelResponse(model=known))
     assert Parse(run("models", "get", "--json", "l")[1], registry.Model()) == known
@@ -64,8 +83,9 @@ def test_models_register_and_unregister(gateway: Gateway, run: Run) -> None:
     """Every option arrives in its field."""
     gateway.will(registry.RegisterModelResponse(model=LLAMA))
     status, out, _ = run(
-        "models", "register", "llama", "--provider", "vllm", "--provider-model", "meta/llama", "--type", "rerank",
+        "models", "register", "llama", "--provider", "vllm", "--provider-model", "meta/llama", "--type", "embedding",
         "--alias", "l", "--alias", "ll", "--metadata", "owner=me", "--metadata", "note=a=b",
+        "--embedding-dimension", "1024",
     )  # fmt: skip
     assert status == 0
     assert out.startswith("id:        llama\n")
@@ -73,9 +93,10 @@ def test_models_register_and_unregister(gateway: Gateway, run: Run) -> None:
         model_id="llama",
         provider_id="vllm",
         provider_model_id="meta/llama",
-        type=registry.MODEL_TYPE_RERANK,
+        type=registry.MODEL_TYPE_EMBEDDING,
         aliases=["l", "ll"],
         metadata={"owner": "me", "note": "a=b"},
+        embedding_dimension=1024,
     )
     for name, said in ("llama", "llama"), ("l", "llama (alias l)"):
         gateway.will(registry.GetModelResponse(model=LLAMA))
@@ -84,7 +105,108 @@ def test_models_register_and_unregister(gateway: Gateway, run: Run) -> None:
         assert gateway.last.request == registry.UnregisterModelRequest(model_id=name)
     gateway.will(registry.GetModelResponse(model=LLAMA))
     gateway.will(registry.UnregisterModelResponse())
-    assert run("models", "unregister", "--json", "l") == (0, "{}\n", "")
+    assert run("models", "unregister", "--json", "--etag", "r7", "l") == (0, "{}\n", "")
+    assert gateway.last.request == registry.UnregisterModelRequest(model_id="l", etag="r7")
+
+
+def updated(gateway: Gateway, run: Run, *arguments: str) -> registry.UpdateModelRequest:
+    """What an update with these options asks for."""
+    gateway.will(registry.UpdateModelResponse(model=LLAMA))
+    status, out, _ = run("models", "update", "llama", *arguments)
+    assert (status, out.splitlines()[0]) == (0, "id:        llama")
+    request: registry.UpdateModelRequest = gateway.last.request
+    return request
+
+
+def test_models_update(gateway: Gateway, run: Run) -> None:
+    """Every option arrives in its field and in the mask; what no option says is in neither."""
+    request = updated(
+        gateway, run, "--provider", "vllm", "--provider-model", "meta/llama", "--type", "embedding",
+        "--embedding-dimension", "1024", "--alias", "l", "--alias", "ll", "--metadata", "a=b", "--etag", "r7",
+    )  # fmt: skip
+    assert request.model == registry.Model(
+        id="llama",
+        provider_id="vllm",
+        provider_model_id="meta/llama",
+        type=registry.MODEL_TYPE_EMBEDDING,
+        embedding_dimension=1024,
+        aliases=["l", "ll"],
+        metadata={"a": "b"},
+        etag="r7",
+    )
+    assert len(request.update_mask.paths) == 6
+    request = updated(gateway, run, "--alias", "l")
+    assert request.model == registry.Model(id="llama", aliases=["l"])
+    assert list(request.update_mask.paths) == ["aliases"]
+
+
+def test_models_update_takes_away(gateway: Gateway, run: Run) -> None:
+    """Names and notes if asked to; a vector's dimension with the type that has one."""
+    request = updated(gateway, run, "--no-aliases", "--no-metadata")
+    assert request.model == registry.Model(id="llama")
+    assert list(request.update_mask.paths) == ["aliases", "metadata"]
+    request = updated(gateway, run, "--type", "llm")
+    assert request.model == registry.Model(id="llama", type=registry.MODEL_TYPE_LLM)
+    assert list(request.update_mask.paths) == ["embedding_dimension", "type"]
+
+
+def test_models_refresh(gateway: Gateway, run: Run) -> None:
+    """One that cannot be listed makes the status 1, and why stands on standard error."""
+    well = registry.RefreshModelsResponse.Provider(provider_id="a", model_count=2)
+    down = registry.RefreshModelsResponse.Provider(provider_id="b", error="connection refused")
+    why = "error: b could not be listed: connection refused\n"
+    gateway.will(registry.RefreshModelsResponse(providers=[well, down]))
+    assert run("models", "refresh") == (1, "PROVIDER  MODELS\na         2\nb         -\n", why)
+    assert gateway.last.request == registry.RefreshModelsRequest()
+    gateway.will(registry.RefreshModelsResponse(providers=[well, down]))
+    status, out, err = run("models", "refresh", "--json")
+    assert (status, err) == (1, why)
+    assert [Parse(line, registry.RefreshModelsResponse.Provider()) for line in out.splitlines()] == [well, down]
+    gateway.will(registry.RefreshModelsResponse(providers=[well]))
+    assert run("models", "refresh", "a") == (0, "PROVIDER  MODELS\na         2\n", "")
+    assert gateway.last.request.provider_id == "a"
+
+
+DENIED = Fail(grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED")
+
+
+def test_models_watch(gateway: Gateway, run: Run) -> None:
+    """A line for each change; a lost connection is noted, and what would not mend ends it."""
+    gateway.will(told("ADDED", LLAMA), bookmark("1"), Fail(grpc.StatusCode.ABORTED, "DRAINING", "shutting down"))
+    gateway.will(told("ADDED", FOUND, "2"), told("REMOVED", LLAMA, "3"), DENIED)
+    status, out, err = run("models", "watch")
+    assert status == 1
+    assert [line.split() for line in out.splitlines()] == [
+        ["CHANGE", "ID", "STATE", "TYPE", "PROVIDER"],
+        ["ADDED", "llama", "serving", "llm", "vllm"],
+        ["ADDED", "vllm/qwen", "unavailable", "llm", "vllm"],
+        ["REMOVED", "llama", "serving", "llm", "vllm"],
+    ]
+    assert len({line.rindex(line.split()[-1]) for line in out.splitlines()}) == 1
+    note, error, _ = err.splitlines()
+    assert re.fullmatch(
+        r"note: the watch broke off and goes on in 0\.[1-3] s: ABORTED \(DRAINING\): shutting down", note
+    )
+    assert error == "error: PERMISSION_DENIED (PERMISSION_DENIED): it failed"
+    assert [call.request.revision for call in gateway.calls] == ["", "1"]
+
+
+def test_models_watch_in_json(gateway: Gateway, run: Run) -> None:
+    """Each step on a line, also those that are no change, as they bear revisions."""
+    steps = [told("MODIFIED", LLAMA, "8"), bookmark("9")]
+    gateway.will(*steps, DENIED)
+    status, out, _ = run("models", "watch", "--json", "--revision", "7")
+    assert status == 1
+    assert [Parse(line, registry.WatchModelsResponse()) for line in out.splitlines()] == steps
+    assert gateway.last.request.revision == "7"
+
+
+def test_models_watch_with_a_timeout(gateway: Gateway, run: Run) -> None:
+    """The option that every command has limits the watch as a whole."""
+    gateway.will(bookmark("1"), WAIT)
+    status, out, err = run("models", "watch", "--json", "--timeout", "0.5")
+    assert (status, out) == (1, '{"revision": "1", "bookmark": true}\n')
+    assert err.startswith("error: DEADLINE_EXCEEDED")
 
 
 def test_providers(gateway: Gateway, run: Run) -> None:
