@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import runpy
 import sys
@@ -12,25 +13,32 @@ from typing import Any, TypeAlias
 import grpc
 import pytest
 
-from deltawire import Message, ToolCall, tool, user
+from deltawire import Message, Model, PermissionDeniedError, ToolCall, tool, user
 from deltawire.v1.chat_completion_pb2 import CreateChatCompletionResponse
+from deltawire.v1.model_registry_pb2 import GetModelResponse, UpdateModelResponse
 from tests.client.scripted import (
     Event,
     Fail,
     Gateway,
+    bookmark,
     call_failed,
     calling,
     choice,
     completed,
     finished,
+    model,
     numbered,
     saying,
     started,
     text,
+    told,
 )
 
 CLIENT = Path(__file__).parents[2] / "client"
 CALL = ToolCall(call_id="call_1", tool_name="get_weather", arguments='{"city":"Oslo"}')
+LLAMA = model("llama", aliases=["l"], etag="r1")
+# Nothing else ends a watch.
+END = Fail(grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED")
 NO_MODEL = Fail(grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND", "there is none", {"model": "llama", "request_id": "r1"})
 
 Play: TypeAlias = Callable[[str], tuple[int, str, str]]
@@ -122,6 +130,23 @@ README: dict[str, tuple[list[list[Any]], str]] = {
     "Tools": ([[whole(calling(CALL))], [whole(saying("It rains."))]], "It rains.\n"),
     "Errors": ([[NO_MODEL]], "no such model: llama\n"),
     "Connecting": ([], ""),
+    "Models and providers": (
+        [[GetModelResponse(model=LLAMA)], [UpdateModelResponse(model=model("llama", aliases=["l", "default"]))]],
+        "also called l, default\n",
+    ),
+    "Watching models": (
+        [
+            [
+                told("ADDED", LLAMA),
+                told("ADDED", model("m")),
+                bookmark("1"),
+                told("REMOVED", LLAMA, "2"),
+                bookmark("3"),
+                END,
+            ]
+        ],
+        "as of revision 1 there are llama m\nas of revision 3 there are m\n",
+    ),
 }
 
 
@@ -145,10 +170,13 @@ def test_the_readme(title: str, gateway: Gateway, capsys: pytest.CaptureFixture[
     for script in scripts:
         gateway.will(*script)
     code = sections()[title].replace("127.0.0.1:50051", gateway.target)
-    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})  # noqa: S102 -- our own text
+    with pytest.raises(PermissionDeniedError) if title == "Watching models" else contextlib.nullcontext():
+        exec(compile(code, "README.md", "exec"), {"__name__": "readme"})  # noqa: S102 -- our own text
     assert capsys.readouterr().out.startswith(expected)
     if title == "Tools":
         assert gateway.last.request.chat.messages[-1] == tool(CALL, "rain in Oslo")
     if title == "A conversation":
         said: Message = gateway.last.request.chat.messages[2]
         assert said.assistant.content[0].text == "Rayleigh."
+    if title == "Models and providers":
+        assert gateway.last.request.model == Model(id="llama", aliases=["l", "default"], etag="r1")

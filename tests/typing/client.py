@@ -10,10 +10,13 @@ from deltawire import (
     Client,
     Message,
     Model,
+    ModelChange,
     StopReason,
     StreamChatCompletionResponse,
     Tool,
     ToolCall,
+    WatchBookmark,
+    WatchEvent,
     tool,
     tool_definition,
     user,
@@ -76,6 +79,21 @@ def on_message(message: Message) -> int:
             assert_never(role)
 
 
+def on_watch(event: WatchEvent) -> str:
+    """Both kinds of event of a watch, and every kind of change."""
+    match event:
+        case WatchBookmark(revision):
+            return revision
+        case ModelChange(change, model):
+            match change:
+                case "ADDED" | "MODIFIED" | "REMOVED":
+                    return model.id
+                case _:
+                    assert_never(change)
+        case _:
+            assert_never(event)
+
+
 def blocking(client: Client) -> Answer:
     """What comes out of the blocking client is typed throughout."""
     tools: list[Tool | Mapping[str, Any]] = [tool_definition("f", input_schema={"type": "object"}), {"name": "g"}]
@@ -86,8 +104,15 @@ def blocking(client: Client) -> Answer:
         answer = stream.final()
     history.append(answer.message)
     history.extend(tool(call, "done") for call in answer.tool_calls)
-    for model in client.models.list(page_size=10):
+    for model in client.models.list(page_size=10, state="serving"):
         assert_type(model, Model)
+        assert_type(client.models.update(model, aliases=["a"], embedding_dimension=None, timeout=5.0), Model)
+    with client.models.watch("7", known=[Model(id="a")]) as watch:
+        for change in watch:
+            on_watch(change)
+        assert_type(watch.revision, str)
+    client.models.update("a", alias=["b"])  # type: ignore[call-arg]
+    client.models.list(stat="serving")  # type: ignore[call-arg]
     client.chat.create("hi", modle="llama")  # type: ignore[call-arg]
     client.chat.create("hi", temperature="hot")  # type: ignore[arg-type]
     client.chat.create(3)  # type: ignore[arg-type]
@@ -103,6 +128,10 @@ async def asynchronous(client: AsyncClient) -> Answer:
         async for piece in stream.text:
             assert_type(piece, str)
         assert_type(await stream.final(), Answer)
-    async for model in client.models.list():
+    async for model in client.models.list(model_type="llm"):
         assert_type(model, Model)
+        assert_type(await client.models.update(model, model_metadata={}), Model)
+    async with client.models.watch() as watch:
+        async for change in watch:
+            on_watch(change)
     return await client.chat.create("hi", model="llama")
