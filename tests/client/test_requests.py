@@ -336,4 +336,6 @@ def test_pages_name_a_silent_provider_once() -> None:
     pages = ModelPages(ListModelsRequest(page_size=10))
     pages._receive(ListModelsResponse(unreachable_provider_ids=["a", "b"], next_page_token="2"))
     pages._receive(ListModelsResponse(unreachable_provider_ids=["b"]))
+    pages._receive(ListModelsResponse(next_page_token="3"))
     assert pages.unreachable_provider_ids == ["a", "b"]
+    assert pages._request is None

@@ -29,7 +29,9 @@ from tests.client.scripted import WAIT, Fail, Gateway, Headers, bookmark, model,
 from tests.client.test_errors import Failed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+    from deltawire import ModelWatch
 
 STATUS = grpc.StatusCode
 PATIENCE = 10
@@ -198,6 +200,34 @@ def test_another_thread_may_cancel(gateway: Gateway, client: Client) -> None:
         with pytest.raises(CallCancelledError):
             reader.result(PATIENCE)
     assert len(gateway.calls) == 1
+
+
+class CancelsTheSecond(grpc.UnaryStreamClientInterceptor):
+    """Cancels a watch just when its second call is made, as another thread might."""
+
+    def __init__(self) -> None:
+        self.watch: ModelWatch | None = None
+        self.calls: list[Any] = []
+
+    def _through(self, continuation: Callable[..., Any], details: Any, request: Any) -> Any:  # noqa: ANN401
+        if self.calls:
+            assert self.watch is not None
+            self.watch.cancel()
+        self.calls.append(continuation(details, request))
+        return self.calls[-1]
+
+    intercept_unary_stream = _through  # type: ignore[assignment]
+
+
+def test_cancelling_just_when_a_call_is_made(gateway: Gateway) -> None:
+    """That call is cancelled too, and none is left behind."""
+    play(gateway, [LOST], [WAIT])
+    interceptor = CancelsTheSecond()
+    with Client(gateway.target, interceptors=[interceptor]) as client:
+        interceptor.watch = client.models.watch()
+        with pytest.raises(CallCancelledError):
+            next(interceptor.watch)
+        assert [call.cancelled() for call in interceptor.calls] == [False, True]
 
 
 @pytest.mark.parametrize("how", ["cancel", "close"])
