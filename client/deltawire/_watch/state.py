@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 ChangeKind: TypeAlias = Literal["ADDED", "MODIFIED", "REMOVED"]
 
-# Seconds between calls. Each pause is drawn from here up to three times the one before it, so that clients that were cut
+# Seconds between calls. The longest that may be drawn doubles each time, the shortest is half of it: clients that were cut
 # off together do not come back together.
 MIN_PAUSE, MAX_PAUSE = 0.1, 10.0
 
@@ -107,7 +107,7 @@ class WatchState:
         # The ids in the snapshot that is coming; None if none is.
         self._listed: set[str] | None = None
         self._draw = draw
-        self._pause = 0.0
+        self._longest = MIN_PAUSE
 
     def begin(self) -> WatchModelsRequest:
         """What to ask now. A snapshot that was cut begins anew; what it had told is not told again."""
@@ -119,7 +119,7 @@ class WatchState:
 
         A change of a kind that this version does not know is skipped.
         """
-        self._pause = 0.0
+        self._longest = MIN_PAUSE
         if message.bookmark:
             gone = [] if self._listed is None else sorted(self._known.keys() - self._listed)
             self._listed = None
@@ -170,8 +170,8 @@ class WatchState:
 
     def _next_pause(self) -> float:
         """Seconds to wait: more each time, until something is received."""
-        self._pause = min(MAX_PAUSE, self._draw(MIN_PAUSE, 3 * max(self._pause, MIN_PAUSE)))
-        return self._pause
+        self._longest = min(MAX_PAUSE, 2 * self._longest)
+        return self._draw(self._longest / 2, self._longest)
 
 
 def _copy(model: Model) -> Model:
