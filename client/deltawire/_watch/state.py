@@ -74,8 +74,9 @@ class ModelChange:
 class WatchBookmark:
     """All that was told before, taken together, is the state of `revision`. No change.
 
-    The first one says that the models there are have all been told. One follows whenever a connection was lost and what was
-    missed has been told, and about once a minute while nothing changes, so that a stored revision does not grow old.
+    The first one says that the models there are have all been told; of a watch that went on from a revision, that what was
+    missed has. One follows after each lost connection, and about once a minute while nothing changes, so that a stored
+    revision does not grow old.
     """
 
     revision: str
