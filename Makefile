@@ -67,7 +67,7 @@ check-oldest: $(OLDEST)/.installed ## The client alone, with the oldest librarie
 	@$(OLDEST)/bin/deltawire-server 2>&1 | grep -q "pip install 'deltawire\[server\]'"
 
 .PHONY: check
-check: lint check-protos check-oldest cover polyglot ## All that must be green before a change lands, but the real vLLM
+check: lint check-protos check-oldest cover polyglot postgres ## All that must be green before a change lands, but the real vLLM
 
 .PHONY: check-slow
 check-slow: install ## Every recording cut at every boundary; minutes
@@ -85,6 +85,10 @@ $(NODE)/node_modules/.package-lock.json: $(NODE)/package-lock.json
 .PHONY: polyglot
 polyglot: install $(BIN)/.installed-envoy $(NODE)/node_modules/.package-lock.json ## buf curl, a Node client and a real Envoy against the gateway
 	@$(BIN)/python -m pytest -m polyglot
+
+.PHONY: postgres
+postgres: install ## The registry on a real PostgreSQL server, which the tests start and end
+	@$(BIN)/python -m pytest -m postgres
 
 .PHONY: e2e
 e2e: install ## The main path on a real vLLM, set up on the CPU

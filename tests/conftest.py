@@ -1,4 +1,4 @@
-"""What many tests share: a vLLM look-alike, gateways before it, and the log."""
+"""What many tests share: a vLLM look-alike, gateways before it, the log, certificates and a PostgreSQL server."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from deltawire_server.telemetry import configure_logging
 from tests.support.gateway import Lines, Running, running, settings_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Iterator, Mapping
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
+
+    from tests.support.postgres import PostgresServer
 
 
 class StartGateway(Protocol):
@@ -113,3 +115,18 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     return Certificates(
         folder / "ca.pem", folder / "server.pem", folder / "server.key", folder / "client.pem", folder / "client.key"
     )
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A PostgreSQL server for this run of the tests; `create_database` gives a test one of its own. Mark it `postgres`."""
+    # Here, since only these tests need a database's client library.
+    from tests.support import postgres
+
+    try:
+        server = postgres.PostgresServer()
+    except postgres.PostgresError as error:
+        # Once, rather than for each of the tests that cannot run.
+        pytest.exit(str(error), returncode=1)
+    with server:
+        yield server
