@@ -10,7 +10,7 @@ from deltawire_server.registry.registry import ModelRegistry
 from deltawire_server.registry.store import Store
 from deltawire_server.upstream.base import ServedModel
 from deltawire_server.upstream.providers import Providers
-from tests.registry.helpers import failure_of
+from tests.registry.helpers import all_ids, failure_of
 from tests.support.fake_provider import FakeProvider
 
 if TYPE_CHECKING:
@@ -54,6 +54,82 @@ async def test_the_identifier_rule(
 ) -> None:
     """An id different from the provider's name is an alias and stays; the provider's own name is scoped."""
     assert (await registry.register(model_id, "alpha", provider_model_id)).id == expected
+
+
+REPOSITORY, DESCRIPTOR = "meta-llama/Llama-3.1-8B-Instruct", "Llama3.1-8B-Instruct"
+
+
+@pytest.mark.parametrize(
+    ("served", "model_id", "provider_model_id", "expected_id"),
+    [
+        pytest.param(ServedModel(REPOSITORY), DESCRIPTOR, "", DESCRIPTOR, id="descriptor of a served repository"),
+        pytest.param(ServedModel(REPOSITORY), "mine", DESCRIPTOR, "mine", id="alias of a descriptor"),
+        pytest.param(
+            ServedModel(REPOSITORY), REPOSITORY, DESCRIPTOR, f"vllm/{REPOSITORY}", id="the provider's own name"
+        ),
+        pytest.param(
+            ServedModel(REPOSITORY), f"vllm/{DESCRIPTOR}", DESCRIPTOR, f"vllm/{DESCRIPTOR}", id="the scoped descriptor"
+        ),
+        pytest.param(ServedModel(DESCRIPTOR), REPOSITORY, "", REPOSITORY, id="repository of a served descriptor"),
+        pytest.param(ServedModel("small", REPOSITORY), DESCRIPTOR, "", DESCRIPTOR, id="descriptor of what was loaded"),
+        pytest.param(ServedModel("small", "org/big"), "small", "org/big", "vllm/small", id="what was loaded, unknown"),
+        pytest.param(ServedModel(DESCRIPTOR), DESCRIPTOR, "", f"vllm/{DESCRIPTOR}", id="a descriptor that is served"),
+    ],
+)
+async def test_a_model_is_registered_as_what_its_provider_serves(
+    open_registry: Opener, served: ServedModel, model_id: str, provider_model_id: str, expected_id: str
+) -> None:
+    """Any name of the model finds it, the provider's own is kept, and the rule for ids holds for that one.
+
+    The same again is the same, also when the provider is down and cannot say what it calls it.
+    """
+    provider = FakeProvider("vllm", ["other", served])
+    async with open_registry(provider) as registry:
+        model = await registry.register(model_id, provider_model_id=provider_model_id, aliases=["a"])
+        assert (model.id, model.provider_model_id, model.root) == (expected_id, served.id, served.root)
+        assert await registry.get(f"vllm/{served.id}") is model
+        provider.go_down()
+        assert await registry.register(model_id, provider_model_id=provider_model_id, aliases=["a"]) is model
+        failure = await failure_of(registry.register(model_id, provider_model_id=provider_model_id, aliases=["b"]))
+        assert failure.reason is Reason.MODEL_ALREADY_EXISTS
+        assert "with different aliases" in failure.message
+
+
+async def test_the_same_by_another_name(open_registry: Opener) -> None:
+    """An id is registered for the model, whichever of its names was used; for another provider's it is not."""
+    one, two = FakeProvider("one", [REPOSITORY]), FakeProvider("two", [REPOSITORY])
+    async with open_registry(one, two) as registry:
+        model = await registry.register("mine", "one", DESCRIPTOR)
+        assert await registry.register("mine", "one", REPOSITORY) is model
+        failure = await failure_of(registry.register("mine", "two", DESCRIPTOR))
+        assert failure.reason is Reason.MODEL_ALREADY_EXISTS
+        assert "different provider_id" in failure.message
+
+
+async def test_what_is_served_now_decides_for_a_new_id(open_registry: Opener) -> None:
+    """That another id is registered for the model does not tell what a provider that was started anew calls it."""
+    provider = FakeProvider("vllm", [REPOSITORY])
+    async with open_registry(provider) as registry:
+        await registry.register(f"vllm/{DESCRIPTOR}", provider_model_id=DESCRIPTOR)
+        provider.served = [ServedModel("small", REPOSITORY)]
+        assert (await registry.register(DESCRIPTOR)).provider_model_id == "small"
+
+
+async def test_an_alias_that_the_id_becomes(open_registry: Opener) -> None:
+    """Only its provider's listing tells what the id will be; an alias that repeats it is refused all the same."""
+    async with open_registry(FakeProvider("vllm", [REPOSITORY])) as registry:
+        failure = await failure_of(registry.register(DESCRIPTOR, aliases=["fine", DESCRIPTOR]))
+        assert isinstance(failure, CallerError)
+        assert [violation.field for violation in failure.violations] == ["aliases[1]"]
+        assert await all_ids(registry) == [f"vllm/{REPOSITORY}"]
+
+
+async def test_an_adapter_is_not_taken_for_its_base(open_registry: Opener) -> None:
+    """What says that it was loaded from the model, but is another one, is not served under the model's names."""
+    adapter = ServedModel("adapter", root=REPOSITORY, parent="base")
+    async with open_registry(FakeProvider("vllm", [adapter])) as registry:
+        assert (await failure_of(registry.register(DESCRIPTOR))).reason is Reason.MODEL_NOT_SERVED
+        assert (await registry.register("mine", provider_model_id="adapter")).parent == "base"
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 3])

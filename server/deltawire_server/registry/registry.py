@@ -167,7 +167,7 @@ class ModelRegistry:
             metadata or {},
             embedding_dimension,
         )
-        stored = self._known.same(wanted)
+        stored = self._known.same(rules.as_registered(wanted, self._known))
         if stored is None:
             wanted = await rules.as_served(wanted, self._served, token)
             await rules.refuse_served_names(wanted, self._served, token)
@@ -197,7 +197,7 @@ class ModelRegistry:
             if wanted == model:
                 return self._view.as_seen(model)
             if wanted.target != model.target:
-                wanted = await rules.as_served(wanted, self._served, token)
+                wanted = replace(await rules.as_served(wanted, self._served, token), id=model.id)
             await rules.refuse_served_names(wanted, self._served, token)
             stored = await self._writes.update(replace(wanted, update_time=datetime.now(UTC)))
             if stored is not None:

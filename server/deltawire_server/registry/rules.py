@@ -1,4 +1,9 @@
-"""What can be registered: requests within the limits, of models that are served, under names that nobody serves."""
+"""What can be registered: requests within the limits, of models that are served, under names that nobody serves.
+
+requested ──► as_registered   is it there already?
+    └───────► as_served       what its provider calls it
+                  └── the identifier rule, on the provider's own name of the model
+"""
 
 from __future__ import annotations
 
@@ -7,15 +12,18 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from deltawire_server.errors import Reason, RegistryError, Violation, invalid_request
+from deltawire_server.registry.catalog import served_as
 from deltawire_server.registry.known import taken
 from deltawire_server.registry.lookup import scopes_of
 from deltawire_server.registry.messages import MAX_NAME_LENGTH, cut, quoted, some
 from deltawire_server.registry.model import MAX_CONTEXT_TOKENS, Model, ModelType, scoped_id
 from deltawire_server.registry.view import with_served
+from deltawire_server.upstream.base import ServedModel
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from deltawire_server.registry.known import Known
     from deltawire_server.registry.served import Served
     from deltawire_server.upstream.providers import Providers
 
@@ -41,6 +49,9 @@ def requested(
 ) -> Model:
     """The model that a request describes, if it keeps all limits; it may still be served by nobody.
 
+    Its id and its name at the provider are those of the request: `as_registered` and `as_served` give them their
+    final form.
+
     Raises:
         CallerError: INVALID_REQUEST, which lists all broken rules; PROVIDER_NOT_FOUND.
     """
@@ -53,13 +64,12 @@ def requested(
     kind = _kind(model_type)
     violations += _kind_violations(model_type, kind, embedding_dimension)
     provider_model_id = provider_model_id or model_id
-    final_id = model_id if model_id != provider_model_id else scoped_id(provider_id, provider_model_id)
-    violations += _alias_violations(aliases, final_id)
+    violations += _alias_violations(aliases, _final_id(model_id, provider_id, provider_model_id))
     if violations or kind is None:
         raise invalid_request(violations)
     providers.get(provider_id)
     return Model(
-        final_id,
+        model_id,
         provider_id,
         provider_model_id,
         kind,
@@ -99,17 +109,36 @@ def changed(model: Model, changes: Mapping[str, Any], providers: Providers) -> M
     return replace(model, **values)
 
 
+def as_registered(wanted: Model, known: Known) -> Model:
+    """What is requested in the form in which it is registered, if it is; no provider is asked.
+
+    What its provider called the model is then known; for a model that is not registered it is taken to be the name of
+    the request.
+    """
+    for model_id in (wanted.id, scoped_id(wanted.provider_id, wanted.id)):
+        model = known.find(model_id)
+        if model is not None and model.provider_id == wanted.provider_id:
+            served = ServedModel(model.provider_model_id, model.root, model.parent)
+            if served_as(wanted.provider_model_id, [served]) is not None:
+                return _named(wanted, served.id)
+    return _named(wanted, wanted.provider_model_id)
+
+
 async def as_served(wanted: Model, providers: Served, token: str | None) -> Model:
-    """What is to be registered with what its provider, asked anew, says of it.
+    """What is requested in the form in which it is to be registered, as its provider, asked anew, lists it.
 
     Raises:
+        CallerError: INVALID_REQUEST if an alias is what the id has become.
         RegistryError: MODEL_NOT_SERVED.
         ProviderError: The provider cannot be asked.
     """
     listing = await providers.listing(wanted.provider_id, token, fresh=True)
-    for served in listing:
-        if served.id == wanted.provider_model_id:
-            return with_served(wanted, served)
+    served = served_as(wanted.provider_model_id, listing)
+    if served is not None:
+        model = with_served(_named(wanted, served.id), served)
+        if violations := list(_alias_violations(model.aliases, model.id)):
+            raise invalid_request(violations)
+        return model
     names = some(served.id for served in listing) or "nothing"
     raise RegistryError(
         Reason.MODEL_NOT_SERVED,
@@ -135,6 +164,7 @@ async def refuse_served_names(wanted: Model, providers: Served, token: str | Non
                 raise taken(name, name, f"is what provider {provider_id!r} serves as {served_name!r}")
 
 
+<<<<<<< HEAD
 def _kind(model_type: ModelType | int) -> ModelType | None:
     return model_type if isinstance(model_type, ModelType) else _TYPES.get(model_type)
 
@@ -148,6 +178,15 @@ def _kind_violations(model_type: ModelType | int, kind: ModelType | None, dimens
         yield Violation("embedding_dimension", f"is for EMBEDDING models; the type is {kind.name}")
     if dimension is not None and not 1 <= dimension <= MAX_CONTEXT_TOKENS:
         yield Violation("embedding_dimension", f"must be 1 to {MAX_CONTEXT_TOKENS}, is {dimension}")
+=======
+def _final_id(model_id: str, provider_id: str, served_name: str) -> str:
+    """The identifier rule: another name than the provider's is an alias and stays, the provider's own is scoped."""
+    return scoped_id(provider_id, served_name) if model_id == served_name else model_id
+
+
+def _named(wanted: Model, served_name: str) -> Model:
+    return replace(wanted, id=_final_id(wanted.id, wanted.provider_id, served_name), provider_model_id=served_name)
+>>>>>>> a67df33 (A Llama model is registered by any of its names: what its provider calls it is found and kept)
 
 
 def _name_violations(field: str, name: str) -> Iterable[Violation]:
