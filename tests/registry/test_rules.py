@@ -106,6 +106,15 @@ async def test_the_same_by_another_name(open_registry: Opener) -> None:
         assert "different provider_id" in failure.message
 
 
+async def test_the_same_beside_another_providers_alias(open_registry: Opener) -> None:
+    """What one provider calls a model says nothing of what another does, though an alias has the name asked for."""
+    one, two = FakeProvider("one", [ServedModel("small", REPOSITORY)]), FakeProvider("two", [REPOSITORY])
+    async with open_registry(one, two) as registry:
+        model = await registry.register(REPOSITORY, "two", DESCRIPTOR)
+        await registry.register("mine", "one", "small", aliases=[REPOSITORY])
+        assert await registry.register(REPOSITORY, "two", DESCRIPTOR) is model
+
+
 async def test_what_is_served_now_decides_for_a_new_id(open_registry: Opener) -> None:
     """That another id is registered for the model does not tell what a provider that was started anew calls it."""
     provider = FakeProvider("vllm", [REPOSITORY])
