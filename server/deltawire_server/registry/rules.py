@@ -164,7 +164,6 @@ async def refuse_served_names(wanted: Model, providers: Served, token: str | Non
                 raise taken(name, name, f"is what provider {provider_id!r} serves as {served_name!r}")
 
 
-<<<<<<< HEAD
 def _kind(model_type: ModelType | int) -> ModelType | None:
     return model_type if isinstance(model_type, ModelType) else _TYPES.get(model_type)
 
@@ -178,7 +177,8 @@ def _kind_violations(model_type: ModelType | int, kind: ModelType | None, dimens
         yield Violation("embedding_dimension", f"is for EMBEDDING models; the type is {kind.name}")
     if dimension is not None and not 1 <= dimension <= MAX_CONTEXT_TOKENS:
         yield Violation("embedding_dimension", f"must be 1 to {MAX_CONTEXT_TOKENS}, is {dimension}")
-=======
+
+
 def _final_id(model_id: str, provider_id: str, served_name: str) -> str:
     """The identifier rule: another name than the provider's is an alias and stays, the provider's own is scoped."""
     return scoped_id(provider_id, served_name) if model_id == served_name else model_id
@@ -186,7 +186,6 @@ def _final_id(model_id: str, provider_id: str, served_name: str) -> str:
 
 def _named(wanted: Model, served_name: str) -> Model:
     return replace(wanted, id=_final_id(wanted.id, wanted.provider_id, served_name), provider_model_id=served_name)
->>>>>>> a67df33 (A Llama model is registered by any of its names: what its provider calls it is found and kept)
 
 
 def _name_violations(field: str, name: str) -> Iterable[Violation]:
