@@ -4,7 +4,7 @@
     ├── CallerError         the caller asked for what cannot be done: its request has to change
     ├── ProviderError       a provider did not do its part: its answer, its silence or its absence
     ├── RegistryError       the registry cannot do it: a name that is taken, a database that is gone
-    └── GatewayError        this process cannot do it now: full, draining, or defective
+    └── GatewayError        this process does not do it: not for this caller, or full, draining, or defective
 
 Nothing here knows gRPC: `rpc.status` turns a failure into a status with details. A layer that meets a foreign library's
 exception raises one of these in its place, from it.
@@ -164,7 +164,7 @@ class RegistryError(DeltawireError):
 
 
 class GatewayError(DeltawireError):
-    """This process cannot do it now: full, draining, or defective."""
+    """This process does not do it: not for this caller, or not now, being full, draining, or defective."""
 
 
 def invalid_request(violations: Sequence[Violation]) -> CallerError:

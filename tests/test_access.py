@@ -1,0 +1,263 @@
+"""Who may call: the table of permissions, the judgement, and the lines that principals come from."""
+
+from __future__ import annotations
+
+import hashlib
+import traceback
+
+import pytest
+
+from deltawire.v1 import chat_completion_pb2, model_registry_pb2
+from deltawire_server.access import ALL, NEEDS, Access, Identity, Key, Permission, Principal, bearer_key, parse_line
+from deltawire_server.errors import Code, GatewayError, Reason
+
+CHAT = "/deltawire.v1.ChatCompletion/StreamChatCompletion"
+LIST = "/deltawire.v1.ModelRegistry/ListModels"
+REGISTER = "/deltawire.v1.ModelRegistry/RegisterModel"
+SECRET = "geheim-geheim-geheim"
+DIGEST = hashlib.sha256(SECRET.encode()).hexdigest()
+MESH = "spiffe://mesh/ns/frontend"
+
+
+def principal(line: str) -> Principal:
+    """The principal of a line that has one."""
+    parsed = parse_line(line)
+    assert parsed is not None
+    return parsed
+
+
+def refusal(access: Access, method: str, key: str | None = None, *identities: str) -> GatewayError:
+    """How a call is refused; without the key, whatever else is said."""
+    with pytest.raises(GatewayError) as caught:
+        access.authorize(method, key, identities)
+    if key:
+        assert key not in "".join(traceback.format_exception_only(caught.value)) + str(caught.value.metadata)
+    return caught.value
+
+
+def test_every_rpc_needs_a_permission() -> None:
+    """The table is whole, and has nothing that there is not: every method of both services, as gRPC names it."""
+    services = [
+        service
+        for file in (chat_completion_pb2.DESCRIPTOR, model_registry_pb2.DESCRIPTOR)
+        for service in file.services_by_name.values()
+    ]
+    assert {f"/{service.full_name}/{method.name}" for service in services for method in service.methods} == set(NEEDS)
+
+
+def test_chats_need_call_and_the_registry_read_or_change() -> None:
+    """What only looks needs READ, what leaves something changed CHANGE."""
+    for method, needs in NEEDS.items():
+        _, service, name = method.split("/")
+        if service.endswith("ChatCompletion"):
+            assert needs is Permission.CALL
+        else:
+            assert (needs is Permission.READ) == name.startswith(("Get", "List", "Watch", "Check"))
+
+
+def test_without_principals_everybody_may_do_everything() -> None:
+    """Nobody is asked, not even who sends what is no key."""
+    access = Access()
+    assert access.open
+    assert access.summary == "everybody may do everything"
+    assert {access.authorize(method, None, []) for method in NEEDS} == {None}
+    assert access.authorize("/deltawire.v1.Test/Echo", SECRET, ["x"]) is None
+
+
+@pytest.mark.parametrize("line", [f"ci all {SECRET}", f"ci all sha256:{DIGEST}", f"ci all sha256:{DIGEST.upper()}"])
+def test_a_key_is_known_by_its_digest(line: str) -> None:
+    """Whether its line had the key or the digest, which are the same credential."""
+    access = Access([principal(line)])
+    assert not access.open
+    assert access.summary == "keys: 1, mTLS identities: 0"
+    assert access.authorize(REGISTER, SECRET, []) == "ci"
+    assert refusal(access, REGISTER, SECRET + "x").reason is Reason.UNAUTHENTICATED
+    assert refusal(access, REGISTER, DIGEST).reason is Reason.UNAUTHENTICATED
+    assert principal(line).credential == Key.of(SECRET)
+
+
+@pytest.mark.parametrize("method", NEEDS)
+@pytest.mark.parametrize("permission", Permission)
+def test_a_principal_may_do_what_it_has_the_permission_for(method: str, permission: Permission) -> None:
+    """And nothing else: the refusal names the caller and what is missing."""
+    access = Access([Principal("ci", frozenset({permission}), Key.of(SECRET))])
+    needs = NEEDS[method]
+    if needs is permission:
+        assert access.authorize(method, SECRET, []) == "ci"
+        return
+    error = refusal(access, method, SECRET)
+    assert (error.reason, error.code) == (Reason.PERMISSION_DENIED, Code.PERMISSION_DENIED)
+    assert error.metadata == {"caller": "ci", "needs": needs.value}
+    assert f"ci lacks the permission {needs.value}" in error.message
+    assert method.rpartition("/")[2] in error.message
+
+
+def test_nobody_may_call_what_is_not_in_the_table() -> None:
+    """A method that was forgotten is closed, not open."""
+    with pytest.raises(KeyError):
+        Access([principal(f"ops all {SECRET}")]).authorize("/deltawire.v1.Test/Echo", SECRET, [])
+
+
+def test_an_identity() -> None:
+    """The first of the certificate's names that is known counts."""
+    access = Access([principal(f"frontend call mtls:{MESH}"), principal("batch read mtls:batch.mesh")])
+    assert access.summary == "keys: 0, mTLS identities: 2"
+    assert access.authorize(CHAT, None, ["other.mesh", MESH]) == "frontend"
+    assert access.authorize(CHAT, None, [MESH, "batch.mesh"]) == "frontend"
+    assert refusal(access, CHAT, None, "batch.mesh", MESH).metadata == {"caller": "batch", "needs": "call"}
+
+
+def test_a_key_and_an_identity() -> None:
+    """The key alone decides: neither a wrong key nor a missing permission is made up for by the certificate."""
+    access = Access([principal(f"ci read {SECRET}"), principal(f"frontend all mtls:{MESH}")])
+    assert access.summary == "keys: 1, mTLS identities: 1"
+    assert access.authorize(LIST, SECRET, [MESH]) == "ci"
+    assert refusal(access, CHAT, SECRET, MESH).reason is Reason.PERMISSION_DENIED
+    assert refusal(access, LIST, "revoked-revoked-revoked", MESH).reason is Reason.UNAUTHENTICATED
+
+
+def test_an_identity_is_no_key() -> None:
+    """A name in a certificate is no secret: sent as a key it lets nobody in, and a key as a name neither."""
+    access = Access([principal(f"frontend all mtls:{MESH}"), principal(f"ci all {SECRET}")])
+    assert refusal(access, CHAT, MESH).reason is Reason.UNAUTHENTICATED
+    assert refusal(access, CHAT, None, SECRET, DIGEST).reason is Reason.UNAUTHENTICATED
+
+
+def test_refusals_say_the_remedy() -> None:
+    """What to send; and certificates only where some are known."""
+    keys = Access([principal(f"ci all {SECRET}")])
+    both = Access([principal(f"ci all {SECRET}"), principal(f"frontend all mtls:{MESH}")])
+    missing = refusal(keys, CHAT)
+    assert (missing.code, missing.metadata) == (Code.UNAUTHENTICATED, {})
+    assert "send a key as `authorization: Bearer …`" in missing.message
+    assert "certificate" not in missing.message
+    assert "connect with a client certificate that it knows" in refusal(both, CHAT).message
+    assert "does not know the key, or does no longer" in refusal(both, CHAT, "wrong-wrong-wrong").message
+    stranger = refusal(both, CHAT, None, "a.mesh", "b.mesh").message
+    assert "none of the client certificate's names (a.mesh, b.mesh)" in stranger
+
+
+def test_replaced_principals_count_at_once() -> None:
+    """A revoked key is refused, a new one known; none at all opens it."""
+    access = Access([principal("old all old-old-old-old-old"), principal(f"ci all {SECRET}")])
+    access.replace([principal("new all new-new-new-new-new"), principal(f"ci read {SECRET}")])
+    assert refusal(access, CHAT, "old-old-old-old-old").reason is Reason.UNAUTHENTICATED
+    assert access.authorize(CHAT, "new-new-new-new-new", []) == "new"
+    assert refusal(access, CHAT, SECRET).reason is Reason.PERMISSION_DENIED
+    access.replace([])
+    assert access.open
+
+
+def test_no_key_is_kept() -> None:
+    """Neither the key nor its digest shows in what is printed, and the key is nowhere in the object."""
+    made = principal(f"ci all {SECRET}")
+    for shown in (repr(made), str(made), made.masked()):
+        assert SECRET not in shown
+        assert DIGEST not in shown
+    assert made.masked() == "ci all sha256:***"
+    assert made.line() == f"ci all sha256:{DIGEST}"
+    assert isinstance(made.credential, Key)
+    assert made.credential.clear
+    assert (made.credential.digest, SECRET.encode() in made.credential.digest) == (bytes.fromhex(DIGEST), False)
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ([], None),
+        ([f"Bearer {SECRET}"], SECRET),
+        ([f"bearer  {SECRET} "], SECRET),
+        ([f"Bearer {SECRET}", f"Bearer {SECRET}"], SECRET),
+    ],
+)
+def test_bearer_keys(values: list[str], key: str | None) -> None:
+    """The scheme's case does not matter, as HTTP has it."""
+    assert bearer_key(values) == key
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([SECRET], "is not the word Bearer, a space and a key: send a key as `authorization: Bearer …`"),
+        ([f"Basic {SECRET}"], "is not the word Bearer"),
+        (["Bearer"], "is not the word Bearer"),
+        (["Bearer "], "is not the word Bearer"),
+        ([""], "is not the word Bearer"),
+        ([f"Bearer {SECRET}", "Bearer other"], "several authorization headers that differ: send one"),
+    ],
+)
+def test_authorization_headers_that_are_no_bearer_key(values: list[str], message: str) -> None:
+    """They are refused and not passed over, and nothing of them is repeated."""
+    with pytest.raises(GatewayError) as caught:
+        bearer_key(values)
+    assert caught.value.reason is Reason.UNAUTHENTICATED
+    assert message in caught.value.message
+    assert SECRET not in caught.value.message
+
+
+@pytest.mark.parametrize("line", ["", "  \t", "# nothing", f"  # ci all {SECRET}", "#ci"])
+def test_lines_without_a_principal(line: str) -> None:
+    """Blank ones and comments."""
+    assert parse_line(line) is None
+
+
+@pytest.mark.parametrize(
+    ("line", "made"),
+    [
+        (f"ci call,read {SECRET}", Principal("ci", frozenset({Permission.CALL, Permission.READ}), Key.of(SECRET))),
+        (f"ci call,read,change {SECRET}", Principal("ci", ALL, Key.of(SECRET))),
+        (f" ci\tread   sha256:{DIGEST}\r", Principal("ci", frozenset({Permission.READ}), Key.of(SECRET))),
+        (f"frontend call mtls:{MESH}", Principal("frontend", frozenset({Permission.CALL}), Identity(MESH))),
+        ("a.b_c-d@e/f all mtls:x  # since May", Principal("a.b_c-d@e/f", ALL, Identity("x"))),
+        ("ci all has#in-the-middle", Principal("ci", ALL, Key.of("has#in-the-middle"))),
+        ("n" * 64 + " all 0123456789abcdef", Principal("n" * 64, ALL, Key.of("0123456789abcdef"))),
+    ],
+)
+def test_lines(line: str, made: Principal) -> None:
+    """What each means, and that it is written down again without loss and without a key."""
+    assert parse_line(line) == made
+    assert parse_line(made.line()) == made
+    assert SECRET not in made.line()
+
+
+def test_the_permissions_of_a_line_are_written_in_order() -> None:
+    """And all of them as all."""
+    assert principal(f"ci change,call {SECRET}").masked() == "ci call,change sha256:***"
+    assert principal("ci change,call,read mtls:a").masked() == "ci all mtls:a"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (SECRET, "must be three words, not 1: write NAME PERMISSIONS CREDENTIAL, like `ci call,read sha256:"),
+        (f"ci {SECRET}", "must be three words, not 2"),
+        (f"ci call read {SECRET}", "must be three words, not 4"),
+        (f"ci all {SECRET} x", "must be three words, not 4"),
+        (f"geheim:x all {SECRET}", "the name must be letters, digits and . _ - @ /"),
+        (f"{'geheim' * 11} all {SECRET}", "at most 64"),
+        (f"-geheim all {SECRET}", "first a letter or digit"),
+        (f"gehéim all {SECRET}", "the name must be"),
+        (f"ci {SECRET} call", "some of call, read, change, with commas and no spaces between them, or all"),
+        (f"ci call,geheim {SECRET}", "some of call, read, change"),
+        (f"ci call, {SECRET}", "some of call, read, change"),
+        (f"ci all,call {SECRET}", "some of call, read, change"),
+        (f"ci CALL {SECRET}", "some of call, read, change"),
+        ("ci call geheim-geheim-x", "at least 16 characters: make one by `openssl rand -hex 32`"),
+        ("ci call geheim-geheim-geheïm", "printable ASCII: a key has to fit into a header"),
+        ("ci call geheim-geheim-\x7f-geheim", "printable ASCII"),
+        ("ci call sha256:geheim", 'followed by 64 hexadecimal digits: `printf %s "$KEY" | sha256sum`'),
+        (f"ci call sha256:{DIGEST}0", "followed by 64 hexadecimal digits"),
+        ("ci call mtls:", "followed by a name in the certificate: write mtls:spiffe://"),
+        ("ci call mtsl:spiffe://geheim/geheim", "must begin with sha256: or mtls:, or be a key, which has no colon"),
+        (f"ci call SHA256:{DIGEST}", "must begin with sha256: or mtls:"),
+    ],
+)
+def test_lines_that_are_wrong(line: str, message: str) -> None:
+    """Each says in what and what to write; no word of it is repeated, nor kept by any exception behind it."""
+    with pytest.raises(ValueError, match=r"must") as caught:
+        parse_line(line)
+    assert message in str(caught.value)
+    shown = "".join(traceback.format_exception_only(caught.value))
+    assert "geh" not in shown
+    assert DIGEST not in shown
+    assert caught.value.__context__ is None
