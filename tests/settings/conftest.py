@@ -41,6 +41,15 @@ def pem(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def keys_file(tmp_path: Path) -> Path:
+    """A file that lets somebody call, kept as it should be."""
+    path = tmp_path / "keys"
+    path.write_text(f"from-file call sha256:{'0' * 64}\n")
+    path.chmod(0o600)
+    return path
+
+
+@pytest.fixture
 def read(settings_file: Path) -> Parse:
     """Parse a file's text, variables and flags, as an operator with a home directory."""
 

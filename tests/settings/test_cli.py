@@ -86,11 +86,12 @@ def test_usage_errors_exit_2(argv: list[str], capsys: pytest.CaptureFixture[str]
     assert "geheim" not in capsys.readouterr().err
 
 
-def test_every_flag(read: Parse, pem: Path) -> None:
+def test_every_flag(read: Parse, pem: Path, keys_file: Path) -> None:
     """Each reaches its key and is named as the origin."""
     invocation = read(
         *("--listen", "0.0.0.0:1", "--listen", "unix:/run/d.sock", "--allow-plaintext", "--max-streams", "7"),
         *("--tls-cert-file", str(pem), "--tls-key-file", str(pem), "--tls-client-ca-file", str(pem)),
+        *("--access-keys-file", str(keys_file)),
         *("--vllm-url", "https://h/v1", "--vllm-max-tokens", "9", "--database-url", "sqlite:////r.db"),
         *("--log-level", "warning", "--log-format", "json", "--check-config"),
     )
@@ -98,6 +99,7 @@ def test_every_flag(read: Parse, pem: Path) -> None:
     assert server.listen == ("0.0.0.0:1", "unix:/run/d.sock")
     assert (server.allow_plaintext, server.max_streams) == (True, 7)
     assert {server.tls_cert_file, server.tls_key_file, server.tls_client_ca_file} == {pem}
+    assert invocation.settings.access.keys_file == keys_file
     assert (vllm.base_url, vllm.max_tokens) == ("https://h/v1", 9)
     assert invocation.settings.registry.database_url == "sqlite+aiosqlite:////r.db"
     assert (invocation.settings.log.level, invocation.settings.log.format) == ("warning", "json")
@@ -145,7 +147,12 @@ def test_effective_reads_back_as_it_was(read: Parse) -> None:
     """Without secrets, the printed settings are a settings file."""
     settings = read("--set", 'server.listen=unix:/tmp/\x7f"ü😀\\,127.0.0.1:2', VLLM_URL=URL).settings
     text = effective(settings)
-    assert "#" not in text.replace("is not set", "").replace("# tls_", "").replace("# max_", "").replace("# api_", "")
+    remarks = ("tls_", "max_", "api_", "keys", "everybody may do everything")
+    assert not [
+        line
+        for line in text.splitlines()
+        if "#" in line and not line.startswith(tuple(f"# {each}" for each in remarks))
+    ]
     assert Settings.model_validate(tomllib.loads(text)) == settings
 
 

@@ -51,9 +51,9 @@ def test_every_section_has_its_model() -> None:
             assert Settings.model_fields[section].annotation is model
 
 
-def test_only_the_token_is_secret() -> None:
+def test_only_tokens_and_keys_are_secret() -> None:
     """A new secret must be of the type that is masked."""
-    assert [key for section, key in FIELDS if is_secret(SECTIONS[section].model_fields[key])] == ["api_token"]
+    assert [key for section, key in FIELDS if is_secret(SECTIONS[section].model_fields[key])] == ["keys", "api_token"]
 
 
 def test_paths_that_lead_nowhere() -> None:

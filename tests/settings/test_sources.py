@@ -28,6 +28,8 @@ SAMPLES = {
     "tls_key_file": "PEM",
     "tls_client_ca_file": "PEM",
     "allow_plaintext": "true",
+    "keys_file": "KEYS",
+    "keys": "ci call 0123456789abcdef",
     "reflection": "false",
     "base_url": "https://elsewhere/v1",
     "api_token": "12345678",
@@ -39,9 +41,9 @@ SAMPLES = {
 
 
 @pytest.mark.parametrize("path", SCALARS, ids=".".join)
-def test_every_key_has_its_variable(path: KeyPath, read: Parse, pem: Path) -> None:
+def test_every_key_has_its_variable(path: KeyPath, read: Parse, pem: Path, keys_file: Path) -> None:
     """Set alone, it changes that key and is named as its origin."""
-    sample = SAMPLES.get(path[-1], "2048").replace("PEM", str(pem))
+    sample = SAMPLES.get(path[-1], "2048").replace("PEM", str(pem)).replace("KEYS", str(keys_file))
     tls = {f"DELTAWIRE_SERVER_TLS_{which}_FILE": str(pem) for which in ("CERT", "KEY") if "tls_" in path[1]}
     file = f'[providers."gpu-1.a"]\nbase_url = "{URL}"'
     before = read(file=file)
@@ -152,7 +154,7 @@ def test_two_names_for_one_key(read: Parse, problems: Problems) -> None:
     ("text", "line"),
     [
         ("[servr]", "servr (from FILE): no such section; did you mean server?"),
-        ("[zzz]", "zzz (from FILE): no such section; there are server, stream, providers, registry, log"),
+        ("[zzz]", "zzz (from FILE): no such section; there are server, access, stream, providers, registry, log"),
         ("[server]\nmax_stream = 1", "server.max_stream (from FILE): no such key; did you mean server.max_streams?"),
         ("[log]\nzzz = 1", "log.zzz (from FILE): no such key; there are level, format"),
         ("log = 3", "log (from FILE): must be a table: write [log] and the keys under it"),
@@ -311,6 +313,9 @@ def test_the_flag_names_the_file_over_the_environment(tmp_path: Path, read: Pars
         {"VLLM_URL": "me:geheim@host:8000/v1"},
         {"VLLM_URL": URL, "DELTAWIRE_REGISTRY_DATABASE_URL": "postgresql://me:geheim@host/db"},
         {"VLLM_URL": URL, "VLLM_API_TOKEN": "geheim", "DELTAWIRE_PROVIDERS_VLLM_API_TOKEN": "geheim2"},
+        {"VLLM_URL": URL, "DELTAWIRE_ACCESS_KEYS": "ci call geheim"},
+        {"VLLM_URL": URL, "DELTAWIRE_ACCESS_KEYS": "a call geheimgeheimgeheim; b geheimgeheimgeheim call"},
+        {"VLLM_URL": URL, "DELTAWIRE_ACCESS_KEYS": "a call geheimgeheimgeheim; b read geheimgeheimgeheim"},
     ],
 )
 def test_no_secret_in_errors(environ: dict[str, str]) -> None:

@@ -7,6 +7,7 @@ have it then.
 
 from deltawire_server.settings.cli import Invocation, effective, example, parse
 from deltawire_server.settings.model import (
+    AccessSettings,
     LogSettings,
     ProviderSettings,
     RegistrySettings,
@@ -18,6 +19,7 @@ from deltawire_server.settings.sources import SettingsError
 from deltawire_server.settings.values import is_local
 
 __all__ = [
+    "AccessSettings",
     "Invocation",
     "LogSettings",
     "ProviderSettings",

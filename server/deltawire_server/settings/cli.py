@@ -31,6 +31,7 @@ FLAGS: Mapping[str, KeyPath] = MappingProxyType(
         "--tls-cert-file": ("server", "tls_cert_file"),
         "--tls-key-file": ("server", "tls_key_file"),
         "--tls-client-ca-file": ("server", "tls_client_ca_file"),
+        "--access-keys-file": ("access", "keys_file"),
         "--max-streams": ("server", "max_streams"),
         "--vllm-url": ("providers", "vllm", "base_url"),
         "--vllm-max-tokens": ("providers", "vllm", "max_tokens"),
@@ -141,6 +142,7 @@ def effective(settings: Settings, origins: Mapping[str, str] | None = None) -> s
                 continue
             origin = f"  # {_one_line(origins.get(dotted((*path, key)), 'default'))}" if origins is not None else ""
             lines.append(f"{key} = {_toml(value)}{origin}")
+        lines += [f"# {_one_line(remark)}" for remark in section.remarks()]
         lines.append("")
     return "\n".join(lines)
 

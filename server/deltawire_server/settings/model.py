@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping  # noqa: TC003 -- pydantic evaluates the annotations.
 from pathlib import Path
 from types import MappingProxyType, UnionType
-from typing import TYPE_CHECKING, Annotated, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Literal, Self, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -18,15 +18,19 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainValidator,
+    PrivateAttr,
     SecretStr,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
-from deltawire_server.settings import values
+from deltawire_server.settings import lines, values
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
+
+    from deltawire_server.access import Principal
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -50,6 +54,10 @@ class Section(BaseModel):
     """What all sections share: frozen, no unknown keys, and no value in any exception's text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, validate_default=True)
+
+    def remarks(self) -> tuple[str, ...]:
+        """What printed settings say beside the values, a line each; no secrets."""
+        return ()
 
 
 class ServerSettings(Section):
@@ -213,6 +221,59 @@ class ServerSettings(Section):
         return value
 
 
+class AccessSettings(Section):
+    """Who may call, read and change: a line for each caller, `NAME PERMISSIONS CREDENTIAL`.
+
+    PERMISSIONS are call (completions), read (look at models and providers) and change (models), joined by commas, or all.
+    CREDENTIAL is sha256: and the SHA-256 of the caller's key, in hexadecimal digits; or the key itself, at least 16
+    printable ASCII characters without a colon; or mtls: and a name in the caller's certificate: a URI or DNS name, or the
+    common name of one that has no such. `#` begins a comment. Keys come as `authorization: Bearer …`. Without any line
+    everybody may do everything.
+    """
+
+    keys_file: Annotated[
+        Annotated[Path, AfterValidator(values.lines_file)] | None, BeforeValidator(lambda value: value or None)
+    ] = Field(
+        default=None,
+        examples=["/etc/deltawire/keys"],
+        description=(
+            "File of lines that say who may call, such as: ci call,read sha256:9f86… Keep others from writing it, and, "
+            "with keys themselves in it, from reading it."
+        ),
+    )
+    keys: Annotated[SecretStr | None, AfterValidator(lines.hashed)] = Field(
+        default=None,
+        examples=["ops all sha256:…; frontend call mtls:frontend.mesh"],
+        description=(
+            "More such lines, with ; or line ends between them; names and credentials are unique over both. Never "
+            "printed, and no flag sets it, since flags show in ps."
+        ),
+    )
+    _entries: tuple[lines.Entry, ...] = PrivateAttr(default=())
+    _warnings: tuple[str, ...] = PrivateAttr(default=())
+
+    @property
+    def principals(self) -> tuple[Principal, ...]:
+        """Who may call; names and credentials are unique. None means that everybody may do everything."""
+        return tuple(entry.principal for entry in self._entries)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is unsafe about how the file is kept, for the log; no secrets."""
+        return self._warnings
+
+    def remarks(self) -> tuple[str, ...]:
+        """Who may call, with masked keys."""
+        if not self._entries:
+            return ("everybody may do everything",)
+        return tuple(f"{entry.principal.masked()}  # {entry.setting} {entry.place}" for entry in self._entries)
+
+    @model_validator(mode="after")
+    def _lines_are_read(self) -> Self:
+        self._entries, self._warnings = lines.read(self.keys_file, self.keys)
+        return self
+
+
 class StreamSettings(Section):
     """What one completion may hold in memory, and how long it waits for its caller."""
 
@@ -344,12 +405,23 @@ class Settings(Section):
     """Everything the gateway is told. Hand it to `app`, whose parts each take their own section."""
 
     server: ServerSettings = Field(default_factory=ServerSettings, description="The listener.")
+    access: AccessSettings = Field(default_factory=AccessSettings, description="Who may call.")
     stream: StreamSettings = Field(default_factory=StreamSettings, description="Each completion.")
     providers: Mapping[ProviderId, ProviderSettings] = Field(
         default_factory=dict, description="Who generates, by the operator's name for each; at least one."
     )
     registry: RegistrySettings = Field(default_factory=RegistrySettings, description="Registered models.")
     log: LogSettings = Field(default_factory=LogSettings, description="Logging.")
+
+    @field_validator("access")
+    @classmethod
+    def _identities_are_asked_for(cls, value: AccessSettings, info: ValidationInfo) -> AccessSettings:
+        # A server section that is itself wrong is not there.
+        if "server" in info.data and info.data["server"].tls_client_ca_file is None:
+            problems = lines.certificates_needed(value._entries)
+            if problems:
+                raise lines.LinesError(problems)
+        return value
 
     @field_validator("providers")
     @classmethod
@@ -365,6 +437,7 @@ class Settings(Section):
 SECTIONS: Mapping[str, type[Section]] = MappingProxyType(
     {
         "server": ServerSettings,
+        "access": AccessSettings,
         "stream": StreamSettings,
         "providers": ProviderSettings,
         "registry": RegistrySettings,

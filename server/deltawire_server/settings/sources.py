@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from deltawire_server.settings.lines import LinesError
 from deltawire_server.settings.model import (
     SECTIONS,
     KeyPath,
@@ -153,7 +154,7 @@ class Sources:
         try:
             checked = Settings.model_validate(self.tree, context={"environ": environ})
         except ValidationError as error:
-            self.problems.extend(self._line(each) for each in error.errors(include_url=False))
+            self.problems.extend(line for each in error.errors(include_url=False) for line in self._lines(each))
         # Outside of the handler, as above: pydantic's exception holds the values.
         if checked is None or self.problems:
             raise SettingsError(self.problems)
@@ -200,6 +201,14 @@ class Sources:
             f"environment {name}: no such setting: write {PREFIX}PROVIDERS_<ID>_<KEY>, KEY one of {keys}"
         )
         return None
+
+    def _lines(self, error: ErrorDetails) -> list[str]:
+        """What pydantic found, as a line; or as one for each wrong line of those that say who may call."""
+        cause = error.get("ctx", {}).get("error")
+        if isinstance(cause, LinesError):
+            section = str(error["loc"][0])
+            return [self._said((section, setting), message) for setting, message in cause.problems]
+        return [self._line(error)]
 
     def _line(self, error: ErrorDetails) -> str:
         """One problem that pydantic found, as a line."""

@@ -114,11 +114,20 @@ def readable_file(value: Path) -> Path:
     Raises:
         ValueError: It is missing, no file, or may not be read.
     """
+    return _readable(value, "a PEM file")
+
+
+def lines_file(value: Path) -> Path:
+    """Do as `readable_file` does, for the file that says who may call."""
+    return _readable(value, "a text file with lines of access keys")
+
+
+def _readable(value: Path, what: str) -> Path:
     path = _expanded(value)
     if not path.exists():
-        raise ValueError(f"{path} does not exist: give the path of a PEM file")
+        raise ValueError(f"{path} does not exist: give the path of {what}")
     if not path.is_file():
-        raise ValueError(f"{path} is not a file: give the path of a PEM file")
+        raise ValueError(f"{path} is not a file: give the path of {what}")
     try:
         with path.open("rb") as file:
             file.read(1)
