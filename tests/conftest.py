@@ -33,6 +33,7 @@ class StartGateway(Protocol):
         server: Mapping[str, Any] | None = None,
         stream: Mapping[str, Any] | None = None,
         provider: Mapping[str, Any] | None = None,
+        access: Mapping[str, Any] | None = None,
         options: tuple[tuple[str, int], ...] = (),
     ) -> AbstractAsyncContextManager[Running]: ...
 
@@ -46,6 +47,31 @@ class Certificates:
     server_key: Path
     client: Path
     client_key: Path
+
+    def sign(self, name: str, alternative_names: str) -> tuple[Path, Path]:
+        """Make another client's certificate and key.
+
+        Args:
+            name: The common name, and that of the files.
+            alternative_names: As openssl writes them: "URI:spiffe://mesh/a,DNS:a.mesh"; none if empty.
+        """
+        return _signed(self.authority.parent, name, alternative_names)
+
+
+def _openssl(folder: Path, *arguments: str) -> None:
+    subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+
+
+_CURVE = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+
+
+def _signed(folder: Path, name: str, alternative_names: str) -> tuple[Path, Path]:
+    names = f"subjectAltName={alternative_names}\n" if alternative_names else ""
+    (folder / f"{name}.extensions").write_text(f"basicConstraints=CA:FALSE\n{names}")
+    _openssl(folder, "req", *_CURVE, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
+    signing = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", f"{name}.extensions")
+    _openssl(folder, "x509", "-req", "-in", f"{name}.csr", "-out", f"{name}.pem", *signing)
+    return folder / f"{name}.pem", folder / f"{name}.key"
 
 
 @pytest.fixture
@@ -66,9 +92,12 @@ def start_gateway(vllm: FakeVllm, tmp_path: Path) -> StartGateway:
         server: Mapping[str, Any] | None = None,
         stream: Mapping[str, Any] | None = None,
         provider: Mapping[str, Any] | None = None,
+        access: Mapping[str, Any] | None = None,
         options: tuple[tuple[str, int], ...] = (),
     ) -> AsyncIterator[Running]:
-        settings = settings_of(base_url or vllm.base_url, tmp_path, server=server, stream=stream, provider=provider)
+        settings = settings_of(
+            base_url or vllm.base_url, tmp_path, server=server, stream=stream, provider=provider, access=access
+        )
         async with running(settings, options=options) as gateway:
             yield gateway
 
@@ -101,20 +130,11 @@ async def lines() -> AsyncIterator[Lines]:
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     """Made by the openssl command for this run of the tests."""
     folder = tmp_path_factory.mktemp("certificates")
-    (folder / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
-
-    def openssl(*arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
-
-    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
-    openssl("req", "-x509", *curve, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=authority", "-days", "2")
-    for name in ("server", "client"):
-        openssl("req", *curve, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
-        signing = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "names")
-        openssl("x509", "-req", "-in", f"{name}.csr", "-out", f"{name}.pem", *signing)
-    return Certificates(
-        folder / "ca.pem", folder / "server.pem", folder / "server.key", folder / "client.pem", folder / "client.key"
+    _openssl(
+        folder, "req", "-x509", *_CURVE, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=authority", "-days", "2"
     )
+    local = "DNS:localhost,IP:127.0.0.1"
+    return Certificates(folder / "ca.pem", *_signed(folder, "server", local), *_signed(folder, "client", local))
 
 
 @pytest.fixture(scope="session")

@@ -169,3 +169,47 @@ async def test_tls_to_the_provider(start_gateway: StartGateway, certificates: Ce
             failure = await failure_of(gateway.create())
     assert failure.code is grpc.StatusCode.UNAVAILABLE
     assert "certificate" in failure.message
+
+
+async def test_serving_says_who_may_call(start_gateway: StartGateway, lines: Lines) -> None:
+    """Everybody, and that is no warning where only this machine gets there; or how many are known, and by what."""
+    async with start_gateway():
+        assert (await lines.find("serving"))["access"] == "everybody may do everything"
+    async with start_gateway(access={"keys": "ops all secret-of-ops-itself; ci call sha256:" + "0" * 64}):
+        await lines.find("serving", access="keys: 2, mTLS identities: 0")
+    assert {entry["level"] for entry in lines.entries} <= {"info", "debug"}
+    assert "secret" not in lines.getvalue()
+
+
+async def test_everybody_on_other_machines_is_warned_of(
+    vllm: FakeVllm, tmp_path: Path, lines: Lines, certificates: Certificates
+) -> None:
+    """Unless somebody says who may call: lines of their own, or the authority of mutual TLS."""
+    event = "everybody on other machines may do everything"
+    tls = {"tls_cert_file": certificates.server, "tls_key_file": certificates.server_key}
+    mutual = tls | {"tls_client_ca_file": certificates.authority}
+    warned: list[int] = []
+    for server, access in ((tls, {}), (tls, {"keys": "ops all secret-of-ops-itself"}), (mutual, {})):
+        before = len(lines.entries)
+        settings = settings_of(vllm.base_url, tmp_path, server={"listen": "0.0.0.0:0", **server}, access=access)
+        async with Gateway(settings):
+            warned.append(sum(entry["event"] == event for entry in lines.entries[before:]))
+    assert warned == [1, 0, 0]
+    entry = await lines.find(event)
+    assert (entry["level"], entry["addresses"]) == ("warning", ["0.0.0.0:0"])
+
+
+async def test_a_keys_file_that_is_not_kept_safe(vllm: FakeVllm, tmp_path: Path, lines: Lines) -> None:
+    """Is warned of, at the start and at every later load, and taken all the same."""
+    keys = tmp_path / "keys"
+    keys.write_text("ops all secret-of-ops-itself\n")
+    keys.chmod(0o646)
+    settings = settings_of(vllm.base_url, tmp_path, access={"keys_file": keys})
+    async with Gateway(settings) as gateway:
+        gateway.load_access(settings)
+    warnings = [entry["problem"] for entry in lines.entries if entry["level"] == "warning"]
+    assert [warning.partition(f" {keys}")[0] for warning in warnings] == [
+        "others than its owner can write",
+        "everybody on this machine can read the keys in",
+    ] * 2
+    assert "secret" not in lines.getvalue()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Self
 
 from deltawire._version import __version__
 from deltawire.v1 import chat_completion_pb2, chat_completion_pb2_grpc, model_registry_pb2, model_registry_pb2_grpc
+from deltawire_server.access import Access
 from deltawire_server.lifecycle import Lifecycle, plaintext_addresses
 from deltawire_server.registry.registry import ModelRegistry
 from deltawire_server.registry.store import Store
@@ -17,6 +18,7 @@ from deltawire_server.rpc.chat_completion import ChatCompletionServicer
 from deltawire_server.rpc.interceptors import CallInterceptor
 from deltawire_server.rpc.model_registry import ModelRegistryServicer
 from deltawire_server.sansio.completion import Limits
+from deltawire_server.settings import is_local
 from deltawire_server.telemetry import configure_logging, get_logger
 from deltawire_server.upstream.base import Patience
 from deltawire_server.upstream.providers import Providers
@@ -60,7 +62,8 @@ class Gateway:
         )
         self._registry = ModelRegistry(Store(settings.registry.database_url), self._providers)
         worker = Worker(self._registry, _worker_limits(settings))
-        calls = CallInterceptor(worker.end_all, self._registry.stop_watches)
+        self._access = Access(settings.access.principals)
+        calls = CallInterceptor(worker.end_all, self._registry.stop_watches, self._access)
         self._lifecycle = Lifecycle(settings.server, [calls], calls)
         chat = ChatCompletionServicer(worker, max_completed_bytes=settings.server.max_completed_bytes)
         models = ModelRegistryServicer(self._registry, self._providers)
@@ -90,17 +93,29 @@ class Gateway:
             version=__version__,
             addresses=list(self.addresses),
             tls="mutual" if server.tls_client_ca_file else "yes" if server.tls else "no",
+            access=self._access.summary,
             providers={provider.id: provider.base_url for provider in self._providers.all()},
         )
         exposed = plaintext_addresses(server)
         if exposed:
             _log.warning("serving without TLS to other machines", addresses=list(exposed))
+        self._warn_of_access(self._settings)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._close()
+
+    def load_access(self, settings: Settings) -> None:
+        """Judge calls from now on by what freshly read settings say of who may call; those under way go on.
+
+        Args:
+            settings: Checked already; only their `access` is taken.
+        """
+        self._access.replace(settings.access.principals)
+        _log.info("access loaded", access=self._access.summary)
+        self._warn_of_access(settings)
 
     async def drain(self) -> None:
         """Turn NOT_SERVING, take calls until balancers have noticed, then let those under way end."""
@@ -109,6 +124,15 @@ class Gateway:
     async def stop(self) -> None:
         """Cancel what is under way; also while draining."""
         await self._lifecycle.stop(at_once=True)
+
+    def _warn_of_access(self, settings: Settings) -> None:
+        for warning in settings.access.warnings:
+            _log.warning("the access keys file is not kept safe", problem=warning)
+        server = self._settings.server
+        exposed = [address for address in server.listen if not is_local(address)]
+        # With mutual TLS the authority says who gets there.
+        if self._access.open and exposed and server.tls_client_ca_file is None:
+            _log.warning("everybody on other machines may do everything", addresses=exposed)
 
     async def _close(self) -> None:
         await self._lifecycle.stop(at_once=True)

@@ -16,6 +16,7 @@ from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import chat_completion_pb2_grpc, message_pb2, model_registry_pb2_grpc, tool_pb2
 from deltawire_server.app import Gateway
 from deltawire_server.settings import (
+    AccessSettings,
     ProviderSettings,
     RegistrySettings,
     ServerSettings,
@@ -44,10 +45,12 @@ def settings_of(
     server: Mapping[str, Any] | None = None,
     stream: Mapping[str, Any] | None = None,
     provider: Mapping[str, Any] | None = None,
+    access: Mapping[str, Any] | None = None,
 ) -> Settings:
     """Settings of a gateway on a free port before one provider, named vllm, that does not dally when it stops."""
     return Settings(
         server=ServerSettings(**{"listen": "127.0.0.1:0", "drain_delay": 0, **(server or {})}),
+        access=AccessSettings(**(access or {})),
         stream=StreamSettings(**(stream or {})),
         # Not verified for plain HTTP, where nothing is, since the system's authorities take long to load.
         providers={

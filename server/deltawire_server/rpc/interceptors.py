@@ -1,4 +1,4 @@
-"""What every call goes through: a request id, the drain gate, a status for what failed, and one log line.
+"""What every call goes through: a request id, who calls, the drain gate, a status for what failed, and one log line.
 
 Handlers raise `DeltawireError` and know nothing of statuses. Nothing is sent before a handler sends it: not even initial
 metadata, so that a call that fails before its first event stays retriable for clients and proxies.
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import grpc
 from grpc import aio
 
+from deltawire_server.access import Access, bearer_key
 from deltawire_server.errors import DeltawireError, GatewayError, Reason
 from deltawire_server.rpc.status import MAX_MESSAGE, grpc_code, shorten, trailers_of
 from deltawire_server.telemetry import get_logger
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping
 
 REQUEST_ID = "x-request-id"
+AUTHORIZATION = "authorization"
 PROVIDER_TOKEN = "x-vllm-api-token"  # noqa: S105 (the name of a header, not a token)
 MAX_REQUEST_ID = 128
 OUR_METHODS = "/deltawire.v1."
@@ -74,13 +76,18 @@ class CallInterceptor(aio.ServerInterceptor):
     Args:
         end_calls: Ends the calls under way that can be ended with a word to the caller.
         end_watches: Ends those that would go on for ever.
+        access: Who may call; by default everybody.
     """
 
     def __init__(
-        self, end_calls: Callable[[], None] = lambda: None, end_watches: Callable[[], None] = lambda: None
+        self,
+        end_calls: Callable[[], None] = lambda: None,
+        end_watches: Callable[[], None] = lambda: None,
+        access: Access | None = None,
     ) -> None:
         self._end_calls = end_calls
         self._end_watches = end_watches
+        self._access = Access() if access is None else access
         self._active = 0
         self._draining = False
         self._idle = asyncio.Event()
@@ -125,6 +132,7 @@ class CallInterceptor(aio.ServerInterceptor):
         with self._counted():
             with _entered(record), _logged(method, record, context, metadata) as outcome:
                 try:
+                    self._authorize(method, record, context)
                     if self._draining:
                         message = "this process is shutting down; another one serves"
                         raise GatewayError(Reason.DRAINING, message, retry_after=0.0)
@@ -137,6 +145,17 @@ class CallInterceptor(aio.ServerInterceptor):
                 outcome.fail(error)
             message = shorten(error.message, MAX_MESSAGE)
             return await context.abort(grpc_code(error.code), message, trailers_of(error, record.call.request_id))
+
+    def _authorize(self, method: str, record: CallRecord, context: _Context) -> None:
+        """Let the call in or raise; the log line gets the caller's name, and of one who may not, what is missing."""
+        if self._access.open:
+            return  # also those whose authorization header is for somebody else on the way
+        key = bearer_key([value for name, value in _pairs(context) if name == AUTHORIZATION])
+        try:
+            record.values["caller"] = self._access.authorize(method, key, _identities(context))
+        except GatewayError as refused:
+            record.values.update(refused.metadata)
+            raise
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
@@ -209,7 +228,22 @@ def _deadline_passed(context: _Context) -> bool:
 
 
 def _metadata(context: _Context) -> dict[str, str]:
-    return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+    return dict(_pairs(context))
+
+
+def _pairs(context: _Context) -> Iterator[tuple[str, str]]:
+    return ((key, value) for key, value in context.invocation_metadata() or () if isinstance(value, str))
+
+
+def _identities(context: _Context) -> list[str]:
+    """The names in the client certificate that the listener verified; none without one.
+
+    The common name only where there is no alternative name, as TLS has it (RFC 6125) and grpc: an authority that vouches for
+    the alternative names may let anybody choose the other.
+    """
+    authenticated = context.auth_context()
+    names = authenticated.get("x509_subject_alternative_name") or authenticated.get("x509_common_name") or ()
+    return [name.decode(errors="backslashreplace") for name in names]
 
 
 def _call_context(metadata: Mapping[str, str]) -> CallContext:

@@ -1,0 +1,346 @@
+"""Who may call, over gRPC: by key and by certificate, every RPC, what refusals and log lines say, and a change of it all."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
+
+from deltawire import AsyncClient, Client, PermissionDeniedError, UnauthenticatedError
+from deltawire.v1 import chat_completion_pb2 as chat_pb
+from deltawire.v1 import model_registry_pb2
+from deltawire_server.access import NEEDS, Permission
+from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
+from tests.support.gateway import (
+    Failure,
+    Lines,
+    Running,
+    failure_of,
+    kinds,
+    read,
+    read_badly,
+    read_well,
+    settings_of,
+    taken_apart,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from tests.conftest import Certificates, StartGateway
+
+CHUNKS = Chunks()
+KEYS = {permission: f"secret-of-{permission.value}-alone" for permission in Permission}
+OPS = "secret-of-operations"
+ACCESS = {"keys": "; ".join([f"ops all {OPS}", *(f"{each.value}er {each.value} {KEYS[each]}" for each in KEYS)])}
+MESH = "spiffe://mesh/ns/frontend"
+LIST = model_registry_pb2.ListProvidersRequest()
+
+
+def bearer(key: str) -> tuple[tuple[str, str], ...]:
+    """The metadata of somebody who has this key."""
+    return (("authorization", f"Bearer {key}"),)
+
+
+async def tried(channel: aio.Channel, method: str, metadata: tuple[tuple[str, str], ...] = ()) -> Failure | None:
+    """How a call with an empty request fails; `None` if it does not, or not before its first message."""
+    if method.endswith(("/StreamChatCompletion", "/WatchModels")):
+        stream: Any = channel.unary_stream(method)
+        call = stream(b"", metadata=metadata)
+        try:
+            await call.read()
+            call.cancel()
+        except aio.AioRpcError as error:
+            return taken_apart(error)
+        return None
+    unary: Any = channel.unary_unary(method)
+    try:
+        await unary(b"", metadata=metadata)
+    except aio.AioRpcError as error:
+        return taken_apart(error)
+    return None
+
+
+@pytest.mark.parametrize("method", NEEDS)
+async def test_every_rpc_asks_for_its_permission(start_gateway: StartGateway, vllm: FakeVllm, method: str) -> None:
+    """Without a key, with a wrong one and without the permission it is refused, else it is let in."""
+    async with start_gateway(access=ACCESS) as gateway:
+        for metadata in ((), bearer("secret-of-nobody-at-all")):
+            failure = await tried(gateway.channel, method, metadata)
+            assert failure is not None
+            assert (failure.code, failure.reason) == (grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED")
+            assert "authorization: Bearer" in failure.message
+            assert failure.initial == {}
+        for permission, key in KEYS.items():
+            failure = await tried(gateway.channel, method, bearer(key))
+            if permission is NEEDS[method]:
+                assert failure is None or failure.reason not in {"UNAUTHENTICATED", "PERMISSION_DENIED"}
+                continue
+            assert failure is not None
+            assert (failure.code, failure.reason) == (grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED")
+            asked = {"caller": f"{permission.value}er", "needs": NEEDS[method].value}
+            assert failure.metadata.items() >= asked.items()
+        let_in = await tried(gateway.channel, method, bearer(OPS))
+        assert let_in is None or let_in.reason not in {"UNAUTHENTICATED", "PERMISSION_DENIED"}
+    assert vllm.chats == []
+
+
+async def test_whoever_is_known_is_served(start_gateway: StartGateway, vllm: FakeVllm, lines: Lines) -> None:
+    """Unary and streamed; the log names the caller, and the key goes nowhere: not to vLLM and into no line."""
+    async with start_gateway(access=ACCESS, provider={"api_token": "operators-token"}) as gateway:
+        await read_well(gateway.stream(metadata=bearer(KEYS[Permission.CALL])))
+        await gateway.create(metadata=bearer(OPS))
+        await gateway.models.ListProviders(LIST, metadata=bearer(KEYS[Permission.READ]))
+    calls = [entry for entry in lines.entries if entry["event"] == "call"]
+    assert [(entry["caller"], entry["code"]) for entry in calls] == [("caller", "OK"), ("ops", "OK"), ("reader", "OK")]
+    for chat in vllm.chats:
+        assert chat.headers["authorization"] == "Bearer operators-token"
+        assert not [value for value in chat.headers.values() if "secret-of" in value]
+    assert "secret-of" not in lines.getvalue()
+
+
+async def test_who_is_refused_is_logged(start_gateway: StartGateway, lines: Lines) -> None:
+    """Like any other failure, with the reason, and the caller if it is known; never with what it sent."""
+    async with start_gateway(access=ACCESS) as gateway:
+        await read_badly(gateway.stream())
+        await read_badly(gateway.stream(metadata=bearer("secret-of-nobody-at-all")))
+        await read_badly(gateway.stream(metadata=(("authorization", "secret-of-operations"),)))
+        await read_badly(gateway.stream(metadata=bearer(KEYS[Permission.READ])))
+    calls = [entry for entry in lines.entries if entry["event"] == "call"]
+    assert [entry["reason"] for entry in calls] == ["UNAUTHENTICATED"] * 3 + ["PERMISSION_DENIED"]
+    assert {entry["level"] for entry in calls} == {"info"}
+    assert [entry.get("caller") for entry in calls] == [None, None, None, "reader"]
+    assert calls[-1]["needs"] == "call"
+    assert "secret-of" not in lines.getvalue()
+    for key in (*KEYS.values(), OPS):
+        assert hashlib.sha256(key.encode()).hexdigest() not in lines.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ((("authorization", OPS),), "is not the word Bearer, a space and a key"),
+        ((("authorization", f"Basic {OPS}"),), "is not the word Bearer"),
+        ((*bearer(OPS), *bearer("secret-of-nobody-at-all")), "several authorization headers that differ"),
+    ],
+)
+async def test_headers_that_are_no_bearer_key(
+    start_gateway: StartGateway, metadata: tuple[tuple[str, str], ...], message: str
+) -> None:
+    """Are refused with what is wrong, and not repeated."""
+    async with start_gateway(access=ACCESS) as gateway:
+        failure = await failure_of(gateway.create(metadata=metadata))
+    assert failure.reason == "UNAUTHENTICATED"
+    assert message in failure.message
+    assert "secret-of" not in str(failure)
+
+
+@pytest.mark.parametrize("metadata", [(), bearer(OPS), (("authorization", "Basic x"),)])
+async def test_without_access_nobody_is_asked(
+    served: Running, lines: Lines, metadata: tuple[tuple[str, str], ...]
+) -> None:
+    """Nor is a header looked at, nor a caller named."""
+    await read_well(served.stream(metadata=metadata))
+    assert "caller" not in await lines.find("call")
+
+
+async def test_who_may_not_call_learns_nothing_else(start_gateway: StartGateway, vllm: FakeVllm) -> None:
+    """Refused before the request is looked at, before admission and before the drain."""
+    gate = asyncio.Event()
+    vllm.play(Script.chunks([CHUNKS.role(), gate, CHUNKS.finish()]))
+    known = bearer(OPS)
+    async with start_gateway(access=ACCESS, server={"max_streams": 1}) as gateway:
+        messages = aiter(gateway.stream(metadata=known))
+        await anext(messages)
+        wrong = chat_pb.ChatRequest()
+        assert (await failure_of(gateway.create(wrong, metadata=known))).reason == "INVALID_REQUEST"
+        assert (await failure_of(gateway.create(wrong))).reason == "UNAUTHENTICATED"
+        assert (await failure_of(gateway.create(metadata=known))).reason == "TOO_MANY_STREAMS"
+        assert (await failure_of(gateway.create())).reason == "UNAUTHENTICATED"
+        drained = asyncio.create_task(gateway.gateway.drain())
+        while (failure := await failure_of(gateway.create(metadata=known))).reason != "DRAINING":
+            pass
+        assert (await failure_of(gateway.create())).reason == "UNAUTHENTICATED"
+        gate.set()
+        assert kinds([event async for event in messages])[-1] == "completed"
+        await drained
+    assert failure.code is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_health_and_reflection_are_open(start_gateway: StartGateway) -> None:
+    """Meshes ask the one, tools the other, and neither has a key."""
+    async with start_gateway(access=ACCESS) as gateway:
+        response = await health_pb2_grpc.HealthStub(gateway.channel).Check(health_pb2.HealthCheckRequest())
+        assert response.status == health_pb2.HealthCheckResponse.SERVING
+        call: Any = gateway.channel.stream_stream(
+            "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+            request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+            response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+        )
+        (answer,) = [each async for each in call(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))]
+        assert "deltawire.v1.ModelRegistry" in [each.name for each in answer.list_services_response.service]
+
+
+@asynccontextmanager
+async def shown(gateway: Running, certificates: Certificates, name: str, names: str) -> AsyncIterator[Running]:
+    """Over a channel of a client whose certificate has this common name and these alternative names."""
+    certificate, key = certificates.sign(name, names)
+    credentials = grpc.ssl_channel_credentials(
+        certificates.authority.read_bytes(), key.read_bytes(), certificate.read_bytes()
+    )
+    async with aio.secure_channel(gateway.address, credentials) as channel:
+        yield Running(gateway.gateway, channel)
+
+
+def mutual(certificates: Certificates) -> dict[str, Any]:
+    """Settings of a listener that asks for client certificates."""
+    return {
+        "tls_cert_file": certificates.server,
+        "tls_key_file": certificates.server_key,
+        "tls_client_ca_file": certificates.authority,
+    }
+
+
+@pytest.mark.parametrize(
+    ("identity", "common_name", "alternative_names"),
+    [
+        (MESH, "by-uri", f"URI:{MESH}"),
+        ("frontend.mesh", "by-dns", f"URI:{MESH},DNS:frontend.mesh"),
+        ("by-common-name", "by-common-name", ""),
+    ],
+)
+async def test_by_certificate(
+    start_gateway: StartGateway,
+    certificates: Certificates,
+    lines: Lines,
+    identity: str,
+    common_name: str,
+    alternative_names: str,
+) -> None:
+    """By a URI, by a DNS name, or by the common name: unary and streamed, let in and refused, by the permission."""
+    async with (
+        start_gateway(server=mutual(certificates), access={"keys": f"frontend call mtls:{identity}"}) as gateway,
+        shown(gateway, certificates, common_name, alternative_names) as caller,
+    ):
+        await read_well(caller.stream())
+        await caller.create()
+        failure = await failure_of(caller.models.ListProviders(LIST))
+    assert (failure.code, failure.reason) == (grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED")
+    assert failure.metadata.items() >= {"caller": "frontend", "needs": "read"}.items()
+    assert [entry["caller"] for entry in lines.entries if entry["event"] == "call"] == ["frontend"] * 3
+
+
+@pytest.mark.parametrize("alternative_names", ["DNS:stranger.mesh", ""])
+async def test_a_certificate_that_is_not_known(
+    start_gateway: StartGateway, certificates: Certificates, alternative_names: str
+) -> None:
+    """The authority's signature alone lets nobody in, and the refusal says what names there were."""
+    async with (
+        start_gateway(server=mutual(certificates), access={"keys": "frontend call mtls:frontend.mesh"}) as gateway,
+        shown(gateway, certificates, "stranger", alternative_names) as caller,
+    ):
+        failure = await failure_of(caller.create())
+    assert failure.reason == "UNAUTHENTICATED"
+    assert f"certificate's names ({alternative_names.removeprefix('DNS:') or 'stranger'})" in failure.message
+
+
+async def test_a_common_name_does_not_count_beside_alternative_names(
+    start_gateway: StartGateway, certificates: Certificates
+) -> None:
+    """Who has one signed for its own alternative name may have written any common name into it."""
+    async with (
+        start_gateway(server=mutual(certificates), access={"keys": "frontend call mtls:frontend"}) as gateway,
+        shown(gateway, certificates, "frontend", "DNS:stranger.mesh") as caller,
+    ):
+        assert (await failure_of(caller.create())).reason == "UNAUTHENTICATED"
+
+
+async def test_key_and_certificate(start_gateway: StartGateway, certificates: Certificates, lines: Lines) -> None:
+    """A key alone decides: it is enough beside an unknown certificate, and no known one makes up for a wrong key."""
+    access = {"keys": f"frontend all mtls:{MESH}; reader read {KEYS[Permission.READ]}"}
+    async with start_gateway(server=mutual(certificates), access=access) as gateway:
+        async with shown(gateway, certificates, "known", f"URI:{MESH}") as caller:
+            await caller.models.ListProviders(LIST, metadata=bearer(KEYS[Permission.READ]))
+            denied = await failure_of(caller.create(metadata=bearer(KEYS[Permission.READ])))
+            assert (denied.reason, denied.metadata["caller"]) == ("PERMISSION_DENIED", "reader")
+            wrong = await failure_of(caller.create(metadata=bearer("secret-of-nobody-at-all")))
+            assert wrong.reason == "UNAUTHENTICATED"
+            await caller.create()
+        async with shown(gateway, certificates, "unknown", "DNS:stranger.mesh") as caller:
+            await caller.models.ListProviders(LIST, metadata=bearer(KEYS[Permission.READ]))
+    callers = [entry.get("caller") for entry in lines.entries if entry["event"] == "call"]
+    assert callers == ["reader", "reader", None, "frontend", "reader"]
+
+
+async def test_a_unix_socket_has_no_certificates(
+    start_gateway: StartGateway, certificates: Certificates, tmp_path: Path
+) -> None:
+    """Beside a listener with mutual TLS, a key is what it takes there."""
+    listen = {"listen": [f"unix:{tmp_path}/gateway.sock", "127.0.0.1:0"], **mutual(certificates)}
+    async with start_gateway(server=listen, access={"keys": f"frontend all mtls:{MESH}; ops all {OPS}"}) as gateway:
+        assert (await failure_of(gateway.create())).reason == "UNAUTHENTICATED"
+        await gateway.create(metadata=bearer(OPS))
+
+
+async def test_access_is_loaded_anew(start_gateway: StartGateway, vllm: FakeVllm, tmp_path: Path, lines: Lines) -> None:
+    """From fresh settings, without a restart: a revoked key is refused, a new one taken, calls under way are unharmed."""
+    gate = asyncio.Event()
+    vllm.play(Script.chunks([CHUNKS.role(), gate, CHUNKS.text("whole"), CHUNKS.finish()]))
+    keys = tmp_path / "keys"
+    keys.write_text("old all secret-of-the-old\n")
+
+    def settings() -> Any:  # noqa: ANN401 (Settings)
+        return settings_of(vllm.base_url, tmp_path, access={"keys_file": keys})
+
+    async with start_gateway(access={"keys_file": keys}) as gateway:
+        under_way = aiter(gateway.stream(metadata=bearer("secret-of-the-old")))
+        await anext(under_way)
+        keys.write_text("new call secret-of-the-new\n")
+        assert (await failure_of(gateway.create(metadata=bearer("secret-of-the-new")))).reason == "UNAUTHENTICATED"
+
+        gateway.gateway.load_access(settings())
+
+        assert (await lines.find("access loaded"))["access"] == "keys: 1, mTLS identities: 0"
+        revoked = await failure_of(gateway.create(metadata=bearer("secret-of-the-old")))
+        assert revoked.reason == "UNAUTHENTICATED"
+        assert "or does no longer" in revoked.message
+        await gateway.create(metadata=bearer("secret-of-the-new"))
+        gate.set()
+        assert kinds([event async for event in under_way]) == ["text_delta", "choice_finished", "completed"]
+    assert "secret-of" not in lines.getvalue()
+
+
+async def test_the_client_sends_its_token(start_gateway: StartGateway) -> None:
+    """Both Python clients' `token` is the key, and their errors are those of this table."""
+    async with start_gateway(access=ACCESS) as gateway:
+        async with AsyncClient(gateway.address, token=KEYS[Permission.CALL]) as client:
+            answer = await client.chat.create("hi", model="fake")
+            assert answer.text
+            with pytest.raises(PermissionDeniedError, match="caller lacks the permission read"):
+                await client.models.get("fake")
+        async with AsyncClient(gateway.address) as client:
+            with pytest.raises(UnauthenticatedError, match="send a key as"):
+                await client.chat.create("hi", model="fake")
+
+        def blocking() -> str:
+            with Client(gateway.address, token=OPS) as client:
+                return client.chat.create("hi", model="fake").text
+
+        assert await asyncio.to_thread(blocking)
+
+
+async def test_a_stream_is_refused_before_it_begins(start_gateway: StartGateway) -> None:
+    """Not one message, and a bare status."""
+    async with start_gateway(access=ACCESS) as gateway:
+        events, failure = await read(gateway.stream())
+    assert events == []
+    assert failure is not None
+    assert failure.retry_seconds is None
