@@ -105,7 +105,7 @@ async def test_serving_says_what_it_is(start_gateway: StartGateway, vllm: FakeVl
     async with start_gateway(provider={"api_token": "operators-secret"}) as gateway:
         entry = await lines.find("serving")
         assert entry["addresses"] == [gateway.address]
-        assert entry["providers"] == {"vllm": f"{vllm.base_url}/v1"}
+        assert entry["providers"] == {"vllm": [f"{vllm.base_url}/v1"]}
         assert entry["tls"] == "no"
         assert entry["version"]
     assert "secret" not in lines.getvalue()

@@ -94,7 +94,7 @@ class Gateway:
             addresses=list(self.addresses),
             tls="mutual" if server.tls_client_ca_file else "yes" if server.tls else "no",
             access=self._access.summary,
-            providers={provider.id: provider.base_url for provider in self._providers.all()},
+            providers={provider.id: list(provider.base_urls) for provider in self._providers.all()},
         )
         exposed = plaintext_addresses(server)
         if exposed:
@@ -168,13 +168,16 @@ def _provider(provider_id: str, settings: ProviderSettings, connections: int) ->
     token = settings.api_token
     return VllmProvider(
         provider_id,
-        settings.base_url,
+        *settings.base_url,
         api_token=token.get_secret_value() if token is not None else None,
+        headers={name: value.get_secret_value() for name, value in settings.headers.items()},
+        allowed_models=settings.allowed_models,
         tls=_tls(settings.tls_verify),
         default_max_tokens=settings.max_tokens,
         max_connections=connections,
         connect_timeout=settings.connect_timeout,
         patience=Patience(settings.first_event_timeout, settings.silence_timeout),
+        refresh_interval=settings.refresh_interval,
         user_agent=f"deltawire/{__version__}",
     )
 

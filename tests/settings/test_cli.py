@@ -92,7 +92,8 @@ def test_every_flag(read: Parse, pem: Path, keys_file: Path) -> None:
         *("--listen", "0.0.0.0:1", "--listen", "unix:/run/d.sock", "--allow-plaintext", "--max-streams", "7"),
         *("--tls-cert-file", str(pem), "--tls-key-file", str(pem), "--tls-client-ca-file", str(pem)),
         *("--access-keys-file", str(keys_file)),
-        *("--vllm-url", "https://h/v1", "--vllm-max-tokens", "9", "--database-url", "sqlite:////r.db"),
+        *("--vllm-url", "https://h/v1, https://i", "--vllm-url", "https://j", "--vllm-max-tokens", "9"),
+        *("--database-url", "sqlite:////r.db"),
         *("--log-level", "warning", "--log-format", "json", "--check-config"),
     )
     server, vllm = invocation.settings.server, invocation.settings.providers["vllm"]
@@ -100,7 +101,7 @@ def test_every_flag(read: Parse, pem: Path, keys_file: Path) -> None:
     assert (server.allow_plaintext, server.max_streams) == (True, 7)
     assert {server.tls_cert_file, server.tls_key_file, server.tls_client_ca_file} == {pem}
     assert invocation.settings.access.keys_file == keys_file
-    assert (vllm.base_url, vllm.max_tokens) == ("https://h/v1", 9)
+    assert (vllm.base_url, vllm.max_tokens) == (("https://h/v1", "https://i", "https://j"), 9)
     assert invocation.settings.registry.database_url == "sqlite+aiosqlite:////r.db"
     assert (invocation.settings.log.level, invocation.settings.log.format) == ("warning", "json")
     assert invocation.check_only
@@ -120,23 +121,37 @@ def test_a_secret_is_not_taken_from_a_flag(problems: Problems) -> None:
     assert "geheim" not in line
 
 
+def test_a_table_is_not_taken_from_a_flag(problems: Problems) -> None:
+    """Its values are secrets too; the message says where they belong."""
+    assert problems("--vllm-url", URL, "--set", 'providers.vllm.headers={x = "geheim"}') == (
+        "providers.vllm.headers (from flag --set): only the settings file sets these: write [providers.vllm.headers] there",
+    )
+
+
 def test_effective_is_toml_without_secrets(read: Parse) -> None:
-    """Everything in it, the token masked, each value's source beside it; nor is the token in any repr."""
-    file = f'[providers."a.b"]\nbase_url = "{URL}"\napi_token = "geheim"\ntls_verify = false'
+    """Everything in it, secrets masked, each value's source beside it; nor are the secrets in any repr."""
+    file = (
+        f'[providers."a.b"]\nbase_url = ["{URL}", "http://b"]\napi_token = "geheim"\ntls_verify = false\n'
+        'allowed_models = "m*"\n[providers."a.b".headers]\nx-team = "geheim"\n"x.y" = "geheim"\n'
+    )
     invocation = read("--max-streams", "7", file=file, VLLM_URL=URL, VLLM_API_TOKEN="geheim")
     text = effective(invocation.settings, invocation.origins)
     tables = tomllib.loads(text)
     assert tables["providers"]["vllm"]["api_token"] == "***"
     assert tables["providers"]["a.b"] == {
-        "base_url": URL,
+        "base_url": [URL, "http://b"],
         "api_token": "***",
+        "headers": {"x-team": "***", "x.y": "***"},
+        "allowed_models": ["m*"],
         "tls_verify": False,
         "connect_timeout": 5.0,
         "first_event_timeout": 600.0,
         "silence_timeout": 300.0,
+        "refresh_interval": 30.0,
     }
     assert "max_streams = 7  # flag --max-streams" in text
-    assert f'base_url = "{URL}"  # environment VLLM_URL' in text
+    assert f'base_url = ["{URL}"]  # environment VLLM_URL' in text
+    assert "headers = {}  # default" in text
     assert "queue_bytes = 262144  # default" in text
     assert "# max_tokens is not set" in text
     for shown in (text, effective(invocation.settings), repr(invocation), str(invocation.settings)):
@@ -161,4 +176,4 @@ def test_a_file_name_cannot_break_the_comment(tmp_path: Path) -> None:
     path = tmp_path / "two\nlines.toml"
     path.write_text(f'[providers.vllm]\nbase_url = "{URL}"')
     invocation = parse(["--config", str(path)], {"HOME": "/home/op"})
-    assert tomllib.loads(effective(invocation.settings, invocation.origins))["providers"]["vllm"]["base_url"] == URL
+    assert tomllib.loads(effective(invocation.settings, invocation.origins))["providers"]["vllm"]["base_url"] == [URL]

@@ -51,9 +51,13 @@ def test_every_section_has_its_model() -> None:
             assert Settings.model_fields[section].annotation is model
 
 
-def test_only_tokens_and_keys_are_secret() -> None:
+def test_only_tokens_keys_and_headers_are_secret() -> None:
     """A new secret must be of the type that is masked."""
-    assert [key for section, key in FIELDS if is_secret(SECTIONS[section].model_fields[key])] == ["keys", "api_token"]
+    assert [key for section, key in FIELDS if is_secret(SECTIONS[section].model_fields[key])] == [
+        "keys",
+        "api_token",
+        "headers",
+    ]
 
 
 def test_paths_that_lead_nowhere() -> None:
@@ -225,7 +229,59 @@ def test_tls_verify_that_is_neither(given: object, message: str) -> None:
 )
 def test_base_urls(given: str, kept: str) -> None:
     """With and without /v1, prefix, trailing slash."""
-    assert ProviderSettings(base_url=given).base_url == kept
+    assert ProviderSettings.model_validate({"base_url": given}).base_url == (kept,)
+
+
+@pytest.mark.parametrize("given", [["http://a", "https://a/v1"], "http://a,https://a/v1", " http://a , https://a/v1/ "])
+def test_replicas(given: object) -> None:
+    """A list, or several addresses with commas between them; what differs in any part is another server."""
+    assert ProviderSettings.model_validate({"base_url": given}).base_url == ("http://a", "https://a/v1")
+
+
+@pytest.mark.parametrize(
+    "again", ["http://Host:80/v1", "HTTP://host", "http://host//v1/", "http://host:80/", "http://host"]
+)
+def test_one_server_twice(again: str) -> None:
+    """However it is written; a path, a port or a scheme of its own makes another."""
+    text = refusal(ProviderSettings, base_url=["http://other", "http://host/v1", again])
+    assert f"names one server twice, by http://host/v1 and {again.rstrip('/')}: take one of them out" in text
+    different = ["http://host", "https://host", "http://host:8000", "http://host/v2", "http://host/a/v1"]
+    assert ProviderSettings.model_validate({"base_url": different}).base_url == tuple(different)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"x team": "geheim"}, "'x team' is no header's name"),
+        ({"x\r\ny": "geheim"}, "is no header's name"),
+        ({"": "geheim"}, "'' is no header's name"),
+        (
+            {"Authorization": "Bearer geheim"},
+            "must not set Authorization, which the gateway sets itself: give the token",
+        ),
+        ({"X-Request-Id": "geheim"}, "must not set X-Request-Id, which the gateway sets itself: take it out"),
+        ({"content-length": "geheim"}, "must not set content-length"),
+        ({"x-team": "geheim", "X-Team": "geheim"}, "sets X-Team twice"),
+        ({"x-team": "geheim\r\nx: y"}, "must give x-team a value of printable ASCII on one line"),
+        ({"x-team": "geheim\x7f"}, "must give x-team a value of printable ASCII"),
+        ({"x-team": "geheimä"}, "must give x-team a value of printable ASCII"),
+        ({"x-team": " "}, "must give x-team a value"),
+        ({"x-team": "***"}, "only stands for a value in printed settings"),
+    ],
+)
+def test_headers_that_cannot_be_sent(given: object, message: str) -> None:
+    """Each message names the header and the remedy, and never a value."""
+    text = refusal(ProviderSettings, base_url=URL, headers=given)
+    assert message in text
+    assert "geheim" not in text
+
+
+def test_allowed_models() -> None:
+    """One name, several, or none, which means all; an empty name is a mistake."""
+    for given, kept in (("m", ("m",)), (["a", " b/* "], ("a", "b/*")), ("a,b", ("a", "b")), ([], ())):
+        provider = ProviderSettings.model_validate({"base_url": URL, "allowed_models": given})
+        assert provider.allowed_models == kept
+    assert "holds an empty name" in refusal(ProviderSettings, base_url=URL, allowed_models="a,")
 
 
 @pytest.mark.parametrize(
@@ -256,9 +312,9 @@ def test_base_urls_that_are_none(given: str, message: str) -> None:
 def test_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """White space around a token is a file's last newline; nothing is no token."""
     monkeypatch.delenv("VLLM_API_TOKEN", raising=False)
-    assert ProviderSettings(base_url=URL, api_token=SecretStr("s3cret\n")).api_token == SecretStr("s3cret")
-    assert ProviderSettings(base_url=URL, api_token=SecretStr(" ")).api_token is None
-    assert ProviderSettings(base_url=URL).api_token is None
+    assert ProviderSettings(base_url=(URL,), api_token=SecretStr("s3cret\n")).api_token == SecretStr("s3cret")
+    assert ProviderSettings(base_url=(URL,), api_token=SecretStr(" ")).api_token is None
+    assert ProviderSettings(base_url=(URL,)).api_token is None
     assert "printable ASCII" in refusal(ProviderSettings, base_url=URL, api_token="two\r\nlines")
     assert "only stands for a token" in refusal(ProviderSettings, base_url=URL, api_token="***")
 

@@ -7,7 +7,7 @@ import pytest
 from pydantic import SecretStr
 
 from deltawire_server.settings import SettingsError, parse
-from deltawire_server.settings.model import SECTIONS, KeyPath
+from deltawire_server.settings.model import SECTIONS, KeyPath, is_table
 from deltawire_server.settings.sources import variable
 from tests.settings.conftest import URL
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 SCALARS: list[KeyPath] = [
     (section, "gpu-1.a", key) if section == "providers" else (section, key)
     for section, model in SECTIONS.items()
-    for key in model.model_fields
+    for key, field in model.model_fields.items()
+    if not is_table(field)
 ]
 # A value that is not the default, as text; for each key that takes more than a number.
 SAMPLES = {
@@ -33,6 +34,7 @@ SAMPLES = {
     "reflection": "false",
     "base_url": "https://elsewhere/v1",
     "api_token": "12345678",
+    "allowed_models": "llama,team-a/*",
     "tls_verify": "PEM",
     "database_url": "sqlite:////r.db",
     "level": "DEBUG",
@@ -71,7 +73,7 @@ def test_the_environment_covers_a_provider_key_by_key(read: Parse) -> None:
     """VLLM_* change what they name and leave the rest of [providers.vllm]."""
     file = f'[providers.vllm]\nbase_url = "{URL}"\nmax_tokens = 7\napi_token = "from-file"'
     vllm = read(file=file, VLLM_MAX_TOKENS="9", VLLM_API_TOKEN="").settings.providers["vllm"]
-    assert (vllm.base_url, vllm.max_tokens) == (URL, 9)
+    assert (vllm.base_url, vllm.max_tokens) == ((URL,), 9)
     assert vllm.api_token == SecretStr("from-file")
 
 
@@ -81,8 +83,32 @@ def test_the_original_variables(read: Parse, pem: Path, monkeypatch: pytest.Monk
     vllm = read(
         VLLM_URL=f"{URL}/", VLLM_MAX_TOKENS="4096", VLLM_API_TOKEN="0012345", VLLM_TLS_VERIFY=f"~/{pem.name}"
     ).settings.providers["vllm"]
-    assert (vllm.base_url, vllm.max_tokens, vllm.tls_verify) == (URL, 4096, pem)
+    assert (vllm.base_url, vllm.max_tokens, vllm.tls_verify) == ((URL,), 4096, pem)
     assert vllm.api_token == SecretStr("0012345")
+
+
+def test_lists_in_the_environment(read: Parse) -> None:
+    """With commas between the values, which white space may surround."""
+    vllm = read(VLLM_URL="http://a/v1, http://b", DELTAWIRE_PROVIDERS_VLLM_ALLOWED_MODELS="x , y/*").settings.providers[
+        "vllm"
+    ]
+    assert vllm.base_url == ("http://a/v1", "http://b")
+    assert vllm.allowed_models == ("x", "y/*")
+
+
+def test_headers_are_in_the_file_only(read: Parse, problems: Problems) -> None:
+    """As a table of their own or in one line; they go with what the environment says of the provider."""
+    table = '[providers.vllm.headers]\nx-team = " search "\nX-Cell = "7"'
+    line = "[providers.vllm]\nheaders = {x-team = 'search', X-Cell = '7'}"
+    for file in (table, line):
+        vllm = read(file=file, VLLM_URL=URL).settings.providers["vllm"]
+        assert {name: value.get_secret_value() for name, value in vllm.headers.items()} == {
+            "x-team": "search",
+            "X-Cell": "7",
+        }
+    assert problems(VLLM_URL=URL, DELTAWIRE_PROVIDERS_VLLM_HEADERS="x=geheim") == (
+        "environment DELTAWIRE_PROVIDERS_VLLM_HEADERS: only the settings file sets these: write [providers.vllm.headers] there",
+    )
 
 
 def test_only_the_address_is_needed(read: Parse) -> None:
@@ -138,7 +164,7 @@ def test_a_variable_that_may_mean_two_providers(problems: Problems) -> None:
 
 def test_two_names_for_one_key(read: Parse, problems: Problems) -> None:
     """The same value twice is fine; different ones are not chosen between, and a token is not shown."""
-    assert read(VLLM_URL=URL, DELTAWIRE_PROVIDERS_VLLM_BASE_URL=URL).settings.providers["vllm"].base_url == URL
+    assert read(VLLM_URL=URL, DELTAWIRE_PROVIDERS_VLLM_BASE_URL=URL).settings.providers["vllm"].base_url == (URL,)
     (line,) = problems(VLLM_URL=URL, VLLM_API_TOKEN="geheim", DELTAWIRE_PROVIDERS_VLLM_API_TOKEN="geheimer")
     assert line == (
         "providers.vllm.api_token (from environment DELTAWIRE_PROVIDERS_VLLM_API_TOKEN and environment VLLM_API_TOKEN): "
@@ -189,6 +215,26 @@ def test_two_names_for_one_key(read: Parse, problems: Problems) -> None:
             "server.drain_delay (from FILE): must be a number of seconds from 0 to 604800, not -1",
         ),
         (
+            "[providers.vllm]\nbase_url = []",
+            "providers.vllm.base_url (from FILE): must be an address or a list of addresses, not []",
+        ),
+        (
+            "[providers.vllm]\nbase_url = ['http://h', 'http://h/v1/']",
+            "providers.vllm.base_url (from FILE): names one server twice, by http://h and http://h/v1: take one of them out",
+        ),
+        (
+            "[providers.vllm]\nallowed_models = [5]",
+            "providers.vllm.allowed_models (from FILE): must be a name or a list of names, not 5",
+        ),
+        (
+            "[providers.vllm]\nheaders = 'geheim'",
+            "providers.vllm.headers (from FILE): must be a table of names and values, in quotes",
+        ),
+        (
+            "[providers.vllm.headers]\nx-number = 5",
+            "providers.vllm.headers (from FILE): must be a table of names and values, in quotes",
+        ),
+        (
             "[providers.GPU]\nbase_url = 'http://h'",
             "providers.GPU (from FILE): no provider id: use lower-case letters, digits, -, _ and ., first a letter or digit",
         ),
@@ -196,7 +242,8 @@ def test_two_names_for_one_key(read: Parse, problems: Problems) -> None:
 )
 def test_what_is_wrong_in_a_file(text: str, line: str, problems: Problems, settings_file: Path) -> None:
     """Key, file, what is wrong and what to write: one line."""
-    assert problems("--vllm-url", URL, file=text) == (line.replace("FILE", f"file {settings_file}"),)
+    flags = () if "base_url = [" in text else ("--vllm-url", URL)
+    assert problems(*flags, file=text) == (line.replace("FILE", f"file {settings_file}"),)
 
 
 def test_a_section_that_is_no_table_is_reported_under_a_variable_too(problems: Problems) -> None:
@@ -333,6 +380,10 @@ def test_no_secret_in_errors(environ: dict[str, str]) -> None:
         'api_token = "geheim',
         "[providers.vllm]\napi_token = 'geheim'\nbase_url = 5",
         "[providers.vllm]\napi_token = ['geheim']",
+        "[providers.vllm]\nheaders = 'geheim'",
+        "[providers.vllm]\nheaders = {x = ['geheim']}",
+        "[providers.vllm]\nheaders = {x = 'geheim\u00e4'}",
+        "[providers.vllm]\nheaders = {authorization = 'Bearer geheim'}",
     ],
 )
 def test_no_secret_in_errors_about_a_file(content: str, settings_file: Path) -> None:

@@ -58,9 +58,9 @@ class FakeProvider:
         return "fake"
 
     @property
-    def base_url(self) -> str:
+    def base_urls(self) -> tuple[str, ...]:
         """Where it would be."""
-        return f"http://{self._id}.localhost/v1"
+        return (f"http://{self._id}.localhost/v1",)
 
     @property
     def default_max_tokens(self) -> int | None:

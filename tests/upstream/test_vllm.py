@@ -27,17 +27,18 @@ if TYPE_CHECKING:
 
 HI = ChatRequest("asked", (ChatMessage(Role.USER, ("hi",)),))
 CALL = CallContext("request-1")
+CHAT = "/v1/chat/completions"
 MODELS = "/v1/models"
 OPERATORS = "operators-secret"
 CALLERS = "callers-secret"
 
 
 @asynccontextmanager
-async def provider(base_url: str, **fields: Any) -> AsyncIterator[VllmProvider]:  # noqa: ANN401 (whatever it takes)
+async def provider(*base_urls: str, **fields: Any) -> AsyncIterator[VllmProvider]:  # noqa: ANN401 (whatever it takes)
     """A provider named p, closed in the end."""
-    if base_url.startswith("http:"):
+    if base_urls[0].startswith("http:"):
         fields["tls"] = False  # not used, and the system's authorities take long to load
-    provider = VllmProvider("p", base_url, **fields)
+    provider = VllmProvider("p", *base_urls, **fields)
     try:
         yield provider
     finally:
@@ -117,6 +118,18 @@ async def test_headers(vllm: FakeVllm) -> None:
     assert (headers["traceparent"], headers["tracestate"]) == ("00-4bf9-00f0-01", "a=b")
 
 
+async def test_the_operators_headers_go_with_every_request(vllm: FakeVllm) -> None:
+    """Chat, listing and health, beside those that are always sent."""
+    async with provider(vllm.base_url, headers={"X-Team": "search", "x-cell": "7"}, user_agent="deltawire/1.2") as p:
+        await answer_of(p)
+        await p.list_models()
+        await p.check_health()
+    assert [request.path for request in vllm.requests] == [CHAT, MODELS, "/health", "/is_sleeping"]
+    for request in vllm.requests:
+        headers = request.headers
+        assert (headers["x-team"], headers["x-cell"], headers["user-agent"]) == ("search", "7", "deltawire/1.2")
+
+
 async def test_without_a_trace_none_is_sent(vllm: FakeVllm) -> None:
     """None is made up either."""
     async with provider(vllm.base_url) as p:
@@ -172,7 +185,7 @@ async def test_proxies_in_the_environment_are_not_used(vllm: FakeVllm, monkeypat
 def test_roots(written: str, root: str) -> None:
     """However an operator writes it."""
     assert root_url(written) == root
-    assert VllmProvider("p", written).base_url == f"{root}/v1"
+    assert VllmProvider("p", written).base_urls == (f"{root}/v1",)
 
 
 @pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/", "/pre/fix", "/pre/fix/v1", "/pre/fix/v1/"])
@@ -232,7 +245,7 @@ async def test_tokens_are_in_no_text(vllm: FakeVllm, lines: Lines) -> None:
     call = CallContext("r", token=CALLERS)
     texts = [repr(call), str(call), repr(CallContext("r"))]
     vllm.play(Script.error(401, "Unauthorized"), Script.error(500, "no"))
-    async with provider(vllm.base_url, api_token=OPERATORS) as p:
+    async with provider(vllm.base_url, api_token=OPERATORS, headers={"x-gate": OPERATORS}) as p:
         texts += [repr(p), str(await refusal_of(p, call)), str(await refusal_of(p))]
         await answer_of(p, call)
         await vllm.crash()
@@ -346,7 +359,7 @@ async def test_a_provider_that_is_not_there(vllm: FakeVllm) -> None:
             await p.list_models()
         health = await p.check_health()
     assert error.reason is listing.value.reason is Reason.UPSTREAM_UNAVAILABLE
-    assert p.base_url in error.message
+    assert p.base_urls[0] in error.message
     assert health.status is HealthStatus.ERROR
     assert health.message.startswith("Health check failed: ")
 
@@ -546,6 +559,164 @@ async def test_health_of_an_engine_that_died_and_one_that_sleeps(vllm: FakeVllm)
 def test_what_it_is() -> None:
     """The rest of what a provider says of itself."""
     patience = Patience(1.0, 2.0)
-    p = VllmProvider("p", "http://h", default_max_tokens=5, patience=patience)
+    p = VllmProvider("p", "http://h", "http://i/v1/", default_max_tokens=5, patience=patience, refresh_interval=7.0)
     assert (p.id, p.kind, p.default_max_tokens, p.patience) == ("p", "vllm", 5, patience)
+    assert (p.base_urls, p.refresh_interval) == (("http://h/v1", "http://i/v1"), 7.0)
+    assert repr(p) == "VllmProvider('p', 'http://h/v1', 'http://i/v1')"
     assert VllmProvider("p", "http://h").patience == Patience()
+
+
+@pytest.fixture
+async def other() -> AsyncIterator[FakeVllm]:
+    """A second vLLM look-alike."""
+    async with FakeVllm() as other:
+        yield other
+
+
+async def test_calls_spread_over_the_replicas(vllm: FakeVllm, other: FakeVllm) -> None:
+    """Each goes where fewer are under way."""
+    never = asyncio.Event()
+    vllm.play(Script.chunks([b"data: {}\n\n", never]))
+    async with provider(vllm.base_url, other.base_url) as p, p.stream_chat(HI, "fake", CALL) as body:
+        await anext(body)
+        for _ in range(3):
+            await answer_of(p)
+    assert (len(vllm.chats), len(other.chats)) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        None,
+        Script.generated(header_bytes=0, end="reset"),
+        Script.generated(header_bytes=20, end="eof"),
+        Script.error(503, "no room"),
+    ],
+    ids=["refused", "reset", "in the status line", "503"],
+)
+async def test_the_next_replica_is_tried(vllm: FakeVllm, other: FakeVllm, failure: Script | None) -> None:
+    """When one is away before it answered, or has no room; and the one that failed is left alone for a while."""
+    if failure is None:
+        await vllm.crash()
+    else:
+        vllm.play(failure)
+    async with provider(vllm.base_url, other.base_url) as p:
+        p._replicas._clock = lambda: 0.0  # the while does not end
+        for _ in range(3):
+            assert (await answer_of(p)).endswith(b"data: [DONE]\n\n")
+    assert len(vllm.chats) == (0 if failure is None else 1)
+    assert len(other.chats) == 3
+    ids = [chat.headers["x-request-id"] for chat in (*vllm.chats, *other.chats)]
+    assert len({*ids}) == len(ids)
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 429, 500, 502, 504])
+async def test_what_one_replica_answers_is_the_answer(vllm: FakeVllm, other: FakeVllm, status: int) -> None:
+    """Another would say the same, or the request is what breaks it: nobody else is asked."""
+    vllm.play(Script.error(status, "no"))
+    async with provider(vllm.base_url, other.base_url) as p:
+        assert (await refusal_of(p)).metadata.keys() & {"http_status", "upstream_code"}
+    assert (len(vllm.chats), len(other.chats)) == (1, 0)
+
+
+@pytest.mark.parametrize("end", ["eof", "reset"])
+async def test_an_answer_that_has_begun_is_not_asked_for_again(vllm: FakeVllm, other: FakeVllm, end: Any) -> None:  # noqa: ANN401 (a fault's name)
+    """What came is not to come twice: from the head on, a broken connection is the end of the body."""
+    vllm.play(Script.generated(tokens=20, after=5, end=end))
+    async with provider(vllm.base_url, other.base_url) as p:
+        assert b"[DONE]" not in await answer_of(p)
+    assert not other.chats
+
+
+async def test_a_caller_that_leaves_leaves_no_stream_behind(vllm: FakeVllm, other: FakeVllm) -> None:
+    """Neither its own failure nor its leaving is the replica's: the connection closes, and nobody else is asked."""
+    never = asyncio.Event()
+    vllm.play(Script.chunks([b"data: {}\n\n", never]))
+    async with provider(vllm.base_url, other.base_url) as p:
+        with pytest.raises(ProviderError, match="mine"):
+            async with p.stream_chat(HI, "fake", CALL):
+                raise ProviderError(Reason.UPSTREAM_UNAVAILABLE, "mine")
+        await vllm.chats[0].closed_early.wait()
+        assert [replica.streams for replica in p._replicas.all] == [0, 0]
+    assert not other.chats
+
+
+async def test_no_replica_answers(vllm: FakeVllm, other: FakeVllm) -> None:
+    """Each was tried once; the failure tells all of it, and when to try again."""
+    await vllm.crash()
+    other.play(Script.error(503, "no room", headers={"retry-after": "7"}))
+    async with provider(vllm.base_url, other.base_url) as p:
+        error = await refusal_of(p)
+        assert len(other.chats) == 1
+        assert (type(error), error.reason, error.retry_after) == (ProviderError, Reason.UPSTREAM_UNAVAILABLE, 1.0)
+        assert error.metadata == {"provider": "p", "http_status": "503"}
+        assert error.message.startswith("none of the 2 replicas took the request: provider 'p' at ")
+        assert vllm.base_url in error.message
+        assert "no room" in error.message
+        assert await answer_of(p)  # set aside or not, there is nobody else
+
+
+async def test_a_listing_is_one_replicas(vllm: FakeVllm, other: FakeVllm) -> None:
+    """Always the first one's, with one request; the next one's while the first is away."""
+    async with provider(vllm.base_url, other.base_url) as p:
+        await p.list_models()
+        await p.list_models()
+        assert (len(vllm.requests), len(other.requests)) == (2, 0)
+        await vllm.crash()
+        assert [model.id for model in await p.list_models()] == ["fake"]
+        assert len(other.requests) == 1
+        await other.crash()
+        with pytest.raises(ProviderError, match="none of the 2 replicas"):
+            await p.list_models()
+
+
+async def test_a_listing_that_is_refused_is_refused(other: FakeVllm) -> None:
+    """Nobody else is asked."""
+    async with FakeVllm(api_key="right") as vllm, provider(vllm.base_url, other.base_url, api_token="wrong") as p:
+        with pytest.raises(ProviderError) as caught:
+            await p.list_models()
+    assert caught.value.reason is Reason.PROVIDER_MISCONFIGURED
+    assert not other.requests
+
+
+async def test_health_of_replicas(vllm: FakeVllm, other: FakeVllm) -> None:
+    """OK if all are well; else each that is not is named with its reason."""
+    async with provider(vllm.base_url, other.base_url) as p:
+        assert await p.check_health() == Health(HealthStatus.OK)
+        other.healthy = False
+        assert await p.check_health() == Health(
+            HealthStatus.ERROR, f"Health check failed at 1 of 2 addresses: {other.base_url}/v1: HTTP 503"
+        )
+        vllm.sleep()
+        assert (await p.check_health()).message == (
+            f"Health check failed at 2 of 2 addresses: {vllm.base_url}/v1: the engine is asleep; "
+            f"{other.base_url}/v1: HTTP 503"
+        )
+
+
+@pytest.mark.parametrize(
+    ("allowed", "listed"),
+    [
+        ((), ["llama", "team-a/x", "team-b/x"]),
+        (("llama",), ["llama"]),
+        (("team-?/*", "Llama"), ["team-a/x", "team-b/x"]),
+        (("*/x", "l*"), ["llama", "team-a/x", "team-b/x"]),
+        (("other",), []),
+    ],
+)
+async def test_allowed_models(allowed: tuple[str, ...], listed: list[str]) -> None:
+    """Names and patterns, in which case matters: others are not listed, and asking for one is refused here."""
+    async with (
+        FakeVllm(models=("llama", "team-a/x", "team-b/x")) as vllm,
+        provider(vllm.base_url, allowed_models=allowed) as p,
+    ):
+        assert [model.id for model in await p.list_models()] == listed
+        for model in ("llama", "team-a/x", "team-b/x"):
+            if model in listed:
+                await answer_of(p, model=model)
+                continue
+            error = await refusal_of(p, model=model)
+            assert (type(error), error.reason) == (ProviderError, Reason.MODEL_NOT_SERVED)
+            assert error.metadata == {"model": model, "provider": "p"}
+            assert "not listed in allowed_models" in error.message
+        assert len(vllm.chats) == len(listed)

@@ -179,7 +179,7 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
         """The configured providers."""
         return pb.ListProvidersResponse(
             providers=[
-                pb.Provider(id=provider.id, kind=provider.kind, base_urls=[provider.base_url])
+                pb.Provider(id=provider.id, kind=provider.kind, base_urls=provider.base_urls)
                 for provider in self._providers.all()
             ]
         )

@@ -13,10 +13,18 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from pydantic import SecretStr
-from pydantic_core import PydanticUndefined
 
-from deltawire_server.settings.model import SECTIONS, KeyPath, Section, Settings, expectation, field_at, is_secret
-from deltawire_server.settings.sources import SHORT_NAMES, SettingsError, Sources, dotted, variable
+from deltawire_server.settings.model import (
+    SECTIONS,
+    KeyPath,
+    Section,
+    Settings,
+    expectation,
+    field_at,
+    is_secret,
+    is_table,
+)
+from deltawire_server.settings.sources import SHORT_NAMES, SettingsError, Sources, dotted, in_file_only, variable
 from deltawire_server.settings.values import MASK
 
 if TYPE_CHECKING:
@@ -109,7 +117,9 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Invocation:
     ]
     for key, value in assignments:
         known = field_at(key)
-        if known is not None and is_secret(known):
+        if known is not None and is_table(known):
+            sources.problems.append(f"{dotted(key)} (from flag --set): {in_file_only(key)}")
+        elif known is not None and is_secret(known):
             sources.problems.append(
                 f"{dotted(key)} (from flag --set): a secret on the command line shows in ps: set it by environment "
                 f"{variable(key)}, or in the settings file"
@@ -150,7 +160,7 @@ def effective(settings: Settings, origins: Mapping[str, str] | None = None) -> s
 def example() -> str:
     """A settings file with every key, its description and its default: valid TOML, and part of `--help`.
 
-    Keys without a default are commented out, except the one that is required.
+    Keys that are not set by default, or empty, are commented out with a sample.
     """
     lines: list[str] = []
     for name, model in SECTIONS.items():
@@ -158,12 +168,13 @@ def example() -> str:
         lines += [*_comment(model.__doc__ or ""), f"[{_header(path)}]"]
         for key, field in model.model_fields.items():
             lines += ["", *_comment(field.description or ""), *_comment(_ways(field, (*path, key)))]
-            if field.default is PydanticUndefined:
+            default = field.get_default(call_default_factory=True)
+            if field.is_required():
                 lines.append(f"{key} = {_toml(_sample(field))}")
-            elif field.default in {None, ""}:
+            elif default in (None, "", (), {}):
                 lines.append(f"# {key} = {_toml(_sample(field))}")
             else:
-                lines.append(f"{key} = {_toml(field.default)}")
+                lines.append(f"{key} = {_toml(default)}")
         lines.append("")
     return "\n".join(lines)
 
@@ -186,6 +197,10 @@ def _parser() -> argparse.ArgumentParser:
             parser.add_argument(flag, dest=flag, action="store_const", const=True, help=text)
         elif flag == "--listen":
             parser.add_argument(flag, dest=flag, action="append", metavar="ADDRESS", help=f"{text} Repeatable.")
+        elif flag == "--vllm-url":
+            parser.add_argument(
+                flag, dest=flag, action="extend", type=_parts, metavar="URL", help=f"{text} Repeatable, for replicas."
+            )
         else:
             parser.add_argument(flag, dest=flag, metavar=path[-1].rpartition("_")[2].upper(), help=text)
     parser.add_argument(
@@ -216,6 +231,10 @@ def _assignment(text: str) -> tuple[KeyPath, str]:
     return path, value
 
 
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
+
+
 def _tables(settings: Settings) -> Iterator[tuple[KeyPath, Section]]:
     for name in SECTIONS:
         if name == "providers":
@@ -226,6 +245,8 @@ def _tables(settings: Settings) -> Iterator[tuple[KeyPath, Section]]:
 
 def _ways(field: FieldInfo, path: KeyPath) -> str:
     """What a key takes and its other names, for the example."""
+    if is_table(field):
+        return f"({expectation(field)})"
     flags = [flag for flag, key in FLAGS.items() if key == path]
     names = [name for name, key in SHORT_NAMES.items() if key == path]
     return f"({expectation(field)}; {', '.join([*flags, *names, variable(path)])})"
@@ -261,6 +282,8 @@ def _toml(value: object) -> str:
         return repr(value)
     if isinstance(value, tuple):
         return f"[{', '.join(_toml(item) for item in value)}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_header((key,))} = {_toml(item)}' for key, item in value.items())}}}"
     # JSON's strings are TOML's, but for DEL.
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
 

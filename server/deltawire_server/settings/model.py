@@ -6,6 +6,7 @@ Times are seconds, sizes bytes, throughout.
 
 from __future__ import annotations
 
+from collections import abc
 from collections.abc import Mapping  # noqa: TC003 -- pydantic evaluates the annotations.
 from pathlib import Path
 from types import MappingProxyType, UnionType
@@ -47,6 +48,9 @@ SecondsOrNone = Annotated[float, BeforeValidator(values.number), Field(ge=0, le=
 OptionalFile = Annotated[
     Annotated[Path, AfterValidator(values.readable_file)] | None, BeforeValidator(lambda value: value or None)
 ]
+ADDRESSES = "an address or a list of addresses"
+"""A field's `title` says what it takes, where its type cannot."""
+
 ProviderId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
 
 
@@ -65,10 +69,11 @@ class ServerSettings(Section):
 
     listen: Annotated[
         tuple[Annotated[str, AfterValidator(values.address)], ...],
-        BeforeValidator(values.addresses),
+        BeforeValidator(values.listed),
         Field(min_length=1),
     ] = Field(
         default=("127.0.0.1:50051",),
+        title=ADDRESSES,
         description=(
             "Addresses to listen on: host:port, [IPv6 address]:port or unix:/path; one, or a list (with commas in "
             "the environment). Port 0 takes any free port. The default is reached from this machine only, so that "
@@ -318,13 +323,21 @@ class StreamSettings(Section):
 
 
 class ProviderSettings(Section):
-    """A vLLM server. Its id is the last part of the table's name: lower-case letters, digits, `-`, `_` and `.`."""
+    """A vLLM server, or several alike. Its id is the last part of the table's name: a-z, digits, `-`, `_` and `.`."""
 
-    base_url: Annotated[str, AfterValidator(values.base_url)] = Field(
+    base_url: Annotated[
+        tuple[Annotated[str, AfterValidator(values.base_url)], ...],
+        BeforeValidator(values.listed),
+        AfterValidator(values.replicas),
+        Field(min_length=1),
+    ] = Field(
+        title=ADDRESSES,
         examples=["http://127.0.0.1:8000/v1"],
         description=(
-            "The vLLM server's address, http or https, with or without /v1; a prefix before it is kept. Credentials "
-            "do not belong here: see api_token. Required."
+            "The vLLM server's address, http or https, with or without /v1; a prefix before it is kept. A list (with "
+            "commas in the environment and the flag) names replicas that serve the same models: each call goes to the "
+            "one with the fewest streams, and to the next if that one is away. Credentials do not belong here: see "
+            "api_token. Required."
         ),
     )
     api_token: Annotated[SecretStr | None, AfterValidator(values.token)] = Field(
@@ -333,6 +346,28 @@ class ProviderSettings(Section):
         description=(
             "Bearer token sent as Authorization; a caller's own (metadata x-vllm-api-token) comes before it. Not "
             "set, none is sent. Never printed, and no flag sets it, since flags show in ps."
+        ),
+    )
+    headers: Annotated[Mapping[str, SecretStr], AfterValidator(values.headers)] = Field(
+        default_factory=dict,
+        title="a table of names and values, in quotes",
+        examples=[{"x-team": "search"}],
+        description=(
+            "Further headers sent with every request, for what stands in front of the server: one table here, or "
+            "[providers.<id>.headers]. Not those that the gateway sets itself. Values are never printed, and stand in "
+            "the file only. None by default."
+        ),
+    )
+    allowed_models: Annotated[
+        tuple[Annotated[str, AfterValidator(values.model_pattern)], ...], BeforeValidator(values.listed)
+    ] = Field(
+        default=(),
+        title="a name or a list of names",
+        examples=[("smollm2", "team-a/*")],
+        description=(
+            "Names of the server's models that may be used, or shell patterns of them (*, ?, [ab]; upper and lower "
+            "case differ); others are not listed, and asking for one fails. With commas in the environment. Empty, the "
+            "default, allows all."
         ),
     )
     tls_verify: Annotated[bool | Path, PlainValidator(values.tls_verify)] = Field(
@@ -368,6 +403,13 @@ class ProviderSettings(Section):
         description=(
             "Seconds between two events of an answer; comments do not count. The default allows for a server that "
             "preempts a request to serve others."
+        ),
+    )
+    refresh_interval: Seconds = Field(
+        default=30.0,
+        description=(
+            "Seconds between two listings of the server's models. The default notices a new adapter soon, and costs a "
+            "server next to nothing."
         ),
     )
 
@@ -463,15 +505,20 @@ def field_at(path: KeyPath) -> FieldInfo | None:
 
 
 def is_secret(field: FieldInfo) -> bool:
-    """Whether a field's value must not be printed."""
-    return SecretStr in _kinds(field)
+    """Whether a field's value, or what it holds, must not be printed."""
+    return SecretStr in {*_kinds(field), *get_args(field.annotation)}
+
+
+def is_table(field: FieldInfo) -> bool:
+    """Whether a field is a table of its own; then only the settings file sets it."""
+    return abc.Mapping in _kinds(field)
 
 
 def expectation(field: FieldInfo) -> str:
     """What a field takes, to follow "must be": "a whole number from 1 to 65536"."""
+    if field.title:
+        return field.title
     kinds = _kinds(field)
-    if tuple in kinds:
-        return "an address or a list of addresses"
     if bool in kinds:
         return "true, false or the path of a CA file" if Path in kinds else "true or false"
     if int in kinds:

@@ -23,6 +23,7 @@ from deltawire_server.settings.model import (
     expectation,
     field_at,
     is_secret,
+    is_table,
 )
 from deltawire_server.settings.values import DependencyError
 
@@ -190,13 +191,16 @@ class Sources:
             if middle in {rest, ""}:
                 continue
             meant = [each for each in providers if _shouted(each) == middle] or [middle.lower()]
+            if is_table(ProviderSettings.model_fields[key]):
+                self.problems.append(f"environment {name}: {in_file_only(('providers', meant[0], key))}")
+                return None
             if len(meant) > 1:
                 self.problems.append(
                     f"environment {name}: may mean provider {' or '.join(meant)}: set it in the file, or rename one"
                 )
                 return None
             return ("providers", meant[0], key)
-        keys = ", ".join(key.upper() for key in ProviderSettings.model_fields)
+        keys = ", ".join(key.upper() for key, field in ProviderSettings.model_fields.items() if not is_table(field))
         self.problems.append(
             f"environment {name}: no such setting: write {PREFIX}PROVIDERS_<ID>_<KEY>, KEY one of {keys}"
         )
@@ -245,6 +249,11 @@ def dotted(path: KeyPath) -> str:
 def variable(path: KeyPath) -> str:
     """The environment variable of a key: `DELTAWIRE_SERVER_LISTEN`."""
     return PREFIX + "_".join(_shouted(part) for part in path)
+
+
+def in_file_only(path: KeyPath) -> str:
+    """How to set a table's values, for whoever tried another way."""
+    return f"only the settings file sets these: write [{dotted(path)}] there"
 
 
 def _shouted(part: str) -> str:

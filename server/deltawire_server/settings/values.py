@@ -27,6 +27,17 @@ MASK = "***"
 _ADDRESS_FORMS = "write host:port, [IPv6 address]:port or unix:/path"
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9.])?")
 _HIGHEST_PORT = 65535
+_PORTS = {"http": 80, "https": 443}
+_HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # a token, as RFC 9110 has it
+_OWN_HEADERS = frozenset(
+    {
+        *("accept", "accept-encoding", "authorization", "content-type", "user-agent"),
+        *("traceparent", "tracestate", "x-request-id"),
+        # What says how a message travels is for whoever sends it.
+        *("connection", "content-encoding", "content-length", "expect", "host", "keep-alive", "proxy-connection"),
+        *("te", "trailer", "transfer-encoding", "upgrade"),
+    }
+)
 _TRUTHS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -55,8 +66,8 @@ def lower(value: object) -> object:
     return value.strip().lower() if isinstance(value, str) else value
 
 
-def addresses(value: object) -> object:
-    """Make one string a list: environment variables and flags hold several addresses with commas between them."""
+def listed(value: object) -> object:
+    """Make one string a list: environment variables and flags hold several values with commas between them."""
     return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
 
@@ -182,6 +193,62 @@ def base_url(value: str) -> str:
     if parts.query or parts.fragment:
         raise ValueError("must end before any ? or #: paths are appended to it")
     return text.rstrip("/")
+
+
+def replicas(value: tuple[str, ...]) -> tuple[str, ...]:
+    """Check that a provider's addresses, each of which `base_url` returned, lead to different servers.
+
+    Raises:
+        ValueError: Two of them are one, however they are written.
+    """
+    seen: dict[tuple[object, ...], str] = {}
+    for url in value:
+        parts = urlsplit(url)
+        port = parts.port or _PORTS[parts.scheme]
+        server = (parts.scheme, parts.hostname, port, parts.path.rstrip("/").removesuffix("/v1").rstrip("/"))
+        if server in seen:
+            raise ValueError(f"names one server twice, by {seen[server]} and {url}: take one of them out")
+        seen[server] = url
+    return value
+
+
+def headers(value: Mapping[str, SecretStr]) -> Mapping[str, SecretStr]:
+    """Check further HTTP headers; white space around values goes.
+
+    Raises:
+        ValueError: A name or a value cannot stand in an HTTP header, two names are one, a header is one that the gateway
+            sets itself, or a value is the mask that stands for it in printed settings.
+    """
+    kept: dict[str, SecretStr] = {}
+    for name, secret in value.items():
+        if not _HEADER_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no header's name: write letters, digits and hyphens")
+        if name.lower() in _OWN_HEADERS:
+            remedy = "give the token as api_token" if name.lower() == "authorization" else "take it out"
+            raise ValueError(f"must not set {name}, which the gateway sets itself: {remedy}")
+        if name.lower() in {other.lower() for other in kept}:
+            raise ValueError(f"sets {name} twice, as upper and lower case are one: keep one of them")
+        text = secret.get_secret_value().strip()
+        if text == MASK:
+            raise ValueError(
+                f'gives {name} as "{MASK}", which only stands for a value in printed settings: give its own'
+            )
+        if not text or not all(" " <= character <= "~" for character in text):
+            raise ValueError(f"must give {name} a value of printable ASCII on one line, or leave it out")
+        kept[name] = SecretStr(text)
+    return kept
+
+
+def model_pattern(value: str) -> str:
+    """Check the name of a model, or the pattern of names; white space around it goes.
+
+    Raises:
+        ValueError: Nothing is left.
+    """
+    text = value.strip()
+    if not text:
+        raise ValueError('holds an empty name: take it out, or write "*" for every model')
+    return text
 
 
 def token(value: SecretStr | None) -> SecretStr | None:

@@ -96,8 +96,8 @@ class Provider(Protocol):
         """What it is: "vllm"."""
 
     @property
-    def base_url(self) -> str:
-        """Where it is, without credentials."""
+    def base_urls(self) -> tuple[str, ...]:
+        """Where it is, without credentials: the address of each of its replicas, at least one, in the operator's order."""
 
     @property
     def default_max_tokens(self) -> int | None:
@@ -115,12 +115,17 @@ class Provider(Protocol):
     def patience(self) -> Patience:
         """How long its answers may take; for whoever reads them to hold."""
 
+    @property
+    def refresh_interval(self) -> float:
+        """Seconds between two listings, for whoever keeps them up to date."""
+
     def stream_chat(
         self, request: ChatRequest, model: str, call: CallContext
     ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """Ask for a completion; entering yields the body of its event stream as it arrives, cut anywhere.
 
-        Entering raises for whatever the provider refuses with an HTTP status, and if it cannot be reached. Iterating
+        Entering raises for whatever the provider refuses with an HTTP status, if none of its replicas can be reached, and
+        MODEL_NOT_SERVED for a model that the operator does not allow; the request has to name another one then. Iterating
         ends where the body ends or the connection breaks: what is missing is to be told from the events. Leaving closes
         the connection unless the body was read to its end, so that the provider stops generating.
 
@@ -131,7 +136,7 @@ class Provider(Protocol):
         """
 
     async def list_models(self, token: str | None = None) -> tuple[ServedModel, ...]:
-        """What it serves now, in its order.
+        """What it serves now and the operator allows, in its order.
 
         Args:
             token: The caller's token, used if the operator configured none.
@@ -141,7 +146,7 @@ class Provider(Protocol):
         """
 
     async def check_health(self) -> Health:
-        """How it is. Never raises: being down is an answer."""
+        """How it is: well if every replica is, else with the address of each that is not. Never raises."""
 
     async def close(self) -> None:
         """End it: its connections are closed, calls under way fail."""

@@ -1,8 +1,11 @@
-"""A vLLM server over HTTP: one pooled client for the process's life.
+"""A vLLM server over HTTP, or several alike: one pooled client for as long as the provider is configured.
 
 httpx over aiohttp's transport: aiohttp's C parser hands over all that has arrived at once, where httpx's own gives one
 chunk at a time. What its mapping of exceptions calls a timeout may be a refused connection, so nothing here decides by
 the exception's type: only by whether the answer had begun.
+
+As long as it had not, the next replica may be asked. The one before may have taken the request all the same, and generate
+for nobody: calls are at-least-once on the engine, as they are for callers that try again.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+from fnmatch import fnmatchcase
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +25,12 @@ from httpx_aiohttp import AiohttpTransport
 from deltawire_server.errors import ProviderError, Reason
 from deltawire_server.upstream.base import CallContext, Health, HealthStatus, Patience, ServedModel
 from deltawire_server.upstream.refusals import RETRY_SECONDS, Refusal, error_of
+from deltawire_server.upstream.replicas import Replica, Replicas
 from deltawire_server.upstream.vllm_request import request_body
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import AsyncGenerator, AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 
     from deltawire_server.upstream.request import ChatRequest
 
@@ -55,17 +60,20 @@ def root_url(base_url: str) -> str:
 
 
 class VllmProvider:
-    """A vLLM server.
+    """A vLLM server, or several that serve the same models.
 
     Args:
         provider_id: The operator's name for it.
-        base_url: http or https; with or without `/v1`.
+        base_urls: At least one, one for each replica: http or https; with or without `/v1`.
         api_token: The operator's token; `None` sends none.
+        headers: Further headers of every request, none that is set here; their values are secrets.
+        allowed_models: Names, or shell patterns of names, of the models that may be used; empty for all.
         tls: For https: a context that verifies as the operator asked.
         default_max_tokens: For requests that name none; `None` leaves it to the model's context.
         max_connections: Above what may be in flight at once: a full pool would make calls wait for each other.
         connect_timeout: Seconds to reach it.
         patience: How long its answers may take.
+        refresh_interval: Seconds between two listings.
         user_agent: How it is told who asks.
     """
 
@@ -74,9 +82,10 @@ class VllmProvider:
     def __init__(
         self,
         provider_id: str,
-        base_url: str,
-        *,
+        *base_urls: str,
         api_token: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        allowed_models: Sequence[str] = (),
         tls: ssl.SSLContext | bool = True,
         default_max_tokens: int | None = None,
         max_connections: int = 1032,
@@ -86,9 +95,10 @@ class VllmProvider:
         user_agent: str = "deltawire",
     ) -> None:
         self.id = provider_id
-        self._root = root_url(base_url)
-        self.base_url = f"{self._root}/v1"
+        self._replicas = Replicas([root_url(base_url) for base_url in base_urls])
+        self.base_urls = tuple(replica.base_url for replica in self._replicas.all)
         self._api_token = api_token
+        self._allowed_models = tuple(allowed_models)
         self.default_max_tokens = default_max_tokens
         self.patience = patience or Patience()
         self.refresh_interval = refresh_interval
@@ -100,7 +110,7 @@ class VllmProvider:
         self._client = httpx.AsyncClient(
             # Given to the client, `verify` and `limits` would be ignored beside a transport of one's own.
             transport=AiohttpTransport(verify=tls, trust_env=False, client=self._session),
-            headers={"user-agent": user_agent, "accept-encoding": "identity"},
+            headers={**(headers or {}), "user-agent": user_agent, "accept-encoding": "identity"},
             # One caller's must not travel with another's request; by its policy, since the client copies other forms.
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
             follow_redirects=False,
@@ -114,78 +124,65 @@ class VllmProvider:
 
     def __repr__(self) -> str:
         """Without the token: this lands in logs."""
-        return f"VllmProvider({self.id!r}, {self.base_url!r})"
+        return f"VllmProvider({', '.join(map(repr, (self.id, *self.base_urls)))})"
 
     @contextlib.asynccontextmanager
     async def stream_chat(
         self, request: ChatRequest, model: str, call: CallContext
     ) -> AsyncIterator[AsyncIterator[bytes]]:
         """Ask for a completion; see `Provider.stream_chat`."""
-        headers = self._headers(call.token)
-        headers["content-type"] = "application/json"
-        headers["accept"] = "text/event-stream"
-        # vLLM tells the id in every chunk and takes it for its own: each attempt needs another.
-        headers["x-request-id"] = f"{call.request_id}-{secrets.token_hex(4)}"
-        if call.traceparent:
-            headers["traceparent"] = call.traceparent
-        if call.tracestate:
-            headers["tracestate"] = call.tracestate
-        url = f"{self._root}/v1/chat/completions"
+        if not self._allows(model):
+            raise ProviderError(
+                Reason.MODEL_NOT_SERVED,
+                f"model {model!r} of provider {self.id!r} may not be used: it is not listed in allowed_models, in the"
+                " gateway's settings",
+                metadata={"model": model, "provider": self.id},
+            )
         content = request_body(request, model)
-        outgoing = self._client.build_request("POST", url, content=content, headers=headers, timeout=self._chat_timeout)
-        response = await self._send(outgoing)
-        try:
-            if response.status_code != httpx.codes.OK:
-                refusal = await _refusal(response)
-                raise error_of(refusal, self.id, callers_token=call.token is not None, model=request.model)
-            content_type = response.headers.get("content-type", "")
-            if not content_type.startswith("text/event-stream"):
-                message = (
-                    f"provider {self.id!r} answered with {content_type or 'no content type'} instead of an event stream"
-                )
-                raise ProviderError(Reason.UPSTREAM_MALFORMED, message, metadata={"provider": self.id})
-            async with contextlib.aclosing(_body(response)) as body:
-                yield body
-        finally:
-            # Closing the socket is what makes vLLM stop; a cancelled call must not get away before that is done.
-            await asyncio.shield(_close(response))
+        failures: list[ProviderError] = []
+        for replica in self._replicas.by_load():
+            with replica.stream():
+                try:
+                    response = await self._ask(replica, content, request.model, call)
+                except ProviderError as error:
+                    self._pass_over(replica, error)
+                    failures.append(error)
+                    continue
+                self._replicas.answered(replica)
+                try:
+                    async with contextlib.aclosing(_body(response)) as body:
+                        yield body
+                finally:
+                    # Closing the socket is what makes vLLM stop; a cancelled call must not get away before that is done.
+                    await asyncio.shield(_close(response))
+                return
+        raise self._none_answers(failures)
 
     async def list_models(self, token: str | None = None) -> tuple[ServedModel, ...]:
         """What it serves now; see `Provider.list_models`. An entry without an id is passed over."""
-        headers = self._headers(None if self._api_token else token)
-        request = self._client.build_request(
-            "GET", f"{self._root}/v1/models", headers=headers, timeout=self._control_timeout
-        )
-        response = await self._send(request)
-        try:
-            if response.status_code != httpx.codes.OK:
-                callers_token = token is not None and not self._api_token
-                raise error_of(await _refusal(response), self.id, callers_token=callers_token)
-            cards = msgspec.json.decode(await response.aread(), type=_Listing).data
-            return tuple(_served_model(card) for card in cards if isinstance(card, dict) and card.get("id"))
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            message = f"provider {self.id!r} answered its list of models with something else: is its base URL right?"
-            raise ProviderError(Reason.UPSTREAM_MALFORMED, message, metadata={"provider": self.id}) from error
-        except _BROKEN as error:
-            raise self._unreachable(error) from error
-        finally:
-            await asyncio.shield(_close(response))
+        failures: list[ProviderError] = []
+        for replica in self._replicas.in_order():
+            try:
+                served = await self._listing(replica, token)
+            except ProviderError as error:
+                self._pass_over(replica, error)
+                failures.append(error)
+            else:
+                self._replicas.answered(replica)
+                return tuple(model for model in served if self._allows(model.id))
+        raise self._none_answers(failures)
 
     async def check_health(self) -> Health:
         """How it is; see `Provider.check_health`. An engine that is asleep is not well, though its `/health` says so."""
-        try:
-            response = await self._get("/health")
-            if not response.is_success:
-                return Health(HealthStatus.ERROR, f"Health check failed: HTTP {response.status_code}")
-            response = await self._get("/is_sleeping")
-            if response.is_success and _says_asleep(response.content):
-                return Health(HealthStatus.ERROR, "Health check failed: the engine is asleep")
-            # vLLM's /health asks for no key: a wrong one would look well, and every call would fail.
-            if self.has_token and (await self._get("/v1/models")).status_code in (401, 403):
-                return Health(HealthStatus.ERROR, "Health check failed: it refuses the token in the gateway's settings")
-        except _BROKEN as error:
-            return Health(HealthStatus.ERROR, f"Health check failed: {_describe(error)}")
-        return Health(HealthStatus.OK)
+        ailments = await asyncio.gather(*map(self._ailment, self._replicas.all))
+        unwell = {base_url: ailment for base_url, ailment in zip(self.base_urls, ailments, strict=True) if ailment}
+        if not unwell:
+            return Health(HealthStatus.OK)
+        if len(ailments) == 1:
+            return Health(HealthStatus.ERROR, f"Health check failed: {ailments[0]}")
+        each = "; ".join(f"{base_url}: {ailment}" for base_url, ailment in unwell.items())
+        message = f"Health check failed at {len(unwell)} of {len(ailments)} addresses: {each}"
+        return Health(HealthStatus.ERROR, message)
 
     async def close(self) -> None:
         """Close its connections; calls under way fail."""
@@ -205,19 +202,115 @@ class VllmProvider:
         chosen = token or self._api_token
         return {"authorization": f"Bearer {chosen}"} if chosen else {}
 
-    async def _get(self, path: str) -> httpx.Response:
-        return await self._client.get(f"{self._root}{path}", headers=self._headers(None), timeout=self._control_timeout)
+    def _allows(self, model: str) -> bool:
+        allowed = self._allowed_models
+        return not allowed or any(fnmatchcase(model, pattern) for pattern in allowed)
 
-    async def _send(self, request: httpx.Request) -> httpx.Response:
+    async def _ask(self, replica: Replica, content: bytes, name: str, call: CallContext) -> httpx.Response:
+        """Send a chat request; the response is an event stream that has begun, and the caller's to close.
+
+        Args:
+            replica: Whom to ask.
+            content: The request's body.
+            name: What the caller calls the model.
+            call: The caller's metadata.
+        """
+        headers = self._headers(call.token)
+        headers["content-type"] = "application/json"
+        headers["accept"] = "text/event-stream"
+        # vLLM tells the id in every chunk and takes it for its own: each attempt needs another.
+        headers["x-request-id"] = f"{call.request_id}-{secrets.token_hex(4)}"
+        if call.traceparent:
+            headers["traceparent"] = call.traceparent
+        if call.tracestate:
+            headers["tracestate"] = call.tracestate
+        url = f"{replica.base_url}/chat/completions"
+        outgoing = self._client.build_request("POST", url, content=content, headers=headers, timeout=self._chat_timeout)
+        response = await self._send(replica, outgoing)
+        try:
+            if response.status_code != httpx.codes.OK:
+                refusal = await _refusal(response)
+                raise error_of(refusal, self.id, callers_token=call.token is not None, model=name)
+            content_type = response.headers.get("content-type", "")
+            if not content_type.startswith("text/event-stream"):
+                message = (
+                    f"provider {self.id!r} answered with {content_type or 'no content type'} instead of an event stream"
+                )
+                raise ProviderError(Reason.UPSTREAM_MALFORMED, message, metadata={"provider": self.id})
+        except BaseException:
+            await asyncio.shield(_close(response))
+            raise
+        return response
+
+    async def _listing(self, replica: Replica, token: str | None) -> tuple[ServedModel, ...]:
+        headers = self._headers(None if self._api_token else token)
+        url = f"{replica.base_url}/models"
+        request = self._client.build_request("GET", url, headers=headers, timeout=self._control_timeout)
+        response = await self._send(replica, request)
+        try:
+            if response.status_code != httpx.codes.OK:
+                callers_token = token is not None and not self._api_token
+                raise error_of(await _refusal(response), self.id, callers_token=callers_token)
+            cards = msgspec.json.decode(await response.aread(), type=_Listing).data
+            return tuple(_served_model(card) for card in cards if isinstance(card, dict) and card.get("id"))
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            message = f"provider {self.id!r} answered its list of models with something else: is its base URL right?"
+            raise ProviderError(Reason.UPSTREAM_MALFORMED, message, metadata={"provider": self.id}) from error
+        except _BROKEN as error:
+            raise self._unreachable(replica, error) from error
+        finally:
+            await asyncio.shield(_close(response))
+
+    async def _ailment(self, replica: Replica) -> str:
+        """What ails a replica; empty if it is well."""
+        try:
+            response = await self._get(replica, "/health")
+            if not response.is_success:
+                return f"HTTP {response.status_code}"
+            response = await self._get(replica, "/is_sleeping")
+            if response.is_success and _says_asleep(response.content):
+                return "the engine is asleep"
+            # vLLM's /health asks for no key: a wrong one would look well, and every call would fail.
+            if self.has_token and (await self._get(replica, "/v1/models")).status_code in (401, 403):
+                return "it refuses the token in the gateway's settings"
+        except _BROKEN as error:
+            return _describe(error)
+        return ""
+
+    async def _get(self, replica: Replica, path: str) -> httpx.Response:
+        url = f"{replica.root}{path}"
+        return await self._client.get(url, headers=self._headers(None), timeout=self._control_timeout)
+
+    async def _send(self, replica: Replica, request: httpx.Request) -> httpx.Response:
         try:
             return await self._client.send(request, stream=True)
         except _BROKEN as error:
-            raise self._unreachable(error) from error
+            raise self._unreachable(replica, error) from error
 
-    def _unreachable(self, error: Exception) -> ProviderError:
+    def _pass_over(self, replica: Replica, error: ProviderError) -> None:
+        """Set a replica aside that was away or had no room, so that the next is asked; raise what any would answer."""
+        said = error.metadata.get("http_status")
+        if error.reason is not Reason.UPSTREAM_UNAVAILABLE or said not in (None, "503"):
+            raise error
+        # Also one that said 503: it has the fewest streams because it takes none, and would be asked first every time.
+        self._replicas.failed(replica)
+
+    def _none_answers(self, failures: Sequence[ProviderError]) -> ProviderError:
+        """The failure of a call for which each replica was passed over: that of a single one is told as it is."""
+        if len(failures) == 1:
+            return failures[0]
         return ProviderError(
             Reason.UPSTREAM_UNAVAILABLE,
-            f"provider {self.id!r} at {self.base_url} cannot be reached: {_describe(error)}",
+            f"none of the {len(failures)} replicas took the request: "
+            + "; ".join(failure.message for failure in failures),
+            metadata={name: value for failure in failures for name, value in failure.metadata.items()},
+            retry_after=min(failure.retry_after or 0.0 for failure in failures),
+        )
+
+    def _unreachable(self, replica: Replica, error: Exception) -> ProviderError:
+        return ProviderError(
+            Reason.UPSTREAM_UNAVAILABLE,
+            f"provider {self.id!r} at {replica.base_url} cannot be reached: {_describe(error)}",
             metadata={"provider": self.id},
             retry_after=RETRY_SECONDS,
         )
