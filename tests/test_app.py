@@ -127,9 +127,9 @@ async def test_settings_reach_the_parts(vllm: FakeVllm, tmp_path: Path, monkeypa
     seen: list[WorkerLimits | None] = []
 
     class Seen(Worker):
-        def __init__(self, registry: Any, limits: WorkerLimits | None = None) -> None:  # noqa: ANN401 (not used)
+        def __init__(self, registry: Any, providers: Any, limits: WorkerLimits | None = None) -> None:  # noqa: ANN401 (not used)
             seen.append(limits)
-            super().__init__(registry, limits)
+            super().__init__(registry, providers, limits)
 
     monkeypatch.setattr(app, "Worker", Seen)
     settings = settings_of(

@@ -62,7 +62,7 @@ def make_worker(vllm: FakeVllm, tmp_path: Path) -> MakeWorker:
         await registry.open()
         try:
             async with asyncio.timeout(WAIT):
-                yield Worker(registry, WorkerLimits(**limits))
+                yield Worker(registry, providers, WorkerLimits(**limits))
         finally:
             await registry.close()
             await providers.close()

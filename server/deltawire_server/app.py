@@ -61,7 +61,7 @@ class Gateway:
             _provider(provider_id, provider, connections) for provider_id, provider in settings.providers.items()
         )
         self._registry = ModelRegistry(Store(settings.registry.database_url), self._providers)
-        worker = Worker(self._registry, _worker_limits(settings))
+        worker = Worker(self._registry, self._providers, _worker_limits(settings))
         self._access = Access(settings.access.principals)
         calls = CallInterceptor(worker.end_all, self._registry.stop_watches, self._access)
         self._lifecycle = Lifecycle(settings.server, [calls], calls)

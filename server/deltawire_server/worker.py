@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from deltawire_server.registry.registry import ModelRegistry, Resolution
     from deltawire_server.upstream.base import CallContext
+    from deltawire_server.upstream.providers import Providers
     from deltawire_server.upstream.request import ChatRequest, Sampling
 
 _OURS = frozenset({Reason.DURATION_LIMIT_EXCEEDED, Reason.DRAINING})
@@ -70,11 +71,13 @@ class Worker:
 
     Args:
         registry: Says who serves a model.
+        providers: Those of the registry; each is held while a completion needs it.
         limits: What completions may take.
     """
 
-    def __init__(self, registry: ModelRegistry, limits: WorkerLimits | None = None) -> None:
+    def __init__(self, registry: ModelRegistry, providers: Providers, limits: WorkerLimits | None = None) -> None:
         self._registry = registry
+        self._providers = providers
         self._limits = limits or WorkerLimits()
         self._active = 0
         self._under_way: set[Completion] = set()
@@ -116,22 +119,23 @@ class Worker:
         try:
             accepted = time.monotonic()
             resolution = await self._registry.resolve(request.model, call.token)
-            require_type(resolution.model, ModelType.LLM)
-            completion = Completion(request, call, resolution, self._limits, accepted, keep_logprobs=keep_logprobs)
-            self._under_way.add(completion)
-            try:
-                yield completion
-            except asyncio.CancelledError:
-                task = asyncio.current_task()
-                if completion.gave_up_on_caller and completion.failure is not None and task is not None:
-                    task.uncancel()  # that cancel was ours
-                    raise completion.failure from None
-                raise
-            finally:
-                self._under_way.discard(completion)
-                await completion.close()
-                if completion.failure is not None and completion.failure.reason in _TELLING:
-                    self._registry.suspect(resolution.provider.id)
+            with self._providers.held(resolution.provider):
+                require_type(resolution.model, ModelType.LLM)
+                completion = Completion(request, call, resolution, self._limits, accepted, keep_logprobs=keep_logprobs)
+                self._under_way.add(completion)
+                try:
+                    yield completion
+                except asyncio.CancelledError:
+                    task = asyncio.current_task()
+                    if completion.gave_up_on_caller and completion.failure is not None and task is not None:
+                        task.uncancel()  # that cancel was ours
+                        raise completion.failure from None
+                    raise
+                finally:
+                    self._under_way.discard(completion)
+                    await completion.close()
+                    if completion.failure is not None and completion.failure.reason in _TELLING:
+                        self._registry.suspect(resolution.provider.id)
         finally:
             self._active -= 1
 

@@ -7,9 +7,10 @@ import asyncio
 import pytest
 
 from deltawire_server.errors import CallerError, ProviderError, Reason
-from deltawire_server.upstream.base import ServedModel
+from deltawire_server.upstream.base import Health, HealthStatus, ServedModel
 from deltawire_server.upstream.providers import Providers
 from tests.support.fake_provider import FakeProvider
+from tests.support.gateway import until
 
 M = (ServedModel("m"),)
 
@@ -113,3 +114,121 @@ async def test_closing(provider: FakeProvider) -> None:
     assert provider.closed
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def closed(provider: FakeProvider) -> None:
+    """Wait until a provider is closed."""
+    await until(lambda: provider.closed)
+
+
+async def test_replacing() -> None:
+    """From the next look on there are the new ones, and whoever has looked already has the old ones, whole."""
+    a, b, c = FakeProvider("a"), FakeProvider("b"), FakeProvider("c")
+    providers = Providers([a, b])
+    before = (providers.ids, providers.all())
+    with providers.held(a):
+        providers.replace([c, b])
+        assert before == (("a", "b"), (a, b))
+        assert (providers.ids, providers.all()) == (("b", "c"), (b, c))
+        with pytest.raises(CallerError, match="configured: b, c"):
+            providers.get("a")
+
+
+async def test_who_has_to_go_is_closed_and_who_stays_is_not() -> None:
+    """Gone, or with another in its place: closed. The same object: as it was."""
+    gone, changed, same = FakeProvider("a"), FakeProvider("b"), FakeProvider("c")
+    providers = Providers([gone, changed, same])
+    replacement = FakeProvider("b")
+    providers.replace([replacement, same])
+    await closed(gone)
+    await closed(changed)
+    assert providers.get("b") is replacement
+    await providers.close()
+    assert replacement.closed
+    assert same.closed
+
+
+async def test_a_provider_that_is_held_is_closed_when_the_last_lets_go() -> None:
+    """Calls under way go on, and a provider that stays is not closed by their end."""
+    old, same = FakeProvider("a"), FakeProvider("b")
+    providers = Providers([old, same])
+    with providers.held(old), providers.held(same):
+        with providers.held(old):
+            providers.replace([same])
+        await asyncio.sleep(0)
+        assert not old.closed
+    await closed(old)
+    assert not same.closed
+
+
+async def test_a_listing_under_way_is_a_call_too(provider: FakeProvider) -> None:
+    """It ends well for those who wait; it is not kept, and who asks now asks the new provider."""
+    providers = Providers([provider])
+    provider.gate = asyncio.Event()
+    waiting = asyncio.create_task(providers.listing("p"))
+    await provider.asked.wait()
+    new = FakeProvider("p", ["new"])
+    providers.replace([new])
+    assert await providers.listing("p") == (ServedModel("new"),)
+    assert not provider.closed
+    provider.gate.set()
+    assert await waiting == M
+    assert await providers.listing("p") == (ServedModel("new"),)
+    await closed(provider)
+    assert len(new.tokens) == 1
+
+
+async def test_what_a_replaced_provider_listed_is_forgotten(provider: FakeProvider) -> None:
+    """What the same object listed is not."""
+    other = FakeProvider("q", ["m"])
+    providers = Providers([provider, other])
+    await providers.listing("p")
+    await providers.listing("q")
+    new = FakeProvider("p", ["new"])
+    providers.replace([new, other])
+    assert await providers.listing("p") == (ServedModel("new"),)
+    assert await providers.listing("q") == M
+    assert len(other.tokens) == 1
+
+
+async def test_a_health_check_under_way_is_a_call_too(provider: FakeProvider) -> None:
+    """Its provider stays open until it has said how it is; an unknown one cannot be asked."""
+    gate = asyncio.Event()
+    asked = asyncio.Event()
+
+    async def check_health() -> Health:
+        asked.set()
+        await gate.wait()
+        assert not provider.closed
+        return Health(HealthStatus.OK)
+
+    provider.check_health = check_health  # type: ignore[method-assign]
+    providers = Providers([provider])
+    checking = asyncio.create_task(providers.check_health("p"))
+    await asked.wait()
+    providers.replace([])
+    gate.set()
+    assert (await checking).status is HealthStatus.OK
+    await closed(provider)
+    with pytest.raises(CallerError):
+        await providers.check_health("p")
+
+
+async def test_closing_does_not_wait_for_those_who_hold() -> None:
+    """It ends the retired ones too, and waits for those being closed; what lets go afterwards has nothing left to do."""
+    counts = [0, 0]
+
+    class Counted(FakeProvider):
+        async def close(self) -> None:
+            counts[0] += 1
+            await asyncio.sleep(0)
+            counts[1] += 1
+
+    old, older = Counted("a"), Counted("b")
+    providers = Providers([old, older])
+    with providers.held(old):
+        providers.replace([])
+        await providers.close()
+        assert counts == [2, 2]
+    await asyncio.sleep(0)
+    assert counts == [2, 2]

@@ -191,7 +191,7 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
     ) -> pb.CheckProviderHealthResponse:
         """How a provider is; one that is down is an answer."""
         _require("provider_id", request.provider_id)
-        health = await self._providers.get(request.provider_id).check_health()
+        health = await self._providers.check_health(request.provider_id)
         return pb.CheckProviderHealthResponse(status=HEALTH_STATUSES[health.status], message=health.message)
 
 
