@@ -16,13 +16,26 @@ from deltawire_server import app
 from deltawire_server.app import SPARE_CONNECTIONS, Gateway, serve
 from deltawire_server.errors import RegistryError
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
-from deltawire_server.settings import RegistrySettings, Settings
+from deltawire_server.settings import LogSettings, ProviderSettings, RegistrySettings, Settings, SettingsError
 from deltawire_server.upstream.base import Patience
 from deltawire_server.worker import Worker, WorkerLimits
-from tests.support.gateway import WAIT, Lines, Running, failure_of, kinds, read, read_well, settings_of
+from tests.support.gateway import (
+    WAIT,
+    Lines,
+    Running,
+    ask,
+    failure_of,
+    kinds,
+    read,
+    read_well,
+    running,
+    settings_of,
+    text_of,
+    until,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
     from tests.conftest import Certificates, StartGateway
@@ -52,8 +65,8 @@ def serving(monkeypatch: pytest.MonkeyPatch, lines: Lines) -> Any:  # noqa: ANN4
     monkeypatch.setattr(app, "configure_logging", lambda level, form: configured.append((level, form)))
 
     @asynccontextmanager
-    async def run(settings: Settings) -> AsyncIterator[Served]:
-        task = asyncio.create_task(serve(settings))
+    async def run(settings: Settings, reload: Callable[[], Settings] | None = None) -> AsyncIterator[Served]:
+        task = asyncio.create_task(serve(settings, reload or (lambda: settings)))
         entry = await lines.find("serving")
         assert configured == [(settings.log.level, settings.log.format)]
         (address,) = entry["addresses"]
@@ -206,10 +219,144 @@ async def test_a_keys_file_that_is_not_kept_safe(vllm: FakeVllm, tmp_path: Path,
     keys.chmod(0o646)
     settings = settings_of(vllm.base_url, tmp_path, access={"keys_file": keys})
     async with Gateway(settings) as gateway:
-        gateway.load_access(settings)
+        await gateway.reload(settings)
     warnings = [entry["problem"] for entry in lines.entries if entry["level"] == "warning"]
     assert [warning.partition(f" {keys}")[0] for warning in warnings] == [
         "others than its owner can write",
         "everybody on this machine can read the keys in",
     ] * 2
     assert "secret" not in lines.getvalue()
+
+
+def settings_with(folder: Path, **providers: ProviderSettings) -> Settings:
+    """Settings of a gateway before these providers."""
+    return settings_of("http://127.0.0.1:1", folder).model_copy(update={"providers": providers})
+
+
+def before(vllm: FakeVllm, **fields: Any) -> ProviderSettings:  # noqa: ANN401 (whatever the settings take)
+    """A provider's settings."""
+    return ProviderSettings.model_validate({"base_url": vllm.base_url, "tls_verify": False, **fields})
+
+
+@pytest.fixture
+async def other() -> AsyncIterator[FakeVllm]:
+    """A second vLLM look-alike, with a model of its own."""
+    async with FakeVllm(models=("other",)) as other:
+        yield other
+
+
+@pytest.mark.parametrize("change", ["elsewhere", "same place", "removed"])
+async def test_a_reload_drops_no_stream(
+    vllm: FakeVllm, other: FakeVllm, tmp_path: Path, lines: Lines, change: str
+) -> None:
+    """A stream goes on to its good end while its provider is changed or removed; then the old connections are closed."""
+    gate = asyncio.Event()
+    vllm.play(Script.chunks([CHUNKS.role(), CHUNKS.text("one "), gate, CHUNKS.text("two"), CHUNKS.finish()]))
+    after = {
+        "elsewhere": {"vllm": before(other, api_token="new-secret")},
+        "same place": {"vllm": before(vllm, silence_timeout=7)},
+        "removed": {"second": before(other)},
+    }[change]
+    async with running(settings_with(tmp_path, vllm=before(vllm))) as gateway:
+        old = gateway.gateway._providers.get("vllm")
+        messages = aiter(gateway.stream())
+        events = [await anext(messages)]
+        await gateway.gateway.reload(settings_with(tmp_path, **after))
+        if change == "removed":
+            assert (await failure_of(gateway.create(ask(model="vllm/fake")))).reason == "MODEL_NOT_FOUND"
+        model = "fake" if change == "same place" else "other"
+        await read_well(gateway.stream(ask(model=model)))
+        assert vllm.running == 1
+        gate.set()
+        events += [event async for event in messages]
+        assert text_of(events) == "one two"
+        assert kinds(events)[-1] == "completed"
+        await until(lambda: old._client.is_closed)  # type: ignore[attr-defined]
+        await until(lambda: vllm.connections == (1 if change == "same place" else 0))
+    entry = await lines.find("settings reloaded")
+    said = [entry[f"providers_{what}"] for what in ("added", "removed", "changed")]
+    assert said == ([["second"], ["vllm"], []] if change == "removed" else [[], [], ["vllm"]])
+    assert "secret" not in lines.getvalue()
+    assert not [entry for entry in lines.entries if entry["event"] == "changed settings need a restart"]
+
+
+async def test_a_reload_leaves_alone_what_did_not_change(vllm: FakeVllm, other: FakeVllm, tmp_path: Path) -> None:
+    """The provider and its connection, whatever happens to others."""
+    async with running(settings_with(tmp_path, a=before(vllm, api_token="same"))) as gateway:
+        await read_well(gateway.stream())
+        kept = gateway.gateway._providers.get("a")
+        await gateway.gateway.reload(
+            settings_with(tmp_path, a=before(vllm, api_token="same"), b=before(other, max_tokens=9))
+        )
+        assert gateway.gateway._providers.get("a") is kept
+        await read_well(gateway.stream())
+        assert vllm.connections == 1
+        await read_well(gateway.stream(ask(model="other")))
+        assert other.chats[0].body["max_tokens"] == 9
+
+
+async def test_what_needs_a_restart_is_named(vllm: FakeVllm, tmp_path: Path, lines: Lines) -> None:
+    """At every reload until then; it does not take effect."""
+    settings = settings_with(tmp_path, vllm=before(vllm))
+    changed = settings.model_copy(
+        update={
+            "server": settings.server.model_copy(update={"max_streams": 7, "drain_grace": 8.0}),
+            "log": LogSettings(level="debug"),
+        }
+    )
+    async with running(settings) as gateway:
+        for _ in range(2):
+            await gateway.gateway.reload(changed)
+        assert gateway.gateway._settings == settings
+    named = [entry for entry in lines.entries if entry["event"] == "changed settings need a restart"]
+    assert [(entry["keys"], entry["level"]) for entry in named] == [
+        (["server.max_streams", "server.drain_grace", "log.level"], "warning")
+    ] * 2
+
+
+async def test_a_reload_that_cannot_be_done_changes_nothing(vllm: FakeVllm, other: FakeVllm, tmp_path: Path) -> None:
+    """Not even the part of it that could be; the key and the file are named."""
+    (tmp_path / "ca.pem").write_text("no certificate")
+    settings = settings_with(tmp_path, vllm=before(vllm))
+    wrong = settings_with(tmp_path, other=before(other), wrong=before(vllm, tls_verify=tmp_path / "ca.pem"))
+    async with running(settings) as gateway:
+        with pytest.raises(SettingsError, match=r"providers\.wrong\.tls_verify: .*ca\.pem cannot be used"):
+            await gateway.gateway.reload(wrong)
+        assert gateway.gateway._providers.ids == ("vllm",)
+        await read_well(gateway.stream())
+
+
+async def test_hanging_up_reloads(
+    serving: Any,  # noqa: ANN401
+    vllm: FakeVllm,
+    other: FakeVllm,
+    tmp_path: Path,
+    lines: Lines,
+) -> None:
+    """Refused settings and even a defect leave the old ones in effect and the next SIGHUP as good as the first."""
+    outcomes: list[Settings | Exception] = [
+        SettingsError(["server.listen: wrong", "log.level: wrong"]),
+        RuntimeError("defect"),
+        settings_with(tmp_path, vllm=before(other)),
+    ]
+
+    def reload() -> Settings:
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    async with serving(settings_with(tmp_path, vllm=before(vllm)), reload) as served:
+        served.signal(signal.SIGHUP)
+        refused = await lines.find("settings refused")
+        assert refused["level"] == "error"
+        assert refused["problems"] == ["server.listen: wrong", "log.level: wrong"]
+        await read_well(served.running.stream())
+        served.signal(signal.SIGHUP)
+        assert "defect" in (await lines.find("settings not reloaded"))["exception"]
+        await read_well(served.running.stream())
+        served.signal(signal.SIGHUP)
+        await lines.find("settings reloaded")
+        await read_well(served.running.stream(ask(model="other")))
+        served.signal()
+    assert not outcomes

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import builtins
+import gc
 import json
 import os
 import signal
 import socket
 import sys
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,21 +18,77 @@ from grpc import aio
 
 from deltawire_server.__main__ import main
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
-from tests.support.gateway import WAIT, Running, kinds, read_well
+from tests.support.gateway import WAIT, Running, ask, kinds, read_well
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
 URL = "http://127.0.0.1:8000/v1"
 
 
 @pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """No settings of whoever runs the tests."""
     for name in [*os.environ]:
         if name.startswith(("DELTAWIRE_", "VLLM_")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    yield
+    # What `main` leaves of its event loop crashes the interpreter if a later test's database happens to be where it is
+    # collected: SQLAlchemy works in greenlets. Here it does no harm.
+    gc.collect()
+
+
+class Process:
+    """A `deltawire-server` of its own, and what it logs."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+
+    async def logged(self, event: str) -> dict[str, Any]:
+        """The next entry of this event; those before it are passed over."""
+        assert self._process.stderr is not None
+        while (entry := json.loads(await self._process.stderr.readline()))["event"] != event:
+            pass
+        result: dict[str, Any] = entry
+        return result
+
+    def signal(self, number: int) -> None:
+        """Send it a signal."""
+        self._process.send_signal(number)
+
+    async def ended(self) -> int:
+        """Its exit code, when it has ended."""
+        return await self._process.wait()
+
+
+@asynccontextmanager
+async def started(*arguments: str) -> AsyncIterator[tuple[Process, Running]]:
+    """A process that serves on a free port, and a channel to it; it is killed in the end if it has not ended."""
+    process = await asyncio.create_subprocess_exec(
+        *(
+            sys.executable,
+            "-m",
+            "deltawire_server",
+            "--listen",
+            "127.0.0.1:0",
+            "--set",
+            "server.drain_delay=0",
+            *arguments,
+        ),
+        stderr=asyncio.subprocess.PIPE,
+    )
+    server = Process(process)
+    try:
+        async with asyncio.timeout(WAIT):
+            (address,) = (await server.logged("serving"))["addresses"]
+            async with aio.insecure_channel(address) as channel:
+                yield server, Running(None, channel)  # type: ignore[arg-type]
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
 
 
 def test_check_config(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,38 +158,56 @@ async def test_a_process_from_start_to_sigterm(vllm: FakeVllm, insist: bool) -> 
     """It serves, drains at the first signal, and ends with 0: when the last call has, or at a second signal."""
     gate = asyncio.Event()
     vllm.play(Script.chunks([Chunks().role(), gate, Chunks().finish()]))
-    arguments = ["--vllm-url", vllm.base_url, "--listen", "127.0.0.1:0", "--set", "server.drain_delay=0"]
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "deltawire_server", *arguments, stderr=asyncio.subprocess.PIPE
-    )
-    assert process.stderr is not None
+    async with started("--vllm-url", vllm.base_url) as (process, gateway):
+        messages = aiter(gateway.stream())
+        await anext(messages)
+        await read_well(gateway.stream())
+        process.signal(signal.SIGTERM)
+        await process.logged("draining")
+        if insist:
+            process.signal(signal.SIGTERM)
+            await vllm.chats[0].closed_early.wait()
+        else:
+            gate.set()
+            assert kinds([event async for event in messages])[-1] == "completed"
+        await process.logged("stopped")
+        assert await process.ended() == 0
 
-    async def logged(event: str) -> dict[str, Any]:
-        assert process.stderr is not None
-        while (entry := json.loads(await process.stderr.readline()))["event"] != event:
-            pass
-        result: dict[str, Any] = entry
-        return result
 
-    try:
-        async with asyncio.timeout(WAIT):
-            (address,) = (await logged("serving"))["addresses"]
-            async with aio.insecure_channel(address) as channel:
-                gateway = Running(None, channel)  # type: ignore[arg-type]
-                messages = aiter(gateway.stream())
-                await anext(messages)
-                await read_well(gateway.stream())
-                process.send_signal(signal.SIGTERM)
-                await logged("draining")
-                if insist:
-                    process.send_signal(signal.SIGTERM)
-                    await vllm.chats[0].closed_early.wait()
-                else:
-                    gate.set()
-                    assert kinds([event async for event in messages])[-1] == "completed"
-                await logged("stopped")
-                assert await process.wait() == 0
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+async def test_a_process_that_hangs_up(vllm: FakeVllm, tmp_path: Path) -> None:
+    """SIGHUP reads the file again: a wrong one is refused, a right one taken over, and the stream under way goes on."""
+    gate = asyncio.Event()
+    vllm.play(Script.chunks([Chunks().role(), gate, Chunks().finish()]))
+    file = tmp_path / "deltawire.toml"
+    table = '[providers.vllm]\nbase_url = "{}"\ntls_verify = false\nheaders = {{x-team = "hush"}}\n'
+    async with FakeVllm(models=("other",)) as other:
+        file.write_text(table.format(vllm.base_url))
+        async with started("--config", str(file)) as (process, gateway):
+            messages = aiter(gateway.stream())
+            await anext(messages)
+            file.write_text(table.format("hush@nowhere"))
+            process.signal(signal.SIGHUP)
+            refused = await process.logged("settings refused")
+            (problem,) = refused["problems"]
+            assert problem.startswith(f"providers.vllm.base_url (from file {file}): must not carry credentials")
+            assert "hush" not in str(refused)
+            await read_well(gateway.stream())
+            file.write_text(f"{table.format(other.base_url)}[server]\nmax_streams = 7\n")
+            process.signal(signal.SIGHUP)
+            assert (await process.logged("settings reloaded"))["providers_changed"] == ["vllm"]
+            assert (await process.logged("changed settings need a restart"))["keys"] == ["server.max_streams"]
+            await read_well(gateway.stream(ask(model="other")))
+            gate.set()
+            assert kinds([event async for event in messages])[-1] == "completed"
+            process.signal(signal.SIGTERM)
+            await process.logged("stopped")
+            assert await process.ended() == 0
+    assert {chat.headers["x-team"] for chat in (*vllm.chats, *other.chats)} == {"hush"}
+
+
+def test_a_ca_file_without_certificates(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """One sentence that names key and file, and 2."""
+    file = tmp_path / "ca.pem"
+    file.write_text("no certificate")
+    assert main(["--vllm-url", "https://127.0.0.1:1", "--set", f"providers.vllm.tls_verify={file}"]) == 2
+    assert f"deltawire-server: providers.vllm.tls_verify: {file} cannot be used" in capfd.readouterr().err

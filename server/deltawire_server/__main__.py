@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,17 +31,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    arguments = sys.argv[1:] if argv is None else argv
     try:
-        invocation = settings.parse(sys.argv[1:] if argv is None else argv, os.environ)
+        invocation = settings.parse(arguments, os.environ)
     except settings.SettingsError as error:
-        for problem in error.problems:
-            print(f"deltawire-server: {problem}", file=sys.stderr)
-        return 2
+        return _refused(error.problems)
     if invocation.check_only:
         print(settings.effective(invocation.settings, invocation.origins))
         return 0
     try:
-        uvloop.run(app.serve(invocation.settings))
+        # Reloaded from where they came from: the same flags, environment and file.
+        uvloop.run(app.serve(invocation.settings, lambda: settings.parse(arguments, os.environ).settings))
+    except settings.SettingsError as error:
+        return _refused(error.problems)
     except ListenError as error:
         print(f"deltawire-server: {error}", file=sys.stderr)
         return 1
@@ -52,6 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"deltawire-server: cannot use the database {url}: {cause}", file=sys.stderr)
         return 1
     return 0
+
+
+def _refused(problems: Iterable[str]) -> int:
+    for problem in problems:
+        print(f"deltawire-server: {problem}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from deltawire_server.rpc.chat_completion import ChatCompletionServicer
 from deltawire_server.rpc.interceptors import CallInterceptor
 from deltawire_server.rpc.model_registry import ModelRegistryServicer
 from deltawire_server.sansio.completion import Limits
-from deltawire_server.settings import is_local
+from deltawire_server.settings import SettingsError, is_local
 from deltawire_server.telemetry import configure_logging, get_logger
 from deltawire_server.upstream.base import Patience
 from deltawire_server.upstream.providers import Providers
@@ -26,12 +26,16 @@ from deltawire_server.upstream.vllm import VllmProvider
 from deltawire_server.worker import Worker, WorkerLimits
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from deltawire_server.settings import ProviderSettings, Settings
 
 SPARE_CONNECTIONS = 32
 """Of each provider's pool, above the completions that are admitted: for listings and health, which must not wait."""
+
+RELOADED = ("providers", "access")
+"""The sections of the settings that `Gateway.reload` takes over; what changes in the others waits for a restart."""
 
 SERVICES = (
     chat_completion_pb2.DESCRIPTOR.services_by_name["ChatCompletion"].full_name,
@@ -50,15 +54,16 @@ class Gateway:
         settings: Checked already.
 
     Raises:
+        SettingsError: When made: what a provider's settings name cannot be used.
         ListenError: On entering: an address cannot be listened on.
         RegistryError: On entering: the registry's database cannot be used.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        connections = settings.server.max_streams + SPARE_CONNECTIONS
+        self._connections = settings.server.max_streams + SPARE_CONNECTIONS
         self._providers = Providers(
-            _provider(provider_id, provider, connections) for provider_id, provider in settings.providers.items()
+            _provider(provider_id, provider, self._connections) for provider_id, provider in settings.providers.items()
         )
         self._registry = ModelRegistry(Store(settings.registry.database_url), self._providers)
         worker = Worker(self._registry, self._providers, _worker_limits(settings))
@@ -107,12 +112,44 @@ class Gateway:
     ) -> None:
         await self._close()
 
-    def load_access(self, settings: Settings) -> None:
-        """Judge calls from now on by what freshly read settings say of who may call; those under way go on.
+    async def reload(self, settings: Settings) -> None:
+        """Take over new settings while serving: all that can be, or nothing if any of it cannot be used.
+
+        Providers whose settings are the same stay as they are, with their connections. Others are made anew, and calls
+        under way at the old ones go on to their end. Keys that need a restart are named in the log, and stay as they were.
 
         Args:
-            settings: Checked already; only their `access` is taken.
+            settings: Checked already.
+
+        Raises:
+            SettingsError: What a provider's settings name cannot be used; all is as it was.
         """
+        before, after = self._settings.providers, settings.providers
+        changed = {
+            provider_id for provider_id in before.keys() & after.keys() if before[provider_id] != after[provider_id]
+        }
+        present = {provider.id: provider for provider in self._providers.all() if provider.id not in changed}
+        providers = [
+            present.get(provider_id) or _provider(provider_id, provider, self._connections)
+            for provider_id, provider in after.items()
+        ]
+        # All that can be refused was: from here on each section of RELOADED takes effect.
+        self._providers.replace(providers)
+        self._registry.providers_changed(changed | (before.keys() ^ after.keys()))
+        self._load_access(settings)
+        waiting = _changed_keys(self._settings, settings)
+        self._settings = self._settings.model_copy(update={section: getattr(settings, section) for section in RELOADED})
+        _log.info(
+            "settings reloaded",
+            providers_added=sorted(after.keys() - before.keys()),
+            providers_removed=sorted(before.keys() - after.keys()),
+            providers_changed=sorted(changed),
+        )
+        if waiting:
+            _log.warning("changed settings need a restart", keys=waiting)
+
+    def _load_access(self, settings: Settings) -> None:
+        """Judge calls from now on by what freshly read settings say of who may call; those under way go on."""
         self._access.replace(settings.access.principals)
         _log.info("access loaded", access=self._access.summary)
         self._warn_of_access(settings)
@@ -140,21 +177,33 @@ class Gateway:
         await self._providers.close()
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings, reload: Callable[[], Settings]) -> None:
     """Serve until SIGTERM or SIGINT, then drain; a second signal cancels what is still under way.
 
+    On SIGHUP settings are read anew and taken over. Wrong ones are refused in the log, and those in effect stay.
+
+    Args:
+        settings: To begin with.
+        reload: Reads them anew; raises `SettingsError` if they are wrong.
+
     Raises:
+        SettingsError: What a provider's settings name cannot be used.
         ListenError: An address cannot be listened on.
         RegistryError: The registry's database cannot be used.
     """
     configure_logging(settings.log.level, settings.log.format)
     asked = asyncio.Event()
     insisted = asyncio.Event()
+    hung_up = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: (insisted if asked.is_set() else asked).set())
+    # From the start, or one that comes too early ends the process.
+    loop.add_signal_handler(signal.SIGHUP, hung_up.set)
     async with Gateway(settings) as gateway:
+        reloading = asyncio.create_task(_reload_on(hung_up, gateway, reload))
         await asked.wait()
+        reloading.cancel()
         draining = asyncio.create_task(gateway.drain())
         insisting = asyncio.create_task(insisted.wait())
         await asyncio.wait([draining, insisting], return_when=asyncio.FIRST_COMPLETED)
@@ -162,6 +211,30 @@ async def serve(settings: Settings) -> None:
         await gateway.stop()
         await asyncio.wait([draining])
     _log.info("stopped")
+
+
+async def _reload_on(hung_up: asyncio.Event, gateway: Gateway, reload: Callable[[], Settings]) -> None:
+    """Reload each time the event is set, one after the other, until cancelled."""
+    while True:
+        await hung_up.wait()
+        hung_up.clear()
+        try:
+            await gateway.reload(reload())
+        except SettingsError as error:
+            _log.error("settings refused", problems=list(error.problems))
+        except Exception:  # noqa: BLE001 (a defect must not be the last reload)
+            _log.exception("settings not reloaded")
+
+
+def _changed_keys(before: Settings, after: Settings) -> list[str]:
+    """The keys, as `section.key`, that differ in sections that are not reloaded."""
+    return [
+        f"{section}.{key}"
+        for section in type(before).model_fields
+        if section not in RELOADED
+        for key in type(getattr(before, section)).model_fields
+        if getattr(getattr(before, section), key) != getattr(getattr(after, section), key)
+    ]
 
 
 def _provider(provider_id: str, settings: ProviderSettings, connections: int) -> VllmProvider:
@@ -172,7 +245,7 @@ def _provider(provider_id: str, settings: ProviderSettings, connections: int) ->
         api_token=token.get_secret_value() if token is not None else None,
         headers={name: value.get_secret_value() for name, value in settings.headers.items()},
         allowed_models=settings.allowed_models,
-        tls=_tls(settings.tls_verify),
+        tls=_tls(provider_id, settings.tls_verify),
         default_max_tokens=settings.max_tokens,
         max_connections=connections,
         connect_timeout=settings.connect_timeout,
@@ -182,8 +255,14 @@ def _provider(provider_id: str, settings: ProviderSettings, connections: int) ->
     )
 
 
-def _tls(verify: bool | Path) -> ssl.SSLContext | bool:
-    return ssl.create_default_context(cafile=verify) if isinstance(verify, Path) else verify
+def _tls(provider_id: str, verify: bool | Path) -> ssl.SSLContext | bool:
+    if not isinstance(verify, Path):
+        return verify
+    try:
+        return ssl.create_default_context(cafile=verify)
+    except OSError as error:
+        problem = f"{verify} cannot be used ({error}): give a PEM file with the certificates of authorities"
+        raise SettingsError([f"providers.{provider_id}.tls_verify: {problem}"]) from error
 
 
 def _worker_limits(settings: Settings) -> WorkerLimits:
