@@ -357,3 +357,16 @@ async def test_oddities_are_counted(make_worker: MakeWorker, vllm: FakeVllm) -> 
         async for _ in completion.batches():
             pass
         assert completion.oddities == {"finish reason 'because'": 1}
+
+
+async def test_a_provider_that_is_replaced_before_it_is_asked(make_worker: MakeWorker) -> None:
+    """Whoever found it has it, from then on to the end of the answer; after that it is closed."""
+    async with make_worker() as worker:
+        async with worker.completion(ask(), CALL) as completion:
+            provider = completion.resolution.provider
+            worker._providers.replace([])
+            events = [event async for batch in completion.batches() for event in batch]
+            assert isinstance(events[-1], Completed)
+            assert completion.failure is None
+            assert not provider._client.is_closed  # type: ignore[attr-defined]
+        await until(lambda: provider._client.is_closed)  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import tomllib
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,8 +15,6 @@ from deltawire_server.settings.sources import SHORT_NAMES, variable
 from tests.settings.conftest import URL
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.settings.conftest import Parse, Problems
 
 
@@ -37,6 +36,17 @@ def test_the_example_has_every_key() -> None:
         section: list(model.model_fields) for section, model in SECTIONS.items()
     }
     assert max(map(len, example().splitlines())) <= 100
+
+
+def test_the_example_in_the_readme(monkeypatch: pytest.MonkeyPatch, pem: Path) -> None:
+    """Can be used as it is, but for the token and the CA file."""
+    monkeypatch.setenv("HOME", str(pem.parent))
+    readme = (Path(__file__).parents[2] / "server" / "README.md").read_text("utf-8")
+    (text,) = re.findall(r"^```toml\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
+    settings = Settings.model_validate(tomllib.loads(text.replace("…", "t").replace("ca.pem", pem.name)))
+    assert len(settings.providers["llama"].base_url) == 2
+    assert settings.providers["llama"].headers.keys() == {"x-cell"}
+    assert settings.providers["small"].refresh_interval == 10
 
 
 def test_help_explains_everything(capsys: pytest.CaptureFixture[str]) -> None:
