@@ -156,7 +156,16 @@ async def test_settings_reach_the_parts(vllm: FakeVllm, tmp_path: Path, monkeypa
             "max_tool_call_bytes": 1616,
             "max_event_bytes": 1717,
         },
-        provider={"max_tokens": 18, "first_event_timeout": 19, "silence_timeout": 20, "connect_timeout": 21},
+        provider={
+            "base_url": [vllm.base_url, "http://other:1/v1/"],
+            "headers": {"x-team": "search"},
+            "allowed_models": ["m*"],
+            "max_tokens": 18,
+            "first_event_timeout": 19,
+            "silence_timeout": 20,
+            "connect_timeout": 21,
+            "refresh_interval": 22,
+        },
     )
     gateway = Gateway(settings)
     (limits,) = seen
@@ -166,6 +175,9 @@ async def test_settings_reach_the_parts(vllm: FakeVllm, tmp_path: Path, monkeypa
     assert (limits.answer.max_calls, limits.answer.max_call_bytes, limits.answer.max_event_bytes) == (15, 1616, 1717)
     (provider,) = gateway._providers.all()
     assert (provider.id, provider.default_max_tokens, provider.patience) == ("vllm", 18, Patience(19, 20))
+    assert (provider.base_urls, provider.refresh_interval) == ((f"{vllm.base_url}/v1", "http://other:1/v1"), 22)
+    assert provider._allowed_models == ("m*",)  # type: ignore[attr-defined]
+    assert provider._client.headers["x-team"] == "search"  # type: ignore[attr-defined]
     assert provider._max_connections == 11 + SPARE_CONNECTIONS  # type: ignore[attr-defined]
     assert provider._chat_timeout.connect == 21  # type: ignore[attr-defined]
 

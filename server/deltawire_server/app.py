@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 SPARE_CONNECTIONS = 32
 """Of each provider's pool, above the completions that are admitted: for listings and health, which must not wait."""
 
-RELOADED = ("providers", "access")
+RELOADED = frozenset({"providers", "access"})
 """The sections of the settings that `Gateway.reload` takes over; what changes in the others waits for a restart."""
 
 SERVICES = (

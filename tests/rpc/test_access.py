@@ -306,7 +306,7 @@ async def test_access_is_loaded_anew(start_gateway: StartGateway, vllm: FakeVllm
         keys.write_text("new call secret-of-the-new\n")
         assert (await failure_of(gateway.create(metadata=bearer("secret-of-the-new")))).reason == "UNAUTHENTICATED"
 
-        gateway.gateway.load_access(settings())
+        await gateway.gateway.reload(settings())
 
         assert (await lines.find("access loaded"))["access"] == "keys: 1, mTLS identities: 0"
         revoked = await failure_of(gateway.create(metadata=bearer("secret-of-the-old")))

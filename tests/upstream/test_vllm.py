@@ -641,6 +641,18 @@ async def test_a_caller_that_leaves_leaves_no_stream_behind(vllm: FakeVllm, othe
     assert not other.chats
 
 
+async def test_a_replica_that_is_set_aside_is_logged(vllm: FakeVllm, other: FakeVllm, lines: Lines) -> None:
+    """The call went well, so that nothing else would tell; of an only replica the call itself tells."""
+    vllm.play(Script.error(503, "no room"), Script.error(503, "no room"))
+    async with provider(vllm.base_url, other.base_url) as p, provider(vllm.base_url) as alone:
+        await answer_of(p)
+        entry = await lines.find("replica set aside")
+        assert (entry["provider"], entry["base_url"], entry["level"]) == ("p", f"{vllm.base_url}/v1", "warning")
+        assert "no room" in entry["error"]
+        await refusal_of(alone)
+    assert [entry["event"] for entry in lines.entries].count("replica set aside") == 1
+
+
 async def test_no_replica_answers(vllm: FakeVllm, other: FakeVllm) -> None:
     """Each was tried once; the failure tells all of it, and when to try again."""
     await vllm.crash()

@@ -63,12 +63,15 @@ class Served:
         """
         if not self.shared(provider_id, token):
             return await self._providers.listing(provider_id, token, fresh=fresh)
+        asked = self._providers.get(provider_id)
         try:
             listing = await self._providers.listing(provider_id, fresh=fresh)
         except DeltawireError as error:
-            self._fail(provider_id, error)
+            if asked in self._providers.all():  # else another one has its id now
+                self._fail(provider_id, error)
             raise
-        self._record(provider_id, listing)
+        if asked in self._providers.all():
+            self._record(provider_id, listing)
         return listing
 
     def models(self, provider_id: str) -> tuple[ServedModel, ...]:

@@ -55,7 +55,8 @@ _DESCRIPTION = """\
 A gRPC gateway that gives typed, streaming access to chat models served by vLLM.
 
 Settings come from one TOML file, from environment variables over it, and from flags over both. At least one provider
-is needed; `--vllm-url` or VLLM_URL is the shortest way to name it.
+is needed; `--vllm-url` or VLLM_URL is the shortest way to name it. On SIGHUP they are read again, and what changed
+in [providers] takes effect.
 """
 _EPILOG = """\
 environment:

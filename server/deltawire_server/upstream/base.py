@@ -108,10 +108,6 @@ class Provider(Protocol):
         """Whether the operator configured a token; then what it lists is the same for every caller."""
 
     @property
-    def refresh_interval(self) -> float:
-        """Seconds between two listings."""
-
-    @property
     def patience(self) -> Patience:
         """How long its answers may take; for whoever reads them to hold."""
 

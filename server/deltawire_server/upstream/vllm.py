@@ -23,6 +23,7 @@ import msgspec
 from httpx_aiohttp import AiohttpTransport
 
 from deltawire_server.errors import ProviderError, Reason
+from deltawire_server.telemetry import get_logger
 from deltawire_server.upstream.base import CallContext, Health, HealthStatus, Patience, ServedModel
 from deltawire_server.upstream.refusals import RETRY_SECONDS, Refusal, error_of
 from deltawire_server.upstream.replicas import Replica, Replicas
@@ -45,6 +46,8 @@ READ_BUFFER_BYTES = 128 * 1024
 
 MAX_ERROR_BYTES = 1024 * 1024
 """Of an error's body: vLLM quotes the request in some, and a cut one cannot be read; a wrong URL may answer with anything."""
+
+_log = get_logger(__name__)
 
 _BROKEN = (httpx.TransportError, aiohttp.ClientError, OSError)
 """What the transport may raise; not all of aiohttp's errors come translated."""
@@ -294,6 +297,8 @@ class VllmProvider:
             raise error
         # Also one that said 503: it has the fewest streams because it takes none, and would be asked first every time.
         self._replicas.failed(replica)
+        if len(self._replicas.all) > 1:  # else the caller hears of it, and whoever logs the call
+            _log.warning("replica set aside", provider=self.id, base_url=replica.base_url, error=error.message)
 
     def _none_answers(self, failures: Sequence[ProviderError]) -> ProviderError:
         """The failure of a call for which each replica was passed over: that of a single one is told as it is."""
