@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except RegistryError as error:
         # Its own words are for callers, who have no business with paths; here the operator reads.
-        url = invocation.settings.registry.database_url
+        url = settings.without_password(invocation.settings.registry.database_url)
         cause = str(error.__cause__ or error).partition("\n")[0]
         print(f"deltawire-server: cannot use the database {url}: {cause}", file=sys.stderr)
         return 1

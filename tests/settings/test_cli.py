@@ -144,7 +144,13 @@ def test_effective_is_toml_without_secrets(read: Parse) -> None:
         f'[providers."a.b"]\nbase_url = ["{URL}", "http://b"]\napi_token = "geheim"\ntls_verify = false\n'
         'allowed_models = "m*"\n[providers."a.b".headers]\nx-team = "geheim"\n"x.y" = "geheim"\n'
     )
-    invocation = read("--max-streams", "7", file=file, VLLM_URL=URL, VLLM_API_TOKEN="geheim")
+    invocation = read(
+        *("--max-streams", "7"),
+        file=file,
+        VLLM_URL=URL,
+        VLLM_API_TOKEN="geheim",
+        DELTAWIRE_REGISTRY_DATABASE_URL="postgresql://u:geheim@h/d",
+    )
     text = effective(invocation.settings, invocation.origins)
     tables = tomllib.loads(text)
     assert tables["providers"]["vllm"]["api_token"] == "***"
@@ -159,6 +165,7 @@ def test_effective_is_toml_without_secrets(read: Parse) -> None:
         "silence_timeout": 300.0,
         "refresh_interval": 30.0,
     }
+    assert tables["registry"]["database_url"] == "postgresql+psycopg://u:***@h/d"
     assert "max_streams = 7  # flag --max-streams" in text
     assert f'base_url = ["{URL}"]  # environment VLLM_URL' in text
     assert "headers = {}  # default" in text

@@ -1,12 +1,20 @@
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
 from pydantic import SecretStr, ValidationError
 from pydantic_core import PydanticUndefined
 
-from deltawire_server.settings import ProviderSettings, RegistrySettings, ServerSettings, Settings, is_local
+from deltawire_server.settings import (
+    ProviderSettings,
+    RegistrySettings,
+    ServerSettings,
+    Settings,
+    is_local,
+    without_password,
+)
 from deltawire_server.settings.model import SECTIONS, expectation, field_at, is_secret
 from tests.settings.conftest import URL
 
@@ -327,6 +335,9 @@ def test_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
         ("sqlite+aiosqlite:////abs/r.db", "sqlite+aiosqlite:////abs/r.db"),
         ("sqlite://", "sqlite+aiosqlite://"),
         ("sqlite:///~/r.db", "sqlite+aiosqlite:////home/op/r.db"),
+        ("postgresql://u:geheim@h:5433/d?sslmode=require", "postgresql+psycopg://u:geheim@h:5433/d?sslmode=require"),
+        ("postgres:///d", "postgresql+psycopg:///d"),
+        ("postgresql+psycopg://h/d", "postgresql+psycopg://h/d"),
     ],
 )
 def test_database_urls(given: str, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,7 +350,9 @@ def test_database_urls(given: str, kept: str, monkeypatch: pytest.MonkeyPatch) -
     ("given", "message"),
     [
         ("/var/lib/r.db", "is no database URL: write sqlite:////"),
-        ("postgresql+asyncpg://u:geheim@h/d", "'postgresql+asyncpg' is not supported, only SQLite"),
+        ("postgresql+asyncpg://u:geheim@h/d", "'postgresql+asyncpg' is not supported: write"),
+        ("postgresql://u:geheim@h", "names no database: write postgresql://"),
+        ("postgresql://u:***@h/d", "give its own"),
         ("sqlite://r.db", "names a host"),
         ("sqlite:///~nobody-of-that-name/r.db", "write the whole path"),
     ],
@@ -349,6 +362,25 @@ def test_database_urls_that_are_none(given: str, message: str) -> None:
     text = refusal(RegistrySettings, database_url=given)
     assert message in text
     assert "geheim" not in text
+
+
+def test_a_database_whose_client_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Says what to install, before anything is started."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert "pip install 'deltawire[postgres]'" in refusal(RegistrySettings, database_url="postgresql://h/d")
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql+psycopg://u:ge:heim@h:5/d", "postgresql+psycopg://u:***@h:5/d"),
+        ("postgresql+psycopg://u@h/d", "postgresql+psycopg://u@h/d"),
+        ("sqlite+aiosqlite:////a@b.db", "sqlite+aiosqlite:////a@b.db"),
+    ],
+)
+def test_a_password_is_not_shown(url: str, shown: str) -> None:
+    """Wherever a URL is printed."""
+    assert without_password(url) == shown
 
 
 def test_default_database(monkeypatch: pytest.MonkeyPatch) -> None:

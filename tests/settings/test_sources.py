@@ -358,7 +358,7 @@ def test_the_flag_names_the_file_over_the_environment(tmp_path: Path, read: Pars
         {"VLLM_URL": URL, "VLLM_API_TOKEN": "geheim\x01", "DELTAWIRE_LOG_LEVEL": "loud"},
         {"VLLM_URL": "http://me:geheim@host"},
         {"VLLM_URL": "me:geheim@host:8000/v1"},
-        {"VLLM_URL": URL, "DELTAWIRE_REGISTRY_DATABASE_URL": "postgresql://me:geheim@host/db"},
+        {"VLLM_URL": URL, "DELTAWIRE_REGISTRY_DATABASE_URL": "postgresql://u:geheim@h"},
         {"VLLM_URL": URL, "VLLM_API_TOKEN": "geheim", "DELTAWIRE_PROVIDERS_VLLM_API_TOKEN": "geheim2"},
         {"VLLM_URL": URL, "DELTAWIRE_ACCESS_KEYS": "ci call geheim"},
         {"VLLM_URL": URL, "DELTAWIRE_ACCESS_KEYS": "a call geheimgeheimgeheim; b geheimgeheimgeheim call"},

@@ -16,7 +16,7 @@ from deltawire_server.settings.model import (
     StreamSettings,
 )
 from deltawire_server.settings.sources import SettingsError
-from deltawire_server.settings.values import is_local
+from deltawire_server.settings.values import is_local, without_password
 
 __all__ = [
     "AccessSettings",
@@ -32,4 +32,5 @@ __all__ = [
     "example",
     "is_local",
     "parse",
+    "without_password",
 ]

@@ -25,7 +25,7 @@ from deltawire_server.settings.model import (
     is_table,
 )
 from deltawire_server.settings.sources import SHORT_NAMES, SettingsError, Sources, dotted, in_file_only, variable
-from deltawire_server.settings.values import MASK
+from deltawire_server.settings.values import MASK, without_password
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -286,7 +286,7 @@ def _toml(value: object) -> str:
     if isinstance(value, dict):
         return f"{{{', '.join(f'{_header((key,))} = {_toml(item)}' for key, item in value.items())}}}"
     # JSON's strings are TOML's, but for DEL.
-    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+    return json.dumps(without_password(str(value)), ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 __all__ = ["FLAGS", "Invocation", "SettingsError", "effective", "example", "parse"]

@@ -419,10 +419,13 @@ class RegistrySettings(Section):
 
     database_url: Annotated[str, AfterValidator(values.database_url)] = Field(
         default="",
+        repr=False,  # it may hold a password
         examples=["sqlite:////var/lib/deltawire/registry.db"],
         description=(
-            "The database, SQLite in this version: sqlite:///relative/path or sqlite:////absolute/path. Not set or "
-            "empty, deltawire/registry.db under $XDG_STATE_HOME, else under ~/.local/state."
+            "The database. SQLite, for gateways on one machine: sqlite:///relative/path or sqlite:////absolute/path. "
+            "PostgreSQL, for any number of them: postgresql://user@host/name; a password is best left to $PGPASSWORD or "
+            "~/.pgpass, since flags show in ps. Not set or empty, deltawire/registry.db under $XDG_STATE_HOME, else under "
+            "~/.local/state."
         ),
     )
 

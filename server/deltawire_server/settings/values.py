@@ -6,6 +6,7 @@ message; pydantic adds which key it was. No message repeats a secret. Files are 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from ipaddress import IPv6Address, ip_address
@@ -26,6 +27,7 @@ MASK = "***"
 
 _ADDRESS_FORMS = "write host:port, [IPv6 address]:port or unix:/path"
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9.])?")
+_PASSWORD = re.compile(r"(://[^:/@\s]*:)[^@\s]*@")
 _HIGHEST_PORT = 65535
 _PORTS = {"http": 80, "https": 443}
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # a token, as RFC 9110 has it
@@ -272,11 +274,11 @@ def database_url(value: str, info: ValidationInfo) -> str:
 
     Args:
         value: "sqlite:///path" or "sqlite+aiosqlite:///path": three slashes and a relative path, or four and an
-            absolute one; `~/` is the home directory. No path is a database in memory.
+            absolute one; `~/` is the home directory. No path is a database in memory. Or "postgresql://user@host/name".
         info: Its context may hold "environ", the environment to take the default from.
 
     Raises:
-        ValueError: Another database, no URL, or no home directory for the default.
+        ValueError: Another database, no URL, or no home directory for the default. What it says holds no password.
     """
     text = value.strip()
     if not text:
@@ -285,16 +287,36 @@ def database_url(value: str, info: ValidationInfo) -> str:
         )
     scheme, separator, rest = text.partition("://")
     if not separator:
-        raise ValueError("is no database URL: write sqlite:////absolute/path/registry.db")
+        raise ValueError(
+            "is no database URL: write sqlite:////absolute/path/registry.db or postgresql://user@host/name"
+        )
+    if scheme.lower() in {"postgresql", "postgres", "postgresql+psycopg"}:
+        return f"postgresql+psycopg://{_postgres(rest)}"
     if scheme.lower() not in {"sqlite", "sqlite+aiosqlite"}:
         raise ValueError(
-            f"{scheme!r} is not supported, only SQLite is in this version: write sqlite:////absolute/path/registry.db"
+            f"{scheme!r} is not supported: write sqlite:////absolute/path/registry.db or postgresql://user@host/name"
         )
     if rest and not rest.startswith("/"):
         raise ValueError("names a host, which SQLite has not: write sqlite:////absolute/path/registry.db")
     if rest.startswith("/~"):
         rest = f"/{_expanded(Path(rest[1:]))}"
     return f"sqlite+aiosqlite://{rest}"
+
+
+def without_password(url: str) -> str:
+    """A URL as it may be shown: with the mask for a password, if it has one."""
+    return _PASSWORD.sub(rf"\1{MASK}@", url)
+
+
+def _postgres(rest: str) -> str:
+    """Check what follows the scheme of a PostgreSQL URL."""
+    if f":{MASK}@" in rest:
+        raise ValueError(f'has "{MASK}" as its password, which only stands for one in printed settings: give its own')
+    if not urlsplit(f"//{rest}").path.strip("/"):
+        raise ValueError("names no database: write postgresql://user@host/name")
+    if importlib.util.find_spec("psycopg") is None:
+        raise ValueError("needs PostgreSQL's client library: pip install 'deltawire[postgres]'")
+    return rest
 
 
 def _is_ipv6(text: str) -> bool:
