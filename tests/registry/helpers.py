@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
 from deltawire_server.errors import DeltawireError
+from deltawire_server.registry.model import ModelState
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Sequence
@@ -20,6 +22,11 @@ async def failure_of(call: Awaitable[object]) -> DeltawireError:
     with pytest.raises(DeltawireError) as failure:
         await call
     return failure.value
+
+
+def kept(model: Model) -> Model:
+    """A model without its state, which is no part of what is kept of it: that is found out anew after a restart."""
+    return replace(model, state=ModelState.UNKNOWN)
 
 
 def ids(models: Sequence[Model]) -> list[str]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from deltawire_server.errors import CallerError
-from deltawire_server.registry.model import Model, ModelSource
+from deltawire_server.registry.model import Model, ModelSource, ModelState
 from deltawire_server.registry.registry import ModelRegistry
 from deltawire_server.registry.store import Store
 from deltawire_server.upstream.base import ServedModel
@@ -30,6 +30,7 @@ async def test_a_discovered_model_says_what_the_provider_says(open_registry: Ope
             max_context_tokens=4096,
             root="/adapters/lora",
             parent="base",
+            state=ModelState.SERVING,
         )
 
 

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from deltawire_server.errors import CallerError, Code, ProviderError, Reason
-from deltawire_server.registry.model import ModelSource
+from deltawire_server.registry.model import ModelSource, ModelState
 from tests.registry.helpers import failure_of, ids
 from tests.support.fake_provider import FakeProvider
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from deltawire_server.registry.feed import Step
     from deltawire_server.registry.registry import ModelRegistry
     from tests.registry.conftest import Opener
 
@@ -138,3 +142,47 @@ async def test_a_refused_token_is_told_as_such(
     assert await failure_of(registry.get("alpha/llama")) is alpha.failure
     beta.go_down()
     assert (await failure_of(registry.get("llama"))).reason is Reason.UPSTREAM_UNAVAILABLE
+
+
+async def test_what_was_listed_is_found_without_asking(
+    registry: ModelRegistry, alpha: FakeProvider, beta: FakeProvider
+) -> None:
+    """A call for what is there waits for no provider; one for what is not is worth a look."""
+    await registry.refresh()
+    for name in ("llama", "alpha/llama", "beta/mistral"):
+        assert (await registry.get(name)).state is ModelState.SERVING
+    assert (len(alpha.tokens), len(beta.tokens)) == (1, 1)
+    alpha.served.append("new")
+    assert (await registry.get("new")).id == "alpha/new"
+
+
+async def test_what_was_listed_stays_while_its_provider_is_away(registry: ModelRegistry, alpha: FakeProvider) -> None:
+    """It can be called, and is called in vain; it is not unknown."""
+    await registry.refresh()
+    alpha.go_down()
+    await registry.refresh()
+    assert (await registry.get("llama")).state is ModelState.UNAVAILABLE
+    models, _, unreachable = await registry.list()
+    states = {model.id: model.state for model in models}
+    assert states["alpha/llama"] is ModelState.UNAVAILABLE
+    assert states["beta/mistral"] is ModelState.SERVING
+    assert unreachable == ("alpha",)
+
+
+async def test_a_caller_with_a_token_of_its_own_sees_its_own(registry: ModelRegistry, alpha: FakeProvider) -> None:
+    """What others were told is not for it, nor what it is told for others."""
+    alpha.served = ["secret"]
+    assert (await registry.get("secret", "token")).state is ModelState.SERVING
+    alpha.served = []
+    assert (await failure_of(registry.get("secret"))).reason is Reason.MODEL_NOT_FOUND
+    seen = [step.model async for step in _snapshot(registry)]
+    assert sorted(model.id for model in seen if model) == ["beta/mistral", "beta/org/common"]
+
+
+async def _snapshot(registry: ModelRegistry) -> AsyncIterator[Step]:
+    """What a watch begins with, up to its bookmark."""
+    async with aclosing(registry.watch()) as steps:
+        async for step in steps:
+            if step.kind is None:
+                return
+            yield step

@@ -14,7 +14,7 @@ import pytest
 from deltawire_server.errors import Code, Reason
 from deltawire_server.registry.catalog import names_of
 from deltawire_server.registry.model import ModelSource, ModelType
-from tests.registry.helpers import all_ids, failure_of
+from tests.registry.helpers import all_ids, failure_of, kept
 from tests.support.fake_provider import FakeProvider
 
 if TYPE_CHECKING:
@@ -214,15 +214,15 @@ async def test_an_empty_registry(open_registry: Opener) -> None:
 
 
 async def test_two_types(open_registry: Opener) -> None:
-    """Kept: each is got as what it was registered for, from memory and from disk."""
-    provider = FakeProvider("test_provider", ["test-llm", "test-rerank"])
+    """Kept: each is got as what it was registered for, from memory and from disk; an embedding with its dimension."""
+    provider = FakeProvider("test_provider", ["test-llm", "test-embedding"])
     async with open_registry(provider) as registry:
         llm = await registry.register("test-llm", model_type=ModelType.LLM)
-        rerank = await registry.register("test-rerank", model_type=ModelType.RERANK)
-        assert (llm.type, rerank.type) == (ModelType.LLM, ModelType.RERANK)
-        assert [await registry.get(model.id) for model in (llm, rerank)] == [llm, rerank]
+        embedding = await registry.register("test-embedding", model_type=ModelType.EMBEDDING, embedding_dimension=512)
+        assert (llm.type, embedding.type) == (ModelType.LLM, ModelType.EMBEDDING)
+        assert [await registry.get(model.id) for model in (llm, embedding)] == [llm, embedding]
     async with open_registry(provider) as registry:
-        assert [await registry.get(model.id) for model in (llm, rerank)] == [llm, rerank]
+        assert [await registry.get(model.id) for model in (llm, embedding)] == [kept(llm), kept(embedding)]
 
 
 async def test_memory_holds_what_was_on_disk(open_registry: Opener) -> None:
@@ -232,7 +232,7 @@ async def test_memory_holds_what_was_on_disk(open_registry: Opener) -> None:
         model = await registry.register("mine", provider_model_id="test-model", metadata={"k": "v"})
     async with open_registry(provider) as registry:
         provider.go_down()
-        assert await registry.get("mine") == model
+        assert await registry.get("mine") == kept(model)
 
 
 async def test_a_write_is_in_memory_and_on_disk(open_registry: Opener) -> None:
@@ -242,7 +242,7 @@ async def test_a_write_is_in_memory_and_on_disk(open_registry: Opener) -> None:
         model = await registry.register("mine", provider_model_id="test-model")
         assert await registry.get("mine") is model
         async with open_registry(provider) as another:
-            assert await another.get("mine") == model
+            assert await another.get("mine") == kept(model)
 
 
 async def test_the_same_id_and_provider_twice(open_registry: Opener) -> None:
@@ -254,7 +254,7 @@ async def test_the_same_id_and_provider_twice(open_registry: Opener) -> None:
         assert failure.reason is Reason.MODEL_ALREADY_EXISTS
         assert await registry.get("mine") is first
     async with open_registry(provider) as registry:
-        assert await registry.get("mine") == first
+        assert await registry.get("mine") == kept(first)
 
 
 async def test_the_same_id_of_another_provider(open_registry: Opener) -> None:

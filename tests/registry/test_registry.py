@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 import structlog
 
 from deltawire_server.errors import CallerError, Code, Reason, RegistryError
-from deltawire_server.registry.model import Model, ModelSource, ModelType
+from deltawire_server.registry.model import Model, ModelSource, ModelState, ModelType
 from deltawire_server.registry.registry import ModelRegistry, require_type
 from deltawire_server.registry.store import Store
 from deltawire_server.upstream.providers import Providers
-from tests.registry.helpers import all_ids, failure_of, ids
+from tests.registry.helpers import all_ids, failure_of, ids, kept
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,11 +66,11 @@ async def test_lists_without_a_provider_that_is_away(registry: ModelRegistry, al
 
 
 async def test_a_model_of_a_provider_that_is_no_longer_configured(open_registry: Opener, beta: FakeProvider) -> None:
-    """It is listed and got, and calling it says what is missing."""
+    """It is listed and got as UNAVAILABLE, and calling it says what is missing."""
     async with open_registry() as registry:
         model = await registry.register("mine", "alpha", "llama")
     async with open_registry(beta) as registry:
-        assert await registry.get("mine") == model
+        assert await registry.get("mine") == replace(model, state=ModelState.UNAVAILABLE)
         assert await all_ids(registry) == ["beta/mistral", "beta/org/common", "mine"]
         failure = await failure_of(registry.resolve("mine"))
         assert failure.reason is Reason.PROVIDER_NOT_FOUND
@@ -78,7 +80,7 @@ async def test_a_model_of_a_provider_that_is_no_longer_configured(open_registry:
 
 async def test_only_an_llm_chats(registry: ModelRegistry) -> None:
     """By whatever name: the scoped name of what is registered is no way around its type."""
-    await registry.register("bge", "alpha", "llama", ModelType.EMBEDDING, ["embedder"])
+    await registry.register("bge", "alpha", "llama", ModelType.EMBEDDING, ["embedder"], embedding_dimension=1024)
     require_type(await registry.get("mistral"), ModelType.LLM)
     for name in ("bge", "embedder", "alpha/llama", "llama"):
         with pytest.raises(CallerError) as raised:
@@ -100,11 +102,11 @@ def test_require_type() -> None:
 async def test_registrations_survive_a_restart(open_registry: Opener) -> None:
     """Every field and every name."""
     async with open_registry() as registry:
-        model = await registry.register("mine", "alpha", "llama", ModelType.RERANK, ["a"], {"k": "v"})
+        model = await registry.register("mine", "alpha", "llama", ModelType.EMBEDDING, ["a"], {"k": "v"}, 1024)
         await registry.register("gone", "alpha", "llama")
         await registry.unregister("gone")
     async with open_registry() as registry:
-        assert await registry.get("a") == model
+        assert await registry.get("a") == kept(model)
         assert (await failure_of(registry.get("gone"))).reason is Reason.MODEL_NOT_FOUND
 
 
@@ -132,3 +134,112 @@ async def test_a_database_that_cannot_be_opened(tmp_path: Path, alpha: FakeProvi
     failure = await failure_of(registry.open())
     await registry.close()
     assert failure.reason is Reason.STORE_UNAVAILABLE
+
+
+async def test_an_update_changes_what_it_names(registry: ModelRegistry) -> None:
+    """And nothing else; the etag is another one, the names that are given up are free."""
+    before = await registry.register("mine", "alpha", "llama", aliases=["a", "b"], metadata={"k": "v"})
+    after = await registry.update("a", {"aliases": ["b", "c"]}, before.etag)
+    assert after == replace(
+        before, aliases=("b", "c"), update_time=after.update_time, revision=after.revision, state=after.state
+    )
+    assert after.update_time is not None
+    assert before.update_time is not None
+    assert after.update_time >= before.update_time
+    assert after.revision > before.revision
+    assert await registry.get("c") == after
+    assert (await registry.register("a", "alpha", "llama")).id == "a"
+
+
+async def test_an_update_to_what_it_is_writes_nothing(registry: ModelRegistry) -> None:
+    """So doing it again is as good as doing it once."""
+    model = await registry.register("mine", "alpha", "llama", aliases=["a"], metadata={"k": "v"})
+    assert await registry.update("mine", {"aliases": ("a",), "metadata": {"k": "v"}}) == model
+
+
+async def test_an_update_of_what_a_model_leads_to(registry: ModelRegistry, beta: FakeProvider) -> None:
+    """Its new provider must serve it; the id stays, whatever it is called there."""
+    await registry.register("mistral", "alpha", "llama")
+    failure = await failure_of(registry.update("mistral", {"provider_model_id": "gone"}))
+    assert failure.reason is Reason.MODEL_NOT_SERVED
+    moved = await registry.update("mistral", {"provider_id": "beta", "provider_model_id": "mistral"})
+    assert (moved.id, moved.target) == ("mistral", ("beta", "mistral"))
+    assert (await registry.resolve("mistral")).provider is beta
+
+
+async def test_an_update_does_not_lead_a_scoped_name_elsewhere(registry: ModelRegistry, alpha: FakeProvider) -> None:
+    """Whoever calls what a provider serves by its scoped name gets that, for as long as it is served."""
+    await registry.register("llama", "alpha")
+    elsewhere = {"provider_id": "beta", "provider_model_id": "mistral"}
+    assert (await failure_of(registry.update("alpha/llama", elsewhere))).reason is Reason.MODEL_ALREADY_EXISTS
+    alpha.served = ["org/common"]
+    assert (await registry.update("alpha/llama", elsewhere)).target == ("beta", "mistral")
+
+
+@pytest.mark.parametrize(
+    ("changes", "fields"),
+    [
+        ({"provider_model_id": "", "type": 9}, ["model.provider_model_id", "model.type"]),
+        ({"type": ModelType.EMBEDDING}, ["model.embedding_dimension"]),
+        ({"embedding_dimension": 5}, ["model.embedding_dimension"]),
+        ({"type": ModelType.EMBEDDING, "embedding_dimension": 0}, ["model.embedding_dimension"]),
+        (
+            {"aliases": ["mine", "two words"], "metadata": {"": "v"}},
+            ["model.aliases[0]", "model.aliases[1]", "model.metadata"],
+        ),
+    ],
+)
+async def test_an_update_keeps_the_rules(
+    registry: ModelRegistry, changes: dict[str, object], fields: list[str]
+) -> None:
+    """All that are broken are told, and nothing is changed."""
+    model = await registry.register("mine", "alpha", "llama")
+    failure = await failure_of(registry.update("mine", changes))
+    assert failure.reason is Reason.INVALID_REQUEST
+    assert [violation.field for violation in failure.violations] == fields
+    assert await registry.get("mine") == model
+
+
+async def test_an_update_to_a_name_of_another_model(registry: ModelRegistry) -> None:
+    """The name has an owner, whoever is registered there; nothing is changed."""
+    model = await registry.register("mine", "alpha", "llama")
+    await registry.register("other", "alpha", "llama", aliases=["wanted"])
+    failure = await failure_of(registry.update("mine", {"aliases": ["free", "wanted"]}))
+    assert failure.reason is Reason.MODEL_ALREADY_EXISTS
+    assert failure.metadata == {"model": "other", "name": "wanted"}
+    assert await registry.get("mine") == model
+    assert (await failure_of(registry.get("free"))).reason is Reason.MODEL_NOT_FOUND
+
+
+async def test_what_is_not_registered_cannot_be_updated(registry: ModelRegistry) -> None:
+    """Discovered models are as their provider has them."""
+    assert (await failure_of(registry.update("llama", {"aliases": ["a"]}))).reason is Reason.MODEL_DISCOVERED
+    assert (await failure_of(registry.update("unknown", {"aliases": ["a"]}))).reason is Reason.MODEL_NOT_FOUND
+
+
+async def test_an_etag_holds_between_processes(open_registry: Opener) -> None:
+    """What another process has changed counts, also what this one has not heard of; a new etag is good at once."""
+    async with open_registry() as one, open_registry() as two:
+        first = await one.register("mine", "alpha", "llama")
+        second = await two.update("mine", {"metadata": {"by": "two"}}, first.etag)
+        for stale in (one.update("mine", {"metadata": {}}, first.etag), one.unregister("mine", first.etag)):
+            failure = await failure_of(stale)
+            assert (failure.reason, failure.code) == (Reason.ETAG_MISMATCH, Code.ABORTED)
+            assert failure.metadata == {"model": "mine", "etag": second.etag}
+        third = await one.update("mine", {"metadata": {"by": "one"}}, second.etag)
+        await two.unregister("mine", third.etag)
+        assert (await failure_of(one.update("mine", {}, third.etag))).reason is Reason.MODEL_NOT_FOUND
+
+
+async def test_updates_without_etags_lose_nothing(open_registry: Opener) -> None:
+    """Each is done on what the others have made of the model, also between processes: changes of different fields add up."""
+    async with open_registry() as one, open_registry() as two:
+        await one.register("mine", "alpha", "llama")
+        await asyncio.gather(
+            one.update("mine", {"aliases": ["a"]}),
+            two.update("mine", {"metadata": {"k": "v"}}),
+            one.update("mine", {"type": ModelType.RERANK}),
+        )
+        await two.update("mine", {"aliases": ["a", "b"]})
+        model = await two.get("b")
+    assert (model.aliases, model.metadata, model.type) == (("a", "b"), {"k": "v"}, ModelType.RERANK)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from deltawire_server.errors import CallerError, Code, Reason, RegistryError
-from deltawire_server.registry.model import Model, ModelSource, ModelType
+from deltawire_server.registry.model import Model, ModelSource, ModelState, ModelType
 from deltawire_server.registry.registry import ModelRegistry
 from deltawire_server.registry.store import Store
 from deltawire_server.upstream.base import ServedModel
@@ -21,7 +21,7 @@ async def test_keeps_what_the_provider_says(open_registry: Opener) -> None:
     """The provider's limits and origins are part of the model, its times are set."""
     served = ServedModel("lora", root="/adapters/lora", parent="base", max_context_tokens=4096)
     async with open_registry(FakeProvider("vllm", ["base", served])) as registry:
-        model = await registry.register("mine", "vllm", "lora", ModelType.EMBEDDING, ["a", "b"], {"k": "v"})
+        model = await registry.register("mine", "vllm", "lora", ModelType.EMBEDDING, ["a", "b"], {"k": "v"}, 1024)
     assert model.create_time is not None
     assert model == Model(
         "mine",
@@ -36,7 +36,11 @@ async def test_keeps_what_the_provider_says(open_registry: Opener) -> None:
         "base",
         model.create_time,
         model.create_time,
+        1024,
+        model.revision,
+        ModelState.SERVING,
     )
+    assert model.etag == f"r{model.revision}"
 
 
 @pytest.mark.parametrize(
@@ -144,7 +148,8 @@ async def test_an_adapter_is_not_taken_for_its_base(open_registry: Opener) -> No
 @pytest.mark.parametrize("number", [0, 1, 2, 3])
 async def test_types_by_number(registry: ModelRegistry, number: int) -> None:
     """A number as it came over the wire; none is LLM."""
-    model = await registry.register("llama", "alpha", model_type=number)
+    dimension = 1024 if number == ModelType.EMBEDDING.value else None
+    model = await registry.register("llama", "alpha", model_type=number, embedding_dimension=dimension)
     assert model.type.value == (number or 1)
 
 

@@ -236,7 +236,7 @@ class ModelRegistry:
             RegistryError: ETAG_MISMATCH, MODEL_DISCOVERED, STORE_UNAVAILABLE.
         """
         model = self._known.find(name)
-        if model is None or (etag and etag != model.etag):
+        if model is None or etag:
             # Another process may have registered or changed it just now.
             await self._follower.catch_up()
             model = self._known.find(name)
