@@ -459,4 +459,4 @@ async def test_an_invalid_request_does_not_reach_vllm(served: Running, vllm: Fak
     failure = await failure_of(served.create(chat_pb.ChatRequest(choice_count=0)))
     assert failure.fields == ["chat.model", "chat.messages", "chat.choice_count"]
     assert failure.metadata["field"] == "chat.model"
-    assert not vllm.requests
+    assert not vllm.chats

@@ -457,7 +457,10 @@ async def test_a_model_of_the_wrong_type(served: Running, vllm: FakeVllm) -> Non
     """An embedding model cannot chat."""
     await served.models.RegisterModel(
         model_registry_pb2.RegisterModelRequest(
-            model_id="vectors", provider_model_id="fake", type=model_registry_pb2.MODEL_TYPE_EMBEDDING
+            model_id="vectors",
+            provider_model_id="fake",
+            type=model_registry_pb2.MODEL_TYPE_EMBEDDING,
+            embedding_dimension=1024,
         )
     )
     _, failure = await read_badly(served.stream(ask(model="vectors")))
