@@ -9,7 +9,7 @@ import pytest
 
 from deltawire_server.errors import Reason, RegistryError
 from deltawire_server.registry.model import Model
-from deltawire_server.registry.store import Store
+from deltawire_server.registry.store import Change, Store
 from tests.registry.helpers import failure_of
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ async def test_a_caller_that_gives_up_leaves_memory_and_database_the_same(
     begun, go = asyncio.Event(), asyncio.Event()
     insert = Store.insert
 
-    async def slow_insert(store: Store, model: Model) -> bool:
+    async def slow_insert(store: Store, model: Model) -> Model | None:
         kept = await insert(store, model)
         begun.set()
         await go.wait()
@@ -119,7 +119,7 @@ async def test_a_failure_that_nobody_waits_for_is_no_noise(
     """It was the caller's to hear, and the caller has gone."""
     begun, go = asyncio.Event(), asyncio.Event()
 
-    async def failing_delete(_: Store, __: str) -> str | None:
+    async def failing_delete(*_: object) -> Change | None:
         begun.set()
         await go.wait()
         raise RegistryError(Reason.STORE_UNAVAILABLE, "away")

@@ -13,7 +13,7 @@
               ├─ feed       the changes, for those who watch
               │
               └─ store      what is kept, in one order of changes
-                 ├─ database   SQLite or PostgreSQL
+                 ├─ database   what differs between SQLite and, in postgres, PostgreSQL
                  ├─ schema     the tables and how they came to be
                  └─ records    models as rows
 

@@ -1,18 +1,19 @@
 """What differs between the databases: how to open one, how writers wait for each other, how others are told.
 
 Both are used through SQLAlchemy's asynchronous engine. A transaction that writes begins by taking the one lock that all
-writers take, so that no two of them ever meet; what it announces, others hear once it has been committed.
+writers take, so that no two of them ever meet; what it announces, others hear once it has been committed. SQLite is here,
+PostgreSQL in `postgres`.
 """
 
 from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqlalchemy import create_engine, event, make_url
+from sqlalchemy import AsyncAdaptedQueuePool, create_engine, event, make_url
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from sqlalchemy import URL, Connection
-    from sqlalchemy.engine.interfaces import DBAPIConnection
-    from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.engine.interfaces import DBAPIConnection, ExceptionContext
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
     from sqlalchemy.pool import ConnectionPoolEntry
 
 BUSY_SECONDS = 5.0
@@ -34,15 +35,6 @@ POLL_SECONDS = 0.2
 """How often an SQLite file is looked at for what other processes changed: a tenth of a millisecond's work, and changes are
 known everywhere well within a second."""
 
-CHANNEL = "deltawire_registry"
-"""On which PostgreSQL tells of changes; only the revision is said."""
-
-LISTEN_SECONDS = 5.0
-"""How long a listening connection is believed without a word: one that a firewall dropped would be silent for ever."""
-
-MIGRATION_LOCK = 0x64656C7461
-"""The number of the advisory lock that processes which open one PostgreSQL database at a time hold in turn."""
-
 _log = get_logger(__name__)
 
 
@@ -50,13 +42,11 @@ class Database(ABC):
     """A database that holds a registry.
 
     Args:
-        url: With its driver.
+        engine: With its driver; closed with this.
     """
 
-    def __init__(self, url: URL, **options: object) -> None:
-        self._url = url
-        # Parameters are callers' notes: they have no business in the log.
-        self._engine = create_async_engine(url, hide_parameters=True, **options)
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
 
     @abstractmethod
     async def open(self) -> None:
@@ -68,7 +58,10 @@ class Database(ABC):
 
     @abstractmethod
     def reading(self) -> AbstractAsyncContextManager[AsyncConnection]:
-        """A transaction that sees one state of the database, whatever others write meanwhile."""
+        """A transaction that sees one state of the database, whatever others write meanwhile.
+
+        It raises SQLAlchemyError or OSError, as `writing` does, if the database cannot be used or does not answer.
+        """
 
     @abstractmethod
     def writing(self) -> AbstractAsyncContextManager[AsyncConnection]:
@@ -84,7 +77,10 @@ class Database(ABC):
 
     @abstractmethod
     def changes_elsewhere(self) -> AsyncGenerator[None]:
-        """Something may have changed, each time: also when nothing has. Ends only by being closed; never fails."""
+        """Something may have changed since it was last asked, each time: also when nothing has, and at first.
+
+        Goes on when the database is back from wherever it was; ends only by being closed.
+        """
 
     async def close(self) -> None:
         """Close all connections."""
@@ -105,16 +101,19 @@ def database_of(url: str, busy_seconds: float = BUSY_SECONDS) -> Database:
     """
     try:
         parsed = make_url(url)
-    except SQLAlchemyError as error:
-        raise ValueError('the database URL is none; an example is "sqlite:////var/lib/registry.db"') from error
+    except (SQLAlchemyError, ValueError):
+        # Without its cause, which may repeat a part of the URL: a password with a slash looks like a port.
+        raise ValueError('the database URL is none; an example is "sqlite:////var/lib/registry.db"') from None
     kind = parsed.get_backend_name()
     if kind == "sqlite":
         return SqliteDatabase(parsed.set(drivername="sqlite+aiosqlite"), busy_seconds)
     if kind == "postgresql":
         try:
-            return PostgresDatabase(parsed.set(drivername="postgresql+psycopg"), busy_seconds)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"PostgreSQL needs {error.name}: pip install 'deltawire[postgres]'") from error
+            # Only who uses PostgreSQL has its driver.
+            from deltawire_server.registry.postgres import PostgresDatabase
+        except ImportError as error:
+            raise ValueError("PostgreSQL needs psycopg: pip install 'deltawire[postgres]'") from error
+        return PostgresDatabase(parsed.set(drivername="postgresql+psycopg"), busy_seconds)
     raise ValueError(f"the registry keeps its models in SQLite or PostgreSQL, not in {kind}")
 
 
@@ -122,13 +121,19 @@ class SqliteDatabase(Database):
     """A file that several processes on one machine may share, or a database in memory."""
 
     def __init__(self, url: URL, busy_seconds: float) -> None:
-        super().__init__(url, connect_args={"timeout": busy_seconds})
+        self._url = url
         self._busy_seconds = busy_seconds
+        # A database in memory is one connection's: transactions take it in turn.
+        pool = {"poolclass": AsyncAdaptedQueuePool, "pool_size": 1, "max_overflow": 0} if self._in_memory else {}
+        # Parameters are callers' notes: they have no business in the log.
+        super().__init__(create_async_engine(url, hide_parameters=True, connect_args={"timeout": busy_seconds}, **pool))
         # Shares the engine's connections; its transactions take the write lock at once, since one that begins by
         # reading and is overtaken fails without waiting.
         self._writer = self._engine.execution_options(deltawire_write=True)
         event.listen(self._engine.sync_engine, "connect", _prepare)
         event.listen(self._engine.sync_engine, "begin", _begin)
+        if self._in_memory:
+            event.listen(self._engine.sync_engine, "handle_error", _keep)
 
     async def open(self) -> None:
         """Make the file and its folder if there are none."""
@@ -156,20 +161,24 @@ class SqliteDatabase(Database):
         """Looks at the number that SQLite changes for a connection when another one has committed."""
         if self._in_memory:
             await asyncio.Event().wait()  # nobody else can reach it
-        version: object = None
+        blind = False
         while True:
-            with suppress(SQLAlchemyError, OSError):
+            try:
                 async with self._engine.connect() as connection:
+                    version: object = None
                     while True:
                         async with connection.begin():
                             seen = (await connection.exec_driver_sql("PRAGMA data_version")).scalar()
-                        if version is not None and seen != version:
+                        blind = False
+                        if seen != version:
+                            version = seen
                             yield
-                        version = seen
                         await asyncio.sleep(POLL_SECONDS)
-            version = None
+            except (SQLAlchemyError, OSError) as error:
+                if not blind:
+                    _log.warning("the database's changes cannot be seen", error=str(getattr(error, "orig", error)))
+                blind = True
             await asyncio.sleep(POLL_SECONDS)
-            yield
 
     @property
     def _in_memory(self) -> bool:
@@ -207,78 +216,25 @@ def _use_log(connection: Connection) -> None:
 def _prepare(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
     # Left to itself the driver begins transactions late and not at all for tables, so half a migration could stay.
     connection.isolation_level = None
+    # A text that is none would fail the whole query; as bytes it is one damaged record.
+    connection.driver_connection.text_factory = _text_or_bytes
     cursor = connection.cursor()
     cursor.execute("PRAGMA foreign_keys = ON")
     cursor.close()
 
 
+def _text_or_bytes(value: bytes) -> str | bytes:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value
+
+
+def _keep(context: ExceptionContext) -> None:
+    # A call that is given up would take its connection along, and the database in memory with it.
+    context.is_disconnect = False
+
+
 def _begin(connection: Connection) -> None:
     write = connection.get_execution_options().get("deltawire_write", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
-
-
-class PostgresDatabase(Database):
-    """A PostgreSQL database, which any number of gateways on any machine may share."""
-
-    def __init__(self, url: URL, busy_seconds: float) -> None:
-        timeout = max(1, round(busy_seconds))
-        milliseconds = max(1, round(busy_seconds * 1000))
-        super().__init__(
-            url,
-            # A connection that a restart of the database has cut is not handed out.
-            pool_pre_ping=True,
-            connect_args={
-                "connect_timeout": timeout,
-                "options": f"-c lock_timeout={milliseconds} -c statement_timeout={2 * milliseconds}",
-            },
-        )
-        self._timeout = timeout
-        self._reader = self._engine.execution_options(isolation_level="REPEATABLE READ")
-
-    async def open(self) -> None:
-        """The database has to be there; its tables are made by the store."""
-
-    def reading(self) -> AbstractAsyncContextManager[AsyncConnection]:
-        """A snapshot, from its first query on."""
-        return self._reader.begin()
-
-    def writing(self) -> AbstractAsyncContextManager[AsyncConnection]:
-        """Each statement sees what was committed before it; the first one takes the lock."""
-        return self._engine.begin()
-
-    async def lock_migrations(self, connection: AsyncConnection) -> None:
-        """An advisory lock: tables that do not exist yet cannot be locked."""
-        await connection.exec_driver_sql("SELECT pg_advisory_xact_lock(%(lock)s)", {"lock": MIGRATION_LOCK})
-
-    async def announce(self, connection: AsyncConnection, revision: int) -> None:
-        """PostgreSQL sends it with the commit."""
-        await connection.exec_driver_sql(
-            "SELECT pg_notify(%(channel)s, %(revision)s)", {"channel": CHANNEL, "revision": str(revision)}
-        )
-
-    async def changes_elsewhere(self) -> AsyncGenerator[None]:
-        """Listens on a connection of its own, which is made anew when it breaks."""
-        while True:
-            async with aclosing(self._announcements()) as announcements:
-                async for _ in announcements:
-                    yield
-            await asyncio.sleep(1.0)
-            yield  # something may have been missed
-
-    async def _announcements(self) -> AsyncGenerator[None]:
-        """Until the connection breaks."""
-        import psycopg  # only who uses PostgreSQL has it
-
-        try:
-            dsn = self._url.set(drivername="postgresql").render_as_string(hide_password=False)
-            async with await psycopg.AsyncConnection.connect(
-                dsn, autocommit=True, connect_timeout=self._timeout
-            ) as connection:
-                await connection.execute(f"LISTEN {CHANNEL}")
-                yield  # what happened before this was not heard
-                while True:
-                    async for _ in connection.notifies(timeout=LISTEN_SECONDS, stop_after=1):
-                        yield
-                    await connection.execute("SELECT 1")  # fails if it is not there any more
-        except (psycopg.Error, OSError) as error:
-            _log.warning("the database does not announce changes", error=str(error).partition("\n")[0])

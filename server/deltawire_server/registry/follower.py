@@ -1,7 +1,7 @@
 """Keeps memory in step with the database, in which other processes write too.
 
 Changes are applied in the order of their revisions, each once, whoever made them: this process's own writes come the same
-way. Whoever missed too many reads everything anew, and finds out what is different by comparing.
+way. Whoever cannot have all of them reads everything anew, and finds out what is different by comparing.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from deltawire_server.registry.known import Known
     from deltawire_server.registry.model import Model
     from deltawire_server.registry.store import Store
+
+RETRY_SECONDS = 1.0
+"""Between attempts to read changes that could not be read."""
 
 _log = get_logger(__name__)
 
@@ -83,17 +86,25 @@ class Follower:
     async def _follow(self) -> None:
         async with aclosing(self._store.changes_elsewhere()) as changes:
             async for _ in changes:
-                try:
-                    await self.catch_up()
-                except RegistryError:
-                    continue  # logged where it happened; the next look may find the database well again
-                except Exception:  # noqa: BLE001 (a defect must not end the following for good)
-                    _log.exception("the registry cannot follow its database")
+                await self._catch_up_at_last()
+
+    async def _catch_up_at_last(self) -> None:
+        while True:
+            try:
+                await self.catch_up()
+            except RegistryError:
+                pass  # logged where it happened
+            except Exception:  # noqa: BLE001 (a defect must not end the following for good)
+                _log.exception("the registry cannot follow its database")
+                self.revision = 0  # nobody knows what memory has: everything is read anew
+            else:
+                return
+            await asyncio.sleep(RETRY_SECONDS)
 
     async def _catch_up(self) -> None:
         changes = await self._store.changes_after(self.revision)
         if changes is None:
-            _log.warning("too many changes were missed: everything is read anew", revision=self.revision)
+            _log.warning("changes are missing: everything is read anew", revision=self.revision)
             await self._reload()
             return
         for change in changes:
@@ -102,22 +113,19 @@ class Follower:
     async def _reload(self) -> None:
         revision, models = await self._store.load()
         before = dict(self._known.models)
-        now = {model.id: model for model in models}
-        # Those that go first: their names may be others' now.
-        for model_id in before.keys() - now.keys():
-            self._exchange(before[model_id], None)
-        changed = [model for model in models if model != before.get(model.id)]
         self._known.load(models)
-        for model in changed:
-            self._on_change(before.get(model.id), model)
         self.revision = revision
+        # Those that are gone first: their names may be others' now.
+        for model_id in sorted(before.keys() - self._known.models.keys()):
+            self._on_change(before[model_id], None)
+        for model in models:
+            if model != before.get(model.id):
+                self._on_change(before.get(model.id), model)
 
     def _apply(self, change: Change) -> None:
         before = self._known.models.get(change.model_id)
-        self._exchange(before, None if change.kind is ChangeKind.REMOVED else change.model)
+        now = None if change.kind is ChangeKind.REMOVED else change.model
         self.revision = change.revision
-
-    def _exchange(self, before: Model | None, now: Model | None) -> None:
         if before is not None:
             self._known.remove(before)
         if now is not None:

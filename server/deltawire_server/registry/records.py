@@ -65,7 +65,7 @@ def model_of(values: Mapping[str, Any], aliases: Sequence[object]) -> Model:
             embedding_dimension=_count(values["embedding_dimension"]),
             revision=int(values["revision"]),
         )
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise DamagedRecordError(repr(error)) from error
 
 
@@ -83,7 +83,7 @@ def model_of_record(record: object) -> Model:
     try:
         values = json.loads(_text(record))
         aliases = list(values.pop("aliases"))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise DamagedRecordError(repr(error)) from error
     return model_of(values, aliases)
 
@@ -91,6 +91,7 @@ def model_of_record(record: object) -> Model:
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is no text")
+    value.encode()  # fails for half a surrogate pair, which JSON can spell and the wire cannot hold
     return value
 
 
@@ -101,8 +102,8 @@ def _count(value: object) -> int | None:
     return value
 
 
-def _metadata(text: str) -> dict[str, str]:
-    metadata = json.loads(text)
+def _metadata(text: object) -> dict[str, str]:
+    metadata = json.loads(_text(text))
     if not isinstance(metadata, dict):
         raise TypeError("metadata is no JSON object")
-    return {key: _text(value) for key, value in metadata.items()}
+    return {_text(key): _text(value) for key, value in metadata.items()}

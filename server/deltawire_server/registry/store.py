@@ -11,10 +11,10 @@ from __future__ import annotations
 import enum
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sqlalchemy import delete, insert, select, update
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
 from deltawire_server.errors import Reason, RegistryError
 from deltawire_server.registry.database import BUSY_SECONDS, database_of
@@ -29,8 +29,9 @@ from deltawire_server.registry.schema import CHANGES, LATEST, MODELS, NAMES, REV
 from deltawire_server.telemetry import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Iterator, Sequence
 
+    from sqlalchemy import RowMapping
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from deltawire_server.registry.model import Model
@@ -73,13 +74,15 @@ class Store:
         url: An SQLAlchemy URL, "sqlite:////var/lib/deltawire/registry.db" or "postgresql://user:password@host/name" for
             example; "sqlite://" lives in memory and dies with the process.
         busy_seconds: How long a write waits for another process's.
+        changes_kept: Records of changes that each write leaves.
 
     Raises:
-        ValueError: The URL is none, or of another database.
+        ValueError: The URL is none, or of another database, or its driver is not installed.
     """
 
-    def __init__(self, url: str, *, busy_seconds: float = BUSY_SECONDS) -> None:
+    def __init__(self, url: str, *, busy_seconds: float = BUSY_SECONDS, changes_kept: int = CHANGES_KEPT) -> None:
         self._database = database_of(url, busy_seconds)
+        self._changes_kept = changes_kept
 
     async def open(self) -> None:
         """Make what is missing, and bring the tables up to date; then call the others.
@@ -115,16 +118,18 @@ class Store:
                 revision = await _revision(connection)
                 rows = (await connection.execute(select(MODELS).order_by(MODELS.c.id))).mappings().all()
                 names = (await connection.execute(select(NAMES).order_by(NAMES.c.model_id, NAMES.c.position))).all()
-        aliases: dict[str, list[object]] = {}
+        names_of: dict[object, list[object]] = {}
         for name in names:
-            if name.name != name.model_id:
-                aliases.setdefault(name.model_id, []).append(name.name)
-        models = [_readable(dict(row), aliases.get(row["id"], ())) for row in rows]
+            names_of.setdefault(name.model_id, []).append(name.name)
+        models = [_readable(row, names_of.get(row["id"], ())) for row in rows]
         # Not by the database: what comes before what differs between them.
         return revision, sorted((model for model in models if model is not None), key=lambda model: model.id)
 
     async def changes_after(self, revision: int) -> list[Change] | None:
-        """All changes after a revision, in their order; `None` if they are not all there any more: `load` then.
+        """All changes after a revision, in their order; `None` if they cannot all be had: `load` then.
+
+        They cannot if they are too many to have been kept, if one of them is damaged, which is logged, or if the database
+        is older than the revision, since somebody has brought back a copy of it.
 
         Raises:
             RegistryError: The database cannot be read.
@@ -137,9 +142,13 @@ class Store:
                         select(CHANGES).where(CHANGES.c.revision > revision).order_by(CHANGES.c.revision)
                     )
                 ).all()
-        if [row.revision for row in rows] != list(range(revision + 1, last + 1)) or last < revision:
+        if last < revision or [row.revision for row in rows] != list(range(revision + 1, last + 1)):
             return None
-        return [_change(row.revision, row.change, row.model_id, row.record) for row in rows]
+        try:
+            return [_change(row.revision, row.change, row.model_id, row.record) for row in rows]
+        except DamagedRecordError as error:
+            _log.warning("damaged change", after=revision, error=str(error))
+            return None
 
     async def insert(self, model: Model) -> Model | None:
         """Keep a model under its id and aliases.
@@ -210,17 +219,23 @@ class Store:
             try:
                 async with self._database.writing() as connection:
                     next_revision = await self._next_revision(connection)
-                    model_id = await connection.scalar(select(NAMES.c.model_id).where(NAMES.c.name == name))
+                    # Of a damaged record one half may be missing.
+                    owner = await connection.scalar(select(NAMES.c.model_id).where(NAMES.c.name == name))
+                    model_id = name if owner is None else owner
                     row = (await connection.execute(select(MODELS).where(MODELS.c.id == model_id))).mappings().first()
-                    if row is None or revision not in (None, row["revision"]):
+                    if row is None and (owner is None or revision is not None):
                         raise _OvertakenError
-                    names = select(NAMES.c.name).where(NAMES.c.model_id == model_id).order_by(NAMES.c.position)
-                    aliases = [alias for alias in await connection.scalars(names) if alias != model_id]
-                    await connection.execute(delete(NAMES).where(NAMES.c.model_id == model_id))
+                    if row is not None and revision not in (None, row["revision"]):
+                        raise _OvertakenError
+                    mine = NAMES.c.model_id == model_id
+                    names = await connection.scalars(select(NAMES.c.name).where(mine).order_by(NAMES.c.position))
+                    model = None if row is None else _readable(row, names.all())
+                    await connection.execute(delete(NAMES).where(mine))
                     await connection.execute(delete(MODELS).where(MODELS.c.id == model_id))
-                    change = Change(next_revision, ChangeKind.REMOVED, row["id"], _readable(dict(row), aliases))
+                    change = Change(next_revision, ChangeKind.REMOVED, model_id, model)
                     await _record(connection, change)
-            except _OvertakenError:
+            # A name that the database cannot even hold is nobody's.
+            except (_OvertakenError, DataError):
                 return None
         return change
 
@@ -232,7 +247,7 @@ class Store:
         """Raise the revision. First in every write: it makes all others wait until this one is done."""
         raised = update(REVISION).values(revision=REVISION.c.revision + 1).returning(REVISION.c.revision)
         revision = int((await connection.execute(raised)).scalar_one())
-        await connection.execute(delete(CHANGES).where(CHANGES.c.revision <= revision - CHANGES_KEPT))
+        await connection.execute(delete(CHANGES).where(CHANGES.c.revision <= revision - self._changes_kept))
         await self._database.announce(connection, revision)
         return revision
 
@@ -260,18 +275,29 @@ async def _record(connection: AsyncConnection, change: Change) -> None:
     await connection.execute(insert(CHANGES).values(**values))
 
 
-def _change(revision: int, kind: str, model_id: str, record: object) -> Change:
-    try:
-        return Change(revision, ChangeKind[kind], model_id, model_of_record(record))
-    except (DamagedRecordError, KeyError) as error:
-        if record:
-            _log.warning("damaged change left out", model=model_id, revision=revision, error=str(error))
+def _change(revision: int, kind: str, model_id: object, record: object) -> Change:
+    """The change of a record.
+
+    Raises:
+        DamagedRecordError: It is none that this release writes.
+    """
+    if kind not in ChangeKind.__members__ or not isinstance(model_id, str):
+        raise DamagedRecordError(f"revision {revision}: {kind!r} of {model_id!r}")
+    # What has been removed may have been damaged before.
+    if ChangeKind[kind] is ChangeKind.REMOVED and record == "":
         return Change(revision, ChangeKind.REMOVED, model_id, None)
+    model = model_of_record(record)
+    if model.id != model_id:
+        raise DamagedRecordError(f"revision {revision}: {model.id!r} in the place of {model_id!r}")
+    return Change(revision, ChangeKind[kind], model_id, model)
 
 
-def _readable(row: Mapping[str, Any], aliases: Sequence[object]) -> Model | None:
+def _readable(row: RowMapping, names: Sequence[object]) -> Model | None:
+    """The model of a row and its names; `None`, and logged, if it is damaged."""
     try:
-        return model_of(row, aliases)
+        if row["id"] not in names:
+            raise DamagedRecordError("its id is not among its names")
+        return model_of(dict(row), [name for name in names if name != row["id"]])
     except DamagedRecordError as error:
         _log.warning("damaged record left out", model=row["id"], error=str(error))
         return None
