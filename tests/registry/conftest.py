@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import pytest
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
+    from tests.support.postgres import PostgresServer
+
 
 class Opener(Protocol):
     """Opens a registry on the test's database, over other providers or another URL if given."""
@@ -27,9 +29,24 @@ class Opener(Protocol):
 
 
 @pytest.fixture
-def url(tmp_path: Path) -> str:
-    """A database that does not exist yet, in a folder that does not either."""
+def sqlite_url(tmp_path: Path) -> str:
+    """A file that does not exist yet, in a folder that does not either."""
     return f"sqlite:///{tmp_path}/state/registry.db"
+
+
+@pytest.fixture
+def url(sqlite_url: str) -> str:
+    """The test's database, empty."""
+    return sqlite_url
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
+def database_url(request: pytest.FixtureRequest) -> str:
+    """An empty database of each kind: a module whose tests hold for both makes this its `url`."""
+    # Asked for here, so that nothing of the other kind is started.
+    if request.param == "sqlite":
+        return cast("str", request.getfixturevalue("sqlite_url"))
+    return cast("PostgresServer", request.getfixturevalue("postgres")).create_database()
 
 
 @pytest.fixture
