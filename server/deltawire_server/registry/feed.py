@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from deltawire_server.registry.store import ChangeKind
 
 RING = 4096
-"""Changes that are kept: a watcher that is away for a minute misses fewer even while everything is registered anew."""
+"""Changes that are kept: a watcher that is away for a minute misses fewer even while everything is registered anew. Also
+more than the models of any provider, which all change at once when it goes down."""
 
 MAX_DIGITS = 18
-"""In a place: more than there ever are, and quickly read."""
+"""In a place: more than there ever are, and read at once, however long what a caller sends is."""
 
 BOOKMARK_SECONDS = 60.0
 """After so much silence a watcher hears that nothing has happened: it knows that it is still watching, and where."""
@@ -83,37 +84,40 @@ class Feed:
     ) -> AsyncGenerator[Step]:
         """A snapshot, a bookmark, then every change as it comes; or what came after a revision, and then the same.
 
+        Nothing is looked at before the first step is asked for. Leave it by `aclose`.
+
         Args:
             snapshot: All models as they are now; called at once, if at all.
             added: What a model of the snapshot is told as.
             revision: From an earlier step; empty for a snapshot.
 
         Raises:
-            CallerError: REVISION_GONE.
-            GatewayError: SLOW_WATCHER: what came was not taken fast enough. DRAINING: this process stops.
+            CallerError: REVISION_GONE, before any step.
+            GatewayError: SLOW_WATCHER: more changes came than are kept before the next was asked for. DRAINING: this
+                process stops; also at once if it was closed before.
         """
+        self._hold_open()
         if revision:
             place = self._place(revision)
+            bookmark_at: int | None = self._end
         else:
             models, place = tuple(snapshot()), self._end
+            bookmark_at = place
             for model in models:
                 yield Step(added, model, "")
-        told = False
+                self._hold_open()
         while True:
-            while place < self._end:
-                self._hold(place)
+            if place == bookmark_at:
+                bookmark_at = None
+                yield Step(None, None, self._name(place))
+            elif place < self._end:
+                self._hold_kept(place)
                 kind, model = self._ring[place - self._end]
                 place += 1
                 yield Step(kind, model, self._name(place))
-            if self._closed:
-                raise GatewayError(
-                    Reason.DRAINING, "this process is shutting down; watch on at another one", retry_after=0.0
-                )
-            if not told:
-                yield Step(None, None, self._name(place))
-                told = True
-                continue  # something may have come while it was told
-            told = await self._wait()
+            elif not await self._wait():
+                bookmark_at = place
+            self._hold_open()
 
     async def _wait(self) -> bool:
         """Wait for a change; `False` if none came for so long that a bookmark is due."""
@@ -129,12 +133,20 @@ class Feed:
         self._more.set()
         self._more = asyncio.Event()
 
-    def _hold(self, place: int) -> None:
+    def _hold_open(self) -> None:
+        if self._closed:
+            # What has not been told yet is not missed: whoever serves next gives a snapshot, since this process's
+            # revisions end with it.
+            raise GatewayError(
+                Reason.DRAINING, "this process is shutting down; watch again, another one serves", retry_after=0.0
+            )
+
+    def _hold_kept(self, place: int) -> None:
         if place < self._end - len(self._ring):
             raise GatewayError(
                 Reason.SLOW_WATCHER,
-                f"this watch was not read while {self._ring.maxlen} changes came; watch on from the last revision, and if"
-                " that is gone, without one",
+                f"this watch was not read while more than {self._ring.maxlen} changes came, and some of them are gone;"
+                " watch again without a revision, for a snapshot",
                 metadata={"limit": str(self._ring.maxlen)},
             )
 
@@ -143,7 +155,7 @@ class Feed:
 
     def _place(self, revision: str) -> int:
         epoch, _, number = revision.partition("-")
-        if epoch == self._epoch and number.isdecimal() and len(number) <= MAX_DIGITS:
+        if epoch == self._epoch and len(number) <= MAX_DIGITS and number.isascii() and number.isdigit():
             place = int(number)
             if self._end - len(self._ring) <= place <= self._end:
                 return place
