@@ -2,8 +2,8 @@
 
 A listing is fetched at most once per provider at a time, however many ask (single flight), and kept for five seconds:
 long enough that a burst of calls for an unknown model costs one request, short enough that a new model is found soon.
-A failure is not kept. Where the operator configured no token, each caller's own token has a listing of its own: what one
-may see, another need not.
+A failure is not kept, and what was kept before it is dropped: the provider is not what it was. Where the operator
+configured no token, each caller's own token has a listing of its own: what one may see, another need not.
 
 While the process runs, other providers may take the place of these. Those that have to go are retired: nobody finds them
 any more, but whoever holds one has it until the end of the call.
@@ -161,8 +161,12 @@ class Providers:
 
     async def _fetch(self, key: _Key) -> tuple[ServedModel, ...]:
         provider, token = key
-        with self.held(provider):
-            models = await provider.list_models(token)
+        try:
+            with self.held(provider):
+                models = await provider.list_models(token)
+        except BaseException:
+            self._listings.pop(key, None)
+            raise
         if self._providers.get(provider.id) is not provider:
             return models  # for those who asked before it was retired
         now = time.monotonic()
