@@ -40,7 +40,6 @@ class View:
         self._known = known
         self._served = served
         self._publish = publish
-        self._discovered: dict[str, dict[str, str]] = {}  # by provider: served names by id
 
     def registered(self, *models: Model | None) -> None:
         """A registration has changed: it was one of these and is the other."""
@@ -53,12 +52,9 @@ class View:
 
     def listed(self, provider_id: str) -> None:
         """What is known of a provider has changed."""
-        served = {scoped_id(provider_id, each.id): each.id for each in self._served.models(provider_id)}
-        before = self._discovered.pop(provider_id, {})
-        if served:
-            self._discovered[provider_id] = served
-        registered = (model.id for model in self._known.models.values() if model.provider_id == provider_id)
-        self._look(dict.fromkeys((*before, *served, *registered)))
+        seen = [model.id for model in self.models.values() if model.provider_id == provider_id]
+        served = (scoped_id(provider_id, each.id) for each in self._served.models(provider_id))
+        self._look(dict.fromkeys((*seen, *served)))
 
     def as_seen(self, model: Model) -> Model:
         """A model that was looked up, with its state."""
@@ -69,15 +65,11 @@ class View:
             before, now = self.models.get(model_id), self._now(model_id)
             if now == before:
                 continue
-            if now is None:
-                del self.models[model_id]
-            else:
+            if now is not None:
                 self.models[model_id] = now
-            if before is None and now is not None:
-                self._publish(ChangeKind.ADDED, now)
-            elif now is not None:
-                self._publish(ChangeKind.MODIFIED, now)
+                self._publish(ChangeKind.ADDED if before is None else ChangeKind.MODIFIED, now)
             elif before is not None:
+                del self.models[model_id]
                 self._publish(ChangeKind.REMOVED, before)
 
     def _now(self, model_id: str) -> Model | None:
@@ -89,9 +81,12 @@ class View:
         return replace(model, state=self._served.state(*model.target))
 
     def _find_discovered(self, model_id: str) -> Model | None:
-        for provider_id, names in self._discovered.items():
-            if model_id in names and (served := self._served.find(provider_id, names[model_id])) is not None:
-                return discovered(provider_id, served)
+        for provider_id in self._served.provider_ids:
+            scope = scoped_id(provider_id, "")
+            if model_id.startswith(scope):
+                served = self._served.find(provider_id, model_id.removeprefix(scope))
+                if served is not None:
+                    return discovered(provider_id, served)
         return None
 
 
