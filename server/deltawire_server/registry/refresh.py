@@ -15,6 +15,7 @@ from deltawire_server.telemetry import get_logger
 
 if TYPE_CHECKING:
     from deltawire_server.registry.served import Served
+    from deltawire_server.upstream.base import Provider
     from deltawire_server.upstream.providers import Providers
 
 _log = get_logger(__name__)
@@ -29,6 +30,7 @@ SUSPECT_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class _Turn:
+    provider: Provider
     task: asyncio.Task[None]
     suspected: asyncio.Event
 
@@ -39,50 +41,68 @@ class Refresher:
     Args:
         providers: All there are.
         served: Asks them, and keeps what they say.
+        retry_seconds: Between two looks at a provider that does not answer.
+        suspect_seconds: Between the beginnings of two looks at a provider, at least.
     """
 
-    def __init__(self, providers: Providers, served: Served) -> None:
+    def __init__(
+        self,
+        providers: Providers,
+        served: Served,
+        *,
+        retry_seconds: float = RETRY_SECONDS,
+        suspect_seconds: float = SUSPECT_SECONDS,
+    ) -> None:
         self._providers = providers
         self._served = served
+        self._retry_seconds = retry_seconds
+        self._suspect_seconds = suspect_seconds
         self._turns: dict[str, _Turn] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
-        """List them all now and on; call it again when providers have come or gone."""
-        for provider_id in self._turns.keys() - set(self._providers.ids):
-            self._turns.pop(provider_id).task.cancel()
-        for provider_id in self._providers.ids:
+        """List them all now and on; call it again when providers have come, gone or been replaced."""
+        providers = {provider.id: provider for provider in self._providers.all()}
+        for provider_id, turn in tuple(self._turns.items()):
+            if providers.get(provider_id) is not turn.provider:
+                # Also one whose id another has now: the old one may be hanging, and the new one must not wait for it.
+                del self._turns[provider_id]
+                turn.task.cancel()
+        for provider_id, provider in providers.items():
             if provider_id not in self._turns:
                 suspected = asyncio.Event()
-                task = asyncio.create_task(self._refresh(provider_id, suspected), name=f"refresh {provider_id}")
-                self._turns[provider_id] = _Turn(task, suspected)
+                task = asyncio.create_task(self._refresh(provider, suspected), name=f"refresh {provider_id}")
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+                self._turns[provider_id] = _Turn(provider, task, suspected)
 
     async def stop(self) -> None:
         """List nobody any more."""
-        tasks = [turn.task for turn in self._turns.values()]
         self._turns.clear()
+        tasks = tuple(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def suspect(self, provider_id: str) -> None:
-        """A call found that a provider is not what it was: look at once."""
+        """A call found that a provider is not what it was: look at once, or a second after the last look began."""
         turn = self._turns.get(provider_id)
         if turn is not None:
             turn.suspected.set()
 
-    async def _refresh(self, provider_id: str, suspected: asyncio.Event) -> None:
+    async def _refresh(self, provider: Provider, suspected: asyncio.Event) -> None:
         clock = asyncio.get_running_loop().time
         while True:
             begun = clock()
-            pause = self._providers.get(provider_id).refresh_interval
+            pause = provider.refresh_interval
             suspected.clear()
             try:
-                await self._served.listing(provider_id, fresh=True)
+                await self._served.listing(provider.id, fresh=True)
             except DeltawireError:
-                pause = min(pause, RETRY_SECONDS)  # why is in the log, once
+                pause = min(pause, self._retry_seconds)  # why is in the log, once
             except Exception:  # noqa: BLE001 (a defect must not end the refreshing for good)
-                _log.exception("a provider cannot be refreshed", provider=provider_id)
+                _log.exception("a provider cannot be refreshed", provider=provider.id)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await suspected.wait()
-            await asyncio.sleep(begun + SUSPECT_SECONDS - clock())
+            await asyncio.sleep(begun + self._suspect_seconds - clock())

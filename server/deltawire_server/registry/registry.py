@@ -110,8 +110,6 @@ class ModelRegistry:
         """These providers have come, gone, or are others now: what they said before counts no more."""
         self._served.forget(provider_ids)
         self._refresher.start()
-        for provider_id in provider_ids:
-            self._refresher.suspect(provider_id)
 
     def stop_watches(self) -> None:
         """End all watches, with DRAINING: this process stops."""

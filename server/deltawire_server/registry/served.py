@@ -16,7 +16,7 @@ from deltawire_server.telemetry import get_logger
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from deltawire_server.upstream.base import ServedModel
+    from deltawire_server.upstream.base import Provider, ServedModel
     from deltawire_server.upstream.providers import Providers
 
 _log = get_logger(__name__)
@@ -67,10 +67,10 @@ class Served:
         try:
             listing = await self._providers.listing(provider_id, fresh=fresh)
         except DeltawireError as error:
-            if asked in self._providers.all():  # else another one has its id now
+            if self._is_current(asked):
                 self._fail(provider_id, error)
             raise
-        if asked in self._providers.all():
+        if self._is_current(asked):
             self._record(provider_id, listing)
         return listing
 
@@ -103,6 +103,10 @@ class Served:
             self._models.pop(provider_id, None)
             self._failures.pop(provider_id, None)
             self._on_change(provider_id)
+
+    def _is_current(self, provider: Provider) -> bool:
+        """Whether a provider is still the one of its id, or there is another one now, of whom its answer says nothing."""
+        return any(provider is each for each in self._providers.all())
 
     def _record(self, provider_id: str, listing: Iterable[ServedModel]) -> None:
         models = {served.id: served for served in listing}
