@@ -68,10 +68,12 @@ class Gateway:
         self._registry = ModelRegistry(Store(settings.registry.database_url), self._providers)
         worker = Worker(self._registry, self._providers, _worker_limits(settings))
         self._access = Access(settings.access.principals)
-        calls = CallInterceptor(worker.end_all, self._registry.stop_watches, self._access)
-        self._lifecycle = Lifecycle(settings.server, [calls], calls)
         chat = ChatCompletionServicer(worker, max_completed_bytes=settings.server.max_completed_bytes)
-        models = ModelRegistryServicer(self._registry, self._providers)
+        models = ModelRegistryServicer(
+            self._registry, self._providers, slow_watcher_seconds=settings.stream.slow_caller_timeout
+        )
+        calls = CallInterceptor(worker.end_all, models.end_watches, self._access)
+        self._lifecycle = Lifecycle(settings.server, [calls], calls)
         self._lifecycle.add_service(
             lambda server: chat_completion_pb2_grpc.add_ChatCompletionServicer_to_server(chat, server)
         )

@@ -33,6 +33,9 @@ OUR_METHODS = "/deltawire.v1."
 DEADLINE_SLACK = 0.1
 """Seconds: the caller's clock runs out first, and then its cancel arrives before our own clock says the same."""
 
+UNREAD_SECONDS = 0.5
+"""How long a call that has failed is under way until its caller has the status."""
+
 _log = get_logger(__name__)
 
 if TYPE_CHECKING:
@@ -129,7 +132,8 @@ class CallInterceptor(aio.ServerInterceptor):
     async def _run(self, method: str, behaviour: _Behaviour, request: object, context: _Context) -> object:
         metadata = _metadata(context)
         record = CallRecord(_call_context(metadata))
-        with self._counted():
+        with contextlib.ExitStack() as counted:
+            counted.enter_context(self._counted())
             with _entered(record), _logged(method, record, context, metadata) as outcome:
                 try:
                     self._authorize(method, record, context)
@@ -144,7 +148,12 @@ class CallInterceptor(aio.ServerInterceptor):
                     error.__cause__ = defect
                 outcome.fail(error)
             message = shorten(error.message, MAX_MESSAGE)
-            return await context.abort(grpc_code(error.code), message, trailers_of(error, record.call.request_id))
+            # Until the status is out. It waits behind what the caller does not read, which a drain must not wait for.
+            unread = asyncio.get_running_loop().call_later(UNREAD_SECONDS, counted.close)
+            try:
+                return await context.abort(grpc_code(error.code), message, trailers_of(error, record.call.request_id))
+            finally:
+                unread.cancel()
 
     def _authorize(self, method: str, record: CallRecord, context: _Context) -> None:
         """Let the call in or raise; the log line gets the caller's name, and of one who may not, what is missing."""

@@ -76,7 +76,10 @@ HEALTH_STATUSES: Mapping[HealthStatus, pb.HealthStatus.ValueType] = MappingProxy
 )
 
 SLOW_WATCHER_SECONDS = 30.0
-"""How long a watcher may not read: as long as a chat's caller."""
+"""How long a watcher may not read, by default: as long as a chat's caller."""
+
+FAREWELL_SECONDS = 0.5
+"""How long a watcher may still not read when watches are ended: enough for one that only was not quick."""
 
 _Choice = TypeVar("_Choice", ModelType, ModelState, ModelSource)
 
@@ -87,11 +90,26 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
     Args:
         registry: Open.
         providers: Those of the registry.
+        slow_watcher_seconds: How long a watcher may not read.
     """
 
-    def __init__(self, registry: ModelRegistry, providers: Providers) -> None:
+    def __init__(
+        self, registry: ModelRegistry, providers: Providers, *, slow_watcher_seconds: float = SLOW_WATCHER_SECONDS
+    ) -> None:
         self._registry = registry
         self._providers = providers
+        self._slow_watcher_seconds = slow_watcher_seconds
+        self._watches_ended = False
+        self._writes: set[asyncio.Timeout] = set()  # of watches, under way
+
+    def end_watches(self) -> None:
+        """End all watches with DRAINING: this process stops. One that is not read is not waited for."""
+        self._watches_ended = True
+        self._registry.stop_watches()
+        end_by = asyncio.get_running_loop().time() + FAREWELL_SECONDS
+        for clock in self._writes:
+            if not clock.expired():
+                clock.reschedule(end_by)
 
     async def RegisterModel(self, request: pb.RegisterModelRequest, context: Context) -> pb.RegisterModelResponse:
         """Give a served model an id and aliases."""
@@ -154,15 +172,29 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
                 if first:
                     await context.send_initial_metadata(((REQUEST_ID, call_context(context).request_id),))
                     first = False
-                try:
-                    async with asyncio.timeout(SLOW_WATCHER_SECONDS):
-                        await context.write(step_message(step))
-                except TimeoutError:
-                    raise GatewayError(
-                        Reason.SLOW_WATCHER,
-                        f"this watch was not read for {SLOW_WATCHER_SECONDS:g} seconds; watch on from the last revision",
-                        metadata={"limit_seconds": f"{SLOW_WATCHER_SECONDS:g}"},
-                    ) from None
+                await self._write(step_message(step), context)
+
+    async def _write(self, message: pb.WatchModelsResponse, context: Context) -> None:
+        """Write a step of a watch; a caller that does not read it holds its place only for so long.
+
+        Raises:
+            GatewayError: SLOW_WATCHER.
+        """
+        clock = asyncio.timeout(FAREWELL_SECONDS if self._watches_ended else self._slow_watcher_seconds)
+        self._writes.add(clock)
+        try:
+            async with clock:
+                await context.write(message)
+        except TimeoutError:
+            if self._watches_ended:
+                return  # and the next step says so
+            raise GatewayError(
+                Reason.SLOW_WATCHER,
+                f"this watch was not read for {self._slow_watcher_seconds:g} seconds; watch again from the last revision",
+                metadata={"limit_seconds": f"{self._slow_watcher_seconds:g}"},
+            ) from None
+        finally:
+            self._writes.discard(clock)
 
     async def RefreshModels(self, request: pb.RefreshModelsRequest, context: Context) -> pb.RefreshModelsResponse:
         """What the providers list now."""
@@ -272,7 +304,8 @@ def _chosen(field: str, number: int, meanings: Mapping[_Choice, int]) -> _Choice
     for meaning, value in meanings.items():
         if value == number:
             return meaning
-    raise invalid_request([Violation(field, f"{number} is none that there is")])
+    known = ", ".join(f"{value} ({meaning.name})" for meaning, value in meanings.items())
+    raise invalid_request([Violation(field, f"{number} is none that there is; there are {known}, and 0 for all")])
 
 
 def _require(field: str, value: str) -> None:

@@ -294,7 +294,7 @@ class StreamSettings(Section):
         description=(
             "Seconds that a full queue waits for its caller to take something; then generation is stopped and the "
             "call ends with RESOURCE_EXHAUSTED (SLOW_CALLER). A provider generates on whether read or not, hence a "
-            "limit."
+            "limit. Also how long a watch of models may go unread (SLOW_WATCHER)."
         ),
     )
     max_tool_calls: Whole = Field(
