@@ -103,7 +103,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     Metadata: {"model": "llama", "providers": "a, b"}.
     """
     ERROR_REASON_MODEL_NOT_SERVED: _ErrorReason.ValueType  # 24
-    """FAILED_PRECONDITION. The provider does not serve the model that was to be registered; the message lists what it serves.
+    """FAILED_PRECONDITION. The provider does not serve the model that was to be registered, and the message lists what it
+    serves; or the operator does not allow the model that was called (`allowed_models`).
     Metadata: {"model": "llama", "provider": "vllm"}.
     """
     ERROR_REASON_MODEL_DISCOVERED: _ErrorReason.ValueType  # 25
@@ -125,8 +126,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     again without a revision, for a snapshot.
     """
     ERROR_REASON_SLOW_WATCHER: _ErrorReason.ValueType  # 30
-    """RESOURCE_EXHAUSTED. A watch was not read for too long, and as many changes waited for it as may. Watch again from the
-    last revision. Metadata: {"limit": "4096"}.
+    """RESOURCE_EXHAUSTED. A watch was not read for too long: more changes waited for it than are kept, or one for longer than
+    it may. Watch again from the last revision, and if that is REVISION_GONE, without one.
+    Metadata: {"limit": "4096"} for changes, or {"limit_seconds": "30"}.
     """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
@@ -221,7 +223,8 @@ ERROR_REASON_MODEL_AMBIGUOUS: ErrorReason.ValueType  # 23
 Metadata: {"model": "llama", "providers": "a, b"}.
 """
 ERROR_REASON_MODEL_NOT_SERVED: ErrorReason.ValueType  # 24
-"""FAILED_PRECONDITION. The provider does not serve the model that was to be registered; the message lists what it serves.
+"""FAILED_PRECONDITION. The provider does not serve the model that was to be registered, and the message lists what it
+serves; or the operator does not allow the model that was called (`allowed_models`).
 Metadata: {"model": "llama", "provider": "vllm"}.
 """
 ERROR_REASON_MODEL_DISCOVERED: ErrorReason.ValueType  # 25
@@ -243,7 +246,8 @@ ERROR_REASON_REVISION_GONE: ErrorReason.ValueType  # 29
 again without a revision, for a snapshot.
 """
 ERROR_REASON_SLOW_WATCHER: ErrorReason.ValueType  # 30
-"""RESOURCE_EXHAUSTED. A watch was not read for too long, and as many changes waited for it as may. Watch again from the
-last revision. Metadata: {"limit": "4096"}.
+"""RESOURCE_EXHAUSTED. A watch was not read for too long: more changes waited for it than are kept, or one for longer than
+it may. Watch again from the last revision, and if that is REVISION_GONE, without one.
+Metadata: {"limit": "4096"} for changes, or {"limit_seconds": "30"}.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

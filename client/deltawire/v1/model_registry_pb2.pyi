@@ -449,7 +449,7 @@ class ListModelsResponse(_message.Message):
 
     @_builtins.property
     def unreachable_provider_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Providers that did not answer: what they serve is missing here unless it is registered."""
+        """Providers that did not answer: of what they serve, this is what they said last, if they ever did."""
 
     def __init__(
         self,
@@ -635,7 +635,7 @@ class WatchModelsResponse(_message.Message):
     """Where a later watch can go on after this step. Empty within a snapshot, which has to be seen whole: up to the bookmark."""
     bookmark: _builtins.bool
     """This step is no change: all that came before it together is the state of `revision`. Comes once after a snapshot, or
-    after what a resumed watch had missed, and then about once a minute while nothing changes.
+    after what a resumed watch had missed when it began, and then about once a minute while nothing changes.
     """
     @_builtins.property
     def model(self) -> Global___Model:
