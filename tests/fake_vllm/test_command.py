@@ -54,6 +54,13 @@ async def test_it_makes_up_a_call_and_breaks_it() -> None:
     assert len(events(answer.content + b"data: [DONE]\n\n")) == 11
 
 
+async def test_it_serves_models_and_adapters() -> None:
+    """As many as were named, in their order."""
+    async with program("--model", "a", "--model", "b", "--adapter", "x") as (_, url), http(url) as client:
+        cards = (await client.get("/v1/models")).json()["data"]
+    assert [(card["id"], card["parent"]) for card in cards] == [("a", None), ("b", None), ("x", "a")]
+
+
 def test_an_address_in_use(capsys: pytest.CaptureFixture[str]) -> None:
     """One line says so; status 1."""
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -120,6 +120,25 @@ async def test_models() -> None:
     assert answer.json()["model"] == by_default.json()["model"] == "one"
 
 
+async def test_adapters() -> None:
+    """Each has a card that names its base; it answers in its own name, and comes and goes while the server runs."""
+    async with FakeVllm(models=("base", "alias"), adapters=("sql",)) as vllm, http(vllm.base_url) as client:
+        cards = (await client.get("/v1/models")).json()["data"]
+        answer = await client.post("/v1/chat/completions", json=ASK | {"model": "sql", "stream": False})
+        vllm.load_adapter("poems")
+        more = (await client.get("/v1/models")).json()["data"]
+        vllm.unload_adapter("sql")
+        refused = await client.post("/v1/chat/completions", json=ASK | {"model": "sql"})
+    assert [(card["id"], card["parent"], card["root"], card["max_model_len"]) for card in cards] == [
+        ("base", None, "/models/base", 4096),
+        ("alias", None, "/models/base", 4096),
+        ("sql", "base", "/adapters/sql", None),
+    ]
+    assert answer.json()["model"] == "sql"
+    assert [card["id"] for card in more] == ["base", "alias", "sql", "poems"]
+    assert (refused.status_code, refused.json()["error"]["type"]) == (404, "NotFoundError")
+
+
 @pytest.mark.parametrize(
     ("recording", "changes"),
     [

@@ -23,6 +23,7 @@ examples:
   python -m deltawire_server.fake_vllm --recording tests/transcripts/tool-one.sse
   python -m deltawire_server.fake_vllm --after 5 --end reset            every stream breaks after five chunks
   python -m deltawire_server.fake_vllm --first-delay 60 --keep-alive 5  a long prefill
+  python -m deltawire_server.fake_vllm --model base --adapter sql       a base model and a LoRA adapter of it
 """
 
 
@@ -56,8 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         models = options.model or ["fake"]
-        fake = FakeVllm(script, models=models, api_key=options.api_key, host=options.host, port=options.port)
-        asyncio.run(_serve(fake, models))
+        fake = FakeVllm(
+            script,
+            models=models,
+            adapters=options.adapter,
+            api_key=options.api_key,
+            host=options.host,
+            port=options.port,
+        )
+        asyncio.run(_serve(fake, [*models, *options.adapter]))
     except OSError as error:
         print(f"fake vLLM: {error}", file=sys.stderr)
         return 1
@@ -91,6 +99,13 @@ def _parser() -> argparse.ArgumentParser:
         help="0 for a free one, which the first line of output names (default %(default)s)",
     )
     add("--model", action="append", metavar="NAME", help="served name; repeat for aliases (default fake)")
+    add(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="LoRA adapter of the first model; repeat for more",
+    )
     add("--api-key", metavar="KEY", help="asked for on /v1/*")
     answer = parser.add_argument_group("what every chat request gets")
     add = answer.add_argument

@@ -40,6 +40,7 @@ class FakeVllm:
     Args:
         default: What a chat request gets when nothing is queued; a short generated text if not given.
         models: The served names, at least one. As with vLLM, answers give the first, whichever was asked for.
+        adapters: LoRA adapters of the first name, which is then their `parent`. Answers give the adapter that was asked for.
         api_key: Asked for on `/v1/*` alone; `None` for none.
         host: Address to listen on.
         port: 0 for a free one.
@@ -56,6 +57,7 @@ class FakeVllm:
         default: Script | None = None,
         *,
         models: Sequence[str] = ("fake",),
+        adapters: Sequence[str] = (),
         api_key: str | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
@@ -67,6 +69,7 @@ class FakeVllm:
         self._default = default or Script.generated()
         self._queued: deque[Script] = deque()
         self._models = tuple(models)
+        self._adapters = dict.fromkeys(adapters)
         self._api_key = api_key
         self._host = host
         self._port = port
@@ -126,6 +129,18 @@ class FakeVllm:
             self._arrived.clear()
             await self._arrived.wait()
         return chats[count - 1]
+
+    def load_adapter(self, name: str) -> None:
+        """Serve one more LoRA adapter, as after `/v1/load_lora_adapter`; nothing changes if it is there."""
+        self._adapters[name] = None
+
+    def unload_adapter(self, name: str) -> None:
+        """Serve a LoRA adapter no longer: chat requests for it are 404 from now on.
+
+        Raises:
+            KeyError: There is none of that name.
+        """
+        del self._adapters[name]
 
     def sleep(self) -> None:
         """Fall asleep: chat requests get their head and then nothing, while `/health` stays 200."""
@@ -202,7 +217,7 @@ class FakeVllm:
         generation = Generation(
             request.body,
             next(self._numbers),
-            self._models[0],
+            self._answering(request.body.get("model")),
             script.tokens,
             script.tool_call,
             request.headers.get("x-request-id", ""),
@@ -231,7 +246,7 @@ class FakeVllm:
         if "messages" not in body:
             message = "1 validation error:\n  {'type': 'missing', 'loc': 'body.messages', 'msg': 'Field required'}"
             return Script.error(400, message, "Bad Request", "body.messages")
-        if (model := body.get("model")) is not None and model not in self._models:
+        if (model := body.get("model")) is not None and model not in (*self._models, *self._adapters):
             message = f"The model `{model}` does not exist. Valid aliases: {', '.join(self._models)}."
             return Script.error(404, message, "NotFoundError", "model")
         tool_choice = body.get("tool_choice")
@@ -244,9 +259,13 @@ class FakeVllm:
             return Script.error(400, message, "BadRequestError", "tool_choice")
         return None
 
+    def _answering(self, model: str | None) -> str:
+        """Give the name that answers to a request for this one bear."""
+        return model if model in self._adapters else self._models[0]
+
     async def _list_models(self, _: Request, connection: Connection) -> None:
         now = int(time.time())
-        cards = [self._card(name, now, number) for number, name in enumerate(self._models)]
+        cards = [self._card(name, now, number) for number, name in enumerate((*self._models, *self._adapters))]
         await self._say(connection, Script.answer({"object": "list", "data": cards}))
 
     def _card(self, name: str, now: int, number: int) -> dict[str, Any]:
@@ -264,14 +283,15 @@ class FakeVllm:
             "group": None,
             "is_blocking": False,
         }
+        adapter = name in self._adapters
         return {
             "id": name,
             "object": "model",
             "created": now,
             "owned_by": "vllm",
-            "root": f"/models/{self._models[0]}",
-            "parent": None,
-            "max_model_len": 4096,
+            "root": f"/adapters/{name}" if adapter else f"/models/{self._models[0]}",
+            "parent": self._models[0] if adapter else None,
+            "max_model_len": None if adapter else 4096,  # vLLM says it of base models alone
             "permission": [permission],
         }
 
