@@ -30,6 +30,7 @@ class FakeProvider:
         gate: If set, a listing waits for it.
         asked: Set as soon as it has been asked for a listing.
         tokens: The token of each listing, in order: its length is how often it was listed.
+        refresh_interval: Seconds between two listings; an hour, since tests refresh when they want to.
         has_token: Whether its operator gave it a token, so that every caller sees the same listing.
         chunks: What `stream_chat` yields.
         requests: What `stream_chat` was asked, in order.
@@ -42,6 +43,7 @@ class FakeProvider:
         self.gate: asyncio.Event | None = None
         self.asked = asyncio.Event()
         self.tokens: list[str | None] = []
+        self.refresh_interval = 3600.0
         self.has_token = False
         self.chunks: list[bytes] = []
         self.requests: list[tuple[ChatRequest, str, CallContext]] = []
@@ -71,11 +73,6 @@ class FakeProvider:
     def patience(self) -> Patience:
         """The defaults."""
         return Patience()
-
-    @property
-    def refresh_interval(self) -> float:
-        """An hour: tests refresh when they want to."""
-        return 3600.0
 
     def go_down(self) -> None:
         """Be unreachable from now on, as a refused connection is reported."""

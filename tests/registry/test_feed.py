@@ -1,0 +1,291 @@
+"""The feed of changes: what each watcher gets, in which order, and how a watch ends."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+import pytest
+
+from deltawire_server.errors import CallerError, Code, DeltawireError, GatewayError, Reason
+from deltawire_server.registry.feed import Feed, Step
+from deltawire_server.registry.model import Model
+from deltawire_server.registry.store import ChangeKind
+from tests.support.gateway import WAIT
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Sequence
+
+ADDED, MODIFIED, REMOVED = ChangeKind.ADDED, ChangeKind.MODIFIED, ChangeKind.REMOVED
+A, B, C, D = (Model(name, "p", name) for name in "abcd")
+
+
+def watch(feed: Feed, revision: str = "", there: Sequence[Model] = ()) -> AsyncGenerator[Step]:
+    """Watch a feed; a snapshot holds what is there."""
+    return feed.watch(lambda: there, ADDED, revision)
+
+
+async def take(steps: AsyncGenerator[Step], count: int) -> list[Step]:
+    """The next steps."""
+    async with asyncio.timeout(WAIT):
+        return [await anext(steps) for _ in range(count)]
+
+
+async def ended(steps: AsyncGenerator[Step]) -> tuple[list[Step], DeltawireError]:
+    """What still comes before a watch fails, and what it fails with."""
+    rest: list[Step] = []
+    try:
+        async with asyncio.timeout(WAIT):
+            while True:
+                rest.append(await anext(steps))
+    except DeltawireError as failure:
+        return rest, failure
+
+
+def changes(steps: Sequence[Step]) -> list[tuple[ChangeKind | None, str]]:
+    """The kind and the model of each step; bookmarks have neither."""
+    return [(step.kind, step.model.id if step.model else "") for step in steps]
+
+
+async def test_a_snapshot_a_bookmark_then_changes() -> None:
+    """The snapshot has no revisions, since it has to be seen whole; from the bookmark on each step has one of its own."""
+    feed = Feed()
+    async with aclosing(watch(feed, there=[A, B])) as steps:
+        first = await take(steps, 3)
+        assert first == [Step(ADDED, A, ""), Step(ADDED, B, ""), Step(None, None, feed.revision)]
+        feed.publish(MODIFIED, A)
+        after_one = feed.revision
+        feed.publish(REMOVED, B)
+        assert await take(steps, 2) == [Step(MODIFIED, A, after_one), Step(REMOVED, B, feed.revision)]
+        assert len({first[-1].revision, after_one, feed.revision}) == 3
+
+
+async def test_an_empty_snapshot_is_a_bookmark() -> None:
+    """The watcher hears at once that there is nothing, and is not left to wonder."""
+    feed = Feed()
+    async with aclosing(watch(feed)) as steps:
+        assert await take(steps, 1) == [Step(None, None, feed.revision)]
+
+
+async def test_changes_during_a_snapshot_come_after_its_bookmark() -> None:
+    """Each once and none lost, however the snapshot and they overlap; the bookmark's state is the snapshot's."""
+    feed = Feed()
+    async with aclosing(watch(feed, there=[A, B])) as steps:
+        before = feed.revision
+        await take(steps, 1)
+        feed.publish(REMOVED, A)
+        feed.publish(ADDED, C)
+        assert changes(await take(steps, 1)) == [(ADDED, "b")]
+        feed.publish(MODIFIED, C)
+        assert await take(steps, 1) == [Step(None, None, before)]
+        feed.publish(ADDED, D)
+        assert changes(await take(steps, 4)) == [(REMOVED, "a"), (ADDED, "c"), (MODIFIED, "c"), (ADDED, "d")]
+    async with aclosing(watch(feed, before)) as again:
+        assert changes(await take(again, 4)) == [(REMOVED, "a"), (ADDED, "c"), (MODIFIED, "c"), (ADDED, "d")]
+
+
+async def test_the_snapshot_is_taken_when_the_watch_begins() -> None:
+    """Not when it was asked for, and not model by model: what comes between is in it or after it, never both."""
+    feed = Feed()
+    there = [A]
+    steps = feed.watch(lambda: there, ADDED)
+    there.append(B)
+    feed.publish(ADDED, B)
+    async with aclosing(steps):
+        await take(steps, 1)
+        there.append(C)
+        feed.publish(ADDED, C)
+        assert changes(await take(steps, 3)) == [(ADDED, "b"), (None, ""), (ADDED, "c")]
+
+
+async def test_going_on_from_any_step_repeats_and_misses_nothing() -> None:
+    """What was missed, then a bookmark, then what comes; also if nothing was missed."""
+    feed = Feed()
+    revisions = [feed.revision]
+    told = [(ADDED, A), (MODIFIED, A), (ADDED, B)]
+    for kind, model in told:
+        feed.publish(kind, model)
+        revisions.append(feed.revision)
+    for place, revision in enumerate(revisions):
+        async with aclosing(watch(feed, revision, there=[A, B, C])) as steps:
+            missed = [Step(kind, model, at) for (kind, model), at in zip(told, revisions[1:], strict=True)]
+            assert await take(steps, len(told) - place) == missed[place:]
+            assert await take(steps, 1) == [Step(None, None, feed.revision)]
+
+
+async def test_a_resumed_watch_has_its_bookmark_where_it_had_caught_up() -> None:
+    """Changes that come while it catches up follow the bookmark: under steady changes it would never come else."""
+    feed = Feed()
+    start = feed.revision
+    feed.publish(ADDED, A)
+    feed.publish(ADDED, B)
+    begun = feed.revision
+    async with aclosing(watch(feed, start)) as steps:
+        await take(steps, 1)
+        feed.publish(ADDED, C)
+        assert await take(steps, 3) == [
+            Step(ADDED, B, begun),
+            Step(None, None, begun),
+            Step(ADDED, C, feed.revision),
+        ]
+
+
+async def test_the_ring_goes_back_exactly_as_far_as_it_is_long() -> None:
+    """With three places: three changes can have been missed, and four cannot."""
+    feed = Feed(ring=3)
+    revisions = [feed.revision]
+    for model in (A, B, C, D):
+        feed.publish(ADDED, model)
+        revisions.append(feed.revision)
+    async with aclosing(watch(feed, revisions[1])) as steps:
+        assert changes(await take(steps, 4)) == [(ADDED, "b"), (ADDED, "c"), (ADDED, "d"), (None, "")]
+    rest, failure = await ended(watch(feed, revisions[0]))
+    assert (rest, failure.reason, failure.code) == ([], Reason.REVISION_GONE, Code.OUT_OF_RANGE)
+    assert isinstance(failure, CallerError)
+    assert "without a revision" in failure.message
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        pytest.param(lambda _: Feed().revision, id="of another process"),
+        pytest.param(lambda feed: feed.revision[:-1] + "2", id="not there yet"),
+        pytest.param(lambda feed: feed.revision[:-1], id="no place"),
+        pytest.param(lambda feed: feed.revision[:-1] + "-1", id="below the first"),
+        pytest.param(lambda feed: feed.revision[:-1] + "\u0661", id="another script's digit"),
+        pytest.param(lambda feed: feed.revision[:-1] + "²", id="a digit that is no number"),
+        pytest.param(lambda feed: feed.revision[:-1] + "1" * 10_000, id="long"),
+        pytest.param(lambda feed: feed.revision + " ", id="a blank"),
+        pytest.param(lambda _: "nonsense", id="nonsense"),
+        pytest.param(lambda _: "-1", id="no epoch"),
+    ],
+)
+async def test_a_revision_that_leads_nowhere(edit: Callable[[Feed], str]) -> None:
+    """Is gone, whatever it is, before any step; and nothing of it is repeated in the message."""
+    feed = Feed()
+    feed.publish(ADDED, A)
+    revision = edit(feed)
+    rest, failure = await ended(watch(feed, revision))
+    assert (rest, failure.reason) == ([], Reason.REVISION_GONE)
+    assert revision not in failure.message
+
+
+async def test_two_processes_share_no_revision() -> None:
+    """Or one would go on in the midst of another's changes."""
+    assert len({Feed().revision for _ in range(100)}) == 100
+
+
+async def test_who_is_overtaken_is_cut_and_nobody_else() -> None:
+    """A watcher that takes nothing while the ring goes round; one that takes each change loses none of them."""
+    feed = Feed(ring=3)
+    async with aclosing(watch(feed)) as slow, aclosing(watch(feed)) as quick:
+        await take(slow, 1)
+        await take(quick, 1)
+        for model in (A, B, C, D):
+            feed.publish(ADDED, model)
+            assert changes(await take(quick, 1)) == [(ADDED, model.id)]
+        rest, failure = await ended(slow)
+        assert (rest, failure.reason, failure.code) == ([], Reason.SLOW_WATCHER, Code.RESOURCE_EXHAUSTED)
+        assert isinstance(failure, GatewayError)
+        assert failure.metadata == {"limit": "3"}
+        assert "more than 3 changes" in failure.message
+        assert "without a revision" in failure.message
+        feed.publish(REMOVED, D)
+        assert changes(await take(quick, 1)) == [(REMOVED, "d")]
+
+
+async def test_who_is_nearly_overtaken_gets_everything() -> None:
+    """As many changes as the ring holds may wait."""
+    feed = Feed(ring=3)
+    async with aclosing(watch(feed)) as steps:
+        await take(steps, 1)
+        for model in (A, B, C):
+            feed.publish(ADDED, model)
+        assert changes(await take(steps, 3)) == [(ADDED, "a"), (ADDED, "b"), (ADDED, "c")]
+
+
+async def test_who_is_overtaken_during_its_snapshot_still_gets_it_whole() -> None:
+    """And is cut after it: what it lacks then cannot be told any more."""
+    feed = Feed(ring=1)
+    async with aclosing(watch(feed, there=[A, B])) as steps:
+        begun = feed.revision
+        await take(steps, 1)
+        feed.publish(ADDED, C)
+        feed.publish(ADDED, D)
+        rest, failure = await ended(steps)
+    assert rest == [Step(ADDED, B, ""), Step(None, None, begun)]
+    assert failure.reason is Reason.SLOW_WATCHER
+
+
+async def test_silence_is_told_by_bookmarks() -> None:
+    """One after each silence, all of the same revision since nothing changes; then the changes go on from there."""
+    feed = Feed(bookmark_seconds=0.001)
+    async with aclosing(watch(feed)) as steps:
+        assert await take(steps, 3) == [Step(None, None, feed.revision)] * 3
+        feed.publish(ADDED, A)
+        assert await take(steps, 2) == [Step(ADDED, A, feed.revision), Step(None, None, feed.revision)]
+
+
+async def test_no_bookmark_while_there_is_something_to_tell() -> None:
+    """Only silence needs one: a change says as well that the watch goes on, and where."""
+    feed = Feed()
+    async with aclosing(watch(feed)) as steps:
+        await take(steps, 1)
+        for model in (A, B, C, D) * 25:
+            feed.publish(MODIFIED, model)
+            assert await take(steps, 1) == [Step(MODIFIED, model, feed.revision)]
+
+
+async def test_a_watcher_that_waits_is_woken_by_a_change() -> None:
+    """All of those that wait, and each once."""
+    feed = Feed()
+    watches = [watch(feed) for _ in range(5)]
+    for steps in watches:
+        await take(steps, 1)
+    waiting = [asyncio.create_task(take(steps, 1)) for steps in watches]
+    await asyncio.sleep(0)
+    assert not any(task.done() for task in waiting)
+    feed.publish(ADDED, A)
+    async with asyncio.timeout(WAIT):
+        assert await asyncio.gather(*waiting) == [[Step(ADDED, A, feed.revision)]] * 5
+    for steps in watches:
+        await steps.aclose()
+
+
+async def test_closing_ends_every_watch_at_once() -> None:
+    """In whatever it is: waiting, in its snapshot, with changes to come; and those that only now begin."""
+    feed = Feed()
+    waiting, in_snapshot, behind = watch(feed), watch(feed, there=[A, B]), watch(feed)
+    for steps in (waiting, in_snapshot, behind):
+        await take(steps, 1)
+    end = asyncio.create_task(ended(waiting))
+    await asyncio.sleep(0)
+    start = feed.revision
+    feed.publish(ADDED, A)
+    assert changes(await take(behind, 1)) == [(ADDED, "a")]
+    feed.publish(ADDED, B)
+    feed.close()
+    results = [await end]
+    results += [await ended(steps) for steps in (in_snapshot, behind, watch(feed), watch(feed, start))]
+    for rest, failure in results:
+        assert rest == []
+        assert (failure.reason, failure.code, failure.retry_after) == (Reason.DRAINING, Code.UNAVAILABLE, 0.0)
+        assert isinstance(failure, GatewayError)
+
+
+async def test_leaving_a_watch_leaves_nothing() -> None:
+    """Neither while it waits nor between its steps; the others go on."""
+    feed = Feed()
+    left, stays = watch(feed), watch(feed)
+    await take(left, 1)
+    await take(stays, 1)
+    waiting = asyncio.create_task(take(left, 1))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    await left.aclose()
+    feed.publish(ADDED, A)
+    assert changes(await take(stays, 1)) == [(ADDED, "a")]
+    await stays.aclose()
+    assert asyncio.all_tasks() == {asyncio.current_task()}

@@ -1,0 +1,361 @@
+"""All models as they are: what is seen of what is registered and what is served, and the changes one by one."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deltawire_server.errors import DeltawireError, ProviderError, Reason
+from deltawire_server.registry.known import Known
+from deltawire_server.registry.model import MAX_CONTEXT_TOKENS, Model, ModelSource, ModelState, ModelType
+from deltawire_server.registry.served import Served
+from deltawire_server.registry.store import ChangeKind
+from deltawire_server.registry.view import View
+from deltawire_server.upstream.base import ServedModel
+from deltawire_server.upstream.providers import Providers
+from tests.support.fake_provider import FakeProvider
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+ADDED, MODIFIED, REMOVED = ChangeKind.ADDED, ChangeKind.MODIFIED, ChangeKind.REMOVED
+SERVING, UNAVAILABLE, UNKNOWN = ModelState.SERVING, ModelState.UNAVAILABLE, ModelState.UNKNOWN
+GONE = ProviderError(Reason.UPSTREAM_UNAVAILABLE, "cannot be reached")
+WANTS_TOKEN = ProviderError(Reason.PROVIDER_MISCONFIGURED, "wants a token")
+
+
+class Kit:
+    """A view, what it is a view of, and what was published."""
+
+    def __init__(self, *provider_ids: str) -> None:
+        self.fakes = {each: FakeProvider(each) for each in provider_ids or ("p", "q")}
+        self.providers = Providers(self.fakes.values(), listing_seconds=0.0)
+        self.known = Known()
+        self.events: list[tuple[ChangeKind, Model]] = []
+        self.served = Served(self.providers, lambda provider_id: self.view.listed(provider_id))
+        self.view = View(self.known, self.served, lambda kind, model: self.events.append((kind, model)))
+
+    async def serve(self, provider_id: str, *models: str | ServedModel, failure: DeltawireError | None = None) -> None:
+        """Have a provider listed when it serves these, or fails."""
+        fake = self.fakes[provider_id]
+        fake.served, fake.failure = list(models), failure
+        await asyncio.gather(self.served.listing(provider_id, fresh=True), return_exceptions=True)
+
+    async def fail(self, provider_id: str, failure: DeltawireError = GONE) -> None:
+        """Have a provider listed when it fails."""
+        await self.serve(provider_id, failure=failure)
+
+    def exchange(self, before: Model | None, now: Model | None) -> None:
+        """Register, change or unregister a model, as `Follower` does."""
+        if before is not None:
+            self.known.remove(before)
+        if now is not None:
+            self.known.add(now)
+        self.view.registered(before, now)
+
+    def provide(self, *provider_ids: str) -> None:
+        """Have providers with these ids, which are all others than before, as a reload does."""
+        before = self.providers.ids
+        self.fakes = {each: FakeProvider(each) for each in provider_ids}
+        self.providers.replace(self.fakes.values())
+        self.served.forget({*before, *provider_ids})
+
+    def told(self) -> list[tuple[ChangeKind, str, ModelState]]:
+        """What was published since the last time."""
+        told = [(kind, model.id, model.state) for kind, model in self.events]
+        self.events.clear()
+        return told
+
+
+@pytest.fixture
+def kit() -> Kit:
+    """Nothing is registered and nobody was asked; providers p and q."""
+    return Kit()
+
+
+def registered(model_id: str, provider_id: str = "p", name: str = "m", *aliases: str, **fields: Any) -> Model:  # noqa: ANN401 (whatever a model has)
+    """A registered model."""
+    return Model(model_id, provider_id, name, aliases=aliases, revision=1, **fields)
+
+
+async def test_what_is_discovered(kit: Kit) -> None:
+    """With all that its provider says; it comes and goes with the listing, and each change of it is told."""
+    lora = ServedModel("lora", "/adapters/lora", "m", 4096)
+    await kit.serve("p", "m", lora)
+    assert kit.view.models["p/lora"] == Model(
+        "p/lora",
+        "p",
+        "lora",
+        source=ModelSource.DISCOVERED,
+        max_context_tokens=4096,
+        root="/adapters/lora",
+        parent="m",
+        state=SERVING,
+    )
+    assert kit.told() == [(ADDED, "p/m", SERVING), (ADDED, "p/lora", SERVING)]
+    await kit.serve("p", replace(lora, max_context_tokens=8192))
+    assert kit.view.models.keys() == {"p/lora"}
+    assert kit.told() == [(REMOVED, "p/m", SERVING), (MODIFIED, "p/lora", SERVING)]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seen"), [(-1, None), (0, 0), (MAX_CONTEXT_TOKENS, MAX_CONTEXT_TOKENS), (2**32, None)]
+)
+async def test_a_context_that_cannot_be_is_left_out(kit: Kit, tokens: int, seen: int | None) -> None:
+    """A number that the wire cannot carry must not end every watch."""
+    await kit.serve("p", ServedModel("m", max_context_tokens=tokens))
+    assert kit.view.models["p/m"].max_context_tokens == seen
+
+
+async def test_nothing_new_is_nothing_told(kit: Kit) -> None:
+    """However often providers are listed, in whatever order, and whatever is registered again as it was."""
+    mine = registered("mine")
+    kit.exchange(None, mine)
+    await kit.serve("p", "m", "n")
+    await kit.serve("q", "m")
+    kit.told()
+    for models in (("m", "n"), ("n", "m"), ("m", "n")):
+        await kit.serve("p", *models)
+        await kit.serve("q", "m")
+        kit.exchange(mine, mine)
+    assert kit.told() == []
+
+
+async def test_a_registered_model_stands_for_what_it_leads_to(kit: Kit) -> None:
+    """The discovered one is gone from the list while one is registered, and back when the last is not any more."""
+    await kit.serve("p", "m")
+    kit.told()
+    first, second = registered("first"), registered("second")
+    kit.exchange(None, first)
+    assert kit.told() == [(ADDED, "first", SERVING), (REMOVED, "p/m", SERVING)]
+    kit.exchange(None, second)
+    assert kit.told() == [(ADDED, "second", SERVING)]
+    kit.exchange(first, None)
+    assert kit.told() == [(REMOVED, "first", SERVING)]
+    kit.exchange(second, None)
+    assert kit.told() == [(REMOVED, "second", SERVING), (ADDED, "p/m", SERVING)]
+
+
+async def test_registering_by_the_provider_s_own_name_is_a_change(kit: Kit) -> None:
+    """The id stays, so that it is neither gone nor new; so it is when it is unregistered again."""
+    await kit.serve("p", "m")
+    kit.told()
+    mine = registered("p/m", type=ModelType.EMBEDDING, embedding_dimension=3)
+    kit.exchange(None, mine)
+    assert kit.view.models["p/m"] == replace(mine, state=SERVING)
+    assert kit.told() == [(MODIFIED, "p/m", SERVING)]
+    kit.exchange(mine, None)
+    assert kit.view.models["p/m"].source is ModelSource.DISCOVERED
+    assert kit.told() == [(MODIFIED, "p/m", SERVING)]
+
+
+async def test_an_alias_hides_what_is_discovered_under_that_name(kit: Kit) -> None:
+    """Whoever asks for the name gets the registered model; so only that one is listed."""
+    await kit.serve("p", "m", "n")
+    kit.told()
+    mine = registered("mine", "p", "m", "p/n")
+    kit.exchange(None, mine)
+    assert kit.told() == [(ADDED, "mine", SERVING), (REMOVED, "p/n", SERVING), (REMOVED, "p/m", SERVING)]
+    without = replace(mine, aliases=())
+    kit.exchange(mine, without)
+    assert kit.told() == [(MODIFIED, "mine", SERVING), (ADDED, "p/n", SERVING)]
+    kit.exchange(without, mine)
+    assert kit.told() == [(MODIFIED, "mine", SERVING), (REMOVED, "p/n", SERVING)]
+
+
+async def test_what_is_hidden_is_not_told_when_it_is_listed(kit: Kit) -> None:
+    """Only the state of the model that stands for it."""
+    kit.exchange(None, registered("mine"))
+    assert kit.told() == [(ADDED, "mine", UNKNOWN)]
+    await kit.serve("p", "m")
+    assert kit.told() == [(MODIFIED, "mine", SERVING)]
+    await kit.serve("p")
+    assert kit.told() == [(MODIFIED, "mine", UNAVAILABLE)]
+
+
+async def test_leading_elsewhere(kit: Kit) -> None:
+    """What it led to is seen again, what it leads to is not, and its state is the new one's."""
+    await kit.serve("p", "m")
+    await kit.serve("q", "n")
+    await kit.fail("q")
+    before, after = registered("mine"), registered("mine", "q", "n")
+    kit.exchange(None, before)
+    kit.told()
+    kit.exchange(before, after)
+    assert kit.told() == [(MODIFIED, "mine", UNAVAILABLE), (ADDED, "p/m", SERVING), (REMOVED, "q/n", UNAVAILABLE)]
+
+
+async def test_a_provider_that_does_not_answer(kit: Kit) -> None:
+    """Its models stay, each in another state, told once for as long as it is away; the other's are not touched."""
+    kit.exchange(None, registered("mine"))
+    await kit.serve("p", "m", "n")
+    await kit.serve("q", "m")
+    kit.told()
+    for _ in range(3):
+        await kit.fail("p")
+    assert sorted(kit.told(), key=str) == [(MODIFIED, "mine", UNAVAILABLE), (MODIFIED, "p/n", UNAVAILABLE)]
+    assert kit.view.models["q/m"].state is SERVING
+    await kit.fail("p", WANTS_TOKEN)
+    assert sorted(kit.told(), key=str) == [(MODIFIED, "mine", UNKNOWN), (MODIFIED, "p/n", UNKNOWN)]
+    await kit.serve("p", "n")
+    assert sorted(kit.told(), key=str) == [(MODIFIED, "mine", UNAVAILABLE), (MODIFIED, "p/n", SERVING)]
+
+
+async def test_a_flapping_provider(kit: Kit) -> None:
+    """Each turn of it is told once, with the state that it has then."""
+    await kit.serve("p", "m")
+    kit.told()
+    for _ in range(20):
+        await kit.fail("p")
+        await kit.serve("p", "m")
+    assert kit.told() == [(MODIFIED, "p/m", UNAVAILABLE), (MODIFIED, "p/m", SERVING)] * 20
+
+
+async def test_a_provider_that_is_gone(kit: Kit) -> None:
+    """What it served is gone; what is registered at it stays, and cannot be called."""
+    kit.exchange(None, registered("mine"))
+    await kit.serve("p", "m", "n")
+    kit.told()
+    kit.provide("q")
+    assert sorted(kit.told(), key=str) == [(MODIFIED, "mine", UNAVAILABLE), (REMOVED, "p/n", SERVING)]
+    kit.provide("p", "q")
+    assert kit.told() == [(MODIFIED, "mine", UNKNOWN)]
+    await kit.serve("p", "m", "n")
+    assert kit.told() == [(MODIFIED, "mine", SERVING), (ADDED, "p/n", SERVING)]
+
+
+async def test_a_provider_that_is_another_now(kit: Kit) -> None:
+    """What its predecessor served counts no more; until it is asked nothing is known of what is registered at it."""
+    kit.exchange(None, registered("mine"))
+    await kit.serve("p", "m", "n")
+    kit.told()
+    kit.provide("p", "q")
+    assert sorted(kit.told(), key=str) == [(MODIFIED, "mine", UNKNOWN), (REMOVED, "p/n", SERVING)]
+
+
+async def test_ids_and_names_with_slashes() -> None:
+    """However provider and name could be told apart, a model is that of the provider that lists it."""
+    kit = Kit("org", "org/lab")
+    await kit.serve("org", "lab/m", "n")
+    await kit.serve("org/lab", "m")
+    assert {model.id: model.target for model in kit.view.models.values()} == {
+        "org/lab/m": ("org", "lab/m"),
+        "org/n": ("org", "n"),
+    }
+    kit.told()
+    await kit.serve("org", "n")
+    assert kit.view.models["org/lab/m"].target == ("org/lab", "m")
+    assert kit.told() == [(MODIFIED, "org/lab/m", SERVING)]
+
+
+async def test_as_seen(kit: Kit) -> None:
+    """A registered model with its state; one that is not in the view, as it is."""
+    mine = registered("mine")
+    kit.exchange(None, mine)
+    await kit.serve("p", "m")
+    assert kit.view.as_seen(mine) == replace(mine, state=SERVING)
+    other = registered("other")
+    assert kit.view.as_seen(other) is other
+
+
+def replayed(models: Iterable[Model], events: Iterable[tuple[ChangeKind, Model]]) -> dict[str, Model]:
+    """What a watcher knows after a snapshot and changes, each of which must be news to it."""
+    table = {model.id: model for model in models}
+    for kind, model in events:
+        if kind is ADDED:
+            assert model.id not in table
+            table[model.id] = model
+        elif kind is MODIFIED:
+            assert table[model.id] != model
+            table[model.id] = model
+        else:
+            assert table.pop(model.id) == model
+    return table
+
+
+def expected(
+    kit: Kit, listed: dict[str, dict[str, ServedModel]], failed: dict[str, DeltawireError]
+) -> dict[str, Model]:
+    """What there is to see, looked at as a whole: by what providers said last and how they failed since."""
+
+    def state(provider_id: str, name: str) -> ModelState:
+        failure = failed.get(provider_id)
+        if provider_id not in kit.fakes or failure is GONE:
+            return UNAVAILABLE
+        if failure is WANTS_TOKEN or provider_id not in listed:
+            return UNKNOWN
+        return SERVING if name in listed[provider_id] else UNAVAILABLE
+
+    mine = kit.known.models.values()
+    names = {name for model in mine for name in model.names} | {
+        f"{model.provider_id}/{model.provider_model_id}" for model in mine
+    }
+    there = {model.id: replace(model, state=state(*model.target)) for model in mine}
+    for provider_id, models in listed.items():
+        for name, served in models.items():
+            model_id = f"{provider_id}/{name}"
+            if model_id not in names:
+                there[model_id] = Model(
+                    model_id,
+                    provider_id,
+                    name,
+                    source=ModelSource.DISCOVERED,
+                    root=served.root,
+                    state=state(provider_id, name),
+                )
+    return there
+
+
+_PROVIDERS = st.sampled_from(["p", "q"])
+_NAMES = st.sampled_from(["m", "n", "o"])
+_IDS = st.sampled_from(["mine", "yours", "p/m", "p/n", "q/m"])
+_STEPS = st.one_of(
+    st.tuples(st.just("register"), _IDS, st.sets(_IDS, max_size=2), st.tuples(_PROVIDERS, _NAMES)),
+    st.tuples(st.just("unregister"), _IDS),
+    st.tuples(st.just("list"), _PROVIDERS, st.dictionaries(_NAMES, st.sampled_from(["", "/root"]))),
+    st.tuples(st.just("fail"), _PROVIDERS, st.sampled_from([GONE, WANTS_TOKEN])),
+    st.tuples(st.just("provide"), st.sets(_PROVIDERS)),
+)
+
+
+@given(st.lists(_STEPS, max_size=25))
+@settings(max_examples=300, deadline=None)
+async def test_whatever_happens_the_changes_add_up_to_what_there_is(steps: list[tuple[Any, ...]]) -> None:
+    """After each step the view is what looking at everything gives, and from any snapshot on the changes lead there.
+
+    No change is without news, and none comes before what it builds on.
+    """
+    kit = Kit()
+    listed: dict[str, dict[str, ServedModel]] = {}
+    failed: dict[str, DeltawireError] = {}
+    snapshots: list[tuple[int, dict[str, Model]]] = [(0, {})]
+    for step in steps:
+        match step:
+            case ("register", model_id, aliases, (provider_id, name)):
+                before = kit.known.models.get(model_id)
+                model = registered(model_id, provider_id, name, *sorted(aliases - {model_id}))
+                owners = (kit.known.find(each) for each in model.names)
+                if all(owner is None or owner is before for owner in owners):
+                    kit.exchange(before, model)
+            case ("unregister", model_id) if model_id in kit.known.models:
+                kit.exchange(kit.known.models[model_id], None)
+            case ("list", provider_id, roots) if provider_id in kit.fakes:
+                listed[provider_id] = {name: ServedModel(name, root) for name, root in roots.items()}
+                failed.pop(provider_id, None)
+                await kit.serve(provider_id, *listed[provider_id].values())
+            case ("fail", provider_id, failure) if provider_id in kit.fakes:
+                failed[provider_id] = failure
+                await kit.fail(provider_id, failure)
+            case ("provide", provider_ids):
+                listed.clear()
+                failed.clear()
+                kit.provide(*sorted(provider_ids))
+        assert kit.view.models == expected(kit, listed, failed)
+        snapshots.append((len(kit.events), dict(kit.view.models)))
+    for place, models in snapshots:
+        assert replayed(models.values(), kit.events[place:]) == kit.view.models
