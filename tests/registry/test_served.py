@@ -75,7 +75,7 @@ async def test_a_listing_is_kept_whole(kit: Kit) -> None:
 
 async def test_a_listing_is_told_if_it_is_different(kit: Kit) -> None:
     """Not if it is the same again, nor in another order; but also if only what is said of a model is new."""
-    for models, told in [
+    steps: list[tuple[tuple[str | ServedModel, ...], int]] = [
         (("a", "b"), 1),
         (("a", "b"), 1),
         (("b", "a"), 1),
@@ -83,7 +83,8 @@ async def test_a_listing_is_told_if_it_is_different(kit: Kit) -> None:
         ((ServedModel("b", max_context_tokens=1),), 3),
         ((), 4),
         ((), 4),
-    ]:
+    ]
+    for models, told in steps:
         await kit.ask(None, *models)
         assert kit.changes == ["alpha"] * told
 
@@ -229,7 +230,8 @@ async def test_a_late_answer_of_a_replaced_provider(kit: Kit, failure: ProviderE
     kit.served.forget(["alpha"])
     kit.changes.clear()
     kit.alpha.gate.set()
-    assert await asyncio.gather(asking, return_exceptions=True) == [failure or (ServedModel("a"),)]
+    (answer,) = await asyncio.gather(asking, return_exceptions=True)
+    assert answer == (failure or (ServedModel("a"),))
     assert (kit.names(), kit.served.was_asked("alpha"), kit.changes) == ([], False, [])
     await kit.served.listing("alpha")
     assert (kit.names(), kit.changes) == (["new"], ["alpha"])
