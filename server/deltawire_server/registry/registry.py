@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 
 _log = get_logger(__name__)
 
-ATTEMPTS = 5
-"""Of a write that other processes overtake, each on what they have just made of the model."""
+ATTEMPTS = 100
+"""Of a write that others overtake, each on what they have just made of the model. They succeed meanwhile, so it ends with
+them; only a defect uses all of these up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +138,7 @@ class ModelRegistry:
         """Give a served model an id and aliases.
 
         The same again changes nothing, asks no provider and gives back what is stored, with its times: whoever
-        registers at start-up may do so while the provider is still loading.
+        registers at start-up may do so while the provider is still loading. What other processes have just done counts.
 
         Args:
             model_id: The id. If it equals the provider's name, the id becomes "provider_id/provider_model_id".
@@ -165,6 +166,7 @@ class ModelRegistry:
             metadata or {},
             embedding_dimension,
         )
+        await self._follower.catch_up()
         stored = self._known.same(rules.as_registered(wanted, self._known))
         if stored is None:
             wanted = await rules.as_served(wanted, self._served, token)
@@ -188,6 +190,7 @@ class ModelRegistry:
                 MODEL_DISCOVERED. STORE_UNAVAILABLE.
             ProviderError: The provider cannot be asked whether it serves the model.
         """
+        await self._follower.catch_up()
         attempts = 0
         while True:
             model = await self._registered(name, etag, token)

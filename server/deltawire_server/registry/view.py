@@ -57,8 +57,11 @@ class View:
         self._look(dict.fromkeys((*seen, *served)))
 
     def as_seen(self, model: Model) -> Model:
-        """A model that was looked up, with its state."""
-        return self.models.get(model.id, model)
+        """A registered model with its state; not as somebody may have changed it since."""
+        seen = self.models.get(model.id)
+        if seen is not None and seen.revision == model.revision:
+            return seen
+        return replace(model, state=self._served.state(*model.target))
 
     def _look(self, ids: Iterable[str]) -> None:
         for model_id in ids:

@@ -44,7 +44,7 @@ class Writes:
         return await self._to_the_end(self._insert(model))
 
     async def update(self, model: Model) -> Model | None:
-        """Put a model in the place of the one of the same id and revision; `None` if that one is not there any more.
+        """Put a model in the place of the one of the same id and revision; `None` if others have changed that meanwhile.
 
         Raises:
             RegistryError: MODEL_ALREADY_EXISTS, STORE_UNAVAILABLE.
@@ -83,6 +83,8 @@ class Writes:
 
     async def _update(self, model: Model) -> Model | None:
         async with self._lock:
+            if not self._is_current(model):
+                return None
             self._known.free(model)
             kept = await self._store.update(model)
             if kept is not None:
@@ -90,8 +92,19 @@ class Writes:
                 return kept
             # Another process has changed the model, or has taken a name, in the meantime.
             await self._follower.catch_up()
+            if not self._is_current(model):
+                return None
             self._known.free(model)
-            return None
+            raise taken(
+                model.id,
+                model.id,
+                "cannot have an alias that is of a record that cannot be read, or was another model's until now",
+            )
+
+    def _is_current(self, model: Model) -> bool:
+        """Whether nobody has changed a model since, as far as memory knows: else its names say nothing of others'."""
+        known = self._known.models.get(model.id)
+        return known is not None and known.revision == model.revision
 
     async def _delete(self, name: str, revision: int | None) -> bool:
         async with self._lock:
