@@ -15,6 +15,7 @@ from deltawire._channel import CallInfo, CallOptions, ConnectOptions, tls_creden
 from deltawire._client import ChatStream, Client, ModelWatch
 from deltawire._completion import Accumulator, Answer, Choice
 from deltawire._errors import (
+    AccessChangedError,
     CallCancelledError,
     CallError,
     ContextLengthExceededError,
@@ -85,6 +86,7 @@ from deltawire.v1.model_registry_pb2 import Model, ModelSource, ModelState, Mode
 from deltawire.v1.tool_pb2 import Tool, ToolCall, ToolCallDelta, ToolChoice
 
 __all__ = [
+    "AccessChangedError",
     "Accumulator",
     "Answer",
     "AsyncChatStream",

@@ -30,6 +30,7 @@
         │   ├── TooManyStreamsError
         │   ├── SlowCallerError
         │   ├── SlowWatcherError
+        │   ├── AccessChangedError
         │   ├── StoreUnavailableError
         │   ├── DrainingError
         │   └── InternalError
@@ -229,6 +230,10 @@ class SlowWatcherError(GatewayError):
     """This program did not read its watch for too long. Watch again from the last revision, and read as changes come."""
 
 
+class AccessChangedError(GatewayError):
+    """Who may call has changed since the watch began. Watch again from the last revision; a watch does so by itself."""
+
+
 class StoreUnavailableError(GatewayError):
     """The registry's database cannot be used now; models known already can still be called."""
 
@@ -306,6 +311,7 @@ REASONS: Mapping[ErrorReason.ValueType, type[CallError]] = MappingProxyType(
         ErrorReason.ERROR_REASON_ETAG_MISMATCH: EtagMismatchError,
         ErrorReason.ERROR_REASON_REVISION_GONE: RevisionGoneError,
         ErrorReason.ERROR_REASON_SLOW_WATCHER: SlowWatcherError,
+        ErrorReason.ERROR_REASON_ACCESS_CHANGED: AccessChangedError,
     }
 )
 

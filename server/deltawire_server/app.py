@@ -151,8 +151,10 @@ class Gateway:
             _log.warning("changed settings need a restart", keys=waiting)
 
     def _load_access(self, settings: Settings) -> None:
-        """Judge calls from now on by what freshly read settings say of who may call; those under way go on."""
-        self._access.replace(settings.access.principals)
+        """Judge calls from now on by what freshly read settings say of who may call; those under way go on, but watches."""
+        if settings.access.principals != self._settings.access.principals:
+            self._access.replace(settings.access.principals)
+            self._registry.interrupt_watches()
         _log.info("access loaded", access=self._access.summary)
         self._warn_of_access(settings)
 

@@ -72,6 +72,7 @@ class Reason(enum.Enum):
     ETAG_MISMATCH = 28
     REVISION_GONE = 29
     SLOW_WATCHER = 30
+    ACCESS_CHANGED = 31
 
 
 CODES: Mapping[Reason, Code] = MappingProxyType(
@@ -107,6 +108,7 @@ CODES: Mapping[Reason, Code] = MappingProxyType(
         Reason.ETAG_MISMATCH: Code.ABORTED,
         Reason.REVISION_GONE: Code.OUT_OF_RANGE,
         Reason.SLOW_WATCHER: Code.RESOURCE_EXHAUSTED,
+        Reason.ACCESS_CHANGED: Code.ABORTED,
     }
 )
 """The status code of each reason, as long as the answer has not begun."""

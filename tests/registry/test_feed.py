@@ -289,3 +289,19 @@ async def test_leaving_a_watch_leaves_nothing() -> None:
     assert changes(await take(stays, 1)) == [(ADDED, "a")]
     await stays.aclose()
     assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_an_interruption_ends_the_watches_there_are() -> None:
+    """Each at its next step, also one that waits; whoever comes again, from where it was, is let in and misses nothing."""
+    feed = Feed()
+    async with aclosing(watch(feed)) as steps:
+        (bookmark,) = await take(steps, 1)
+        waiting = asyncio.create_task(anext(steps))
+        await asyncio.sleep(0)
+        feed.interrupt()
+        with pytest.raises(GatewayError) as caught:
+            await waiting
+    assert (caught.value.reason, caught.value.code) == (Reason.ACCESS_CHANGED, Code.ABORTED)
+    feed.publish(ADDED, A)
+    async with aclosing(watch(feed, bookmark.revision)) as steps:
+        assert changes(await take(steps, 2)) == [(ADDED, "a"), (None, "")]

@@ -13,7 +13,7 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
-from deltawire import AsyncClient, Client, PermissionDeniedError, UnauthenticatedError
+from deltawire import AsyncClient, Client, ModelChange, PermissionDeniedError, UnauthenticatedError, WatchBookmark
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import model_registry_pb2
 from deltawire_server.access import NEEDS, Permission
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from deltawire import AsyncModelWatch, WatchEvent
     from tests.conftest import Certificates, StartGateway
 
 CHUNKS = Chunks()
@@ -316,6 +317,39 @@ async def test_access_is_loaded_anew(start_gateway: StartGateway, vllm: FakeVllm
         gate.set()
         assert kinds([event async for event in under_way]) == ["text_delta", "choice_finished", "completed"]
     assert "secret-of" not in lines.getvalue()
+
+
+async def test_a_watch_ends_with_its_key(start_gateway: StartGateway, vllm: FakeVllm, tmp_path: Path) -> None:
+    """When the keys change every watch is judged anew: the client's goes on by itself, or is told why it may not."""
+    keys = tmp_path / "keys"
+    keys.write_text(f"stays all {OPS}\ngoes read secret-of-the-old\n")
+    async with (
+        start_gateway(access={"keys_file": keys}) as gateway,
+        AsyncClient(gateway.address, token=OPS) as stays,
+        AsyncClient(gateway.address, token="secret-of-the-old") as goes,
+        stays.models.watch() as good,
+        goes.models.watch() as revoked,
+    ):
+        async with asyncio.timeout(30):
+            for watch in (good, revoked):
+                while not isinstance(await anext(watch), WatchBookmark):
+                    pass
+            keys.write_text(f"stays all {OPS}\n")
+            await gateway.gateway.reload(settings_of(vllm.base_url, tmp_path, access={"keys_file": keys}))
+            with pytest.raises(UnauthenticatedError):
+                while True:
+                    await anext(revoked)
+            await stays.models.register("mine", provider_model_id="fake")
+            changes = [event async for event in _until(good, "mine")]
+    assert [change.model.id for change in changes if isinstance(change, ModelChange)][-1] == "mine"
+
+
+async def _until(watch: AsyncModelWatch, model_id: str) -> AsyncIterator[WatchEvent]:
+    """The events of a watch up to the one about this model."""
+    async for event in watch:
+        yield event
+        if isinstance(event, ModelChange) and event.model.id == model_id:
+            return
 
 
 async def test_the_client_sends_its_token(start_gateway: StartGateway) -> None:

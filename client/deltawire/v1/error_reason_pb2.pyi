@@ -130,6 +130,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     it may. Watch again from the last revision, and if that is REVISION_GONE, without one.
     Metadata: {"limit": "4096"} for changes, or {"limit_seconds": "30"}.
     """
+    ERROR_REASON_ACCESS_CHANGED: _ErrorReason.ValueType  # 31
+    """ABORTED. Who may call this gateway has changed since the watch began. Watch again from the last revision: the caller is
+    judged anew.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed, in one word to branch on.
@@ -249,5 +253,9 @@ ERROR_REASON_SLOW_WATCHER: ErrorReason.ValueType  # 30
 """RESOURCE_EXHAUSTED. A watch was not read for too long: more changes waited for it than are kept, or one for longer than
 it may. Watch again from the last revision, and if that is REVISION_GONE, without one.
 Metadata: {"limit": "4096"} for changes, or {"limit_seconds": "30"}.
+"""
+ERROR_REASON_ACCESS_CHANGED: ErrorReason.ValueType  # 31
+"""ABORTED. Who may call this gateway has changed since the watch began. Watch again from the last revision: the caller is
+judged anew.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

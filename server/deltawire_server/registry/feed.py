@@ -62,6 +62,7 @@ class Feed:
         self._more = asyncio.Event()
         self._bookmark_seconds = bookmark_seconds
         self._closed = False
+        self._interruptions = 0
 
     @property
     def revision(self) -> str:
@@ -72,6 +73,11 @@ class Feed:
         """Tell all watchers of a change."""
         self._ring.append((kind, model))
         self._end += 1
+        self._wake()
+
+    def interrupt(self) -> None:
+        """End all watches, for their callers to be judged anew. Who may watch on does so where it was."""
+        self._interruptions += 1
         self._wake()
 
     def close(self) -> None:
@@ -93,10 +99,11 @@ class Feed:
 
         Raises:
             CallerError: REVISION_GONE, before any step.
-            GatewayError: SLOW_WATCHER: more changes came than are kept before the next was asked for. DRAINING: this
-                process stops; also at once if it was closed before.
+            GatewayError: SLOW_WATCHER: more changes came than are kept before the next was asked for. ACCESS_CHANGED: it
+                was interrupted. DRAINING: this process stops; also at once if it was closed before.
         """
-        self._hold_open()
+        begun = self._interruptions
+        self._hold_open(begun)
         if revision:
             place = self._place(revision)
             bookmark_at: int | None = self._end
@@ -105,7 +112,7 @@ class Feed:
             bookmark_at = place
             for model in models:
                 yield Step(added, model, "")
-                self._hold_open()
+                self._hold_open(begun)
         while True:
             if place == bookmark_at:
                 bookmark_at = None
@@ -117,7 +124,7 @@ class Feed:
                 yield Step(kind, model, self._name(place))
             elif not await self._wait():
                 bookmark_at = place
-            self._hold_open()
+            self._hold_open(begun)
 
     async def _wait(self) -> bool:
         """Wait for a change; `False` if none came for so long that a bookmark is due."""
@@ -133,12 +140,16 @@ class Feed:
         self._more.set()
         self._more = asyncio.Event()
 
-    def _hold_open(self) -> None:
+    def _hold_open(self, begun: int) -> None:
         if self._closed:
             # What has not been told yet is not missed: whoever serves next gives a snapshot, since this process's
             # revisions end with it.
             raise GatewayError(
                 Reason.DRAINING, "this process is shutting down; watch again, another one serves", retry_after=0.0
+            )
+        if begun != self._interruptions:
+            raise GatewayError(
+                Reason.ACCESS_CHANGED, "who may call has changed; watch again from the last revision", retry_after=0.0
             )
 
     def _hold_kept(self, place: int) -> None:

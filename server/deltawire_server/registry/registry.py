@@ -112,6 +112,10 @@ class ModelRegistry:
         self._served.forget(provider_ids)
         self._refresher.start()
 
+    def interrupt_watches(self) -> None:
+        """End all watches, with ACCESS_CHANGED: their callers are judged anew when they watch on."""
+        self._feed.interrupt()
+
     def stop_watches(self) -> None:
         """End all watches, with DRAINING: this process stops."""
         self._feed.close()
