@@ -337,8 +337,7 @@ async def test_a_watch_ends_with_its_key(start_gateway: StartGateway, vllm: Fake
             keys.write_text(f"stays all {OPS}\n")
             await gateway.gateway.reload(settings_of(vllm.base_url, tmp_path, access={"keys_file": keys}))
             with pytest.raises(UnauthenticatedError):
-                while True:
-                    await anext(revoked)
+                _ = [event async for event in _until(revoked, "nothing more")]
             await stays.models.register("mine", provider_model_id="fake")
             changes = [event async for event in _until(good, "mine")]
     assert [change.model.id for change in changes if isinstance(change, ModelChange)][-1] == "mine"
