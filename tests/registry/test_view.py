@@ -254,13 +254,16 @@ async def test_ids_and_names_with_slashes() -> None:
 
 
 async def test_as_seen(kit: Kit) -> None:
-    """A registered model with its state; one that is not in the view, as it is."""
+    """A registered model with its state: as it was asked for, not as somebody has changed it since, or removed it."""
     mine = registered("mine")
     kit.exchange(None, mine)
     await kit.serve("p", "m")
+    assert kit.view.as_seen(mine) is kit.view.models["mine"]
     assert kit.view.as_seen(mine) == replace(mine, state=SERVING)
-    other = registered("other")
-    assert kit.view.as_seen(other) is other
+    changed = replace(mine, metadata={"k": "v"}, revision=mine.revision + 1)
+    assert kit.view.as_seen(changed) == replace(changed, state=SERVING)
+    kit.exchange(mine, None)
+    assert kit.view.as_seen(mine) == replace(mine, state=SERVING)
 
 
 def replayed(models: Iterable[Model], events: Iterable[tuple[ChangeKind, Model]]) -> dict[str, Model]:
