@@ -247,7 +247,8 @@ async def test_writes_of_many_processes_are_in_one_order_without_gaps(url: str, 
             seen += changes
         return seen
 
-    seen, *revisions = await asyncio.gather(follow(), *(write(number, other) for number, other in enumerate(stores)))
+    writes = asyncio.gather(*(write(number, other) for number, other in enumerate(stores)))
+    seen, revisions = await asyncio.gather(follow(), writes)
     for other in stores:
         await other.close()
     assert [change.revision for change in seen] == list(range(start + 1, start + 1 + 4 * 6 * 3))

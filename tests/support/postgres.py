@@ -46,9 +46,9 @@ class PostgresServer:
     """One PostgreSQL on 127.0.0.1 that asks for a password, empty at first.
 
     As a context manager it makes its files and starts; on leaving it ends and they are gone. In between,
-    `create_database` gives each test a database of its own, and `down` makes it unreachable for a while. A server that
-    was stopped or killed can be started again and keeps port, password and data. All calls block for up to a second; one
-    object is for one thread.
+    `create_database` gives each test a database of its own; `down` makes it unreachable for a while, and `frozen` silent.
+    A server that was stopped or killed can be started again and keeps port, password and data. All calls block for up to
+    a second; one object is for one thread.
 
     Attributes:
         port: Where it listens, also after it was started again.
@@ -155,6 +155,27 @@ class PostgresServer:
             yield
         finally:
             self.start()
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Its processes stand still until this is left: connections can be made and stay, and nobody answers.
+
+        Raises:
+            psycopg.OperationalError: The server does not run.
+        """
+        with psycopg.connect(self.url(_USER)) as connection:
+            rows = connection.execute("SELECT pid FROM pg_stat_activity WHERE pid <> pg_backend_pid()").fetchall()
+        # The first of them first: it makes no new ones then.
+        processes = [*([] if self._process is None else [self._process.pid]), *(pid for (pid,) in rows)]
+        try:
+            for process in processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGSTOP)
+            yield
+        finally:
+            for process in reversed(processes):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGCONT)
 
     def __enter__(self) -> Self:
         self._folder = Path(tempfile.mkdtemp(prefix="deltawire-postgres-"))

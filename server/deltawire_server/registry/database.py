@@ -102,7 +102,7 @@ def database_of(url: str, busy_seconds: float = BUSY_SECONDS) -> Database:
     try:
         parsed = make_url(url)
     except (SQLAlchemyError, ValueError):
-        # Without its cause, which may repeat a part of the URL: a password with a slash looks like a port.
+        # Without its cause, which may repeat a part of the URL.
         raise ValueError('the database URL is none; an example is "sqlite:////var/lib/registry.db"') from None
     kind = parsed.get_backend_name()
     if kind == "sqlite":
@@ -137,6 +137,8 @@ class SqliteDatabase(Database):
 
     async def open(self) -> None:
         """Make the file and its folder if there are none."""
+        if self._in_memory:
+            return
         if self._path is not None:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         # The asynchronous driver's thread may outlive a connection that fails, and even the event loop, and then it
@@ -182,7 +184,8 @@ class SqliteDatabase(Database):
 
     @property
     def _in_memory(self) -> bool:
-        return self._url.database in (None, "", ":memory:") or "mode=memory" in str(self._url.query)
+        in_memory = self._url.database in (None, "", ":memory:", "file::memory:")
+        return in_memory or self._url.query.get("mode") == "memory"
 
     @property
     def _path(self) -> Path | None:
