@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import pwd
@@ -268,6 +269,9 @@ class PostgresServer:
     def _end(self, signal_number: int) -> None:
         if self._process is None:
             return
+        # A connection that was given up while it was being made is closed with the garbage, and until then the server
+        # waits, for a minute, to be told who it is.
+        gc.collect()
         self._process.send_signal(signal_number)
         # Its processes each are a group of their own. Those of a killed server end by themselves as soon as they
         # notice, and the pipe is at its end when the last one is gone: whoever was connected has lost the connection.

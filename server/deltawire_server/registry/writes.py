@@ -113,10 +113,9 @@ class Writes:
             if change is not None:
                 await self._follower.applied(change)
                 return True
-            known = self._known.find(name)
+            # Memory may hold what another process has just removed or changed.
             await self._follower.catch_up()
-            # Another process was faster: then it is gone, which is what was asked for.
-            return revision is None and known is not None and self._known.find(name) is None
+            return False
 
     async def _to_the_end(self, write: Coroutine[object, object, T]) -> T:
         """Do a write as a whole even if its caller gives up: memory must not miss what the database has."""
