@@ -203,7 +203,7 @@ class ModelRegistry:
                 return self._view.as_seen(model)
             if wanted.target != model.target:
                 wanted = replace(await rules.as_served(wanted, self._served, token), id=model.id)
-            await rules.refuse_served_names(wanted, self._served, token)
+            await rules.refuse_served_names(wanted, self._served, token, model)
             stored = await self._writes.update(replace(wanted, update_time=datetime.now(UTC)))
             if stored is not None:
                 return self._view.as_seen(stored)

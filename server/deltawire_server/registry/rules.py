@@ -148,14 +148,23 @@ async def as_served(wanted: Model, providers: Served, token: str | None) -> Mode
     )
 
 
-async def refuse_served_names(wanted: Model, providers: Served, token: str | None) -> None:
+async def refuse_served_names(wanted: Model, providers: Served, token: str | None, before: Model | None = None) -> None:
     """Keep "provider/served name" for what the provider serves: its callers must not be led elsewhere.
+
+    Args:
+        wanted: As it is to be registered.
+        providers: What they serve.
+        token: The caller's.
+        before: As it is registered already: the names that it has, and that lead where they do, are its own.
 
     Raises:
         RegistryError: MODEL_ALREADY_EXISTS.
         ProviderError: A provider that a name names cannot be asked.
     """
+    own = before.names if before is not None and before.target == wanted.target else ()
     for name in wanted.names:
+        if name in own:
+            continue
         for provider_id, served_name in scopes_of(name, providers.provider_ids).items():
             if (provider_id, served_name) == wanted.target:
                 continue
