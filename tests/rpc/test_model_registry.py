@@ -1,31 +1,38 @@
+"""The ModelRegistry service's unary calls, over a real server: what goes over the wire, and how calls fail."""
+
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
-from google.rpc import error_details_pb2, status_pb2
-from grpc import aio
+from google.protobuf.field_mask_pb2 import FieldMask
 
 from deltawire.v1 import model_registry_pb2 as pb
-from deltawire.v1 import model_registry_pb2_grpc as pb_grpc
-from deltawire_server.registry.model import ModelSource, ModelType
-from deltawire_server.registry.registry import ModelRegistry
-from deltawire_server.registry.store import Store
-from deltawire_server.rpc.interceptors import CallInterceptor
+from deltawire_server.errors import ProviderError, Reason
+from deltawire_server.registry.model import ModelSource, ModelState, ModelType
+from deltawire_server.registry.store import ChangeKind
 from deltawire_server.rpc.model_registry import (
+    CHANGES,
     HEALTH_STATUSES,
     MODEL_SOURCES,
+    MODEL_STATES,
     MODEL_TYPES,
-    ModelRegistryServicer,
 )
 from deltawire_server.upstream.base import HealthStatus, ServedModel
-from deltawire_server.upstream.providers import Providers
+from tests.rpc.support import STATES, Served, serving
 from tests.support.fake_provider import FakeProvider
+from tests.support.gateway import Failure, failure_of
 
 if TYPE_CHECKING:
+    import enum
     from collections.abc import AsyncIterator, Awaitable, Mapping
+
+    from deltawire.v1 import model_registry_pb2_grpc as pb_grpc
+
+Code = grpc.StatusCode
+INVALID = (Code.INVALID_ARGUMENT, "INVALID_REQUEST")
 
 
 @pytest.fixture
@@ -41,41 +48,41 @@ def beta() -> FakeProvider:
     return FakeProvider("beta")
 
 
-@asynccontextmanager
-async def _served(providers: Providers) -> AsyncIterator[pb_grpc.ModelRegistryAsyncStub]:
-    registry = ModelRegistry(Store("sqlite://"), providers)
-    await registry.open()
-    server = aio.server(interceptors=[CallInterceptor()])
-    pb_grpc.add_ModelRegistryServicer_to_server(ModelRegistryServicer(registry, providers), server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    try:
-        async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            yield pb_grpc.ModelRegistryStub(channel)
-    finally:
-        await server.stop(None)
-        await registry.close()
+@pytest.fixture
+async def served(alpha: FakeProvider, beta: FakeProvider) -> AsyncIterator[Served]:
+    """A real server over both providers."""
+    async with serving(alpha, beta) as served:
+        yield served
 
 
 @pytest.fixture
-async def stub(alpha: FakeProvider, beta: FakeProvider) -> AsyncIterator[pb_grpc.ModelRegistryAsyncStub]:
-    """A client of a real server over both providers."""
-    async with _served(Providers([alpha, beta], listing_seconds=0.0)) as stub:
-        yield stub
+def stub(served: Served) -> pb_grpc.ModelRegistryAsyncStub:
+    """A client of it."""
+    return served.stub
 
 
-async def failure_of(call: Awaitable[object]) -> tuple[grpc.StatusCode, str, list[str]]:
-    """Code, reason and violated fields of a call that must fail."""
-    with pytest.raises(aio.AioRpcError) as failure:
-        await call
-    trailers = dict(failure.value.trailing_metadata() or ())
-    status = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
-    fields = []
-    for detail in status.details:
-        bad_request = error_details_pb2.BadRequest()
-        if detail.Unpack(bad_request):
-            fields = [violation.field for violation in bad_request.field_violations]
-    return failure.value.code(), str(trailers["deltawire-reason"]), fields
+@pytest.fixture
+async def mine(stub: pb_grpc.ModelRegistryAsyncStub) -> pb.Model:
+    """A registered model with everything that an LLM can have."""
+    request = pb.RegisterModelRequest(
+        model_id="mine", provider_id="alpha", provider_model_id="llama", aliases=["a", "b"], metadata={"k": "v"}
+    )
+    return (await stub.RegisterModel(request)).model
+
+
+def told(failure: Failure) -> tuple[Code, str]:
+    """The code and the reason of a failure."""
+    return failure.code, failure.reason
+
+
+def without_request_id(failure: Failure) -> dict[str, str]:
+    """What else a failure's metadata say."""
+    return {key: value for key, value in failure.metadata.items() if key != "request_id"}
+
+
+def ids(response: pb.ListModelsResponse) -> list[str]:
+    """Of a page."""
+    return [model.id for model in response.models]
 
 
 async def test_a_model_from_registration_to_its_end(stub: pb_grpc.ModelRegistryAsyncStub) -> None:
@@ -88,6 +95,7 @@ async def test_a_model_from_registration_to_its_end(stub: pb_grpc.ModelRegistryA
             type=pb.MODEL_TYPE_EMBEDDING,
             aliases=["a", "b"],
             metadata={"k": "v"},
+            embedding_dimension=1024,
         )
     )
     model = response.model
@@ -105,7 +113,11 @@ async def test_a_model_from_registration_to_its_end(stub: pb_grpc.ModelRegistryA
         parent="llama",
         create_time=model.create_time,
         update_time=model.create_time,
+        state=pb.MODEL_STATE_SERVING,
+        etag=model.etag,
+        embedding_dimension=1024,
     )
+    assert re.fullmatch(r"r[0-9]+", model.etag)
     assert (await stub.GetModel(pb.GetModelRequest(model_id="b"))).model == model
     listed = await stub.ListModels(pb.ListModelsRequest())
     assert listed == pb.ListModelsResponse(
@@ -116,15 +128,18 @@ async def test_a_model_from_registration_to_its_end(stub: pb_grpc.ModelRegistryA
                 provider_model_id="llama",
                 type=pb.MODEL_TYPE_LLM,
                 source=pb.MODEL_SOURCE_DISCOVERED,
+                state=pb.MODEL_STATE_SERVING,
             ),
             model,
         ]
     )
     assert not listed.models[0].HasField("max_context_tokens")
     assert not listed.models[0].HasField("create_time")
+    assert listed.models[0].etag == ""
+    assert not listed.models[0].HasField("embedding_dimension")
     assert await stub.UnregisterModel(pb.UnregisterModelRequest(model_id="a")) == pb.UnregisterModelResponse()
     left = await stub.ListModels(pb.ListModelsRequest())
-    assert [model.id for model in left.models] == ["alpha/llama", "alpha/lora"]
+    assert ids(left) == ["alpha/llama", "alpha/lora"]
 
 
 async def test_an_unspecified_type_is_llm(stub: pb_grpc.ModelRegistryAsyncStub) -> None:
@@ -135,73 +150,495 @@ async def test_an_unspecified_type_is_llm(stub: pb_grpc.ModelRegistryAsyncStub) 
 
 async def test_every_violated_field_is_named(stub: pb_grpc.ModelRegistryAsyncStub) -> None:
     """An enum's number that this gateway does not know is among them."""
-    request = pb.RegisterModelRequest.FromString(
-        pb.RegisterModelRequest(aliases=[""]).SerializeToString() + b"\x20\x09"
-    )
-    assert await failure_of(stub.RegisterModel(request)) == (
-        grpc.StatusCode.INVALID_ARGUMENT,
-        "INVALID_REQUEST",
-        ["model_id", "provider_id", "type", "aliases[0]"],
-    )
+    number: Any = 9
+    failure = await failure_of(stub.RegisterModel(pb.RegisterModelRequest(aliases=[""], type=number)))
+    assert told(failure) == INVALID
+    assert failure.fields == ["model_id", "provider_id", "type", "aliases[0]"]
+    assert without_request_id(failure) == {"field": "model_id"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "dimension", "wrong"),
+    [
+        (pb.MODEL_TYPE_EMBEDDING, None, True),
+        (pb.MODEL_TYPE_EMBEDDING, 0, True),
+        (pb.MODEL_TYPE_EMBEDDING, 1, False),
+        (pb.MODEL_TYPE_EMBEDDING, 2**32 - 1, False),
+        (pb.MODEL_TYPE_LLM, 1024, True),
+        (pb.MODEL_TYPE_UNSPECIFIED, 1024, True),
+        (pb.MODEL_TYPE_RERANK, 1024, True),
+        (pb.MODEL_TYPE_RERANK, None, False),
+    ],
+)
+async def test_a_dimension_is_for_embedding_models(
+    stub: pb_grpc.ModelRegistryAsyncStub, kind: pb.ModelType.ValueType, dimension: int | None, wrong: bool
+) -> None:
+    """For them it is required, and has to be a number of numbers; for others it has no meaning."""
+    request = pb.RegisterModelRequest(model_id="llama", provider_id="alpha", type=kind, embedding_dimension=dimension)
+    if wrong:
+        failure = await failure_of(stub.RegisterModel(request))
+        assert (told(failure), failure.fields) == (INVALID, ["embedding_dimension"])
+    else:
+        model = (await stub.RegisterModel(request)).model
+        assert (model.type, model.HasField("embedding_dimension")) == (kind, dimension is not None)
+        assert model.embedding_dimension == (dimension or 0)
 
 
 async def test_required_fields(stub: pb_grpc.ModelRegistryAsyncStub) -> None:
     """What names nothing is a broken rule and not an unknown name."""
     calls: list[tuple[Awaitable[object], str]] = [
         (stub.GetModel(pb.GetModelRequest()), "model_id"),
+        (stub.UpdateModel(pb.UpdateModelRequest()), "model.id"),
         (stub.UnregisterModel(pb.UnregisterModelRequest()), "model_id"),
         (stub.CheckProviderHealth(pb.CheckProviderHealthRequest()), "provider_id"),
     ]
     for call, field in calls:
-        assert await failure_of(call) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST", [field])
+        failure = await failure_of(call)
+        assert (told(failure), failure.fields) == (INVALID, [field])
 
 
-async def test_failures_keep_their_codes_and_reasons(
+async def test_failures_keep_their_codes_reasons_and_values(
     stub: pb_grpc.ModelRegistryAsyncStub, alpha: FakeProvider, beta: FakeProvider
 ) -> None:
-    """What the registry raises is what the caller gets."""
+    """What the registry raises is what the caller gets, with the values that `error_reason.proto` names."""
     register = pb.RegisterModelRequest(model_id="mine", provider_id="alpha", provider_model_id="llama")
     await stub.RegisterModel(register)
     register.metadata["k"] = "v"
+    beta.served = ["lora"]
     unserved = pb.RegisterModelRequest(model_id="x", provider_id="alpha")
-    calls: list[tuple[Awaitable[object], grpc.StatusCode, str]] = [
-        (stub.RegisterModel(register), grpc.StatusCode.ALREADY_EXISTS, "MODEL_ALREADY_EXISTS"),
-        (stub.RegisterModel(unserved), grpc.StatusCode.FAILED_PRECONDITION, "MODEL_NOT_SERVED"),
-        (stub.GetModel(pb.GetModelRequest(model_id="x")), grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND"),
+    calls: list[tuple[Awaitable[object], Code, str, dict[str, str]]] = [
         (
-            stub.UnregisterModel(pb.UnregisterModelRequest(model_id="lora")),
-            grpc.StatusCode.FAILED_PRECONDITION,
+            stub.RegisterModel(register),
+            Code.ALREADY_EXISTS,
+            "MODEL_ALREADY_EXISTS",
+            {"model": "mine", "name": "mine"},
+        ),
+        (
+            stub.RegisterModel(unserved),
+            Code.FAILED_PRECONDITION,
+            "MODEL_NOT_SERVED",
+            {"model": "x", "provider": "alpha"},
+        ),
+        (stub.GetModel(pb.GetModelRequest(model_id="x")), Code.NOT_FOUND, "MODEL_NOT_FOUND", {"model": "x"}),
+        (
+            stub.GetModel(pb.GetModelRequest(model_id="lora")),
+            Code.FAILED_PRECONDITION,
+            "MODEL_AMBIGUOUS",
+            {"model": "lora", "providers": "alpha, beta"},
+        ),
+        (
+            stub.UnregisterModel(pb.UnregisterModelRequest(model_id="alpha/lora")),
+            Code.FAILED_PRECONDITION,
             "MODEL_DISCOVERED",
+            {"model": "alpha/lora"},
         ),
         (
             stub.CheckProviderHealth(pb.CheckProviderHealthRequest(provider_id="x")),
-            grpc.StatusCode.NOT_FOUND,
+            Code.NOT_FOUND,
             "PROVIDER_NOT_FOUND",
+            {"provider": "x"},
         ),
     ]
-    for call, code, reason in calls:
-        assert await failure_of(call) == (code, reason, [])
+    for call, code, reason, metadata in calls:
+        failure = await failure_of(call)
+        assert (failure.code, failure.reason, without_request_id(failure)) == (code, reason, metadata)
     alpha.go_down()
     beta.go_down()
-    assert await failure_of(stub.GetModel(pb.GetModelRequest(model_id="lora"))) == (
-        grpc.StatusCode.UNAVAILABLE,
-        "UPSTREAM_UNAVAILABLE",
-        [],
-    )
+    failure = await failure_of(stub.GetModel(pb.GetModelRequest(model_id="x")))
+    assert told(failure) == (Code.UNAVAILABLE, "UPSTREAM_UNAVAILABLE")
+    assert failure.retry_seconds is not None
 
 
 async def test_pages(stub: pb_grpc.ModelRegistryAsyncStub, beta: FakeProvider) -> None:
     """A page's token leads to the next one; providers that are away are named on each."""
     beta.go_down()
     first = await stub.ListModels(pb.ListModelsRequest(page_size=1))
-    assert ([model.id for model in first.models], list(first.unreachable_provider_ids)) == (["alpha/llama"], ["beta"])
+    assert (ids(first), list(first.unreachable_provider_ids)) == (["alpha/llama"], ["beta"])
     second = await stub.ListModels(pb.ListModelsRequest(page_size=1, page_token=first.next_page_token))
-    assert ([model.id for model in second.models], second.next_page_token) == (["alpha/lora"], "")
-    assert await failure_of(stub.ListModels(pb.ListModelsRequest(page_size=-1, page_token="!"))) == (
-        grpc.StatusCode.INVALID_ARGUMENT,
-        "INVALID_REQUEST",
-        ["page_size", "page_token"],
+    assert (ids(second), second.next_page_token) == (["alpha/lora"], "")
+    assert list(second.unreachable_provider_ids) == ["beta"]
+    failure = await failure_of(stub.ListModels(pb.ListModelsRequest(page_size=-1, page_token="!")))
+    assert (told(failure), failure.fields) == (INVALID, ["page_size", "page_token"])
+
+
+async def _a_mixed_registry(served: Served, alpha: FakeProvider, beta: FakeProvider) -> None:
+    """Of every type, state and source something: see what `test_each_filter` expects of it."""
+    for model_id, provider, name, kind, dimension in [
+        ("chat", "alpha", "llama", pb.MODEL_TYPE_LLM, None),
+        ("embed", "alpha", "lora", pb.MODEL_TYPE_EMBEDDING, 3),
+        ("rank", "beta", "m", pb.MODEL_TYPE_RERANK, None),
+    ]:
+        beta.served = ["m", "n"]
+        await served.stub.RegisterModel(
+            pb.RegisterModelRequest(
+                model_id=model_id,
+                provider_id=provider,
+                provider_model_id=name,
+                type=kind,
+                embedding_dimension=dimension,
+            )
+        )
+    alpha.served = ["llama", "x", "y"]
+    await served.stub.RefreshModels(pb.RefreshModelsRequest())
+    beta.go_down()
+    await served.stub.RefreshModels(pb.RefreshModelsRequest(provider_id="beta"))
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ({}, ["alpha/x", "alpha/y", "beta/n", "chat", "embed", "rank"]),
+        ({"provider_id": "alpha"}, ["alpha/x", "alpha/y", "chat", "embed"]),
+        ({"provider_id": "beta"}, ["beta/n", "rank"]),
+        ({"provider_id": "gamma"}, []),
+        ({"type": pb.MODEL_TYPE_LLM}, ["alpha/x", "alpha/y", "beta/n", "chat"]),
+        ({"type": pb.MODEL_TYPE_EMBEDDING}, ["embed"]),
+        ({"type": pb.MODEL_TYPE_RERANK}, ["rank"]),
+        ({"state": pb.MODEL_STATE_SERVING}, ["alpha/x", "alpha/y", "chat"]),
+        ({"state": pb.MODEL_STATE_UNAVAILABLE}, ["beta/n", "embed", "rank"]),
+        ({"state": pb.MODEL_STATE_UNKNOWN}, []),
+        ({"source": pb.MODEL_SOURCE_REGISTERED}, ["chat", "embed", "rank"]),
+        ({"source": pb.MODEL_SOURCE_DISCOVERED}, ["alpha/x", "alpha/y", "beta/n"]),
+        (
+            {"provider_id": "alpha", "type": pb.MODEL_TYPE_LLM, "source": pb.MODEL_SOURCE_DISCOVERED},
+            ["alpha/x", "alpha/y"],
+        ),
+        ({"state": pb.MODEL_STATE_UNAVAILABLE, "source": pb.MODEL_SOURCE_REGISTERED}, ["embed", "rank"]),
+    ],
+)
+async def test_each_filter(
+    served: Served, alpha: FakeProvider, beta: FakeProvider, filters: dict[str, Any], expected: list[str]
+) -> None:
+    """Alone and together, on one page and on pages of one: what is shown is what passes all of them."""
+    await _a_mixed_registry(served, alpha, beta)
+    whole = await served.stub.ListModels(pb.ListModelsRequest(**filters))
+    assert ids(whole) == expected
+    paged: list[str] = []
+    token = ""
+    while True:
+        page = await served.stub.ListModels(pb.ListModelsRequest(page_size=1, page_token=token, **filters))
+        paged += ids(page)
+        token = page.next_page_token
+        if not token:
+            break
+        assert len(page.models) == 1
+    assert paged == expected
+
+
+@pytest.mark.parametrize("field", ["type", "state", "source"])
+async def test_a_filter_s_unknown_number(stub: pb_grpc.ModelRegistryAsyncStub, field: str) -> None:
+    """Is a mistake, which a list of everything or nothing would hide; the message says what there is."""
+    wanted: dict[str, Any] = {field: 9}
+    failure = await failure_of(stub.ListModels(pb.ListModelsRequest(**wanted)))
+    assert (told(failure), failure.fields) == (INVALID, [field])
+    assert f"{field}: 9" in failure.message
+    assert "1 (" in failure.message
+
+
+async def test_a_provider_that_is_filtered_out_is_not_asked(
+    stub: pb_grpc.ModelRegistryAsyncStub, alpha: FakeProvider, beta: FakeProvider
+) -> None:
+    """Nor named as one that did not answer."""
+    beta.go_down()
+    response = await stub.ListModels(pb.ListModelsRequest(provider_id="alpha"))
+    assert (len(alpha.tokens), len(beta.tokens)) == (1, 0)
+    assert list(response.unreachable_provider_ids) == []
+
+
+async def test_states(stub: pb_grpc.ModelRegistryAsyncStub, mine: pb.Model, alpha: FakeProvider) -> None:
+    """A model's state follows what its provider last said, in each answer alike."""
+
+    async def states() -> dict[str, str]:
+        listed = (await stub.ListModels(pb.ListModelsRequest())).models
+        for model in listed:
+            assert (await stub.GetModel(pb.GetModelRequest(model_id=model.id))).model == model
+        return {model.id: STATES[model.state] for model in listed}
+
+    assert STATES[mine.state] == "SERVING"
+    assert await states() == {"mine": "SERVING", "alpha/lora": "SERVING"}
+    alpha.served = ["lora"]
+    assert await states() == {"mine": "UNAVAILABLE", "alpha/lora": "SERVING"}
+    alpha.go_down()
+    assert await states() == {"mine": "UNAVAILABLE", "alpha/lora": "UNAVAILABLE"}
+    alpha.failure, alpha.served = None, ["llama"]
+    assert await states() == {"mine": "SERVING"}
+
+
+async def test_updating_each_field(stub: pb_grpc.ModelRegistryAsyncStub, mine: pb.Model, beta: FakeProvider) -> None:
+    """Only what the mask names is taken over, and lists and maps as a whole; the answer is what is stored."""
+    beta.served = ["mistral"]
+    steps: list[tuple[list[str], dict[str, Any], dict[str, Any]]] = [
+        (["aliases"], {"aliases": ["c"], "metadata": {"ignored": "x"}}, {"aliases": ["c"]}),
+        (["metadata"], {"metadata": {"n": "1"}}, {"metadata": {"n": "1"}}),
+        (["metadata"], {}, {"metadata": {}}),
+        (["aliases"], {}, {"aliases": []}),
+        (["type"], {"type": pb.MODEL_TYPE_RERANK}, {"type": pb.MODEL_TYPE_RERANK}),
+        (["type"], {}, {"type": pb.MODEL_TYPE_LLM}),
+        (
+            ["type", "embedding_dimension"],
+            {"type": pb.MODEL_TYPE_EMBEDDING, "embedding_dimension": 8},
+            {"type": pb.MODEL_TYPE_EMBEDDING, "embedding_dimension": 8},
+        ),
+        (["embedding_dimension"], {"embedding_dimension": 16}, {"embedding_dimension": 16}),
+        (
+            ["provider_id", "provider_model_id"],
+            {"provider_id": "beta", "provider_model_id": "mistral"},
+            {"provider_id": "beta", "provider_model_id": "mistral"},
+        ),
+    ]
+    expected, etags = pb.Model(), {mine.etag}
+    expected.CopyFrom(mine)
+    for paths, fields, new in steps:
+        request = pb.UpdateModelRequest(model=pb.Model(id="mine", **fields), update_mask=FieldMask(paths=paths))
+        updated = (await stub.UpdateModel(request)).model
+        for name in new:
+            expected.ClearField(name)  # type: ignore[arg-type]
+        expected.MergeFrom(pb.Model(**new))
+        assert updated.update_time.ToDatetime() >= expected.update_time.ToDatetime()
+        expected.update_time.CopyFrom(updated.update_time)
+        assert updated.etag not in etags
+        etags.add(updated.etag)
+        expected.etag = updated.etag
+        assert updated == expected
+        assert (await stub.GetModel(pb.GetModelRequest(model_id="mine"))).model == expected
+    assert updated.create_time == mine.create_time
+
+
+@pytest.mark.usefixtures("mine")
+async def test_an_empty_mask_takes_over_what_is_set(stub: pb_grpc.ModelRegistryAsyncStub) -> None:
+    """What is not set stays; of what cannot be changed nothing is taken, so that a model that was read can be sent back."""
+    request = pb.UpdateModelRequest(model=pb.Model(id="a", metadata={"k": "new"}, root="/etc", parent="x"))
+    updated = (await stub.UpdateModel(request)).model
+    assert (dict(updated.metadata), list(updated.aliases)) == ({"k": "new"}, ["a", "b"])
+    assert (updated.id, updated.root, updated.parent) == ("mine", "", "")
+    updated.metadata["k"] = "newer"
+    again = (await stub.UpdateModel(pb.UpdateModelRequest(model=updated))).model
+    assert dict(again.metadata) == {"k": "newer"}
+
+
+@pytest.mark.usefixtures("mine")
+async def test_a_star_takes_over_everything(stub: pb_grpc.ModelRegistryAsyncStub) -> None:
+    """What is not set is cleared; and so where it leads has to be said."""
+    star = FieldMask(paths=["*"])
+    model = pb.Model(id="mine", provider_id="alpha", provider_model_id="llama")
+    updated = (await stub.UpdateModel(pb.UpdateModelRequest(model=model, update_mask=star))).model
+    assert (list(updated.aliases), dict(updated.metadata), updated.type) == ([], {}, pb.MODEL_TYPE_LLM)
+    failure = await failure_of(stub.UpdateModel(pb.UpdateModelRequest(model=pb.Model(id="mine"), update_mask=star)))
+    assert (told(failure), failure.fields) == (INVALID, ["model.provider_id", "model.provider_model_id"])
+
+
+@pytest.mark.parametrize(
+    ("paths", "violations"),
+    [
+        (["id"], 1),
+        (["etag", "aliases", "create_time"], 2),
+        (["state"], 1),
+        (["*", "aliases"], 1),
+        (["metadata.k"], 1),
+        (["Aliases"], 1),
+        ([""], 1),
+        ([], 1),
+    ],
+)
+async def test_a_mask_that_cannot_be(
+    stub: pb_grpc.ModelRegistryAsyncStub, mine: pb.Model, paths: list[str], violations: int
+) -> None:
+    """Each path that is none, or of what cannot change, is named, and what can; and a change of nothing is a mistake."""
+    request = pb.UpdateModelRequest(model=pb.Model(id="mine"), update_mask=FieldMask(paths=paths))
+    failure = await failure_of(stub.UpdateModel(request))
+    assert (told(failure), failure.fields) == (INVALID, ["update_mask"] * violations)
+    assert "provider_id, provider_model_id, type, aliases, metadata, embedding_dimension" in failure.message
+    assert (await stub.GetModel(pb.GetModelRequest(model_id="mine"))).model == mine
+
+
+async def test_etags_of_an_update(stub: pb_grpc.ModelRegistryAsyncStub, mine: pb.Model) -> None:
+    """With one, only what was seen is changed; without, whatever is there. The failure tells the one that holds now."""
+
+    def change(value: str, etag: str) -> pb.UpdateModelRequest:
+        return pb.UpdateModelRequest(model=pb.Model(id="mine", metadata={"k": value}, etag=etag))
+
+    first = (await stub.UpdateModel(change("1", mine.etag))).model
+    failure = await failure_of(stub.UpdateModel(change("2", mine.etag)))
+    assert told(failure) == (Code.ABORTED, "ETAG_MISMATCH")
+    assert without_request_id(failure) == {"model": "mine", "etag": first.etag}
+    assert "read it, then decide again" in failure.message
+    assert told(await failure_of(stub.UpdateModel(change("2", "nonsense")))) == (Code.ABORTED, "ETAG_MISMATCH")
+    assert (await stub.GetModel(pb.GetModelRequest(model_id="mine"))).model == first
+    assert (await stub.UpdateModel(change("3", ""))).model.metadata["k"] == "3"
+
+
+async def test_an_etag_of_what_was_meanwhile_registered_anew(
+    stub: pb_grpc.ModelRegistryAsyncStub, mine: pb.Model
+) -> None:
+    """Does not fit it, even where all else is the same."""
+    await stub.UnregisterModel(pb.UnregisterModelRequest(model_id="mine"))
+    await stub.RegisterModel(
+        pb.RegisterModelRequest(
+            model_id="mine", provider_id="alpha", provider_model_id="llama", aliases=["a", "b"], metadata={"k": "v"}
+        )
     )
+    failure = await failure_of(stub.UnregisterModel(pb.UnregisterModelRequest(model_id="mine", etag=mine.etag)))
+    assert told(failure) == (Code.ABORTED, "ETAG_MISMATCH")
+
+
+async def test_nothing_different_is_nothing_written(
+    stub: pb_grpc.ModelRegistryAsyncStub, mine: pb.Model, alpha: FakeProvider, beta: FakeProvider
+) -> None:
+    """The same values, or the clearing of what is not there: the model keeps its etag and its times, also with providers away."""
+    alpha.go_down()
+    beta.go_down()
+    requests = [
+        pb.UpdateModelRequest(model=mine),
+        pb.UpdateModelRequest(model=mine, update_mask=FieldMask(paths=["*"])),
+        pb.UpdateModelRequest(model=pb.Model(id="b"), update_mask=FieldMask(paths=["embedding_dimension"])),
+        pb.UpdateModelRequest(model=pb.Model(id="mine"), update_mask=FieldMask(paths=["type"])),
+        pb.UpdateModelRequest(model=pb.Model(id="mine", metadata={"k": "v"}, etag=mine.etag)),
+    ]
+    for request in requests:
+        assert (await stub.UpdateModel(request)).model == mine
+
+
+async def test_leading_elsewhere_asks_the_provider(
+    stub: pb_grpc.ModelRegistryAsyncStub, mine: pb.Model, beta: FakeProvider
+) -> None:
+    """It must serve the model now; else nothing changes, and the failure says what it is."""
+
+    def lead(provider_id: str, name: str) -> Awaitable[pb.UpdateModelResponse]:
+        model = pb.Model(id="mine", provider_id=provider_id, provider_model_id=name)
+        return stub.UpdateModel(pb.UpdateModelRequest(model=model))
+
+    failure = await failure_of(lead("beta", "mistral"))
+    assert told(failure) == (Code.FAILED_PRECONDITION, "MODEL_NOT_SERVED")
+    assert without_request_id(failure) == {"model": "mistral", "provider": "beta"}
+    failure = await failure_of(lead("gamma", "mistral"))
+    assert (told(failure), failure.metadata["provider"]) == ((Code.NOT_FOUND, "PROVIDER_NOT_FOUND"), "gamma")
+    beta.go_down()
+    assert told(await failure_of(lead("beta", "mistral"))) == (Code.UNAVAILABLE, "UPSTREAM_UNAVAILABLE")
+    assert (await stub.GetModel(pb.GetModelRequest(model_id="mine"))).model == mine
+    beta.failure, beta.served = None, ["mistral"]
+    updated = (await lead("beta", "mistral")).model
+    assert (updated.id, updated.provider_id, updated.provider_model_id) == ("mine", "beta", "mistral")
+    only_the_name = pb.UpdateModelRequest(model=pb.Model(id="mine", provider_model_id="llama"))
+    assert told(await failure_of(stub.UpdateModel(only_the_name))) == (Code.FAILED_PRECONDITION, "MODEL_NOT_SERVED")
+
+
+@pytest.mark.usefixtures("mine")
+async def test_what_a_provider_says_of_a_model_follows_where_it_leads(stub: pb_grpc.ModelRegistryAsyncStub) -> None:
+    """Root, base and context are those of what it leads to."""
+    updated = (await stub.UpdateModel(pb.UpdateModelRequest(model=pb.Model(id="mine", provider_model_id="lora")))).model
+    assert (updated.root, updated.parent, updated.max_context_tokens) == ("/adapters/lora", "llama", 4096)
+
+
+@pytest.mark.usefixtures("mine")
+async def test_an_alias_that_is_taken(stub: pb_grpc.ModelRegistryAsyncStub, beta: FakeProvider) -> None:
+    """By another's id or alias, or by what a provider serves under that name; its own it may keep."""
+    beta.served = ["m"]
+    await stub.RegisterModel(pb.RegisterModelRequest(model_id="yours", provider_id="beta", provider_model_id="m"))
+    for name, owner in [("mine", "mine"), ("a", "mine"), ("alpha/lora", "alpha/lora")]:
+        request = pb.UpdateModelRequest(model=pb.Model(id="yours", aliases=["free", name]))
+        failure = await failure_of(stub.UpdateModel(request))
+        assert told(failure) == (Code.ALREADY_EXISTS, "MODEL_ALREADY_EXISTS")
+        assert without_request_id(failure) == {"model": owner, "name": name}
+    assert told(await failure_of(stub.GetModel(pb.GetModelRequest(model_id="free")))) == (
+        Code.NOT_FOUND,
+        "MODEL_NOT_FOUND",
+    )
+    swapped = (await stub.UpdateModel(pb.UpdateModelRequest(model=pb.Model(id="mine", aliases=["b", "a"])))).model
+    assert list(swapped.aliases) == ["b", "a"]
+
+
+async def test_names_that_stay_are_nobody_s_affair(
+    stub: pb_grpc.ModelRegistryAsyncStub, mine: pb.Model, beta: FakeProvider
+) -> None:
+    """A provider that they name is asked when they are new, or lead elsewhere; else it may be away, or serve them since."""
+
+    def change(**fields: Any) -> Awaitable[pb.UpdateModelResponse]:  # noqa: ANN401 (whatever a model has)
+        return stub.UpdateModel(pb.UpdateModelRequest(model=pb.Model(id=mine.id, **fields)))
+
+    await change(aliases=["beta/x"])
+    beta.go_down()
+    assert (await change(metadata={"k": "1"})).model.metadata["k"] == "1"
+    assert told(await failure_of(change(aliases=["beta/x", "beta/y"]))) == (Code.UNAVAILABLE, "UPSTREAM_UNAVAILABLE")
+    beta.failure, beta.served = None, ["x"]
+    assert (await change(metadata={"k": "2"})).model.metadata["k"] == "2"
+    assert told(await failure_of(change(provider_model_id="lora"))) == (Code.ALREADY_EXISTS, "MODEL_ALREADY_EXISTS")
+
+
+@pytest.mark.usefixtures("mine")
+async def test_broken_rules_of_an_update_are_named_all_at_once(stub: pb_grpc.ModelRegistryAsyncStub) -> None:
+    """By their place in the request; among them a type without its dimension, and one that leaves its dimension."""
+    number: Any = 9
+    requests: list[tuple[pb.Model, list[str], list[str]]] = [
+        (pb.Model(aliases=["", "mine"], metadata={"": "x"}), [], ["aliases[0]", "aliases[1]", "metadata"]),
+        (pb.Model(type=number), [], ["type"]),
+        (pb.Model(type=pb.MODEL_TYPE_EMBEDDING), [], ["embedding_dimension"]),
+        (pb.Model(embedding_dimension=3), [], ["embedding_dimension"]),
+        (pb.Model(), ["provider_id"], ["provider_id"]),
+    ]
+    for model, paths, fields in requests:
+        model.id = "mine"
+        request = pb.UpdateModelRequest(model=model, update_mask=FieldMask(paths=paths))
+        failure = await failure_of(stub.UpdateModel(request))
+        assert (told(failure), failure.fields) == (INVALID, [f"model.{field}" for field in fields])
+    embedding = pb.Model(id="mine", type=pb.MODEL_TYPE_EMBEDDING, embedding_dimension=3)
+    await stub.UpdateModel(pb.UpdateModelRequest(model=embedding))
+    back = pb.UpdateModelRequest(model=pb.Model(id="mine", type=pb.MODEL_TYPE_LLM))
+    assert (await failure_of(stub.UpdateModel(back))).fields == ["model.embedding_dimension"]
+    cleared = pb.UpdateModelRequest(
+        model=pb.Model(id="mine"), update_mask=FieldMask(paths=["type", "embedding_dimension"])
+    )
+    assert (await stub.UpdateModel(cleared)).model.type == pb.MODEL_TYPE_LLM
+
+
+async def test_what_is_not_registered_cannot_be_changed(stub: pb_grpc.ModelRegistryAsyncStub) -> None:
+    """Neither what is discovered, which says so, nor what is not there; unregistering is refused alike."""
+    for name, told_as in [
+        ("alpha/lora", (Code.FAILED_PRECONDITION, "MODEL_DISCOVERED")),
+        ("lora", (Code.FAILED_PRECONDITION, "MODEL_DISCOVERED")),
+        ("x", (Code.NOT_FOUND, "MODEL_NOT_FOUND")),
+    ]:
+        update = pb.UpdateModelRequest(model=pb.Model(id=name, metadata={"k": "v"}))
+        assert told(await failure_of(stub.UpdateModel(update))) == told_as
+        unregister = pb.UnregisterModelRequest(model_id=name, etag="r1")
+        assert told(await failure_of(stub.UnregisterModel(unregister))) == told_as
+
+
+async def test_etags_of_an_end(stub: pb_grpc.ModelRegistryAsyncStub, mine: pb.Model) -> None:
+    """Only what was seen is unregistered, if one is given; a second time there is nothing to unregister."""
+    failure = await failure_of(stub.UnregisterModel(pb.UnregisterModelRequest(model_id="mine", etag="r999")))
+    assert told(failure) == (Code.ABORTED, "ETAG_MISMATCH")
+    assert without_request_id(failure) == {"model": "mine", "etag": mine.etag}
+    await stub.UnregisterModel(pb.UnregisterModelRequest(model_id="a", etag=mine.etag))
+    assert told(await failure_of(stub.UnregisterModel(pb.UnregisterModelRequest(model_id="a")))) == (
+        Code.NOT_FOUND,
+        "MODEL_NOT_FOUND",
+    )
+
+
+async def test_refreshing(stub: pb_grpc.ModelRegistryAsyncStub, alpha: FakeProvider, beta: FakeProvider) -> None:
+    """All or one, each asked once; one that is away is an answer that says why, by ascending id."""
+    one = await stub.RefreshModels(pb.RefreshModelsRequest(provider_id="alpha"))
+    assert one == pb.RefreshModelsResponse(providers=[{"provider_id": "alpha", "model_count": 2}])
+    assert (len(alpha.tokens), len(beta.tokens)) == (1, 0)
+    beta.go_down()
+    both = await stub.RefreshModels(pb.RefreshModelsRequest())
+    assert both == pb.RefreshModelsResponse(
+        providers=[
+            {"provider_id": "alpha", "model_count": 2},
+            {"provider_id": "beta", "error": "provider 'beta' cannot be reached"},
+        ]
+    )
+    assert (len(alpha.tokens), len(beta.tokens)) == (2, 1)
+    failure = await failure_of(stub.RefreshModels(pb.RefreshModelsRequest(provider_id="gamma")))
+    assert (told(failure), failure.metadata["provider"]) == ((Code.NOT_FOUND, "PROVIDER_NOT_FOUND"), "gamma")
+    assert "alpha, beta" in failure.message
+
+
+async def test_a_refresh_s_error_has_a_limit(stub: pb_grpc.ModelRegistryAsyncStub, beta: FakeProvider) -> None:
+    """Whatever a provider says, the answer stays one."""
+    beta.failure = ProviderError(Reason.UPSTREAM_ERROR, "x" * 100_000)
+    response = await stub.RefreshModels(pb.RefreshModelsRequest(provider_id="beta"))
+    assert len(response.providers[0].error.encode()) <= 1024
 
 
 async def test_the_callers_token_goes_to_the_provider(
@@ -213,15 +650,21 @@ async def test_the_callers_token_goes_to_the_provider(
     await stub.GetModel(pb.GetModelRequest(model_id="lora"), metadata=metadata)
     await stub.ListModels(pb.ListModelsRequest(), metadata=metadata)
     await failure_of(stub.UnregisterModel(pb.UnregisterModelRequest(model_id="lora"), metadata=metadata))
-    assert alpha.tokens == ["mine"] * 4
+    alpha.served = ["lora", "other"]
+    mine = pb.RegisterModelRequest(model_id="mine", provider_id="alpha", provider_model_id="other")
+    await stub.RegisterModel(mine, metadata=metadata)
+    update = pb.UpdateModelRequest(model=pb.Model(id="mine", provider_model_id="lora"))
+    await stub.UpdateModel(update, metadata=metadata)
+    await stub.RefreshModels(pb.RefreshModelsRequest(), metadata=metadata)
+    assert alpha.tokens == ["mine"] * 7
 
 
 async def test_providers_and_their_health(stub: pb_grpc.ModelRegistryAsyncStub, beta: FakeProvider) -> None:
     """All that are configured, by id; one that is down is an answer and no failure."""
     assert await stub.ListProviders(pb.ListProvidersRequest()) == pb.ListProvidersResponse(
         providers=[
-            pb.Provider(id="alpha", kind="fake", base_url="http://alpha.localhost/v1"),
-            pb.Provider(id="beta", kind="fake", base_url="http://beta.localhost/v1"),
+            pb.Provider(id="alpha", kind="fake", base_urls=["http://alpha.localhost/v1"]),
+            pb.Provider(id="beta", kind="fake", base_urls=["http://beta.localhost/v1"]),
         ]
     )
     beta.go_down()
@@ -237,8 +680,14 @@ async def test_providers_and_their_health(stub: pb_grpc.ModelRegistryAsyncStub, 
 
 @pytest.mark.parametrize(
     ("table", "members"),
-    [(MODEL_TYPES, ModelType), (MODEL_SOURCES, ModelSource), (HEALTH_STATUSES, HealthStatus)],
+    [
+        (MODEL_TYPES, ModelType),
+        (MODEL_SOURCES, ModelSource),
+        (MODEL_STATES, ModelState),
+        (CHANGES, ChangeKind),
+        (HEALTH_STATUSES, HealthStatus),
+    ],
 )
-def test_the_tables_are_whole(table: Mapping[object, int], members: type[ModelType]) -> None:
+def test_the_tables_are_whole(table: Mapping[object, int], members: type[enum.Enum]) -> None:
     """Each of our values has its number on the wire, and it is the one that its comment promises."""
     assert dict(table) == {member: member.value for member in members}
