@@ -140,7 +140,8 @@ class CallInterceptor(aio.ServerInterceptor):
                     if self._draining:
                         message = "this process is shutting down; another one serves"
                         raise GatewayError(Reason.DRAINING, message, retry_after=0.0)
-                    return await behaviour(request, context)
+                    with _gone_is_cancelled():
+                        return await behaviour(request, context)
                 except DeltawireError as failure:
                     error = failure
                 except Exception as defect:  # noqa: BLE001 (whatever it is, the caller gets a status and the log the cause)
@@ -151,7 +152,9 @@ class CallInterceptor(aio.ServerInterceptor):
             # Until the status is out. It waits behind what the caller does not read, which a drain must not wait for.
             unread = asyncio.get_running_loop().call_later(UNREAD_SECONDS, counted.close)
             try:
-                return await context.abort(grpc_code(error.code), message, trailers_of(error, record.call.request_id))
+                with _gone_is_cancelled():
+                    trailers = trailers_of(error, record.call.request_id)
+                    return await context.abort(grpc_code(error.code), message, trailers)
             finally:
                 unread.cancel()
 
@@ -191,6 +194,15 @@ class _Outcome:
         self.values = {"reason": error.reason.name, "error": error.message}
         if error.reason is Reason.INTERNAL:
             self.defect = error.__cause__
+
+
+@contextlib.contextmanager
+def _gone_is_cancelled() -> Iterator[None]:
+    """Where grpc cannot write any more the caller has gone: no defect, and its cancel is on the way."""
+    try:
+        yield
+    except aio.InternalError as gone:
+        raise asyncio.CancelledError from gone
 
 
 @contextlib.contextmanager
