@@ -195,14 +195,26 @@ async def test_a_hundred_suspicions_are_one_look() -> None:
 
 
 async def test_suspicions_do_not_add_up_to_a_flood() -> None:
-    """Between the beginnings of two looks there is a pause, however often somebody finds a reason."""
+    """Between two looks that were asked for there is a pause, however often somebody finds a reason."""
     alpha = Counted("alpha", "a")
     async with refreshing(alpha, suspect=3600.0) as kit:
         await until(lambda: kit.names("alpha") == ["a"])
+        kit.refresher.suspect("alpha")
+        await alpha.listed(2)
         for _ in range(100):
             kit.refresher.suspect("alpha")
             await asyncio.sleep(0)
-        assert alpha.listings == 1
+        assert alpha.listings == 2
+
+
+async def test_one_that_has_to_wait_for_its_look_keeps_its_turn() -> None:
+    """The pause between two looks that were asked for does not put off those that are due."""
+    alpha = Counted("alpha", interval=0.001)
+    async with refreshing(alpha, suspect=3600.0) as kit:
+        await alpha.listed(1)
+        for count in range(2, 6):
+            kit.refresher.suspect("alpha")
+            await alpha.listed(count)
 
 
 async def test_nobody_is_suspected_in_vain() -> None:

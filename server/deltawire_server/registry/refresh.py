@@ -42,7 +42,7 @@ class Refresher:
         providers: All there are.
         served: Asks them, and keeps what they say.
         retry_seconds: Between two looks at a provider that does not answer.
-        suspect_seconds: Between the beginnings of two looks at a provider, at least.
+        suspect_seconds: Between two looks at a provider that calls asked for, at least.
     """
 
     def __init__(
@@ -85,15 +85,15 @@ class Refresher:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def suspect(self, provider_id: str) -> None:
-        """A call found that a provider is not what it was: look at once, or a second after the last look began."""
+        """A call found that a provider is not what it was: look at once, but at most once a second."""
         turn = self._turns.get(provider_id)
         if turn is not None:
             turn.suspected.set()
 
     async def _refresh(self, provider: Provider, suspected: asyncio.Event) -> None:
         clock = asyncio.get_running_loop().time
+        suspected_look_from = clock()  # when the next look that a call asked for may begin
         while True:
-            begun = clock()
             pause = provider.refresh_interval
             suspected.clear()
             try:
@@ -105,4 +105,5 @@ class Refresher:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await suspected.wait()
-            await asyncio.sleep(begun + self._suspect_seconds - clock())
+                    await asyncio.sleep(suspected_look_from - clock())
+                    suspected_look_from = clock() + self._suspect_seconds
