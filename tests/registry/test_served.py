@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from deltawire_server.errors import CallerError, ProviderError, Reason
+from deltawire_server.registry.listings import Listings
 from deltawire_server.registry.model import ModelState
 from deltawire_server.registry.served import Served
 from deltawire_server.upstream.base import ServedModel
 from deltawire_server.upstream.providers import Providers
 from tests.registry.helpers import failure_of
 from tests.support.fake_provider import FakeProvider
+from tests.support.gateway import until
 
 if TYPE_CHECKING:
     from tests.support.gateway import Lines
@@ -202,6 +204,25 @@ async def test_an_unknown_provider(kit: Kit) -> None:
     assert (type(failure), failure.reason) == (CallerError, Reason.PROVIDER_NOT_FOUND)
     assert kit.served.state("gamma", "g") is UNAVAILABLE
     assert kit.served.models("gamma") == ()
+
+
+async def test_a_provider_that_goes_while_its_listing_is_awaited(kit: Kit) -> None:
+    """With a caller's token or without: whoever asked for it among others still hears of the others, and of this one too."""
+    kit.alpha.gate = asyncio.Event()
+    callers = [Listings(kit.served, token) for token in (None, "mine")]
+    asking = [asyncio.create_task(caller.fetch(caller.provider_ids)) for caller in callers]
+    await until(lambda: len(kit.alpha.tokens) == len(callers))
+    kit.providers.replace([kit.beta])
+    kit.served.forget(["alpha"])
+    kit.alpha.gate.set()
+    await asyncio.gather(*asking)
+    for caller in callers:
+        assert {model.id for model in caller.models()} == {"alpha/a", "beta/b"}
+    assert not kit.served.shared("alpha", "mine")
+    gone = Listings(kit.served, "mine")
+    await gone.fetch(["alpha", "beta"])
+    assert {model.id for model in gone.models()} == {"beta/b"}
+    assert gone.failures["alpha"].reason is Reason.PROVIDER_NOT_FOUND
 
 
 async def test_forgetting(kit: Kit) -> None:

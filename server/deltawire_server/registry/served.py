@@ -44,8 +44,10 @@ class Served:
         return self._providers.ids
 
     def shared(self, provider_id: str, token: str | None) -> bool:
-        """Whether a caller with this token sees the same listing as all others."""
-        return token is None or self._providers.get(provider_id).has_token
+        """Whether a caller with this token sees the same listing as all others; not of a provider that is gone."""
+        if token is None:
+            return True
+        return any(provider.id == provider_id and provider.has_token for provider in self._providers.all())
 
     async def listing(
         self, provider_id: str, token: str | None = None, *, fresh: bool = False
