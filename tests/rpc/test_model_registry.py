@@ -401,7 +401,7 @@ async def test_updating_each_field(stub: pb_grpc.ModelRegistryAsyncStub, mine: p
         expected.etag = updated.etag
         assert updated == expected
         assert (await stub.GetModel(pb.GetModelRequest(model_id="mine"))).model == expected
-    assert updated.create_time == mine.create_time
+    assert expected.create_time == mine.create_time
 
 
 @pytest.mark.usefixtures("mine")
@@ -617,15 +617,16 @@ async def test_etags_of_an_end(stub: pb_grpc.ModelRegistryAsyncStub, mine: pb.Mo
 
 async def test_refreshing(stub: pb_grpc.ModelRegistryAsyncStub, alpha: FakeProvider, beta: FakeProvider) -> None:
     """All or one, each asked once; one that is away is an answer that says why, by ascending id."""
+    listed = pb.RefreshModelsResponse.Provider(provider_id="alpha", model_count=2)
     one = await stub.RefreshModels(pb.RefreshModelsRequest(provider_id="alpha"))
-    assert one == pb.RefreshModelsResponse(providers=[{"provider_id": "alpha", "model_count": 2}])
+    assert one == pb.RefreshModelsResponse(providers=[listed])
     assert (len(alpha.tokens), len(beta.tokens)) == (1, 0)
     beta.go_down()
     both = await stub.RefreshModels(pb.RefreshModelsRequest())
     assert both == pb.RefreshModelsResponse(
         providers=[
-            {"provider_id": "alpha", "model_count": 2},
-            {"provider_id": "beta", "error": "provider 'beta' cannot be reached"},
+            listed,
+            pb.RefreshModelsResponse.Provider(provider_id="beta", error="provider 'beta' cannot be reached"),
         ]
     )
     assert (len(alpha.tokens), len(beta.tokens)) == (2, 1)

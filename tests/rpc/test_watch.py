@@ -114,8 +114,8 @@ async def test_going_on(alpha: FakeProvider) -> None:
             assert shown(messages) == [*missed[place:], "bookmark"]
             assert dict(await call.initial_metadata())["x-request-id"]
             call.cancel()
-        last = watch(served, messages[-1].revision)
-        assert shown(await take(last, 1)) == ["bookmark"]
+        last = watch(served, steps[-1].revision)
+        assert shown(await take(last, 2)) == ["MODIFIED mine SERVING", "bookmark"]
         await served.stub.UnregisterModel(pb.UnregisterModelRequest(model_id="mine"))
         assert shown(await take(last, 1)) == ["REMOVED mine SERVING"]
         last.cancel()

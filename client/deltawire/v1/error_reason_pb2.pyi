@@ -91,8 +91,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_STORE_UNAVAILABLE: _ErrorReason.ValueType  # 19
     """UNAVAILABLE. The registry's database cannot be used now; models known already can still be called."""
     ERROR_REASON_DRAINING: _ErrorReason.ValueType  # 20
-    """UNAVAILABLE. This process is shutting down and takes no new calls. Try again at once: another one serves. ABORTED
-    after the first event: the time that it gives to calls under way has passed.
+    """UNAVAILABLE. This process is shutting down: it takes no new calls, and has ended this watch. Try again at once: another
+    one serves. ABORTED after the first event of a completion: the time that it gives to calls under way has passed.
     """
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 21
     """INTERNAL. A defect of the gateway. Report it with the request id."""
@@ -215,8 +215,8 @@ ERROR_REASON_SLOW_CALLER: ErrorReason.ValueType  # 18
 ERROR_REASON_STORE_UNAVAILABLE: ErrorReason.ValueType  # 19
 """UNAVAILABLE. The registry's database cannot be used now; models known already can still be called."""
 ERROR_REASON_DRAINING: ErrorReason.ValueType  # 20
-"""UNAVAILABLE. This process is shutting down and takes no new calls. Try again at once: another one serves. ABORTED
-after the first event: the time that it gives to calls under way has passed.
+"""UNAVAILABLE. This process is shutting down: it takes no new calls, and has ended this watch. Try again at once: another
+one serves. ABORTED after the first event of a completion: the time that it gives to calls under way has passed.
 """
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 21
 """INTERNAL. A defect of the gateway. Report it with the request id."""
