@@ -74,12 +74,13 @@ class ToldToStopError(BaseException):
 class GatewayProcess:
     """The command `deltawire-server` of this environment, as a process; its log is a file of JSON lines.
 
-    `with GatewayProcess(...) as gateway:` starts it and waits until it serves; leaving lets it drain and ends it.
+    `with GatewayProcess(...) as gateway:` starts it and waits until it serves; leaving lets it drain and ends it. One that
+    has ended can be started again.
 
     Args:
         arguments: Its flags.
         variables: Environment variables over this process's own; an empty value is the same as none.
-        log: Where its standard error goes; emptied now.
+        log: Where its standard error goes; emptied with each start.
     """
 
     def __init__(self, arguments: Sequence[str], variables: Mapping[str, str], log: Path) -> None:
@@ -88,7 +89,6 @@ class GatewayProcess:
         self._variables = dict(variables)
         self._process: subprocess.Popen[bytes] | None = None
         self._addresses: list[str] = []
-        log.write_bytes(b"")
 
     @property
     def address(self) -> str:
@@ -114,7 +114,8 @@ class GatewayProcess:
         Raises:
             RunError: It ended, or does not serve within `timeout` seconds. It is not there then.
         """
-        with self.log.open("ab") as log:
+        self._addresses = []
+        with self.log.open("wb") as log:
             # In its own session: Ctrl-C is for this process, which then lets the gateway drain.
             self._process = subprocess.Popen(
                 self._command,
@@ -155,6 +156,12 @@ class GatewayProcess:
         if self._process.poll() is None:
             self._process.kill()
         return self._process.wait()
+
+    def kill(self) -> None:
+        """End it at once, as a crash would; it must run."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
 
     def __enter__(self) -> Self:
         try:

@@ -1,0 +1,163 @@
+"""What the tests of several gateways share: calls to one of them, and what is seen of its models."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from grpc import aio
+
+from deltawire import AsyncClient, WatchBookmark
+from deltawire.v1 import model_registry_pb2 as pb
+from deltawire.v1.model_registry_pb2 import ModelSource
+from deltawire.v1.model_registry_pb2_grpc import ModelRegistryStub
+from tests.support.gateway import WAIT
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Coroutine
+
+    from deltawire.v1.model_registry_pb2_grpc import ModelRegistryAsyncStub
+    from tests.support.run import GatewayProcess
+
+SERVED = ("llama", "qwen", "mistral", "phi")
+"""What the vLLM look-alike serves."""
+
+Seen = tuple[str, str, str]
+"""A change, as it is compared: what happened, the id, and the etag, which is empty for a discovered model."""
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """One gateway, which can be called in both ways: past the client, and by it."""
+
+    process: GatewayProcess
+    stub: ModelRegistryAsyncStub
+    client: AsyncClient
+
+    async def models(self) -> dict[str, pb.Model]:
+        """All models, by id."""
+        return {model.id: model async for model in self.client.models.list(timeout=WAIT)}
+
+
+@asynccontextmanager
+async def connected(process: GatewayProcess) -> AsyncIterator[Gateway]:
+    """Connect to a gateway that serves, once it has heard from its provider: no model's state changes by that any more."""
+    async with aio.insecure_channel(process.address) as channel, AsyncClient(process.address) as client:
+        gateway = Gateway(process, ModelRegistryStub(channel), client)
+        [provider] = await client.models.refresh()
+        assert provider.model_count == len(SERVED)
+        yield gateway
+
+
+@dataclass
+class Folded:
+    """The models as a watch tells them, each step held to the rules that make it one.
+
+    Attributes:
+        models: By id, as of the last step.
+        changes: What was told after the snapshot, in order.
+    """
+
+    models: dict[str, pb.Model] = field(default_factory=dict)
+    changes: list[Seen] = field(default_factory=list)
+    complete: bool = False
+    _more: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait until what was told fulfils a condition."""
+        async with asyncio.timeout(WAIT):
+            while not condition():
+                self._more.clear()
+                await self._more.wait()
+
+    async def until_told(self, model_id: str, etag: str = "") -> pb.Model:
+        """Wait until there is a model of this id, with this etag if one is given."""
+        await self.until(lambda: model_id in self.models and etag in ("", self.models[model_id].etag))
+        return self.models[model_id]
+
+    async def until_gone(self, model_id: str) -> None:
+        """Wait until there is no model of this id."""
+        await self.until(lambda: model_id not in self.models)
+
+    def bookmark(self) -> None:
+        """Take note of a bookmark."""
+        self.complete = True
+        self._more.set()
+
+    def change(self, change: str, model: pb.Model) -> None:
+        """Take a step that changes something.
+
+        Raises:
+            AssertionError: It does not follow from the steps before it: one was lost, doubled or out of order.
+        """
+        before = self.models.get(model.id)
+        if change == "ADDED":
+            assert before is None, f"{model.id} is added twice"
+            self.models[model.id] = model
+        elif change == "MODIFIED":
+            assert before is not None, f"{model.id} was never added"
+            assert before != model, f"{model.id} is told to be different and is not"
+            self.models[model.id] = model
+        else:
+            assert change == "REMOVED"
+            assert before == model, f"{model.id} was removed as something that it was not"
+            del self.models[model.id]
+        if self.complete:
+            self.changes.append((change, model.id, model.etag))
+        self._more.set()
+
+
+@asynccontextmanager
+async def following(follow: Callable[[Folded], Coroutine[Any, Any, None]]) -> AsyncIterator[Folded]:
+    """Watch until this is left; from the snapshot's end on. What goes wrong in the watch fails whoever waits."""
+    folded = Folded()
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(follow(folded))
+        await folded.until(lambda: folded.complete)
+        yield folded
+        task.cancel()
+
+
+def raw_watch(gateway: Gateway) -> Callable[[Folded], Coroutine[Any, Any, None]]:
+    """A watch past the client, whose revisions are held to be the next ones: nothing is left out, nothing told twice."""
+
+    async def follow(folded: Folded) -> None:
+        last = ""
+        async for step in gateway.stub.WatchModels(pb.WatchModelsRequest()):
+            if step.bookmark or folded.complete:
+                assert not last or step.revision == (last if step.bookmark else _next(last))
+                last = step.revision
+            else:
+                assert not step.revision, "a snapshot has to be seen whole"
+            if step.bookmark:
+                folded.bookmark()
+            else:
+                folded.change(pb.WatchModelsResponse.Change.Name(step.change).removeprefix("CHANGE_"), step.model)
+
+    return follow
+
+
+def _next(revision: str) -> str:
+    process, _, place = revision.rpartition("-")
+    return f"{process}-{int(place) + 1}"
+
+
+def client_watch(gateway: Gateway) -> Callable[[Folded], Coroutine[Any, Any, None]]:
+    """A watch by the client, which goes on by itself when the gateway does not."""
+
+    async def follow(folded: Folded) -> None:
+        async with gateway.client.models.watch() as watch:
+            async for event in watch:
+                if isinstance(event, WatchBookmark):
+                    folded.bookmark()
+                else:
+                    folded.change(event.change, event.model)
+
+    return follow
+
+
+def registered(models: dict[str, pb.Model]) -> dict[str, pb.Model]:
+    """Those that were registered."""
+    return {each: model for each, model in models.items() if model.source == ModelSource.MODEL_SOURCE_REGISTERED}
