@@ -64,6 +64,16 @@ async def test_a_failure_is_not_kept(provider: FakeProvider) -> None:
     assert await providers.listing("p") == M
 
 
+async def test_a_failure_ends_the_listing_that_was(provider: FakeProvider) -> None:
+    """Else a provider that is known to be away would seem to be back for as long as its listing is kept."""
+    providers = Providers([provider])
+    await providers.listing("p")
+    provider.go_down()
+    for fresh in (True, False):
+        with pytest.raises(ProviderError):
+            await providers.listing("p", fresh=fresh)
+
+
 async def test_all_who_wait_share_one_request(provider: FakeProvider) -> None:
     """However many ask meanwhile; and who gives up does not fail the others."""
     providers = Providers([provider])
