@@ -77,6 +77,10 @@ class Folded:
         await self.until(lambda: model_id in self.models and etag in ("", self.models[model_id].etag))
         return self.models[model_id]
 
+    async def until_state(self, model_id: str, state: pb.ModelState.ValueType) -> None:
+        """Wait until there is a model of this id in this state."""
+        await self.until(lambda: model_id in self.models and self.models[model_id].state == state)
+
     async def until_gone(self, model_id: str) -> None:
         """Wait until there is no model of this id."""
         await self.until(lambda: model_id not in self.models)
@@ -120,12 +124,12 @@ async def following(follow: Callable[[Folded], Coroutine[Any, Any, None]]) -> As
         task.cancel()
 
 
-def raw_watch(gateway: Gateway) -> Callable[[Folded], Coroutine[Any, Any, None]]:
+def raw_watch(stub: ModelRegistryAsyncStub) -> Callable[[Folded], Coroutine[Any, Any, None]]:
     """A watch past the client, whose revisions are held to be the next ones: nothing is left out, nothing told twice."""
 
     async def follow(folded: Folded) -> None:
         last = ""
-        async for step in gateway.stub.WatchModels(pb.WatchModelsRequest()):
+        async for step in stub.WatchModels(pb.WatchModelsRequest()):
             if step.bookmark or folded.complete:
                 assert not last or step.revision == (last if step.bookmark else _next(last))
                 last = step.revision
@@ -144,11 +148,11 @@ def _next(revision: str) -> str:
     return f"{process}-{int(place) + 1}"
 
 
-def client_watch(gateway: Gateway) -> Callable[[Folded], Coroutine[Any, Any, None]]:
+def client_watch(client: AsyncClient) -> Callable[[Folded], Coroutine[Any, Any, None]]:
     """A watch by the client, which goes on by itself when the gateway does not."""
 
     async def follow(folded: Folded) -> None:
-        async with gateway.client.models.watch() as watch:
+        async with client.models.watch() as watch:
             async for event in watch:
                 if isinstance(event, WatchBookmark):
                     folded.bookmark()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 async def test_a_change_reaches_the_other_gateway(start_gateways: StartGateways) -> None:
     """It is announced there, and true there from then on: called, called by a new name, gone."""
     one, two = await start_gateways("one", "two")
-    async with following(client_watch(two)) as watch:
+    async with following(client_watch(two.client)) as watch:
         model = await one.client.models.register("mine", provider_model_id="llama")
         assert await watch.until_told(model.id) == model
         answer = await two.client.chat.create("hi", model="mine")

@@ -25,7 +25,7 @@ async def test_a_gateway_that_is_killed(start_gateways: StartGateways, database_
     one, two = await start_gateways("one", "two")
     first = await last_revision(database_url)
     storm = Storm([one, two], seed=2)
-    async with following(client_watch(one)) as watch_one, following(raw_watch(two)) as watch_two:
+    async with following(client_watch(one.client)) as watch_one, following(raw_watch(two.stub)) as watch_two:
         blowing = asyncio.create_task(storm.blow(300))
         await storm.until(BEFORE)
         one.process.kill()

@@ -30,10 +30,10 @@ async def test_all_agree_after_a_storm(start_gateways: StartGateways, database_u
     first = await last_revision(database_url)
     storm = Storm([one, two], seed=1)
     async with (
-        following(raw_watch(one)) as raw_one,
-        following(raw_watch(two)) as raw_two,
-        following(client_watch(one)) as client_one,
-        following(client_watch(two)) as client_two,
+        following(raw_watch(one.stub)) as raw_one,
+        following(raw_watch(two.stub)) as raw_two,
+        following(client_watch(one.client)) as client_one,
+        following(client_watch(two.client)) as client_two,
     ):
         await storm.blow(COUNT)
         watches = (raw_one, raw_two, client_one, client_two)

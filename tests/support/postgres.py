@@ -12,7 +12,6 @@ import secrets
 import select
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -21,6 +20,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import psycopg
 from psycopg import sql
+
+from tests.support.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -34,9 +35,6 @@ _USER = "postgres"
 
 # Debian keeps them off the path, each version in a folder of its own.
 _DEBIAN = Path("/usr/lib/postgresql")
-
-# Below the ports that Linux gives to outgoing connections: none of those takes it while the server is stopped.
-_PORTS = range(20_000, 32_000)
 
 
 class PostgresError(RuntimeError):
@@ -60,7 +58,7 @@ class PostgresServer:
     """
 
     def __init__(self) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         self.password = secrets.token_hex(16)
         self._programs = _find_programs()
         self._folder: Path | None = None
@@ -324,14 +322,3 @@ def _unprivileged() -> pwd.struct_passwd:
             f"PostgreSQL refuses to run as root, and there is no user {_USER!r} to run it as:"
             " run the tests as another user, or install the package postgresql, which makes that one"
         ) from None
-
-
-def _free_port() -> int:
-    for _ in range(100):
-        port = secrets.choice(_PORTS)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            # As PostgreSQL binds it: what is left of old connections does not matter.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise PostgresError(f"no free port was found from {_PORTS.start} to {_PORTS.stop - 1}")
