@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
 import socket
 import sys
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.e2e.support import RUN, SEA, alive, descendants, run, serving
+from tests.e2e.support import CALL_SECONDS, MODEL, RUN, SEA, alive, descendants, run, serving
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from tests.support.run import GatewayProcess
     from tests.support.vllm_cpu import VllmServer
 
@@ -34,6 +38,18 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+@asynccontextmanager
+async def command(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """`deltawire` with these arguments, while it runs; ended on leaving if that has not happened yet."""
+    process = await asyncio.create_subprocess_exec(DELTAWIRE, *arguments, stdout=asyncio.subprocess.PIPE)
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
 
 
 async def test_chat_prints_the_answer(gateway: GatewayProcess) -> None:
@@ -85,6 +101,49 @@ async def test_models_and_health(gateway: GatewayProcess) -> None:
     status, out, _ = await run(DELTAWIRE, "health", "--target", gateway.address)
     assert status == 0
     assert "OK" in out
+
+
+async def test_a_model_of_ones_own(gateway: GatewayProcess) -> None:
+    """Registered, changed, refused with an old etag, found by a filter, chatted with, forgotten; a watch prints it all."""
+
+    async def models(*arguments: str) -> tuple[int, str, str]:
+        return await run(DELTAWIRE, "models", *arguments, "--target", gateway.address)
+
+    async with command("models", "watch", "--json", "--target", gateway.address) as watch:
+        assert watch.stdout is not None
+        while "bookmark" not in json.loads(await watch.stdout.readline()):
+            pass
+        status, out, errors = await models("register", "steady", "--provider-model", MODEL, "--alias", "firm", "--json")
+        assert status == 0, errors
+        before = json.loads(out)
+        status, out, errors = await models("update", "firm", "--etag", before["etag"], "--alias", "even", "--json")
+        assert status == 0, errors
+        after = json.loads(out)
+        assert (after["id"], after["aliases"]) == ("steady", ["even"])
+        status, out, errors = await models("update", "steady", "--etag", before["etag"], "--no-aliases")
+        assert (status, out) == (1, "")
+        assert "ETAG_MISMATCH" in errors
+        status, out, errors = await models("list", "--source", "registered", "--state", "serving", "--json")
+        assert (status, json.loads(out)) == (0, after), errors
+        status, out, errors = await models("refresh")
+        assert (status, out.split()) == (0, ["PROVIDER", "MODELS", "vllm", "1"]), errors
+        options = ["--target", gateway.address, "--model", "even", "--max-tokens", "2"]
+        status, _, errors = await run(DELTAWIRE, "chat", *options, SEA)
+        assert status == 0, errors
+        status, out, errors = await models("unregister", "even", "--etag", after["etag"])
+        assert (status, out) == (0, "steady (alias even) is no longer registered\n"), errors
+
+        async with asyncio.timeout(CALL_SECONDS):
+            changes = [json.loads(await watch.stdout.readline()) for _ in range(5)]
+        watch.send_signal(signal.SIGINT)
+        assert await watch.wait() == 130
+    assert [(each["change"], each["model"]["id"], each["model"].get("etag")) for each in changes] == [
+        ("CHANGE_ADDED", "steady", before["etag"]),
+        ("CHANGE_REMOVED", "vllm/smollm2", None),  # a registered model stands for what it leads to
+        ("CHANGE_MODIFIED", "steady", after["etag"]),
+        ("CHANGE_REMOVED", "steady", after["etag"]),
+        ("CHANGE_ADDED", "vllm/smollm2", None),
+    ]
 
 
 async def test_a_failed_call_exits_with_one(gateway: GatewayProcess) -> None:

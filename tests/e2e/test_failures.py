@@ -1,4 +1,7 @@
-"""What is left when the engine goes: ended in the middle of an answer, killed, gone. These tests run last."""
+"""What is left when the engine goes: ended in the middle of an answer, another in its place, killed, gone.
+
+These tests run last, and in this order.
+"""
 
 from __future__ import annotations
 
@@ -14,37 +17,46 @@ from deltawire import (
     AsyncClient,
     CallError,
     ErrorReason,
+    ModelNotFoundError,
     Sampling,
     StopReason,
     UpstreamError,
     UpstreamIncompleteError,
     UpstreamTimeoutError,
     UpstreamUnavailableError,
+    WatchBookmark,
     chat_request,
 )
 from deltawire.v1.chat_completion_pb2 import UsageProvenance
-from deltawire.v1.model_registry_pb2 import HealthStatus
+from deltawire.v1.model_registry_pb2 import HealthStatus, ModelState
 from tests.e2e.support import CALL_SECONDS, MODEL, SEA, alive, descendants, eventually, kinds, serving
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from deltawire import Answer, StreamChatCompletionResponse
+    from deltawire import Answer, AsyncModelWatch, ModelChange, StreamChatCompletionResponse
     from tests.e2e.support import Engine
     from tests.support.run import GatewayProcess
     from tests.support.vllm_cpu import VllmServer
 
 pytestmark = pytest.mark.e2e
 
-ENDLESS = chat_request(SEA, model=MODEL, sampling=Sampling(max_tokens=3500, ignore_eos=True))
+NEXT = "smollm2-next"
+"""The name under which the engine serves once it has been restarted."""
+
+SCOPED = f"vllm/{MODEL}"
+
+TELLING_SECONDS = 90.0
+"""Until a watch must have told what happened to the engine: three times the gateway's refresh interval."""
 
 
 async def interrupted(
-    client: AsyncClient, interrupt: Callable[[], None]
+    client: AsyncClient, interrupt: Callable[[], None], model: str = MODEL
 ) -> tuple[list[StreamChatCompletionResponse], CallError]:
     """The events and the error of an answer in whose middle something happens."""
+    endless = chat_request(SEA, model=model, sampling=Sampling(max_tokens=3500, ignore_eos=True))
     events: list[StreamChatCompletionResponse] = []
-    async with client.chat.stream(ENDLESS) as stream:
+    async with client.chat.stream(endless) as stream:
         try:
             async for event in stream:
                 events.append(event)
@@ -80,13 +92,25 @@ def check_the_rest(
     assert answer.text == text
 
 
+async def told(watch: AsyncModelWatch, change: str, model_id: str) -> ModelChange:
+    """The next event of a watch that is no bookmark, which must be this one."""
+    async with asyncio.timeout(TELLING_SECONDS):
+        while isinstance(event := await anext(watch), WatchBookmark):
+            pass
+    assert (event.change, event.model.id) == (change, model_id)
+    return event
+
+
 async def test_an_engine_that_is_ended_politely(client: AsyncClient, vllm: VllmServer) -> None:
     """At SIGTERM vLLM ends its engine, and with it the answer: never well, and never without the text and its cost.
 
     Mostly it says so in an error event. At times it says nothing any more, yet keeps the connection: only the gateway's
-    limit on silence ends that.
+    limit on silence ends that. Whoever watches is told that the model cannot be called now.
     """
-    events, error = await interrupted(client, lambda: os.kill(vllm.pid, signal.SIGTERM))
+    async with client.models.watch() as watch:
+        assert (await told(watch, "ADDED", SCOPED)).model.state == ModelState.MODEL_STATE_SERVING
+        events, error = await interrupted(client, lambda: os.kill(vllm.pid, signal.SIGTERM))
+        assert (await told(watch, "MODIFIED", SCOPED)).model.state == ModelState.MODEL_STATE_UNAVAILABLE
     if isinstance(error, UpstreamTimeoutError):
         reason = ErrorReason.ERROR_REASON_UPSTREAM_TIMEOUT
     else:
@@ -96,19 +120,32 @@ async def test_an_engine_that_is_ended_politely(client: AsyncClient, vllm: VllmS
     check_the_rest(events, error, reason, StopReason.STOP_REASON_ERROR)
 
 
-async def test_the_next_engine_is_found_again(client: AsyncClient, vllm: VllmServer, engine: Engine) -> None:
-    """The gateway needs no restart when its vLLM had one."""
+async def test_another_engine_in_its_place(client: AsyncClient, vllm: VllmServer, engine: Engine) -> None:
+    """The gateway needs no restart when its vLLM had one; what that serves now is told, and what it served is gone."""
     vllm.stop()
-    vllm.start()
-    vllm.wait_healthy()
-    answer = await client.chat.create(SEA, model=MODEL, max_tokens=4, ignore_eos=True)
+    vllm.model_name = NEXT
+    async with client.models.watch() as watch:
+        assert (await told(watch, "ADDED", SCOPED)).model.state == ModelState.MODEL_STATE_UNAVAILABLE
+        vllm.start()
+        vllm.wait_healthy()
+        await told(watch, "REMOVED", SCOPED)
+        assert (await told(watch, "ADDED", f"vllm/{NEXT}")).model.state == ModelState.MODEL_STATE_SERVING
+    answer = await client.chat.create(SEA, model=NEXT, max_tokens=4, ignore_eos=True)
     assert answer.usage.completion_tokens == 4
+    with pytest.raises(ModelNotFoundError):
+        await client.chat.create(SEA, model=MODEL)
     await engine.becomes_idle()
 
 
 async def test_an_engine_that_is_killed(client: AsyncClient, vllm: VllmServer) -> None:
-    """The connection breaks without a word; an answer without a finish reason is never taken for a whole one."""
-    events, error = await interrupted(client, vllm.kill_group)
+    """The connection breaks without a word; an answer without a finish reason is never taken for a whole one.
+
+    That call is enough: watchers are told at once, and not at the provider's next turn.
+    """
+    async with client.models.watch() as watch:
+        await told(watch, "ADDED", f"vllm/{NEXT}")
+        events, error = await interrupted(client, vllm.kill_group, NEXT)
+        assert (await told(watch, "MODIFIED", f"vllm/{NEXT}")).model.state == ModelState.MODEL_STATE_UNAVAILABLE
     assert isinstance(error, UpstreamIncompleteError)
     check_the_rest(
         events, error, ErrorReason.ERROR_REASON_UPSTREAM_INCOMPLETE, StopReason.STOP_REASON_UPSTREAM_INCOMPLETE
@@ -118,7 +155,7 @@ async def test_an_engine_that_is_killed(client: AsyncClient, vllm: VllmServer) -
 async def test_nobody_listens(client: AsyncClient, gateway: GatewayProcess, vllm: VllmServer) -> None:
     """UNAVAILABLE before any event, with a hint when to try again; health says it too, and the gateway lives on."""
     vllm.stop()
-    for name in ("smollm2", "vllm/smollm2"):
+    for name in (NEXT, f"vllm/{NEXT}"):
         with pytest.raises(UpstreamUnavailableError) as caught:
             await client.chat.create(SEA, model=name, max_tokens=4)
         assert caught.value.code is grpc.StatusCode.UNAVAILABLE
@@ -130,14 +167,14 @@ async def test_nobody_listens(client: AsyncClient, gateway: GatewayProcess, vllm
     assert gateway.running
 
 
-async def test_what_it_served_is_no_longer_listed(client: AsyncClient) -> None:
-    """Once what was listed before is too old to be told again; the listing says whose models may be missing."""
-    async with asyncio.timeout(60.0):
-        listing = client.models.list()
-        while [model.id async for model in listing]:
-            await asyncio.sleep(0.5)
-            listing = client.models.list()
+async def test_what_it_served_is_listed_as_unavailable(client: AsyncClient) -> None:
+    """The listing says whose models are old news, and that they cannot be called now."""
+    listing = client.models.list()
+    states = {model.id: model.state async for model in listing}
+    assert states == {f"vllm/{NEXT}": ModelState.MODEL_STATE_UNAVAILABLE}
     assert listing.unreachable_provider_ids == ["vllm"]
+    [provider] = await client.models.refresh()
+    assert (provider.provider_id, provider.model_count, bool(provider.error)) == ("vllm", 0, True)
 
 
 async def test_the_gateway_ends_when_it_is_told_to(gateway: GatewayProcess) -> None:
