@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from deltawire_server.errors import Reason, RegistryError
 from deltawire_server.registry.store import Store
+from tests.registry.databases import execute
 from tests.registry.helpers import failure_of
-from tests.registry.test_writes import on_disk
 
 if TYPE_CHECKING:
     from deltawire_server.registry.registry import ModelRegistry
@@ -82,7 +82,7 @@ async def test_an_alias_of_a_record_that_cannot_be_read(url: str, open_registry:
     async with open_registry() as registry:
         await registry.register("damaged", "alpha", "llama", aliases=["a"])
         await registry.register("mine", "alpha", "llama")
-    on_disk(url, "UPDATE models SET metadata = '{' WHERE id = 'damaged'")
+    execute(url, "UPDATE models SET metadata = '{' WHERE id = 'damaged'")
     async with open_registry() as registry:
         failure = await failure_of(registry.update("mine", {"aliases": ("a",)}))
         assert isinstance(failure, RegistryError)
