@@ -259,8 +259,8 @@ def split_update(
 class ModelPages:
     """What both kinds of listing share: the models that have come, and whether more follow.
 
-    `unreachable_provider_ids` are the providers that could not be listed, so that their models may be missing; complete once
-    the listing has been read to its end.
+    `unreachable_provider_ids` are the providers that did not answer, so that their models are what they said last, if they
+    ever did; complete once the listing has been read to its end.
     """
 
     def __init__(self, request: ListModelsRequest) -> None:

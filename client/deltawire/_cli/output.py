@@ -42,9 +42,12 @@ def word(enum: Any, value: int, prefix: str) -> str:  # noqa: ANN401 -- any enum
 
 
 def note_unreachable(provider_ids: Sequence[str]) -> None:
-    """Say that models may be missing."""
+    """Say that what is listed is not all news."""
     if provider_ids:
-        print(f"note: could not be listed, so models may be missing: {', '.join(provider_ids)}", file=sys.stderr)
+        providers = ", ".join(provider_ids)
+        print(
+            f"note: no answer from {providers}: models are shown as they were, and new ones not at all", file=sys.stderr
+        )
 
 
 def print_error(error: DeltawireError) -> None:

@@ -30,7 +30,7 @@ def test_models_list(gateway: Gateway, run: Run) -> None:
         "llama      llm   serving      registered  vllm      8192     l, ll\n"
         "vllm/qwen  llm   unavailable  discovered  vllm      -\n"
     )
-    assert err == "note: could not be listed, so models may be missing: other\n"
+    assert err == "note: no answer from other: models are shown as they were, and new ones not at all\n"
 
 
 def test_models_list_in_json(gateway: Gateway, run: Run) -> None:
