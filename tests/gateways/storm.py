@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections import Counter
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from deltawire_server.registry.model import Model
     from deltawire_server.registry.store import Change
     from tests.gateways.support import Gateway
+    from tests.support.run import GatewayProcess
 
 AT_ONCE = 32
 """Calls under way at any time."""
@@ -86,11 +88,13 @@ class Storm:
     Attributes:
         gateways: Those of the calls that begin from now on.
         calls: All that have ended.
+        under_way: How many have not, by where they were sent.
     """
 
     def __init__(self, gateways: Sequence[Gateway], seed: int) -> None:
         self.gateways = gateways
         self.calls: list[Call] = []
+        self.under_way: Counter[GatewayProcess] = Counter()
         self._random = random.Random(seed)  # noqa: S311 (no secrets)
         self._etags: dict[str, list[str]] = {}
         self._there: set[str] = set()
@@ -143,6 +147,7 @@ class Storm:
         )
 
     async def _make(self, gateway: Gateway, call: Call) -> None:
+        self.under_way[gateway.process] += 1
         call.started = time.monotonic()
         try:
             call.model = await _send(gateway, call)
@@ -154,6 +159,7 @@ class Storm:
             # As far as this caller knows: others' calls are under way.
             self._etags.setdefault(call.model.id, []).append(call.model.etag)
             (self._there.add if call.model.etag else self._there.discard)(call.model.id)
+        self.under_way[gateway.process] -= 1
         call.ended = time.monotonic()
         self.calls.append(call)
         self._more.set()
@@ -198,6 +204,12 @@ class Judge:
                 revision = int(call.model.etag[1:])
                 self._begun[revision] = min(call.started, self._begun.get(revision, call.started))
                 self._known[revision] = min(call.ended, self._known.get(revision, call.ended))
+        for call in calls:
+            if call.unknown:
+                # It may have made any change of its kind, and then before anybody was told of it.
+                for change in changes:
+                    if change.kind is call.kind and change.revision in self._begun:
+                        self._begun[change.revision] = min(call.started, self._begun[change.revision])
 
     def check(self) -> None:
         """Judge every call and every change.

@@ -46,7 +46,8 @@ async def connected(process: GatewayProcess) -> AsyncIterator[Gateway]:
     """Connect to a gateway that serves, once it has heard from its provider: no model's state changes by that any more."""
     async with aio.insecure_channel(process.address) as channel, AsyncClient(process.address) as client:
         gateway = Gateway(process, ModelRegistryStub(channel), client)
-        [provider] = await client.models.refresh()
+        # One that was killed and is back is not tried again at once by channels that share its address.
+        [provider] = await client.models.refresh(wait_for_ready=True, timeout=WAIT)
         assert provider.model_count == len(SERVED)
         yield gateway
 

@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING
 
 from tests.gateways.storm import Judge, Storm, changes_after, in_database, last_revision
 from tests.gateways.support import SERVED, client_watch, connected, following, raw_watch, registered
+from tests.support.gateway import until
 
 if TYPE_CHECKING:
     from tests.gateways.conftest import StartGateways
 
 BEFORE = 100
 """Calls that have ended when it is killed."""
+
+UNANSWERED = 5
+"""Calls that are with it then."""
 
 
 async def test_a_gateway_that_is_killed(start_gateways: StartGateways, database_url: str) -> None:
@@ -28,6 +32,10 @@ async def test_a_gateway_that_is_killed(start_gateways: StartGateways, database_
     async with following(client_watch(one.client)) as watch_one, following(raw_watch(two.stub)) as watch_two:
         blowing = asyncio.create_task(storm.blow(300))
         await storm.until(BEFORE)
+        # Paused first, so that some calls have reached it and are not answered.
+        one.process.pause()
+        await until(lambda: storm.under_way[one.process] >= UNANSWERED)
+        await asyncio.sleep(0.1)
         one.process.kill()
         storm.gateways = [two]
         await blowing

@@ -157,6 +157,11 @@ class GatewayProcess:
             self._process.kill()
         return self._process.wait()
 
+    def pause(self) -> None:
+        """Have it do nothing any more, as if it hung; it must run. It can still be killed."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
     def kill(self) -> None:
         """End it at once, as a crash would; it must run."""
         assert self._process is not None
