@@ -66,40 +66,36 @@ class Writes:
 
     async def _insert(self, model: Model) -> Model:
         async with self._lock:
-            # Someone may have been faster while the provider was asked.
-            stored = self._known.same(model)
-            if stored is not None:
-                return stored
-            kept = await self._store.insert(model)
-            if kept is not None:
-                await self._follower.applied(Change(kept.revision, ChangeKind.ADDED, kept.id, kept))
-                return kept
-            # The names were free in memory: another process on this database has registered in the meantime.
-            await self._follower.catch_up()
-            stored = self._known.same(model)
-            if stored is not None:
-                return stored
+            revision = -1
+            while revision != self._follower.revision:
+                # Someone may have been faster while the provider was asked.
+                stored = self._known.same(model)
+                if stored is not None:
+                    return stored
+                revision = self._follower.revision
+                kept = await self._store.insert(model)
+                if kept is not None:
+                    await self._follower.applied(Change(kept.revision, ChangeKind.ADDED, kept.id, kept))
+                    return kept
+                # The names were free in memory: another process has registered meanwhile, and may have unregistered since.
+                await self._follower.catch_up()
             raise taken(model.id, model.id, "or an alias belongs to a record that cannot be read")
 
     async def _update(self, model: Model) -> Model | None:
         async with self._lock:
-            if not self._is_current(model):
-                return None
-            self._known.free(model)
-            kept = await self._store.update(model)
-            if kept is not None:
-                await self._follower.applied(Change(kept.revision, ChangeKind.MODIFIED, kept.id, kept))
-                return kept
-            # Another process has changed the model, or has taken a name, in the meantime.
-            await self._follower.catch_up()
-            if not self._is_current(model):
-                return None
-            self._known.free(model)
-            raise taken(
-                model.id,
-                model.id,
-                "cannot have an alias that is of a record that cannot be read, or was another model's until now",
-            )
+            revision = -1
+            while revision != self._follower.revision:
+                if not self._is_current(model):
+                    return None
+                self._known.free(model)
+                revision = self._follower.revision
+                kept = await self._store.update(model)
+                if kept is not None:
+                    await self._follower.applied(Change(kept.revision, ChangeKind.MODIFIED, kept.id, kept))
+                    return kept
+                # Another process has changed the model or has taken a name meanwhile, and may have given it up since.
+                await self._follower.catch_up()
+            raise taken(model.id, model.id, "cannot have an alias that belongs to a record that cannot be read")
 
     def _is_current(self, model: Model) -> bool:
         """Whether nobody has changed a model since, as far as memory knows: else its names say nothing of others'."""
