@@ -19,6 +19,7 @@ from deltawire_server.upstream.base import CallContext
 from tests.support.gateway import (
     Lines,
     Running,
+    ask,
     failure_of,
     kinds,
     read_badly,
@@ -177,6 +178,19 @@ async def test_request_ids(served: Running, vllm: FakeVllm, lines: Lines, given:
     assert (await lines.find("call"))["request_id"] == used
     replaced = [entry for entry in lines.entries if entry["event"] == "request id replaced"]
     assert len(replaced) == (1 if given and not adopted else 0)
+
+
+async def test_every_call_tells_its_request_id(served: Running) -> None:
+    """Also those that answer with one message, whatever service they are of."""
+    metadata = (("x-request-id", "mine"),)
+    create = chat_pb.CreateChatCompletionRequest(chat=ask())
+    calls: list[aio.UnaryUnaryCall[Any, Any]] = [
+        served.chat.CreateChatCompletion(create, metadata=metadata),
+        served.models.ListProviders(model_registry_pb2.ListProvidersRequest(), metadata=metadata),
+    ]
+    for call in calls:
+        await call
+        assert dict(await call.initial_metadata())["x-request-id"] == "mine"
 
 
 async def test_a_minted_request_id_of_a_failure_is_in_the_trailers(served: Running) -> None:

@@ -259,7 +259,7 @@ class ModelRegistry:
             )
         raise CallerError(
             Reason.MODEL_NOT_FOUND,
-            f"no registered model has the id or alias {quoted(name)}; it leads to model {model.id!r}: unregister that",
+            f"no registered model has the id or alias {quoted(name)}; it leads to model {model.id!r}: name that",
             metadata={"model": cut(name)},
         )
 

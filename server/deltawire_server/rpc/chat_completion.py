@@ -56,7 +56,6 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
                             response.completed.CopyFrom(convert.completed(completion, last))
             finally:
                 _note(record, completion)
-        await context.send_initial_metadata(((REQUEST_ID, record.call.request_id),))
         return response
 
     async def StreamChatCompletion(  # type: ignore[override]  # noqa: N802 (written to, which is cheaper than yielding)

@@ -141,7 +141,10 @@ class CallInterceptor(aio.ServerInterceptor):
                         message = "this process is shutting down; another one serves"
                         raise GatewayError(Reason.DRAINING, message, retry_after=0.0)
                     with _gone_is_cancelled():
-                        return await behaviour(request, context)
+                        response = await behaviour(request, context)
+                        if response is not None:  # a stream has told its id with its first message
+                            await context.send_initial_metadata(((REQUEST_ID, record.call.request_id),))
+                        return response
                 except DeltawireError as failure:
                     error = failure
                 except Exception as defect:  # noqa: BLE001 (whatever it is, the caller gets a status and the log the cause)
