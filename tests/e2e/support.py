@@ -49,6 +49,9 @@ WEATHER = tool_definition(
 ROOT = Path(__file__).parents[2]
 RUN = (sys.executable, "-m", "tests.support.run")
 
+LORA_RANK = 8
+"""Of `write_adapter`'s, and the least that vLLM can be told to allow."""
+
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -69,6 +72,26 @@ def kinds(events: Iterable[StreamChatCompletionResponse]) -> list[str]:
     return [kind for place, kind in enumerate(named) if place == 0 or named[place - 1] != kind]
 
 
+def write_adapter(folder: Path, model: Path) -> None:
+    """Write a LoRA adapter for a Llama model that changes nothing: all its weights are zero."""
+    shape = json.loads((model / "config.json").read_text())
+    hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
+    tensors: dict[str, dict[str, object]] = {}
+    place = 0
+    for layer in range(layers):
+        for matrix, sizes in {"A": (LORA_RANK, hidden), "B": (hidden, LORA_RANK)}.items():
+            name = f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{matrix}.weight"
+            end = place + 2 * LORA_RANK * hidden
+            tensors[name] = {"dtype": "BF16", "shape": sizes, "data_offsets": (place, end)}
+            place = end
+    # The format of safetensors: how long the header is, the header, the numbers.
+    header = json.dumps(tensors).encode()
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(place))
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": LORA_RANK, "lora_alpha": LORA_RANK, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["q_proj"]}))
+
+
 class Engine:
     """vLLM's own view of things."""
 
@@ -77,14 +100,16 @@ class Engine:
 
     def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """POST a JSON body to a path, and return what comes back."""
-        request = urllib.request.Request(  # noqa: S310 (the address is the server's own, always http:)
-            f"{self._server.base_url}{path}",
-            data=json.dumps({"model": MODEL, **body}).encode(),
-            headers={"Content-Type": "application/json", "Authorization": f"Bearer {self._server.api_key}"},
-        )
+        request = self._request(path, {"model": MODEL, **body})
         with _opener.open(request, timeout=CALL_SECONDS) as response:
             answer: dict[str, Any] = json.load(response)
             return answer
+
+    def adapter(self, action: str, **body: str) -> None:
+        """Have a LoRA adapter loaded or unloaded."""
+        request = self._request(f"/v1/{action}_lora_adapter", body)
+        with _opener.open(request, timeout=CALL_SECONDS) as response:
+            response.read()
 
     def tokens(self, text: str) -> list[int]:
         """The ids of a text's tokens."""
@@ -95,6 +120,13 @@ class Engine:
         """How many tokens a conversation of this one user's turn makes."""
         count: int = self.ask("/tokenize", {"messages": [{"role": "user", "content": text}]})["count"]
         return count
+
+    def _request(self, path: str, body: Mapping[str, Any]) -> urllib.request.Request:
+        return urllib.request.Request(  # noqa: S310 (the address is the server's own, always http:)
+            f"{self._server.base_url}{path}",
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json", "Authorization": f"Bearer {self._server.api_key}"},
+        )
 
     def running(self) -> int:
         """How many requests are being generated for now."""

@@ -29,10 +29,23 @@ from deltawire import (
 )
 from deltawire.v1.chat_completion_pb2 import UsageProvenance
 from deltawire.v1.model_registry_pb2 import HealthStatus, ModelState
-from tests.e2e.support import CALL_SECONDS, MODEL, SEA, alive, descendants, eventually, kinds, serving
+from tests.e2e.support import (
+    CALL_SECONDS,
+    LORA_RANK,
+    MODEL,
+    SEA,
+    alive,
+    descendants,
+    eventually,
+    kinds,
+    serving,
+    write_adapter,
+)
+from tests.support.vllm_cpu import locate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from deltawire import Answer, AsyncModelWatch, ModelChange, StreamChatCompletionResponse
     from tests.e2e.support import Engine
@@ -124,6 +137,8 @@ async def test_another_engine_in_its_place(client: AsyncClient, vllm: VllmServer
     """The gateway needs no restart when its vLLM had one; what that serves now is told, and what it served is gone."""
     vllm.stop()
     vllm.model_name = NEXT
+    vllm.arguments = ("--enable-lora", "--max-lora-rank", str(LORA_RANK))
+    vllm.variables = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
     async with client.models.watch() as watch:
         assert (await told(watch, "ADDED", SCOPED)).model.state == ModelState.MODEL_STATE_UNAVAILABLE
         vllm.start()
@@ -135,6 +150,24 @@ async def test_another_engine_in_its_place(client: AsyncClient, vllm: VllmServer
     with pytest.raises(ModelNotFoundError):
         await client.chat.create(SEA, model=MODEL)
     await engine.becomes_idle()
+
+
+async def test_an_adapter_that_comes_and_goes(client: AsyncClient, engine: Engine, tmp_path: Path) -> None:
+    """A LoRA adapter is a model that names its base; it is found when it is loaded, called, and gone when it is unloaded."""
+    write_adapter(tmp_path / "adapter", locate().model)
+    async with client.models.watch() as watch:
+        await told(watch, "ADDED", f"vllm/{NEXT}")
+        engine.adapter("load", lora_name="sea", lora_path=str(tmp_path / "adapter"))
+        await client.models.refresh()
+        adapter = (await told(watch, "ADDED", "vllm/sea")).model
+        assert (adapter.parent, adapter.root) == (NEXT, str(tmp_path / "adapter"))
+        answer = await client.chat.create(SEA, model="sea", max_tokens=4, ignore_eos=True)
+        assert (answer.started.model, answer.usage.completion_tokens) == ("vllm/sea", 4)
+        engine.adapter("unload", lora_name="sea")
+        # One call is enough to notice it.
+        with pytest.raises(ModelNotFoundError):
+            await client.chat.create(SEA, model="sea")
+        await told(watch, "REMOVED", "vllm/sea")
 
 
 async def test_an_engine_that_is_killed(client: AsyncClient, vllm: VllmServer) -> None:

@@ -35,7 +35,8 @@ class VllmServer:
 
     As a context manager it starts, waits until the server is healthy, warms it up and, on leaving, stops it.
     By hand: :meth:`start`, :meth:`wait_healthy`, :meth:`warm_up`, :meth:`stop`. A stopped or killed server
-    can be started again and keeps its port and key. One object is for one thread.
+    can be started again and keeps its port and key; what is set as ``model_name``, ``arguments`` or ``variables``
+    in between holds from then on. One object is for one thread.
 
     - ``environment``: from ``set_up()``, which must have run
     - ``port``: a free one is chosen when it is 0
@@ -61,8 +62,8 @@ class VllmServer:
         self.api_key = secrets.token_hex(16) if api_key is None else api_key
         self.log = log or environment.logs / f"server-{self.port}.log"
         self._environment = environment
-        self._arguments = arguments
-        self._variables = dict(variables or {})
+        self.arguments = arguments
+        self.variables = dict(variables or {})
         self._process: subprocess.Popen[bytes] | None = None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -216,7 +217,7 @@ class VllmServer:
         command = [str(self._environment.python), "-m", "vllm.entrypoints.openai.api_server"]
         for flag, value in flags.items():
             command += [flag, value]
-        return [*command, "--enable-auto-tool-choice", "--enforce-eager", *self._arguments]
+        return [*command, "--enable-auto-tool-choice", "--enforce-eager", *self.arguments]
 
     def _env(self, temporary: str) -> dict[str, str]:
         # The caller's own Python and vLLM settings would make runs differ from machine to machine. VLLM_URL
@@ -232,7 +233,7 @@ class VllmServer:
             "HF_HUB_OFFLINE": "1",
             "VLLM_CACHE_ROOT": str(state / "cache"),
             "VLLM_CONFIG_ROOT": str(state / "config"),
-            **self._variables,
+            **self.variables,
         }
 
     def _chat(self, body: Mapping[str, Any]) -> None:
