@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -19,7 +20,7 @@ from deltawire._failure import REQUEST_ID, FailedCall, Failure, Metadata, failur
 from deltawire._version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 # A whole answer with log-probabilities passes gRPC's default of 4 MiB.
@@ -121,12 +122,15 @@ def connection(target: str, options: ConnectOptions, *, own_channel: bool) -> tu
 
     Raises:
         TypeError: An option that does not exist.
-        ValueError: A channel was given along with options for making one, or a token would be sent in the open.
+        ValueError: A channel was given along with options for making one, the target is none, a token cannot be sent, or
+            would be sent in the open.
     """
     _known(options, CONNECT_OPTIONS, "a client")
     if own_channel and (surplus := options.keys() & CHANNEL_OPTIONS):
         message = f"a channel of your own is used as it is: leave out {', '.join(sorted(surplus))}"
         raise ValueError(message)
+    if not own_channel:
+        _check_target(target)
     credentials = options.get("credentials")
     if credentials is None and options.get("tls"):
         credentials = grpc.ssl_channel_credentials()
@@ -220,15 +224,19 @@ class Defaults:
         """Begin a call.
 
         Raises:
-            TypeError: An option that does not exist.
-            ValueError: A token would be sent where others can read it.
+            TypeError: An option that does not exist, or metadata that is a mapping.
+            ValueError: A token that cannot be sent, or would be sent where others can read it.
         """
         _known(options, CALL_OPTIONS, "a call")
-        metadata = [*self.metadata, *(options.get("metadata") or ())]
+        given = options.get("metadata") or ()
+        if isinstance(given, Mapping):
+            message = "metadata is what the call bears, (key, value) pairs; a model's own is model_metadata"
+            raise TypeError(message)
+        metadata = [*self.metadata, *given]
         if self.token:
-            metadata.append((AUTHORIZATION, f"Bearer {self.token}"))
+            metadata.append((AUTHORIZATION, f"Bearer {_sendable(self.token, 'token')}"))
         if vllm_token := options.get("vllm_token"):
-            metadata.append((VLLM_TOKEN, vllm_token))
+            metadata.append((VLLM_TOKEN, _sendable(vllm_token, "vllm_token")))
         if not self.secrets and any(name.lower() in SECRETS for name, _ in metadata):
             message = (
                 "a token would go over plaintext to another machine, where others can read it: "
@@ -251,6 +259,25 @@ class Defaults:
         info = options.get("info") or CallInfo()
         info.request_id, info.initial_metadata, info.trailing_metadata = sent, (), ()
         return Outgoing(arguments, info)
+
+
+def _check_target(target: str) -> None:
+    """Refuse what gRPC would only fail at later, in words of its own."""
+    if not target.strip():
+        message = "the target is empty: write host:port or unix:/path"
+        raise ValueError(message)
+    scheme, separator, rest = target.partition("://")
+    if separator and scheme.lower() in {"http", "https", "grpc", "grpcs"}:
+        message = f"the target {target} is a URL: write {rest.rstrip('/')}, and ask for TLS separately"
+        raise ValueError(message)
+
+
+def _sendable(token: str, name: str) -> str:
+    """A token, if it fits into a header; the message does not repeat it."""
+    if not all("!" <= character <= "~" for character in token):
+        message = f"the {name} must be printable ASCII without spaces or line ends, to be sent in a header"
+        raise ValueError(message)
+    return token
 
 
 def _known(given: Mapping[str, object], known: frozenset[str], what: str) -> None:

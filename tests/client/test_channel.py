@@ -182,3 +182,29 @@ def test_tls_files(tmp_path: Path) -> None:
     pem.write_text("not checked before the first call")
     with Client("gateway:1", credentials=tls_credentials(ca_file=pem, cert_file=pem, key_file=pem), token="key"):
         pass
+
+
+@pytest.mark.parametrize("token", ["two words", "line\n", "geheimß"])
+def test_a_token_that_fits_into_no_header(token: str) -> None:
+    """Is refused when the client is made, or the call: gRPC would only say that some metadata is invalid."""
+    with pytest.raises(ValueError, match=r"^the token must be printable ASCII") as caught:
+        Client("127.0.0.1:1", token=token)
+    assert token not in str(caught.value)
+    with (
+        Client("127.0.0.1:1") as client,
+        pytest.raises(ValueError, match=r"^the vllm_token must be printable ASCII"),
+    ):
+        client.models.get("m", vllm_token=token)
+
+
+@pytest.mark.parametrize(("target", "what"), [(" ", "is empty"), ("https://gateway:1/", "is a URL: write gateway:1,")])
+def test_what_is_no_target(target: str, what: str) -> None:
+    """Is told at once, and what to write."""
+    with pytest.raises(ValueError, match=what):
+        Client(target)
+
+
+def test_a_models_metadata_is_not_a_calls() -> None:
+    """The likeliest mix-up is told as such."""
+    with Client("127.0.0.1:1") as client, pytest.raises(TypeError, match="a model's own is model_metadata"):
+        client.models.register("m", metadata={"owner": "we"})  # type: ignore[arg-type]

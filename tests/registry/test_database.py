@@ -19,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from deltawire_server.errors import Reason, RegistryError
 from deltawire_server.registry.store import Store
 from tests.registry.databases import LLAMA, engine_of, execute, plain, whole
+from tests.support.gateway import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -216,6 +217,32 @@ async def test_damage_that_only_sqlite_can_hold(url: str, store: Store, damage: 
         assert await store.delete("small")
     assert await store.insert(LLAMA)
     assert list(whole(url)) == []
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+async def test_a_file_that_is_removed_or_replaced_under_way(url: str, store: Store, replaced: bool) -> None:
+    """What is written to it would be gone with the process: writes fail, the log says why, and putting it back mends it."""
+    kept = await store.insert(LLAMA)
+    assert kept is not None
+    path = path_of(url)
+    aside = path.with_name("aside.db")
+    path.rename(aside)
+    if replaced:
+        path.write_bytes(b"another file")
+    with structlog.testing.capture_logs() as logs:
+        for write in (store.insert(plain("other")), store.delete("llama")):
+            with pytest.raises(RegistryError) as failure:
+                await write
+            assert failure.value.reason is Reason.STORE_UNAVAILABLE
+        changes = store.changes_elsewhere()
+        looking = asyncio.ensure_future(anext(changes))
+        await until(lambda: any(line["event"] == "the database's changes cannot be seen" for line in logs))
+    assert all("removed or replaced while it was in use" in line["error"] for line in logs)
+    aside.rename(path)
+    await looking
+    await changes.aclose()
+    assert await store.insert(plain("other")) is not None
+    assert [model.id for model in (await store.load())[1]] == ["llama", "other"]
 
 
 async def test_a_writer_that_does_not_let_go_makes_it_unavailable(database_url: str) -> None:

@@ -42,6 +42,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CALL_SECONDS = 300.0
 """For one call of the demonstration: a first request of a kind can take many seconds, a big model more."""
 
+LIMIT = {"VLLM_MAX_TOKENS": "256"}
+"""For the small model, which does not know when to stop: without, it fills its context, for minutes."""
+
 PROMPT = "Write one short sentence about the sea."
 LIGHT = tool_definition(
     "set_light",
@@ -238,7 +241,8 @@ def _run(options: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     else:
         _say("vLLM: a small one on the CPU, as VLLM_URL is not set")
         vllm = _start_vllm(stack)
-        variables |= {"VLLM_URL": vllm.base_url, "VLLM_API_TOKEN": vllm.api_key}
+        variables |= {"VLLM_URL": vllm.base_url, "VLLM_API_TOKEN": vllm.api_key, **LIMIT}
+        _say(f"requests that name no max_tokens get {LIMIT['VLLM_MAX_TOKENS']}: so small a model would ramble on")
 
     # No balancer has to notice that it goes away, and who waits for a terminal does so for seconds, not minutes.
     flags = ["--listen", f"{HOST}:{options.port}", "--set", "server.drain_delay=0", "--set", "server.drain_grace=5"]
@@ -266,7 +270,7 @@ def _check_port(port: int) -> None:
         except (OSError, OverflowError) as error:
             raise RunError(
                 f"cannot listen on {HOST}:{port}: {error}. Is another gateway running? End it, or give another port: "
-                "python -m tests.support.run --port N"
+                f"{os.path.relpath(sys.executable)} -m tests.support.run --port N"
             ) from error
 
 

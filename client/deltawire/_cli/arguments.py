@@ -131,6 +131,18 @@ def check_text(options: argparse.Namespace) -> None:
                 raise UsageError(message) from error
 
 
+def _etag(text: str) -> str:
+    """An etag: not an empty one, such as an unset variable of a script leaves, which would mean any.
+
+    Raises:
+        argparse.ArgumentTypeError: It is empty.
+    """
+    if not text:
+        message = "is empty: give the one that was read, or leave the option out for any"
+        raise argparse.ArgumentTypeError(message)
+    return text
+
+
 def _common_options() -> argparse.ArgumentParser:
     """What every command takes."""
     common = argparse.ArgumentParser(add_help=False)
@@ -216,7 +228,7 @@ def _add_models(actions: Any, common: argparse.ArgumentParser) -> None:  # noqa:
     _add_update(actions, common)
     unregister = actions.add_parser("unregister", help="forget a registered model", parents=[common])
     unregister.add_argument("model", metavar="MODEL", help="an id or alias")
-    unregister.add_argument("--etag", default="", help="only if nobody has changed it since it had this")
+    unregister.add_argument("--etag", type=_etag, help="only if nobody has changed it since it had this")
     unregister.set_defaults(run=unregister_model)
     refresh = actions.add_parser(
         "refresh",
@@ -264,5 +276,5 @@ def _add_update(actions: Any, common: argparse.ArgumentParser) -> None:  # noqa:
     notes = update.add_mutually_exclusive_group()
     notes.add_argument("--metadata", metavar="KEY=VALUE", action="append", help="a note, instead of all; repeatable")
     notes.add_argument("--no-metadata", action="store_const", const=[], dest="metadata", help="no notes")
-    update.add_argument("--etag", default="", help="only if nobody has changed it since it had this")
+    update.add_argument("--etag", type=_etag, help="only if nobody has changed it since it had this")
     update.set_defaults(run=update_model)

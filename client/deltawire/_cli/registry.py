@@ -104,19 +104,15 @@ def update_model(client: Client, options: argparse.Namespace) -> int:
     if not changes:
         message = "there is nothing to change: give at least one option that says what"
         raise UsageError(message)
-    model = client.models.update(options.model, etag=options.etag, **changes, **call_options(options))
+    model = client.models.update(options.model, etag=options.etag or "", **changes, **call_options(options))
     _print_model(model, options)
     return OK
 
 
 def unregister_model(client: Client, options: argparse.Namespace) -> int:
-    """Unregister a model; without --json, say which."""
-    call = call_options(options)
-    # Asked before, as nobody knows afterwards whose alias it was.
-    model_id = client.models.get(options.model, **call).id
-    client.models.unregister(options.model, etag=options.etag, **call)
-    alias = f" (alias {options.model})" if options.model != model_id else ""
-    print("{}" if options.json else f"{model_id}{alias} is no longer registered")
+    """Unregister a model. It is not looked up first: its record may be damaged, and the caller may not read."""
+    client.models.unregister(options.model, etag=options.etag or "", **call_options(options))
+    print("{}" if options.json else f"{options.model} is no longer registered")
     return OK
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from deltawire_server.telemetry import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, AsyncIterator
     from contextlib import AbstractAsyncContextManager
 
     from sqlalchemy import URL, Connection
@@ -117,12 +117,18 @@ def database_of(url: str, busy_seconds: float = BUSY_SECONDS) -> Database:
     raise ValueError(f"the registry keeps its models in SQLite or PostgreSQL, not in {kind}")
 
 
+def said(error: Exception) -> str:
+    """What a database's failure says, for the log: in its driver's words, which some have none of."""
+    return str(getattr(error, "orig", error)).partition("\n")[0] or "no answer in time"
+
+
 class SqliteDatabase(Database):
     """A file that several processes on one machine may share, or a database in memory."""
 
     def __init__(self, url: URL, busy_seconds: float) -> None:
         self._url = url
         self._busy_seconds = busy_seconds
+        self._file: tuple[int, int] | None = None  # device and number of the one that was opened
         # A database in memory is one connection's: transactions take it in turn.
         pool = {"poolclass": AsyncAdaptedQueuePool, "pool_size": 1, "max_overflow": 0} if self._in_memory else {}
         # Parameters are callers' notes: they have no business in the log.
@@ -144,14 +150,18 @@ class SqliteDatabase(Database):
         # The asynchronous driver's thread may outlive a connection that fails, and even the event loop, and then it
         # complains. So whether there is a database to connect to is found out without it.
         await asyncio.to_thread(self._probe)
+        self._file = self._file_now()
 
     def reading(self) -> AbstractAsyncContextManager[AsyncConnection]:
         """A snapshot, from its first look on."""
         return self._engine.begin()
 
-    def writing(self) -> AbstractAsyncContextManager[AsyncConnection]:
+    @asynccontextmanager
+    async def writing(self) -> AsyncIterator[AsyncConnection]:
         """With the file's one write lock from the begin."""
-        return self._writer.begin()
+        self._hold_file()
+        async with self._writer.begin() as connection:
+            yield connection
 
     async def lock_migrations(self, connection: AsyncConnection) -> None:
         """The write lock is enough."""
@@ -169,6 +179,7 @@ class SqliteDatabase(Database):
                 async with self._engine.connect() as connection:
                     version: object = None
                     while True:
+                        self._hold_file()
                         async with connection.begin():
                             seen = (await connection.exec_driver_sql("PRAGMA data_version")).scalar()
                         blind = False
@@ -178,7 +189,7 @@ class SqliteDatabase(Database):
                         await asyncio.sleep(POLL_SECONDS)
             except (SQLAlchemyError, OSError) as error:
                 if not blind:
-                    _log.warning("the database's changes cannot be seen", error=str(getattr(error, "orig", error)))
+                    _log.warning("the database's changes cannot be seen", error=said(error))
                 blind = True
             await asyncio.sleep(POLL_SECONDS)
 
@@ -192,6 +203,28 @@ class SqliteDatabase(Database):
         """The file; `None` for a database in memory, and for SQLite's own "file:" URI, which may ask for anything."""
         database = self._url.database or ""
         return None if self._in_memory or database.startswith("file:") else Path(database)
+
+    def _file_now(self) -> tuple[int, int] | None:
+        """What is at the path now."""
+        if self._path is None:
+            return None
+        status = self._path.stat()
+        return status.st_dev, status.st_ino
+
+    def _hold_file(self) -> None:
+        """Hold that the file is still the one that was opened: what is written to a removed one is gone with the process.
+
+        Raises:
+            OSError: It is not.
+        """
+        try:
+            same = self._file_now() == self._file
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise OSError(
+                f"{self._path} was removed or replaced while it was in use: put it back, or restart the gateway"
+            )
 
     def _probe(self) -> None:
         engine = create_engine(

@@ -89,17 +89,21 @@ class Known:
                 raise taken(name, owner.id, f"already belongs to model {owner.id!r}")
 
 
-def taken(name: str, model_id: str, why: str) -> RegistryError:
+MEND = "update or unregister that one first, or choose another name"
+
+
+def taken(name: str, model_id: str, why: str, remedy: str = MEND) -> RegistryError:
     """The failure of a registration whose name is not free.
 
     Args:
         name: The name.
         model_id: Whose it is.
         why: What comes after the name in the message.
+        remedy: What to do.
     """
     return RegistryError(
         Reason.MODEL_ALREADY_EXISTS,
-        f"the name {quoted(name)} {why}; update or unregister that one first, or choose another name",
+        f"the name {quoted(name)} {why}; {remedy}",
         metadata={"model": model_id, "name": name},
     )
 

@@ -170,7 +170,8 @@ async def refuse_served_names(wanted: Model, providers: Served, token: str | Non
                 continue
             listing = await providers.listing(provider_id, token)
             if any(served.id == served_name for served in listing):
-                raise taken(name, name, f"is what provider {provider_id!r} serves as {served_name!r}")
+                why = f"is what provider {provider_id!r} serves as {served_name!r}, for as long as it does"
+                raise taken(name, name, why, "choose another name")
 
 
 def _kind(model_type: ModelType | int) -> ModelType | None:

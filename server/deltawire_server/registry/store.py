@@ -17,7 +17,7 @@ from sqlalchemy import delete, insert, select, update
 from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
 from deltawire_server.errors import Reason, RegistryError
-from deltawire_server.registry.database import BUSY_SECONDS, database_of
+from deltawire_server.registry.database import BUSY_SECONDS, database_of, said
 from deltawire_server.registry.records import (
     DamagedRecordError,
     model_of,
@@ -308,7 +308,7 @@ def _translated(what: str) -> Iterator[None]:
     try:
         yield
     except (SQLAlchemyError, OSError) as error:
-        _log.error("database unusable", call=what, error=str(getattr(error, "orig", error)))
+        _log.error("database unusable", call=what, error=said(error))
         raise RegistryError(
             Reason.STORE_UNAVAILABLE,
             "the registry's database cannot be used now; models that are known already can still be called",

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+UNREADABLE = "unregister that one first, or choose another name"
+"""What to do about a record that is damaged: it cannot be updated."""
+
 
 class Writes:
     """The writes of a registry, one after the other and each as a whole.
@@ -79,7 +82,7 @@ class Writes:
                     return kept
                 # The names were free in memory: another process has registered meanwhile, and may have unregistered since.
                 await self._follower.catch_up()
-            raise taken(model.id, model.id, "or an alias belongs to a record that cannot be read")
+            raise taken(model.id, model.id, "or an alias belongs to a record that cannot be read", UNREADABLE)
 
     async def _update(self, model: Model) -> Model | None:
         async with self._lock:
@@ -95,7 +98,9 @@ class Writes:
                     return kept
                 # Another process has changed the model or has taken a name meanwhile, and may have given it up since.
                 await self._follower.catch_up()
-            raise taken(model.id, model.id, "cannot have an alias that belongs to a record that cannot be read")
+            raise taken(
+                model.id, model.id, "cannot have an alias that belongs to a record that cannot be read", UNREADABLE
+            )
 
     def _is_current(self, model: Model) -> bool:
         """Whether nobody has changed a model since, as far as memory knows: else its names say nothing of others'."""

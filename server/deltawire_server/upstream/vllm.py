@@ -386,4 +386,5 @@ def _says_asleep(body: bytes) -> bool:
 
 
 def _describe(error: Exception) -> str:
-    return str(error) or type(error).__name__
+    # aiohttp says "ssl:default" of plain HTTP too, which leads astray.
+    return str(error).replace(" ssl:default", "") or type(error).__name__

@@ -62,6 +62,11 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         (["models", "register", "llama", "--metadata", "owner"], "--metadata owner: not KEY=VALUE"),
         (["models", "update", "llama", "--metadata", "owner"], "--metadata owner: not KEY=VALUE"),
         (["models", "update", "llama", "--etag", "r1"], "there is nothing to change"),
+        (["models", "update", "llama", "--alias", "l", "--etag", ""], "--etag: is empty"),
+        (["models", "unregister", "llama", "--etag", ""], "--etag: is empty"),
+        (["models", "list", "--target", ""], "the target is empty: write host:port"),
+        (["models", "list", "--target", "http://gateway:1/"], "is a URL: write gateway:1"),
+        (["models", "list", "--token", "a\nb"], "the token must be printable ASCII"),
         (
             ["models", "update", "llama", "--alias", "l", "--no-aliases"],
             "--no-aliases: not allowed with argument --alias",
