@@ -247,7 +247,7 @@ async def test_a_file_that_is_removed_or_replaced_under_way(url: str, store: Sto
 
 async def test_a_writer_that_does_not_let_go_makes_it_unavailable(database_url: str) -> None:
     """Waiting for another process has an end, reading needs no waiting, and the log holds nobody's notes."""
-    store = Store(database_url, busy_seconds=0.2)
+    store = Store(database_url, busy_seconds=1.0)
     await store.open()
     kept = await store.insert(LLAMA)
     with closing(engine_of(database_url).connect()) as other:
@@ -286,7 +286,7 @@ async def test_a_server_that_is_down(postgres: PostgresServer, kill: bool) -> No
 async def test_a_server_that_stands_still(postgres: PostgresServer) -> None:
     """Connections are there and nobody answers: every call has an end, and the store works again afterwards."""
     url = postgres.create_database()
-    store = Store(url, busy_seconds=0.2)
+    store = Store(url, busy_seconds=1.0)
     await store.open()
     kept = await store.insert(LLAMA)
     assert kept is not None
@@ -352,7 +352,7 @@ async def test_a_gateway_that_hangs_in_a_write_does_not_keep_the_others_out(post
     begun, go = threading.Event(), threading.Event()
 
     async def hang() -> None:
-        store = Store(url, busy_seconds=0.2)
+        store = Store(url, busy_seconds=1.0)
         await store.open()
         # Nothing that is public stands still in the midst of a write.
         async with store._database.writing() as connection:

@@ -121,8 +121,6 @@ async def test_what_is_known_goes_on_and_nothing_is_half_done(
         assert await registry.get("a") == mine
         assert (await registry.resolve("mine")).model == mine
         assert await all_ids(registry) == ["alpha/org/common", "beta/mistral", "beta/org/common", "mine"]
-        # The same again changes nothing, and so asks nothing of the database.
-        assert await registry.register("mine", "alpha", "llama", aliases=["a"]) == mine
     assert execute(url, "SELECT revision FROM registry_revision") == [(mine.revision,)]
     assert list(whole(url)) == []
     changed = await registry.update("mine", {"aliases": ["b"], "metadata": NOTES}, mine.etag)
