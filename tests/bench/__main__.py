@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import statistics
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -45,15 +46,16 @@ class Row:
         return min(self.micros_per_token)
 
 
-async def measure(load: str, server: Server, run: Run, tokens: int, repeat: int) -> Row:
-    """Warm up once, then measure."""
-    await run()
-    figures: list[float] = []
-    for _ in range(repeat):
-        before = server.cpu_seconds
-        await run()
-        figures.append((server.cpu_seconds - before) * 1e6 / tokens)
-    return Row(load, server.name, figures)
+async def measure(load: str, under_test: Sequence[tuple[Server, Run]], tokens: int, repeat: int) -> list[Row]:
+    """Warm each up, then measure them in turns: what else happens on the machine meets all of them alike."""
+    rows = [Row(load, server.name, []) for server, _ in under_test]
+    for repetition in range(repeat + 1):
+        for row, (server, run) in zip(rows, under_test, strict=True):
+            before = server.cpu_seconds
+            await run()
+            if repetition:
+                row.micros_per_token.append((server.cpu_seconds - before) * 1e6 / tokens)
+    return rows
 
 
 async def cpu_rows(
@@ -65,21 +67,21 @@ async def cpu_rows(
     router: Path | None,
     chunks_per_write: int = 1,
 ) -> list[Row]:
-    """The same load on the gateway and on every peer there is."""
-    total = streams * tokens
-    rows: list[Row] = []
-    with servers.upstream(tokens, per_second=rate, chunks_per_write=chunks_per_write) as upstream:
-        with servers.gateway(upstream) as server:
-            async with GrpcLoad(server) as callers:
-                rows.append(await measure(load, server, partial(callers.run, streams, tokens), total, repeat))
+    """The same load on the gateway and on every peer there is; those that are not asked are idle."""
+    async with contextlib.AsyncExitStack() as stack:
+        upstream = stack.enter_context(servers.upstream(tokens, per_second=rate, chunks_per_write=chunks_per_write))
+        under_test: list[tuple[Server, Run]] = []
+        gateway = stack.enter_context(servers.gateway(upstream))
+        callers = await stack.enter_async_context(GrpcLoad(gateway))
+        under_test.append((gateway, partial(callers.run, streams, tokens)))
         if router is not None:
-            with servers.vllm_router(router, upstream) as server:
-                async with HttpLoad(server) as readers:
-                    rows.append(await measure(load, server, partial(readers.run, streams, tokens), total, repeat))
-    with servers.bare_grpc(tokens, per_second=rate) as server:
-        async with GrpcLoad(server) as callers:
-            rows.append(await measure(load, server, partial(callers.run, streams, tokens), total, repeat))
-    return rows
+            peer = stack.enter_context(servers.vllm_router(router, upstream))
+            readers = await stack.enter_async_context(HttpLoad(peer))
+            under_test.append((peer, partial(readers.run, streams, tokens)))
+        bare = stack.enter_context(servers.bare_grpc(tokens, per_second=rate))
+        others = await stack.enter_async_context(GrpcLoad(bare))
+        under_test.append((bare, partial(others.run, streams, tokens)))
+        return await measure(load, under_test, streams * tokens, repeat)
 
 
 async def tool_row(streams: int, tokens: int, repeat: int) -> Row:
@@ -87,7 +89,8 @@ async def tool_row(streams: int, tokens: int, repeat: int) -> Row:
     with servers.upstream(tokens, tool_call=True) as upstream, servers.gateway(upstream) as server:
         async with GrpcLoad(server) as callers:
             run = partial(callers.run, streams, tokens, tools=True)
-            return await measure("tool call, flat out", server, run, streams * tokens, repeat)
+            (row,) = await measure("tool call, flat out", [(server, run)], streams * tokens, repeat)
+            return row
 
 
 async def first_event(streams: int) -> dict[str, float]:
