@@ -157,7 +157,7 @@ class ModelRegistry:
         Raises:
             CallerError: Rules are broken (INVALID_REQUEST lists all of them), or there is no such provider.
             RegistryError: MODEL_ALREADY_EXISTS if a name belongs to another model or the id to a different
-                registration: unregister that first. MODEL_NOT_SERVED. STORE_UNAVAILABLE.
+                registration: update or unregister that first. MODEL_NOT_SERVED. STORE_UNAVAILABLE.
             ProviderError: The provider cannot be asked whether it serves the model.
         """
         wanted = rules.requested(
@@ -225,10 +225,12 @@ class ModelRegistry:
             ProviderError: No model of this name is registered, and no provider can be asked whether it serves one.
         """
         attempts = 0
-        while not await self._writes.delete(
-            name, (await self._registered(name, etag, token)).revision if etag else None
-        ):
-            model = await self._registered(name, etag, token)
+        while True:
+            # Without an etag it is not looked up first: the database may have it though memory cannot read it.
+            revision = (await self._registered(name, etag, token)).revision if etag else None
+            if await self._writes.delete(name, revision):
+                return
+            model = await self._registered(name, etag, token)  # says why not, unless somebody is at it right now
             attempts += 1
             if attempts == ATTEMPTS:
                 raise _overtaken(model)
