@@ -16,6 +16,13 @@
         │   ├── ModelDiscoveredError
         │   ├── EtagMismatchError
         │   ├── RevisionGoneError
+        │   ├── ImageUnavailableError
+        │   ├── FieldNotSupportedError
+        │   ├── NotSupportedByProviderError
+        │   ├── CompletionAlreadyExistsError
+        │   ├── CompletionNotFoundError
+        │   ├── CompletionGoneError
+        │   ├── WrongReplicaError
         │   └── ProviderNotFoundError
         ├── ProviderError                    the provider did not do its part; most of it passes: ask again
         │   ├── ProviderMisconfiguredError   (this does not: the operator has to act)
@@ -174,6 +181,34 @@ class RevisionGoneError(RequestError):
     """A watch cannot go on from that revision: it is too old, or of another process. Watch again without one."""
 
 
+class ImageUnavailableError(RequestError):
+    """The gateway could not fetch an image from its address; `metadata` names the field. Send its bytes instead."""
+
+
+class FieldNotSupportedError(RequestError):
+    """The provider's version does not know a field of the request, which `metadata` names. Leave it out."""
+
+
+class NotSupportedByProviderError(RequestError):
+    """The provider does not offer what this call needs; `metadata` names the endpoint."""
+
+
+class CompletionAlreadyExistsError(RequestError):
+    """A completion with this completion_id is under way or retained. Choose another, or resume that one."""
+
+
+class CompletionNotFoundError(RequestError):
+    """There is no completion of this id, or it is another caller's."""
+
+
+class CompletionGoneError(RequestError):
+    """There was such a completion, but what was asked for is no longer retained. Ask again from the top."""
+
+
+class WrongReplicaError(RequestError):
+    """Another gateway process made this completion id, and only that one has the completion."""
+
+
 class ProviderNotFoundError(RequestError):
     """No provider of this name is configured."""
 
@@ -312,6 +347,13 @@ REASONS: Mapping[ErrorReason.ValueType, type[CallError]] = MappingProxyType(
         ErrorReason.ERROR_REASON_REVISION_GONE: RevisionGoneError,
         ErrorReason.ERROR_REASON_SLOW_WATCHER: SlowWatcherError,
         ErrorReason.ERROR_REASON_ACCESS_CHANGED: AccessChangedError,
+        ErrorReason.ERROR_REASON_IMAGE_UNAVAILABLE: ImageUnavailableError,
+        ErrorReason.ERROR_REASON_FIELD_NOT_SUPPORTED: FieldNotSupportedError,
+        ErrorReason.ERROR_REASON_NOT_SUPPORTED_BY_PROVIDER: NotSupportedByProviderError,
+        ErrorReason.ERROR_REASON_COMPLETION_ALREADY_EXISTS: CompletionAlreadyExistsError,
+        ErrorReason.ERROR_REASON_COMPLETION_NOT_FOUND: CompletionNotFoundError,
+        ErrorReason.ERROR_REASON_COMPLETION_GONE: CompletionGoneError,
+        ErrorReason.ERROR_REASON_WRONG_REPLICA: WrongReplicaError,
     }
 )
 

@@ -51,6 +51,9 @@ NEEDS: Mapping[str, Permission] = MappingProxyType(
     {
         "/deltawire.v1.ChatCompletion/CreateChatCompletion": Permission.CALL,
         "/deltawire.v1.ChatCompletion/StreamChatCompletion": Permission.CALL,
+        "/deltawire.v1.ChatCompletion/CancelChatCompletion": Permission.CALL,
+        "/deltawire.v1.ChatCompletion/GetChatCompletion": Permission.CALL,
+        "/deltawire.v1.ChatCompletion/CountTokens": Permission.CALL,
         "/deltawire.v1.ModelRegistry/GetModel": Permission.READ,
         "/deltawire.v1.ModelRegistry/ListModels": Permission.READ,
         "/deltawire.v1.ModelRegistry/WatchModels": Permission.READ,

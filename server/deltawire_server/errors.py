@@ -34,6 +34,7 @@ class Code(enum.IntEnum):
     FAILED_PRECONDITION = 9
     ABORTED = 10
     OUT_OF_RANGE = 11
+    UNIMPLEMENTED = 12
     INTERNAL = 13
     UNAVAILABLE = 14
     UNAUTHENTICATED = 16
@@ -73,6 +74,13 @@ class Reason(enum.Enum):
     REVISION_GONE = 29
     SLOW_WATCHER = 30
     ACCESS_CHANGED = 31
+    IMAGE_UNAVAILABLE = 32
+    FIELD_NOT_SUPPORTED = 33
+    NOT_SUPPORTED_BY_PROVIDER = 34
+    COMPLETION_ALREADY_EXISTS = 35
+    COMPLETION_NOT_FOUND = 36
+    COMPLETION_GONE = 37
+    WRONG_REPLICA = 38
 
 
 CODES: Mapping[Reason, Code] = MappingProxyType(
@@ -109,6 +117,13 @@ CODES: Mapping[Reason, Code] = MappingProxyType(
         Reason.REVISION_GONE: Code.OUT_OF_RANGE,
         Reason.SLOW_WATCHER: Code.RESOURCE_EXHAUSTED,
         Reason.ACCESS_CHANGED: Code.ABORTED,
+        Reason.IMAGE_UNAVAILABLE: Code.FAILED_PRECONDITION,
+        Reason.FIELD_NOT_SUPPORTED: Code.INVALID_ARGUMENT,
+        Reason.NOT_SUPPORTED_BY_PROVIDER: Code.UNIMPLEMENTED,
+        Reason.COMPLETION_ALREADY_EXISTS: Code.ALREADY_EXISTS,
+        Reason.COMPLETION_NOT_FOUND: Code.NOT_FOUND,
+        Reason.COMPLETION_GONE: Code.OUT_OF_RANGE,
+        Reason.WRONG_REPLICA: Code.FAILED_PRECONDITION,
     }
 )
 """The status code of each reason, as long as the answer has not begun."""

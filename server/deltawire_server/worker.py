@@ -180,7 +180,7 @@ class Completion:
         self._handover = Handover(limits.queue_bytes)
         self._reader = CompletionReader(
             choice_count=self._request.choice_count,
-            offered_tools=self._request.offered_tools,
+            offered_tools=[tool.name for tool in self._request.offered_tools],
             stop=self._request.sampling.stop,
             stop_token_ids=self._request.sampling.stop_token_ids,
             keep_logprobs=keep_logprobs,

@@ -54,7 +54,7 @@ class Servicer(chat_completion_pb2_grpc.ChatCompletionServicer):
 
 async def _serve(port: int, tokens: int, per_second: float | None) -> None:
     server = aio.server()
-    chat_completion_pb2_grpc.add_ChatCompletionServicer_to_server(Servicer(tokens, per_second), server)
+    chat_completion_pb2_grpc.add_ChatCompletionServicer_to_server(Servicer(tokens, per_second), server)  # type: ignore[abstract]
     server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
     await server.wait_for_termination()

@@ -135,7 +135,7 @@ class _Breaks(ChatCompletionServicer):
 async def test_a_stream_without_completed_is_refused(tmp_path: Path) -> None:
     """A stream that just stops, with status OK, is not taken for an answer."""
     server = aio.server(options=[("grpc.so_reuseport", 0)])
-    add_ChatCompletionServicer_to_server(_Breaks(), server)
+    add_ChatCompletionServicer_to_server(_Breaks(), server)  # type: ignore[abstract]
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with contextlib.AsyncExitStack() as stack:

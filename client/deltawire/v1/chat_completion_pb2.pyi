@@ -24,6 +24,74 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _ReasoningEffort:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ReasoningEffortEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ReasoningEffort.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    REASONING_EFFORT_UNSPECIFIED: _ReasoningEffort.ValueType  # 0
+    """Not set: the model's own default."""
+    REASONING_EFFORT_NONE: _ReasoningEffort.ValueType  # 1
+    """Not at all."""
+    REASONING_EFFORT_MINIMAL: _ReasoningEffort.ValueType  # 2
+    """As little as can be."""
+    REASONING_EFFORT_LOW: _ReasoningEffort.ValueType  # 3
+    """A little."""
+    REASONING_EFFORT_MEDIUM: _ReasoningEffort.ValueType  # 4
+    """Some."""
+    REASONING_EFFORT_HIGH: _ReasoningEffort.ValueType  # 5
+    """Much."""
+    REASONING_EFFORT_XHIGH: _ReasoningEffort.ValueType  # 6
+    """Very much."""
+    REASONING_EFFORT_MAX: _ReasoningEffort.ValueType  # 7
+    """As much as can be."""
+
+class ReasoningEffort(_ReasoningEffort, metaclass=_ReasoningEffortEnumTypeWrapper):
+    """How hard to think. Which of these a model knows is up to its engine and its template."""
+
+REASONING_EFFORT_UNSPECIFIED: ReasoningEffort.ValueType  # 0
+"""Not set: the model's own default."""
+REASONING_EFFORT_NONE: ReasoningEffort.ValueType  # 1
+"""Not at all."""
+REASONING_EFFORT_MINIMAL: ReasoningEffort.ValueType  # 2
+"""As little as can be."""
+REASONING_EFFORT_LOW: ReasoningEffort.ValueType  # 3
+"""A little."""
+REASONING_EFFORT_MEDIUM: ReasoningEffort.ValueType  # 4
+"""Some."""
+REASONING_EFFORT_HIGH: ReasoningEffort.ValueType  # 5
+"""Much."""
+REASONING_EFFORT_XHIGH: ReasoningEffort.ValueType  # 6
+"""Very much."""
+REASONING_EFFORT_MAX: ReasoningEffort.ValueType  # 7
+"""As much as can be."""
+Global___ReasoningEffort: _TypeAlias = ReasoningEffort  # noqa: Y015
+
+class _ToolCallStreaming:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ToolCallStreamingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ToolCallStreaming.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TOOL_CALL_STREAMING_UNSPECIFIED: _ToolCallStreaming.ValueType  # 0
+    """The same as ASSEMBLED."""
+    TOOL_CALL_STREAMING_ASSEMBLED: _ToolCallStreaming.ValueType  # 1
+    """Only the verdicts, with the choice's end."""
+    TOOL_CALL_STREAMING_INCREMENTAL: _ToolCallStreaming.ValueType  # 2
+    """While they are written, too: STARTED, then IN_PROGRESS with each piece of the arguments. The verdict comes all the same."""
+
+class ToolCallStreaming(_ToolCallStreaming, metaclass=_ToolCallStreamingEnumTypeWrapper):
+    """When tool calls are told."""
+
+TOOL_CALL_STREAMING_UNSPECIFIED: ToolCallStreaming.ValueType  # 0
+"""The same as ASSEMBLED."""
+TOOL_CALL_STREAMING_ASSEMBLED: ToolCallStreaming.ValueType  # 1
+"""Only the verdicts, with the choice's end."""
+TOOL_CALL_STREAMING_INCREMENTAL: ToolCallStreaming.ValueType  # 2
+"""While they are written, too: STARTED, then IN_PROGRESS with each piece of the arguments. The verdict comes all the same."""
+Global___ToolCallStreaming: _TypeAlias = ToolCallStreaming  # noqa: Y015
+
 class _StopReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -44,8 +112,10 @@ class _StopReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StopReason
     """The engine's content filter stepped in."""
     STOP_REASON_REPETITION: _StopReason.ValueType  # 6
     """The engine found the model repeating itself."""
+    STOP_REASON_CANCELLED: _StopReason.ValueType  # 7
+    """CancelChatCompletion ended it, or nobody read a retained stream for its whole `retain_for`."""
     STOP_REASON_TIME_LIMIT: _StopReason.ValueType  # 8
-    """A time limit passed."""
+    """`soft_time_limit` passed; or, with Completed.error, the longest time that the gateway allows."""
     STOP_REASON_UPSTREAM_INCOMPLETE: _StopReason.ValueType  # 9
     """The engine broke off, or aborted the request by itself."""
     STOP_REASON_ERROR: _StopReason.ValueType  # 10
@@ -68,8 +138,10 @@ STOP_REASON_CONTENT_FILTER: StopReason.ValueType  # 5
 """The engine's content filter stepped in."""
 STOP_REASON_REPETITION: StopReason.ValueType  # 6
 """The engine found the model repeating itself."""
+STOP_REASON_CANCELLED: StopReason.ValueType  # 7
+"""CancelChatCompletion ended it, or nobody read a retained stream for its whole `retain_for`."""
 STOP_REASON_TIME_LIMIT: StopReason.ValueType  # 8
-"""A time limit passed."""
+"""`soft_time_limit` passed; or, with Completed.error, the longest time that the gateway allows."""
 STOP_REASON_UPSTREAM_INCOMPLETE: StopReason.ValueType  # 9
 """The engine broke off, or aborted the request by itself."""
 STOP_REASON_ERROR: StopReason.ValueType  # 10
@@ -104,6 +176,58 @@ USAGE_PROVENANCE_ESTIMATED: UsageProvenance.ValueType  # 3
 """The engine gave no figure: the pieces of output that came, counted. prompt_tokens is absent."""
 Global___UsageProvenance: _TypeAlias = UsageProvenance  # noqa: Y015
 
+class _NoticeKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _NoticeKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NoticeKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    NOTICE_KIND_UNSPECIFIED: _NoticeKind.ValueType  # 0
+    """Not set; never sent."""
+    NOTICE_KIND_ANOTHER_REPLICA: _NoticeKind.ValueType  # 1
+    """One replica of the provider did not take the request, and another one answers."""
+    NOTICE_KIND_FIELDS_NOT_CHECKED: _NoticeKind.ValueType  # 2
+    """The provider does not say which fields it knows, so a field was sent that it may ignore."""
+
+class NoticeKind(_NoticeKind, metaclass=_NoticeKindEnumTypeWrapper):
+    """What a notice is about."""
+
+NOTICE_KIND_UNSPECIFIED: NoticeKind.ValueType  # 0
+"""Not set; never sent."""
+NOTICE_KIND_ANOTHER_REPLICA: NoticeKind.ValueType  # 1
+"""One replica of the provider did not take the request, and another one answers."""
+NOTICE_KIND_FIELDS_NOT_CHECKED: NoticeKind.ValueType  # 2
+"""The provider does not say which fields it knows, so a field was sent that it may ignore."""
+Global___NoticeKind: _TypeAlias = NoticeKind  # noqa: Y015
+
+class _CompletionState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CompletionStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CompletionState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    COMPLETION_STATE_UNSPECIFIED: _CompletionState.ValueType  # 0
+    """Not set; never sent."""
+    COMPLETION_STATE_RUNNING: _CompletionState.ValueType  # 1
+    """Under way."""
+    COMPLETION_STATE_COMPLETED: _CompletionState.ValueType  # 2
+    """It has ended as the model or the caller's own limits ended it."""
+    COMPLETION_STATE_FAILED: _CompletionState.ValueType  # 3
+    """A fault, a cancel of the call or its deadline ended it: see `error`."""
+
+class CompletionState(_CompletionState, metaclass=_CompletionStateEnumTypeWrapper):
+    """How far a completion has come."""
+
+COMPLETION_STATE_UNSPECIFIED: CompletionState.ValueType  # 0
+"""Not set; never sent."""
+COMPLETION_STATE_RUNNING: CompletionState.ValueType  # 1
+"""Under way."""
+COMPLETION_STATE_COMPLETED: CompletionState.ValueType  # 2
+"""It has ended as the model or the caller's own limits ended it."""
+COMPLETION_STATE_FAILED: CompletionState.ValueType  # 3
+"""A fault, a cancel of the call or its deadline ended it: see `error`."""
+Global___CompletionState: _TypeAlias = CompletionState  # noqa: Y015
+
 @_typing.final
 class ChatRequest(_message.Message):
     """What to ask a model.
@@ -118,11 +242,21 @@ class ChatRequest(_message.Message):
     MESSAGES_FIELD_NUMBER: _builtins.int
     TOOLS_FIELD_NUMBER: _builtins.int
     TOOL_CHOICE_FIELD_NUMBER: _builtins.int
+    ALLOWED_TOOLS_FIELD_NUMBER: _builtins.int
     PARALLEL_TOOL_CALLS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     RESPONSE_FORMAT_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     CHOICE_COUNT_FIELD_NUMBER: _builtins.int
+    REASONING_FIELD_NUMBER: _builtins.int
+    TOOL_CALL_POLICY_FIELD_NUMBER: _builtins.int
+    SOFT_TIME_LIMIT_FIELD_NUMBER: _builtins.int
+    COMPLETION_ID_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
+    CHAT_TEMPLATE_KWARGS_FIELD_NUMBER: _builtins.int
+    EXTRA_BODY_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Id or alias of a registered model, "provider/name", or the name that just one provider serves. Required."""
     parallel_tool_calls: _builtins.bool
@@ -131,6 +265,28 @@ class ChatRequest(_message.Message):
     """How many answers to generate, independently, from one prompt: 1 to 128. Absent means 1. vLLM refuses more than one
     with temperature 0.
     """
+    completion_id: _builtins.str
+    """An id of the caller's own choice, by which the completion can be cancelled, looked up and resumed even before it has begun:
+    1 to 128 letters, digits, "-", "_", "." or ":". Ids are each caller's own; one that is under way, or retained, cannot be
+    used again (ALREADY_EXISTS). Make it unguessable where the gateway does not tell callers apart. Absent or empty means that the
+    gateway makes one.
+    """
+    priority: _builtins.int
+    """Which request goes first when the engine is full; lower goes earlier, absent means 0. vLLM heeds it only if it was started
+    with --scheduling-policy priority.
+    """
+    cache_salt: _builtins.str
+    """Keeps the engine's prefix cache apart from requests with another salt, so that nobody can tell from timing what others have
+    asked. At most 1024 characters; empty means none.
+    """
+    chat_template_kwargs: _builtins.str
+    """Arguments for the model's chat template, as JSON text of an object. Empty means none. Example: {"enable_thinking":false}."""
+    extra_body: _builtins.str
+    """Further fields of the engine's request body, as JSON text of an object, for what this API has no field for. Only those that
+    the operator allows for the provider (`allowed_extra_fields`), and none that this API has a field for. Empty means none.
+    """
+    user: _builtins.str
+    """Who the end user is, for the engine. vLLM takes it and makes no use of it."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[_message_pb2.Message]:
         """The conversation so far. At least one message."""
@@ -144,6 +300,12 @@ class ChatRequest(_message.Message):
         """Absent means AUTO when there are tools."""
 
     @_builtins.property
+    def allowed_tools(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The names of those of the tools that the model gets to see this time; empty means all of them. A conversation can so keep
+        its one list of tools. REQUIRED is about these, and a tool_name has to be one of them.
+        """
+
+    @_builtins.property
     def sampling(self) -> Global___Sampling:
         """How tokens are chosen and when to stop."""
 
@@ -155,6 +317,21 @@ class ChatRequest(_message.Message):
     def logprobs(self) -> Global___Logprobs:
         """Ask for the log-probability of each token. Absent means none are computed."""
 
+    @_builtins.property
+    def reasoning(self) -> Global___Reasoning:
+        """How much the model thinks before it answers, for models that do."""
+
+    @_builtins.property
+    def tool_call_policy(self) -> Global___ToolCallPolicy:
+        """How tool calls are told and judged."""
+
+    @_builtins.property
+    def soft_time_limit(self) -> _duration_pb2.Duration:
+        """How long the answer may take, counted from accepting the call. Then generation stops, and the answer ends normally with the
+        text so far and stop reason TIME_LIMIT, unlike a deadline, after which nothing can be told. Above 0, at most 24 hours.
+        Absent means no limit but the gateway's own.
+        """
+
     def __init__(
         self,
         *,
@@ -162,26 +339,108 @@ class ChatRequest(_message.Message):
         messages: _abc.Iterable[_message_pb2.Message] | None = ...,
         tools: _abc.Iterable[_tool_pb2.Tool] | None = ...,
         tool_choice: _tool_pb2.ToolChoice | None = ...,
+        allowed_tools: _abc.Iterable[_builtins.str] | None = ...,
         parallel_tool_calls: _builtins.bool | None = ...,
         sampling: Global___Sampling | None = ...,
         response_format: Global___ResponseFormat | None = ...,
         logprobs: Global___Logprobs | None = ...,
         choice_count: _builtins.int | None = ...,
+        reasoning: Global___Reasoning | None = ...,
+        tool_call_policy: Global___ToolCallPolicy | None = ...,
+        soft_time_limit: _duration_pb2.Duration | None = ...,
+        completion_id: _builtins.str = ...,
+        priority: _builtins.int | None = ...,
+        cache_salt: _builtins.str = ...,
+        chat_template_kwargs: _builtins.str = ...,
+        extra_body: _builtins.str = ...,
+        user: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_choice_count", b"_choice_count", "_parallel_tool_calls", b"_parallel_tool_calls", "choice_count", b"choice_count", "logprobs", b"logprobs", "parallel_tool_calls", b"parallel_tool_calls", "response_format", b"response_format", "sampling", b"sampling", "tool_choice", b"tool_choice"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_choice_count", b"_choice_count", "_parallel_tool_calls", b"_parallel_tool_calls", "_priority", b"_priority", "choice_count", b"choice_count", "logprobs", b"logprobs", "parallel_tool_calls", b"parallel_tool_calls", "priority", b"priority", "reasoning", b"reasoning", "response_format", b"response_format", "sampling", b"sampling", "soft_time_limit", b"soft_time_limit", "tool_call_policy", b"tool_call_policy", "tool_choice", b"tool_choice"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_choice_count", b"_choice_count", "_parallel_tool_calls", b"_parallel_tool_calls", "choice_count", b"choice_count", "logprobs", b"logprobs", "messages", b"messages", "model", b"model", "parallel_tool_calls", b"parallel_tool_calls", "response_format", b"response_format", "sampling", b"sampling", "tool_choice", b"tool_choice", "tools", b"tools"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_choice_count", b"_choice_count", "_parallel_tool_calls", b"_parallel_tool_calls", "_priority", b"_priority", "allowed_tools", b"allowed_tools", "cache_salt", b"cache_salt", "chat_template_kwargs", b"chat_template_kwargs", "choice_count", b"choice_count", "completion_id", b"completion_id", "extra_body", b"extra_body", "logprobs", b"logprobs", "messages", b"messages", "model", b"model", "parallel_tool_calls", b"parallel_tool_calls", "priority", b"priority", "reasoning", b"reasoning", "response_format", b"response_format", "sampling", b"sampling", "soft_time_limit", b"soft_time_limit", "tool_call_policy", b"tool_call_policy", "tool_choice", b"tool_choice", "tools", b"tools", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__choice_count: _TypeAlias = _typing.Literal["choice_count"]  # noqa: Y015
     _WhichOneofArgType__choice_count: _TypeAlias = _typing.Literal["_choice_count", b"_choice_count"]  # noqa: Y015
     _WhichOneofReturnType__parallel_tool_calls: _TypeAlias = _typing.Literal["parallel_tool_calls"]  # noqa: Y015
     _WhichOneofArgType__parallel_tool_calls: _TypeAlias = _typing.Literal["_parallel_tool_calls", b"_parallel_tool_calls"]  # noqa: Y015
+    _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
+    _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__choice_count) -> _WhichOneofReturnType__choice_count | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__parallel_tool_calls) -> _WhichOneofReturnType__parallel_tool_calls | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
 
 Global___ChatRequest: _TypeAlias = ChatRequest  # noqa: Y015
+
+@_typing.final
+class Reasoning(_message.Message):
+    """How much a model thinks before it answers. What is absent is left to the model's own defaults."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EFFORT_FIELD_NUMBER: _builtins.int
+    TOKEN_BUDGET_FIELD_NUMBER: _builtins.int
+    INCLUDE_FIELD_NUMBER: _builtins.int
+    effort: Global___ReasoningEffort.ValueType
+    """How hard to think; handed to the model's chat template, and without effect on models that do not look at it."""
+    token_budget: _builtins.int
+    """The most tokens of reasoning; 0 means none. vLLM needs a reasoning parser for it, and says so if it has none."""
+    include: _builtins.bool
+    """Whether the reasoning is told; absent means true. With false vLLM is silent while the model thinks, which counts as
+    silence for the gateway's limits, and tells no log-probabilities of it.
+    """
+    def __init__(
+        self,
+        *,
+        effort: Global___ReasoningEffort.ValueType = ...,
+        token_budget: _builtins.int | None = ...,
+        include: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_include", b"_include", "_token_budget", b"_token_budget", "include", b"include", "token_budget", b"token_budget"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_include", b"_include", "_token_budget", b"_token_budget", "effort", b"effort", "include", b"include", "token_budget", b"token_budget"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__include: _TypeAlias = _typing.Literal["include"]  # noqa: Y015
+    _WhichOneofArgType__include: _TypeAlias = _typing.Literal["_include", b"_include"]  # noqa: Y015
+    _WhichOneofReturnType__token_budget: _TypeAlias = _typing.Literal["token_budget"]  # noqa: Y015
+    _WhichOneofArgType__token_budget: _TypeAlias = _typing.Literal["_token_budget", b"_token_budget"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__include) -> _WhichOneofReturnType__include | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__token_budget) -> _WhichOneofReturnType__token_budget | None: ...
+
+Global___Reasoning: _TypeAlias = Reasoning  # noqa: Y015
+
+@_typing.final
+class ToolCallPolicy(_message.Message):
+    """How tool calls are told and judged."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STREAMING_FIELD_NUMBER: _builtins.int
+    VALIDATE_SCHEMA_FIELD_NUMBER: _builtins.int
+    streaming: Global___ToolCallStreaming.ValueType
+    """When calls are told."""
+    validate_schema: _builtins.bool
+    """Whether a call's arguments are checked against the tool's `input_schema` before it counts as SUCCEEDED; else it FAILED with
+    SCHEMA_MISMATCH. A schema that is none is then refused before the engine is asked. References to other documents are not
+    followed.
+    """
+    def __init__(
+        self,
+        *,
+        streaming: Global___ToolCallStreaming.ValueType = ...,
+        validate_schema: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["streaming", b"streaming", "validate_schema", b"validate_schema"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ToolCallPolicy: _TypeAlias = ToolCallPolicy  # noqa: Y015
 
 @_typing.final
 class Sampling(_message.Message):
@@ -557,41 +816,141 @@ class StreamChatCompletionRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CHAT_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def chat(self) -> Global___ChatRequest:
         """A new completion."""
+
+    @_builtins.property
+    def resume(self) -> Global___ResumeFrom:
+        """Go on with one that is retained."""
+
+    @_builtins.property
+    def options(self) -> Global___StreamOptions:
+        """How the stream of a new completion is told. A resumed one is told as it was asked for: none of this may be set."""
 
     def __init__(
         self,
         *,
         chat: Global___ChatRequest | None = ...,
+        resume: Global___ResumeFrom | None = ...,
+        options: Global___StreamOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "start", b"start"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "options", b"options", "resume", b"resume", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "options", b"options", "resume", b"resume", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_start: _TypeAlias = _typing.Literal["chat"]  # noqa: Y015
+    _WhichOneofReturnType_start: _TypeAlias = _typing.Literal["chat", "resume"]  # noqa: Y015
     _WhichOneofArgType_start: _TypeAlias = _typing.Literal["start", b"start"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_start) -> _WhichOneofReturnType_start | None: ...
 
 Global___StreamChatCompletionRequest: _TypeAlias = StreamChatCompletionRequest  # noqa: Y015
 
 @_typing.final
+class ResumeFrom(_message.Message):
+    """Where to go on in a retained stream. It is replayed from there, message by message as it was, and then goes on live.
+
+    NOT_FOUND (COMPLETION_NOT_FOUND) if this caller has none of this id, OUT_OF_RANGE (COMPLETION_GONE) if there was one, but what is
+    asked for has been dropped; FAILED_PRECONDITION (WRONG_REPLICA) if another process made the id.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMPLETION_ID_FIELD_NUMBER: _builtins.int
+    AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
+    completion_id: _builtins.str
+    """Started.completion_id, or the caller's own. Required."""
+    after_sequence: _builtins.int
+    """The sequence of the last message that came; absent means from the first on."""
+    def __init__(
+        self,
+        *,
+        completion_id: _builtins.str = ...,
+        after_sequence: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_after_sequence", b"_after_sequence", "after_sequence", b"after_sequence"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_after_sequence", b"_after_sequence", "after_sequence", b"after_sequence", "completion_id", b"completion_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__after_sequence: _TypeAlias = _typing.Literal["after_sequence"]  # noqa: Y015
+    _WhichOneofArgType__after_sequence: _TypeAlias = _typing.Literal["_after_sequence", b"_after_sequence"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__after_sequence) -> _WhichOneofReturnType__after_sequence | None: ...
+
+Global___ResumeFrom: _TypeAlias = ResumeFrom  # noqa: Y015
+
+@_typing.final
+class StreamOptions(_message.Message):
+    """How a stream is told. None of it changes any text."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USAGE_UPDATES_FIELD_NUMBER: _builtins.int
+    MAX_COALESCE_DELAY_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_INTERVAL_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_BEFORE_START_FIELD_NUMBER: _builtins.int
+    RETAIN_FOR_FIELD_NUMBER: _builtins.int
+    usage_updates: _builtins.bool
+    """Tell of the usage while the answer is generated, whenever something else is told and it has changed."""
+    heartbeat_before_start: _builtins.bool
+    """Let heartbeats begin before `started` too, while the engine queues or reads the prompt. The price: with the first message the
+    call can no longer be retried on the way.
+    """
+    @_builtins.property
+    def max_coalesce_delay(self) -> _duration_pb2.Duration:
+        """How long a delta may be held back so that more can be joined with it; saves messages where latency does not matter. At most
+        10 seconds. Absent means not at all.
+        """
+
+    @_builtins.property
+    def heartbeat_interval(self) -> _duration_pb2.Duration:
+        """Tell a heartbeat when nothing else was told for this long, so that nothing on the way takes the stream for dead; from 0.1
+        seconds to an hour. Absent means none. They begin after `started`.
+        """
+
+    @_builtins.property
+    def retain_for(self) -> _duration_pb2.Duration:
+        """Keep the stream, so that it can be resumed: neither a lost connection nor a cancel or deadline of the caller ends generation,
+        only CancelChatCompletion, `soft_time_limit`, or nobody reading the stream for this long. It is also how long the result is
+        kept after the end, or after the last reader has left. Above 0; the operator sets the most (600 seconds by default).
+        What the gateway keeps is bounded in bytes: the oldest messages of a long stream, and the oldest results, may go earlier.
+        """
+
+    def __init__(
+        self,
+        *,
+        usage_updates: _builtins.bool = ...,
+        max_coalesce_delay: _duration_pb2.Duration | None = ...,
+        heartbeat_interval: _duration_pb2.Duration | None = ...,
+        heartbeat_before_start: _builtins.bool = ...,
+        retain_for: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval", b"heartbeat_interval", "max_coalesce_delay", b"max_coalesce_delay", "retain_for", b"retain_for"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat_before_start", b"heartbeat_before_start", "heartbeat_interval", b"heartbeat_interval", "max_coalesce_delay", b"max_coalesce_delay", "retain_for", b"retain_for", "usage_updates", b"usage_updates"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamOptions: _TypeAlias = StreamOptions  # noqa: Y015
+
+@_typing.final
 class StreamChatCompletionResponse(_message.Message):
     """One event of a streamed answer.
 
     1. `started` comes first, and only once the engine has produced something. Until then nothing is sent, not even
-       initial metadata, so that the call can be retried; a failure before it is a bare status.
+       initial metadata, so that the call can be retried; a failure before it is a bare status. (Only a heartbeat can come
+       earlier, if `heartbeat_before_start` asks for that.)
     2. Text is never reordered, lost or sent twice: the texts of a choice's `text_delta`s, put together, are the text of its
        message in `completed`.
     3. Neighbouring deltas of one kind and choice that wait because the caller is slower than the engine may be joined;
        nothing that could be sent is held back.
     4. Every tool call of a choice ends in exactly one `tool_call_delta`, SUCCEEDED or FAILED. They come when the choice
-       ends: the last text, then the verdicts by ascending index, then `choice_finished`.
+       ends: the last text, then the verdicts by ascending index, then `choice_finished`. With INCREMENTAL, STARTED and
+       IN_PROGRESS come before it, and their fragments, put together, are what the verdict is about.
     5. FAILED keeps all that the model said of the call.
     6. When an answer is cut, its last call and every call that does not parse are FAILED with TRUNCATED.
        `tool_calls_executable` is true only if the answer ended by itself, with at least one call, and all SUCCEEDED.
-    7. Each choice has one `choice_finished`. Exactly one `completed` comes, last, also after a fault: then its `error` says what
+    7. Each choice that was seen has one `choice_finished`; after a soft cancel or time limit every choice that was asked for. Exactly one `completed` comes, last, also after a fault: then its `error` says what
        happened and the call ends with a non-OK status of the same reason. A stream without `completed` is not an answer.
     8. An engine that stops without a finish reason is a fault, UPSTREAM_INCOMPLETE, never silent success.
     9. `completed` carries the usage, with its provenance, whenever the caller can still be written to.
@@ -606,11 +965,14 @@ class StreamChatCompletionResponse(_message.Message):
     REASONING_DELTA_FIELD_NUMBER: _builtins.int
     TOOL_CALL_DELTA_FIELD_NUMBER: _builtins.int
     CHOICE_FINISHED_FIELD_NUMBER: _builtins.int
+    USAGE_UPDATE_FIELD_NUMBER: _builtins.int
+    NOTICE_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
     COMPLETED_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """0, 1, 2 and so on, without gaps."""
     choice_index: _builtins.int
-    """Which choice this is about; absent on `started` and `completed`."""
+    """Which choice this is about; absent on what is about the whole answer."""
     @_builtins.property
     def started(self) -> Global___Started:
         """The engine has begun."""
@@ -625,11 +987,23 @@ class StreamChatCompletionResponse(_message.Message):
 
     @_builtins.property
     def tool_call_delta(self) -> _tool_pb2.ToolCallDelta:
-        """A verdict on a tool call."""
+        """A tool call: what is known of it so far, or the verdict on it."""
 
     @_builtins.property
     def choice_finished(self) -> Global___ChoiceFinished:
         """A choice has ended."""
+
+    @_builtins.property
+    def usage_update(self) -> Global___UsageUpdate:
+        """What the answer has cost so far; with StreamOptions.usage_updates only."""
+
+    @_builtins.property
+    def notice(self) -> Global___Notice:
+        """Something that the caller should know."""
+
+    @_builtins.property
+    def heartbeat(self) -> Global___Heartbeat:
+        """Nothing has happened, and the stream is alive; with StreamOptions.heartbeat_interval only."""
 
     @_builtins.property
     def completed(self) -> Global___Completed:
@@ -645,15 +1019,18 @@ class StreamChatCompletionResponse(_message.Message):
         reasoning_delta: Global___ReasoningDelta | None = ...,
         tool_call_delta: _tool_pb2.ToolCallDelta | None = ...,
         choice_finished: Global___ChoiceFinished | None = ...,
+        usage_update: Global___UsageUpdate | None = ...,
+        notice: Global___Notice | None = ...,
+        heartbeat: Global___Heartbeat | None = ...,
         completed: Global___Completed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_choice_index", b"_choice_index", "choice_finished", b"choice_finished", "choice_index", b"choice_index", "completed", b"completed", "event", b"event", "reasoning_delta", b"reasoning_delta", "started", b"started", "text_delta", b"text_delta", "tool_call_delta", b"tool_call_delta"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_choice_index", b"_choice_index", "choice_finished", b"choice_finished", "choice_index", b"choice_index", "completed", b"completed", "event", b"event", "heartbeat", b"heartbeat", "notice", b"notice", "reasoning_delta", b"reasoning_delta", "started", b"started", "text_delta", b"text_delta", "tool_call_delta", b"tool_call_delta", "usage_update", b"usage_update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_choice_index", b"_choice_index", "choice_finished", b"choice_finished", "choice_index", b"choice_index", "completed", b"completed", "event", b"event", "reasoning_delta", b"reasoning_delta", "sequence", b"sequence", "started", b"started", "text_delta", b"text_delta", "tool_call_delta", b"tool_call_delta"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_choice_index", b"_choice_index", "choice_finished", b"choice_finished", "choice_index", b"choice_index", "completed", b"completed", "event", b"event", "heartbeat", b"heartbeat", "notice", b"notice", "reasoning_delta", b"reasoning_delta", "sequence", b"sequence", "started", b"started", "text_delta", b"text_delta", "tool_call_delta", b"tool_call_delta", "usage_update", b"usage_update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__choice_index: _TypeAlias = _typing.Literal["choice_index"]  # noqa: Y015
     _WhichOneofArgType__choice_index: _TypeAlias = _typing.Literal["_choice_index", b"_choice_index"]  # noqa: Y015
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "text_delta", "reasoning_delta", "tool_call_delta", "choice_finished", "completed"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "text_delta", "reasoning_delta", "tool_call_delta", "choice_finished", "usage_update", "notice", "heartbeat", "completed"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__choice_index) -> _WhichOneofReturnType__choice_index | None: ...
@@ -675,7 +1052,9 @@ class Started(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     EFFECTIVE_SAMPLING_FIELD_NUMBER: _builtins.int
     completion_id: _builtins.str
-    """This completion's id: "cmpl-" and 32 hexadecimal digits."""
+    """This completion's id: the caller's own, or "cmpl-", 32 hexadecimal digits that nobody can guess, and after a "-" eight that
+    say which process made it.
+    """
     model: _builtins.str
     """The model by its id in the registry, or "provider/name" if it is not registered."""
     alias: _builtins.str
@@ -918,16 +1297,102 @@ class Usage(_message.Message):
 Global___Usage: _TypeAlias = Usage  # noqa: Y015
 
 @_typing.final
+class UsageUpdate(_message.Message):
+    """What an answer has cost so far. Cumulative: replace what came before, never add."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USAGE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def usage(self) -> Global___Usage:
+        """At least this much, LOWER_BOUND, or ESTIMATED. The final account is in `completed`."""
+
+    def __init__(
+        self,
+        *,
+        usage: Global___Usage | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UsageUpdate: _TypeAlias = UsageUpdate  # noqa: Y015
+
+@_typing.final
+class Notice(_message.Message):
+    """Something that the caller should know, and that does not end the answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    FIELD_FIELD_NUMBER: _builtins.int
+    kind: Global___NoticeKind.ValueType
+    """What it is about, for programs; a client that does not know it shows the message."""
+    message: _builtins.str
+    """For people."""
+    field: _builtins.str
+    """The field of the request that it is about, such as "chat.priority"; empty if it is about none."""
+    def __init__(
+        self,
+        *,
+        kind: Global___NoticeKind.ValueType = ...,
+        message: _builtins.str = ...,
+        field: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["field", b"field", "kind", b"kind", "message", b"message"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Notice: _TypeAlias = Notice  # noqa: Y015
+
+@_typing.final
+class Heartbeat(_message.Message):
+    """Nothing has happened, and the stream is alive."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015
+
+@_typing.final
 class Timings(_message.Message):
     """How long things took, measured in the gateway."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    QUEUE_FIELD_NUMBER: _builtins.int
     TIME_TO_FIRST_EVENT_FIELD_NUMBER: _builtins.int
+    MEAN_GAP_FIELD_NUMBER: _builtins.int
+    WORST_GAP_FIELD_NUMBER: _builtins.int
     TOTAL_FIELD_NUMBER: _builtins.int
     @_builtins.property
+    def queue(self) -> _duration_pb2.Duration:
+        """From accepting the call to sending it to the engine: finding the model, fetching images."""
+
+    @_builtins.property
     def time_to_first_event(self) -> _duration_pb2.Duration:
-        """From accepting the call to the engine's first event."""
+        """From accepting the call to the engine's first event. Absent if there was none."""
+
+    @_builtins.property
+    def mean_gap(self) -> _duration_pb2.Duration:
+        """Between two of the engine's events, on average. Absent if there were fewer than two."""
+
+    @_builtins.property
+    def worst_gap(self) -> _duration_pb2.Duration:
+        """The longest time between two of the engine's events. Absent if there were fewer than two."""
 
     @_builtins.property
     def total(self) -> _duration_pb2.Duration:
@@ -936,12 +1401,15 @@ class Timings(_message.Message):
     def __init__(
         self,
         *,
+        queue: _duration_pb2.Duration | None = ...,
         time_to_first_event: _duration_pb2.Duration | None = ...,
+        mean_gap: _duration_pb2.Duration | None = ...,
+        worst_gap: _duration_pb2.Duration | None = ...,
         total: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["time_to_first_event", b"time_to_first_event", "total", b"total"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["mean_gap", b"mean_gap", "queue", b"queue", "time_to_first_event", b"time_to_first_event", "total", b"total", "worst_gap", b"worst_gap"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["time_to_first_event", b"time_to_first_event", "total", b"total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mean_gap", b"mean_gap", "queue", b"queue", "time_to_first_event", b"time_to_first_event", "total", b"total", "worst_gap", b"worst_gap"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1082,3 +1550,199 @@ class Completed(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Completed: _TypeAlias = Completed  # noqa: Y015
+
+@_typing.final
+class CancelChatCompletionRequest(_message.Message):
+    """Asks to end a completion softly."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMPLETION_ID_FIELD_NUMBER: _builtins.int
+    completion_id: _builtins.str
+    """Started.completion_id, or the caller's own. Required."""
+    def __init__(
+        self,
+        *,
+        completion_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["completion_id", b"completion_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelChatCompletionRequest: _TypeAlias = CancelChatCompletionRequest  # noqa: Y015
+
+@_typing.final
+class CancelChatCompletionResponse(_message.Message):
+    """What the cancel met."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    state: Global___CompletionState.ValueType
+    """The state before the cancel: RUNNING if it ends something."""
+    @_builtins.property
+    def usage(self) -> Global___Usage:
+        """What the completion had cost by then."""
+
+    def __init__(
+        self,
+        *,
+        state: Global___CompletionState.ValueType = ...,
+        usage: Global___Usage | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["state", b"state", "usage", b"usage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelChatCompletionResponse: _TypeAlias = CancelChatCompletionResponse  # noqa: Y015
+
+@_typing.final
+class GetChatCompletionRequest(_message.Message):
+    """Asks what has become of a completion."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMPLETION_ID_FIELD_NUMBER: _builtins.int
+    completion_id: _builtins.str
+    """Started.completion_id, or the caller's own. Required."""
+    def __init__(
+        self,
+        *,
+        completion_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["completion_id", b"completion_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetChatCompletionRequest: _TypeAlias = GetChatCompletionRequest  # noqa: Y015
+
+@_typing.final
+class GetChatCompletionResponse(_message.Message):
+    """What has become of a completion."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMPLETION_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    STARTED_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    COMPLETED_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    completion_id: _builtins.str
+    """The id that was asked for."""
+    state: Global___CompletionState.ValueType
+    """How far it has come."""
+    last_sequence: _builtins.int
+    """The sequence of the newest message of a retained stream. Absent if there is none, or nothing is retained."""
+    @_builtins.property
+    def started(self) -> Global___Started:
+        """What was asked of whom. Absent until the engine has begun."""
+
+    @_builtins.property
+    def usage(self) -> Global___Usage:
+        """What it has cost so far, or in all."""
+
+    @_builtins.property
+    def completed(self) -> Global___Completed:
+        """The result. Absent while it runs, and if it is not retained, or no longer."""
+
+    @_builtins.property
+    def error(self) -> Global___Completed.Error:
+        """With FAILED, why. The code is CANCELLED or DEADLINE_EXCEEDED if the caller's own cancel or deadline was it."""
+
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """When what is retained will be dropped if nobody reads it before. Absent while somebody does, and if nothing is retained."""
+
+    def __init__(
+        self,
+        *,
+        completion_id: _builtins.str = ...,
+        state: Global___CompletionState.ValueType = ...,
+        started: Global___Started | None = ...,
+        usage: Global___Usage | None = ...,
+        completed: Global___Completed | None = ...,
+        error: Global___Completed.Error | None = ...,
+        last_sequence: _builtins.int | None = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_last_sequence", b"_last_sequence", "completed", b"completed", "error", b"error", "expire_time", b"expire_time", "last_sequence", b"last_sequence", "started", b"started", "usage", b"usage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_last_sequence", b"_last_sequence", "completed", b"completed", "completion_id", b"completion_id", "error", b"error", "expire_time", b"expire_time", "last_sequence", b"last_sequence", "started", b"started", "state", b"state", "usage", b"usage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__last_sequence: _TypeAlias = _typing.Literal["last_sequence"]  # noqa: Y015
+    _WhichOneofArgType__last_sequence: _TypeAlias = _typing.Literal["_last_sequence", b"_last_sequence"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__last_sequence) -> _WhichOneofReturnType__last_sequence | None: ...
+
+Global___GetChatCompletionResponse: _TypeAlias = GetChatCompletionResponse  # noqa: Y015
+
+@_typing.final
+class CountTokensRequest(_message.Message):
+    """Asks how many tokens a request's prompt has."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHAT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def chat(self) -> Global___ChatRequest:
+        """Required. Counted are its messages, its tools as tool_choice and allowed_tools leave them, and chat_template_kwargs. Images
+        cannot be counted without being computed: INVALID_ARGUMENT.
+        """
+
+    def __init__(
+        self,
+        *,
+        chat: Global___ChatRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CountTokensRequest: _TypeAlias = CountTokensRequest  # noqa: Y015
+
+@_typing.final
+class CountTokensResponse(_message.Message):
+    """How many tokens a request's prompt has."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    PROVIDER_ID_FIELD_NUMBER: _builtins.int
+    prompt_tokens: _builtins.int
+    """The same figure as Usage.prompt_tokens of a completion."""
+    max_context_tokens: _builtins.int
+    """The longest prompt and answer together that the model takes. Absent if the engine does not say."""
+    model: _builtins.str
+    """See Started.model."""
+    provider_id: _builtins.str
+    """See Started.provider_id."""
+    def __init__(
+        self,
+        *,
+        prompt_tokens: _builtins.int = ...,
+        max_context_tokens: _builtins.int | None = ...,
+        model: _builtins.str = ...,
+        provider_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_context_tokens", b"_max_context_tokens", "max_context_tokens", b"max_context_tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_context_tokens", b"_max_context_tokens", "max_context_tokens", b"max_context_tokens", "model", b"model", "prompt_tokens", b"prompt_tokens", "provider_id", b"provider_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_context_tokens: _TypeAlias = _typing.Literal["max_context_tokens"]  # noqa: Y015
+    _WhichOneofArgType__max_context_tokens: _TypeAlias = _typing.Literal["_max_context_tokens", b"_max_context_tokens"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_context_tokens) -> _WhichOneofReturnType__max_context_tokens | None: ...
+
+Global___CountTokensResponse: _TypeAlias = CountTokensResponse  # noqa: Y015

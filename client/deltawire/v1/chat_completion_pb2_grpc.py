@@ -50,6 +50,21 @@ class ChatCompletionStub(object):
                 request_serializer=deltawire_dot_v1_dot_chat__completion__pb2.StreamChatCompletionRequest.SerializeToString,
                 response_deserializer=deltawire_dot_v1_dot_chat__completion__pb2.StreamChatCompletionResponse.FromString,
                 _registered_method=True)
+        self.CancelChatCompletion = channel.unary_unary(
+                '/deltawire.v1.ChatCompletion/CancelChatCompletion',
+                request_serializer=deltawire_dot_v1_dot_chat__completion__pb2.CancelChatCompletionRequest.SerializeToString,
+                response_deserializer=deltawire_dot_v1_dot_chat__completion__pb2.CancelChatCompletionResponse.FromString,
+                _registered_method=True)
+        self.GetChatCompletion = channel.unary_unary(
+                '/deltawire.v1.ChatCompletion/GetChatCompletion',
+                request_serializer=deltawire_dot_v1_dot_chat__completion__pb2.GetChatCompletionRequest.SerializeToString,
+                response_deserializer=deltawire_dot_v1_dot_chat__completion__pb2.GetChatCompletionResponse.FromString,
+                _registered_method=True)
+        self.CountTokens = channel.unary_unary(
+                '/deltawire.v1.ChatCompletion/CountTokens',
+                request_serializer=deltawire_dot_v1_dot_chat__completion__pb2.CountTokensRequest.SerializeToString,
+                response_deserializer=deltawire_dot_v1_dot_chat__completion__pb2.CountTokensResponse.FromString,
+                _registered_method=True)
 
 
 class ChatCompletionServicer(object):
@@ -71,7 +86,32 @@ class ChatCompletionServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def StreamChatCompletion(self, request, context):
-        """The answer as typed events, as they are generated. See StreamChatCompletionResponse for the contract.
+        """The answer as typed events, as they are generated; also goes on with a stream that was retained. See
+        StreamChatCompletionResponse for the contract.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelChatCompletion(self, request, context):
+        """Ends a completion softly: generation stops, and whoever reads it gets a normal end, with the text so far, stop reason
+        CANCELLED and the usage. Cancelling one that has ended already changes nothing and is no error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetChatCompletion(self, request, context):
+        """How far a completion has come, and for how long it can still be resumed; its result too, if it is retained. Of one that is
+        not, what it cost and how it ended is known for a while.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CountTokens(self, request, context):
+        """How many tokens a request's prompt has, counted by the engine that would answer it, with its chat template. Nothing is
+        generated.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -89,6 +129,21 @@ def add_ChatCompletionServicer_to_server(servicer, server):
                     servicer.StreamChatCompletion,
                     request_deserializer=deltawire_dot_v1_dot_chat__completion__pb2.StreamChatCompletionRequest.FromString,
                     response_serializer=deltawire_dot_v1_dot_chat__completion__pb2.StreamChatCompletionResponse.SerializeToString,
+            ),
+            'CancelChatCompletion': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelChatCompletion,
+                    request_deserializer=deltawire_dot_v1_dot_chat__completion__pb2.CancelChatCompletionRequest.FromString,
+                    response_serializer=deltawire_dot_v1_dot_chat__completion__pb2.CancelChatCompletionResponse.SerializeToString,
+            ),
+            'GetChatCompletion': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetChatCompletion,
+                    request_deserializer=deltawire_dot_v1_dot_chat__completion__pb2.GetChatCompletionRequest.FromString,
+                    response_serializer=deltawire_dot_v1_dot_chat__completion__pb2.GetChatCompletionResponse.SerializeToString,
+            ),
+            'CountTokens': grpc.unary_unary_rpc_method_handler(
+                    servicer.CountTokens,
+                    request_deserializer=deltawire_dot_v1_dot_chat__completion__pb2.CountTokensRequest.FromString,
+                    response_serializer=deltawire_dot_v1_dot_chat__completion__pb2.CountTokensResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -151,6 +206,87 @@ class ChatCompletion(object):
             '/deltawire.v1.ChatCompletion/StreamChatCompletion',
             deltawire_dot_v1_dot_chat__completion__pb2.StreamChatCompletionRequest.SerializeToString,
             deltawire_dot_v1_dot_chat__completion__pb2.StreamChatCompletionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelChatCompletion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/deltawire.v1.ChatCompletion/CancelChatCompletion',
+            deltawire_dot_v1_dot_chat__completion__pb2.CancelChatCompletionRequest.SerializeToString,
+            deltawire_dot_v1_dot_chat__completion__pb2.CancelChatCompletionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetChatCompletion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/deltawire.v1.ChatCompletion/GetChatCompletion',
+            deltawire_dot_v1_dot_chat__completion__pb2.GetChatCompletionRequest.SerializeToString,
+            deltawire_dot_v1_dot_chat__completion__pb2.GetChatCompletionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CountTokens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/deltawire.v1.ChatCompletion/CountTokens',
+            deltawire_dot_v1_dot_chat__completion__pb2.CountTokensRequest.SerializeToString,
+            deltawire_dot_v1_dot_chat__completion__pb2.CountTokensResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,7 +45,21 @@ class ChatCompletionStub:
     most languages 4 MiB by default, fails there: stream long ones.
     """
     StreamChatCompletion: _grpc.UnaryStreamMultiCallable[_chat_completion_pb2.StreamChatCompletionRequest, _chat_completion_pb2.StreamChatCompletionResponse]
-    """The answer as typed events, as they are generated. See StreamChatCompletionResponse for the contract."""
+    """The answer as typed events, as they are generated; also goes on with a stream that was retained. See
+    StreamChatCompletionResponse for the contract.
+    """
+    CancelChatCompletion: _grpc.UnaryUnaryMultiCallable[_chat_completion_pb2.CancelChatCompletionRequest, _chat_completion_pb2.CancelChatCompletionResponse]
+    """Ends a completion softly: generation stops, and whoever reads it gets a normal end, with the text so far, stop reason
+    CANCELLED and the usage. Cancelling one that has ended already changes nothing and is no error.
+    """
+    GetChatCompletion: _grpc.UnaryUnaryMultiCallable[_chat_completion_pb2.GetChatCompletionRequest, _chat_completion_pb2.GetChatCompletionResponse]
+    """How far a completion has come, and for how long it can still be resumed; its result too, if it is retained. Of one that is
+    not, what it cost and how it ended is known for a while.
+    """
+    CountTokens: _grpc.UnaryUnaryMultiCallable[_chat_completion_pb2.CountTokensRequest, _chat_completion_pb2.CountTokensResponse]
+    """How many tokens a request's prompt has, counted by the engine that would answer it, with its chat template. Nothing is
+    generated.
+    """
 
 @_typing.type_check_only
 class ChatCompletionAsyncStub(ChatCompletionStub):
@@ -64,7 +78,21 @@ class ChatCompletionAsyncStub(ChatCompletionStub):
     most languages 4 MiB by default, fails there: stream long ones.
     """
     StreamChatCompletion: _aio.UnaryStreamMultiCallable[_chat_completion_pb2.StreamChatCompletionRequest, _chat_completion_pb2.StreamChatCompletionResponse]  # type: ignore[assignment]
-    """The answer as typed events, as they are generated. See StreamChatCompletionResponse for the contract."""
+    """The answer as typed events, as they are generated; also goes on with a stream that was retained. See
+    StreamChatCompletionResponse for the contract.
+    """
+    CancelChatCompletion: _aio.UnaryUnaryMultiCallable[_chat_completion_pb2.CancelChatCompletionRequest, _chat_completion_pb2.CancelChatCompletionResponse]  # type: ignore[assignment]
+    """Ends a completion softly: generation stops, and whoever reads it gets a normal end, with the text so far, stop reason
+    CANCELLED and the usage. Cancelling one that has ended already changes nothing and is no error.
+    """
+    GetChatCompletion: _aio.UnaryUnaryMultiCallable[_chat_completion_pb2.GetChatCompletionRequest, _chat_completion_pb2.GetChatCompletionResponse]  # type: ignore[assignment]
+    """How far a completion has come, and for how long it can still be resumed; its result too, if it is retained. Of one that is
+    not, what it cost and how it ended is known for a while.
+    """
+    CountTokens: _aio.UnaryUnaryMultiCallable[_chat_completion_pb2.CountTokensRequest, _chat_completion_pb2.CountTokensResponse]  # type: ignore[assignment]
+    """How many tokens a request's prompt has, counted by the engine that would answer it, with its chat template. Nothing is
+    generated.
+    """
 
 class ChatCompletionServicer(metaclass=_abc_1.ABCMeta):
     """Chat with a model: the answer whole, or as typed events while it is generated.
@@ -92,6 +120,38 @@ class ChatCompletionServicer(metaclass=_abc_1.ABCMeta):
         request: _chat_completion_pb2.StreamChatCompletionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_chat_completion_pb2.StreamChatCompletionResponse], _abc.AsyncIterator[_chat_completion_pb2.StreamChatCompletionResponse]]:
-        """The answer as typed events, as they are generated. See StreamChatCompletionResponse for the contract."""
+        """The answer as typed events, as they are generated; also goes on with a stream that was retained. See
+        StreamChatCompletionResponse for the contract.
+        """
+
+    @_abc_1.abstractmethod
+    def CancelChatCompletion(
+        self,
+        request: _chat_completion_pb2.CancelChatCompletionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_chat_completion_pb2.CancelChatCompletionResponse, _abc.Awaitable[_chat_completion_pb2.CancelChatCompletionResponse]]:
+        """Ends a completion softly: generation stops, and whoever reads it gets a normal end, with the text so far, stop reason
+        CANCELLED and the usage. Cancelling one that has ended already changes nothing and is no error.
+        """
+
+    @_abc_1.abstractmethod
+    def GetChatCompletion(
+        self,
+        request: _chat_completion_pb2.GetChatCompletionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_chat_completion_pb2.GetChatCompletionResponse, _abc.Awaitable[_chat_completion_pb2.GetChatCompletionResponse]]:
+        """How far a completion has come, and for how long it can still be resumed; its result too, if it is retained. Of one that is
+        not, what it cost and how it ended is known for a while.
+        """
+
+    @_abc_1.abstractmethod
+    def CountTokens(
+        self,
+        request: _chat_completion_pb2.CountTokensRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_chat_completion_pb2.CountTokensResponse, _abc.Awaitable[_chat_completion_pb2.CountTokensResponse]]:
+        """How many tokens a request's prompt has, counted by the engine that would answer it, with its chat template. Nothing is
+        generated.
+        """
 
 def add_ChatCompletionServicer_to_server(servicer: ChatCompletionServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

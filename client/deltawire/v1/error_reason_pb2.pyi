@@ -134,6 +134,32 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """ABORTED. Who may call this gateway has changed since the watch began. Watch again from the last revision: the caller is
     judged anew.
     """
+    ERROR_REASON_IMAGE_UNAVAILABLE: _ErrorReason.ValueType  # 32
+    """FAILED_PRECONDITION. An image could not be fetched from its address: it is not there, too large, too slow, or no image.
+    Metadata: {"field": "chat.messages[0].user.content[1].image.url", "host": "example.com"}.
+    """
+    ERROR_REASON_FIELD_NOT_SUPPORTED: _ErrorReason.ValueType  # 33
+    """INVALID_ARGUMENT. The provider's version does not know a field of the request, and would ignore it. Leave it out.
+    Metadata: {"field": "chat.cache_salt", "provider": "vllm", "version": "0.8.5"}.
+    """
+    ERROR_REASON_NOT_SUPPORTED_BY_PROVIDER: _ErrorReason.ValueType  # 34
+    """UNIMPLEMENTED. The provider does not offer what this call needs: CountTokens needs its /tokenize.
+    Metadata: {"provider": "vllm", "endpoint": "/tokenize"}.
+    """
+    ERROR_REASON_COMPLETION_ALREADY_EXISTS: _ErrorReason.ValueType  # 35
+    """ALREADY_EXISTS. A completion of this caller's that has this completion_id is under way or retained. Choose another id, or
+    resume that one. Metadata: {"completion_id": "my-1"}.
+    """
+    ERROR_REASON_COMPLETION_NOT_FOUND: _ErrorReason.ValueType  # 36
+    """NOT_FOUND. This caller has no completion of this id here. Metadata: {"completion_id": "my-1"}."""
+    ERROR_REASON_COMPLETION_GONE: _ErrorReason.ValueType  # 37
+    """OUT_OF_RANGE. There was such a completion, but what was asked for is no longer retained, or never was.
+    Metadata: {"completion_id": "my-1", "first_sequence": "812"} (the oldest message that can still be had, if any can).
+    """
+    ERROR_REASON_WRONG_REPLICA: _ErrorReason.ValueType  # 38
+    """FAILED_PRECONDITION. Another process made this completion id, and only that one has the completion. Metadata:
+    {"completion_id": "cmpl-…"}.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed, in one word to branch on.
@@ -257,5 +283,31 @@ Metadata: {"limit": "4096"} for changes, or {"limit_seconds": "30"}.
 ERROR_REASON_ACCESS_CHANGED: ErrorReason.ValueType  # 31
 """ABORTED. Who may call this gateway has changed since the watch began. Watch again from the last revision: the caller is
 judged anew.
+"""
+ERROR_REASON_IMAGE_UNAVAILABLE: ErrorReason.ValueType  # 32
+"""FAILED_PRECONDITION. An image could not be fetched from its address: it is not there, too large, too slow, or no image.
+Metadata: {"field": "chat.messages[0].user.content[1].image.url", "host": "example.com"}.
+"""
+ERROR_REASON_FIELD_NOT_SUPPORTED: ErrorReason.ValueType  # 33
+"""INVALID_ARGUMENT. The provider's version does not know a field of the request, and would ignore it. Leave it out.
+Metadata: {"field": "chat.cache_salt", "provider": "vllm", "version": "0.8.5"}.
+"""
+ERROR_REASON_NOT_SUPPORTED_BY_PROVIDER: ErrorReason.ValueType  # 34
+"""UNIMPLEMENTED. The provider does not offer what this call needs: CountTokens needs its /tokenize.
+Metadata: {"provider": "vllm", "endpoint": "/tokenize"}.
+"""
+ERROR_REASON_COMPLETION_ALREADY_EXISTS: ErrorReason.ValueType  # 35
+"""ALREADY_EXISTS. A completion of this caller's that has this completion_id is under way or retained. Choose another id, or
+resume that one. Metadata: {"completion_id": "my-1"}.
+"""
+ERROR_REASON_COMPLETION_NOT_FOUND: ErrorReason.ValueType  # 36
+"""NOT_FOUND. This caller has no completion of this id here. Metadata: {"completion_id": "my-1"}."""
+ERROR_REASON_COMPLETION_GONE: ErrorReason.ValueType  # 37
+"""OUT_OF_RANGE. There was such a completion, but what was asked for is no longer retained, or never was.
+Metadata: {"completion_id": "my-1", "first_sequence": "812"} (the oldest message that can still be had, if any can).
+"""
+ERROR_REASON_WRONG_REPLICA: ErrorReason.ValueType  # 38
+"""FAILED_PRECONDITION. Another process made this completion id, and only that one has the completion. Metadata:
+{"completion_id": "cmpl-…"}.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

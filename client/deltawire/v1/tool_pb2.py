@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x64\x65ltawire/v1/tool.proto\x12\x0c\x64\x65ltawire.v1\"v\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x14\n\x0cinput_schema\x18\x03 \x01(\t\x12\x15\n\routput_schema\x18\x04 \x01(\t\x12\x13\n\x06strict\x18\x05 \x01(\x08H\x00\x88\x01\x01\x42\t\n\x07_strict\"\xa9\x01\n\nToolChoice\x12-\n\x04mode\x18\x01 \x01(\x0e\x32\x1d.deltawire.v1.ToolChoice.ModeH\x00\x12\x13\n\ttool_name\x18\x02 \x01(\tH\x00\"M\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\r\n\tMODE_AUTO\x10\x01\x12\x11\n\rMODE_REQUIRED\x10\x02\x12\r\n\tMODE_NONE\x10\x03\x42\x08\n\x06\x63hoice\"A\n\x08ToolCall\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\x12\x11\n\ttool_name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"\x98\x01\n\x0fToolCallFailure\x12\x33\n\x06reason\x18\x01 \x01(\x0e\x32#.deltawire.v1.ToolCallFailureReason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x18\n\x0b\x62yte_offset\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x15\n\rraw_arguments\x18\x04 \x01(\tB\x0e\n\x0c_byte_offset\"\xff\x01\n\rToolCallDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0f\n\x07\x63\x61ll_id\x18\x02 \x01(\t\x12\x11\n\ttool_name\x18\x03 \x01(\t\x12\x37\n\x0cparse_status\x18\x04 \x01(\x0e\x32!.deltawire.v1.ToolCallParseStatus\x12+\n\ttool_call\x18\x06 \x01(\x0b\x32\x16.deltawire.v1.ToolCallH\x00\x12\x30\n\x07\x66\x61ilure\x18\x07 \x01(\x0b\x32\x1d.deltawire.v1.ToolCallFailureH\x00\x42\t\n\x07outcomeJ\x04\x08\x05\x10\x06R\x12\x61rguments_fragment*\xd6\x01\n\x13ToolCallParseStatus\x12&\n\"TOOL_CALL_PARSE_STATUS_UNSPECIFIED\x10\x00\x12$\n TOOL_CALL_PARSE_STATUS_SUCCEEDED\x10\x03\x12!\n\x1dTOOL_CALL_PARSE_STATUS_FAILED\x10\x04\"\x04\x08\x01\x10\x01\"\x04\x08\x02\x10\x02*\x1eTOOL_CALL_PARSE_STATUS_STARTED*\"TOOL_CALL_PARSE_STATUS_IN_PROGRESS*\xc8\x02\n\x15ToolCallFailureReason\x12(\n$TOOL_CALL_FAILURE_REASON_UNSPECIFIED\x10\x00\x12)\n%TOOL_CALL_FAILURE_REASON_MISSING_NAME\x10\x01\x12)\n%TOOL_CALL_FAILURE_REASON_UNKNOWN_TOOL\x10\x02\x12&\n\"TOOL_CALL_FAILURE_REASON_TRUNCATED\x10\x03\x12+\n\'TOOL_CALL_FAILURE_REASON_MALFORMED_JSON\x10\x04\x12*\n&TOOL_CALL_FAILURE_REASON_NOT_AN_OBJECT\x10\x05\"\x04\x08\x06\x10\x06*(TOOL_CALL_FAILURE_REASON_SCHEMA_MISMATCHBm\n\x10\x64\x65v.deltawire.v1B\tToolProtoP\x01Z\x18\x64\x65ltawire/v1;deltawirev1\xa2\x02\x03\x44WX\xaa\x02\x0c\x44\x65ltawire.V1\xca\x02\x0c\x44\x65ltawire\\V1\xea\x02\rDeltawire::V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x64\x65ltawire/v1/tool.proto\x12\x0c\x64\x65ltawire.v1\"v\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x14\n\x0cinput_schema\x18\x03 \x01(\t\x12\x15\n\routput_schema\x18\x04 \x01(\t\x12\x13\n\x06strict\x18\x05 \x01(\x08H\x00\x88\x01\x01\x42\t\n\x07_strict\"\xa9\x01\n\nToolChoice\x12-\n\x04mode\x18\x01 \x01(\x0e\x32\x1d.deltawire.v1.ToolChoice.ModeH\x00\x12\x13\n\ttool_name\x18\x02 \x01(\tH\x00\"M\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\r\n\tMODE_AUTO\x10\x01\x12\x11\n\rMODE_REQUIRED\x10\x02\x12\r\n\tMODE_NONE\x10\x03\x42\x08\n\x06\x63hoice\"A\n\x08ToolCall\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\x12\x11\n\ttool_name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"\xc6\x01\n\x0fToolCallFailure\x12\x33\n\x06reason\x18\x01 \x01(\x0e\x32#.deltawire.v1.ToolCallFailureReason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x18\n\x0b\x62yte_offset\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x15\n\rraw_arguments\x18\x04 \x01(\t\x12\x1a\n\rinstance_path\x18\x05 \x01(\tH\x01\x88\x01\x01\x42\x0e\n\x0c_byte_offsetB\x10\n\x0e_instance_path\"\x83\x02\n\rToolCallDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0f\n\x07\x63\x61ll_id\x18\x02 \x01(\t\x12\x11\n\ttool_name\x18\x03 \x01(\t\x12\x37\n\x0cparse_status\x18\x04 \x01(\x0e\x32!.deltawire.v1.ToolCallParseStatus\x12\x1c\n\x12\x61rguments_fragment\x18\x05 \x01(\tH\x00\x12+\n\ttool_call\x18\x06 \x01(\x0b\x32\x16.deltawire.v1.ToolCallH\x00\x12\x30\n\x07\x66\x61ilure\x18\x07 \x01(\x0b\x32\x1d.deltawire.v1.ToolCallFailureH\x00\x42\t\n\x07outcome*\xd2\x01\n\x13ToolCallParseStatus\x12&\n\"TOOL_CALL_PARSE_STATUS_UNSPECIFIED\x10\x00\x12\"\n\x1eTOOL_CALL_PARSE_STATUS_STARTED\x10\x01\x12&\n\"TOOL_CALL_PARSE_STATUS_IN_PROGRESS\x10\x02\x12$\n TOOL_CALL_PARSE_STATUS_SUCCEEDED\x10\x03\x12!\n\x1dTOOL_CALL_PARSE_STATUS_FAILED\x10\x04*\xc6\x02\n\x15ToolCallFailureReason\x12(\n$TOOL_CALL_FAILURE_REASON_UNSPECIFIED\x10\x00\x12)\n%TOOL_CALL_FAILURE_REASON_MISSING_NAME\x10\x01\x12)\n%TOOL_CALL_FAILURE_REASON_UNKNOWN_TOOL\x10\x02\x12&\n\"TOOL_CALL_FAILURE_REASON_TRUNCATED\x10\x03\x12+\n\'TOOL_CALL_FAILURE_REASON_MALFORMED_JSON\x10\x04\x12*\n&TOOL_CALL_FAILURE_REASON_NOT_AN_OBJECT\x10\x05\x12,\n(TOOL_CALL_FAILURE_REASON_SCHEMA_MISMATCH\x10\x06\x42m\n\x10\x64\x65v.deltawire.v1B\tToolProtoP\x01Z\x18\x64\x65ltawire/v1;deltawirev1\xa2\x02\x03\x44WX\xaa\x02\x0c\x44\x65ltawire.V1\xca\x02\x0c\x44\x65ltawire\\V1\xea\x02\rDeltawire::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,10 +32,10 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'deltawire.v1.tool_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\020dev.deltawire.v1B\tToolProtoP\001Z\030deltawire/v1;deltawirev1\242\002\003DWX\252\002\014Deltawire.V1\312\002\014Deltawire\\V1\352\002\rDeltawire::V1'
-  _globals['_TOOLCALLPARSESTATUS']._serialized_start=814
-  _globals['_TOOLCALLPARSESTATUS']._serialized_end=1028
-  _globals['_TOOLCALLFAILUREREASON']._serialized_start=1031
-  _globals['_TOOLCALLFAILUREREASON']._serialized_end=1359
+  _globals['_TOOLCALLPARSESTATUS']._serialized_start=864
+  _globals['_TOOLCALLPARSESTATUS']._serialized_end=1074
+  _globals['_TOOLCALLFAILUREREASON']._serialized_start=1077
+  _globals['_TOOLCALLFAILUREREASON']._serialized_end=1403
   _globals['_TOOL']._serialized_start=41
   _globals['_TOOL']._serialized_end=159
   _globals['_TOOLCHOICE']._serialized_start=162
@@ -45,7 +45,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOOLCALL']._serialized_start=333
   _globals['_TOOLCALL']._serialized_end=398
   _globals['_TOOLCALLFAILURE']._serialized_start=401
-  _globals['_TOOLCALLFAILURE']._serialized_end=553
-  _globals['_TOOLCALLDELTA']._serialized_start=556
-  _globals['_TOOLCALLDELTA']._serialized_end=811
+  _globals['_TOOLCALLFAILURE']._serialized_end=599
+  _globals['_TOOLCALLDELTA']._serialized_start=602
+  _globals['_TOOLCALLDELTA']._serialized_end=861
 # @@protoc_insertion_point(module_scope)

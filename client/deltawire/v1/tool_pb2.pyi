@@ -25,6 +25,10 @@ class _ToolCallParseStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_T
     DESCRIPTOR: _descriptor.EnumDescriptor
     TOOL_CALL_PARSE_STATUS_UNSPECIFIED: _ToolCallParseStatus.ValueType  # 0
     """Not set; never sent."""
+    TOOL_CALL_PARSE_STATUS_STARTED: _ToolCallParseStatus.ValueType  # 1
+    """The call has begun: its id and its name are known. With INCREMENTAL only."""
+    TOOL_CALL_PARSE_STATUS_IN_PROGRESS: _ToolCallParseStatus.ValueType  # 2
+    """A piece of its arguments. With INCREMENTAL only."""
     TOOL_CALL_PARSE_STATUS_SUCCEEDED: _ToolCallParseStatus.ValueType  # 3
     """The call is whole: its name is one of the request's tools and its arguments are a JSON object."""
     TOOL_CALL_PARSE_STATUS_FAILED: _ToolCallParseStatus.ValueType  # 4
@@ -35,6 +39,10 @@ class ToolCallParseStatus(_ToolCallParseStatus, metaclass=_ToolCallParseStatusEn
 
 TOOL_CALL_PARSE_STATUS_UNSPECIFIED: ToolCallParseStatus.ValueType  # 0
 """Not set; never sent."""
+TOOL_CALL_PARSE_STATUS_STARTED: ToolCallParseStatus.ValueType  # 1
+"""The call has begun: its id and its name are known. With INCREMENTAL only."""
+TOOL_CALL_PARSE_STATUS_IN_PROGRESS: ToolCallParseStatus.ValueType  # 2
+"""A piece of its arguments. With INCREMENTAL only."""
 TOOL_CALL_PARSE_STATUS_SUCCEEDED: ToolCallParseStatus.ValueType  # 3
 """The call is whole: its name is one of the request's tools and its arguments are a JSON object."""
 TOOL_CALL_PARSE_STATUS_FAILED: ToolCallParseStatus.ValueType  # 4
@@ -59,6 +67,8 @@ class _ToolCallFailureReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[
     """The arguments are not JSON."""
     TOOL_CALL_FAILURE_REASON_NOT_AN_OBJECT: _ToolCallFailureReason.ValueType  # 5
     """The arguments are JSON, but not an object."""
+    TOOL_CALL_FAILURE_REASON_SCHEMA_MISMATCH: _ToolCallFailureReason.ValueType  # 6
+    """The arguments are a JSON object, but not one that follows the tool's `input_schema`. With validate_schema only."""
 
 class ToolCallFailureReason(_ToolCallFailureReason, metaclass=_ToolCallFailureReasonEnumTypeWrapper):
     """Why a tool call cannot be executed. Where several apply, the first in this order is given."""
@@ -75,6 +85,8 @@ TOOL_CALL_FAILURE_REASON_MALFORMED_JSON: ToolCallFailureReason.ValueType  # 4
 """The arguments are not JSON."""
 TOOL_CALL_FAILURE_REASON_NOT_AN_OBJECT: ToolCallFailureReason.ValueType  # 5
 """The arguments are JSON, but not an object."""
+TOOL_CALL_FAILURE_REASON_SCHEMA_MISMATCH: ToolCallFailureReason.ValueType  # 6
+"""The arguments are a JSON object, but not one that follows the tool's `input_schema`. With validate_schema only."""
 Global___ToolCallFailureReason: _TypeAlias = ToolCallFailureReason  # noqa: Y015
 
 @_typing.final
@@ -222,6 +234,7 @@ class ToolCallFailure(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     BYTE_OFFSET_FIELD_NUMBER: _builtins.int
     RAW_ARGUMENTS_FIELD_NUMBER: _builtins.int
+    INSTANCE_PATH_FIELD_NUMBER: _builtins.int
     reason: Global___ToolCallFailureReason.ValueType
     """Why, in one word."""
     message: _builtins.str
@@ -230,6 +243,10 @@ class ToolCallFailure(_message.Message):
     """Where parsing stopped, in bytes from the start of `raw_arguments`. Absent when nothing was parsed."""
     raw_arguments: _builtins.str
     """The arguments as the model wrote them."""
+    instance_path: _builtins.str
+    """With SCHEMA_MISMATCH, which part of the arguments does not follow the schema, as a JSON Pointer; "" is all of them.
+    Example: "/cities/2/name".
+    """
     def __init__(
         self,
         *,
@@ -237,20 +254,26 @@ class ToolCallFailure(_message.Message):
         message: _builtins.str = ...,
         byte_offset: _builtins.int | None = ...,
         raw_arguments: _builtins.str = ...,
+        instance_path: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_byte_offset", b"_byte_offset", "byte_offset", b"byte_offset"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_byte_offset", b"_byte_offset", "_instance_path", b"_instance_path", "byte_offset", b"byte_offset", "instance_path", b"instance_path"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_byte_offset", b"_byte_offset", "byte_offset", b"byte_offset", "message", b"message", "raw_arguments", b"raw_arguments", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_byte_offset", b"_byte_offset", "_instance_path", b"_instance_path", "byte_offset", b"byte_offset", "instance_path", b"instance_path", "message", b"message", "raw_arguments", b"raw_arguments", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__byte_offset: _TypeAlias = _typing.Literal["byte_offset"]  # noqa: Y015
     _WhichOneofArgType__byte_offset: _TypeAlias = _typing.Literal["_byte_offset", b"_byte_offset"]  # noqa: Y015
+    _WhichOneofReturnType__instance_path: _TypeAlias = _typing.Literal["instance_path"]  # noqa: Y015
+    _WhichOneofArgType__instance_path: _TypeAlias = _typing.Literal["_instance_path", b"_instance_path"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__byte_offset) -> _WhichOneofReturnType__byte_offset | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__instance_path) -> _WhichOneofReturnType__instance_path | None: ...
 
 Global___ToolCallFailure: _TypeAlias = ToolCallFailure  # noqa: Y015
 
 @_typing.final
 class ToolCallDelta(_message.Message):
-    """A verdict on one tool call of a choice."""
+    """One tool call of a choice: that it has begun, a piece of it, or the verdict on it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -258,6 +281,7 @@ class ToolCallDelta(_message.Message):
     CALL_ID_FIELD_NUMBER: _builtins.int
     TOOL_NAME_FIELD_NUMBER: _builtins.int
     PARSE_STATUS_FIELD_NUMBER: _builtins.int
+    ARGUMENTS_FRAGMENT_FIELD_NUMBER: _builtins.int
     TOOL_CALL_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     index: _builtins.int
@@ -268,6 +292,8 @@ class ToolCallDelta(_message.Message):
     """The tool's name; empty if the model never gave one."""
     parse_status: Global___ToolCallParseStatus.ValueType
     """What `outcome` holds."""
+    arguments_fragment: _builtins.str
+    """The next piece of the arguments as the model writes them, with IN_PROGRESS. Not empty; joined they may not be JSON."""
     @_builtins.property
     def tool_call(self) -> Global___ToolCall:
         """The whole call, with SUCCEEDED."""
@@ -283,14 +309,15 @@ class ToolCallDelta(_message.Message):
         call_id: _builtins.str = ...,
         tool_name: _builtins.str = ...,
         parse_status: Global___ToolCallParseStatus.ValueType = ...,
+        arguments_fragment: _builtins.str = ...,
         tool_call: Global___ToolCall | None = ...,
         failure: Global___ToolCallFailure | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "outcome", b"outcome", "tool_call", b"tool_call"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["arguments_fragment", b"arguments_fragment", "failure", b"failure", "outcome", b"outcome", "tool_call", b"tool_call"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "failure", b"failure", "index", b"index", "outcome", b"outcome", "parse_status", b"parse_status", "tool_call", b"tool_call", "tool_name", b"tool_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments_fragment", b"arguments_fragment", "call_id", b"call_id", "failure", b"failure", "index", b"index", "outcome", b"outcome", "parse_status", b"parse_status", "tool_call", b"tool_call", "tool_name", b"tool_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["tool_call", "failure"]  # noqa: Y015
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["arguments_fragment", "tool_call", "failure"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
 

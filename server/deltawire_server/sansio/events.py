@@ -27,6 +27,7 @@ class StopReason(enum.Enum):
     STOP_SEQUENCE = 4
     CONTENT_FILTER = 5
     REPETITION = 6
+    CANCELLED = 7
     TIME_LIMIT = 8
     UPSTREAM_INCOMPLETE = 9
     ERROR = 10
@@ -40,6 +41,7 @@ class FailureReason(enum.Enum):
     TRUNCATED = 3
     MALFORMED_JSON = 4
     NOT_AN_OBJECT = 5
+    SCHEMA_MISMATCH = 6
 
 
 class Provenance(enum.Enum):
@@ -163,7 +165,8 @@ class ToolCallSucceeded(_Event, frozen=True, tag="tool_call_succeeded"):
 class ToolCallFailed(_Event, frozen=True, tag="tool_call_failed"):
     """A call cannot be executed.
 
-    `byte_offset` is where parsing stopped, in UTF-8 bytes; `None` if nothing was parsed or all of it parses.
+    `byte_offset` is where parsing stopped, in UTF-8 bytes; `None` if nothing was parsed or all of it parses. `instance_path` is
+    a JSON Pointer to what does not follow the schema; `None` for other reasons.
     """
 
     choice: int
@@ -174,6 +177,7 @@ class ToolCallFailed(_Event, frozen=True, tag="tool_call_failed"):
     message: str
     raw_arguments: str
     byte_offset: int | None = None
+    instance_path: str | None = None
 
 
 class ChoiceFinished(_Event, frozen=True, tag="choice_finished"):
@@ -221,3 +225,32 @@ Event = (
     | ChoiceFinished
     | Completed
 )
+
+
+class UsageUpdate(_Event, frozen=True, tag="usage_update"):
+    """What the answer has cost so far."""
+
+    usage: Usage
+
+
+class NoticeKind(enum.Enum):
+    """What a notice is about; with the proto's numbers."""
+
+    ANOTHER_REPLICA = 1
+    FIELDS_NOT_CHECKED = 2
+
+
+class Notice(_Event, frozen=True, tag="notice"):
+    """Something that the caller should know; `field` is the request's field that it is about, empty for none."""
+
+    kind: NoticeKind
+    message: str
+    field: str = ""
+
+
+class Heartbeat(_Event, frozen=True, tag="heartbeat"):
+    """Nothing has happened for a while."""
+
+
+StreamEvent = Event | UsageUpdate | Notice | Heartbeat
+"""What a stream tells: an answer's events, and what whoever passes them on has to say."""

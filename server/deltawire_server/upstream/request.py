@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,19 +33,44 @@ class PastCall:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageUrl:
+    """An image that is still where its address says.
+
+    Attributes:
+        url: http or https.
+        field: The request's field that says so, for errors.
+    """
+
+    url: str
+    field: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImageData:
+    """An image itself; `media_type` is what its bytes say that it is, such as "image/png"."""
+
+    data: bytes = field(repr=False)
+    media_type: str
+
+
+Content = str | ImageUrl | ImageData
+"""A piece of content: text, or an image."""
+
+
+@dataclass(frozen=True, slots=True)
 class ChatMessage:
     """One turn.
 
     Attributes:
         role: Who speaks.
-        content: Text parts in order; may be empty for the assistant only.
+        content: In order; may be empty for the assistant only.
         reasoning: The assistant's reasoning; empty for none.
         tool_calls: The assistant's calls.
         call_id: For TOOL, the call that this answers.
     """
 
     role: Role
-    content: tuple[str, ...] = ()
+    content: tuple[Content, ...] = ()
     reasoning: str = ""
     tool_calls: tuple[PastCall, ...] = ()
     call_id: str = ""
@@ -125,6 +150,22 @@ class Sampling:
     bad_words: tuple[str, ...] = ()
 
 
+class ArgumentCheck(Protocol):
+    """Tells whether a call's arguments follow its tool's schema."""
+
+    def __call__(self, arguments: str) -> tuple[str, str] | None:
+        """What is wrong with the JSON text of an object: a JSON Pointer and a sentence; `None` if it follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """How much to think; `None` and empty leave it to the model. `effort` is the chat API's own word, such as "high"."""
+
+    effort: str = ""
+    token_budget: int | None = None
+    include: bool | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
     """What to ask a model.
@@ -139,6 +180,17 @@ class ChatRequest:
         response_format: `None` for free text.
         top_logprobs: Alternatives per token, 0 for none; `None` asks for no log-probabilities.
         choice_count: 1 or more.
+        allowed_tools: The names of those of the tools that the model gets to see; empty for all.
+        reasoning: How much to think.
+        incremental_tool_calls: Whether calls are told while they are written.
+        argument_checks: By the tool's name, what its calls' arguments have to pass; none for tools whose schema is not held.
+        soft_time_limit: Seconds after which the answer ends as it is; `None` for no limit.
+        completion_id: The caller's own; empty for none.
+        priority: Lower goes earlier; `None` leaves the engine's default.
+        cache_salt: Empty for none.
+        chat_template_kwargs: JSON text of an object, to be passed on to the letter; empty for none.
+        extra_body: JSON text of an object with further fields of the engine's; empty for none.
+        user: Who the end user is; empty if not said.
     """
 
     model: str
@@ -150,10 +202,21 @@ class ChatRequest:
     response_format: TextFormat | None = None
     top_logprobs: int | None = None
     choice_count: int = 1
+    allowed_tools: frozenset[str] = frozenset()
+    reasoning: Reasoning = field(default_factory=Reasoning)
+    incremental_tool_calls: bool = False
+    argument_checks: Mapping[str, ArgumentCheck] = field(default_factory=dict)
+    soft_time_limit: float | None = None
+    completion_id: str = ""
+    priority: int | None = None
+    cache_salt: str = ""
+    chat_template_kwargs: str = ""
+    extra_body: str = ""
+    user: str = ""
 
     @property
-    def offered_tools(self) -> frozenset[str]:
-        """The names of the tools that the model gets to see: none of them under NONE."""
+    def offered_tools(self) -> tuple[ToolSpec, ...]:
+        """The tools that the model gets to see: none of them under NONE."""
         if self.tool_choice is ToolMode.NONE:
-            return frozenset()
-        return frozenset(tool.name for tool in self.tools)
+            return ()
+        return tuple(tool for tool in self.tools if not self.allowed_tools or tool.name in self.allowed_tools)

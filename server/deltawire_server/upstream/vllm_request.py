@@ -10,6 +10,7 @@ What is absent is left out, so that the model's own defaults apply. Where vLLM's
 
 from __future__ import annotations
 
+import base64
 from typing import Any
 
 import msgspec
@@ -17,7 +18,9 @@ import msgspec
 from deltawire_server.upstream.request import (
     ChatMessage,
     ChatRequest,
+    Content,
     FormatKind,
+    ImageUrl,
     NamedTool,
     Role,
     Sampling,
@@ -66,8 +69,8 @@ def request_body(request: ChatRequest, model: str) -> bytes:
     }
     if request.choice_count != 1:
         body["n"] = request.choice_count
-    if request.tools and request.tool_choice is not ToolMode.NONE:
-        body["tools"] = [_tool(tool) for tool in request.tools]
+    if request.offered_tools:
+        body["tools"] = [_tool(tool) for tool in request.offered_tools]
         if request.tool_choice is not None:
             body["tool_choice"] = _tool_choice(request.tool_choice)
         if request.parallel_tool_calls is not None:
@@ -95,13 +98,22 @@ def _message(message: ChatMessage) -> dict[str, Any]:
     return body
 
 
-def _content(message: ChatMessage) -> str | list[dict[str, str]] | None:
+def _content(message: ChatMessage) -> str | list[dict[str, Any]] | None:
     """One text as a plain string, since many chat templates concatenate it; several as a list; none beside calls as null."""
-    if len(message.content) > 1:
-        return [{"type": "text", "text": text} for text in message.content]
+    if len(message.content) == 1 and isinstance(text := message.content[0], str):
+        return text
     if message.content:
-        return message.content[0]
+        return [_part(part) for part in message.content]
     return None if message.tool_calls else ""
+
+
+def _part(part: Content) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if isinstance(part, ImageUrl):
+        return {"type": "image_url", "image_url": {"url": part.url}}
+    data = base64.b64encode(part.data).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:{part.media_type};base64,{data}"}}
 
 
 def _tool(tool: ToolSpec) -> dict[str, Any]:
