@@ -170,9 +170,10 @@ async def test_settings_reach_the_parts(vllm: FakeVllm, tmp_path: Path, monkeypa
     gateway = Gateway(settings)
     (limits,) = seen
     assert limits is not None
-    assert (limits.max_streams, limits.max_duration) == (11, 12)
-    assert (limits.queue_bytes, limits.slow_caller_timeout) == (1313, 14)
-    assert (limits.answer.max_calls, limits.answer.max_call_bytes, limits.answer.max_event_bytes) == (15, 1616, 1717)
+    answer = limits.completion.answer
+    assert (limits.max_streams, limits.completion.max_duration) == (11, 12)
+    assert (limits.completion.queue_bytes, limits.completion.slow_caller_timeout) == (1313, 14)
+    assert (answer.max_calls, answer.max_call_bytes, answer.max_event_bytes) == (15, 1616, 1717)
     (provider,) = gateway._providers.all()
     assert (provider.id, provider.default_max_tokens, provider.patience) == ("vllm", 18, Patience(19, 20))
     assert (provider.base_urls, provider.refresh_interval) == ((f"{vllm.base_url}/v1", "http://other:1/v1"), 22)

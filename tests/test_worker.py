@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
+from deltawire_server.completion import CompletionLimits
+from deltawire_server.completions.retention import RetentionLimits
 from deltawire_server.errors import CallerError, GatewayError, ProviderError, Reason
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
 from deltawire_server.registry.registry import ModelRegistry
 from deltawire_server.registry.store import Store
-from deltawire_server.sansio.events import ChoiceFinished, Completed, Event, Provenance, Started, TextDelta
+from deltawire_server.sansio.events import ChoiceFinished, Completed, Provenance, Started, StreamEvent, TextDelta
 from deltawire_server.upstream.base import CallContext, Patience
 from deltawire_server.upstream.providers import Providers
 from deltawire_server.upstream.request import ChatMessage, ChatRequest, Role, Sampling
 from deltawire_server.upstream.vllm import VllmProvider
-from deltawire_server.worker import Worker, WorkerLimits
+from deltawire_server.worker import Caller, Worker, WorkerLimits
 from tests.support.fake_provider import FakeProvider
 from tests.support.gateway import WAIT, until
 
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from deltawire_server.upstream.base import Provider
 
 CHUNKS = Chunks()
-CALL = CallContext("r")
+CALLER = Caller(CallContext("r"))
 NEVER_ENDING = Script.generated(tokens=100_000_000, chunks_per_write=50)
 LONG = 3600.0
 
@@ -42,7 +44,7 @@ class MakeWorker(Protocol):
         *,
         provider: Provider | None = None,
         patience: Patience | None = None,
-        **limits: Any,  # noqa: ANN401 (those of WorkerLimits)
+        **limits: Any,  # noqa: ANN401 (max_streams, retention, and those of CompletionLimits)
     ) -> AbstractAsyncContextManager[Worker]: ...
 
 
@@ -55,14 +57,16 @@ def make_worker(vllm: FakeVllm, tmp_path: Path) -> MakeWorker:
         *,
         provider: Provider | None = None,
         patience: Patience | None = None,
-        **limits: Any,  # noqa: ANN401 (those of WorkerLimits)
+        **limits: Any,  # noqa: ANN401 (max_streams, retention, and those of CompletionLimits)
     ) -> AsyncIterator[Worker]:
         providers = Providers([provider or VllmProvider("vllm", vllm.base_url, tls=False, patience=patience)])
         registry = ModelRegistry(Store(f"sqlite+aiosqlite:///{tmp_path}/registry.db"), providers)
         await registry.open()
         try:
             async with asyncio.timeout(WAIT):
-                yield Worker(registry, providers, WorkerLimits(**limits))
+                max_streams = limits.pop("max_streams", 1000)
+                retention = RetentionLimits(**limits.pop("retention", {}))
+                yield Worker(registry, providers, WorkerLimits(max_streams, CompletionLimits(**limits), retention))
         finally:
             await registry.close()
             await providers.close()
@@ -75,13 +79,13 @@ def ask(**fields: Any) -> ChatRequest:  # noqa: ANN401 (whatever the request tak
     return ChatRequest("fake", (ChatMessage(Role.USER, ("hi",)),), **fields)
 
 
-async def events_of(worker: Worker, request: ChatRequest | None = None) -> list[Event]:
+async def events_of(worker: Worker, request: ChatRequest | None = None) -> list[StreamEvent]:
     """All events of a completion that ends well."""
-    async with worker.completion(request or ask(), CALL) as completion:
+    async with worker.completion(request or ask(), CALLER) as completion:
         return [event async for batch in completion.batches() for event in batch]
 
 
-async def rest_of(batches: AsyncIterator[list[Event]], events: list[Event]) -> None:
+async def rest_of(batches: AsyncIterator[list[StreamEvent]], events: list[StreamEvent]) -> None:
     """Take all that still comes, and fail as it fails."""
     async for batch in batches:
         events += batch
@@ -89,7 +93,7 @@ async def rest_of(batches: AsyncIterator[list[Event]], events: list[Event]) -> N
 
 async def take_one_and_get_stuck(worker: Worker) -> None:
     """Be a caller that takes what there is first, and never comes back."""
-    async with worker.completion(ask(), CALL) as completion:
+    async with worker.completion(ask(), CALLER) as completion:
         async for _ in completion.batches():
             await asyncio.Event().wait()
 
@@ -103,28 +107,28 @@ async def test_a_completion(make_worker: MakeWorker, vllm: FakeVllm) -> None:
     """Begins with `Started`, ends with `Completed`, and is counted for as long as it lasts."""
     async with make_worker() as worker:
         assert worker.active == 0
-        async with worker.completion(ask(sampling=Sampling(seed=1)), CALL) as completion:
+        async with worker.completion(ask(sampling=Sampling(seed=1)), CALLER) as completion:
             assert worker.active == 1
-            assert completion.seconds_to_first_event is None
+            assert completion.timings.first_event is None
             events = [event async for batch in completion.batches() for event in batch]
             assert completion.failure is None
             assert completion.usage.provenance is Provenance.EXACT
             assert completion.oddities == {}
-            assert completion.sampling == Sampling(seed=1)
-            assert completion.seconds_to_first_event is not None
-            assert 0 < completion.seconds_to_first_event <= completion.seconds_total
+            assert completion.head.sampling == Sampling(seed=1)
+            assert completion.timings.first_event is not None
+            assert 0 < completion.timings.first_event <= completion.timings.total
         assert worker.active == 0
-        total = completion.seconds_total
+        total = completion.timings.total
     assert isinstance(events[0], Started)
     assert isinstance(events[-1], Completed)
-    assert completion.seconds_total == total
+    assert completion.timings.total == total
     assert vllm.running == 0
 
 
 async def test_nothing_is_asked_before_batches(make_worker: MakeWorker, vllm: FakeVllm) -> None:
     """Admission and the look-up of the model come first; a completion that nobody reads costs the provider nothing."""
     async with make_worker() as worker:
-        async with worker.completion(ask(), CALL):
+        async with worker.completion(ask(), CALLER):
             pass
         assert not vllm.chats
         assert worker.active == 0
@@ -135,7 +139,7 @@ async def test_what_waits_is_joined(make_worker: MakeWorker, vllm: FakeVllm) -> 
     gate = asyncio.Event()
     texts = [CHUNKS.text(f"{number} ") for number in range(100)]
     vllm.play(Script.chunks([CHUNKS.role(), gate, *texts, CHUNKS.finish()]))
-    async with make_worker() as worker, worker.completion(ask(), CALL) as completion:
+    async with make_worker() as worker, worker.completion(ask(), CALLER) as completion:
         batches = completion.batches()
         assert [type(event) for event in await anext(batches)] == [Started]
         gate.set()
@@ -151,7 +155,7 @@ async def test_reading_stops_at_the_limit_and_with_it_the_provider(make_worker: 
     vllm.play(Script.generated(tokens=60_000, chunks_per_write=100))
     async with (
         make_worker(queue_bytes=4096, slow_caller_timeout=LONG) as worker,
-        worker.completion(ask(), CALL) as completion,
+        worker.completion(ask(), CALLER) as completion,
     ):
         batches = completion.batches()
         events = await anext(batches)
@@ -208,7 +212,7 @@ async def test_while_we_do_not_read_the_provider_is_not_silent(make_worker: Make
         make_worker(
             queue_bytes=1024, slow_caller_timeout=LONG, patience=Patience(first_event=LONG, silence=0.5)
         ) as worker,
-        worker.completion(ask(), CALL) as completion,
+        worker.completion(ask(), CALLER) as completion,
     ):
         batches = completion.batches()
         await anext(batches)
@@ -224,7 +228,7 @@ async def test_a_time_limit_while_the_queue_is_full(make_worker: MakeWorker, vll
     vllm.play(NEVER_ENDING)
     async with (
         make_worker(queue_bytes=1024, slow_caller_timeout=LONG, max_duration=0.3) as worker,
-        worker.completion(ask(), CALL) as completion,
+        worker.completion(ask(), CALLER) as completion,
     ):
         batches = completion.batches()
         events = await anext(batches)
@@ -285,7 +289,7 @@ async def test_leaving_early_stops_the_provider(make_worker: MakeWorker, vllm: F
     """A caller that has enough just goes."""
     vllm.play(NEVER_ENDING)
     async with make_worker() as worker:
-        async with worker.completion(ask(), CALL) as completion:
+        async with worker.completion(ask(), CALLER) as completion:
             async for _ in completion.batches():
                 break
         assert worker.active == 0
@@ -313,12 +317,12 @@ async def test_a_cancelled_caller_stops_the_provider(make_worker: MakeWorker, vl
 async def test_admission(make_worker: MakeWorker) -> None:
     """The limit counts completions in whatever state, and a look-up that fails gives its place back."""
     async with make_worker(max_streams=2) as worker:
-        async with worker.completion(ask(), CALL), worker.completion(ask(), CALL):
+        async with worker.completion(ask(), CALLER), worker.completion(ask(), CALLER):
             with pytest.raises(GatewayError) as caught:
                 await events_of(worker)
             assert caught.value.reason is Reason.TOO_MANY_STREAMS
         with pytest.raises(CallerError):
-            async with worker.completion(ChatRequest("other", ask().messages), CALL):
+            async with worker.completion(ChatRequest("other", ask().messages), CALLER):
                 pass
         assert worker.active == 0
 
@@ -332,8 +336,8 @@ async def test_a_defect_ends_the_call(make_worker: MakeWorker) -> None:
             raise ZeroDivisionError
 
     async with make_worker(provider=Defective(served=["fake"])) as worker:
-        events: list[Event] = []
-        async with worker.completion(ask(), CALL) as completion:
+        events: list[StreamEvent] = []
+        async with worker.completion(ask(), CALLER) as completion:
             with pytest.raises(GatewayError) as caught:
                 await rest_of(completion.batches(), events)
     assert caught.value.reason is Reason.INTERNAL
@@ -346,14 +350,14 @@ async def test_the_operators_limit_is_for_requests_without_one(make_worker: Make
     provider = VllmProvider("vllm", vllm.base_url, tls=False, default_max_tokens=9)
     async with make_worker(provider=provider) as worker:
         for given, sent in ((None, 9), (3, 3)):
-            async with worker.completion(ask(sampling=Sampling(max_tokens=given, seed=1)), CALL) as completion:
-                assert completion.sampling == Sampling(max_tokens=sent, seed=1)
+            async with worker.completion(ask(sampling=Sampling(max_tokens=given, seed=1)), CALLER) as completion:
+                assert completion.head.sampling == Sampling(max_tokens=sent, seed=1)
 
 
 async def test_oddities_are_counted(make_worker: MakeWorker, vllm: FakeVllm) -> None:
     """What was got over is there for the log."""
     vllm.play(Script.chunks([CHUNKS.role(), CHUNKS.finish("because")]))
-    async with make_worker() as worker, worker.completion(ask(), CALL) as completion:
+    async with make_worker() as worker, worker.completion(ask(), CALLER) as completion:
         async for _ in completion.batches():
             pass
         assert completion.oddities == {"finish reason 'because'": 1}
@@ -362,7 +366,7 @@ async def test_oddities_are_counted(make_worker: MakeWorker, vllm: FakeVllm) -> 
 async def test_a_provider_that_is_replaced_before_it_is_asked(make_worker: MakeWorker) -> None:
     """Whoever found it has it, from then on to the end of the answer; after that it is closed."""
     async with make_worker() as worker:
-        async with worker.completion(ask(), CALL) as completion:
+        async with worker.completion(ask(), CALLER) as completion:
             provider = completion.resolution.provider
             worker._providers.replace([])
             events = [event async for batch in completion.batches() for event in batch]

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Self
 from deltawire._version import __version__
 from deltawire.v1 import chat_completion_pb2, chat_completion_pb2_grpc, model_registry_pb2, model_registry_pb2_grpc
 from deltawire_server.access import Access
+from deltawire_server.completion import CompletionLimits
+from deltawire_server.completions.retention import RetentionLimits
 from deltawire_server.lifecycle import Lifecycle, plaintext_addresses
 from deltawire_server.registry.registry import ModelRegistry
 from deltawire_server.registry.store import Store
@@ -66,9 +68,14 @@ class Gateway:
             _provider(provider_id, provider, self._connections) for provider_id, provider in settings.providers.items()
         )
         self._registry = ModelRegistry(Store(settings.registry.database_url), self._providers)
-        worker = Worker(self._registry, self._providers, _worker_limits(settings))
+        self._worker = worker = Worker(self._registry, self._providers, _worker_limits(settings))
         self._access = Access(settings.access.principals)
-        chat = ChatCompletionServicer(worker, max_completed_bytes=settings.server.max_completed_bytes)
+        chat = ChatCompletionServicer(
+            worker,
+            max_completed_bytes=settings.server.max_completed_bytes,
+            max_retain_for=settings.retention.max_retain_for,
+            slow_caller_timeout=settings.stream.slow_caller_timeout,
+        )
         models = ModelRegistryServicer(
             self._registry, self._providers, slow_watcher_seconds=settings.stream.slow_caller_timeout
         )
@@ -177,6 +184,7 @@ class Gateway:
 
     async def _close(self) -> None:
         await self._lifecycle.stop(at_once=True)
+        await self._worker.close()
         await self._registry.close()
         await self._providers.close()
 
@@ -273,12 +281,19 @@ def _worker_limits(settings: Settings) -> WorkerLimits:
     stream = settings.stream
     return WorkerLimits(
         max_streams=settings.server.max_streams,
-        max_duration=settings.server.max_duration,
-        queue_bytes=stream.queue_bytes,
-        slow_caller_timeout=stream.slow_caller_timeout,
-        answer=Limits(
-            max_event_bytes=stream.max_event_bytes,
-            max_calls=stream.max_tool_calls,
-            max_call_bytes=stream.max_tool_call_bytes,
+        completion=CompletionLimits(
+            max_duration=settings.server.max_duration,
+            queue_bytes=stream.queue_bytes,
+            slow_caller_timeout=stream.slow_caller_timeout,
+            answer=Limits(
+                max_event_bytes=stream.max_event_bytes,
+                max_calls=stream.max_tool_calls,
+                max_call_bytes=stream.max_tool_call_bytes,
+            ),
+        ),
+        retention=RetentionLimits(
+            max_stream_bytes=settings.retention.max_stream_bytes,
+            max_bytes=settings.retention.max_bytes,
+            max_completed_bytes=settings.server.max_completed_bytes,
         ),
     )

@@ -15,7 +15,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -166,6 +166,17 @@ class DeltawireError(Exception):
         self.metadata = dict(metadata or {})
         self.violations = tuple(violations)
         self.retry_after = retry_after
+
+    def again(self) -> Self:
+        """The same failure once more, for another call: an exception that is raised twice keeps the traces of both."""
+        return type(self)(
+            self.reason,
+            self.message,
+            code=self.code,
+            metadata=self.metadata,
+            violations=self.violations,
+            retry_after=self.retry_after,
+        )
 
 
 class CallerError(DeltawireError):

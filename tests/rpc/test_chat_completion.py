@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -107,8 +108,7 @@ async def test_started(served: Running, vllm: FakeVllm) -> None:
     """Who answers and how it was asked: the name that was used is the alias of the model that it leads to."""
     chat = ask(sampling=chat_pb.Sampling(temperature=0.5, seed=7, stop=["x"], logit_bias={5: 1.5}, ignore_eos=False))
     started = (await read_well(served.stream(chat)))[0].started
-    assert started.completion_id.startswith("cmpl-")
-    assert len(started.completion_id) == len("cmpl-") + 32
+    assert re.fullmatch("cmpl-[0-9a-f]{32}-[0-9a-f]{8}", started.completion_id)
     assert (started.model, started.alias, started.provider_id) == ("vllm/fake", "fake", "vllm")
     assert started.create_time.seconds > 1_700_000_000
     assert started.effective_sampling == chat.sampling

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
@@ -10,15 +10,13 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import message_pb2, tool_pb2
+from deltawire_server.completions.records import Head, Timings
 from deltawire_server.errors import Code, GatewayError, ProviderError, Reason
-from deltawire_server.registry.model import Model, ModelSource, ModelType
-from deltawire_server.registry.registry import Resolution
-from deltawire_server.rpc.convert import ResponseWriter, completed
+from deltawire_server.rpc.convert import ResponseWriter, Told, completed
 from deltawire_server.rpc.status import MAX_MESSAGE
 from deltawire_server.sansio.events import (
     ChoiceFinished,
     Completed,
-    Event,
     FailureReason,
     Fault,
     FinishedChoice,
@@ -27,6 +25,7 @@ from deltawire_server.sansio.events import (
     Refused,
     Started,
     StopReason,
+    StreamEvent,
     TextDelta,
     ToolCallArguments,
     ToolCallFailed,
@@ -35,12 +34,11 @@ from deltawire_server.sansio.events import (
     Usage,
 )
 from deltawire_server.upstream.request import Sampling
-from tests.support.fake_provider import FakeProvider
 
 if TYPE_CHECKING:
     import enum
 
-    from deltawire_server.worker import Completion
+    from deltawire_server.errors import DeltawireError
 
 SUCCEEDED = ToolCallSucceeded(1, 2, "c", "t", '{"a": 1}')
 FAILED = ToolCallFailed(1, 3, "d", "u", FailureReason.MALFORMED_JSON, "why", '{"a', 3)
@@ -49,25 +47,15 @@ FAILED = ToolCallFailed(1, 3, "d", "u", FailureReason.MALFORMED_JSON, "why", '{"
 class Answered:
     """What a writer needs of a completion."""
 
-    def __init__(self, failure: Exception | None = None, first: float | None = 0.5) -> None:
-        self.id = "cmpl-0"
-        self.create_time = 1.5
-        model = Model("m", "p", "served", ModelType.LLM, source=ModelSource.REGISTERED)
-        self.resolution = Resolution(model, "a", FakeProvider("p"))
-        self.sampling = Sampling(top_k=3)
+    def __init__(self, failure: DeltawireError | None = None, first: float | None = 0.5) -> None:
+        self.head = Head("cmpl-0", "m", "a", "p", 1.5, Sampling(top_k=3))
         self.failure = failure
-        self.seconds_total = 2.25
-        self.seconds_to_first_event = first
+        self.timings = Timings(2.25, first_event=first)
 
 
-def answered(failure: Exception | None = None, first: float | None = 0.5) -> Completion:
-    """A completion."""
-    return cast("Completion", Answered(failure, first))
-
-
-def written(event: Event, completion: Completion | None = None) -> chat_pb.StreamChatCompletionResponse:
+def written(event: StreamEvent, completion: Told | None = None) -> chat_pb.StreamChatCompletionResponse:
     """The message of an event."""
-    return ResponseWriter(completion or answered(), 2**20).message(event)
+    return ResponseWriter(completion or Answered(), 2**20).message(0, event)
 
 
 def message(**fields: Any) -> chat_pb.StreamChatCompletionResponse:  # noqa: ANN401 (whatever the message takes)
@@ -147,7 +135,7 @@ FAILURE = tool_pb2.ToolCallDelta(
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_each_event(event: Event, expected: chat_pb.StreamChatCompletionResponse) -> None:
+def test_each_event(event: StreamEvent, expected: chat_pb.StreamChatCompletionResponse) -> None:
     """Member for member; what is absent stays absent."""
     assert written(event) == expected
 
@@ -193,7 +181,7 @@ def test_completed() -> None:
 def test_an_end_without_anything() -> None:
     """No text is no part, no figure is no number, and no first event is no time."""
     choice = FinishedChoice(0, "", "", (), (), StopReason.ERROR, "", False)
-    result = completed(answered(first=None), Completed(Usage(0, Provenance.ESTIMATED), (choice,)))
+    result = completed(Answered(first=None), Completed(Usage(0, Provenance.ESTIMATED), (choice,)))
     assert not result.choices[0].message.content
     assert result.choices[0].HasField("message")
     assert not result.usage.HasField("prompt_tokens")
@@ -210,7 +198,7 @@ def test_an_end_without_anything() -> None:
 def test_a_fault(failure: ProviderError | GatewayError) -> None:
     """The error is the status that the call will end with."""
     event = Completed(Usage(0, Provenance.ESTIMATED), (), Fault(failure.reason, "m"))
-    error = completed(answered(failure), event).error
+    error = completed(Answered(failure), event).error
     assert (error.code, error.reason) == (failure.code.value, failure.reason.value)
     assert error.message[:20] == failure.message[:20]
     assert len(error.message.encode()) <= MAX_MESSAGE
@@ -221,16 +209,17 @@ def test_a_fault(failure: ProviderError | GatewayError) -> None:
     [Refused(Fault(Reason.INTERNAL, "m")), ToolCallStarted(0, 0, "c", "t"), ToolCallArguments(0, 0, "c", "x")],
     ids=lambda event: type(event).__name__,
 )
-def test_what_is_no_message(event: Event) -> None:
+def test_what_is_no_message(event: StreamEvent) -> None:
     """The worker gives none of these."""
     with pytest.raises(TypeError, match=type(event).__name__):
         written(event)
 
 
-def test_numbers_have_no_gaps() -> None:
-    """From 0."""
-    writer = ResponseWriter(answered(), 2**20)
-    assert [writer.message(TextDelta(0, "x")).sequence for _ in range(3)] == [0, 1, 2]
+def test_a_message_is_a_function_of_its_number_and_event() -> None:
+    """So a stored event becomes the same message again."""
+    writer = ResponseWriter(Answered(), 2**20)
+    first, again = (writer.message(7, TextDelta(0, "x")) for _ in range(2))
+    assert (first.sequence, first.SerializeToString()) == (7, again.SerializeToString())
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,10 @@ def test_two_names_for_one_key(read: Parse, problems: Problems) -> None:
     ("text", "line"),
     [
         ("[servr]", "servr (from FILE): no such section; did you mean server?"),
-        ("[zzz]", "zzz (from FILE): no such section; there are server, access, stream, providers, registry, log"),
+        (
+            "[zzz]",
+            "zzz (from FILE): no such section; there are server, access, stream, retention, providers, registry, log",
+        ),
         ("[server]\nmax_stream = 1", "server.max_stream (from FILE): no such key; did you mean server.max_streams?"),
         ("[log]\nzzz = 1", "log.zzz (from FILE): no such key; there are level, format"),
         ("log = 3", "log (from FILE): must be a table: write [log] and the keys under it"),

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import chat_completion_pb2_grpc
-from deltawire_server.errors import Violation, invalid_request
-from deltawire_server.rpc import convert, validate
-from deltawire_server.rpc.interceptors import REQUEST_ID, call_record
+from deltawire_server.errors import GatewayError, Reason, Violation, invalid_request
+from deltawire_server.rpc import convert, validate, validate_options
+from deltawire_server.rpc.interceptors import REQUEST_ID, call_record, deadline_passed
 from deltawire_server.sansio.events import Completed
 from deltawire_server.telemetry import get_logger
+from deltawire_server.worker import Caller
 
 if TYPE_CHECKING:
     from grpc import aio
 
+    from deltawire_server.completion import Completion
+    from deltawire_server.completions.records import Head, Timings
+    from deltawire_server.completions.retention import RetainedStream
     from deltawire_server.rpc.interceptors import CallRecord
-    from deltawire_server.worker import Completion, Worker
+    from deltawire_server.sansio.events import Usage
+    from deltawire_server.worker import Worker
+
+    _Context = aio.ServicerContext[Any, Any]
 
 MAX_COMPLETED_BYTES = 1024 * 1024
 """A quarter of what other languages receive by default: a stream must not die on its last message."""
+
+MAX_RETAIN_FOR = 600.0
+"""Seconds; see the settings."""
 
 _log = get_logger(__name__)
 
@@ -31,14 +42,25 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
     Args:
         worker: Runs them.
         max_completed_bytes: Above this, `Completed` leaves out the messages, which the stream has said already.
+        max_retain_for: The longest time that a caller may ask a stream to be kept, in seconds; 0 for no retention.
+        slow_caller_timeout: How long one message of a retained stream may wait for its reader, in seconds.
     """
 
-    def __init__(self, worker: Worker, *, max_completed_bytes: int = MAX_COMPLETED_BYTES) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        *,
+        max_completed_bytes: int = MAX_COMPLETED_BYTES,
+        max_retain_for: float = MAX_RETAIN_FOR,
+        slow_caller_timeout: float = 30.0,
+    ) -> None:
         self._worker = worker
         self._max_completed_bytes = max_completed_bytes
+        self._max_retain_for = max_retain_for
+        self._slow_caller_timeout = slow_caller_timeout
 
     async def CreateChatCompletion(  # noqa: N802 (the RPC's name)
-        self, request: chat_pb.CreateChatCompletionRequest, context: aio.ServicerContext[Any, Any]
+        self, request: chat_pb.CreateChatCompletionRequest, context: _Context
     ) -> chat_pb.CreateChatCompletionResponse:
         """The whole answer, or the failure that the stream would end with."""
         if not request.HasField("chat"):
@@ -46,61 +68,128 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         record = call_record(context)
         chat = validate.chat_request(request.chat)
         response = chat_pb.CreateChatCompletionResponse()
-        async with self._worker.completion(chat, record.call, keep_logprobs=True) as completion:
+        async with self._worker.completion(chat, _caller(record, context), keep_logprobs=True) as completion:
             try:
                 async with aclosing(completion.batches()) as batches:
                     async for events in batches:
                         last = events[-1]
                         if isinstance(last, Completed):
-                            response.started.CopyFrom(convert.started(completion))
+                            response.started.CopyFrom(convert.started(completion.head))
                             response.completed.CopyFrom(convert.completed(completion, last))
             finally:
                 _note(record, completion)
         return response
 
     async def StreamChatCompletion(  # type: ignore[override]  # noqa: N802 (written to, which is cheaper than yielding)
-        self, request: chat_pb.StreamChatCompletionRequest, context: aio.ServicerContext[Any, Any]
+        self, request: chat_pb.StreamChatCompletionRequest, context: _Context
     ) -> None:
-        """The answer as typed events."""
-        if request.WhichOneof("start") is None:
-            raise invalid_request([Violation("start", "is required: set chat")])
+        """The answer as typed events: a new one, one that is retained from now on, or the rest of one that was."""
         record = call_record(context)
+        caller = _caller(record, context)
+        start = request.WhichOneof("start")
+        if start is None:
+            raise invalid_request([Violation("start", "is required: set chat or resume")])
+        if start == "resume":
+            completion_id, after = validate_options.resume(request)
+            await self._follow(self._worker.resume(caller, completion_id), after, record, context)
+            return
         chat = validate.chat_request(request.chat)
-        async with self._worker.completion(chat, record.call) as completion:
+        options = validate_options.stream_options(request.options, self._max_retain_for)
+        if options.retain_for is not None:
+            await self._follow(await self._worker.retained(chat, caller, options), None, record, context)
+            return
+        async with self._worker.completion(chat, caller, options) as completion:
             writer = convert.ResponseWriter(completion, self._max_completed_bytes)
-            first = True
+            sequence = 0
             try:
                 async with aclosing(completion.batches()) as batches:
                     async for events in batches:
-                        if first:
-                            # Not before the engine has begun: once these are out, no proxy can retry.
-                            await context.send_initial_metadata(((REQUEST_ID, record.call.request_id),))
-                            first = False
+                        if not sequence:
+                            await _begin(record, context)
                         for event in events:
-                            await context.write(writer.message(event))
+                            await context.write(writer.message(sequence, event))
+                            sequence += 1
             finally:
                 _note(record, completion)
+
+    async def CancelChatCompletion(  # noqa: N802 (the RPC's name)
+        self, request: chat_pb.CancelChatCompletionRequest, context: _Context
+    ) -> chat_pb.CancelChatCompletionResponse:
+        """A soft end; what it met."""
+        record = call_record(context)
+        completion_id = validate_options.completion_id(request.completion_id, "completion_id")
+        record.values["completion_id"] = completion_id
+        completion = self._worker.record(_caller(record, context), completion_id)
+        completion.note()
+        response = chat_pb.CancelChatCompletionResponse(
+            state=convert.state(completion), usage=convert.usage(completion.usage)
+        )
+        completion.cancel()
+        return response
+
+    async def GetChatCompletion(  # noqa: N802 (the RPC's name)
+        self, request: chat_pb.GetChatCompletionRequest, context: _Context
+    ) -> chat_pb.GetChatCompletionResponse:
+        """State, usage, and the result if it is retained."""
+        record = call_record(context)
+        completion_id = validate_options.completion_id(request.completion_id, "completion_id")
+        record.values["completion_id"] = completion_id
+        completion = self._worker.record(_caller(record, context), completion_id)
+        completion.note()
+        return convert.get_response(completion)
+
+    async def _follow(self, stream: RetainedStream, after: int | None, record: CallRecord, context: _Context) -> None:
+        """Write a retained stream from where this caller is, to its end."""
+        writer = convert.ResponseWriter(stream, self._max_completed_bytes)
+        first = True
+        try:
+            with stream.read():
+                async with aclosing(stream.follow(after)) as batches:
+                    async for numbered in batches:
+                        if first:
+                            await _begin(record, context)
+                            first = False
+                        for sequence, event in numbered:
+                            async with asyncio.timeout(self._slow_caller_timeout):
+                                await context.write(writer.message(sequence, event))
+        except TimeoutError:
+            limit = f"{self._slow_caller_timeout:g}"
+            message = f"the caller read nothing for {limit} seconds; the stream is retained and can be resumed"
+            raise GatewayError(Reason.SLOW_CALLER, message, metadata={"limit_seconds": limit}) from None
+        finally:
+            _note_values(record, stream.head, stream.usage, stream.timings)
+
+
+async def _begin(record: CallRecord, context: _Context) -> None:
+    # Not before the engine has begun: once these are out, no proxy can retry.
+    await context.send_initial_metadata(((REQUEST_ID, record.call.request_id),))
+
+
+def _caller(record: CallRecord, context: _Context) -> Caller:
+    return Caller(record.call, record.caller, lambda: deadline_passed(context))
 
 
 def _note(record: CallRecord, completion: Completion) -> None:
     """What the log line says of a completion, whatever its end."""
-    usage = completion.usage
-    first_event = completion.seconds_to_first_event
+    _note_values(record, completion.head, completion.usage, completion.timings)
+    if completion.oddities:
+        _log.warning(
+            "the provider's answer was odd",
+            provider=completion.head.provider_id,
+            completion_id=completion.head.completion_id,
+            oddities=dict(completion.oddities),
+        )
+
+
+def _note_values(record: CallRecord, head: Head, usage: Usage, timings: Timings) -> None:
     record.values.update(
-        completion_id=completion.id,
-        model=completion.resolution.model.id,
-        alias=completion.resolution.alias,
-        provider=completion.resolution.provider.id,
+        completion_id=head.completion_id,
+        model=head.model,
+        alias=head.alias,
+        provider=head.provider_id,
         attempts=1,
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         usage=usage.provenance.name,
-        seconds_to_first_event=None if first_event is None else round(first_event, 6),
+        seconds_to_first_event=None if timings.first_event is None else round(timings.first_event, 6),
     )
-    if completion.oddities:
-        _log.warning(
-            "the provider's answer was odd",
-            provider=completion.resolution.provider.id,
-            completion_id=completion.id,
-            oddities=dict(completion.oddities),
-        )

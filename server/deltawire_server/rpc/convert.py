@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, assert_never
+from typing import TYPE_CHECKING, Protocol, assert_never
 
 from google.protobuf import duration_pb2, timestamp_pb2
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import error_reason_pb2, message_pb2, tool_pb2
+from deltawire_server.completions.records import Ending
 from deltawire_server.rpc.status import MAX_MESSAGE, shorten
 from deltawire_server.sansio.events import (
     ChoiceFinished,
     Completed,
-    Event,
     FinishedChoice,
     ReasoningDelta,
     Refused,
     Started,
+    StreamEvent,
     TextDelta,
     TokenLogprob,
     ToolCallArguments,
@@ -29,27 +30,42 @@ from deltawire_server.sansio.events import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from deltawire_server.completions.records import Head, Record, Timings
+    from deltawire_server.errors import DeltawireError
     from deltawire_server.upstream.request import Sampling
-    from deltawire_server.worker import Completion
+
+
+class Told(Protocol):
+    """A completion, under way or retained, as far as its messages speak of it."""
+
+    @property
+    def head(self) -> Head:
+        """What is settled of it."""
+
+    @property
+    def timings(self) -> Timings:
+        """How long things took, to its end or to now."""
+
+    @property
+    def failure(self) -> DeltawireError | None:
+        """Why it did not end by itself, if it did not."""
 
 
 class ResponseWriter:
-    """Turns the events of one completion into numbered messages.
+    """Turns the events of one completion into messages: the same ones for the same event, however often.
 
     Args:
         completion: Whose events they are.
         max_completed_bytes: Above this, `Completed` leaves out the messages.
     """
 
-    def __init__(self, completion: Completion, max_completed_bytes: int) -> None:
+    def __init__(self, completion: Told, max_completed_bytes: int) -> None:
         self._completion = completion
         self._max_completed_bytes = max_completed_bytes
-        self._sequence = 0
 
-    def message(self, event: Event) -> chat_pb.StreamChatCompletionResponse:  # noqa: C901 (one flat arm per event)
-        """The next message of the stream; write it."""
-        response = chat_pb.StreamChatCompletionResponse(sequence=self._sequence)
-        self._sequence += 1
+    def message(self, sequence: int, event: StreamEvent) -> chat_pb.StreamChatCompletionResponse:  # noqa: C901 (one flat arm per event)
+        """The message of an event, by its number in the stream; write it."""
+        response = chat_pb.StreamChatCompletionResponse(sequence=sequence)
         match event:
             case TextDelta():
                 response.choice_index = event.choice
@@ -68,7 +84,7 @@ class ResponseWriter:
                 response.choice_index = event.choice
                 response.choice_finished.CopyFrom(_choice_finished(event))
             case Started():
-                response.started.CopyFrom(started(self._completion))
+                response.started.CopyFrom(started(self._completion.head))
             case Completed():
                 response.completed.CopyFrom(completed(self._completion, event))
                 if response.ByteSize() > self._max_completed_bytes:
@@ -81,35 +97,75 @@ class ResponseWriter:
         return response
 
 
-def started(completion: Completion) -> chat_pb.Started:
+def started(head: Head) -> chat_pb.Started:
     """Who answers, and how it was asked."""
-    created = timestamp_pb2.Timestamp()
-    created.FromNanoseconds(int(completion.create_time * 1e9))
     return chat_pb.Started(
-        completion_id=completion.id,
-        model=completion.resolution.model.id,
-        alias=completion.resolution.alias,
-        provider_id=completion.resolution.provider.id,
-        create_time=created,
-        effective_sampling=_sampling(completion.sampling),
+        completion_id=head.completion_id,
+        model=head.model,
+        alias=head.alias,
+        provider_id=head.provider_id,
+        create_time=_timestamp(head.create_time),
+        effective_sampling=_sampling(head.sampling),
     )
 
 
-def completed(completion: Completion, event: Completed) -> chat_pb.Completed:
+def completed(completion: Told, event: Completed) -> chat_pb.Completed:
     """The end, with everything that is known of the answer."""
     message = chat_pb.Completed(
-        usage=_usage(event.usage),
-        timings=chat_pb.Timings(total=_duration(completion.seconds_total)),
+        usage=usage(event.usage),
+        timings=_timings(completion.timings),
         choices=[_choice(choice) for choice in event.choices],
     )
-    if completion.seconds_to_first_event is not None:
-        message.timings.time_to_first_event.CopyFrom(_duration(completion.seconds_to_first_event))
-    failure = completion.failure
-    if failure is not None:
-        message.error.code = failure.code.value
-        message.error.reason = error_reason_pb2.ErrorReason.ValueType(failure.reason.value)
-        message.error.message = shorten(failure.message, MAX_MESSAGE)
+    if completion.failure is not None:
+        message.error.CopyFrom(_error(Ending.of(completion.failure)))
+    if event.messages_omitted:
+        _omit_messages(message)
     return message
+
+
+def get_response(record: Record) -> chat_pb.GetChatCompletionResponse:
+    """What has become of a completion."""
+    response = chat_pb.GetChatCompletionResponse(
+        completion_id=record.completion_id, state=state(record), usage=usage(record.usage)
+    )
+    if record.head is not None and record.begun:
+        response.started.CopyFrom(started(record.head))
+    if record.ending is not None:
+        response.error.CopyFrom(_error(record.ending))
+    stream = record.stream
+    if stream is not None:
+        if stream.completed is not None:
+            response.completed.CopyFrom(completed(stream, stream.completed))
+        if stream.last_sequence is not None:
+            response.last_sequence = stream.last_sequence
+        if stream.expire_time is not None:
+            response.expire_time.CopyFrom(_timestamp(stream.expire_time))
+    return response
+
+
+def state(record: Record) -> chat_pb.CompletionState.ValueType:
+    """How far a completion has come."""
+    if not record.ended:
+        return chat_pb.COMPLETION_STATE_RUNNING
+    return chat_pb.COMPLETION_STATE_COMPLETED if record.ending is None else chat_pb.COMPLETION_STATE_FAILED
+
+
+def _error(ending: Ending) -> chat_pb.Completed.Error:
+    return chat_pb.Completed.Error(
+        code=ending.code.value,
+        reason=error_reason_pb2.ErrorReason.ValueType(0 if ending.reason is None else ending.reason.value),
+        message=shorten(ending.message, MAX_MESSAGE),
+    )
+
+
+def _timings(timings: Timings) -> chat_pb.Timings:
+    return chat_pb.Timings(
+        queue=_duration(timings.queue),
+        time_to_first_event=_duration(timings.first_event),
+        mean_gap=_duration(timings.mean_gap),
+        worst_gap=_duration(timings.worst_gap),
+        total=_duration(timings.total),
+    )
 
 
 def _omit_messages(message: chat_pb.Completed) -> None:
@@ -192,7 +248,8 @@ def _logprobs(tokens: Sequence[TokenLogprob]) -> list[chat_pb.TokenLogprob]:
     ]
 
 
-def _usage(usage: Usage) -> chat_pb.Usage:
+def usage(usage: Usage) -> chat_pb.Usage:
+    """What was used, as far as it is known."""
     return chat_pb.Usage(
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
@@ -222,7 +279,15 @@ def _sampling(sampling: Sampling) -> chat_pb.Sampling:
     )
 
 
-def _duration(seconds: float) -> duration_pb2.Duration:
+def _timestamp(seconds: float) -> timestamp_pb2.Timestamp:
+    timestamp = timestamp_pb2.Timestamp()
+    timestamp.FromNanoseconds(int(seconds * 1e9))
+    return timestamp
+
+
+def _duration(seconds: float | None) -> duration_pb2.Duration | None:
+    if seconds is None:
+        return None
     duration = duration_pb2.Duration()
     duration.FromNanoseconds(round(seconds * 1e9))
     return duration

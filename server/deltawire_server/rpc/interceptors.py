@@ -49,11 +49,14 @@ class CallRecord:
 
     Attributes:
         call: What of the caller's metadata goes on.
+        caller: Who calls: the principal, or where anybody may call, the name in a verified certificate; empty if neither
+            is known.
         values: What the handler has to say in the log line: model, usage and the like.
     """
 
     def __init__(self, call: CallContext) -> None:
         self.call = call
+        self.caller = ""
         self.values: dict[str, object] = {}
 
 
@@ -164,10 +167,12 @@ class CallInterceptor(aio.ServerInterceptor):
     def _authorize(self, method: str, record: CallRecord, context: _Context) -> None:
         """Let the call in or raise; the log line gets the caller's name, and of one who may not, what is missing."""
         if self._access.open:
+            record.caller = next(iter(_identities(context)), "")
             return  # also those whose authorization header is for somebody else on the way
         key = bearer_key([value for name, value in _pairs(context) if name == AUTHORIZATION])
         try:
-            record.values["caller"] = self._access.authorize(method, key, _identities(context))
+            record.caller = self._access.authorize(method, key, _identities(context)) or ""
+            record.values["caller"] = record.caller
         except GatewayError as refused:
             record.values.update(refused.metadata)
             raise
@@ -229,7 +234,7 @@ def _logged(method: str, record: CallRecord, context: _Context, metadata: Mappin
         if outcome.code == "CANCELLED":
             outcome.code = "OK"
     finally:
-        if outcome.code == "CANCELLED" and _deadline_passed(context):
+        if outcome.code == "CANCELLED" and deadline_passed(context):
             outcome.code = "DEADLINE_EXCEEDED"
         log = _log.error if outcome.defect is not None else _log.info
         log(
@@ -246,7 +251,8 @@ def _logged(method: str, record: CallRecord, context: _Context, metadata: Mappin
         )
 
 
-def _deadline_passed(context: _Context) -> bool:
+def deadline_passed(context: _Context) -> bool:
+    """Whether the call's own deadline has passed, or is about to."""
     remaining = cast("float | None", context.time_remaining())  # None without a deadline; grpc's types do not say so
     return remaining is not None and remaining <= DEADLINE_SLACK
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from deltawire_server.sansio.events import (
     Completed,
-    Event,
+    FinishedChoice,
     ReasoningDelta,
+    StreamEvent,
     TextDelta,
     TokenLogprob,
     ToolCallArguments,
@@ -40,24 +41,24 @@ class Coalescer:
     """
 
     def __init__(self) -> None:
-        self._events: list[Event] = []
+        self._events: list[StreamEvent] = []
         self.size = 0
 
     def __len__(self) -> int:
         """How many events wait, not yet joined."""
         return len(self._events)
 
-    def receive(self, events: Sequence[Event]) -> None:
+    def receive(self, events: Sequence[StreamEvent]) -> None:
         """Let events wait."""
         self._events.extend(events)
-        self.size += sum(map(_weight, events))
+        self.size += sum(map(weight, events))
 
-    def take(self) -> list[Event]:
+    def take(self) -> list[StreamEvent]:
         """All that waits, joined where that may be; then nothing waits. Write it, in order, then come again."""
         waiting, self._events, self.size = self._events, [], 0
         if len(waiting) < 2:
             return waiting
-        joined: list[Event] = []
+        joined: list[StreamEvent] = []
         position = 0
         while position < len(waiting):
             first = waiting[position]
@@ -94,14 +95,12 @@ def _join_texts(run: list[TextDelta | ReasoningDelta]) -> TextDelta | ReasoningD
     return type(run[0])(run[0].choice, text, logprobs)
 
 
-def _weight(event: Event) -> int:
+def weight(event: StreamEvent) -> int:
+    """About how many bytes an event takes."""
     if type(event) is TextDelta and not event.logprobs:  # the commonest, once per token
         return EVENT_BYTES + len(event.text)
     if isinstance(event, _TEXTS):
-        weight = EVENT_BYTES + len(event.text)
-        if event.logprobs:
-            weight += sum(EVENT_BYTES * (1 + len(token.alternatives)) for token in event.logprobs)
-        return weight
+        return EVENT_BYTES + len(event.text) + _logprobs_weight(event.logprobs)
     if isinstance(event, ToolCallArguments):
         return EVENT_BYTES + len(event.fragment)
     if isinstance(event, ToolCallSucceeded):
@@ -109,5 +108,14 @@ def _weight(event: Event) -> int:
     if isinstance(event, ToolCallFailed):
         return EVENT_BYTES + len(event.raw_arguments)
     if isinstance(event, Completed):
-        return EVENT_BYTES + sum(len(choice.text) + len(choice.reasoning) for choice in event.choices)
+        return EVENT_BYTES + sum(map(_choice_weight, event.choices))
     return EVENT_BYTES
+
+
+def _choice_weight(choice: FinishedChoice) -> int:
+    calls = sum(map(weight, choice.tool_calls)) + sum(map(weight, choice.failed_tool_calls))
+    return EVENT_BYTES + len(choice.text) + len(choice.reasoning) + calls + _logprobs_weight(choice.logprobs)
+
+
+def _logprobs_weight(logprobs: Sequence[TokenLogprob]) -> int:
+    return sum(EVENT_BYTES * (1 + len(token.alternatives)) for token in logprobs)

@@ -210,6 +210,29 @@ class CompletionReader:
             self._end(fault or self._verdict_of_end(), events)
         return events
 
+    def stop(self, reason: StopReason) -> list[Event]:
+        """Say that whoever asked wants no more: what has come is the answer, and that is no fault.
+
+        Args:
+            reason: How the choices ended that the engine has not finished. All that were asked for are told, also those of
+                which nothing came.
+
+        Returns:
+            What is left to tell, ending with `Completed`; nothing if the answer had ended already.
+        """
+        events: list[Event] = []
+        if self.ended:
+            return events
+        if self.phase is Phase.WAITING:
+            self.phase = Phase.OPEN
+            events.append(Started("", ""))
+        for index in range(self._choice_count):
+            choice = self._choices.get(index) or self._begin_choice(index)
+            if choice.finished is None:
+                self._cut_choice(choice, reason, events)
+        self._end(None, events)
+        return events
+
     @property
     def ended(self) -> bool:
         """Whether `Refused` or `Completed` was told."""

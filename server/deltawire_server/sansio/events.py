@@ -206,11 +206,15 @@ class FinishedChoice(_Value, frozen=True):
 
 
 class Completed(_Event, frozen=True, tag="completed"):
-    """The answer has ended; nothing follows. `fault` is set if it did not end by itself."""
+    """The answer has ended; nothing follows. `fault` is set if it was broken off.
+
+    `messages_omitted` says that the choices were emptied of what they said, because there is too much of it.
+    """
 
     usage: Usage
     choices: tuple[FinishedChoice, ...]
     fault: Fault | None = None
+    messages_omitted: bool = False
 
 
 Event = (

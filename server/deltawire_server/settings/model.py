@@ -322,6 +322,34 @@ class StreamSettings(Section):
     )
 
 
+class RetentionSettings(Section):
+    """Streams that are kept so that a caller who lost its connection can go on: all in memory, and gone with the process."""
+
+    max_retain_for: SecondsOrNone = Field(
+        default=600.0,
+        description=(
+            "Seconds that a caller may ask for a stream to be kept while nobody reads it, at most; 0 for no retention at "
+            "all. The default outlasts a redeployment of the caller; a stream that nobody comes back to is generated for "
+            "nothing until then."
+        ),
+    )
+    max_stream_bytes: Bytes = Field(
+        default=8 * MIB,
+        description=(
+            "Bytes that are kept of one stream; its oldest messages go first. The default holds a hundred thousand "
+            "tokens, each in a message of its own."
+        ),
+    )
+    max_bytes: Bytes = Field(
+        default=256 * MIB,
+        description=(
+            "Bytes that are kept of all streams together; then streams that have ended go, the one that ended first "
+            "before the others, and after them the oldest messages of those under way. Of each stream under way the newest "
+            "message is kept beyond that. The default is what queue_bytes may come to."
+        ),
+    )
+
+
 class ProviderSettings(Section):
     """A vLLM server, or several alike. Its id is the last part of the table's name: a-z, digits, `-`, `_` and `.`."""
 
@@ -452,6 +480,7 @@ class Settings(Section):
     server: ServerSettings = Field(default_factory=ServerSettings, description="The listener.")
     access: AccessSettings = Field(default_factory=AccessSettings, description="Who may call.")
     stream: StreamSettings = Field(default_factory=StreamSettings, description="Each completion.")
+    retention: RetentionSettings = Field(default_factory=RetentionSettings, description="Streams that can be resumed.")
     providers: Mapping[ProviderId, ProviderSettings] = Field(
         default_factory=dict, description="Who generates, by the operator's name for each; at least one."
     )
@@ -484,6 +513,7 @@ SECTIONS: Mapping[str, type[Section]] = MappingProxyType(
         "server": ServerSettings,
         "access": AccessSettings,
         "stream": StreamSettings,
+        "retention": RetentionSettings,
         "providers": ProviderSettings,
         "registry": RegistrySettings,
         "log": LogSettings,

@@ -1,0 +1,255 @@
+"""What is known of a completion by its id, from the moment it is admitted until some time after its end.
+
+    begin ──▶ running ── end ──▶ retained, as long as its stream is kept ──▶ remembered ──▶ forgotten
+                          └────────────────── without one ──────────────────────┘
+
+Ids are each caller's own: whoever asks for another's gets what one that never was gives. What is remembered of an ended
+completion is small (how it ended and what it cost), and so are number and time.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from deltawire_server.errors import CallerError, Code, DeltawireError, GatewayError, Reason
+from deltawire_server.sansio.events import Provenance, StopReason, Usage
+
+if TYPE_CHECKING:
+    from deltawire_server.completions.retention import RetainedStream
+    from deltawire_server.upstream.request import Sampling
+
+MAX_REMEMBERED = 10_000
+"""Ended completions that are remembered: about ten megabytes, and minutes of a busy process."""
+
+REMEMBERED_SECONDS = 600.0
+"""For how long: enough for whoever lost a connection to ask what became of its call."""
+
+NOTHING_YET = Usage(0, Provenance.ESTIMATED)
+"""What a completion has cost before its engine said or sent anything."""
+
+_MINTED = re.compile(r"cmpl-[0-9a-f]{32}-(?P<owner>[0-9a-f]{8})")
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What is settled of a completion before its engine is asked.
+
+    Attributes:
+        completion_id: The caller's own, or minted.
+        model: Its id in the registry.
+        alias: The name that the caller used, if that was another.
+        provider_id: Who answers.
+        create_time: Unix time, in seconds.
+        sampling: As it is sent.
+    """
+
+    completion_id: str
+    model: str
+    alias: str
+    provider_id: str
+    create_time: float
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """How long things took, in seconds; `None` for what did not happen. See `deltawire.v1.Timings`."""
+
+    total: float
+    queue: float | None = None
+    first_event: float | None = None
+    mean_gap: float | None = None
+    worst_gap: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Why a completion failed; `reason` is `None` if the caller's own cancel or deadline was it."""
+
+    code: Code
+    reason: Reason | None
+    message: str
+
+    @classmethod
+    def of(cls, error: DeltawireError) -> Ending:
+        """What is to be remembered of a failure: no trace, which would keep the whole call in memory."""
+        return cls(error.code, error.reason, error.message)
+
+
+class Running(Protocol):
+    """A completion under way, as far as its record needs it."""
+
+    @property
+    def head(self) -> Head:
+        """What is settled of it."""
+
+    @property
+    def begun(self) -> bool:
+        """Whether its engine has begun."""
+
+    @property
+    def usage(self) -> Usage:
+        """What it has cost so far."""
+
+    @property
+    def timings(self) -> Timings:
+        """How long things took, to its end or to now."""
+
+    @property
+    def failure(self) -> DeltawireError | None:
+        """Why it did not end by itself, if it did not."""
+
+    def stop(self, reason: StopReason) -> None:
+        """End it now, as it is: its caller wants no more."""
+
+
+@dataclass(slots=True)
+class Record:
+    """One completion, for whoever asks by its id.
+
+    Attributes:
+        caller: Whose it is; empty where callers are not told apart.
+        completion_id: Unique among the caller's.
+        running: While it is under way and its model has been found.
+        begun: Whether the engine ever began, once it has ended.
+        head: Once its model was found.
+        usage: What it has cost in all, once it has ended.
+        ending: Why it failed, if it did.
+        ended: Whether it has ended.
+        stream: Its messages, if they are retained.
+    """
+
+    caller: str
+    completion_id: str
+    running: Running | None = None
+    head: Head | None = None
+    begun: bool = False
+    usage: Usage = NOTHING_YET
+    ending: Ending | None = None
+    ended: bool = False
+    stream: RetainedStream | None = None
+    _stop_asked: bool = False
+    _ended_at: float = field(default=0.0, repr=False)
+
+    def run(self, running: Running) -> None:
+        """It is under way from now on; a cancel that came earlier takes effect."""
+        self.running = running
+        self.head = running.head
+        if self._stop_asked:
+            running.stop(StopReason.CANCELLED)
+
+    def cancel(self) -> None:
+        """End it softly, now or as soon as it is under way; of one that has ended, nothing changes."""
+        self._stop_asked = True
+        if self.running is not None:
+            self.running.stop(StopReason.CANCELLED)
+
+    def note(self) -> None:
+        """Take over what the running completion knows, which will soon be gone."""
+        if self.running is not None:
+            self.usage = self.running.usage
+            self.begun = self.running.begun
+
+
+class Records:
+    """All completions of this process.
+
+    Args:
+        max_remembered: Ended ones that are remembered, without what is retained.
+        remembered_seconds: For how long.
+    """
+
+    def __init__(self, max_remembered: int = MAX_REMEMBERED, remembered_seconds: float = REMEMBERED_SECONDS) -> None:
+        self._owner = secrets.token_hex(4)
+        self._max_remembered = max_remembered
+        self._remembered_seconds = remembered_seconds
+        self._kept: dict[tuple[str, str], Record] = {}  # running or retained
+        self._remembered: OrderedDict[tuple[str, str], Record] = OrderedDict()  # oldest end first
+
+    def begin(self, caller: str, completion_id: str = "") -> Record:
+        """A new completion.
+
+        Args:
+            caller: Whose it is.
+            completion_id: The caller's own; empty to mint one: "cmpl-", 32 hexadecimal digits that nobody can guess, "-", and
+                eight that say which process made it.
+
+        Raises:
+            CallerError: COMPLETION_ALREADY_EXISTS: the caller has one of this id under way or retained.
+        """
+        key = (caller, completion_id or f"cmpl-{secrets.token_hex(16)}-{self._owner}")
+        if key in self._kept:
+            state = "is retained" if self._kept[key].ended else "is under way"
+            raise CallerError(
+                Reason.COMPLETION_ALREADY_EXISTS,
+                f"completion {completion_id!r} {state}: choose another completion_id, or resume that one",
+                metadata={"completion_id": completion_id},
+            )
+        self._remembered.pop(key, None)
+        record = self._kept[key] = Record(*key)
+        return record
+
+    def end(self, record: Record, ending: Ending | None) -> None:
+        """It has ended; without a retained stream it is only remembered from now on.
+
+        Args:
+            record: Which.
+            ending: Why it failed; `None` if it did not.
+        """
+        record.note()
+        record.running = None
+        record.ending = ending
+        record.ended = True
+        if record.stream is None:
+            self._remember(record)
+
+    def released(self, record: Record) -> None:
+        """Its stream is no longer retained."""
+        record.stream = None
+        if record.ended:
+            self._remember(record)
+
+    def find(self, caller: str, completion_id: str) -> Record:
+        """The caller's completion of this id.
+
+        Raises:
+            CallerError: COMPLETION_NOT_FOUND: it has none, whoever else may have one.
+            GatewayError: WRONG_REPLICA: it has none here, and another process made the id.
+        """
+        self._forget()
+        key = (caller, completion_id)
+        record = self._kept.get(key) or self._remembered.get(key)
+        if record is not None:
+            return record
+        metadata = {"completion_id": completion_id}
+        minted = _MINTED.fullmatch(completion_id)
+        if minted and minted["owner"] != self._owner:
+            raise GatewayError(
+                Reason.WRONG_REPLICA,
+                f"completion {completion_id!r} is of another gateway process, or of one before a restart: only that one has it",
+                metadata=metadata,
+            )
+        raise CallerError(
+            Reason.COMPLETION_NOT_FOUND, f"you have no completion {completion_id!r} here", metadata=metadata
+        )
+
+    def _remember(self, record: Record) -> None:
+        key = (record.caller, record.completion_id)
+        self._kept.pop(key, None)
+        record._ended_at = time.monotonic()
+        self._remembered[key] = record
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what has been remembered for long enough, and the oldest of too many."""
+        limit = time.monotonic() - self._remembered_seconds
+        while self._remembered:
+            oldest = next(iter(self._remembered.values()))
+            if len(self._remembered) <= self._max_remembered and oldest._ended_at > limit:
+                break
+            self._remembered.popitem(last=False)

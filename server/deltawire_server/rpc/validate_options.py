@@ -1,0 +1,171 @@
+"""The options of requests: how long, how often, under which id. What a request is about is for `validate`.
+
+What belongs to a chat request tells its complaints to whoever reads that; what is a request of its own raises them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from deltawire.v1 import chat_completion_pb2 as chat_pb
+from deltawire_server.errors import Violation, invalid_request
+from deltawire_server.stream_options import StreamOptions
+from deltawire_server.upstream.request import Reasoning
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from google.protobuf.duration_pb2 import Duration
+
+    Complain = Callable[[str, str], None]
+    """Takes a complaint: the path of the field, and what is wrong with it."""
+
+MAX_SOFT_TIME_LIMIT = 24 * 3600.0
+"""Seconds: longer than any answer, and short enough to show that milliseconds were meant."""
+MAX_COALESCE_DELAY = 10.0
+"""Seconds: whoever can wait longer does not need a stream."""
+MIN_HEARTBEAT = 0.1
+"""Seconds: more often, heartbeats would be the traffic."""
+MAX_HEARTBEAT = 3600.0
+"""Seconds: what is between the caller and here takes a stream for dead long before."""
+
+ID_RULE = 'must be 1 to 128 letters, digits, "-", "_", "." or ":"'
+
+_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+EFFORTS: Mapping[int, str] = MappingProxyType(
+    {
+        number: "" if name == "REASONING_EFFORT_UNSPECIFIED" else name.removeprefix("REASONING_EFFORT_").lower()
+        for name, number in chat_pb.ReasoningEffort.items()
+    }
+)
+"""The chat API's word for each effort; empty leaves it to the model."""
+
+_INCREMENTAL: Mapping[int, bool] = MappingProxyType(
+    {
+        chat_pb.TOOL_CALL_STREAMING_UNSPECIFIED: False,
+        chat_pb.TOOL_CALL_STREAMING_ASSEMBLED: False,
+        chat_pb.TOOL_CALL_STREAMING_INCREMENTAL: True,
+    }
+)
+
+
+def reasoning(message: chat_pb.Reasoning, complain: Complain) -> Reasoning:
+    """How much to think."""
+    effort = EFFORTS.get(message.effort)
+    if effort is None:
+        known = ", ".join(chat_pb.ReasoningEffort.keys()[1:])
+        complain("chat.reasoning.effort", f"{message.effort} is not known here; known: {known}")
+    return Reasoning(
+        effort or "",
+        message.token_budget if message.HasField("token_budget") else None,
+        message.include if message.HasField("include") else None,
+    )
+
+
+def incremental_tool_calls(policy: chat_pb.ToolCallPolicy, complain: Complain) -> bool:
+    """Whether calls are told while they are written."""
+    incremental = _INCREMENTAL.get(policy.streaming)
+    if incremental is None:
+        known = ", ".join(chat_pb.ToolCallStreaming.keys()[1:])
+        complain("chat.tool_call_policy.streaming", f"{policy.streaming} is not known here; known: {known}")
+    return bool(incremental)
+
+
+def soft_time_limit(chat: chat_pb.ChatRequest, complain: Complain) -> float | None:
+    """Seconds after which the answer ends as it is; `None` for no limit."""
+    if not chat.HasField("soft_time_limit"):
+        return None
+    seconds = _seconds(chat.soft_time_limit)
+    if not 0 < seconds <= MAX_SOFT_TIME_LIMIT:
+        complain("chat.soft_time_limit", "must be above 0 and at most 24 hours")
+    return seconds
+
+
+def own_completion_id(text: str, complain: Complain) -> str:
+    """The id that a caller chose for a new completion; empty for none."""
+    if text and not _ID.fullmatch(text):
+        complain("chat.completion_id", f"{ID_RULE}; leave it out to be given one")
+    return text
+
+
+def completion_id(text: str, path: str) -> str:
+    """Check the id of a completion that is looked for.
+
+    Args:
+        text: The id.
+        path: The request's field that has it.
+
+    Returns:
+        The id; there may be none of it.
+
+    Raises:
+        CallerError: INVALID_REQUEST: it is missing, or cannot be one.
+    """
+    if not text:
+        raise invalid_request([Violation(path, "is required: Started.completion_id, or the caller's own")])
+    if not _ID.fullmatch(text):
+        raise invalid_request([Violation(path, ID_RULE)])
+    return text
+
+
+def resume(request: chat_pb.StreamChatCompletionRequest) -> tuple[str, int | None]:
+    """Check a request that goes on with a retained stream.
+
+    Args:
+        request: Its `start` is `resume`.
+
+    Returns:
+        The completion's id, and the sequence of the last message that came; `None` for from the first on.
+
+    Raises:
+        CallerError: INVALID_REQUEST: no id, or one that cannot be; options, which only a new stream may have.
+    """
+    message = request.resume
+    found = completion_id(message.completion_id, "resume.completion_id")
+    # An empty message sets none of them.
+    if request.options.ByteSize():
+        raise invalid_request([Violation("options", "a resumed stream is told as it was asked for: leave them out")])
+    return found, message.after_sequence if message.HasField("after_sequence") else None
+
+
+def stream_options(message: chat_pb.StreamOptions, max_retain_for: float) -> StreamOptions:
+    """Check how a new stream is to be told.
+
+    Args:
+        message: What the caller asks for.
+        max_retain_for: Seconds that the operator allows a stream to be retained.
+
+    Raises:
+        CallerError: INVALID_REQUEST with every violated field.
+    """
+    violations: list[Violation] = []
+
+    def within(name: str, lowest: float, highest: float, complaint: str) -> float | None:
+        if not message.HasField(name):  # type: ignore[arg-type]
+            return None
+        seconds = _seconds(getattr(message, name))
+        if not lowest <= seconds <= highest:
+            violations.append(Violation(f"options.{name}", complaint))
+        return seconds
+
+    delay = within("max_coalesce_delay", 0.0, MAX_COALESCE_DELAY, "must be from 0 to 10 seconds")
+    interval = within("heartbeat_interval", MIN_HEARTBEAT, MAX_HEARTBEAT, "must be from 0.1 seconds to an hour")
+    if message.heartbeat_before_start and interval is None:
+        violations.append(Violation("options.heartbeat_before_start", "needs heartbeat_interval: set it too"))
+    limit = f"must be above 0 and at most {max_retain_for:g} seconds, this gateway's limit"
+    retain_for = within("retain_for", math.ulp(0.0), max_retain_for, limit)
+    if violations:
+        raise invalid_request(violations)
+    return StreamOptions(message.usage_updates, delay or 0.0, interval, message.heartbeat_before_start, retain_for)
+
+
+def _seconds(duration: Duration) -> float:
+    """A duration in seconds; NaN, which no range holds, for one that breaks protobuf's rules."""
+    seconds, nanos = duration.seconds, duration.nanos
+    if abs(nanos) >= 1_000_000_000 or seconds * nanos < 0:
+        return math.nan
+    return seconds + nanos / 1e9
