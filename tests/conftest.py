@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import subprocess
 from contextlib import asynccontextmanager
@@ -11,16 +12,25 @@ from typing import TYPE_CHECKING, Any, Protocol
 import pytest
 import structlog
 
+from deltawire_server.completion import CompletionLimits
+from deltawire_server.completions.retention import RetentionLimits
 from deltawire_server.fake_vllm import FakeVllm
+from deltawire_server.registry.registry import ModelRegistry
+from deltawire_server.registry.store import Store
 from deltawire_server.telemetry import configure_logging
-from tests.support.gateway import Lines, Running, running, settings_of
+from deltawire_server.upstream.providers import Providers
+from deltawire_server.upstream.vllm import VllmProvider
+from deltawire_server.worker import Worker, WorkerLimits
+from tests.support.gateway import WAIT, Lines, Running, running, settings_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
+    from deltawire_server.upstream.base import Patience, Provider
     from tests.support.postgres import PostgresServer
+    from tests.support.workers import MakeWorker
 
 
 class StartGateway(Protocol):
@@ -34,6 +44,7 @@ class StartGateway(Protocol):
         stream: Mapping[str, Any] | None = None,
         provider: Mapping[str, Any] | None = None,
         access: Mapping[str, Any] | None = None,
+        retention: Mapping[str, Any] | None = None,
         options: tuple[tuple[str, int], ...] = (),
     ) -> AbstractAsyncContextManager[Running]: ...
 
@@ -82,6 +93,32 @@ async def vllm() -> AsyncIterator[FakeVllm]:
 
 
 @pytest.fixture
+def make_worker(vllm: FakeVllm, tmp_path: Path) -> MakeWorker:
+    """Makes workers."""
+
+    @asynccontextmanager
+    async def make(
+        *,
+        provider: Provider | None = None,
+        patience: Patience | None = None,
+        **limits: Any,  # noqa: ANN401 (max_streams, retention, and those of CompletionLimits)
+    ) -> AsyncIterator[Worker]:
+        providers = Providers([provider or VllmProvider("vllm", vllm.base_url, tls=False, patience=patience)])
+        registry = ModelRegistry(Store(f"sqlite+aiosqlite:///{tmp_path}/registry.db"), providers)
+        await registry.open()
+        try:
+            async with asyncio.timeout(WAIT):
+                max_streams = limits.pop("max_streams", 1000)
+                retention = RetentionLimits(**limits.pop("retention", {}))
+                yield Worker(registry, providers, WorkerLimits(max_streams, CompletionLimits(**limits), retention))
+        finally:
+            await registry.close()
+            await providers.close()
+
+    return make
+
+
+@pytest.fixture
 def start_gateway(vllm: FakeVllm, tmp_path: Path) -> StartGateway:
     """Runs gateways in this process."""
 
@@ -93,10 +130,17 @@ def start_gateway(vllm: FakeVllm, tmp_path: Path) -> StartGateway:
         stream: Mapping[str, Any] | None = None,
         provider: Mapping[str, Any] | None = None,
         access: Mapping[str, Any] | None = None,
+        retention: Mapping[str, Any] | None = None,
         options: tuple[tuple[str, int], ...] = (),
     ) -> AsyncIterator[Running]:
         settings = settings_of(
-            base_url or vllm.base_url, tmp_path, server=server, stream=stream, provider=provider, access=access
+            base_url or vllm.base_url,
+            tmp_path,
+            server=server,
+            stream=stream,
+            provider=provider,
+            access=access,
+            retention=retention,
         )
         async with running(settings, options=options) as gateway:
             yield gateway

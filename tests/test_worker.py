@@ -3,86 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from deltawire_server.completion import CompletionLimits
-from deltawire_server.completions.retention import RetentionLimits
 from deltawire_server.errors import CallerError, GatewayError, ProviderError, Reason
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
-from deltawire_server.registry.registry import ModelRegistry
-from deltawire_server.registry.store import Store
 from deltawire_server.sansio.events import ChoiceFinished, Completed, Provenance, Started, StreamEvent, TextDelta
-from deltawire_server.upstream.base import CallContext, Patience
-from deltawire_server.upstream.providers import Providers
-from deltawire_server.upstream.request import ChatMessage, ChatRequest, Role, Sampling
+from deltawire_server.upstream.base import Patience
+from deltawire_server.upstream.request import ChatRequest, Sampling
 from deltawire_server.upstream.vllm import VllmProvider
-from deltawire_server.worker import Caller, Worker, WorkerLimits
 from tests.support.fake_provider import FakeProvider
-from tests.support.gateway import WAIT, until
+from tests.support.gateway import until
+from tests.support.workers import CALLER, MakeWorker, ask, events_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from contextlib import AbstractAsyncContextManager
-    from pathlib import Path
 
-    from deltawire_server.upstream.base import Provider
+    from deltawire_server.worker import Worker
+
 
 CHUNKS = Chunks()
-CALLER = Caller(CallContext("r"))
 NEVER_ENDING = Script.generated(tokens=100_000_000, chunks_per_write=50)
 LONG = 3600.0
-
-
-class MakeWorker(Protocol):
-    """Makes a worker before the test's `vllm`, or another provider."""
-
-    def __call__(
-        self,
-        *,
-        provider: Provider | None = None,
-        patience: Patience | None = None,
-        **limits: Any,  # noqa: ANN401 (max_streams, retention, and those of CompletionLimits)
-    ) -> AbstractAsyncContextManager[Worker]: ...
-
-
-@pytest.fixture
-def make_worker(vllm: FakeVllm, tmp_path: Path) -> MakeWorker:
-    """Makes workers."""
-
-    @asynccontextmanager
-    async def make(
-        *,
-        provider: Provider | None = None,
-        patience: Patience | None = None,
-        **limits: Any,  # noqa: ANN401 (max_streams, retention, and those of CompletionLimits)
-    ) -> AsyncIterator[Worker]:
-        providers = Providers([provider or VllmProvider("vllm", vllm.base_url, tls=False, patience=patience)])
-        registry = ModelRegistry(Store(f"sqlite+aiosqlite:///{tmp_path}/registry.db"), providers)
-        await registry.open()
-        try:
-            async with asyncio.timeout(WAIT):
-                max_streams = limits.pop("max_streams", 1000)
-                retention = RetentionLimits(**limits.pop("retention", {}))
-                yield Worker(registry, providers, WorkerLimits(max_streams, CompletionLimits(**limits), retention))
-        finally:
-            await registry.close()
-            await providers.close()
-
-    return make
-
-
-def ask(**fields: Any) -> ChatRequest:  # noqa: ANN401 (whatever the request takes)
-    """A request for the model that `FakeVllm` serves."""
-    return ChatRequest("fake", (ChatMessage(Role.USER, ("hi",)),), **fields)
-
-
-async def events_of(worker: Worker, request: ChatRequest | None = None) -> list[StreamEvent]:
-    """All events of a completion that ends well."""
-    async with worker.completion(request or ask(), CALLER) as completion:
-        return [event async for batch in completion.batches() for event in batch]
 
 
 async def rest_of(batches: AsyncIterator[list[StreamEvent]], events: list[StreamEvent]) -> None:

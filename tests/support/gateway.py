@@ -19,6 +19,7 @@ from deltawire_server.settings import (
     AccessSettings,
     ProviderSettings,
     RegistrySettings,
+    RetentionSettings,
     ServerSettings,
     Settings,
     StreamSettings,
@@ -46,12 +47,14 @@ def settings_of(
     stream: Mapping[str, Any] | None = None,
     provider: Mapping[str, Any] | None = None,
     access: Mapping[str, Any] | None = None,
+    retention: Mapping[str, Any] | None = None,
 ) -> Settings:
     """Settings of a gateway on a free port before one provider, named vllm, that does not dally when it stops."""
     return Settings(
         server=ServerSettings(**{"listen": "127.0.0.1:0", "drain_delay": 0, **(server or {})}),
         access=AccessSettings(**(access or {})),
         stream=StreamSettings(**(stream or {})),
+        retention=RetentionSettings(**(retention or {})),
         # Not verified for plain HTTP, where nothing is, since the system's authorities take long to load.
         providers={
             "vllm": ProviderSettings(
@@ -88,12 +91,31 @@ class Running:
         self,
         chat: chat_pb.ChatRequest | None = None,
         *,
+        options: chat_pb.StreamOptions | None = None,
         metadata: tuple[tuple[str, str], ...] = (),
         timeout: float | None = None,
     ) -> StreamCall:
         """Begin a streamed completion."""
-        request = chat_pb.StreamChatCompletionRequest(chat=ask() if chat is None else chat)
+        request = chat_pb.StreamChatCompletionRequest(chat=ask() if chat is None else chat, options=options)
         return self.chat.StreamChatCompletion(request, metadata=metadata, timeout=timeout)
+
+    def resume(
+        self, completion_id: str, after: int | None = None, *, metadata: tuple[tuple[str, str], ...] = ()
+    ) -> StreamCall:
+        """Go on with a retained stream."""
+        start = chat_pb.ResumeFrom(completion_id=completion_id, after_sequence=after)
+        return self.chat.StreamChatCompletion(chat_pb.StreamChatCompletionRequest(resume=start), metadata=metadata)
+
+    async def cancel(self, completion_id: str) -> chat_pb.CancelChatCompletionResponse:
+        """End a completion softly."""
+        return await self.chat.CancelChatCompletion(chat_pb.CancelChatCompletionRequest(completion_id=completion_id))
+
+    async def look_up(
+        self, completion_id: str, *, metadata: tuple[tuple[str, str], ...] = ()
+    ) -> chat_pb.GetChatCompletionResponse:
+        """What has become of a completion."""
+        request = chat_pb.GetChatCompletionRequest(completion_id=completion_id)
+        return await self.chat.GetChatCompletion(request, metadata=metadata)
 
     async def create(
         self, chat: chat_pb.ChatRequest | None = None, *, metadata: tuple[tuple[str, str], ...] = ()

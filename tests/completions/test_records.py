@@ -1,0 +1,168 @@
+"""Completions by their ids: whose they are, how long they are known, and what a cancel does."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+
+from deltawire_server.completions.records import NOTHING_YET, Ending, Head, Record, Records, Timings
+from deltawire_server.errors import CallerError, Code, DeltawireError, GatewayError, Reason
+from deltawire_server.sansio.events import Provenance, StopReason, Usage
+from deltawire_server.upstream.request import Sampling
+
+if TYPE_CHECKING:
+    from deltawire_server.completions.retention import RetainedStream
+
+
+class FakeRunning:
+    """A completion that notes how it was stopped."""
+
+    def __init__(self, completion_id: str = "c") -> None:
+        self.head = Head(completion_id, "m", "", "p", 1.0, Sampling())
+        self.begun = True
+        self.usage = Usage(3, Provenance.LOWER_BOUND, 7)
+        self.timings = Timings(1.0)
+        self.failure: DeltawireError | None = None
+        self.stopped: list[StopReason] = []
+
+    def stop(self, reason: StopReason) -> None:
+        """Note it."""
+        self.stopped.append(reason)
+
+
+def reason_of(records: Records, caller: str, completion_id: str) -> tuple[type[DeltawireError], Reason]:
+    """Why a completion cannot be found."""
+    with pytest.raises(DeltawireError) as caught:
+        records.find(caller, completion_id)
+    return type(caught.value), caught.value.reason
+
+
+def test_minted_ids() -> None:
+    """Unguessable, different, and with the mark of the process that made them."""
+    records = Records()
+    ids = {records.begin("").completion_id for _ in range(100)}
+    assert len(ids) == 100
+    assert all(re.fullmatch("cmpl-[0-9a-f]{32}-[0-9a-f]{8}", each) for each in ids)
+    assert len({each[-8:] for each in ids}) == 1
+    assert Records().begin("").completion_id[-8:] not in {each[-8:] for each in ids}
+
+
+def test_ids_are_each_callers_own() -> None:
+    """Two callers may use the same one; a third, and a look at another's, gets what never was."""
+    records = Records()
+    mine, yours = records.begin("me", "c"), records.begin("you", "c")
+    assert records.find("me", "c") is mine
+    assert records.find("you", "c") is yours
+    assert reason_of(records, "third", "c") == (CallerError, Reason.COMPLETION_NOT_FOUND)
+    assert reason_of(records, "", "c") == (CallerError, Reason.COMPLETION_NOT_FOUND)
+
+
+def test_an_id_under_way_or_retained_is_taken() -> None:
+    """And free again when its completion is only remembered."""
+    records = Records()
+    record = records.begin("me", "c")
+    with pytest.raises(CallerError, match="is under way") as caught:
+        records.begin("me", "c")
+    assert caught.value.reason is Reason.COMPLETION_ALREADY_EXISTS
+    assert caught.value.metadata == {"completion_id": "c"}
+    record.stream = object()  # type: ignore[assignment]
+    records.end(record, None)
+    with pytest.raises(CallerError, match="is retained"):
+        records.begin("me", "c")
+    records.released(record)
+    assert records.find("me", "c") is record
+    assert record.stream is None
+    again = records.begin("me", "c")
+    assert records.find("me", "c") is again
+
+
+def test_another_processs_id() -> None:
+    """Who comes to the wrong replica is told so; but an id that only looks so and is known here is found."""
+    records, other = Records(), Records()
+    completion_id = other.begin("me").completion_id
+    assert reason_of(records, "me", completion_id) == (GatewayError, Reason.WRONG_REPLICA)
+    own = records.begin("me").completion_id
+    assert reason_of(records, "you", own) == (CallerError, Reason.COMPLETION_NOT_FOUND)
+    assert records.begin("me", completion_id) is records.find("me", completion_id)
+
+
+def test_what_is_remembered_of_an_ended_completion() -> None:
+    """How it ended and what it cost; the completion itself is let go."""
+    records = Records()
+    record = records.begin("me", "c")
+    running = FakeRunning()
+    record.run(running)
+    assert (record.ended, record.begun, record.usage) == (False, False, NOTHING_YET)
+    ending = Ending(Code.CANCELLED, None, "gone")
+    records.end(record, ending)
+    assert records.find("me", "c") is record
+    assert record.running is None
+    assert (record.ended, record.begun, record.ending) == (True, True, ending)
+    assert record.usage is running.usage
+    assert record.head is running.head
+
+
+def test_a_completion_that_never_ran_can_be_looked_up() -> None:
+    """One whose model was not found has no head, and cost nothing."""
+    records = Records()
+    record = records.begin("me", "c")
+    failure = CallerError(Reason.MODEL_NOT_FOUND, "no such model")
+    records.end(record, Ending.of(failure))
+    assert records.find("me", "c").ending == Ending(Code.NOT_FOUND, Reason.MODEL_NOT_FOUND, "no such model")
+    assert (record.head, record.begun, record.usage) == (None, False, NOTHING_YET)
+
+
+def test_memory_is_bounded() -> None:
+    """By number: the one that ended first is forgotten first, in whatever order they began."""
+    records = Records(max_remembered=2)
+    first, second, third = (records.begin("me", name) for name in "abc")
+    for record in (second, first, third):
+        records.end(record, None)
+    assert reason_of(records, "me", "b") == (CallerError, Reason.COMPLETION_NOT_FOUND)
+    assert records.find("me", "a") is first
+    assert records.find("me", "c") is third
+
+
+def test_memory_ends() -> None:
+    """By time; what runs or is retained is known however long."""
+    records = Records(remembered_seconds=0.0)
+    running, retained, ended = (records.begin("me", name) for name in "abc")
+    retained.stream = object()  # type: ignore[assignment]
+    records.end(retained, None)
+    records.end(ended, None)
+    assert reason_of(records, "me", "c") == (CallerError, Reason.COMPLETION_NOT_FOUND)
+    assert records.find("me", "a") is running
+    assert records.find("me", "b") is retained
+
+
+def test_a_stream_released_before_the_end_leaves_the_completion_under_way() -> None:
+    """It is known as such until it has ended."""
+    records = Records()
+    record = records.begin("me", "c")
+    stream: RetainedStream = object()  # type: ignore[assignment]
+    record.stream = stream
+    records.released(record)
+    with pytest.raises(CallerError, match="is under way"):
+        records.begin("me", "c")
+    records.end(record, None)
+    assert records.find("me", "c").ended
+
+
+def test_cancel() -> None:
+    """It ends what runs, waits for what does not run yet, and changes nothing of what has ended."""
+    records = Records()
+    early, late, over = Record("me", "a"), Record("me", "b"), records.begin("me", "c")
+    running = FakeRunning()
+    early.cancel()
+    early.run(running)
+    assert running.stopped == [StopReason.CANCELLED]
+    running = FakeRunning()
+    late.run(running)
+    assert running.stopped == []
+    late.cancel()
+    assert running.stopped == [StopReason.CANCELLED]
+    records.end(over, None)
+    over.cancel()
+    assert records.find("me", "c").ending is None

@@ -1,0 +1,281 @@
+"""Streams that are kept: numbers that stay, bounds that hold, and when a stream goes."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+import pytest
+
+from deltawire_server.completions.retention import STREAM_BYTES, RetainedStream, Retention, RetentionLimits
+from deltawire_server.errors import CallerError, DeltawireError, GatewayError, ProviderError, Reason
+from deltawire_server.sansio.coalesce import EVENT_BYTES, weight
+from deltawire_server.sansio.events import (
+    Completed,
+    FinishedChoice,
+    Heartbeat,
+    Provenance,
+    Started,
+    StopReason,
+    StreamEvent,
+    TextDelta,
+    ToolCallSucceeded,
+    Usage,
+)
+from tests.completions.test_records import FakeRunning
+from tests.support.gateway import WAIT, until
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+LONG = 3600.0
+STARTED = Started("up", "m")
+CHOICE = FinishedChoice(0, "ab", "", (), (), StopReason.END_OF_TURN, "stop", tool_calls_executable=False)
+COMPLETED = Completed(Usage(2, Provenance.EXACT, 1), (CHOICE,))
+ANSWER: Sequence[StreamEvent] = (STARTED, TextDelta(0, "a"), TextDelta(0, "b"), COMPLETED)
+TEXT = TextDelta(0, "x" * 1000)
+
+
+class Kept:
+    """A stream, with its completion and how often it was told to be dropped."""
+
+    def __init__(self, retention: Retention | None = None, retain_for: float = LONG) -> None:
+        self.retention = retention or Retention()
+        self.running = FakeRunning()
+        self.dropped = 0
+        self.stream = self.retention.open(self.running, retain_for, self._drop)
+
+    def _drop(self) -> None:
+        self.dropped += 1
+
+    def finish(self, *events: StreamEvent) -> Kept:
+        """Put these, and close."""
+        self.stream.put(events or ANSWER)
+        self.stream.close()
+        return self
+
+
+async def followed(stream: RetainedStream, after: int | None = None) -> list[tuple[int, StreamEvent]]:
+    """All that a reader gets, to the end."""
+    async with asyncio.timeout(WAIT):
+        return [numbered async for batch in stream.follow(after) for numbered in batch]
+
+
+async def refused(stream: RetainedStream, after: int | None = None) -> DeltawireError:
+    """Why a reader gets nothing at all."""
+    with pytest.raises(DeltawireError) as caught:
+        await followed(stream, after)
+    return caught.value
+
+
+@pytest.mark.parametrize("after", [None, 0, 1, 2, 3])
+async def test_a_replay_begins_after_what_the_reader_has(after: int | None) -> None:
+    """Every place in the stream, also the last, after which nothing is left but the end."""
+    kept = Kept().finish()
+    assert await followed(kept.stream, after) == list(enumerate(ANSWER))[0 if after is None else after + 1 :]
+
+
+async def test_readers_get_what_comes_live() -> None:
+    """Two of them, at different places: each message once, with the number it was given."""
+    kept = Kept()
+    kept.stream.put(ANSWER[:2])
+    first = asyncio.create_task(followed(kept.stream))
+    second = asyncio.create_task(followed(kept.stream, 0))
+    await asyncio.sleep(0)
+    for event in ANSWER[2:]:
+        kept.stream.put([event])
+        await asyncio.sleep(0)
+    kept.stream.close()
+    numbered = list(enumerate(ANSWER))
+    assert await first == numbered
+    assert await second == numbered[1:]
+
+
+async def test_a_failure_comes_after_the_last_message_for_every_reader() -> None:
+    """Live or late; each gets an exception of its own."""
+    kept = Kept()
+    kept.stream.put(ANSWER)
+    failure = ProviderError(Reason.UPSTREAM_INCOMPLETE, "broke off", metadata={"provider": "p"})
+    kept.stream.close(failure)
+    caught = []
+    for _ in range(2):
+        batches = kept.stream.follow()
+        assert await anext(batches) == list(enumerate(ANSWER))
+        with pytest.raises(ProviderError) as raised:
+            await anext(batches)
+        caught.append(raised.value)
+    assert caught[0] is not caught[1]
+    assert {(each.reason, each.message, each.code) for each in caught} == {
+        (failure.reason, failure.message, failure.code)
+    }
+    assert kept.stream.failure is failure
+
+
+async def test_an_answer_that_did_not_begin_is_not_kept() -> None:
+    """Whoever waits for it gets the failure, and there is nothing to resume."""
+    kept = Kept()
+    waiting = asyncio.create_task(refused(kept.stream))
+    await asyncio.sleep(0)
+    kept.stream.close(ProviderError(Reason.UPSTREAM_UNAVAILABLE, "away"))
+    assert (await waiting).reason is Reason.UPSTREAM_UNAVAILABLE
+    assert kept.dropped == 1
+    assert kept.retention.size == 0
+    assert (await refused(kept.stream)).reason is Reason.UPSTREAM_UNAVAILABLE
+
+
+async def test_a_number_that_has_never_been() -> None:
+    """A reader that has more than there is reads another stream."""
+    kept = Kept()
+    error = await refused(kept.stream, 0)
+    assert (error.reason, error.message) == (
+        Reason.COMPLETION_GONE,
+        "completion 'c' cannot be resumed there: it has no message 0 yet",
+    )
+    assert error.metadata == {"completion_id": "c"}
+    assert isinstance(error, CallerError)
+
+
+async def test_old_messages_go_first() -> None:
+    """At the limit of one stream; what is left can be resumed, what is gone cannot, and the reader hears where it begins."""
+    kept = Kept(Retention(RetentionLimits(max_stream_bytes=STREAM_BYTES + 10 * weight(TEXT))))
+    for _ in range(20):
+        kept.stream.put([TEXT])
+        assert kept.stream.size <= STREAM_BYTES + 10 * weight(TEXT)
+        assert kept.retention.size == kept.stream.size
+    assert kept.stream.last_sequence == 19
+    error = await refused(kept.stream)
+    first = int(error.metadata["first_sequence"])
+    assert 9 < first < 20
+    assert error.reason is Reason.COMPLETION_GONE
+    kept.stream.put([COMPLETED])
+    kept.stream.close()
+    assert await followed(kept.stream, first - 1) == [*((n, TEXT) for n in range(first, 20)), (20, COMPLETED)]
+
+
+async def test_the_newest_message_is_kept_however_large() -> None:
+    """So that readers get on."""
+    kept = Kept(Retention(RetentionLimits(max_stream_bytes=1, max_bytes=1)))
+    kept.stream.put([STARTED, TEXT])
+    kept.stream.put([TEXT])
+    assert await anext(kept.stream.follow(1)) == [(2, TEXT)]
+    assert kept.retention.size == STREAM_BYTES + weight(TEXT)
+
+
+async def test_a_reader_that_falls_behind_is_slow() -> None:
+    """It had its place in the stream, and what comes next for it was dropped."""
+    kept = Kept(Retention(RetentionLimits(max_stream_bytes=STREAM_BYTES + 2 * weight(TEXT))))
+    kept.stream.put([TEXT])
+    async with aclosing(kept.stream.follow()) as batches:
+        await anext(batches)
+        for _ in range(5):
+            kept.stream.put([TEXT])
+        with pytest.raises(GatewayError) as caught:
+            await anext(batches)
+    assert caught.value.reason is Reason.SLOW_CALLER
+
+
+async def test_all_streams_share_a_bound() -> None:
+    """Those that have ended go first, in the order of their ends; then the oldest messages of the one that is written to."""
+    size = STREAM_BYTES + weight(TEXT)
+    retention = Retention(RetentionLimits(max_bytes=3 * size))
+    first, second = Kept(retention).finish(TEXT), Kept(retention).finish(TEXT)
+    live = Kept(retention)
+    live.stream.put([TEXT])
+    assert (first.dropped, second.dropped) == (0, 0)
+    live.stream.put([TEXT])
+    assert (first.dropped, second.dropped) == (1, 0)
+    for _ in range(10):
+        live.stream.put([TEXT])
+        assert retention.size <= 3 * size
+    assert (second.dropped, live.dropped) == (1, 0)
+    assert (await refused(first.stream)).message == "completion 'c' cannot be resumed there: it is no longer kept"
+    assert (await refused(live.stream)).reason is Reason.COMPLETION_GONE
+    assert live.stream.last_sequence == 11
+
+
+async def test_a_new_stream_makes_room_too() -> None:
+    """Streams without a message weigh something: their number is bounded by it."""
+    retention = Retention(RetentionLimits(max_bytes=2 * STREAM_BYTES + EVENT_BYTES))
+    ended = Kept(retention).finish(STARTED)
+    Kept(retention)
+    assert ended.dropped == 0
+    Kept(retention)
+    assert ended.dropped == 1
+
+
+async def test_a_last_message_that_is_too_large_does_not_repeat_the_answer() -> None:
+    """It says so; what it is about stays."""
+    retention = Retention(RetentionLimits(max_completed_bytes=500))
+    call = ToolCallSucceeded(0, 0, "c", "t", '{"a": 1}')
+    large = FinishedChoice(
+        0, "x" * 501, "y", (call,), (), StopReason.END_OF_MESSAGE, "tool_calls", tool_calls_executable=True
+    )
+    kept = Kept(retention).finish(STARTED, Completed(COMPLETED.usage, (large,)))
+    bare = FinishedChoice(0, "", "", (), (), StopReason.END_OF_MESSAGE, "tool_calls", tool_calls_executable=True)
+    assert kept.stream.completed == Completed(COMPLETED.usage, (bare,), messages_omitted=True)
+    kept = Kept(retention).finish()
+    assert kept.stream.completed == COMPLETED
+
+
+async def test_a_stream_nobody_reads_expires() -> None:
+    """While it is generated: its completion is stopped, and what still comes is not kept."""
+    kept = Kept(retain_for=0.01)
+    kept.stream.put(ANSWER[:2])
+    await until(lambda: kept.dropped == 1)
+    assert kept.running.stopped == [StopReason.CANCELLED]
+    kept.stream.put(ANSWER[2:])
+    kept.stream.close()
+    assert kept.retention.size == 0
+    assert kept.dropped == 1
+    assert kept.stream.completed is None
+    assert (await refused(kept.stream)).reason is Reason.COMPLETION_GONE
+
+
+async def test_an_ended_stream_expires() -> None:
+    """Nothing is left to stop."""
+    kept = Kept(retain_for=0.01).finish()
+    await until(lambda: kept.dropped == 1)
+    assert kept.running.stopped == []
+    assert (await refused(kept.stream, 1)).reason is Reason.COMPLETION_GONE
+
+
+async def test_a_stream_that_is_read_does_not_expire() -> None:
+    """By however many; its time begins when the last has left."""
+    kept = Kept(retain_for=0.02)
+    assert kept.stream.expire_time is not None
+    with kept.stream.read():
+        with kept.stream.read():
+            assert kept.stream.expire_time is None
+        await asyncio.sleep(0.06)
+        assert kept.stream.expire_time is None
+        assert kept.dropped == 0
+    assert kept.stream.expire_time is not None
+    await until(lambda: kept.dropped == 1)
+    assert kept.stream.expire_time is None
+    with kept.stream.read():
+        pass
+    assert kept.stream.expire_time is None
+
+
+async def test_what_a_stream_knows_of_its_completion() -> None:
+    """While it runs, what that says; after the close, what it said last, and the completion is let go."""
+    kept = Kept()
+    assert kept.stream.last_sequence is None
+    assert not kept.stream.closed
+    kept.running.usage = Usage(9, Provenance.LOWER_BOUND)
+    assert kept.stream.usage is kept.running.usage
+    assert kept.stream.timings is kept.running.timings
+    kept.running.failure = GatewayError(Reason.DRAINING, "ends")
+    assert kept.stream.failure is kept.running.failure
+    kept.stream.put([*ANSWER[:-1], Heartbeat()])
+    assert kept.stream.completed is None
+    kept.stream.put([COMPLETED])
+    kept.stream.close(kept.running.failure)
+    assert kept.stream._running is None
+    assert kept.stream.closed
+    assert kept.stream.usage is kept.running.usage
+    assert kept.stream.timings is kept.running.timings
+    assert kept.stream.last_sequence == 4
+    kept.stream.close()
+    assert kept.stream.failure is kept.running.failure
