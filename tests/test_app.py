@@ -160,6 +160,7 @@ async def test_settings_reach_the_parts(vllm: FakeVllm, tmp_path: Path, monkeypa
             "base_url": [vllm.base_url, "http://other:1/v1/"],
             "headers": {"x-team": "search"},
             "allowed_models": ["m*"],
+            "allowed_extra_fields": ["return_*"],
             "max_tokens": 18,
             "first_event_timeout": 19,
             "silence_timeout": 20,
@@ -178,6 +179,7 @@ async def test_settings_reach_the_parts(vllm: FakeVllm, tmp_path: Path, monkeypa
     assert (provider.id, provider.default_max_tokens, provider.patience) == ("vllm", 18, Patience(19, 20))
     assert (provider.base_urls, provider.refresh_interval) == ((f"{vllm.base_url}/v1", "http://other:1/v1"), 22)
     assert provider._allowed_models == ("m*",)  # type: ignore[attr-defined]
+    assert provider._allowed_extra_fields == ("return_*",)  # type: ignore[attr-defined]
     assert provider._client.headers["x-team"] == "search"  # type: ignore[attr-defined]
     assert provider._max_connections == 11 + SPARE_CONNECTIONS  # type: ignore[attr-defined]
     assert provider._chat_timeout.connect == 21  # type: ignore[attr-defined]

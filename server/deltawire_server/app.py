@@ -257,6 +257,7 @@ def _provider(provider_id: str, settings: ProviderSettings, connections: int) ->
         api_token=token.get_secret_value() if token is not None else None,
         headers={name: value.get_secret_value() for name, value in settings.headers.items()},
         allowed_models=settings.allowed_models,
+        allowed_extra_fields=settings.allowed_extra_fields,
         tls=_tls(provider_id, settings.tls_verify),
         default_max_tokens=settings.max_tokens,
         max_connections=connections,

@@ -28,6 +28,7 @@ from deltawire_server.sansio.events import (
     Event,
     Fault,
     Heartbeat,
+    Notice,
     Refused,
     StopReason,
     StreamEvent,
@@ -37,7 +38,7 @@ from deltawire_server.sansio.events import (
 from deltawire_server.upstream.refusals import RETRY_SECONDS, Refusal, error_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Mapping
+    from collections.abc import AsyncGenerator, Mapping, Sequence
 
     from deltawire_server.registry.registry import Resolution
     from deltawire_server.stream_options import StreamOptions
@@ -85,6 +86,7 @@ class Completion:
         head: What is settled of it.
         resolution: Which model and provider, and the alias that was used.
         failure: Why it did not end by itself; set before the batch with `Completed` is given, or instead of it.
+        attempts: How many replicas of the provider were asked.
         gave_up_on_caller: Whether the caller was cancelled because it took nothing for too long.
     """
 
@@ -111,6 +113,7 @@ class Completion:
             self._request.sampling,
         )
         self.failure: DeltawireError | None = None
+        self.attempts = 0
         self.gave_up_on_caller = False
         self._call = call
         self._options = options
@@ -124,6 +127,7 @@ class Completion:
         self._clock: asyncio.Timeout | None = None  # while the provider's answer is read
         self._end_by = float("inf")  # on the loop's clock
         self._end_as: Fault | StopReason | None = None  # what happens then; None is the gateway's own limit
+        self._notices: Sequence[Notice] = ()
         self._told_usage: Usage | None = None
         self._handover = Handover(limits.queue_bytes, options.max_coalesce_delay)
         self._reader = CompletionReader(
@@ -256,8 +260,10 @@ class Completion:
             async with clock:
                 model = self.resolution.model.provider_model_id
                 self._asked = time.monotonic()
-                async with self.resolution.provider.stream_chat(self._request, model, self._call) as body:
-                    async for data in body:
+                async with self.resolution.provider.stream_chat(self._request, model, self._call) as answering:
+                    self._notices = answering.notices
+                    self.attempts = answering.replicas_tried
+                    async for data in answering.body:
                         if self._reader.ended:
                             continue
                         count = self._reader.event_count
@@ -306,11 +312,14 @@ class Completion:
         last = events[-1]
         if isinstance(last, Refused):
             raise self._error_before_start(last.fault)
-        self._begun = True
         if isinstance(last, Completed):
             self._ended = time.monotonic()
             if last.fault is not None:
                 self.failure = self._error_after_start(last.fault)
+        if not self._begun:
+            self._begun = True
+            started, *events = events
+            self._handover.put([started, *self._notices])
         self._handover.put(events)
 
     async def _wait_until_taken(self) -> None:

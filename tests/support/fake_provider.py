@@ -7,12 +7,13 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from deltawire_server.errors import ProviderError, Reason
-from deltawire_server.upstream.base import Health, HealthStatus, Patience, ServedModel
+from deltawire_server.upstream.base import Answering, Health, HealthStatus, Patience, ServedModel, TokenCount
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
 
     from deltawire_server.errors import DeltawireError
+    from deltawire_server.sansio.events import Notice
     from deltawire_server.upstream.base import CallContext
     from deltawire_server.upstream.request import ChatRequest
 
@@ -33,7 +34,10 @@ class FakeProvider:
         refresh_interval: Seconds between two listings; an hour, since tests refresh when they want to.
         has_token: Whether its operator gave it a token, so that every caller sees the same listing.
         chunks: What `stream_chat` yields.
-        requests: What `stream_chat` was asked, in order.
+        notices: What `stream_chat` has the caller know.
+        replicas_tried: How many replicas `stream_chat` says it took.
+        token_count: What `count_tokens` gives.
+        requests: What `stream_chat` and `count_tokens` were asked, in order.
     """
 
     def __init__(self, provider_id: str = "vllm", served: Iterable[str | ServedModel] = ()) -> None:
@@ -46,6 +50,9 @@ class FakeProvider:
         self.refresh_interval = 3600.0
         self.has_token = False
         self.chunks: list[bytes] = []
+        self.notices: tuple[Notice, ...] = ()
+        self.replicas_tried = 1
+        self.token_count = TokenCount(7, 4096)
         self.requests: list[tuple[ChatRequest, str, CallContext]] = []
         self.closed = False
 
@@ -84,14 +91,19 @@ class FakeProvider:
         )
 
     @asynccontextmanager
-    async def stream_chat(
-        self, request: ChatRequest, model: str, call: CallContext
-    ) -> AsyncIterator[AsyncIterator[bytes]]:
+    async def stream_chat(self, request: ChatRequest, model: str, call: CallContext) -> AsyncIterator[Answering]:
         """Yield the chunks."""
         self.requests.append((request, model, call))
         if self.failure is not None:
             raise self.failure
-        yield self._body()
+        yield Answering(self._body(), self.notices, self.replicas_tried)
+
+    async def count_tokens(self, request: ChatRequest, model: str, call: CallContext) -> TokenCount:
+        """What it was told to count."""
+        self.requests.append((request, model, call))
+        if self.failure is not None:
+            raise self.failure
+        return self.token_count
 
     async def list_models(self, token: str | None = None) -> tuple[ServedModel, ...]:
         """What it serves."""

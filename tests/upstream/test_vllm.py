@@ -47,8 +47,8 @@ async def provider(*base_urls: str, **fields: Any) -> AsyncIterator[VllmProvider
 
 async def answer_of(provider: VllmProvider, call: CallContext = CALL, model: str = "fake") -> bytes:
     """A whole answer's bytes."""
-    async with provider.stream_chat(HI, model, call) as body:
-        return b"".join([data async for data in body])
+    async with provider.stream_chat(HI, model, call) as answering:
+        return b"".join([data async for data in answering.body])
 
 
 async def refusal_of(provider: VllmProvider, call: CallContext = CALL, model: str = "fake") -> DeltawireError:
@@ -379,8 +379,8 @@ async def test_leaving_early_closes_the_connection(vllm: FakeVllm) -> None:
     never = asyncio.Event()
     vllm.play(Script.chunks([b"data: {}\n\n", never]))
     async with provider(vllm.base_url) as p:
-        async with p.stream_chat(HI, "fake", CALL) as body:
-            assert await anext(body) == b"data: {}\n\n"
+        async with p.stream_chat(HI, "fake", CALL) as answering:
+            assert await anext(answering.body) == b"data: {}\n\n"
         await vllm.chats[0].closed_early.wait()
     assert vllm.running == 0
 
@@ -409,8 +409,8 @@ async def test_closing_ends_what_is_under_way(vllm: FakeVllm) -> None:
     """The provider sees the connection go."""
     never = asyncio.Event()
     vllm.play(Script.chunks([b"data: {}\n\n", never]))
-    async with provider(vllm.base_url) as p, p.stream_chat(HI, "fake", CALL) as body:
-        await anext(body)
+    async with provider(vllm.base_url) as p, p.stream_chat(HI, "fake", CALL) as answering:
+        await anext(answering.body)
         await p.close()
         await vllm.chats[0].closed_early.wait()
 
@@ -577,8 +577,8 @@ async def test_calls_spread_over_the_replicas(vllm: FakeVllm, other: FakeVllm) -
     """Each goes where fewer are under way."""
     never = asyncio.Event()
     vllm.play(Script.chunks([b"data: {}\n\n", never]))
-    async with provider(vllm.base_url, other.base_url) as p, p.stream_chat(HI, "fake", CALL) as body:
-        await anext(body)
+    async with provider(vllm.base_url, other.base_url) as p, p.stream_chat(HI, "fake", CALL) as answering:
+        await anext(answering.body)
         for _ in range(3):
             await answer_of(p)
     assert (len(vllm.chats), len(other.chats)) == (1, 3)

@@ -172,6 +172,7 @@ def _caller(record: CallRecord, context: _Context) -> Caller:
 def _note(record: CallRecord, completion: Completion) -> None:
     """What the log line says of a completion, whatever its end."""
     _note_values(record, completion.head, completion.usage, completion.timings)
+    record.values["attempts"] = completion.attempts
     if completion.oddities:
         _log.warning(
             "the provider's answer was odd",
@@ -187,7 +188,6 @@ def _note_values(record: CallRecord, head: Head, usage: Usage, timings: Timings)
         model=head.model,
         alias=head.alias,
         provider=head.provider_id,
-        attempts=1,
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         usage=usage.provenance.name,

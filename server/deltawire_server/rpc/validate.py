@@ -14,6 +14,7 @@ import msgspec
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import message_pb2, tool_pb2
 from deltawire_server.errors import Violation, invalid_request
+from deltawire_server.rpc import validate_options
 from deltawire_server.upstream.request import (
     ChatMessage,
     ChatRequest,
@@ -34,6 +35,8 @@ MAX_CHOICES = 128
 """As many as the chat API takes."""
 MAX_TOOLS = 128
 """As many as the chat API takes."""
+MAX_CACHE_SALT = 1024
+"""Characters: as many as vLLM takes."""
 
 _MODES = {
     tool_pb2.ToolChoice.MODE_AUTO: ToolMode.AUTO,
@@ -82,16 +85,30 @@ class _ChatReader:
         choice_count = chat.choice_count if chat.HasField("choice_count") else 1
         if not 1 <= choice_count <= MAX_CHOICES:
             self._complain("chat.choice_count", f"must be between 1 and {MAX_CHOICES}")
+        if len(chat.cache_salt) > MAX_CACHE_SALT:
+            self._complain("chat.cache_salt", f"must have at most {MAX_CACHE_SALT} characters")
         request = ChatRequest(
             model=chat.model,
             messages=tuple(self._message(f"chat.messages[{i}]", item) for i, item in enumerate(chat.messages)),
             tools=self._tools(chat.tools),
+            allowed_tools=self._allowed_tools(chat),
             tool_choice=self._tool_choice(chat),
             parallel_tool_calls=chat.parallel_tool_calls if chat.HasField("parallel_tool_calls") else None,
             sampling=self._sampling(chat.sampling),
             response_format=self._response_format(chat.response_format) if chat.HasField("response_format") else None,
             top_logprobs=chat.logprobs.top_k if chat.HasField("logprobs") else None,
             choice_count=choice_count,
+            reasoning=validate_options.reasoning(chat.reasoning, self._complain),
+            incremental_tool_calls=validate_options.incremental_tool_calls(chat.tool_call_policy, self._complain),
+            soft_time_limit=validate_options.soft_time_limit(chat, self._complain),
+            completion_id=validate_options.own_completion_id(chat.completion_id, self._complain),
+            priority=chat.priority if chat.HasField("priority") else None,
+            cache_salt=chat.cache_salt,
+            chat_template_kwargs=self._json_object(
+                "chat.chat_template_kwargs", chat.chat_template_kwargs, empty_allowed=True
+            ),
+            extra_body=self._json_object("chat.extra_body", chat.extra_body, empty_allowed=True),
+            user=chat.user,
         )
         if self._violations:
             raise invalid_request(self._violations)
@@ -162,21 +179,30 @@ class _ChatReader:
             self._complain("chat.tools", f"has {len(specs)} tools; at most {MAX_TOOLS} are allowed")
         return tuple(specs)
 
+    def _allowed_tools(self, chat: chat_pb.ChatRequest) -> frozenset[str]:
+        names = [tool.name for tool in chat.tools]
+        for index, name in enumerate(chat.allowed_tools):
+            if name not in names:
+                self._complain(f"chat.allowed_tools[{index}]", f"{name!r} is not one of the tools: {_listed(names)}")
+        return frozenset(chat.allowed_tools)
+
     def _tool_choice(self, chat: chat_pb.ChatRequest) -> ToolMode | NamedTool | None:
         if not chat.HasField("tool_choice"):
             return None
         choice = chat.tool_choice
+        allowed = frozenset(chat.allowed_tools)
+        names = [tool.name for tool in chat.tools if not allowed or tool.name in allowed]
+        kind = "allowed tools" if allowed else "tools"
         if choice.WhichOneof("choice") == "tool_name":
-            names = [tool.name for tool in chat.tools]
             if choice.tool_name not in names:
-                offered = ", ".join(names) or "none"
-                self._complain("chat.tool_choice.tool_name", f"{choice.tool_name!r} is not one of the tools: {offered}")
+                complaint = f"{choice.tool_name!r} is not one of the {kind}: {_listed(names)}"
+                self._complain("chat.tool_choice.tool_name", complaint)
             return NamedTool(choice.tool_name)
         mode = _MODES.get(choice.mode)
         if mode is None:
             self._complain("chat.tool_choice", "needs a mode (AUTO, REQUIRED or NONE) or a tool_name")
-        elif mode is ToolMode.REQUIRED and not chat.tools:
-            self._complain("chat.tool_choice.mode", "REQUIRED needs at least one tool")
+        elif mode is ToolMode.REQUIRED and not names:
+            self._complain("chat.tool_choice.mode", f"REQUIRED needs at least one of the {kind}, and there is none")
         return mode
 
     def _sampling(self, sampling: chat_pb.Sampling) -> Sampling:
@@ -248,3 +274,7 @@ class _ChatReader:
         if not isinstance(value, dict):
             self._complain(path, "must be the JSON text of an object")
         return text if value else ""
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"

@@ -398,6 +398,18 @@ class ProviderSettings(Section):
             "default, allows all."
         ),
     )
+    allowed_extra_fields: Annotated[
+        tuple[Annotated[str, AfterValidator(values.field_pattern)], ...], BeforeValidator(values.listed)
+    ] = Field(
+        default=(),
+        title="a name or a list of names",
+        examples=[("repetition_detection", "return_*")],
+        description=(
+            "Names of the server's own request fields that callers may set by extra_body, or shell patterns of them; "
+            "none that the API has a field for. Fields can cost the server dearly or change what its answers mean, so "
+            "that, empty, the default allows none. With commas in the environment."
+        ),
+    )
     tls_verify: Annotated[bool | Path, PlainValidator(values.tls_verify)] = Field(
         default=True,
         description=(

@@ -253,6 +253,18 @@ def model_pattern(value: str) -> str:
     return text
 
 
+def field_pattern(value: str) -> str:
+    """Check the name of a request field, or the pattern of names; white space around it goes.
+
+    Raises:
+        ValueError: Nothing is left.
+    """
+    text = value.strip()
+    if not text:
+        raise ValueError('holds an empty name: take it out, or write "*" for every field')
+    return text
+
+
 def token(value: SecretStr | None) -> SecretStr | None:
     """Check a bearer token; white space around it goes (a file's last newline), and nothing left is no token.
 

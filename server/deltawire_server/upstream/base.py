@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from contextlib import AbstractAsyncContextManager
 
+    from deltawire_server.sansio.events import Notice
     from deltawire_server.upstream.request import ChatRequest
 
 
@@ -84,6 +85,34 @@ class Patience:
     silence: float = 300.0
 
 
+@dataclass(frozen=True, slots=True)
+class Answering:
+    """A provider that answers a chat request.
+
+    Attributes:
+        body: The body of its event stream as it arrives, cut anywhere; it ends where the body ends or the connection breaks.
+        notices: What the caller should know of how it came about.
+        replicas_tried: How many were asked: those that were passed over, and the one that answers.
+    """
+
+    body: AsyncIterator[bytes]
+    notices: tuple[Notice, ...] = ()
+    replicas_tried: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCount:
+    """How many tokens a prompt has.
+
+    Attributes:
+        prompt_tokens: The figure that a completion's usage would give.
+        max_context_tokens: Longest prompt and answer together; `None` if the provider does not say.
+    """
+
+    prompt_tokens: int
+    max_context_tokens: int | None = None
+
+
 class Provider(Protocol):
     """A server of models. Safe for any number of calls at once; `close` ends it."""
 
@@ -117,18 +146,32 @@ class Provider(Protocol):
 
     def stream_chat(
         self, request: ChatRequest, model: str, call: CallContext
-    ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
-        """Ask for a completion; entering yields the body of its event stream as it arrives, cut anywhere.
+    ) -> AbstractAsyncContextManager[Answering]:
+        """Ask for a completion; entering yields the answer as it arrives.
 
-        Entering raises for whatever the provider refuses with an HTTP status, if none of its replicas can be reached, and
-        MODEL_NOT_SERVED for a model that the operator does not allow; the request has to name another one then. Iterating
-        ends where the body ends or the connection breaks: what is missing is to be told from the events. Leaving closes
-        the connection unless the body was read to its end, so that the provider stops generating.
+        Entering raises for whatever the provider refuses with an HTTP status, if none of its replicas can be reached,
+        FIELD_NOT_SUPPORTED for fields that its version does not know, INVALID_REQUEST for extra fields that the operator
+        does not allow, and MODEL_NOT_SERVED for such a model; the request has to change then. Iterating the body ends where
+        the body ends or the connection breaks: what is missing is to be told from the events. Leaving closes the connection
+        unless the body was read to its end, so that the provider stops generating.
 
         Args:
             request: What to ask.
             model: The provider's own name of the model.
             call: The caller's metadata.
+        """
+
+    async def count_tokens(self, request: ChatRequest, model: str, call: CallContext) -> TokenCount:
+        """How many tokens the prompt of a request would have. Nothing is generated.
+
+        Args:
+            request: What would be asked.
+            model: The provider's own name of the model.
+            call: The caller's metadata.
+
+        Raises:
+            CallerError: Images, which cannot be counted; or as for `stream_chat`.
+            ProviderError: NOT_SUPPORTED_BY_PROVIDER if it does not offer that; it is away, refuses, or answers nonsense.
         """
 
     async def list_models(self, token: str | None = None) -> tuple[ServedModel, ...]:

@@ -7,12 +7,12 @@ difference.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from deltawire_server.errors import CallerError, DeltawireError, ProviderError, Reason, Violation
-from deltawire_server.upstream.request import Sampling
+from deltawire_server.upstream import vllm_fields
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -45,20 +45,10 @@ REASONS: Mapping[int, Reason] = MappingProxyType(
 
 FIELDS: Mapping[str, str] = MappingProxyType(
     {
-        "model": "chat.model",
-        "messages": "chat.messages",
+        **vllm_fields.FIELDS,
+        # Not fields of a body, but of what vLLM makes of it.
         "input_tokens": "chat.messages",
         "prompt": "chat.messages",
-        "tools": "chat.tools",
-        "tool_choice": "chat.tool_choice",
-        "parallel_tool_calls": "chat.parallel_tool_calls",
-        "n": "chat.choice_count",
-        "logprobs": "chat.logprobs",
-        "top_logprobs": "chat.logprobs.top_k",
-        "response_format": "chat.response_format",
-        "structured_outputs": "chat.response_format",
-        "max_completion_tokens": "chat.sampling.max_tokens",
-        **{field.name: f"chat.sampling.{field.name}" for field in fields(Sampling)},
     }
 )
 """The request field that vLLM's `param` stands for; it may come as `stop`, `body.stop` or `body.messages.0.content`."""

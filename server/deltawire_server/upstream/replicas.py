@@ -28,12 +28,14 @@ class Replica:
         streams: How many calls are with it now.
         well_from: Until this time of the clock it is set aside.
         last_chosen: Higher than that of those that were chosen before.
+        failures: How often it was set aside.
     """
 
     root: str
     streams: int = 0
     well_from: float = float("-inf")
     last_chosen: int = 0
+    failures: int = 0
 
     @property
     def base_url(self) -> str:
@@ -86,6 +88,7 @@ class Replicas:
     def failed(self, replica: Replica) -> None:
         """Set a replica aside for `ASIDE_SECONDS`."""
         replica.well_from = self._clock() + ASIDE_SECONDS
+        replica.failures += 1
 
     def answered(self, replica: Replica) -> None:
         """Take a replica that answers back at once."""

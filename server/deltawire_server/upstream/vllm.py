@@ -12,22 +12,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import secrets
 from fnmatch import fnmatchcase
 from http.cookiejar import CookieJar, DefaultCookiePolicy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import aiohttp
 import httpx
 import msgspec
 from httpx_aiohttp import AiohttpTransport
 
-from deltawire_server.errors import ProviderError, Reason
+from deltawire_server.errors import DeltawireError, ProviderError, Reason, Violation, invalid_request
+from deltawire_server.sansio.events import Notice, NoticeKind
 from deltawire_server.telemetry import get_logger
-from deltawire_server.upstream.base import CallContext, Health, HealthStatus, Patience, ServedModel
+from deltawire_server.upstream import vllm_fields
+from deltawire_server.upstream.base import (
+    Answering,
+    CallContext,
+    Health,
+    HealthStatus,
+    Patience,
+    ServedModel,
+    TokenCount,
+)
+from deltawire_server.upstream.extra_body import allowed_extra
 from deltawire_server.upstream.refusals import RETRY_SECONDS, Refusal, error_of
 from deltawire_server.upstream.replicas import Replica, Replicas
-from deltawire_server.upstream.vllm_request import request_body
+from deltawire_server.upstream.vllm_request import chat_body, count_body
 
 if TYPE_CHECKING:
     import ssl
@@ -43,6 +55,17 @@ CONTROL_SECONDS = 5.0
 
 READ_BUFFER_BYTES = 128 * 1024
 """Of each connection, half of what may wait in it: with less, a busy stream stops and starts its socket all the time."""
+
+COUNT_SECONDS = 60.0
+"""For a count of tokens: the API server renders and counts by itself, for a long prompt and between others' for seconds."""
+
+COUNTS_AT_ONCE = 16
+"""More wait for these: of the connections, most are for answers."""
+
+MAX_DOCUMENT_BYTES = 2 * 1024 * 1024
+"""Of what a server says of itself; vLLM's OpenAPI document has a quarter of that."""
+
+TOKENIZE = "/tokenize"
 
 MAX_ERROR_BYTES = 1024 * 1024
 """Of an error's body: vLLM quotes the request in some, and a cut one cannot be read; a wrong URL may answer with anything."""
@@ -71,6 +94,7 @@ class VllmProvider:
         api_token: The operator's token; `None` sends none.
         headers: Further headers of every request, none that is set here; their values are secrets.
         allowed_models: Names, or shell patterns of names, of the models that may be used; empty for all.
+        allowed_extra_fields: Names, or shell patterns of names, of the body's fields that `extra_body` may have; empty for none.
         tls: For https: a context that verifies as the operator asked.
         default_max_tokens: For requests that name none; `None` leaves it to the model's context.
         max_connections: Above what may be in flight at once: a full pool would make calls wait for each other.
@@ -89,6 +113,7 @@ class VllmProvider:
         api_token: str | None = None,
         headers: Mapping[str, str] | None = None,
         allowed_models: Sequence[str] = (),
+        allowed_extra_fields: Sequence[str] = (),
         tls: ssl.SSLContext | bool = True,
         default_max_tokens: int | None = None,
         max_connections: int = 1032,
@@ -102,6 +127,12 @@ class VllmProvider:
         self.base_urls = tuple(replica.base_url for replica in self._replicas.all)
         self._api_token = api_token
         self._allowed_models = tuple(allowed_models)
+        self._allowed_extra_fields = tuple(allowed_extra_fields)
+        self._field_readers = {
+            replica: vllm_fields.FieldReader(functools.partial(self._document, replica))
+            for replica in self._replicas.all
+        }
+        self._counting = asyncio.Semaphore(COUNTS_AT_ONCE)
         self.default_max_tokens = default_max_tokens
         self.patience = patience or Patience()
         self.refresh_interval = refresh_interval
@@ -109,6 +140,7 @@ class VllmProvider:
         self._max_connections = max_connections
         # No time limit on reads: silence is counted from the answer's events, by whoever reads them.
         self._chat_timeout = httpx.Timeout(None, connect=connect_timeout)
+        self._count_timeout = httpx.Timeout(COUNT_SECONDS, connect=connect_timeout)
         self._control_timeout = httpx.Timeout(CONTROL_SECONDS, connect=connect_timeout)
         self._client = httpx.AsyncClient(
             # Given to the client, `verify` and `limits` would be ignored beside a transport of one's own.
@@ -130,21 +162,16 @@ class VllmProvider:
         return f"VllmProvider({', '.join(map(repr, (self.id, *self.base_urls)))})"
 
     @contextlib.asynccontextmanager
-    async def stream_chat(
-        self, request: ChatRequest, model: str, call: CallContext
-    ) -> AsyncIterator[AsyncIterator[bytes]]:
+    async def stream_chat(self, request: ChatRequest, model: str, call: CallContext) -> AsyncIterator[Answering]:
         """Ask for a completion; see `Provider.stream_chat`."""
-        if not self._allows(model):
-            raise ProviderError(
-                Reason.MODEL_NOT_SERVED,
-                f"model {model!r} of provider {self.id!r} may not be used: it is not listed in allowed_models, in the"
-                " gateway's settings",
-                metadata={"model": model, "provider": self.id},
-            )
-        content = request_body(request, model)
+        self._require_allowed(model)
+        body = chat_body(request, model, allowed_extra(request.extra_body, self._allowed_extra_fields, self.id))
+        to_check = vllm_fields.fields_to_check(body, request)
+        content = msgspec.json.encode(body)
         failures: list[ProviderError] = []
         for replica in self._replicas.by_load():
             with replica.stream():
+                unchecked = await self._check_fields(replica, to_check)
                 try:
                     response = await self._ask(replica, content, request.model, call)
                 except ProviderError as error:
@@ -152,13 +179,33 @@ class VllmProvider:
                     failures.append(error)
                     continue
                 self._replicas.answered(replica)
+                notices = (*self._passed_over(failures), *unchecked)
                 try:
-                    async with contextlib.aclosing(_body(response)) as body:
-                        yield body
+                    async with contextlib.aclosing(_body(response)) as pieces:
+                        yield Answering(pieces, notices, len(failures) + 1)
                 finally:
                     # Closing the socket is what makes vLLM stop; a cancelled call must not get away before that is done.
                     await asyncio.shield(_close(response))
                 return
+        raise self._none_answers(failures)
+
+    async def count_tokens(self, request: ChatRequest, model: str, call: CallContext) -> TokenCount:
+        """How many tokens a prompt has; see `Provider.count_tokens`."""
+        self._require_allowed(model)
+        _require_text(request)
+        extra = allowed_extra(request.extra_body, self._allowed_extra_fields, self.id)
+        content = msgspec.json.encode(count_body(request, model, extra))
+        failures: list[ProviderError] = []
+        async with self._counting:
+            for replica in self._replicas.by_load():
+                try:
+                    count = await self._count(replica, content, request.model, call)
+                except ProviderError as error:
+                    self._pass_over(replica, error)
+                    failures.append(error)
+                else:
+                    self._replicas.answered(replica)
+                    return count
         raise self._none_answers(failures)
 
     async def list_models(self, token: str | None = None) -> tuple[ServedModel, ...]:
@@ -205,9 +252,88 @@ class VllmProvider:
         chosen = token or self._api_token
         return {"authorization": f"Bearer {chosen}"} if chosen else {}
 
+    def _require_allowed(self, model: str) -> None:
+        if not self._allows(model):
+            raise ProviderError(
+                Reason.MODEL_NOT_SERVED,
+                f"model {model!r} of provider {self.id!r} may not be used: it is not listed in allowed_models, in the"
+                " gateway's settings",
+                metadata={"model": model, "provider": self.id},
+            )
+
     def _allows(self, model: str) -> bool:
         allowed = self._allowed_models
         return not allowed or any(fnmatchcase(model, pattern) for pattern in allowed)
+
+    def _call_headers(self, call: CallContext) -> dict[str, str]:
+        headers = self._headers(call.token)
+        headers["content-type"] = "application/json"
+        # vLLM tells the id in every chunk and takes it for its own: each attempt needs another.
+        headers["x-request-id"] = f"{call.request_id}-{secrets.token_hex(4)}"
+        if call.traceparent:
+            headers["traceparent"] = call.traceparent
+        if call.tracestate:
+            headers["tracestate"] = call.tracestate
+        return headers
+
+    async def _check_fields(self, replica: Replica, to_check: Mapping[str, str]) -> tuple[Notice, ...]:
+        """Refuse fields that a replica would ignore; what could not be checked is told."""
+        if not to_check:
+            return ()
+        known = await self._field_readers[replica].known(replica.failures)
+        return vllm_fields.check(to_check, known, self.id)
+
+    async def _document(self, replica: Replica, path: str) -> bytes | None:
+        """What a replica says of itself at a path that needs no key; `None` if that cannot be had."""
+        with contextlib.suppress(*_BROKEN):
+            async with asyncio.timeout(CONTROL_SECONDS):
+                request = self._client.build_request("GET", f"{replica.root}{path}", headers=self._headers(None))
+                response = await self._client.send(request, stream=True)
+                try:
+                    if response.status_code == httpx.codes.OK:
+                        return await _read(response, MAX_DOCUMENT_BYTES)
+                finally:
+                    await asyncio.shield(_close(response))
+        return None
+
+    def _passed_over(self, failures: Sequence[ProviderError]) -> tuple[Notice, ...]:
+        if not failures:
+            return ()
+        message = f"another replica of provider {self.id!r} answers: " + "; ".join(error.message for error in failures)
+        return (Notice(NoticeKind.ANOTHER_REPLICA, message),)
+
+    async def _count(self, replica: Replica, content: bytes, name: str, call: CallContext) -> TokenCount:
+        """Have a replica count; `name` is what the caller calls the model."""
+        url = f"{replica.root}{TOKENIZE}"
+        headers = self._call_headers(call)
+        request = self._client.build_request("POST", url, content=content, headers=headers, timeout=self._count_timeout)
+        response = await self._send(replica, request)
+        try:
+            if response.status_code != httpx.codes.OK:
+                raise self._not_counted(await _refusal(response), name, callers_token=call.token is not None)
+            counted = msgspec.json.decode(await response.aread(), type=_Counted)
+            return TokenCount(counted.count, counted.max_model_len)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            message = (
+                f"provider {self.id!r} answered {TOKENIZE} with something else than a count: is its base URL right?"
+            )
+            raise ProviderError(Reason.UPSTREAM_MALFORMED, message, metadata={"provider": self.id}) from error
+        except _BROKEN as error:
+            raise self._unreachable(replica, error) from error
+        finally:
+            await asyncio.shield(_close(response))
+
+    def _not_counted(self, refusal: Refusal, name: str, *, callers_token: bool) -> DeltawireError:
+        error = error_of(refusal, self.id, callers_token=callers_token, model=name)
+        # The key of `/v1` is not asked for here: whoever forbids it forbids the endpoint.
+        if refusal.status not in _NOT_OFFERED or error.reason is Reason.MODEL_NOT_FOUND:
+            return error
+        return ProviderError(
+            Reason.NOT_SUPPORTED_BY_PROVIDER,
+            f"provider {self.id!r} does not count tokens: it answered HTTP {refusal.status} at {TOKENIZE}, which is beside"
+            " /v1; the operator can let it through to vLLM",
+            metadata={"provider": self.id, "endpoint": TOKENIZE},
+        )
 
     async def _ask(self, replica: Replica, content: bytes, name: str, call: CallContext) -> httpx.Response:
         """Send a chat request; the response is an event stream that has begun, and the caller's to close.
@@ -218,15 +344,7 @@ class VllmProvider:
             name: What the caller calls the model.
             call: The caller's metadata.
         """
-        headers = self._headers(call.token)
-        headers["content-type"] = "application/json"
-        headers["accept"] = "text/event-stream"
-        # vLLM tells the id in every chunk and takes it for its own: each attempt needs another.
-        headers["x-request-id"] = f"{call.request_id}-{secrets.token_hex(4)}"
-        if call.traceparent:
-            headers["traceparent"] = call.traceparent
-        if call.tracestate:
-            headers["tracestate"] = call.tracestate
+        headers = {**self._call_headers(call), "accept": "text/event-stream"}
         url = f"{replica.base_url}/chat/completions"
         outgoing = self._client.build_request("POST", url, content=content, headers=headers, timeout=self._chat_timeout)
         response = await self._send(replica, outgoing)
@@ -325,6 +443,41 @@ class _Listing(msgspec.Struct):
     """The body of a list of models."""
 
     data: list[Any]
+
+
+class _Counted(msgspec.Struct):
+    """The body of a count. The token ids that come with it are not read."""
+
+    count: Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
+    max_model_len: Annotated[int, msgspec.Meta(gt=0, le=2**32 - 1)] | None = None
+
+
+_NOT_OFFERED = frozenset({403, 404, 405, 501})
+"""The statuses of an endpoint that is not there, or not for us."""
+
+
+def _require_text(request: ChatRequest) -> None:
+    violations = [
+        Violation(
+            f"chat.messages[{turn}].{message.role.value}.content[{place}].image",
+            "an image cannot be counted without being computed: leave it out",
+        )
+        for turn, message in enumerate(request.messages)
+        for place, part in enumerate(message.content)
+        if not isinstance(part, str)
+    ]
+    if violations:
+        raise invalid_request(violations)
+
+
+async def _read(response: httpx.Response, most: int) -> bytes | None:
+    """A whole body; `None` if it has more than `most` bytes."""
+    body = bytearray()
+    async for data in response.aiter_raw():
+        body += data
+        if len(body) > most:
+            return None
+    return bytes(body)
 
 
 async def _body(response: httpx.Response) -> AsyncGenerator[bytes]:

@@ -6,12 +6,14 @@ What is absent is left out, so that the model's own defaults apply. Where vLLM's
     top_logprobs        logprobs: true, and top_logprobs
     response_format     response_format for the JSON forms, structured_outputs for the others
     tool NONE           neither tools nor tool_choice: vLLM's own `none` leaves the tools in the prompt
+    allowed_tools       only these of the tools
+    reasoning           reasoning_effort, thinking_token_budget, include_reasoning
 """
 
 from __future__ import annotations
 
 import base64
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -22,6 +24,7 @@ from deltawire_server.upstream.request import (
     FormatKind,
     ImageUrl,
     NamedTool,
+    Reasoning,
     Role,
     Sampling,
     TextFormat,
@@ -29,7 +32,13 @@ from deltawire_server.upstream.request import (
     ToolSpec,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 _NO_ARGUMENTS = '{"type": "object", "properties": {}}'
+
+_PLAIN = ("priority", "cache_salt", "user")
+"""Fields that vLLM calls by the same name; `None` and empty ones are left out."""
 
 _PLAIN_SAMPLING = (
     "temperature",
@@ -49,16 +58,32 @@ _PLAIN_SAMPLING = (
 _LISTED_SAMPLING = ("stop", "stop_token_ids", "bad_words")
 """Lists that vLLM calls by the same name; empty ones are left out."""
 
+_PROMPT_FIELDS = (
+    "add_generation_prompt",
+    "add_special_tokens",
+    "chat_template",
+    "continue_final_message",
+    "media_io_kwargs",
+    "mm_processor_kwargs",
+)
+"""What else of a chat request's body changes its prompt, under the same names in a request to count it."""
+
 
 def request_body(request: ChatRequest, model: str) -> bytes:
-    """The JSON body of a streamed chat request.
+    """The JSON body of a streamed chat request, without `extra_body`; see `chat_body`."""
+    return msgspec.json.encode(chat_body(request, model))
+
+
+def chat_body(request: ChatRequest, model: str, extra: Mapping[str, msgspec.Raw] | None = None) -> dict[str, Any]:
+    """The body of a streamed chat request.
 
     Args:
         request: What to ask.
         model: The provider's own name of the model.
+        extra: Further fields of the body, checked already.
 
     Returns:
-        JSON text; POST it to `/v1/chat/completions`.
+        The body; POST it, encoded by msgspec, to `/v1/chat/completions`.
     """
     body: dict[str, Any] = {
         "model": model,
@@ -81,7 +106,44 @@ def request_body(request: ChatRequest, model: str) -> bytes:
     if request.response_format is not None:
         body.update(_response_format(request.response_format))
     body.update(_sampling(request.sampling))
-    return msgspec.json.encode(body)
+    body.update(_reasoning(request.reasoning))
+    body.update({name: value for name in _PLAIN if (value := getattr(request, name)) not in (None, "")})
+    if request.chat_template_kwargs:
+        body["chat_template_kwargs"] = msgspec.Raw(request.chat_template_kwargs.encode())
+    body.update(extra or {})
+    return body
+
+
+def count_body(request: ChatRequest, model: str, extra: Mapping[str, msgspec.Raw] | None = None) -> dict[str, Any]:
+    """The body that has vLLM count the prompt that `chat_body` would make.
+
+    vLLM's count takes no part of a chat request that only some templates look at; a chat request hands those to the
+    template as arguments, and so does this.
+
+    Args:
+        request: What would be asked; its messages hold no images.
+        model: The provider's own name of the model.
+        extra: Further fields of the chat request's body, checked already.
+
+    Returns:
+        The body; POST it, encoded by msgspec, to `/tokenize`.
+    """
+    body: dict[str, Any] = {"model": model, "messages": [_message(message) for message in request.messages]}
+    if request.offered_tools:
+        body["tools"] = [_tool(tool) for tool in request.offered_tools]
+    given = request.chat_template_kwargs or "{}"
+    arguments: dict[str, Any] = msgspec.json.decode(given, type=dict[str, msgspec.Raw])
+    extra = extra or {}
+    if request.reasoning.effort:
+        # Templates know either the effort or a switch; vLLM sets both, the switch only if the caller did not.
+        arguments.setdefault("enable_thinking", request.reasoning.effort != "none")
+        arguments["reasoning_effort"] = request.reasoning.effort
+    if "documents" in extra:
+        arguments["documents"] = extra["documents"]
+    if arguments:
+        body["chat_template_kwargs"] = arguments
+    body.update({name: value for name, value in extra.items() if name in _PROMPT_FIELDS})
+    return body
 
 
 def _message(message: ChatMessage) -> dict[str, Any]:
@@ -142,6 +204,17 @@ def _response_format(form: TextFormat) -> dict[str, Any]:
             schema["strict"] = form.strict
         return {"response_format": {"type": "json_schema", "json_schema": schema}}
     return {"structured_outputs": {form.kind.value: form.value}}
+
+
+def _reasoning(reasoning: Reasoning) -> dict[str, Any]:
+    body: dict[str, Any] = {}
+    if reasoning.effort:
+        body["reasoning_effort"] = reasoning.effort
+    if reasoning.token_budget is not None:
+        body["thinking_token_budget"] = reasoning.token_budget
+    if reasoning.include is not None:
+        body["include_reasoning"] = reasoning.include
+    return body
 
 
 def _sampling(sampling: Sampling) -> dict[str, Any]:

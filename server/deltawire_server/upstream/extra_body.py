@@ -1,0 +1,50 @@
+"""Fields of the engine's request body for which this API has none: only those that the operator allows."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from deltawire_server.errors import Violation, invalid_request
+from deltawire_server.upstream.vllm_fields import FIELDS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_GATEWAYS = frozenset({"stream", "stream_options", "request_id"})
+"""What the gateway says by itself: without it, it could not read the answer, or not find it in the engine's log."""
+
+
+def allowed_extra(text: str, allowed: Sequence[str], provider_id: str) -> dict[str, msgspec.Raw]:
+    """The further fields of a request's body, each value to the letter.
+
+    Args:
+        text: JSON text of an object; empty for none.
+        allowed: Names of fields, or shell patterns of names, that the operator allows.
+        provider_id: Whose fields they are.
+
+    Raises:
+        CallerError: INVALID_REQUEST with each field that is not allowed, or that is said otherwise.
+    """
+    if not text:
+        return {}
+    extra = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+    violations = []
+    for name in extra:
+        if name in FIELDS:
+            complaint = f"has a field of its own: use {FIELDS[name]}"
+        elif name in _GATEWAYS:
+            complaint = "is set by the gateway: leave it out"
+        elif not any(fnmatchcase(name, pattern) for pattern in allowed):
+            complaint = (
+                f"is not allowed: the operator can add it to allowed_extra_fields, under [providers.{provider_id}] in the"
+                " gateway's settings"
+            )
+        else:
+            continue
+        violations.append(Violation(f"chat.extra_body.{name}", complaint))
+    if violations:
+        raise invalid_request(violations)
+    return extra
