@@ -255,6 +255,9 @@ class Completion:
         patience = self.resolution.provider.patience
         self._start_clock()
         silence = patience.first_event
+        if self._end_by <= loop.time():  # ended before it began: nobody need be asked
+            self._pass_on(self._give_up(silence, overdue=True))
+            return
         clock = self._clock = asyncio.timeout_at(min(self._end_by, loop.time() + silence))
         try:
             async with clock:
