@@ -15,6 +15,7 @@ from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import message_pb2, tool_pb2
 from deltawire_server.errors import Violation, invalid_request
 from deltawire_server.rpc import validate_options
+from deltawire_server.rpc.validate_content import ContentLimits, ContentReader
 from deltawire_server.upstream.request import (
     ChatMessage,
     ChatRequest,
@@ -59,8 +60,12 @@ _RANGES: dict[str, tuple[float, float, str]] = {
 _SCALARS = (*_RANGES, "seed", "min_tokens", "ignore_eos")
 
 
-def chat_request(message: chat_pb.ChatRequest) -> ChatRequest:
+def chat_request(message: chat_pb.ChatRequest, limits: ContentLimits | None = None) -> ChatRequest:
     """Check a chat request.
+
+    Args:
+        message: The request.
+        limits: What its messages may hold.
 
     Returns:
         The request as a plain value; find its provider and send it.
@@ -68,14 +73,15 @@ def chat_request(message: chat_pb.ChatRequest) -> ChatRequest:
     Raises:
         CallerError: INVALID_REQUEST with every violated field.
     """
-    return _ChatReader().read(message)
+    return _ChatReader(limits or ContentLimits()).read(message)
 
 
 class _ChatReader:
     """Reads one chat request and collects what is wrong with it."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: ContentLimits) -> None:
         self._violations: list[Violation] = []
+        self._content = ContentReader(self._complain, limits)
 
     def read(self, chat: chat_pb.ChatRequest) -> ChatRequest:
         if not chat.model:
@@ -120,17 +126,17 @@ class _ChatReader:
     def _message(self, path: str, message: message_pb2.Message) -> ChatMessage:
         match message.WhichOneof("role"):
             case "system":
-                return ChatMessage(Role.SYSTEM, self._content(f"{path}.system", message.system.content))
+                return ChatMessage(Role.SYSTEM, self._content.read(f"{path}.system", message.system.content))
             case "developer":
-                return ChatMessage(Role.DEVELOPER, self._content(f"{path}.developer", message.developer.content))
+                return ChatMessage(Role.DEVELOPER, self._content.read(f"{path}.developer", message.developer.content))
             case "user":
-                return ChatMessage(Role.USER, self._content(f"{path}.user", message.user.content))
+                return ChatMessage(Role.USER, self._content.read(f"{path}.user", message.user.content))
             case "assistant":
                 return self._assistant(f"{path}.assistant", message.assistant)
             case "tool":
                 if not message.tool.call_id:
                     self._complain(f"{path}.tool.call_id", "is required: which call does this answer?")
-                content = self._content(f"{path}.tool", message.tool.content)
+                content = self._content.read(f"{path}.tool", message.tool.content)
                 return ChatMessage(Role.TOOL, content, call_id=message.tool.call_id)
             case None:
                 self._complain(path, "needs a role: system, developer, user, assistant or tool")
@@ -146,20 +152,8 @@ class _ChatReader:
                 self._complain(f"{here}.tool_name", "is required")
             arguments = self._json_object(f"{here}.arguments", call.arguments, empty_allowed=True)
             calls.append(PastCall(call.call_id, call.tool_name, arguments or "{}"))
-        content = self._content(path, message.content, required=not (calls or message.reasoning))
+        content = self._content.read(path, message.content, required=not (calls or message.reasoning))
         return ChatMessage(Role.ASSISTANT, content, reasoning=message.reasoning, tool_calls=tuple(calls))
-
-    def _content(
-        self, path: str, parts: Iterable[message_pb2.ContentPart], *, required: bool = True
-    ) -> tuple[str, ...]:
-        texts: list[str] = []
-        for index, part in enumerate(parts):
-            if part.WhichOneof("part") is None:
-                self._complain(f"{path}.content[{index}]", "is empty: set text")
-            texts.append(part.text)
-        if required and not texts:
-            self._complain(f"{path}.content", "needs at least one part")
-        return tuple(texts)
 
     def _tools(self, tools: Iterable[tool_pb2.Tool]) -> tuple[ToolSpec, ...]:
         specs: list[ToolSpec] = []

@@ -1,0 +1,116 @@
+"""The content of messages: texts, and images that are what their bytes say and not what they are called.
+
+An address is only read here; whether it may be fetched, and by whom, is for `upstream.images`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from deltawire_server.upstream.images.data_urls import DataUrlError, data_of, is_data_url, too_large
+from deltawire_server.upstream.images.sniff import KINDS, media_type_of
+from deltawire_server.upstream.images.urls import UrlError, web_address
+from deltawire_server.upstream.request import Content, ImageData, ImageUrl
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from deltawire.v1 import message_pb2
+
+_MIB = 1024 * 1024
+_SHOWN_BYTES = 12
+
+
+@dataclass(frozen=True, slots=True)
+class ContentLimits:
+    """What a request may hold; the settings say why each default is what it is.
+
+    Attributes:
+        max_images: Images of all messages together.
+        max_image_bytes: Bytes of one image.
+    """
+
+    max_images: int = 16
+    max_image_bytes: int = 16 * _MIB
+
+
+class Complain(Protocol):
+    """Takes a complaint."""
+
+    def __call__(self, field: str, description: str) -> None:
+        """Note that a field breaks a rule."""
+
+
+class ContentReader:
+    """Reads the content of one request's messages.
+
+    Args:
+        complain: Told of every rule that is broken; what is returned then is not to be used.
+        limits: What the request may hold.
+    """
+
+    def __init__(self, complain: Complain, limits: ContentLimits) -> None:
+        self._complain = complain
+        self._limits = limits
+        self._image_count = 0
+
+    def read(
+        self, path: str, parts: Iterable[message_pb2.ContentPart], *, required: bool = True
+    ) -> tuple[Content, ...]:
+        """Read one message's content.
+
+        Args:
+            path: Of the message, such as ``chat.messages[0].user``.
+            parts: Its content.
+            required: Whether it needs any.
+        """
+        contents: list[Content] = []
+        for index, part in enumerate(parts):
+            here = f"{path}.content[{index}]"
+            match part.WhichOneof("part"):
+                case "text":
+                    contents.append(part.text)
+                case "image":
+                    contents.append(self._image(f"{here}.image", part.image))
+                case None:
+                    self._complain(here, "is empty: set text or image")
+                    contents.append("")
+        if required and not contents:
+            self._complain(f"{path}.content", "needs at least one part")
+        return tuple(contents)
+
+    def _image(self, path: str, image: message_pb2.Image) -> Content:
+        self._image_count += 1
+        if self._image_count > self._limits.max_images:
+            if self._image_count == self._limits.max_images + 1:
+                self._complain(path, f"is one image too many: a request may have {self._limits.max_images}")
+            return ""
+        match image.WhichOneof("source"):
+            case "data":
+                return self._data(f"{path}.data", image.data)
+            case "url":
+                return self._url(f"{path}.url", image.url)
+            case None:
+                self._complain(path, "is empty: set url or data")
+                return ""
+
+    def _url(self, path: str, url: str) -> Content:
+        try:
+            if is_data_url(url):
+                return self._data(path, data_of(url, self._limits.max_image_bytes))
+            return ImageUrl(str(web_address(url)), path)
+        except (DataUrlError, UrlError) as error:
+            self._complain(path, str(error))
+            return ""
+
+    def _data(self, path: str, data: bytes) -> Content:
+        if len(data) > self._limits.max_image_bytes:
+            self._complain(path, str(too_large(self._limits.max_image_bytes)))
+            return ""
+        media_type = media_type_of(data)
+        if media_type is None:
+            seen = f"begins with {data[:_SHOWN_BYTES]!r}" if data else "is empty"
+            self._complain(path, f"must be a {KINDS} file, but {seen}")
+            return ""
+        return ImageData(data, media_type)
