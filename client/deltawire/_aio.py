@@ -11,7 +11,7 @@ import grpc
 from grpc import aio
 
 from deltawire._channel import DEFAULT_TARGET, CallOptions, ConnectOptions, Defaults, Outgoing, connection
-from deltawire._completion import Answer, StreamOutcome, answer_of, text_of_event
+from deltawire._completion import Answer, Resumption, StreamCalls, answer_of, text_of_event
 from deltawire._errors import CallCancelledError, ProtocolError
 from deltawire._failure import Failure
 from deltawire._requests import (
@@ -20,17 +20,26 @@ from deltawire._requests import (
     Messages,
     ModelPages,
     RegisterArguments,
+    StreamArguments,
     UpdateArguments,
+    resume_request,
     split_arguments,
     split_listing,
     split_registration,
+    split_streaming,
     split_update,
 )
+from deltawire._values import RESUME_FOR, Seconds
 from deltawire._watch import WatchCalls, WatchEvent, WatchState
 from deltawire.v1.chat_completion_pb2 import (
+    CancelChatCompletionRequest,
+    CancelChatCompletionResponse,
     ChatRequest,
+    CountTokensRequest,
+    CountTokensResponse,
     CreateChatCompletionRequest,
-    StreamChatCompletionRequest,
+    GetChatCompletionRequest,
+    GetChatCompletionResponse,
     StreamChatCompletionResponse,
 )
 from deltawire.v1.chat_completion_pb2_grpc import ChatCompletionStub
@@ -113,6 +122,8 @@ class AsyncClient:
             # Those that pause between two calls would otherwise make the next one on a closed channel.
             for watch in tuple(self.models._watches):
                 watch.cancel()
+            for stream in tuple(self.chat._streams):
+                stream.cancel()
             await self._owned.close()
 
     async def __aenter__(self) -> Self:
@@ -130,6 +141,7 @@ class AsyncChat:
     def __init__(self, stub: ChatCompletionAsyncStub, defaults: Defaults) -> None:
         self._stub = stub
         self._defaults = defaults
+        self._streams: WeakSet[AsyncChatStream] = WeakSet()
 
     async def create(self, messages: Messages | ChatRequest, **arguments: Unpack[ChatArguments]) -> Answer:
         """Ask, and wait for the whole answer; see `Chat.create`. Cancelling the task cancels the call."""
@@ -138,51 +150,81 @@ class AsyncChat:
         response = await _invoke(self._stub.CreateChatCompletion, CreateChatCompletionRequest(chat=chat), outgoing)
         return answer_of(response, outgoing.info)
 
-    def stream(self, messages: Messages | ChatRequest, **arguments: Unpack[ChatArguments]) -> AsyncChatStream:
+    def stream(self, messages: Messages | ChatRequest, **arguments: Unpack[StreamArguments]) -> AsyncChatStream:
         """Ask, and read the answer while it is generated; see `Chat.stream`. No `await` here.
 
         Use the stream in an `async with` block: leaving it ends the call on both sides, which leaving an `async for`
         does not.
         """
+        request, options = split_streaming(messages, arguments)
+        return self._going_on(AsyncChatStream(self._stub, self._defaults, Resumption(request), options))
+
+    def resume(
+        self,
+        completion_id: str,
+        after_sequence: int | None = None,
+        *,
+        retain_for: Seconds = RESUME_FOR,
+        **options: Unpack[CallOptions],
+    ) -> AsyncChatStream:
+        """Read a stream that was asked for with `retain_for`, replayed and then live; see `Chat.resume`. No `await` here."""
+        request, patience = resume_request(completion_id, after_sequence, retain_for)
+        return self._going_on(AsyncChatStream(self._stub, self._defaults, Resumption(request, patience), options))
+
+    async def cancel(self, completion_id: str, **options: Unpack[CallOptions]) -> CancelChatCompletionResponse:
+        """End a completion softly; see `Chat.cancel`."""
+        request = CancelChatCompletionRequest(completion_id=completion_id)
+        return await _invoke(self._stub.CancelChatCompletion, request, self._defaults.outgoing(options))
+
+    async def get(self, completion_id: str, **options: Unpack[CallOptions]) -> GetChatCompletionResponse:
+        """How far a completion has come, and its result if that is retained; see `Chat.get`."""
+        request = GetChatCompletionRequest(completion_id=completion_id)
+        return await _invoke(self._stub.GetChatCompletion, request, self._defaults.outgoing(options))
+
+    async def count_tokens(
+        self, messages: Messages | ChatRequest, **arguments: Unpack[ChatArguments]
+    ) -> CountTokensResponse:
+        """How many tokens the prompt has that `create` would send; see `Chat.count_tokens`."""
         chat, options = split_arguments(messages, arguments)
         outgoing = self._defaults.outgoing(options)
-        request = StreamChatCompletionRequest(chat=chat)
-        return AsyncChatStream(self._stub.StreamChatCompletion(request, **outgoing.arguments), outgoing)
+        return await _invoke(self._stub.CountTokens, CountTokensRequest(chat=chat), outgoing)
+
+    def _going_on(self, stream: AsyncChatStream) -> AsyncChatStream:
+        """Take note of a stream that goes on by itself: closing the client ends it."""
+        if stream._resumption.is_retained:
+            self._streams.add(stream)
+        return stream
 
 
-class AsyncChatStream(StreamOutcome):
+class AsyncChatStream(StreamCalls):
     """An answer on its way: iterate over its events, over `text`, or go straight to `final()`.
 
     All three read the same stream, so what one has taken the others do not see again; `final()` always has everything.
     """
 
     def __init__(
-        self, rpc: aio.UnaryStreamCall[StreamChatCompletionRequest, StreamChatCompletionResponse], outgoing: Outgoing
+        self, stub: ChatCompletionAsyncStub, defaults: Defaults, resumption: Resumption, options: CallOptions
     ) -> None:
-        super().__init__(outgoing)
-        self._rpc = rpc
-        self._events = rpc.__aiter__()
-        self._begun = False
+        super().__init__(defaults, resumption, options)
+        self._stub = stub
+        self._stopped = asyncio.Event()
+        self._call()
 
     def __aiter__(self) -> AsyncIterator[StreamChatCompletionResponse]:
         return self
 
     async def __anext__(self) -> StreamChatCompletionResponse:
         """The next event; see `ChatStream.__next__`. Cancelling the task cancels the call."""
-        if self._outcome is None:
+        while self._outcome is None:
             try:
-                event = await anext(self._events)
-            except StopAsyncIteration:
-                self._outgoing.ended(await self._rpc.trailing_metadata())
-                self._end(None)
-            except aio.AioRpcError as error:
-                self._end(error)
+                event = await self._read()
             except asyncio.CancelledError:
                 self._cancelled()
                 if _task_is_cancelled():
                     raise
             else:
-                return await self._take(event)
+                if event is not None:
+                    return event
         self._result()
         raise StopAsyncIteration
 
@@ -198,9 +240,15 @@ class AsyncChatStream(StreamOutcome):
         return self._result()
 
     def cancel(self) -> None:
-        """End the call now, on both sides. Reading on raises `CallCancelledError`, unless the stream had ended."""
+        """End the call now, on both sides; see `ChatStream.cancel`."""
         self._cancelled()
+        self._stopped.set()
         self._rpc.cancel()
+
+    async def cancel_softly(self) -> CancelChatCompletionResponse:
+        """End generation now, and let the stream end normally; see `ChatStream.cancel_softly`."""
+        request, outgoing = self._softly()
+        return await _invoke(self._stub.CancelChatCompletion, request, outgoing)
 
     async def __aenter__(self) -> Self:
         return self
@@ -210,17 +258,46 @@ class AsyncChatStream(StreamOutcome):
     ) -> None:
         self.cancel()
 
-    async def _take(self, event: StreamChatCompletionResponse) -> StreamChatCompletionResponse:
-        """Hand on an event after taking note of it."""
+    def _call(self) -> None:
+        """Make a call."""
+        self._rpc = self._stub.StreamChatCompletion(self._begin(), **self._outgoing.arguments)
+        self._events = self._rpc.__aiter__()
+
+    async def _read(self) -> StreamChatCompletionResponse | None:
+        """Wait for an event, or for the next call; None if there is no event to hand on."""
+        try:
+            event = await anext(self._events)
+        except StopAsyncIteration:
+            self._outgoing.ended(await self._rpc.trailing_metadata())
+            await self._go_on(None)
+        except aio.AioRpcError as error:
+            await self._go_on(error)
+        else:
+            if await self._take(event):
+                return event
+        return None
+
+    async def _go_on(self, failed: FailedCall | None) -> None:
+        """Make the next call when it is time, unless the stream is over."""
+        pause = self._end(failed)
+        if pause is None:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(pause):
+                await self._stopped.wait()
+        if not self._stopped.is_set():
+            self._call()
+
+    async def _take(self, event: StreamChatCompletionResponse) -> bool:
+        """Take note of an event; whether it is to be handed on."""
         if not self._begun:
             self._begun = True
             self._outgoing.began(await self._rpc.initial_metadata())
         try:
-            self._receive(event)
+            return self._receive(event)
         except ProtocolError:
             self._rpc.cancel()
             raise
-        return event
 
 
 class AsyncModels:

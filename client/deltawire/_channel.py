@@ -203,6 +203,10 @@ class Outgoing:
         self.info.trailing_metadata = failure.trailing_metadata
         return failure
 
+    def aside(self, timeout: float | None) -> Outgoing:
+        """Another call about this one: with the same metadata, and so with the same request id."""
+        return Outgoing(self.arguments | {"timeout": timeout}, CallInfo(self.info.request_id))
+
     def error(self, call: FailedCall) -> CallError:
         """The error to raise for a failed call."""
         return error_for(self.failure(call))

@@ -9,7 +9,7 @@ from weakref import WeakSet
 import grpc
 
 from deltawire._channel import DEFAULT_TARGET, CallOptions, ConnectOptions, Defaults, Outgoing, connection
-from deltawire._completion import Answer, StreamOutcome, answer_of, text_of_event
+from deltawire._completion import Answer, Resumption, StreamCalls, answer_of, text_of_event
 from deltawire._errors import ProtocolError
 from deltawire._requests import (
     ChatArguments,
@@ -17,17 +17,26 @@ from deltawire._requests import (
     Messages,
     ModelPages,
     RegisterArguments,
+    StreamArguments,
     UpdateArguments,
+    resume_request,
     split_arguments,
     split_listing,
     split_registration,
+    split_streaming,
     split_update,
 )
+from deltawire._values import RESUME_FOR, Seconds
 from deltawire._watch import WatchCalls, WatchEvent, WatchState
 from deltawire.v1.chat_completion_pb2 import (
+    CancelChatCompletionRequest,
+    CancelChatCompletionResponse,
     ChatRequest,
+    CountTokensRequest,
+    CountTokensResponse,
     CreateChatCompletionRequest,
-    StreamChatCompletionRequest,
+    GetChatCompletionRequest,
+    GetChatCompletionResponse,
     StreamChatCompletionResponse,
 )
 from deltawire.v1.chat_completion_pb2_grpc import ChatCompletionStub
@@ -109,6 +118,8 @@ class Client:
             # Those that pause between two calls would otherwise make the next one on a closed channel.
             for watch in tuple(self.models._watches):
                 watch.cancel()
+            for stream in tuple(self.chat._streams):
+                stream.cancel()
             self._owned.close()
 
     def __enter__(self) -> Self:
@@ -126,6 +137,7 @@ class Chat:
     def __init__(self, stub: ChatCompletionStub, defaults: Defaults) -> None:
         self._stub = stub
         self._defaults = defaults
+        self._streams: WeakSet[ChatStream] = WeakSet()
 
     def create(self, messages: Messages | ChatRequest, **arguments: Unpack[ChatArguments]) -> Answer:
         """Ask, and wait for the whole answer.
@@ -145,28 +157,106 @@ class Chat:
         response = _invoke(self._stub.CreateChatCompletion, CreateChatCompletionRequest(chat=chat), outgoing)
         return answer_of(response, outgoing.info)
 
-    def stream(self, messages: Messages | ChatRequest, **arguments: Unpack[ChatArguments]) -> ChatStream:
-        """Ask, and read the answer while it is generated. It takes what `create` takes.
+    def stream(self, messages: Messages | ChatRequest, **arguments: Unpack[StreamArguments]) -> ChatStream:
+        """Ask, and read the answer while it is generated. It takes what `create` takes, and how the stream is told.
+
+        Args:
+            messages: The conversation, or a whole `ChatRequest`.
+            arguments: See `ChatOptions`, `TellingOptions` and `CallOptions`.
+
+        Raises:
+            TypeError: An argument that does not exist.
 
         The request is on its way when this returns; its errors come from reading. Use the stream in a `with` block:
         leaving it ends the call on both sides.
+
+        With `retain_for` the gateway keeps the stream, and it goes on by itself, each event once, if the connection is
+        lost, until nothing new has come for that long. Generation then ends by itself, by `soft_time_limit`, by
+        `cancel_softly`, or when nobody has read for `retain_for`: leaving the block ends the call alone, and
+        `resume` takes the stream up again. Without a `completion_id` one is made up, which nobody can guess.
+        """
+        request, options = split_streaming(messages, arguments)
+        return self._going_on(ChatStream(self._stub, self._defaults, Resumption(request), options))
+
+    def resume(
+        self,
+        completion_id: str,
+        after_sequence: int | None = None,
+        *,
+        retain_for: Seconds = RESUME_FOR,
+        **options: Unpack[CallOptions],
+    ) -> ChatStream:
+        """Read a stream that was asked for with `retain_for`, replayed and then live.
+
+        Args:
+            completion_id: Its id.
+            after_sequence: The `sequence` of the last event that you have. None begins with the first.
+            retain_for: For how long (seconds, or a `timedelta`) without anything new to go on by itself if the connection
+                is lost; give what the stream was asked with.
+            options: See `CallOptions`.
+
+        Raises:
+            ValueError: A length of time that is none.
+
+        From the middle, `final()` gives what `completed` says of the answer; if its `messages_omitted` is set, only what
+        came here. From reading come CompletionNotFoundError, CompletionGoneError and WrongReplicaError.
+        """
+        request, patience = resume_request(completion_id, after_sequence, retain_for)
+        return self._going_on(ChatStream(self._stub, self._defaults, Resumption(request, patience), options))
+
+    def cancel(self, completion_id: str, **options: Unpack[CallOptions]) -> CancelChatCompletionResponse:
+        """End a completion softly: whoever reads it gets a normal end, with the text so far, and the usage.
+
+        Raises:
+            CompletionNotFoundError: There is none of this id.
+            WrongReplicaError: Another gateway process has it.
+
+        The `state` that comes back is the one before: one that had ended already is no error.
+        """
+        request = CancelChatCompletionRequest(completion_id=completion_id)
+        return _invoke(self._stub.CancelChatCompletion, request, self._defaults.outgoing(options))
+
+    def get(self, completion_id: str, **options: Unpack[CallOptions]) -> GetChatCompletionResponse:
+        """How far a completion has come, what it has cost, and its result if that is retained.
+
+        Raises:
+            CompletionNotFoundError: There is none of this id, or it ended long ago.
+            WrongReplicaError: Another gateway process has it.
+        """
+        request = GetChatCompletionRequest(completion_id=completion_id)
+        return _invoke(self._stub.GetChatCompletion, request, self._defaults.outgoing(options))
+
+    def count_tokens(self, messages: Messages | ChatRequest, **arguments: Unpack[ChatArguments]) -> CountTokensResponse:
+        """How many tokens the prompt has that `create` would send; nothing is generated. It takes what `create` takes.
+
+        Raises:
+            NotSupportedByProviderError: The provider does not count.
+
+        Read `prompt_tokens`, and `max_context_tokens` if it is there.
         """
         chat, options = split_arguments(messages, arguments)
-        outgoing = self._defaults.outgoing(options)
-        request = StreamChatCompletionRequest(chat=chat)
-        return ChatStream(self._stub.StreamChatCompletion(request, **outgoing.arguments), outgoing)
+        return _invoke(self._stub.CountTokens, CountTokensRequest(chat=chat), self._defaults.outgoing(options))
+
+    def _going_on(self, stream: ChatStream) -> ChatStream:
+        """Take note of a stream that goes on by itself: closing the client ends it."""
+        if stream._resumption.is_retained:
+            self._streams.add(stream)
+        return stream
 
 
-class ChatStream(StreamOutcome):
+class ChatStream(StreamCalls):
     """An answer on its way: iterate over its events, over `text`, or go straight to `final()`.
 
     All three read the same stream, so what one has taken the others do not see again; `final()` always has everything.
     """
 
-    def __init__(self, rpc: _CallIterator[StreamChatCompletionResponse], outgoing: Outgoing) -> None:
-        super().__init__(outgoing)
-        self._rpc = rpc
-        self._begun = False
+    def __init__(
+        self, stub: ChatCompletionStub, defaults: Defaults, resumption: Resumption, options: CallOptions
+    ) -> None:
+        super().__init__(defaults, resumption, options)
+        self._stub = stub
+        self._stopped = threading.Event()
+        self._rpc = self._call()
 
     def __iter__(self) -> Iterator[StreamChatCompletionResponse]:
         return self
@@ -174,20 +264,23 @@ class ChatStream(StreamOutcome):
     def __next__(self) -> StreamChatCompletionResponse:
         """The next event; branch on `event.WhichOneof("event")` and skip None, an event of a later version.
 
+        Lost connections of a retained stream are waited out and noted in the log `deltawire`.
+
         Raises:
             CallError: The call failed. After a fault this comes after the `completed` event, which tells the same.
             ProtocolError: The gateway broke the rules of the stream; the call is cancelled.
         """
-        if self._outcome is None:
+        while self._outcome is None:
             try:
                 event = next(self._rpc)
             except StopIteration:
                 self._outgoing.ended(self._rpc.trailing_metadata())
-                self._end(None)
+                self._go_on(None)
             except grpc.RpcError as error:
-                self._end(cast("FailedCall", error))
+                self._go_on(cast("FailedCall", error))
             else:
-                return self._take(event)
+                if self._take(event):
+                    return event
         self._result()
         raise StopIteration
 
@@ -209,9 +302,28 @@ class ChatStream(StreamOutcome):
         return self._result()
 
     def cancel(self) -> None:
-        """End the call now, on both sides. Reading on raises `CallCancelledError`, unless the stream had ended."""
+        """End the call now, on both sides. Reading on raises `CallCancelledError`, unless the stream had ended.
+
+        With `retain_for` the gateway goes on all the same: `cancel_softly` ends that, `Chat.resume` reads it.
+        """
         self._cancelled()
+        self._stopped.set()
         self._rpc.cancel()
+
+    def cancel_softly(self) -> CancelChatCompletionResponse:
+        """End generation now. Reading on gives the normal end: the text so far, STOP_REASON_CANCELLED, and the usage.
+
+        Any thread may call it, as often as it likes.
+
+        Raises:
+            RuntimeError: The completion's id is not known: `started` has not come, and the request has no
+                `completion_id`. Then nothing has been generated: `cancel()`.
+            CallError: See `Chat.cancel`.
+
+        What comes back says what it met, and what the completion had cost by then.
+        """
+        request, outgoing = self._softly()
+        return _invoke(self._stub.CancelChatCompletion, request, outgoing)
 
     def __enter__(self) -> Self:
         return self
@@ -221,17 +333,29 @@ class ChatStream(StreamOutcome):
     ) -> None:
         self.cancel()
 
-    def _take(self, event: StreamChatCompletionResponse) -> StreamChatCompletionResponse:
-        """Hand on an event after taking note of it."""
+    def _call(self) -> _CallIterator[StreamChatCompletionResponse]:
+        """Make a call."""
+        return self._stub.StreamChatCompletion(self._begin(), **self._outgoing.arguments)
+
+    def _go_on(self, failed: FailedCall | None) -> None:
+        """Make the next call when it is time, unless the stream is over."""
+        pause = self._end(failed)
+        if pause is not None and not self._stopped.wait(pause):
+            self._rpc = self._call()
+            # Another thread may have cancelled the call before.
+            if self._stopped.is_set():
+                self._rpc.cancel()
+
+    def _take(self, event: StreamChatCompletionResponse) -> bool:
+        """Take note of an event; whether it is to be handed on."""
         if not self._begun:
             self._begun = True
             self._outgoing.began(self._rpc.initial_metadata())
         try:
-            self._receive(event)
+            return self._receive(event)
         except ProtocolError:
             self._rpc.cancel()
             raise
-        return event
 
 
 class Models:

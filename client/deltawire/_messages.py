@@ -6,15 +6,17 @@ a helper made and what was written out by hand can be mixed freely.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
+from deltawire._values import JsonObject, json_text
 from deltawire.v1.chat_completion_pb2 import ResponseFormat
 from deltawire.v1.message_pb2 import (
     AssistantMessage,
     ContentPart,
     DeveloperMessage,
+    Image,
     Message,
     SystemMessage,
     ToolMessage,
@@ -27,9 +29,11 @@ T = TypeVar("T")
 RoleMessage: TypeAlias = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage
 # A turn as callers may give it: text alone is what the user says.
 MessageLike: TypeAlias = str | Message | RoleMessage
-Content: TypeAlias = str | ContentPart | Iterable[str | ContentPart]
-# A JSON Schema as a mapping, or as JSON text, which is passed on to the letter.
-Schema: TypeAlias = Mapping[str, Any] | str
+# A piece of a turn: text, the API's own part, or the object that OpenAI's API uses.
+Part: TypeAlias = str | ContentPart | Mapping[str, Any]
+Content: TypeAlias = Part | Iterable[Part]
+# A JSON Schema.
+Schema: TypeAlias = JsonObject
 
 
 def system(content: Content) -> Message:
@@ -65,6 +69,34 @@ def tool(call: ToolCall | str, content: Content) -> Message:
     return Message(tool=ToolMessage(call_id=call_id, content=_parts(content)))
 
 
+def image(source: str | bytes | Path) -> ContentPart:
+    """An image, as a part of what the user says.
+
+    Args:
+        source: The file's bytes, a `Path` to read them from, or a URL: https://…, or data:image/png;base64,….
+
+    Raises:
+        ValueError: Text that is no URL. A file's name is a `Path`.
+        OSError: The file cannot be read.
+
+    Example: `user(["What is this?", image(Path("cat.png"))])`. A URL is fetched by the gateway, if its operator lets it:
+    bytes always arrive.
+    """
+    if isinstance(source, Path):
+        return ContentPart(image=Image(data=source.read_bytes()))
+    if isinstance(source, bytes):
+        return ContentPart(image=Image(data=source))
+    if not is_image_url(source):
+        message = f"an image is a URL, bytes, or a pathlib.Path, and {source[:80]!r} is no URL"
+        raise ValueError(message)
+    return ContentPart(image=Image(url=source))
+
+
+def is_image_url(text: str) -> bool:
+    """Whether this is meant as an image's URL, and not as a file's name."""
+    return "://" in text or text[:5].lower() == "data:"
+
+
 def tool_definition(
     name: str,
     description: str = "",
@@ -87,8 +119,8 @@ def tool_definition(
     return Tool(
         name=name,
         description=description,
-        input_schema=_json_text(input_schema),
-        output_schema=_json_text(output_schema),
+        input_schema=json_text(input_schema),
+        output_schema=json_text(output_schema),
         strict=strict,
     )
 
@@ -123,8 +155,28 @@ def tool_from_openai(value: Mapping[str, Any]) -> Tool:
 
 def json_schema(schema: Schema, *, name: str = "", strict: bool | None = None) -> ResponseFormat:
     """A response format: the answer's text is JSON that follows a schema. Hand it to `response_format=`."""
-    form = ResponseFormat.JsonSchema(name=name, schema=_json_text(schema), strict=strict)
+    form = ResponseFormat.JsonSchema(name=name, schema=json_text(schema), strict=strict)
     return ResponseFormat(json_schema=form)
+
+
+def regex(pattern: str) -> ResponseFormat:
+    """A response format: the whole text matches a regular expression. Hand it to `response_format=`."""
+    return ResponseFormat(regex=pattern)
+
+
+def choice(values: Iterable[str]) -> ResponseFormat:
+    """A response format: the text is one of these. Hand it to `response_format=`."""
+    return ResponseFormat(choice=ResponseFormat.Choice(values=values))
+
+
+def grammar(text: str) -> ResponseFormat:
+    """A response format: the text follows a grammar in EBNF (GBNF) or Lark. Hand it to `response_format=`."""
+    return ResponseFormat(grammar=text)
+
+
+def structural_tag(tag: JsonObject) -> ResponseFormat:
+    """A response format: a structural tag in vLLM's form, as a mapping or as JSON text. Hand it to `response_format=`."""
+    return ResponseFormat(structural_tag=json_text(tag))
 
 
 def message_text(message: Message | RoleMessage) -> str:
@@ -163,15 +215,35 @@ def as_message(value: MessageLike) -> Message:
 
 def _parts(content: Content) -> list[ContentPart]:
     """The content as a list of parts, in order."""
-    pieces = [content] if isinstance(content, str | ContentPart) else content
-    return [ContentPart(text=piece) if isinstance(piece, str) else piece for piece in pieces]
+    pieces = [content] if isinstance(content, str | ContentPart | Mapping) else content
+    return [_part(piece) for piece in pieces]
 
 
-def _json_text(schema: Schema | None) -> str:
-    """The schema as JSON text; text is kept to the letter."""
-    if schema is None:
-        return ""
-    return schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False)
+def _part(piece: Part) -> ContentPart:
+    """A piece of content; OpenAI's object is {"type": "text", "text": …} or {"type": "image_url", "image_url": …}.
+
+    Raises:
+        ValueError: It is an object of another kind; the message says what is wrong.
+    """
+    if isinstance(piece, ContentPart):
+        return piece
+    if isinstance(piece, str):
+        return ContentPart(text=piece)
+    match piece.get("type"):
+        case "text":
+            return ContentPart(text=_member(piece, "text", str) or "")
+        case "image_url":
+            address = piece.get("image_url")
+            url = address if isinstance(address, str) else _member(_object(piece, "image_url"), "url", str)
+            return ContentPart(image=Image(url=url or ""))
+        case kind:
+            message = f'the content part\'s "type" is {kind!r}, and only "text" and "image_url" can be used'
+            raise ValueError(message)
+
+
+def _object(value: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A member of a JSON object that is an object itself, empty if it is absent."""
+    return _member(value, name, dict) or {}
 
 
 def _member(value: Mapping[str, Any], name: str, kind: type[T]) -> T | None:

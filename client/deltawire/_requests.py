@@ -6,11 +6,33 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias, TypedDict, Unpack, cast
 
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from deltawire._channel import CALL_OPTIONS, CallOptions
 from deltawire._messages import MessageLike, RoleMessage, as_message, tool_from_openai
-from deltawire.v1.chat_completion_pb2 import ChatRequest, Logprobs, ResponseFormat, Sampling
+from deltawire._values import (
+    JsonObject,
+    Seconds,
+    duration,
+    json_text,
+    laid_over,
+    logprobs,
+    reasoning,
+    response_format,
+    tool_call_policy,
+    tool_choice,
+)
+from deltawire.v1.chat_completion_pb2 import (
+    ChatRequest,
+    Logprobs,
+    Reasoning,
+    ResponseFormat,
+    ResumeFrom,
+    Sampling,
+    StreamChatCompletionRequest,
+    StreamOptions,
+)
 from deltawire.v1.message_pb2 import Message
 from deltawire.v1.model_registry_pb2 import (
     ListModelsRequest,
@@ -53,23 +75,68 @@ class ChatOptions(SamplingOptions, total=False):
 
     `tools` takes the API's `Tool`s and OpenAI's tool objects. `tool_choice` is "auto", "required", "none", the name of
     a tool, or a `ToolChoice` (which can also name a tool called "auto"). `sampling` is where the single sampling
-    arguments are laid over. `response_format` is a `ResponseFormat`, see `json_schema`, or "json_object".
-    `logprobs` True asks for the chosen tokens' log-probabilities, a number for that many alternatives as well.
-    `choice_count` is how many answers to generate.
+    arguments are laid over. `response_format` is a `ResponseFormat`, see `json_schema`, `regex`, `choice`, `grammar` and
+    `structural_tag`, or "json_object". `logprobs` True asks for the chosen tokens' log-probabilities, a number for that
+    many alternatives as well. `choice_count` is how many answers to generate.
+
+    `allowed_tools` are the names of those of the `tools` that the model gets to see this time. `incremental_tool_calls`
+    has calls told while they are written; `validate_schema` has their arguments checked against the tools' schemas.
+    `reasoning` is how hard to think, "none", "minimal", "low", "medium", "high", "xhigh" or "max", or a `Reasoning`;
+    `reasoning_token_budget` the most tokens of it; `include_reasoning` False keeps it from being told.
+
+    `soft_time_limit` (seconds, or a `timedelta`) ends generation normally, with what came by then. `completion_id` is an
+    id of your own to cancel, look up and resume by; make it unguessable. `priority`: lower goes earlier.
+    `chat_template_kwargs` and `extra_body` are JSON objects, as mappings or as text. `cache_salt`, `user`: see
+    `ChatRequest` in the API.
     """
 
     model: str | None
     tools: Iterable[Tool | Mapping[str, Any]] | None
     tool_choice: str | ToolChoice | None
+    allowed_tools: Iterable[str] | None
     parallel_tool_calls: bool | None
+    incremental_tool_calls: bool | None
+    validate_schema: bool | None
     sampling: Sampling | None
     response_format: ResponseFormat | str | None
     logprobs: bool | int | Logprobs | None
     choice_count: int | None
+    reasoning: Reasoning | str | None
+    reasoning_token_budget: int | None
+    include_reasoning: bool | None
+    soft_time_limit: Seconds | None
+    completion_id: str | None
+    priority: int | None
+    cache_salt: str | None
+    chat_template_kwargs: JsonObject | None
+    extra_body: JsonObject | None
+    user: str | None
+
+
+class TellingOptions(TypedDict, total=False):
+    """How a stream is told; see `StreamOptions` in the API. None is the same as not given.
+
+    Times are in seconds, or a `timedelta`. `usage_updates` tells the usage while the answer is generated: `stream.usage`.
+    `max_coalesce_delay` lets deltas be held back for that long to be joined. `heartbeat_interval` has something told at
+    least that often, with `heartbeat_before_start` also before the answer begins, which gives up gRPC's retries.
+    `retain_for` keeps the stream, so that it goes on over a lost connection: see `Chat.stream`. `stream_options` is where
+    these are laid over.
+    """
+
+    usage_updates: bool | None
+    max_coalesce_delay: Seconds | None
+    heartbeat_interval: Seconds | None
+    heartbeat_before_start: bool | None
+    retain_for: Seconds | None
+    stream_options: StreamOptions | None
 
 
 class ChatArguments(ChatOptions, CallOptions, total=False):
-    """Everything that `chat.create` and `chat.stream` take by name."""
+    """Everything that `chat.create` and `chat.count_tokens` take by name."""
+
+
+class StreamArguments(ChatArguments, TellingOptions, total=False):
+    """Everything that `chat.stream` takes by name."""
 
 
 class ListOptions(TypedDict, total=False):
@@ -130,18 +197,10 @@ REGISTER_OPTIONS = frozenset(RegisterOptions.__annotations__)
 UPDATE_OPTIONS = frozenset(UpdateOptions.__annotations__)
 SAMPLING_OPTIONS = frozenset(SamplingOptions.__annotations__)
 CHAT_OPTIONS = frozenset(ChatOptions.__annotations__)
+TELLING_OPTIONS = frozenset(TellingOptions.__annotations__)
 
 # Where an option has another name than the API's field, since a call has `metadata` of its own.
 _FIELDS = {"model_type": "type", "model_metadata": "metadata"}
-_MODES = {
-    "auto": ToolChoice.MODE_AUTO,
-    "required": ToolChoice.MODE_REQUIRED,
-    "none": ToolChoice.MODE_NONE,
-}
-_FORMATS = {
-    "text": ResponseFormat(text=ResponseFormat.Text()),
-    "json_object": ResponseFormat(json_object=ResponseFormat.JsonObject()),
-}
 
 
 def chat_request(messages: Messages, **options: Unpack[ChatOptions]) -> ChatRequest:
@@ -164,17 +223,29 @@ def chat_request(messages: Messages, **options: Unpack[ChatOptions]) -> ChatRequ
         model=options.get("model") or "",
         messages=_messages(messages),
         tools=[_tool(each) for each in options.get("tools") or ()],
-        tool_choice=_tool_choice(options.get("tool_choice")),
+        tool_choice=tool_choice(options.get("tool_choice")),
+        allowed_tools=_texts("allowed_tools", options.get("allowed_tools")),
         parallel_tool_calls=options.get("parallel_tool_calls"),
         sampling=_sampling(options),
-        response_format=_response_format(options.get("response_format")),
-        logprobs=_logprobs(options.get("logprobs")),
+        response_format=response_format(options.get("response_format")),
+        logprobs=logprobs(options.get("logprobs")),
         choice_count=options.get("choice_count"),
+        reasoning=reasoning(
+            options.get("reasoning"), options.get("reasoning_token_budget"), options.get("include_reasoning")
+        ),
+        tool_call_policy=tool_call_policy(options.get("incremental_tool_calls"), options.get("validate_schema")),
+        soft_time_limit=duration("soft_time_limit", options.get("soft_time_limit")),
+        completion_id=options.get("completion_id") or "",
+        priority=options.get("priority"),
+        cache_salt=options.get("cache_salt") or "",
+        chat_template_kwargs=json_text(options.get("chat_template_kwargs")),
+        extra_body=json_text(options.get("extra_body")),
+        user=options.get("user") or "",
     )
 
 
 def split_arguments(messages: Messages | ChatRequest, arguments: ChatArguments) -> tuple[ChatRequest, CallOptions]:
-    """Part the arguments of `create` and `stream` into what is asked and how the call is made.
+    """Part the arguments of `create` and `count_tokens` into what is asked and how the call is made.
 
     Raises:
         TypeError: A whole `ChatRequest` came with arguments of its own kind; set its fields instead.
@@ -187,6 +258,37 @@ def split_arguments(messages: Messages | ChatRequest, arguments: ChatArguments) 
         message = f"a ChatRequest says everything itself: set {', '.join(sorted(options))} in it"
         raise TypeError(message)
     return messages, call
+
+
+def split_streaming(
+    messages: Messages | ChatRequest, arguments: StreamArguments
+) -> tuple[StreamChatCompletionRequest, CallOptions]:
+    """Part the arguments of `stream` into what is asked, how it is told, and how the call is made.
+
+    Raises:
+        TypeError: A whole `ChatRequest` came with arguments of its own kind; set its fields instead.
+        ValueError: A length of time that is none.
+
+    The request is a copy: it may be changed.
+    """
+    given = arguments.items()
+    telling = cast("TellingOptions", {name: value for name, value in given if name in TELLING_OPTIONS})
+    rest = cast("ChatArguments", {name: value for name, value in given if name not in TELLING_OPTIONS})
+    chat, call = split_arguments(messages, rest)
+    return StreamChatCompletionRequest(chat=chat, options=_telling(telling)), call
+
+
+def resume_request(
+    completion_id: str, after_sequence: int | None, retain_for: Seconds
+) -> tuple[StreamChatCompletionRequest, float]:
+    """What asks for a retained stream, and for how many seconds without anything new to go on.
+
+    Raises:
+        ValueError: A length of time that is none, or a sequence that is none.
+    """
+    patience = duration("retain_for", retain_for) or Duration()
+    resume = ResumeFrom(completion_id=completion_id, after_sequence=after_sequence)
+    return StreamChatCompletionRequest(resume=resume), patience.ToTimedelta().total_seconds()
 
 
 def split_listing(arguments: ListArguments) -> tuple[ListModelsRequest, CallOptions]:
@@ -310,12 +412,16 @@ def _tool(value: Tool | Mapping[str, Any]) -> Tool:
     return value if isinstance(value, Tool) else tool_from_openai(value)
 
 
-def _tool_choice(value: str | ToolChoice | None) -> ToolChoice | None:
-    """A tool choice, from a word or a tool's name."""
-    if value is None or isinstance(value, ToolChoice):
-        return value
-    mode = _MODES.get(value)
-    return ToolChoice(tool_name=value) if mode is None else ToolChoice(mode=mode)
+def _texts(name: str, value: Iterable[str] | None) -> Iterable[str]:
+    """Several texts; one alone would be taken for its letters.
+
+    Raises:
+        TypeError: It is one text.
+    """
+    if isinstance(value, str):
+        message = f"{name} is a list of texts: [{value!r}]"
+        raise TypeError(message)
+    return value or ()
 
 
 def _sampling(options: SamplingOptions) -> Sampling | None:
@@ -323,39 +429,19 @@ def _sampling(options: SamplingOptions) -> Sampling | None:
     given: dict[str, Any] = {
         name: value for name, value in options.items() if name in SAMPLING_OPTIONS and value is not None
     }
-    base = cast("ChatOptions", options).get("sampling")
-    if not given:
-        return base
     if isinstance(stop := given.get("stop"), str):
         given["stop"] = [stop]
-    sampling = Sampling()
-    if base is not None:
-        sampling.CopyFrom(base)
-        for name in given:
-            # Lists would be appended to; what is given here replaces.
-            sampling.ClearField(cast("Any", name))
-    sampling.MergeFrom(Sampling(**given))
-    return sampling
+    return laid_over(cast("ChatOptions", options).get("sampling"), Sampling, given)
 
 
-def _response_format(value: ResponseFormat | str | None) -> ResponseFormat | None:
-    """A response format, from its name if it needs no more than that.
-
-    Raises:
-        ValueError: There is no such name.
-    """
-    if value is None or isinstance(value, ResponseFormat):
-        return value
-    if value not in _FORMATS:
-        message = f"response_format {value!r} is neither a ResponseFormat nor one of {', '.join(_FORMATS)}"
-        raise ValueError(message)
-    return _FORMATS[value]
-
-
-def _logprobs(value: bool | int | Logprobs | None) -> Logprobs | None:
-    """What to ask for, from yes, no or a number of alternatives."""
-    if value is None or isinstance(value, Logprobs):
-        return value
-    if isinstance(value, bool):
-        return Logprobs() if value else None
-    return Logprobs(top_k=value)
+def _telling(options: TellingOptions) -> StreamOptions | None:
+    """The base given as `stream_options`, if any, with the single arguments over it; None if there is neither."""
+    given: dict[str, Any] = {
+        "usage_updates": options.get("usage_updates"),
+        "max_coalesce_delay": duration("max_coalesce_delay", options.get("max_coalesce_delay")),
+        "heartbeat_interval": duration("heartbeat_interval", options.get("heartbeat_interval")),
+        "heartbeat_before_start": options.get("heartbeat_before_start"),
+        "retain_for": duration("retain_for", options.get("retain_for")),
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    return laid_over(options.get("stream_options"), StreamOptions, given)

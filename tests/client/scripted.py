@@ -68,7 +68,7 @@ class Headers:
     metadata: tuple[tuple[str, str | bytes], ...]
 
 
-# A step of a script: send this, fail like this, or wait for this.
+# A step of a script: send this, fail like this, call this, or wait.
 Step: TypeAlias = Any
 
 
@@ -118,6 +118,8 @@ class Gateway:
                 context.abort(step.code, step.message)
             elif isinstance(step, Headers):
                 context.send_initial_metadata(step.metadata)
+            elif callable(step):
+                step()
             elif step is WAIT:
                 while context.is_active() and not self._release.wait(0.01):
                     pass
@@ -136,7 +138,7 @@ class Gateway:
 
 WAIT = object()
 UNARY = {
-    "CreateChatCompletion", "RegisterModel", "GetModel", "ListModels", "UpdateModel", "UnregisterModel", "RefreshModels",
+    "CreateChatCompletion", "CancelChatCompletion", "GetChatCompletion", "CountTokens", "RegisterModel", "GetModel", "ListModels", "UpdateModel", "UnregisterModel", "RefreshModels",
     "ListProviders", "CheckProviderHealth",
 }  # fmt: skip
 
@@ -208,6 +210,31 @@ def call_failed(name: str, raw: str, index: int = 0, choice: int = 0) -> Event:
         failure=failure,
     )
     return Event(choice_index=choice, tool_call_delta=delta)
+
+
+def call_piece(index: int = 0, name: str = "get_weather", fragment: str = "", choice: int = 0) -> Event:
+    """A call that has begun, or with a fragment a piece of its arguments."""
+    status = tools.TOOL_CALL_PARSE_STATUS_IN_PROGRESS if fragment else tools.TOOL_CALL_PARSE_STATUS_STARTED
+    delta = ToolCallDelta(index=index, call_id=f"call_{index}", tool_name=name, parse_status=status)
+    if fragment:
+        delta.arguments_fragment = fragment
+    return Event(choice_index=choice, tool_call_delta=delta)
+
+
+def used(tokens: int) -> Event:
+    """What the answer has cost so far."""
+    usage = chat.Usage(prompt_tokens=3, completion_tokens=tokens, provenance=chat.USAGE_PROVENANCE_LOWER_BOUND)
+    return Event(usage_update=chat.UsageUpdate(usage=usage))
+
+
+def notice(message: str, field: str = "") -> Event:
+    """Something that the caller should know."""
+    return Event(notice=chat.Notice(kind=chat.NOTICE_KIND_ANOTHER_REPLICA, message=message, field=field))
+
+
+def heartbeat() -> Event:
+    """Nothing has happened."""
+    return Event(heartbeat=chat.Heartbeat())
 
 
 def finished(choice: int = 0, reason: str = "END_OF_TURN", **fields: Any) -> Event:  # noqa: ANN401

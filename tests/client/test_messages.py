@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import pytest
 
 from deltawire import (
     Message,
+    ResponseFormat,
     Tool,
     ToolCall,
     assistant,
+    choice,
     developer,
+    grammar,
+    image,
     json_schema,
     message_text,
+    regex,
+    structural_tag,
     system,
     tool,
     tool_definition,
@@ -25,10 +32,14 @@ from deltawire.v1.message_pb2 import (
     AssistantMessage,
     ContentPart,
     DeveloperMessage,
+    Image,
     SystemMessage,
     ToolMessage,
     UserMessage,
 )
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 CALL = ToolCall(call_id="call_1", tool_name="get_weather", arguments='{"city":"Oslo"}')
 PART = ContentPart(text="hi")
@@ -105,6 +116,56 @@ def test_a_schema_as_text_stays_to_the_letter() -> None:
         name="f", description="does", input_schema=schema, output_schema='{"type": "string"}', strict=True
     )
     assert json_schema(schema, name="n", strict=False).json_schema.schema == schema
+
+
+def test_response_formats() -> None:
+    """Each helper fills its own arm."""
+    assert regex("a+") == ResponseFormat(regex="a+")
+    assert choice(["yes", "no"]) == ResponseFormat(choice=ResponseFormat.Choice(values=["yes", "no"]))
+    assert grammar('root ::= "a"') == ResponseFormat(grammar='root ::= "a"')
+    assert structural_tag({"type": "structural_tag"}) == ResponseFormat(structural_tag='{"type": "structural_tag"}')
+    assert structural_tag("{ }") == ResponseFormat(structural_tag="{ }")
+
+
+def test_images(tmp_path: Path) -> None:
+    """Bytes as they are, a path's bytes, and URLs of both kinds as they were written."""
+    path = tmp_path / "cat.png"
+    path.write_bytes(b"png")
+    assert image(b"png") == image(path) == ContentPart(image=Image(data=b"png"))
+    for url in ("https://example.com/cat.png", "Data:image/png;base64,AAAA"):
+        assert image(url) == ContentPart(image=Image(url=url))
+    assert user(["What?", image(b"png")]).user.content[1].image.data == b"png"
+
+
+def test_a_name_of_a_file_is_no_url() -> None:
+    """It is neither read nor sent: whoever means a file says so."""
+    with pytest.raises(ValueError, match=r"a pathlib\.Path, and 'cat\.png' is no URL"):
+        image("cat.png")
+
+
+def test_content_as_openai_writes_it() -> None:
+    """One object or several, beside the API's own parts."""
+    seen = {"type": "image_url", "image_url": {"url": "https://example.com/cat.png", "detail": "low"}}
+    made = user([{"type": "text", "text": "What is this?"}, seen, "And this?", image(b"png")])
+    assert made == user(["What is this?", image("https://example.com/cat.png"), "And this?", image(b"png")])
+    assert user({"type": "text", "text": "hi"}) == user("hi")
+    assert user({"type": "image_url", "image_url": "data:,"}) == user(image("data:,"))
+
+
+@pytest.mark.parametrize(
+    ("part", "what"),
+    [
+        ({"type": "input_audio"}, "\"type\" is 'input_audio'"),
+        ({"text": "hi"}, '"type" is None'),
+        ({"type": "text", "text": 3}, '"text" is not a string'),
+        ({"type": "image_url", "image_url": 3}, '"image_url" is not an object'),
+        ({"type": "image_url", "image_url": {"url": 3}}, '"url" is not a string'),
+    ],
+)
+def test_content_that_is_none(part: dict[str, object], what: str) -> None:
+    """The message says which member is wrong."""
+    with pytest.raises(ValueError, match=what):
+        user(part)
 
 
 def test_a_tool_without_arguments_says_nothing_of_them() -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from deltawire import (
     ChatRequest,
     MessageLike,
+    Reasoning,
     ResponseFormat,
     Sampling,
+    StreamOptions,
     Tool,
     ToolChoice,
     assistant,
@@ -25,13 +30,23 @@ from deltawire._channel import CallOptions
 from deltawire._requests import (
     CHAT_OPTIONS,
     SAMPLING_OPTIONS,
+    TELLING_OPTIONS,
     ModelPages,
     split_arguments,
     split_listing,
     split_registration,
+    split_streaming,
     split_update,
 )
-from deltawire.v1.chat_completion_pb2 import Logprobs
+from deltawire.v1.chat_completion_pb2 import (
+    REASONING_EFFORT_HIGH,
+    TOOL_CALL_STREAMING_ASSEMBLED,
+    TOOL_CALL_STREAMING_INCREMENTAL,
+    Logprobs,
+    ReasoningEffort,
+    StreamChatCompletionRequest,
+    ToolCallPolicy,
+)
 from deltawire.v1.message_pb2 import UserMessage
 from deltawire.v1.model_registry_pb2 import (
     ListModelsRequest,
@@ -44,6 +59,9 @@ from deltawire.v1.model_registry_pb2 import (
     UpdateModelRequest,
 )
 
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
 
 def test_nothing_given_nothing_sent() -> None:
     """None counts as not given, for every option there is."""
@@ -51,11 +69,20 @@ def test_nothing_given_nothing_sent() -> None:
     assert chat_request("hi", **options) == chat_request("hi") == ChatRequest(messages=[user("hi")])
 
 
-def test_every_sampling_field_is_an_option() -> None:
+def fields_of(kind: type[Message]) -> set[str]:
+    """The names of a message's fields."""
+    return {field.name for field in kind.DESCRIPTOR.fields}
+
+
+def test_every_field_is_an_option() -> None:
     """What the API can say, a keyword can."""
-    assert {field.name for field in Sampling.DESCRIPTOR.fields} == SAMPLING_OPTIONS
-    fields = {field.name for field in ChatRequest.DESCRIPTOR.fields}
-    assert fields | SAMPLING_OPTIONS == CHAT_OPTIONS | {"messages"}
+    assert fields_of(Sampling) == SAMPLING_OPTIONS
+    # Those whose fields are options of their own.
+    spread = {"reasoning_token_budget", "include_reasoning", "incremental_tool_calls", "validate_schema"}
+    assert fields_of(ChatRequest) - {"messages", "tool_call_policy"} == CHAT_OPTIONS - SAMPLING_OPTIONS - spread
+    assert fields_of(Reasoning) == {"effort", "token_budget", "include"}
+    assert fields_of(ToolCallPolicy) == {"streaming", "validate_schema"}
+    assert fields_of(StreamOptions) == TELLING_OPTIONS - {"stream_options"}
 
 
 def test_zero_is_a_value() -> None:
@@ -180,6 +207,117 @@ def test_logprobs(given: bool | int | Logprobs, asked: Logprobs) -> None:
 def test_no_logprobs() -> None:
     """No is the same as not asking."""
     assert not chat_request("hi", logprobs=False).HasField("logprobs")
+
+
+def test_all_the_rest_of_a_request() -> None:
+    """Every option arrives in its field."""
+    request = chat_request(
+        "hi",
+        allowed_tools=["a", "b"],
+        incremental_tool_calls=True,
+        validate_schema=True,
+        reasoning="high",
+        reasoning_token_budget=0,
+        include_reasoning=False,
+        soft_time_limit=1.5,
+        completion_id="mine",
+        priority=-1,
+        cache_salt="salt",
+        chat_template_kwargs={"enable_thinking": False},
+        extra_body='{"a" : 1}',
+        user="somebody",
+    )
+    assert request == ChatRequest(
+        messages=[user("hi")],
+        allowed_tools=["a", "b"],
+        tool_call_policy=ToolCallPolicy(streaming=TOOL_CALL_STREAMING_INCREMENTAL, validate_schema=True),
+        reasoning=Reasoning(effort=REASONING_EFFORT_HIGH, token_budget=0, include=False),
+        soft_time_limit=Duration(seconds=1, nanos=500_000_000),
+        completion_id="mine",
+        priority=-1,
+        cache_salt="salt",
+        chat_template_kwargs='{"enable_thinking": false}',
+        extra_body='{"a" : 1}',
+        user="somebody",
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "policy"),
+    [
+        ({"incremental_tool_calls": True}, ToolCallPolicy(streaming=TOOL_CALL_STREAMING_INCREMENTAL)),
+        ({"incremental_tool_calls": False}, ToolCallPolicy(streaming=TOOL_CALL_STREAMING_ASSEMBLED)),
+        ({"validate_schema": True}, ToolCallPolicy(validate_schema=True)),
+    ],
+)
+def test_how_calls_are_told(options: Any, policy: ToolCallPolicy) -> None:  # noqa: ANN401
+    """What is not said of it stays the gateway's own."""
+    assert chat_request("hi", **options).tool_call_policy == policy
+
+
+def test_every_effort_has_its_word() -> None:
+    """All words of the API, and nothing else; a `Reasoning` is laid under the rest, and stays as it was."""
+    words = ["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+    efforts = [chat_request("hi", reasoning=word).reasoning.effort for word in words]
+    assert efforts == ReasoningEffort.values()[1:]
+    base = Reasoning(effort=REASONING_EFFORT_HIGH, token_budget=5)
+    over = chat_request("hi", reasoning=base, reasoning_token_budget=9).reasoning
+    assert (over, base.token_budget) == (Reasoning(effort=REASONING_EFFORT_HIGH, token_budget=9), 5)
+    assert not chat_request("hi", reasoning_token_budget=9).reasoning.effort
+    with pytest.raises(ValueError, match="'hgih' is neither a Reasoning nor one of none, minimal"):
+        chat_request("hi", reasoning="hgih")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_times_that_are_none(value: float) -> None:
+    """The message names the option; everything else is for the gateway to judge."""
+    with pytest.raises(ValueError, match="soft_time_limit is no length of time"):
+        chat_request("hi", soft_time_limit=value)
+    assert chat_request("hi", soft_time_limit=-1).soft_time_limit == Duration(seconds=-1)
+
+
+def test_one_name_is_no_list_of_names() -> None:
+    """It would be taken for its letters."""
+    with pytest.raises(TypeError, match=re.escape("allowed_tools is a list of texts: ['ab']")):
+        chat_request("hi", allowed_tools="ab")
+
+
+def test_how_a_stream_is_told() -> None:
+    """Times as seconds or as Python's own; single arguments over a whole StreamOptions, which stays as it was."""
+    request, call = split_streaming(
+        "hi",
+        {
+            "model": "llama",
+            "usage_updates": True,
+            "max_coalesce_delay": 0.05,
+            "heartbeat_interval": timedelta(seconds=20),
+            "heartbeat_before_start": True,
+            "retain_for": 60,
+            "timeout": 5,
+        },
+    )
+    options = StreamOptions(
+        usage_updates=True,
+        max_coalesce_delay=Duration(nanos=50_000_000),
+        heartbeat_interval=Duration(seconds=20),
+        heartbeat_before_start=True,
+        retain_for=Duration(seconds=60),
+    )
+    assert request == StreamChatCompletionRequest(chat=chat_request("hi", model="llama"), options=options)
+    assert call == {"timeout": 5}
+    over, _ = split_streaming("hi", {"stream_options": options, "usage_updates": False, "retain_for": None})
+    assert (over.options.usage_updates, over.options.retain_for.seconds, options.usage_updates) == (False, 60, True)
+    assert not split_streaming("hi", {"retain_for": None})[0].HasField("options")
+
+
+def test_a_whole_request_is_told_as_asked_for() -> None:
+    """How it is told is no part of it; it is copied, so that it can be used again."""
+    whole = ChatRequest(model="llama")
+    request, _ = split_streaming(whole, {"usage_updates": True})
+    assert (request.chat, request.options) == (whole, StreamOptions(usage_updates=True))
+    assert request.chat is not whole
+    with pytest.raises(TypeError, match="set seed in it"):
+        split_streaming(whole, {"usage_updates": True, "seed": 7})
 
 
 def test_misspelt_options_are_refused() -> None:

@@ -42,6 +42,12 @@ def on_event(event: StreamChatCompletionResponse) -> str:
             return on_outcome(event)
         case "choice_finished":
             return StopReason.Name(event.choice_finished.stop_reason)
+        case "usage_update":
+            return str(event.usage_update.usage.completion_tokens)
+        case "notice":
+            return event.notice.message
+        case "heartbeat":
+            return ""
         case "completed":
             return event.completed.error.message
         case None:
@@ -51,10 +57,12 @@ def on_event(event: StreamChatCompletionResponse) -> str:
 
 
 def on_outcome(event: StreamChatCompletionResponse) -> str:
-    """Both outcomes of a tool call."""
+    """Every outcome of a tool call, and a piece of one."""
     delta = event.tool_call_delta
     outcome = delta.WhichOneof("outcome")
     match outcome:
+        case "arguments_fragment":
+            return delta.arguments_fragment
         case "tool_call":
             assert_type(delta.tool_call, ToolCall)
             return delta.tool_call.arguments

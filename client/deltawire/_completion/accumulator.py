@@ -1,6 +1,7 @@
 """From events to the finished answer, and from the way a stream ended to what is raised or given back.
 
-Two verbs: `Accumulator.receive(event)` for each event, then `finish(failure)` once, with how the call ended. What decides:
+Two verbs: `Accumulator.receive(event)` for each event, then `finish(failure)` once, with how the last call ended. Whether
+there is another call before that is decided in `resumption`. What decides:
 
     Completed came   its error   the call ended with      finish gives
     yes              no          anything                 the answer: it is whole, whatever happened to the status
@@ -8,11 +9,12 @@ Two verbs: `Accumulator.receive(event)` for each event, then `finish(failure)` o
     yes              yes         anything else            the error that `Completed.error` tells
     no               -           CANCELLED,               the error of that code: the caller's own doing
                                  DEADLINE_EXCEEDED
-    no               -           another, before any      the error of that status
-                                 event
+    no               -           another, before          the error of that status
+                                 `started`
     no               -           another, or OK           `StreamInterrupted`
 
-Every error after the first event has what came in `answer`.
+Heartbeats can come before `started`: they are no beginning. A stream that is read from its middle begins with its first
+event. Every error after the beginning has what came in `answer`.
 """
 
 from __future__ import annotations
@@ -28,9 +30,11 @@ from deltawire._failure import Failure
 from deltawire.v1.chat_completion_pb2 import (
     ChoiceFinished,
     Completed,
+    Notice,
     Started,
     StreamChatCompletionResponse,
     TokenLogprob,
+    Usage,
 )
 from deltawire.v1.message_pb2 import AssistantMessage, ContentPart
 
@@ -64,13 +68,45 @@ class _Parts:
 
 
 class Accumulator:
-    """Folds a stream's events into its answer, and holds the stream to its rules."""
+    """Folds a stream's events into its answer, and holds the stream to its rules.
 
-    def __init__(self) -> None:
-        self._next = 0
+    Args:
+        completion_id: The stream's id, for the answer if `started` is not seen.
+        after_sequence: The last event that somebody else has read already; None reads the stream from its first. Read from
+            the middle, the answer is what `completed` says of it, and incomplete if that leaves the messages out.
+
+    `usage` is what the answer has cost, as far as it was told; `notices` are those that came, in order.
+    """
+
+    def __init__(self, completion_id: str = "", after_sequence: int | None = None) -> None:
+        self.usage = Usage()
+        self.notices: list[Notice] = []
+        self._completion_id = completion_id
+        self._first = self._next = 0 if after_sequence is None else after_sequence + 1
+        self._from_middle = after_sequence is not None
         self._started: Started | None = None
         self._completed: Completed | None = None
         self._parts: dict[int, _Parts] = {}
+
+    @property
+    def completion_id(self) -> str:
+        """The stream's id; "" as long as nobody has said it."""
+        return self._completion_id if self._started is None else self._started.completion_id
+
+    @property
+    def expected(self) -> int:
+        """The sequence of the next event."""
+        return self._next
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything of the answer has come."""
+        return self._started is not None or (self._from_middle and self._next > self._first)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the last event has come."""
+        return self._completed is not None
 
     def receive(self, event: StreamChatCompletionResponse) -> None:
         """Take the next event. An event of a kind that is not known here counts, and is otherwise skipped.
@@ -96,9 +132,14 @@ class Accumulator:
                 self._receive_call(self._of(event), event.tool_call_delta)
             case "choice_finished":
                 self._of(event).finished = event.choice_finished
+            case "usage_update":
+                self.usage = event.usage_update.usage
+            case "notice":
+                self.notices.append(event.notice)
             case "completed":
                 self._completed = event.completed
-            case None:
+                self.usage = event.completed.usage
+            case "heartbeat" | None:
                 pass
             case _:
                 assert_never(kind)
@@ -117,7 +158,7 @@ class Accumulator:
         completed = self._completed
         if completed is not None and not completed.HasField("error"):
             return answer
-        interrupted = failure is None or (self._next > 0 and failure.code not in CALLERS_OWN)
+        interrupted = failure is None or (self.has_begun and failure.code not in CALLERS_OWN)
         # A status of OK without an answer is nothing that anybody should read as OK.
         failure = failure or Failure(
             grpc.StatusCode.UNKNOWN,
@@ -126,7 +167,7 @@ class Accumulator:
             initial_metadata=info.initial_metadata,
             trailing_metadata=info.trailing_metadata,
         )
-        failure = replace(failure, answer=answer if self._next else None)
+        failure = replace(failure, answer=answer if self.has_begun else None)
         if completed is not None:
             if not failure.reason:
                 fault = completed.error
@@ -142,8 +183,12 @@ class Accumulator:
             _broken(f"event {self._next} was expected and {sequence} came")
         if self._completed is not None:
             _broken("an event came after the last one")
-        if kind is not None and (kind == "started") != (self._started is None):
-            _broken(f"{kind} came {'before' if self._started is None else 'after'} started")
+        if kind is None or kind == "heartbeat":
+            return
+        if kind == "started" and self._started is not None:
+            _broken("started came after started")
+        if kind != "started" and self._started is None and not self._from_middle:
+            _broken(f"{kind} came before started")
 
     def _of(self, event: StreamChatCompletionResponse) -> _Parts:
         """The parts of the choice that this event is about."""
@@ -151,21 +196,22 @@ class Accumulator:
 
     @staticmethod
     def _receive_call(parts: _Parts, delta: ToolCallDelta) -> None:
-        """Take a verdict on a tool call; a status that is not known here is skipped."""
+        """Take a verdict on a tool call. It says all that the pieces before it said, so those are not kept."""
         outcome = delta.WhichOneof("outcome")
         match outcome:
             case "tool_call":
                 parts.calls.append(delta.tool_call)
             case "failure":
                 parts.failed.append(delta)
-            case None:
+            case "arguments_fragment" | None:
                 pass
             case _:
                 assert_never(outcome)
 
     def _answer(self, info: CallInfo) -> Answer:
         """The answer as far as it came, with choice 0 always in it."""
-        completed = self._completed or Completed()
+        completed = self._completed or Completed(usage=self.usage)
+        started = self._started or Started(completion_id=self._completion_id)
         stated = {} if completed.messages_omitted else {choice.index: choice for choice in completed.choices}
         closed = {choice.index: choice for choice in completed.choices}
         choices = []
@@ -175,7 +221,7 @@ class Accumulator:
             message = stated[index].message if index in stated else parts.message()
             failed = tuple(choice.failed_tool_calls) or tuple(parts.failed)
             choices.append(choice_of(index, choice, message, failed, tuple(parts.logprobs)))
-        return with_info(Answer(self._started or Started(), completed, tuple(choices)), info)
+        return with_info(Answer(started, completed, tuple(choices), tuple(self.notices)), info)
 
 
 def _unstated(finished: ChoiceFinished) -> Completed.Choice:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from deltawire.v1.chat_completion_pb2 import (
         Completed,
         CreateChatCompletionResponse,
+        Notice,
         Started,
         StopReason,
         TokenLogprob,
@@ -63,7 +64,9 @@ class Answer:
     """A whole answer. `text`, `message` and the like are those of choice 0; `choices` holds all, by ascending index.
 
     In an error's `answer` it is what had come by then: the stop reason of a choice that did not end is
-    STOP_REASON_UNSPECIFIED, and `completed` may be empty.
+    STOP_REASON_UNSPECIFIED, and `completed` may hold no more than the usage as it was told last, if it was.
+
+    `notices` are what the gateway had to say beside the answer; a call that gives the answer whole has none.
 
     To go on with the conversation, append `message` to the history; after tool calls, `tool(call, result)` for each.
     """
@@ -71,6 +74,7 @@ class Answer:
     started: Started
     completed: Completed
     choices: tuple[Choice, ...]
+    notices: tuple[Notice, ...] = ()
     request_id: str = ""
     initial_metadata: Metadata = ()
     trailing_metadata: Metadata = ()

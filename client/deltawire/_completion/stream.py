@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
+import logging
+import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import grpc
 
 from deltawire._completion.accumulator import Accumulator
-from deltawire._errors import CallError, DeltawireError, ProtocolError
+from deltawire._errors import CallError, DeltawireError, ProtocolError, error_for
 from deltawire._failure import FailedCall, Failure, Metadata
+from deltawire.v1.chat_completion_pb2 import CancelChatCompletionRequest
 
 if TYPE_CHECKING:
-    from deltawire._channel import Outgoing
+    from deltawire._channel import CallOptions, Defaults, Outgoing
     from deltawire._completion.answer import Answer
-    from deltawire.v1.chat_completion_pb2 import StreamChatCompletionResponse
+    from deltawire._completion.resumption import Resumption
+    from deltawire.v1.chat_completion_pb2 import (
+        Notice,
+        StreamChatCompletionRequest,
+        StreamChatCompletionResponse,
+        Usage,
+    )
+
+# A stream that goes on by itself would otherwise do so in silence.
+logger = logging.getLogger("deltawire")
 
 
-class StreamOutcome:
+class StreamCalls:
     """What both kinds of stream share: everything but the waiting."""
 
-    def __init__(self, outgoing: Outgoing) -> None:
-        self._outgoing = outgoing
-        self._accumulator = Accumulator()
+    def __init__(self, defaults: Defaults, resumption: Resumption, options: CallOptions) -> None:
+        self._resumption = resumption
+        self._outgoing = defaults.outgoing(options)
+        timeout: float | None = self._outgoing.arguments["timeout"]
+        self._deadline = None if timeout is None else time.monotonic() + timeout
+        self._accumulator = Accumulator(resumption.completion_id, resumption.after_sequence)
         self._outcome: Answer | DeltawireError | None = None
+        self._begun = False
+
+    @property
+    def completion_id(self) -> str:
+        """What the gateway knows this completion by; "" until `started`, unless the stream was asked for with an id."""
+        return self._accumulator.completion_id
 
     @property
     def request_id(self) -> str:
@@ -39,25 +61,80 @@ class StreamOutcome:
         """The trailers; empty until the stream has ended."""
         return self._outgoing.info.trailing_metadata
 
-    def _receive(self, event: StreamChatCompletionResponse) -> None:
-        """Take an event.
+    @property
+    def usage(self) -> Usage:
+        """What the answer has cost, as it was told last: at its end, and before with `usage_updates`."""
+        return self._accumulator.usage
+
+    @property
+    def notices(self) -> tuple[Notice, ...]:
+        """What the gateway had to say beside the answer, so far."""
+        return tuple(self._accumulator.notices)
+
+    @property
+    def resumed(self) -> int:
+        """How often the stream has gone on by itself, because its connection was lost."""
+        return max(0, self._resumption.calls - 1)
+
+    def _begin(self) -> StreamChatCompletionRequest:
+        """Begin a call, whose arguments are in `_outgoing` then."""
+        self._outgoing.arguments["timeout"] = self._remaining()
+        self._begun = False
+        request = self._resumption.begin(time.monotonic())
+        if request.WhichOneof("start") == "chat":
+            # Only heartbeats can have come before.
+            self._accumulator = Accumulator(self._resumption.completion_id)
+        return request
+
+    def _receive(self, event: StreamChatCompletionResponse) -> bool:
+        """Take an event. Whether it is news comes back: what was replayed after a lost connection may have come before.
 
         Raises:
             ProtocolError: See `Accumulator.receive`; the stream is over then.
         """
+        if self.resumed and event.sequence < self._accumulator.expected:
+            return False
         try:
             self._accumulator.receive(event)
         except ProtocolError as error:
             error.request_id = self.request_id
             self._outcome = error
             raise
+        self._resumption.received(event.sequence, time.monotonic())
+        return True
 
-    def _end(self, failed: FailedCall | None) -> None:
-        """Take the end of the call: its exception, or None if its status was OK."""
+    def _end(self, failed: FailedCall | None) -> float | None:
+        """Take the end of a call: its exception, or None if its status was OK.
+
+        Seconds to wait before the next call come back; None if the stream is over.
+        """
         failure = None if failed is None else self._outgoing.failure(failed)
+        if self._outcome is not None:
+            return None
+        if not self._accumulator.is_complete:
+            has_begun = self._accumulator.has_begun
+            pause = self._resumption.ended(failure, has_begun=has_begun, now=time.monotonic())
+            remaining = self._remaining()
+            if pause is not None and (remaining is None or remaining > 0):
+                why = "the call ended" if failure is None else error_for(failure)
+                logger.warning("stream %s broke off and goes on in %.1f s: %s", self.completion_id, pause, why)
+                return pause if remaining is None else min(pause, remaining)
+            if pause is not None:
+                failure = self._timed_out(failure)
         self._settle(failure)
-        if failed is not None and isinstance(self._outcome, DeltawireError) and isinstance(failed, Exception):
+        if isinstance(self._outcome, DeltawireError) and isinstance(failed, Exception):
             self._outcome.__cause__ = failed
+        return None
+
+    def _timed_out(self, failure: Failure | None) -> Failure:
+        """The end of a stream whose timeout passed while its connection was lost."""
+        code = grpc.StatusCode.DEADLINE_EXCEEDED
+        if failure is None:
+            return Failure(code, "the stream's timeout passed", request_id=self.request_id)
+        if failure.code is code:
+            return failure
+        message = f"the stream's timeout passed; its last call ended with {error_for(failure)}"
+        return replace(failure, code=code, message=message, reason="")
 
     def _cancelled(self) -> None:
         """Take note that the caller gave up, unless the stream had ended before."""
@@ -71,6 +148,17 @@ class StreamOutcome:
                     initial_metadata=info.initial_metadata,
                 )
             )
+
+    def _softly(self) -> tuple[CancelChatCompletionRequest, Outgoing]:
+        """A soft cancel of this completion, and the call for it.
+
+        Raises:
+            RuntimeError: Nobody knows the completion's id yet.
+        """
+        if not self.completion_id:
+            message = "the completion's id is not known before `started`: ask with a completion_id, or cancel()"
+            raise RuntimeError(message)
+        return CancelChatCompletionRequest(completion_id=self.completion_id), self._outgoing.aside(self._remaining())
 
     def _settle(self, failure: Failure | None) -> None:
         """Decide what the stream came to; it is decided once."""
@@ -91,6 +179,10 @@ class StreamOutcome:
             message = "the stream has not ended"
             raise RuntimeError(message)
         return self._outcome
+
+    def _remaining(self) -> float | None:
+        """Seconds until the caller's timeout; None if there is none."""
+        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
 
 
 def text_of_event(event: StreamChatCompletionResponse) -> str:

@@ -1,0 +1,255 @@
+"""What next after a call has ended: whether an answer goes on over a lost connection, and how.
+
+Two verbs: `Resumption.begin()` for each call's request, `ended(failure)` when a call has ended without the stream's last
+event. What was asked with `retain_for` goes on:
+
+    how the call ended                        after                    what next
+    the connection was lost, or this call     any call                 resume, after the last event that came
+    was cut and not the completion
+    it was refused for now                    a resuming call          resume, after the last event that came
+                                              a starting call          give up: there is nothing to resume
+    there is no such completion               a resuming call, before  start again with the same id, if there is a request,
+                                              the answer has begun     and it was not started MAX_STARTS times
+                                              any other                give up
+    there is such a completion already        a starting call, if the  resume: it is our own, whose beginning was lost
+                                              id was made here, or it
+                                              was started before
+                                              any other                give up: it is somebody else's
+    anything else                             any call                 give up: trying again does not mend it
+
+Between two calls there is a pause, longer each time until something new comes. What was not asked with `retain_for`, and
+what has brought nothing new for that long, is given up in any case. Whether the caller's own deadline has passed is seen
+to before `ended` is asked.
+"""
+
+from __future__ import annotations
+
+import enum
+import random
+import secrets
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import grpc
+
+from deltawire.v1.chat_completion_pb2 import ResumeFrom, StreamChatCompletionRequest
+from deltawire.v1.error_reason_pb2 import ErrorReason
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from deltawire._failure import Failure
+
+# How often a completion is started in all, as gRPC's own retries do.
+MAX_STARTS = 4
+# Seconds between calls. The longest that may be drawn doubles each time, the shortest is half of it: clients that were cut
+# off together do not come back together.
+MIN_PAUSE, MAX_PAUSE = 0.1, 2.0
+
+
+class End(enum.Enum):
+    """What the end of a call says about its completion."""
+
+    # The completion is probably still there: the connection was lost, or the gateway cut this call and nothing else.
+    LOST = "lost"
+    # The gateway cannot take this call now.
+    REFUSED = "refused"
+    # There is no such completion.
+    MISSING = "missing"
+    # There is a completion of this id already.
+    EXISTS = "exists"
+    # Trying again would not mend it.
+    OVER = "over"
+
+
+# A test holds this whole: every value of the enum but the unspecified one.
+REASONS: Mapping[ErrorReason.ValueType, End] = MappingProxyType(
+    {
+        # Another process may have taken over, or this one still has the stream until it is gone.
+        ErrorReason.ERROR_REASON_DRAINING: End.LOST,
+        # The reader was too slow for the call; what is retained waits for it.
+        ErrorReason.ERROR_REASON_SLOW_CALLER: End.LOST,
+        ErrorReason.ERROR_REASON_TOO_MANY_STREAMS: End.REFUSED,
+        ErrorReason.ERROR_REASON_STORE_UNAVAILABLE: End.REFUSED,
+        ErrorReason.ERROR_REASON_COMPLETION_NOT_FOUND: End.MISSING,
+        ErrorReason.ERROR_REASON_COMPLETION_ALREADY_EXISTS: End.EXISTS,
+        # What is needed to go on is gone, or elsewhere.
+        ErrorReason.ERROR_REASON_COMPLETION_GONE: End.OVER,
+        ErrorReason.ERROR_REASON_WRONG_REPLICA: End.OVER,
+        # The completion itself has failed, and would have to be generated anew.
+        ErrorReason.ERROR_REASON_UPSTREAM_UNAVAILABLE: End.OVER,
+        ErrorReason.ERROR_REASON_UPSTREAM_OVERLOADED: End.OVER,
+        ErrorReason.ERROR_REASON_UPSTREAM_TIMEOUT: End.OVER,
+        ErrorReason.ERROR_REASON_UPSTREAM_ERROR: End.OVER,
+        ErrorReason.ERROR_REASON_UPSTREAM_MALFORMED: End.OVER,
+        ErrorReason.ERROR_REASON_UPSTREAM_INCOMPLETE: End.OVER,
+        ErrorReason.ERROR_REASON_UPSTREAM_ABORTED: End.OVER,
+        ErrorReason.ERROR_REASON_DURATION_LIMIT_EXCEEDED: End.OVER,
+        ErrorReason.ERROR_REASON_INTERNAL: End.OVER,
+        # The request has to change, or somebody has to act.
+        ErrorReason.ERROR_REASON_INVALID_REQUEST: End.OVER,
+        ErrorReason.ERROR_REASON_CONTEXT_LENGTH_EXCEEDED: End.OVER,
+        ErrorReason.ERROR_REASON_UPSTREAM_REJECTED: End.OVER,
+        ErrorReason.ERROR_REASON_UPSTREAM_UNAUTHENTICATED: End.OVER,
+        ErrorReason.ERROR_REASON_FIELD_NOT_SUPPORTED: End.OVER,
+        ErrorReason.ERROR_REASON_NOT_SUPPORTED_BY_PROVIDER: End.OVER,
+        ErrorReason.ERROR_REASON_IMAGE_UNAVAILABLE: End.OVER,
+        ErrorReason.ERROR_REASON_MODEL_NOT_FOUND: End.OVER,
+        ErrorReason.ERROR_REASON_MODEL_WRONG_TYPE: End.OVER,
+        ErrorReason.ERROR_REASON_MODEL_AMBIGUOUS: End.OVER,
+        ErrorReason.ERROR_REASON_MODEL_NOT_SERVED: End.OVER,
+        ErrorReason.ERROR_REASON_PROVIDER_MISCONFIGURED: End.OVER,
+        ErrorReason.ERROR_REASON_UNAUTHENTICATED: End.OVER,
+        ErrorReason.ERROR_REASON_PERMISSION_DENIED: End.OVER,
+        # These are about models and watches, and end no completion.
+        ErrorReason.ERROR_REASON_MODEL_ALREADY_EXISTS: End.OVER,
+        ErrorReason.ERROR_REASON_MODEL_DISCOVERED: End.OVER,
+        ErrorReason.ERROR_REASON_PROVIDER_NOT_FOUND: End.OVER,
+        ErrorReason.ERROR_REASON_ETAG_MISMATCH: End.OVER,
+        ErrorReason.ERROR_REASON_REVISION_GONE: End.OVER,
+        ErrorReason.ERROR_REASON_SLOW_WATCHER: End.OVER,
+        ErrorReason.ERROR_REASON_ACCESS_CHANGED: End.OVER,
+    }
+)
+
+# Without a reason that is known, the status code decides: it is a proxy's or gRPC's own. RESOURCE_EXHAUSTED is not here: it
+# is a message above the size limit, which would be as large again.
+LOST_CODES = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.UNKNOWN,
+        # Neither is the caller's own doing, which is seen to before.
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+    }
+)
+
+
+class Resumption:
+    """One completion's calls: what each asks for, and whether there is another.
+
+    Args:
+        request: What was asked: a chat with its options, or a `ResumeFrom`. It is kept; one that is retained and has no
+            `completion_id` gets an unguessable one, so that it can be resumed before it has begun.
+        patience: For how many seconds without anything new to go on. None takes `retain_for` of the request's options;
+            if that is absent too, nothing goes on.
+        draw: Draws a number between two, for the pauses.
+
+    `completion_id` is "" if nobody has said it: then nothing can go on.
+    """
+
+    def __init__(
+        self,
+        request: StreamChatCompletionRequest,
+        patience: float | None = None,
+        draw: Callable[[float, float], float] = random.uniform,
+    ) -> None:
+        if patience is None and request.options.HasField("retain_for"):
+            patience = request.options.retain_for.ToTimedelta().total_seconds()
+        self._patience = patience
+        self._draw = draw
+        self._request = request
+        self._longest = MIN_PAUSE / 2
+        self._starts = 0
+        self._calls = 0
+        self._since: float | None = None
+        self._after: int | None = None
+        self._resuming = request.WhichOneof("start") == "resume"
+        self._made_id = False
+        if self._resuming:
+            self.completion_id = request.resume.completion_id
+            self._after = request.resume.after_sequence if request.resume.HasField("after_sequence") else None
+        else:
+            if self.is_retained and not request.chat.completion_id:
+                request.chat.completion_id = f"own-{secrets.token_hex(16)}"
+                self._made_id = True
+            self.completion_id = request.chat.completion_id
+
+    @property
+    def is_retained(self) -> bool:
+        """Whether the stream goes on over a lost connection."""
+        return self._patience is not None
+
+    @property
+    def after_sequence(self) -> int | None:
+        """The last event that has been read; None if none has."""
+        return self._after
+
+    @property
+    def calls(self) -> int:
+        """How many calls have begun."""
+        return self._calls
+
+    def begin(self, now: float) -> StreamChatCompletionRequest:
+        """The next call's request, at a time in seconds of any clock that only goes forward.
+
+        A request with a chat in it starts the stream anew: its events count from 0 again.
+        """
+        if self._since is None:
+            self._since = now
+        self._calls += 1
+        if self._resuming:
+            resume = ResumeFrom(completion_id=self.completion_id, after_sequence=self._after)
+            return StreamChatCompletionRequest(resume=resume)
+        self._starts += 1
+        self._after = None
+        return self._request
+
+    def received(self, sequence: int, now: float) -> None:
+        """Take note of an event that had not come before."""
+        self._after = sequence
+        self._since = now
+        self._longest = MIN_PAUSE / 2
+
+    def ended(self, failure: Failure | None, *, has_begun: bool, now: float) -> float | None:
+        """Decide what is next after a call has ended without the stream's last event.
+
+        Args:
+            failure: How the call failed; None if its status was OK.
+            has_begun: Whether the answer has begun, in this call or before.
+            now: The time, by the clock of `begin`.
+
+        Seconds to wait before the next call come back; None gives up: tell the caller how the call ended.
+        """
+        if self._patience is None or not self._goes_on(end_of(failure), has_begun=has_begun):
+            return None
+        pause = max(self._next_pause(), (failure and failure.retry_after) or 0.0)
+        waited = 0.0 if self._since is None else now - self._since
+        return None if waited + pause > self._patience else pause
+
+    def _goes_on(self, end: End, *, has_begun: bool) -> bool:
+        """Whether there is another call, and whether it resumes; by the table at the top of this file."""
+        match end:
+            case End.LOST:
+                self._resuming = True
+                return True
+            case End.REFUSED:
+                return self._resuming
+            case End.MISSING:
+                if not self._resuming or has_begun or not 0 < self._starts < MAX_STARTS:
+                    return False
+                self._resuming = False
+                return True
+            case End.EXISTS:
+                if self._resuming or not (self._made_id or self._starts > 1):
+                    return False
+                self._resuming = True
+                return True
+            case End.OVER:
+                return False
+
+    def _next_pause(self) -> float:
+        """Seconds to wait: more each time, until something new comes."""
+        self._longest = min(MAX_PAUSE, 2 * self._longest)
+        return self._draw(self._longest / 2, self._longest)
+
+
+def end_of(failure: Failure | None) -> End:
+    """What the end of a call says about its completion; None is a status of OK, without the stream's last event."""
+    if failure is None:
+        return End.LOST
+    reason = f"ERROR_REASON_{failure.reason}"
+    if reason in ErrorReason.keys():  # noqa: SIM118 -- the enum's wrapper is no mapping
+        return REASONS.get(ErrorReason.Value(reason), End.OVER)
+    return End.LOST if failure.code in LOST_CODES else End.OVER
