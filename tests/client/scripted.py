@@ -138,7 +138,8 @@ class Gateway:
 
 WAIT = object()
 UNARY = {
-    "CreateChatCompletion", "CancelChatCompletion", "GetChatCompletion", "CountTokens", "RegisterModel", "GetModel", "ListModels", "UpdateModel", "UnregisterModel", "RefreshModels",
+    "CreateChatCompletion", "CancelChatCompletion", "GetChatCompletion", "CountTokens",
+    "RegisterModel", "GetModel", "ListModels", "UpdateModel", "UnregisterModel", "RefreshModels",
     "ListProviders", "CheckProviderHealth",
 }  # fmt: skip
 

@@ -26,7 +26,14 @@ from deltawire import (
     tool,
     user,
 )
-from deltawire.v1.chat_completion_pb2 import Completed, CreateChatCompletionResponse
+from deltawire.v1.chat_completion_pb2 import (
+    COMPLETION_STATE_RUNNING,
+    CancelChatCompletionResponse,
+    Completed,
+    CountTokensResponse,
+    CreateChatCompletionResponse,
+    GetChatCompletionResponse,
+)
 from deltawire.v1.model_registry_pb2 import (
     HEALTH_STATUS_OK,
     CheckProviderHealthResponse,
@@ -270,6 +277,21 @@ async def test_a_timeout(gateway: Gateway, async_client: AsyncClient) -> None:
             await stream.final()
     assert caught.value.answer is not None
     assert caught.value.answer.text == "Hel"
+
+
+async def test_completions_by_id(gateway: Gateway, async_client: AsyncClient) -> None:
+    """Cancelled, looked up, and the tokens of a prompt counted."""
+    cancelled = CancelChatCompletionResponse(state=COMPLETION_STATE_RUNNING)
+    found = GetChatCompletionResponse(completion_id="mine", state=COMPLETION_STATE_RUNNING)
+    counted = CountTokensResponse(prompt_tokens=12)
+    for answer in (cancelled, found, counted):
+        gateway.will(answer)
+    assert await async_client.chat.cancel("mine") == cancelled
+    assert await async_client.chat.get("mine") == found
+    assert await async_client.chat.count_tokens("hi", model="llama", request_id="r1") == counted
+    assert [call.request.completion_id for call in gateway.calls[:2]] == ["mine", "mine"]
+    assert gateway.last.request.chat == chat_request("hi", model="llama")
+    assert gateway.last.metadata["x-request-id"] == "r1"
 
 
 async def test_models_and_providers(gateway: Gateway, async_client: AsyncClient) -> None:

@@ -16,6 +16,7 @@ from deltawire import (
     CallInfo,
     ChatRequest,
     Client,
+    CompletionNotFoundError,
     DeadlineExceededError,
     EtagMismatchError,
     InternalError,
@@ -33,7 +34,16 @@ from deltawire import (
     tool,
     user,
 )
-from deltawire.v1.chat_completion_pb2 import Completed, CreateChatCompletionResponse
+from deltawire.v1.chat_completion_pb2 import (
+    COMPLETION_STATE_RUNNING,
+    CancelChatCompletionRequest,
+    CancelChatCompletionResponse,
+    Completed,
+    CountTokensResponse,
+    CreateChatCompletionResponse,
+    GetChatCompletionRequest,
+    GetChatCompletionResponse,
+)
 from deltawire.v1.model_registry_pb2 import (
     HEALTH_STATUS_ERROR,
     CheckProviderHealthResponse,
@@ -292,6 +302,35 @@ def test_nobody_there() -> None:
         client.chat.create("hi", model="llama", request_id="mine")
     assert caught.value.request_id == "mine"
     assert caught.value.reason == ""
+
+
+def test_completions_by_id(gateway: Gateway, client: Client) -> None:
+    """Cancelled, looked up: the request as asked, the answer as it came."""
+    cancelled = CancelChatCompletionResponse(state=COMPLETION_STATE_RUNNING)
+    found = GetChatCompletionResponse(completion_id="mine", state=COMPLETION_STATE_RUNNING, last_sequence=4)
+    gateway.will(cancelled)
+    gateway.will(found)
+    gateway.will(Fail(STATUS.NOT_FOUND, "COMPLETION_NOT_FOUND"))
+    assert client.chat.cancel("mine", request_id="r1") == cancelled
+    assert gateway.last.metadata["x-request-id"] == "r1"
+    assert client.chat.get("mine") == found
+    assert [call.request for call in gateway.calls] == [
+        CancelChatCompletionRequest(completion_id="mine"),
+        GetChatCompletionRequest(completion_id="mine"),
+    ]
+    with pytest.raises(CompletionNotFoundError):
+        client.chat.get("mine")
+
+
+def test_counting_tokens(gateway: Gateway, client: Client) -> None:
+    """It takes what `create` takes, a whole request too."""
+    counted = CountTokensResponse(prompt_tokens=12, max_context_tokens=4096)
+    gateway.will(counted)
+    gateway.will(counted)
+    assert client.chat.count_tokens("hi", model="llama", chat_template_kwargs={"a": 1}, timeout=60) == counted
+    assert gateway.last.request.chat == chat_request("hi", model="llama", chat_template_kwargs={"a": 1})
+    assert client.chat.count_tokens(ChatRequest(model="llama")) == counted
+    assert gateway.last.request.chat == ChatRequest(model="llama")
 
 
 def test_models(gateway: Gateway, client: Client) -> None:

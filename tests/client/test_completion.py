@@ -14,6 +14,7 @@ from deltawire import (
     CallCancelledError,
     CallError,
     CallInfo,
+    CompletionGoneError,
     DeadlineExceededError,
     ErrorReason,
     Message,
@@ -39,16 +40,20 @@ from deltawire.v1.tool_pb2 import ToolCallDelta
 from tests.client.scripted import (
     Event,
     call_failed,
+    call_piece,
     called,
     calling,
     choice,
     completed,
     finished,
+    heartbeat,
+    notice,
     numbered,
     reasoning,
     saying,
     started,
     text,
+    used,
 )
 
 CALL = ToolCall(call_id="call_1", tool_name="get_weather", arguments='{"city":"Oslo"}')
@@ -162,6 +167,75 @@ def test_events_of_a_later_version_are_skipped() -> None:
     events = numbered(unknown, started(), text("hi"), vague, finished(), completed(choice(said="hi")))
     answer = fold(events)
     assert (answer.text, answer.tool_calls, answer.failed_tool_calls) == ("hi", (), ())
+
+
+def test_heartbeats_before_the_beginning() -> None:
+    """They count and begin nothing: a failure after them is what it says it is."""
+    early = numbered(heartbeat(), heartbeat(), started(), text("hi"), finished(), completed(choice(said="hi")))
+    assert fold(early).text == "hi"
+    error = fault(early[:2], failed(STATUS.UNAVAILABLE))
+    assert type(error) is UnavailableError
+    assert error.answer is None
+    assert type(fault(early[:2])) is StreamInterrupted
+
+
+def test_a_soft_end_before_the_beginning_needs_started() -> None:
+    """Also after heartbeats nothing but `started` may come first."""
+    with pytest.raises(ProtocolError, match="completed came before started"):
+        fold(numbered(heartbeat(), completed()))
+
+
+def test_pieces_of_a_call_are_not_kept() -> None:
+    """The verdict says it all; of a call without one nothing is left."""
+    events = numbered(started(), call_piece(), call_piece(fragment='{"city":'), call_piece(fragment='"Oslo"}'))
+    assert fault(events).answer.tool_calls == ()  # type: ignore[union-attr]
+    end = completed(messages_omitted=True)
+    answer = fold(numbered(*events, called(CALL), finished(reason="END_OF_MESSAGE"), end))
+    assert (answer.tool_calls, answer.failed_tool_calls) == ((CALL,), ())
+
+
+def test_what_is_told_beside_the_answer() -> None:
+    """Usage replaces what was told before and is followed by the last account; notices stay in order."""
+    events = numbered(started(), notice("a"), used(2), text("hi"), used(3), notice("b"), completed(choice(said="hi")))
+    accumulator = Accumulator()
+    seen = []
+    for event in events:
+        accumulator.receive(event)
+        seen.append(accumulator.usage.completion_tokens)
+    assert seen == [0, 0, 2, 2, 3, 3, 5]
+    answer = accumulator.finish(None, INFO)
+    assert [each.message for each in answer.notices] == ["a", "b"]
+    assert answer.usage == events[-1].completed.usage
+
+
+@pytest.mark.parametrize("after", [0, 6])
+def test_from_the_middle(after: int) -> None:
+    """The next event is the one after, `started` may be missing, and the id is the one that was asked for."""
+    accumulator = Accumulator("mine", after)
+    assert (accumulator.expected, accumulator.completion_id, accumulator.has_begun) == (after + 1, "mine", False)
+    events = [text("b"), finished(), completed(choice(said="ab"))]
+    for sequence, event in enumerate(events, after + 1):
+        event.sequence = sequence
+        accumulator.receive(event)
+        assert accumulator.has_begun
+    answer = accumulator.finish(None, INFO)
+    assert (answer.text, answer.completion_id) == ("ab", "mine")
+    with pytest.raises(ProtocolError, match=f"event {after + 1} was expected and 0 came"):
+        Accumulator("mine", after).receive(text("a"))
+
+
+def test_from_the_middle_and_nothing_came() -> None:
+    """A failure is what it says it is; after an event, the stream was interrupted."""
+    with pytest.raises(CompletionGoneError):
+        Accumulator("mine", 3).finish(failed(STATUS.OUT_OF_RANGE, "COMPLETION_GONE"), INFO)
+    accumulator = Accumulator("mine", 3)
+    event = text("a")
+    event.sequence = 4
+    accumulator.receive(event)
+    with pytest.raises(StreamInterrupted) as caught:
+        accumulator.finish(failed(STATUS.OUT_OF_RANGE, "COMPLETION_GONE"), INFO)
+    assert caught.value.answer is not None
+    assert caught.value.answer.completion_id == "mine"
 
 
 @pytest.mark.parametrize(
