@@ -61,6 +61,16 @@ async def test_it_serves_models_and_adapters() -> None:
     assert [(card["id"], card["parent"]) for card in cards] == [("a", None), ("b", None), ("x", "a")]
 
 
+async def test_it_knows_less() -> None:
+    """What it was told to be without, of fields and of endpoints."""
+    arguments = ("--without-field", "cache_salt", "--without-endpoint", "/tokenize", "--without-endpoint", "/version")
+    async with program(*arguments) as (_, url), http(url) as client:
+        document = (await client.get("/openapi.json")).json()
+        statuses = [(await client.post("/tokenize", json=ASK)).status_code, (await client.get("/version")).status_code]
+    assert "cache_salt" not in document["components"]["schemas"]["ChatCompletionRequest"]["properties"]
+    assert statuses == [404, 404]
+
+
 def test_an_address_in_use(capsys: pytest.CaptureFixture[str]) -> None:
     """One line says so; status 1."""
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -223,3 +223,40 @@ async def test_what_is_not_read(request_head: bytes, status: int) -> None:
     async with FakeVllm() as vllm, connect(vllm) as raw:
         raw.writer.write(request_head)
         assert (await raw.reader.read()).startswith(f"HTTP/1.1 {status} ".encode())
+
+
+async def test_a_prompt_is_counted_as_it_is_charged() -> None:
+    """In the recorded shape, without a key, and with the figure that the answer's usage gives."""
+    async with FakeVllm(api_key="k") as vllm, http(vllm.base_url) as client:
+        counted = (await client.post("/tokenize", json={"model": "fake", "messages": ASK["messages"]})).json()
+        text = (await client.post("/tokenize", json={"prompt": "some words"})).json()
+        answer = await client.post(
+            "/v1/chat/completions", json=ASK | {"stream": False}, headers={"authorization": "Bearer k"}
+        )
+    assert counted.keys() == recorded("get-tokenize").keys()
+    assert counted["count"] == len(counted["tokens"]) == answer.json()["usage"]["prompt_tokens"]
+    assert text["count"] == 10
+
+
+@pytest.mark.parametrize(
+    ("body", "status"), [({"messages": [], "model": "no"}, 404), ({"model": "fake"}, 400), ([], 400)]
+)
+async def test_a_prompt_that_cannot_be_counted(body: object, status: int) -> None:
+    """A model that is not there, and what is no prompt."""
+    async with FakeVllm() as vllm, http(vllm.base_url) as client:
+        answer = await client.post("/tokenize", json=body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, status)
+
+
+async def test_what_it_says_of_itself_can_change() -> None:
+    """As by an upgrade; what it does not know it takes all the same."""
+    async with FakeVllm(without_fields=("priority", "strict")) as vllm, http(vllm.base_url) as client:
+        before = (await client.get("/openapi.json")).json()
+        assert (await client.post("/v1/chat/completions", json=ASK | {"priority": 1})).status_code == 200
+        vllm.without_fields, vllm.version = (), "0.33.0"
+        after = (await client.get("/openapi.json")).json()
+        assert (await client.get("/version")).json() == {"version": "0.33.0"}
+    for name, member in (("ChatCompletionRequest", "priority"), ("FunctionDefinition", "strict")):
+        assert member not in before["components"]["schemas"][name]["properties"]
+        assert member in after["components"]["schemas"][name]["properties"]
+    assert (before["info"]["version"], after["info"]["version"]) == ("0.32.0", "0.33.0")

@@ -6,19 +6,21 @@ import math
 from typing import Any
 
 import pytest
+from google.protobuf.duration_pb2 import Duration
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import message_pb2, tool_pb2
 from deltawire_server.errors import CallerError, Reason, Violation
-from deltawire_server.rpc.validate import MAX_CHOICES, MAX_TOOLS, chat_request
+from deltawire_server.rpc.validate import MAX_CACHE_SALT, MAX_CHOICES, MAX_TOOLS, chat_request
 from deltawire_server.upstream.request import (
     ChatMessage,
     ChatRequest,
     FormatKind,
     NamedTool,
     PastCall,
+    Reasoning,
     Role,
     Sampling,
     TextFormat,
@@ -110,6 +112,31 @@ REFUSED = {
         ["chat.tool_choice.tool_name"],
     ),
     "a named tool without tools": (ask(tool_choice=choice(tool_name="b")), ["chat.tool_choice.tool_name"]),
+    "an allowed tool that is not there": (ask(tools=[tool("a")], allowed_tools=["a", "b"]), ["chat.allowed_tools[1]"]),
+    "allowed tools without tools": (ask(allowed_tools=["a"]), ["chat.allowed_tools[0]"]),
+    "a named tool that is not allowed": (
+        ask(tools=[tool("a"), tool("b")], allowed_tools=["a"], tool_choice=choice(tool_name="b")),
+        ["chat.tool_choice.tool_name"],
+    ),
+    "required with no tool left": (
+        ask(tools=[tool("a")], allowed_tools=["b"], tool_choice=choice(mode=tool_pb2.ToolChoice.MODE_REQUIRED)),
+        ["chat.allowed_tools[0]", "chat.tool_choice.mode"],
+    ),
+    "long salt": (ask(cache_salt="ß" * (MAX_CACHE_SALT + 1)), ["chat.cache_salt"]),
+    "unknown effort": (
+        ask(reasoning=chat_pb.Reasoning.FromString(bytes([1 << 3, 77]))),
+        ["chat.reasoning.effort"],
+    ),
+    "unknown streaming of calls": (
+        ask(tool_call_policy=chat_pb.ToolCallPolicy.FromString(bytes([1 << 3, 77]))),
+        ["chat.tool_call_policy.streaming"],
+    ),
+    "no time": (ask(soft_time_limit=Duration()), ["chat.soft_time_limit"]),
+    "less than no time": (ask(soft_time_limit=Duration(seconds=-1)), ["chat.soft_time_limit"]),
+    "more than a day": (ask(soft_time_limit=Duration(seconds=24 * 3600, nanos=1000)), ["chat.soft_time_limit"]),
+    "no duration": (ask(soft_time_limit=Duration(seconds=1, nanos=-1)), ["chat.soft_time_limit"]),
+    "no completion id": (ask(completion_id="a/b"), ["chat.completion_id"]),
+    "long completion id": (ask(completion_id="a" * 129), ["chat.completion_id"]),
     "no choices": (ask(choice_count=0), ["chat.choice_count"]),
     "too many choices": (ask(choice_count=MAX_CHOICES + 1), ["chat.choice_count"]),
     "temperature": (sampling(temperature=-0.1), ["chat.sampling.temperature"]),
@@ -159,12 +186,16 @@ def test_json_that_is_none(text: str) -> None:
         messages=[message(assistant={"tool_calls": [call]})],
         tools=[tool("a", input_schema=text), tool("b", output_schema=text)],
         response_format={"json_schema": {"schema": text}},
+        chat_template_kwargs=text,
+        extra_body=text,
     )
     assert complaints(chat) == [
         "chat.messages[0].assistant.tool_calls[0].arguments",
         "chat.tools[0].input_schema",
         "chat.tools[1].output_schema",
         f"{FORMAT}.json_schema.schema",
+        "chat.chat_template_kwargs",
+        "chat.extra_body",
     ]
     assert complaints(form(structural_tag=text)) == [f"{FORMAT}.structural_tag"]
 
@@ -305,19 +336,54 @@ def test_every_field_of_sampling_is_read() -> None:
     assert chat_request(sampling(**SAMPLING)).sampling == Sampling(**SAMPLING)
 
 
-def test_every_field_of_a_request_is_read() -> None:
-    """A field that the protos get later has to be thought of."""
-    assert {field.name for field in chat_pb.ChatRequest.DESCRIPTOR.fields} == {
-        "model",
-        "messages",
-        "tools",
-        "tool_choice",
-        "parallel_tool_calls",
-        "sampling",
-        "response_format",
-        "logprobs",
-        "choice_count",
-    }
+OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "allowed tools": (
+        {"tools": [tool("a"), tool("b")], "allowed_tools": ["b", "b"]},
+        {"allowed_tools": frozenset({"b"})},
+    ),
+    "a named tool that is allowed": (
+        {"tools": [tool("a"), tool("b")], "allowed_tools": ["b"], "tool_choice": choice(tool_name="b")},
+        {"tool_choice": NamedTool("b")},
+    ),
+    "effort": ({"reasoning": {"effort": chat_pb.REASONING_EFFORT_NONE}}, {"reasoning": Reasoning("none")}),
+    "no effort": ({"reasoning": {}}, {"reasoning": Reasoning()}),
+    "budget": ({"reasoning": {"token_budget": 0}}, {"reasoning": Reasoning(token_budget=0)}),
+    "left out": ({"reasoning": {"include": False}}, {"reasoning": Reasoning(include=False)}),
+    "incremental": (
+        {"tool_call_policy": {"streaming": chat_pb.TOOL_CALL_STREAMING_INCREMENTAL}},
+        {"incremental_tool_calls": True},
+    ),
+    "assembled": (
+        {"tool_call_policy": {"streaming": chat_pb.TOOL_CALL_STREAMING_ASSEMBLED}},
+        {"incremental_tool_calls": False},
+    ),
+    "the least time": ({"soft_time_limit": Duration(nanos=1)}, {"soft_time_limit": 1e-9}),
+    "the most time": ({"soft_time_limit": Duration(seconds=24 * 3600)}, {"soft_time_limit": 86400.0}),
+    "an id": ({"completion_id": "A-z_0.9:" * 16}, {"completion_id": "A-z_0.9:" * 16}),
+    "no id": ({"completion_id": ""}, {"completion_id": ""}),
+    "priority": ({"priority": 0}, {"priority": 0}),
+    "the longest salt": ({"cache_salt": "ß" * MAX_CACHE_SALT}, {"cache_salt": "ß" * MAX_CACHE_SALT}),
+    "template arguments": ({"chat_template_kwargs": '{"a": 1.0}'}, {"chat_template_kwargs": '{"a": 1.0}'}),
+    "no template arguments": ({"chat_template_kwargs": " {}"}, {"chat_template_kwargs": ""}),
+    "extra fields": ({"extra_body": '{"a": 1.0}'}, {"extra_body": '{"a": 1.0}'}),
+    "no extra fields": ({"extra_body": "{ }"}, {"extra_body": ""}),
+    "the end user": ({"user": "me"}, {"user": "me"}),
+}
+
+
+@pytest.mark.parametrize(("given", "values"), OPTIONS.values(), ids=OPTIONS)
+def test_options(given: dict[str, Any], values: dict[str, Any]) -> None:
+    """What else a request may say; what is not set is not false or zero."""
+    request = chat_request(ask(**given))
+    assert {name: getattr(request, name) for name in values} == values
+
+
+def test_only_allowed_tools_are_offered() -> None:
+    """In the order of the tools, and all of them if none is named."""
+    given = [tool("a"), tool("b"), tool("c")]
+    offered = chat_request(ask(tools=given, allowed_tools=["c", "a"])).offered_tools
+    assert [each.name for each in offered] == ["a", "c"]
+    assert len(chat_request(ask(tools=given)).offered_tools) == 3
 
 
 @pytest.mark.parametrize(
@@ -427,6 +493,17 @@ requests = st.builds(
     response_format=st.none() | formats,
     logprobs=st.none() | st.builds(chat_pb.Logprobs, top_k=st.none() | uint32),
     choice_count=st.none() | uint32,
+    allowed_tools=st.lists(texts, max_size=2),
+    reasoning=st.none()
+    | st.builds(chat_pb.Reasoning, token_budget=st.none() | uint32, include=st.none() | st.booleans()),
+    soft_time_limit=st.none()
+    | st.builds(Duration, seconds=st.integers(-5, 100_000), nanos=st.integers(-(2**31), 2**31 - 1)),
+    completion_id=texts,
+    priority=st.none() | st.integers(-(2**31), 2**31 - 1),
+    cache_salt=texts,
+    chat_template_kwargs=texts,
+    extra_body=texts,
+    user=texts,
 )
 
 

@@ -284,12 +284,13 @@ def test_headers_that_cannot_be_sent(given: object, message: str) -> None:
     assert "geheim" not in text
 
 
-def test_allowed_models() -> None:
-    """One name, several, or none, which means all; an empty name is a mistake."""
+@pytest.mark.parametrize("name", ["allowed_models", "allowed_extra_fields"])
+def test_allowed_names(name: str) -> None:
+    """One name, several, or none; an empty name is a mistake."""
     for given, kept in (("m", ("m",)), (["a", " b/* "], ("a", "b/*")), ("a,b", ("a", "b")), ([], ())):
-        provider = ProviderSettings.model_validate({"base_url": URL, "allowed_models": given})
-        assert provider.allowed_models == kept
-    assert "holds an empty name" in refusal(ProviderSettings, base_url=URL, allowed_models="a,")
+        provider = ProviderSettings.model_validate({"base_url": URL, name: given})
+        assert getattr(provider, name) == kept
+    assert "holds an empty name" in refusal(ProviderSettings, base_url=URL, **{name: "a,"})
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,7 @@ def test_every_effort(effort: str, word: str) -> None:
 def test_json_goes_through_to_the_letter(name: str) -> None:
     """What decoding and encoding would lose stays: numbers of any size and form."""
     value = '{"big": 100000000000000000000000000000001, "exact": 1.10, "twice": 1, "twice": 2}'
-    text = body_text({name: '{"x_a": %s}' % value})
+    text = body_text({name: f'{{"x_a": {value}}}'})
     assert value.encode() in text
 
 

@@ -6,15 +6,17 @@ import asyncio
 import json
 import ssl
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from deltawire_server.errors import CallerError, Code, DeltawireError, ProviderError, Reason
 from deltawire_server.fake_vllm import FakeVllm, Script
-from deltawire_server.upstream.base import CallContext, Health, HealthStatus, Patience, ServedModel
-from deltawire_server.upstream.request import ChatMessage, ChatRequest, Role
-from deltawire_server.upstream.vllm import MAX_ERROR_BYTES, VllmProvider, root_url
+from deltawire_server.sansio.events import Notice, NoticeKind
+from deltawire_server.upstream.base import CallContext, Health, HealthStatus, Patience, ServedModel, TokenCount
+from deltawire_server.upstream.request import ChatMessage, ChatRequest, ImageData, ImageUrl, Role, ToolSpec
+from deltawire_server.upstream.vllm import MAX_DOCUMENT_BYTES, MAX_ERROR_BYTES, VllmProvider, root_url
 from tests.support.recordings import TRANSCRIPTS
 from tests.upstream.plain import plain
 from tests.upstream.test_refusals import RECORDED
@@ -732,3 +734,249 @@ async def test_allowed_models(allowed: tuple[str, ...], listed: list[str]) -> No
             assert error.metadata == {"model": model, "provider": "p"}
             assert "not listed in allowed_models" in error.message
         assert len(vllm.chats) == len(listed)
+
+
+SALTED = replace(HI, cache_salt="s")
+
+
+async def notices_of(p: VllmProvider, request: ChatRequest = SALTED) -> tuple[tuple[Notice, ...], int]:
+    """What the caller of a request is to know, and how many replicas it took."""
+    async with p.stream_chat(request, "fake", CALL) as answering:
+        assert b"".join([data async for data in answering.body]).endswith(b"data: [DONE]\n\n")
+        return answering.notices, answering.replicas_tried
+
+
+def paths(vllm: FakeVllm) -> list[str]:
+    """What was asked for, in order."""
+    return [request.path for request in vllm.requests]
+
+
+async def test_a_plain_request_needs_no_look_at_the_version(vllm: FakeVllm) -> None:
+    """What every vLLM knows is not asked about."""
+    async with provider(vllm.base_url) as p:
+        assert await notices_of(p, HI) == ((), 1)
+    assert paths(vllm) == [CHAT]
+
+
+async def test_the_fields_that_a_vllm_knows_are_read_once(vllm: FakeVllm) -> None:
+    """With the first requests that need it, however many come at once; without a caller's token."""
+    async with provider(vllm.base_url, api_token=OPERATORS) as p:
+        for notices, tried in await asyncio.gather(*(notices_of(p) for _ in range(5))):
+            assert (notices, tried) == ((), 1)
+        await notices_of(p)
+    assert paths(vllm) == ["/version", "/openapi.json", *[CHAT] * 6]
+    assert vllm.requests[1].headers["authorization"] == f"Bearer {OPERATORS}"
+
+
+async def test_a_field_that_a_vllm_does_not_know_is_refused(vllm: FakeVllm) -> None:
+    """VLLM would ignore it: nothing is asked, and the caller learns which field, and of which version."""
+    vllm.without_fields, vllm.version = ("cache_salt",), "0.8.5"
+    async with provider(vllm.base_url) as p:
+        with pytest.raises(CallerError) as caught:
+            await notices_of(p)
+        await notices_of(p, replace(HI, priority=1))
+    assert (caught.value.reason, caught.value.code) == (Reason.FIELD_NOT_SUPPORTED, Code.INVALID_ARGUMENT)
+    assert caught.value.metadata == {"field": "chat.cache_salt", "provider": "p", "version": "0.8.5"}
+    assert len(vllm.chats) == 1
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {},
+        {"/openapi.json": ("200 OK", b"{}")},
+        {"/openapi.json": ("200 OK", b"<html>")},
+        {"/openapi.json": ("", b"")},
+        {"/openapi.json": ("200 OK\r\ncontent-length: 99", b"{")},
+        {"/openapi.json": ("200 OK", b" " * (MAX_DOCUMENT_BYTES + 1))},
+    ],
+    ids=["not there", "of something else", "no JSON", "breaks off", "cut", "endless"],
+)
+async def test_fields_that_cannot_be_checked_are_told(answers: dict[str, tuple[str, bytes]]) -> None:
+    """The request is sent, the caller knows which field may be ignored, and nothing is read again for a while."""
+    answers = {**answers, CHAT: ("200 OK\r\ncontent-type: text/event-stream", b"data: [DONE]\n\n")}
+    async with plain(answers) as server, provider(f"http://127.0.0.1:{server.port}") as p:
+        for _ in range(2):
+            (notice,), tried = await notices_of(p)
+            assert (notice.kind, notice.field, tried) == (NoticeKind.FIELDS_NOT_CHECKED, "chat.cache_salt", 1)
+            assert "cache_salt" in notice.message
+        assert await notices_of(p, HI) == ((), 1)
+    # The transport asks once more by itself where a connection that it used before breaks.
+    assert [*dict.fromkeys(server.paths)] == ["/version", "/openapi.json", CHAT]
+    assert server.paths[-3:] == [CHAT] * 3
+
+
+async def test_a_replica_that_was_away_may_be_another_version(vllm: FakeVllm) -> None:
+    """After it was set aside its version is asked for again, and if it is another one, its fields."""
+    async with provider(vllm.base_url) as p:
+        await notices_of(p)
+        await vllm.crash()
+        assert (await refusal_of(p)).reason is Reason.UPSTREAM_UNAVAILABLE
+        vllm.without_fields, vllm.version = ("cache_salt",), "0.8.5"
+        await vllm.start_listening()
+        with pytest.raises(CallerError, match="does not know cache_salt"):
+            await notices_of(p)
+    assert paths(vllm) == ["/version", "/openapi.json", CHAT, "/version", "/openapi.json"]
+
+
+async def test_another_replica_is_told(vllm: FakeVllm) -> None:
+    """With what was wrong with the first; each has a version of its own."""
+    vllm.play(Script.error(503, "no room"))
+    async with (
+        FakeVllm(without_endpoints=("/openapi.json",)) as other,
+        provider(vllm.base_url, other.base_url) as p,
+    ):
+        (first, second), tried = await notices_of(p)
+    assert tried == 2
+    assert (first.kind, first.field) == (NoticeKind.ANOTHER_REPLICA, "")
+    assert "no room" in first.message
+    assert second.kind is NoticeKind.FIELDS_NOT_CHECKED
+
+
+async def test_extra_fields(vllm: FakeVllm) -> None:
+    """Those that the operator allows are sent to the letter and checked like any; others are refused unsent."""
+    async with provider(vllm.base_url, allowed_extra_fields=("echo", "x_*")) as p:
+        await notices_of(p, replace(HI, extra_body='{"echo": 1.50}'))
+        assert b'"echo":1.50' in vllm.chats[0].raw
+        for text, reason, field in (
+            ('{"x_new":1}', Reason.FIELD_NOT_SUPPORTED, "chat.extra_body.x_new"),
+            ('{"other":1}', Reason.INVALID_REQUEST, "chat.extra_body.other"),
+        ):
+            with pytest.raises(CallerError) as caught:
+                await notices_of(p, replace(HI, extra_body=text))
+            assert (caught.value.reason, caught.value.violations[0].field) == (reason, field)
+    assert len(vllm.chats) == 1
+
+
+TOKENIZE = "/tokenize"
+
+
+async def counted_by(body: bytes, said: str = "200 OK") -> TokenCount:
+    """The count of a provider that answers this."""
+    async with plain({TOKENIZE: (said, body)}) as server, provider(f"http://127.0.0.1:{server.port}/v1") as p:
+        return await p.count_tokens(HI, "fake", CALL)
+
+
+async def test_tokens_are_counted(vllm: FakeVllm) -> None:
+    """Beside `/v1`, with the caller's token and trace, for the provider's own name of the model."""
+    call = CallContext("request-1", token=CALLERS, traceparent="00-4bf9-00f0-01")
+    async with provider(f"{vllm.base_url}/v1") as p:
+        assert await p.count_tokens(HI, "fake", call) == TokenCount(vllm_count(), 4096)
+    (request,) = vllm.requests
+    assert (request.method, request.path) == ("POST", TOKENIZE)
+    assert request.body == {"model": "fake", "messages": [{"role": "user", "content": "hi"}]}
+    assert (request.headers["authorization"], request.headers["traceparent"]) == (
+        f"Bearer {CALLERS}",
+        "00-4bf9-00f0-01",
+    )
+
+
+def vllm_count() -> int:
+    """What the look-alike counts for `HI`."""
+    return 8 + len(str({"role": "user", "content": "hi"}).split())
+
+
+@pytest.mark.parametrize(
+    ("body", "count"),
+    [
+        (b'{"count":0}', TokenCount(0)),
+        (b'{"count":5,"max_model_len":null,"tokens":["any"]}', TokenCount(5)),
+        (b'{"count":5,"max_model_len":9}', TokenCount(5, 9)),
+    ],
+)
+async def test_counts(body: bytes, count: TokenCount) -> None:
+    """What is not said is not known."""
+    assert await counted_by(body) == count
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"{}", b'{"count":-1}', b'{"count":"5"}', b'{"count":4294967296}', b'"\xff"']
+)
+async def test_what_is_no_count(body: bytes) -> None:
+    """Something else than vLLM may be there."""
+    with pytest.raises(ProviderError) as caught:
+        await counted_by(body)
+    assert caught.value.reason is Reason.UPSTREAM_MALFORMED
+
+
+@pytest.mark.parametrize("said", ["", "200 OK\r\ncontent-length: 99"])
+async def test_a_count_that_breaks_off(said: str) -> None:
+    """Before its head or within its body: a caller can ask again."""
+    with pytest.raises(ProviderError) as caught:
+        await counted_by(b"{", said)
+    assert (caught.value.reason, caught.value.retry_after) == (Reason.UPSTREAM_UNAVAILABLE, 1.0)
+
+
+@pytest.mark.parametrize("status", ["403 Forbidden", "404 Not Found", "405 Method Not Allowed", "501 Not Implemented"])
+async def test_a_provider_that_does_not_count(status: str) -> None:
+    """The endpoint is beside `/v1`, and often kept from callers: the failure names it."""
+    with pytest.raises(ProviderError) as caught:
+        await counted_by(b'{"detail":"no"}', status)
+    assert (caught.value.reason, caught.value.code) == (Reason.NOT_SUPPORTED_BY_PROVIDER, Code.UNIMPLEMENTED)
+    assert caught.value.metadata == {"provider": "p", "endpoint": TOKENIZE}
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [(400, Reason.UPSTREAM_REJECTED), (401, Reason.PROVIDER_MISCONFIGURED), (500, Reason.UPSTREAM_ERROR)],
+)
+async def test_a_count_that_is_refused(status: int, reason: Reason) -> None:
+    """As a chat request would be."""
+    with pytest.raises(DeltawireError) as caught:
+        await counted_by(json.dumps({"error": {"message": "no", "param": "messages"}}).encode(), f"{status} No")
+    assert caught.value.reason is reason
+
+
+async def test_counts_of_models_that_are_not_there(vllm: FakeVllm) -> None:
+    """A 404 that is about the model is not about the endpoint; one that the operator does not allow is not asked for."""
+    async with provider(vllm.base_url, allowed_models=("n*", "fake")) as p:
+        for model, reason in (("no", Reason.MODEL_NOT_FOUND), ("other", Reason.MODEL_NOT_SERVED)):
+            with pytest.raises(DeltawireError) as caught:
+                await p.count_tokens(HI, model, CALL)
+            assert caught.value.reason is reason
+    assert len(vllm.requests) == 1
+
+
+async def test_images_cannot_be_counted(vllm: FakeVllm) -> None:
+    """Each is named by its field."""
+    images = (ImageUrl("https://h/a.png", "f"), "text", ImageData(b"", "image/png"))
+    request = replace(HI, messages=(ChatMessage(Role.USER, ("hi",)), ChatMessage(Role.TOOL, images, call_id="c")))
+    async with provider(vllm.base_url) as p:
+        with pytest.raises(CallerError) as caught:
+            await p.count_tokens(request, "fake", CALL)
+    assert caught.value.reason is Reason.INVALID_REQUEST
+    assert [violation.field for violation in caught.value.violations] == [
+        "chat.messages[1].tool.content[0].image",
+        "chat.messages[1].tool.content[2].image",
+    ]
+    assert not vllm.requests
+
+
+async def test_the_next_replica_counts(vllm: FakeVllm, other: FakeVllm) -> None:
+    """While one is away; if all are, the call can be made again."""
+    async with provider(vllm.base_url, other.base_url) as p:
+        await vllm.crash()
+        for _ in range(3):
+            assert (await p.count_tokens(HI, "fake", CALL)).prompt_tokens == vllm_count()
+        await other.crash()
+        with pytest.raises(ProviderError, match="none of the 2 replicas"):
+            await p.count_tokens(HI, "fake", CALL)
+
+
+async def test_a_count_asks_for_extra_fields_that_are_allowed(vllm: FakeVllm) -> None:
+    """As the completion would be, so that whoever counts first learns it."""
+    async with provider(vllm.base_url) as p:
+        with pytest.raises(CallerError, match="allowed_extra_fields"):
+            await p.count_tokens(replace(HI, extra_body='{"echo":true}'), "fake", CALL)
+    assert not vllm.requests
+
+
+async def test_a_tool_is_strict_only_where_that_is_known(vllm: FakeVllm) -> None:
+    """A vLLM that does not know it lets the arguments run free."""
+    vllm.without_fields = ("strict",)
+    tools = (ToolSpec("t", strict=True), ToolSpec("u"))
+    async with provider(vllm.base_url) as p:
+        await notices_of(p, replace(HI, tools=tools, allowed_tools=frozenset({"u"})))
+        with pytest.raises(CallerError) as caught:
+            await notices_of(p, replace(HI, tools=tools))
+    assert [violation.field for violation in caught.value.violations] == ["chat.tools[0].strict"]

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 
 from deltawire_server.upstream.request import (
     ChatMessage,
     ChatRequest,
     FormatKind,
+    ImageData,
+    ImageUrl,
     NamedTool,
     PastCall,
+    Reasoning,
     Role,
     Sampling,
     TextFormat,
     ToolMode,
     ToolSpec,
 )
-from deltawire_server.upstream.vllm_request import request_body
+from deltawire_server.upstream.vllm_request import count_body, request_body
 
 Json = dict[str, Any]
 
@@ -283,3 +288,65 @@ def test_offered_tools() -> None:
     """A model that is shown no tools can call none that would be known."""
     assert ChatRequest("m", (HI,), tools=(WEATHER,)).offered_tools == (WEATHER,)
     assert ChatRequest("m", (HI,), tools=(WEATHER,), tool_choice=ToolMode.NONE).offered_tools == ()
+
+
+def test_images() -> None:
+    """An address as it is; bytes as a data URL of what they are. Also alone they are a list."""
+    url, data = ImageUrl("https://h/a.png", "f"), ImageData(b"\xff\x00", "image/webp")
+    assert message_of(ChatMessage(Role.USER, (url,)))["content"] == [
+        {"type": "image_url", "image_url": {"url": "https://h/a.png"}}
+    ]
+    assert message_of(ChatMessage(Role.TOOL, ("a", data), call_id="c"))["content"] == [
+        {"type": "text", "text": "a"},
+        {"type": "image_url", "image_url": {"url": "data:image/webp;base64,/wA="}},
+    ]
+
+
+BARE = ChatRequest("asked", (HI,))
+COUNTED: Json = {"model": "served", "messages": ALWAYS["messages"]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "extra", "added"),
+    [
+        ({}, {}, {}),
+        ({"tools": (WEATHER,)}, {}, {"tools": [WEATHER_SENT]}),
+        ({"tools": (WEATHER,), "tool_choice": NamedTool("get_weather")}, {}, {"tools": [WEATHER_SENT]}),
+        ({"tools": (WEATHER,), "tool_choice": ToolMode.NONE}, {}, {}),
+        (
+            {"tools": (WEATHER, ToolSpec("other")), "allowed_tools": frozenset({"get_weather"})},
+            {},
+            {"tools": [WEATHER_SENT]},
+        ),
+        ({"chat_template_kwargs": '{"a": 1}'}, {}, {"chat_template_kwargs": {"a": 1}}),
+        (
+            {"reasoning": Reasoning("none")},
+            {},
+            {"chat_template_kwargs": {"enable_thinking": False, "reasoning_effort": "none"}},
+        ),
+        (
+            {"reasoning": Reasoning("low"), "chat_template_kwargs": '{"enable_thinking": 5, "reasoning_effort": "x"}'},
+            {},
+            {"chat_template_kwargs": {"enable_thinking": 5, "reasoning_effort": "low"}},
+        ),
+        ({}, {"documents": "[1]"}, {"chat_template_kwargs": {"documents": [1]}}),
+        ({}, {"add_generation_prompt": "false", "echo": "true"}, {"add_generation_prompt": False}),
+        (
+            {"sampling": Sampling(max_tokens=5), "choice_count": 2, "user": "me", "priority": 1, "cache_salt": "s"},
+            {},
+            {},
+        ),
+    ],
+    ids=repr,
+)
+def test_what_is_counted(fields: Json, extra: dict[str, str], added: Json) -> None:
+    """All that a chat request would put into the prompt, and nothing else of it."""
+    raw = {name: msgspec.Raw(value.encode()) for name, value in extra.items()}
+    body = msgspec.json.encode(count_body(replace(BARE, **fields), "served", raw))
+    assert json.loads(body) == COUNTED | added
+
+
+def test_template_arguments_are_counted_to_the_letter() -> None:
+    """As they are sent to the model."""
+    request = replace(BARE, chat_template_kwargs='{"a": {"big": 100000000000000000000000000000001, "exact": 1.10}}')
+    assert b'{"big": 100000000000000000000000000000001, "exact": 1.10}' in msgspec.json.encode(count_body(request, "m"))

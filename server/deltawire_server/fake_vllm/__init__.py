@@ -3,6 +3,7 @@
 The law of this folder: it needs nothing but the standard library and msgspec, and knows nothing of the gateway.
 
     wire         the shapes: chunks of a stream, whole answers, errors
+    described    what it says of itself: the fields that it knows
     script       what one chat request gets, at which pace and with which fault
     connection   HTTP requests, read by hand; notices when a client goes
     player       HTTP answers, written by hand: chunk boundaries, pauses, broken ends

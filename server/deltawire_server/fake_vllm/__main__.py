@@ -64,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             api_key=options.api_key,
             host=options.host,
             port=options.port,
+            without_fields=options.without_field,
+            without_endpoints=options.without_endpoint,
         )
         asyncio.run(_serve(fake, [*models, *options.adapter]))
     except OSError as error:
@@ -107,6 +109,20 @@ def _parser() -> argparse.ArgumentParser:
         help="LoRA adapter of the first model; repeat for more",
     )
     add("--api-key", metavar="KEY", help="asked for on /v1/*")
+    add(
+        "--without-field",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="field of a chat request that it says it does not know; repeat for more",
+    )
+    add(
+        "--without-endpoint",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="endpoint that is not there, such as /tokenize or /openapi.json; repeat for more",
+    )
     answer = parser.add_argument_group("what every chat request gets")
     add = answer.add_argument
     add(

@@ -11,15 +11,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from deltawire_server.fake_vllm.connection import Connection, Metronome, Request
+from deltawire_server.fake_vllm.described import openapi
 from deltawire_server.fake_vllm.player import Player
 from deltawire_server.fake_vllm.script import Script
-from deltawire_server.fake_vllm.wire import DONE, Generation
+from deltawire_server.fake_vllm.wire import DONE, Generation, prompt_tokens
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
 CHAT = "/v1/chat/completions"
+MAX_MODEL_LEN = 4096
 
 # More than any benchmark opens at once; the kernel takes as many as it allows.
 BACKLOG = 4096
@@ -45,10 +47,15 @@ class FakeVllm:
         host: Address to listen on.
         port: 0 for a free one.
         ssl_context: Serve TLS with it.
+        without_fields: Fields of a chat request, or of a tool's function, that it says it does not know, as older ones do not.
+            It takes them all the same, as those do.
+        without_endpoints: Paths that are not there, such as `/tokenize`.
 
     Attributes:
         requests: All that was received, in order.
         running: Chat requests being answered, from arrival to end; it is `vllm:num_requests_running`.
+        version: What it says that it is; with `without_fields` it can be changed while it runs, as by an upgrade.
+        without_fields: See above.
         healthy: Set to `False` and `/health` answers 503, as after the engine's death.
     """
 
@@ -62,10 +69,14 @@ class FakeVllm:
         host: str = "127.0.0.1",
         port: int = 0,
         ssl_context: ssl.SSLContext | None = None,
+        without_fields: Collection[str] = (),
+        without_endpoints: Collection[str] = (),
     ) -> None:
         self.requests: list[Request] = []
         self.running = 0
         self.healthy = True
+        self.version = "0.32.0"
+        self.without_fields = without_fields
         self._default = default or Script.generated()
         self._queued: deque[Script] = deque()
         self._models = tuple(models)
@@ -81,14 +92,17 @@ class FakeVllm:
         self._arrived = asyncio.Event()
         self._awake = asyncio.Event()
         self._awake.set()
-        self._routes = {
+        routes = {
             ("POST", CHAT): self._chat,
             ("GET", "/v1/models"): self._list_models,
             ("GET", "/health"): self._health,
             ("GET", "/version"): self._version,
+            ("GET", "/openapi.json"): self._openapi,
+            ("POST", "/tokenize"): self._tokenize,
             ("GET", "/is_sleeping"): self._is_sleeping,
             ("GET", "/metrics"): self._metrics,
         }
+        self._routes = {key: route for key, route in routes.items() if key[1] not in without_endpoints}
 
     async def __aenter__(self) -> Self:
         """Listen; `base_url` is known from here on."""
@@ -246,9 +260,8 @@ class FakeVllm:
         if "messages" not in body:
             message = "1 validation error:\n  {'type': 'missing', 'loc': 'body.messages', 'msg': 'Field required'}"
             return Script.error(400, message, "Bad Request", "body.messages")
-        if (model := body.get("model")) is not None and model not in (*self._models, *self._adapters):
-            message = f"The model `{model}` does not exist. Valid aliases: {', '.join(self._models)}."
-            return Script.error(404, message, "NotFoundError", "model")
+        if (unknown := self._unknown_model(body)) is not None:
+            return unknown
         tool_choice = body.get("tool_choice")
         names = [tool["function"]["name"] for tool in body.get("tools") or ()]
         if tool_choice == "required" and not names:
@@ -258,6 +271,13 @@ class FakeVllm:
             message = "The tool specified in `tool_choice` does not match any of the specified `tools` (parameter=tool_choice)"
             return Script.error(400, message, "BadRequestError", "tool_choice")
         return None
+
+    def _unknown_model(self, body: dict[str, Any]) -> Script | None:
+        model = body.get("model")
+        if model is None or model in (*self._models, *self._adapters):
+            return None
+        message = f"The model `{model}` does not exist. Valid aliases: {', '.join(self._models)}."
+        return Script.error(404, message, "NotFoundError", "model")
 
     def _answering(self, model: str | None) -> str:
         """Give the name that answers to a request for this one bear."""
@@ -291,7 +311,7 @@ class FakeVllm:
             "owned_by": "vllm",
             "root": f"/adapters/{name}" if adapter else f"/models/{self._models[0]}",
             "parent": self._models[0] if adapter else None,
-            "max_model_len": None if adapter else 4096,  # vLLM says it of base models alone
+            "max_model_len": None if adapter else MAX_MODEL_LEN,  # vLLM says it of base models alone
             "permission": [permission],
         }
 
@@ -299,7 +319,23 @@ class FakeVllm:
         await self._say(connection, Script.answer(b"", status=200 if self.healthy else 503))
 
     async def _version(self, _: Request, connection: Connection) -> None:
-        await self._say(connection, Script.answer({"version": "0.32.0"}))
+        await self._say(connection, Script.answer({"version": self.version}))
+
+    async def _openapi(self, _: Request, connection: Connection) -> None:
+        await self._say(connection, Script.answer(openapi(self.version, self.without_fields)))
+
+    async def _tokenize(self, request: Request, connection: Connection) -> None:
+        body = request.body
+        if not isinstance(body, dict) or not ({"messages", "prompt"} & body.keys()):
+            message = "2 validation errors:\n  {'type': 'missing', 'loc': 'body.messages', 'msg': 'Field required'}"
+            script = Script.error(400, message, "Bad Request", "body.messages")
+        elif (unknown := self._unknown_model(body)) is not None:
+            script = unknown
+        else:
+            count = prompt_tokens(body)
+            counted = {"count": count, "max_model_len": MAX_MODEL_LEN, "tokens": list(range(count)), "token_strs": None}
+            script = Script.answer(counted)
+        await self._say(connection, script)
 
     async def _is_sleeping(self, _: Request, connection: Connection) -> None:
         await self._say(connection, Script.answer({"is_sleeping": not self._awake.is_set()}))

@@ -48,6 +48,11 @@ def error_body(status: int, message: str, kind: str, param: str | None = None) -
     return {"error": {"message": message, "type": kind, "param": param, "code": status}}
 
 
+def prompt_tokens(request: dict[str, Any]) -> int:
+    """Count the prompt of a chat request, or a prompt that is given as text: some for the template, one for each word."""
+    return 8 + sum(len(str(message).split()) for message in request.get("messages") or (request.get("prompt"),))
+
+
 @dataclass(frozen=True, slots=True)
 class Chunks:
     """Makes the chunks of one streamed answer, each a dict for `Script.chunks`.
@@ -155,7 +160,7 @@ class Generation:
         """Decide name, pieces, length and finish reason."""
         request = self.request
         self.choices = request.get("n") or 1
-        self.prompt_tokens = 8 + sum(len(str(message).split()) for message in request["messages"])
+        self.prompt_tokens = prompt_tokens(request)
         tool_choice = request.get("tool_choice")
         named = isinstance(tool_choice, dict)
         pieces: Sequence[str]

@@ -1,0 +1,66 @@
+"""Fields of the body that the API has none for: only what the operator allows, and nothing that is said otherwise."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from deltawire_server.errors import CallerError, Reason
+from deltawire_server.upstream.extra_body import allowed_extra
+from deltawire_server.upstream.request import ChatMessage, ChatRequest, Role
+from deltawire_server.upstream.vllm_fields import FIELDS
+from deltawire_server.upstream.vllm_request import chat_body
+
+
+def complaints(text: str, *allowed: str) -> dict[str, str]:
+    """The fields that are complained of, with the complaints."""
+    with pytest.raises(CallerError) as caught:
+        allowed_extra(text, allowed, "gpu")
+    assert caught.value.reason is Reason.INVALID_REQUEST
+    return {violation.field: violation.description for violation in caught.value.violations}
+
+
+def test_none() -> None:
+    """Whatever is allowed."""
+    assert allowed_extra("", (), "gpu") == {}
+
+
+@pytest.mark.parametrize("allowed", [("return_token_ids", "echo"), ("echo", "return_*"), ("*",)])
+def test_what_is_allowed(allowed: tuple[str, ...]) -> None:
+    """By name or pattern; the values are the text that came."""
+    extra = allowed_extra('{"echo": 1.0, "return_token_ids": [ 1 ]}', allowed, "gpu")
+    assert {name: bytes(value) for name, value in extra.items()} == {"echo": b"1.0", "return_token_ids": b"[ 1 ]"}
+
+
+@pytest.mark.parametrize("allowed", [(), ("ECHO", "ech")])
+def test_what_is_not_allowed(allowed: tuple[str, ...]) -> None:
+    """The operator's setting is the remedy, and it is named."""
+    found = complaints('{"echo": true}', *allowed)
+    assert found.keys() == {"chat.extra_body.echo"}
+    assert "allowed_extra_fields" in found["chat.extra_body.echo"]
+    assert "[providers.gpu]" in found["chat.extra_body.echo"]
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_what_has_a_field_of_its_own(name: str) -> None:
+    """Also if everything is allowed: the field to use is named."""
+    assert FIELDS[name] in complaints(json.dumps({name: 1}), "*")[f"chat.extra_body.{name}"]
+
+
+@pytest.mark.parametrize("name", ["stream", "stream_options", "request_id"])
+def test_what_the_gateway_says(name: str) -> None:
+    """Without these there is no stream to read, or none that can be followed."""
+    assert "set by the gateway" in complaints(json.dumps({name: 1}), "*")[f"chat.extra_body.{name}"]
+
+
+def test_nothing_that_is_always_sent_can_be_replaced() -> None:
+    """A member that every body gets later has to be thought of."""
+    always = chat_body(ChatRequest("m", (ChatMessage(Role.USER, ("hi",)),)), "m")
+    assert complaints(json.dumps(always), "*").keys() == {f"chat.extra_body.{name}" for name in always}
+
+
+def test_all_that_is_wrong_is_told_at_once() -> None:
+    """In the order in which it came, with what is allowed left out."""
+    found = complaints('{"stop": [], "echo": true, "x": 1, "stream": false}', "echo")
+    assert [*found] == ["chat.extra_body.stop", "chat.extra_body.x", "chat.extra_body.stream"]
