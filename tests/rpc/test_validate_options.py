@@ -114,29 +114,25 @@ def test_what_is_no_completion_id(text: str) -> None:
     assert [*complaints(completion_id, text, "some.field")] == ["some.field"]
 
 
+def asked(options: chat_pb.StreamOptions | None = None, **resumed: Any) -> chat_pb.StreamChatCompletionRequest:  # noqa: ANN401 (whatever the message takes)
+    """A request that goes on with a stream."""
+    return chat_pb.StreamChatCompletionRequest(resume=chat_pb.ResumeFrom(**resumed), options=options)
+
+
 @pytest.mark.parametrize(("after", "sequence"), [(None, None), (0, 0), (2**64 - 1, 2**64 - 1)])
 def test_resume(after: int | None, sequence: int | None) -> None:
     """Zero is a message that came; absent is none."""
-    start = chat_pb.ResumeFrom(completion_id="my-1", after_sequence=after)
-    request = chat_pb.StreamChatCompletionRequest(resume=start, options={})
+    request = asked(chat_pb.StreamOptions(), completion_id="my-1", after_sequence=after)
     assert resume(request) == ("my-1", sequence)
 
 
 @pytest.mark.parametrize(
     ("request_", "field"),
     [
-        (chat_pb.StreamChatCompletionRequest(resume={}), "resume.completion_id"),
-        (chat_pb.StreamChatCompletionRequest(resume={"completion_id": "a b"}), "resume.completion_id"),
-        (
-            chat_pb.StreamChatCompletionRequest(resume={"completion_id": "a"}, options={"usage_updates": True}),
-            "options",
-        ),
-        (
-            chat_pb.StreamChatCompletionRequest(
-                resume={"completion_id": "a"}, options={"max_coalesce_delay": Duration()}
-            ),
-            "options",
-        ),
+        (asked(), "resume.completion_id"),
+        (asked(completion_id="a b"), "resume.completion_id"),
+        (asked(chat_pb.StreamOptions(usage_updates=True), completion_id="a"), "options"),
+        (asked(chat_pb.StreamOptions(max_coalesce_delay=Duration()), completion_id="a"), "options"),
     ],
 )
 def test_what_cannot_be_resumed(request_: chat_pb.StreamChatCompletionRequest, field: str) -> None:

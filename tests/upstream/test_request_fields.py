@@ -235,8 +235,8 @@ def leaves(descriptor: Descriptor, path: str) -> Iterator[str]:
     for field in descriptor.fields:
         here = f"{path}.{field.name}"
         message = field.message_type
-        own = message is not None and message.file.package == "deltawire.v1" and not message.GetOptions().map_entry
-        if own and message.fields:
+        own = message and message.file.package == "deltawire.v1" and not message.GetOptions().map_entry
+        if message and own and message.fields:
             yield from leaves(message, here)
         else:
             yield here
