@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
     from deltawire_server.completions.records import Record
     from deltawire_server.completions.retention import RetainedStream
-    from deltawire_server.registry.registry import ModelRegistry
-    from deltawire_server.upstream.base import CallContext
+    from deltawire_server.registry.registry import ModelRegistry, Resolution
+    from deltawire_server.upstream.base import CallContext, TokenCount
     from deltawire_server.upstream.providers import Providers
     from deltawire_server.upstream.request import ChatRequest
 
@@ -204,6 +204,25 @@ class Worker:
                     await completion.close()
                     if completion.failure is not None and completion.failure.reason in _TELLING:
                         self._registry.suspect(resolution.provider.id)
+
+    async def count_tokens(self, request: ChatRequest, call: CallContext) -> tuple[TokenCount, Resolution]:
+        """How many tokens the prompt of a request would have, by the provider that would answer it.
+
+        Args:
+            request: What would be asked.
+            call: The caller's metadata.
+
+        Returns:
+            The count, and which model and provider it is of.
+
+        Raises:
+            DeltawireError: The model cannot be found or cannot chat, or its provider does not count.
+        """
+        resolution = await self._registry.resolve(request.model, call.token)
+        with self._providers.held(resolution.provider):
+            require_type(resolution.model, ModelType.LLM)
+            count = await resolution.provider.count_tokens(request, resolution.model.provider_model_id, call)
+        return count, resolution
 
     @contextlib.contextmanager
     def _admitted(self) -> Iterator[None]:

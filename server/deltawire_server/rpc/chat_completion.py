@@ -138,6 +138,27 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         completion.note()
         return convert.get_response(completion)
 
+    async def CountTokens(  # noqa: N802 (the RPC's name)
+        self, request: chat_pb.CountTokensRequest, context: _Context
+    ) -> chat_pb.CountTokensResponse:
+        """How many tokens a prompt has; nothing is generated."""
+        if not request.HasField("chat"):
+            raise invalid_request([Violation("chat", "is required")])
+        record = call_record(context)
+        count, resolution = await self._worker.count_tokens(validate.chat_request(request.chat), record.call)
+        record.values.update(
+            model=resolution.model.id,
+            alias=resolution.alias,
+            provider=resolution.provider.id,
+            prompt_tokens=count.prompt_tokens,
+        )
+        return chat_pb.CountTokensResponse(
+            prompt_tokens=count.prompt_tokens,
+            max_context_tokens=count.max_context_tokens,
+            model=resolution.model.id,
+            provider_id=resolution.provider.id,
+        )
+
     async def _follow(self, stream: RetainedStream, after: int | None, record: CallRecord, context: _Context) -> None:
         """Write a retained stream from where this caller is, to its end."""
         writer = convert.ResponseWriter(stream, self._max_completed_bytes)
