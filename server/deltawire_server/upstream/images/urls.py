@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv4Address, IPv6Address
-from urllib.parse import quote
+from urllib.parse import quote, urljoin
 
 import idna
 
@@ -22,6 +22,7 @@ _HIGHEST_PORT = 65535
 _PORTS = {"http": 80, "https": 443}
 
 _URL = re.compile(r"(https?)://([^/?#]*)([^#]*)(?:#.*)?", re.IGNORECASE)
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]+)(?::([0-9]{1,5}))?")
 _NAME = re.compile(r"(?:[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?\.)*[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")  # a last label that makes resolvers take the name for an IPv4 address
@@ -73,8 +74,7 @@ def web_address(text: str) -> WebAddress:
     """
     if len(text) > MAX_URL_LENGTH:
         raise UrlError(f"must not be longer than {MAX_URL_LENGTH} characters; send the image as data")
-    if any(character.isspace() or not character.isprintable() or character == "\\" for character in text):
-        raise UrlError("must not hold white space, control characters or backslashes")
+    _see_characters(text)
     match = _URL.fullmatch(text)
     if match is None:
         raise UrlError("must begin with https://, http:// or data:")
@@ -91,6 +91,33 @@ def web_address(text: str) -> WebAddress:
     if not target.startswith("/"):
         target = f"/{target}"
     return WebAddress(scheme, host, port, quote(target, safe=_UNTOUCHED), ip)
+
+
+def joined(base: WebAddress, reference: str) -> WebAddress:
+    """Where a redirect leads.
+
+    Args:
+        base: Whence it leads.
+        reference: A whole address, or one that leaves out what it has in common with `base`.
+
+    Raises:
+        UrlError: To no web address, or to one that programs do not agree on.
+    """
+    _see_characters(reference)
+    if _SCHEME.match(reference):
+        # Not for `urljoin`, which takes an address of the same scheme for one that leaves it out, and its host with it.
+        return web_address(reference)
+    try:
+        whole = urljoin(str(base), reference)
+    except ValueError:  # of an IPv6 address
+        raise UrlError("must be a web address") from None
+    return web_address(whole)
+
+
+def _see_characters(text: str) -> None:
+    """Refuse what some programs drop or take for something else, before anything else reads the text."""
+    if any(character.isspace() or not character.isprintable() or character == "\\" for character in text):
+        raise UrlError("must not hold white space, control characters or backslashes")
 
 
 def _host(text: str) -> tuple[str, IPv4Address | IPv6Address | None]:
