@@ -135,6 +135,8 @@ class Completion:
             offered_tools=[tool.name for tool in self._request.offered_tools],
             stop=self._request.sampling.stop,
             stop_token_ids=self._request.sampling.stop_token_ids,
+            incremental=self._request.incremental_tool_calls,
+            argument_checks=self._request.argument_checks,
             keep_logprobs=keep_logprobs,
             limits=limits.answer,
         )

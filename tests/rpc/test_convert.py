@@ -20,6 +20,9 @@ from deltawire_server.sansio.events import (
     FailureReason,
     Fault,
     FinishedChoice,
+    Heartbeat,
+    Notice,
+    NoticeKind,
     Provenance,
     ReasoningDelta,
     Refused,
@@ -32,6 +35,7 @@ from deltawire_server.sansio.events import (
     ToolCallStarted,
     ToolCallSucceeded,
     Usage,
+    UsageUpdate,
 )
 from deltawire_server.upstream.request import Sampling
 
@@ -87,6 +91,26 @@ FAILURE = tool_pb2.ToolCallDelta(
         (TextDelta(0, "x"), message(choice_index=0, text_delta=chat_pb.TextDelta(text="x"))),
         (TextDelta(1, ""), message(choice_index=1, text_delta=chat_pb.TextDelta())),
         (ReasoningDelta(2, "x"), message(choice_index=2, reasoning_delta=chat_pb.ReasoningDelta(text="x"))),
+        (
+            ToolCallStarted(1, 2, "c", "t"),
+            message(
+                choice_index=1,
+                tool_call_delta=tool_pb2.ToolCallDelta(
+                    index=2, call_id="c", tool_name="t", parse_status=tool_pb2.TOOL_CALL_PARSE_STATUS_STARTED
+                ),
+            ),
+        ),
+        (
+            ToolCallArguments(0, 0, "c", '{"a'),
+            message(
+                choice_index=0,
+                tool_call_delta=tool_pb2.ToolCallDelta(
+                    call_id="c",
+                    parse_status=tool_pb2.TOOL_CALL_PARSE_STATUS_IN_PROGRESS,
+                    arguments_fragment='{"a',
+                ),
+            ),
+        ),
         (SUCCEEDED, message(choice_index=1, tool_call_delta=VERDICT)),
         (FAILED, message(choice_index=1, tool_call_delta=FAILURE)),
         (
@@ -132,6 +156,23 @@ FAILURE = tool_pb2.ToolCallDelta(
                 )
             ),
         ),
+        (
+            UsageUpdate(Usage(5, Provenance.LOWER_BOUND, 3)),
+            message(
+                usage_update=chat_pb.UsageUpdate(
+                    usage=chat_pb.Usage(
+                        prompt_tokens=3, completion_tokens=5, provenance=chat_pb.USAGE_PROVENANCE_LOWER_BOUND
+                    )
+                )
+            ),
+        ),
+        (
+            Notice(NoticeKind.FIELDS_NOT_CHECKED, "why", "chat.priority"),
+            message(
+                notice=chat_pb.Notice(kind=chat_pb.NOTICE_KIND_FIELDS_NOT_CHECKED, message="why", field="chat.priority")
+            ),
+        ),
+        (Heartbeat(), message(heartbeat=chat_pb.Heartbeat())),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -143,7 +184,18 @@ def test_each_event(event: StreamEvent, expected: chat_pb.StreamChatCompletionRe
 def test_a_failure_without_an_offset() -> None:
     """Nothing was parsed: zero would be wrong."""
     event = ToolCallFailed(0, 0, "d", "", FailureReason.MISSING_NAME, "why", "")
-    assert not written(event).tool_call_delta.failure.HasField("byte_offset")
+    failure = written(event).tool_call_delta.failure
+    assert not failure.HasField("byte_offset")
+    assert not failure.HasField("instance_path")
+
+
+def test_a_mismatch_says_where() -> None:
+    """The whole of the arguments is the empty pointer, which is not the same as none."""
+    event = ToolCallFailed(0, 0, "d", "t", FailureReason.SCHEMA_MISMATCH, "why", "{}", None, "")
+    failure = written(event).tool_call_delta.failure
+    assert failure.reason == tool_pb2.TOOL_CALL_FAILURE_REASON_SCHEMA_MISMATCH
+    assert failure.HasField("instance_path")
+    assert failure.instance_path == ""
 
 
 def test_completed() -> None:
@@ -204,22 +256,16 @@ def test_a_fault(failure: ProviderError | GatewayError) -> None:
     assert len(error.message.encode()) <= MAX_MESSAGE
 
 
-@pytest.mark.parametrize(
-    "event",
-    [Refused(Fault(Reason.INTERNAL, "m")), ToolCallStarted(0, 0, "c", "t"), ToolCallArguments(0, 0, "c", "x")],
-    ids=lambda event: type(event).__name__,
-)
-def test_what_is_no_message(event: StreamEvent) -> None:
-    """The worker gives none of these."""
-    with pytest.raises(TypeError, match=type(event).__name__):
-        written(event)
+def test_what_is_no_message() -> None:
+    """The worker makes an error of it."""
+    with pytest.raises(TypeError, match="Refused"):
+        written(Refused(Fault(Reason.INTERNAL, "m")))
 
 
-def test_a_message_is_a_function_of_its_number_and_event() -> None:
-    """So a stored event becomes the same message again."""
+def test_a_message_follows_from_its_number_and_event() -> None:
+    """The writer counts nothing, so that a message can be made again."""
     writer = ResponseWriter(Answered(), 2**20)
-    first, again = (writer.message(7, TextDelta(0, "x")) for _ in range(2))
-    assert (first.sequence, first.SerializeToString()) == (7, again.SerializeToString())
+    assert [writer.message(number, TextDelta(0, "x")).sequence for number in (0, 7, 7)] == [0, 7, 7]
 
 
 @pytest.mark.parametrize(
@@ -227,6 +273,7 @@ def test_a_message_is_a_function_of_its_number_and_event() -> None:
     [
         (StopReason, chat_pb.StopReason, "STOP_REASON_"),
         (Provenance, chat_pb.UsageProvenance, "USAGE_PROVENANCE_"),
+        (NoticeKind, chat_pb.NoticeKind, "NOTICE_KIND_"),
         (FailureReason, tool_pb2.ToolCallFailureReason, "TOOL_CALL_FAILURE_REASON_"),
     ],
 )

@@ -22,10 +22,11 @@ from deltawire_server.sansio.events import (
 from tests.support.recordings import counting_mint
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
 
     from deltawire_server.sansio.completion import Limits
     from deltawire_server.sansio.events import Event
+    from deltawire_server.sansio.tool_calls import Check
 
 Json = dict[str, Any]
 
@@ -100,6 +101,7 @@ def reader(
     stop: Collection[str] = (),
     stop_token_ids: Collection[int] = (),
     incremental: bool = False,
+    checks: Mapping[str, Check] | None = None,
     keep_logprobs: bool = False,
     limits: Limits | None = None,
 ) -> CompletionReader:
@@ -110,6 +112,7 @@ def reader(
         stop=stop,
         stop_token_ids=stop_token_ids,
         incremental=incremental,
+        argument_checks=checks,
         keep_logprobs=keep_logprobs,
         limits=limits,
         mint=counting_mint(),
@@ -123,6 +126,7 @@ def read(
     stop: Collection[str] = (),
     stop_token_ids: Collection[int] = (),
     incremental: bool = False,
+    checks: Mapping[str, Check] | None = None,
     limits: Limits | None = None,
 ) -> list[Event]:
     """The events of a body."""
@@ -132,6 +136,7 @@ def read(
         stop=stop,
         stop_token_ids=stop_token_ids,
         incremental=incremental,
+        checks=checks,
         limits=limits,
     )
     events = [event for piece in pieces for event in reading.receive(piece)]

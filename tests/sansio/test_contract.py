@@ -46,6 +46,7 @@ from tests.sansio.build import (
     text,
 )
 from tests.support import chop
+from tests.support.told import pieces_told
 
 ROLE = chunk(part({"role": "assistant", "content": ""}))
 COMMENT = b": keep-alive\n\n"
@@ -297,6 +298,84 @@ def test_5_the_first_reason_that_applies(
     assert isinstance(events[-1], Completed)
     assert events[-1].choices[0].failed_tool_calls == (failed,)
     assert events[-1].choices[0].tool_calls == ()
+
+
+def _no(_: str) -> tuple[str, str]:
+    """A check that nothing passes."""
+    return "/a/0", "is wrong"
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "finish", "reason"),
+    [
+        (None, "{}", "stop", FailureReason.MISSING_NAME),
+        ("nuke", "{}", "stop", FailureReason.UNKNOWN_TOOL),
+        ("f", "{}", "length", FailureReason.TRUNCATED),
+        ("f", "{", "stop", FailureReason.MALFORMED_JSON),
+        ("f", "[]", "stop", FailureReason.NOT_AN_OBJECT),
+        ("f", "{}", "stop", FailureReason.SCHEMA_MISMATCH),
+    ],
+)
+def test_5_the_schema_comes_after_all_else(
+    tool: str | None, arguments: str, finish: str, reason: FailureReason
+) -> None:
+    """What is no whole call of a known tool is not held to a schema; only a mismatch says where in the arguments it is."""
+    events = read(calls(entry(arguments, call_id="a", name=tool)), end(finish), DONE, checks={"f": _no, "nuke": _no})
+    [failed] = [event for event in events if isinstance(event, ToolCallFailed)]
+    assert failed.reason is reason
+    assert failed.raw_arguments == arguments
+    mismatch = reason is FailureReason.SCHEMA_MISMATCH
+    assert failed.instance_path == ("/a/0" if mismatch else None)
+    if mismatch:
+        assert (failed.message, failed.byte_offset) == ("is wrong", None)
+
+
+def test_5_each_tool_has_its_own_check() -> None:
+    """A check is given the arguments as they are told, "{}" for none; tools without one are not held to anything."""
+    seen: list[str] = []
+
+    def note(arguments: str) -> None:
+        seen.append(arguments)
+
+    body = [
+        calls(entry('{"a": 1}', index=0, call_id="a", name="f")),
+        calls(entry("", index=1, call_id="b", name="f")),
+        calls(entry("{}", index=2, call_id="c", name="g")),
+        end("stop"),
+        DONE,
+    ]
+    events = read(*body, checks={"f": note})
+    assert seen == ['{"a": 1}', "{}"]
+    assert sum(isinstance(event, ToolCallSucceeded) for event in events) == 3
+    assert _finished(events)[0].tool_calls_executable
+
+
+def test_5_one_mismatch_stops_the_whole_turn() -> None:
+    """A batch of which one call does not follow its schema is not to be executed, as after every other failure."""
+    body = [
+        calls(entry("{}", index=0, call_id="a", name="f")),
+        calls(entry("{}", index=1, call_id="b", name="g")),
+        end("tool_calls"),
+        DONE,
+    ]
+    events = read(*body, checks={"g": _no})
+    assert _finished(events) == [ChoiceFinished(0, StopReason.END_OF_MESSAGE, "tool_calls")]
+    last = events[-1]
+    assert isinstance(last, Completed)
+    assert [call.call_id for call in last.choices[0].tool_calls] == ["a"]
+    assert [call.call_id for call in last.choices[0].failed_tool_calls] == ["b"]
+
+
+def test_5_a_defective_check_is_not_the_models_fault() -> None:
+    """What a check raises goes through to whoever reads: it must be noticed, and no verdict made of it."""
+
+    def broken(_: str) -> None:
+        raise ZeroDivisionError
+
+    reading = reader(checks={"f": broken})
+    reading.receive(calls(entry("{}", call_id="a", name="f")))
+    with pytest.raises(ZeroDivisionError):
+        reading.receive(end("stop"))
 
 
 # --- 6. In a cut turn the call that was being written is truncated, and nothing is to be executed
@@ -640,6 +719,7 @@ def test_any_stream_keeps_the_contract(
         told.append(events)
     events = told[0]
     assert told[1] == events
+    pieces_told(events, incremental=incremental)
     last = events[-1]
     if isinstance(last, Refused):
         assert len(events) == 1

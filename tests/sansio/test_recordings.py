@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from deltawire_server.errors import Reason
+from deltawire_server.sansio.coalesce import Coalescer
 from deltawire_server.sansio.events import (
     ChoiceFinished,
     Completed,
@@ -28,6 +29,7 @@ from deltawire_server.sansio.events import (
     ToolCallSucceeded,
 )
 from tests.support import chop, golden, recordings
+from tests.support.told import pieces_told
 
 ROOT = Path(__file__).parents[2]
 NAMES = recordings.names()
@@ -88,6 +90,19 @@ def test_gives_the_same_assembled_without_the_pieces(name: str) -> None:
     recording = recordings.load(name)
     told = [event for event in recording.read() if not isinstance(event, ToolCallStarted | ToolCallArguments)]
     assert recording.read(incremental=False) == told
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_calls_are_told_in_order_and_add_up(name: str) -> None:
+    """Pieces add up to the text that is judged, joined or not, however the bytes are cut; assembled, the verdicts are the same."""
+    recording = recordings.load(name)
+    calls = pieces_told(recording.read(incremental=False), incremental=False)
+    for pieces in (None, chop.byte_by_byte(recording.data), *chop.at_random(recording.data)):
+        events = recording.read(pieces)
+        assert pieces_told(events, incremental=True) == calls
+        coalescer = Coalescer()
+        coalescer.receive(events)
+        assert pieces_told(coalescer.take(), incremental=True) == calls
 
 
 def test_every_golden_file_belongs_to_a_recording() -> None:

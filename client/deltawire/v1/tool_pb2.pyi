@@ -289,7 +289,7 @@ class ToolCallDelta(_message.Message):
     call_id: _builtins.str
     """See ToolCall.call_id."""
     tool_name: _builtins.str
-    """The tool's name; empty if the model never gave one."""
+    """The tool's name; empty if the model never gave one, and with IN_PROGRESS, since STARTED has said it."""
     parse_status: Global___ToolCallParseStatus.ValueType
     """What `outcome` holds."""
     arguments_fragment: _builtins.str

@@ -14,6 +14,8 @@ from deltawire_server.sansio.events import (
     ChoiceFinished,
     Completed,
     FinishedChoice,
+    Heartbeat,
+    Notice,
     ReasoningDelta,
     Refused,
     Started,
@@ -25,6 +27,7 @@ from deltawire_server.sansio.events import (
     ToolCallStarted,
     ToolCallSucceeded,
     Usage,
+    UsageUpdate,
 )
 
 if TYPE_CHECKING:
@@ -52,7 +55,7 @@ class Told(Protocol):
 
 
 class ResponseWriter:
-    """Turns the events of one completion into messages: the same ones for the same event, however often.
+    """Turns the events of one completion into numbered messages; the same number and event always give the same message.
 
     Args:
         completion: Whose events they are.
@@ -63,8 +66,15 @@ class ResponseWriter:
         self._completion = completion
         self._max_completed_bytes = max_completed_bytes
 
-    def message(self, sequence: int, event: StreamEvent) -> chat_pb.StreamChatCompletionResponse:  # noqa: C901 (one flat arm per event)
-        """The message of an event, by its number in the stream; write it."""
+    def message(  # noqa: C901 (one flat arm per event)
+        self, sequence: int, event: StreamEvent
+    ) -> chat_pb.StreamChatCompletionResponse:
+        """The message of an event.
+
+        Args:
+            sequence: Which of the stream's messages it is, from 0; events that were joined are one.
+            event: Anything but `Refused`, of which the worker makes an error.
+        """
         response = chat_pb.StreamChatCompletionResponse(sequence=sequence)
         match event:
             case TextDelta():
@@ -77,6 +87,14 @@ class ResponseWriter:
                 response.reasoning_delta.text = event.text
                 if event.logprobs:
                     response.reasoning_delta.logprobs.extend(_logprobs(event.logprobs))
+            case ToolCallStarted():
+                response.choice_index = event.choice
+                _set_call(response.tool_call_delta, event, tool_pb2.TOOL_CALL_PARSE_STATUS_STARTED)
+                response.tool_call_delta.tool_name = event.tool_name
+            case ToolCallArguments():
+                response.choice_index = event.choice
+                _set_call(response.tool_call_delta, event, tool_pb2.TOOL_CALL_PARSE_STATUS_IN_PROGRESS)
+                response.tool_call_delta.arguments_fragment = event.fragment
             case ToolCallSucceeded() | ToolCallFailed():
                 response.choice_index = event.choice
                 response.tool_call_delta.CopyFrom(_verdict(event))
@@ -89,8 +107,15 @@ class ResponseWriter:
                 response.completed.CopyFrom(completed(self._completion, event))
                 if response.ByteSize() > self._max_completed_bytes:
                     _omit_messages(response.completed)
-            case Refused() | ToolCallStarted() | ToolCallArguments():
-                # The worker raises the first, and asks for assembled calls only.
+            case UsageUpdate():
+                response.usage_update.usage.CopyFrom(_usage(event.usage))
+            case Notice():
+                response.notice.kind = chat_pb.NoticeKind.ValueType(event.kind.value)
+                response.notice.message = event.message
+                response.notice.field = event.field
+            case Heartbeat():
+                response.heartbeat.SetInParent()
+            case Refused():
                 raise TypeError(f"{type(event).__name__} is no message of a stream")
             case _:
                 assert_never(event)
@@ -216,6 +241,16 @@ def _tool_call(call: ToolCallSucceeded) -> tool_pb2.ToolCall:
     return tool_pb2.ToolCall(call_id=call.call_id, tool_name=call.tool_name, arguments=call.arguments)
 
 
+def _set_call(
+    message: tool_pb2.ToolCallDelta,
+    event: ToolCallStarted | ToolCallArguments,
+    status: tool_pb2.ToolCallParseStatus.ValueType,
+) -> None:
+    message.index = event.index
+    message.call_id = event.call_id
+    message.parse_status = status
+
+
 def _verdict(event: ToolCallSucceeded | ToolCallFailed) -> tool_pb2.ToolCallDelta:
     message = tool_pb2.ToolCallDelta(index=event.index, call_id=event.call_id, tool_name=event.tool_name)
     if isinstance(event, ToolCallSucceeded):
@@ -228,6 +263,8 @@ def _verdict(event: ToolCallSucceeded | ToolCallFailed) -> tool_pb2.ToolCallDelt
     message.failure.raw_arguments = event.raw_arguments
     if event.byte_offset is not None:
         message.failure.byte_offset = event.byte_offset
+    if event.instance_path is not None:
+        message.failure.instance_path = event.instance_path
     return message
 
 

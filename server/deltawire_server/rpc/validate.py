@@ -7,6 +7,7 @@ are those of the message, with indexes: ``chat.messages[2].tool.call_id``.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -16,6 +17,7 @@ from deltawire.v1 import message_pb2, tool_pb2
 from deltawire_server.errors import Violation, invalid_request
 from deltawire_server.rpc import validate_options
 from deltawire_server.rpc.validate_content import ContentLimits, ContentReader
+from deltawire_server.schemas import SchemaError, argument_check
 from deltawire_server.upstream.request import (
     ChatMessage,
     ChatRequest,
@@ -31,6 +33,8 @@ from deltawire_server.upstream.request import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from deltawire_server.upstream.request import ArgumentCheck
 
 MAX_CHOICES = 128
 """As many as the chat API takes."""
@@ -116,6 +120,8 @@ class _ChatReader:
             extra_body=self._json_object("chat.extra_body", chat.extra_body, empty_allowed=True),
             user=chat.user,
         )
+        if chat.tool_call_policy.validate_schema:
+            request = replace(request, argument_checks=self._argument_checks(request))
         if self._violations:
             raise invalid_request(self._violations)
         return request
@@ -179,6 +185,17 @@ class _ChatReader:
             if name not in names:
                 self._complain(f"chat.allowed_tools[{index}]", f"{name!r} is not one of the tools: {_listed(names)}")
         return frozenset(chat.allowed_tools)
+
+    def _argument_checks(self, request: ChatRequest) -> dict[str, ArgumentCheck]:
+        """By the name of each offered tool that has a schema; without one any object will do, so there is nothing to check."""
+        checks: dict[str, ArgumentCheck] = {}
+        for tool in request.offered_tools:
+            if tool.input_schema:
+                try:
+                    checks[tool.name] = argument_check(tool.input_schema)
+                except SchemaError as error:
+                    self._complain(f"chat.tools[{request.tools.index(tool)}].input_schema", str(error))
+        return checks
 
     def _tool_choice(self, chat: chat_pb.ChatRequest) -> ToolMode | NamedTool | None:
         if not chat.HasField("tool_choice"):

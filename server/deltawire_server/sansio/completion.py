@@ -129,6 +129,7 @@ class CompletionReader:
         stop: The caller's stop texts.
         stop_token_ids: The caller's stop tokens.
         incremental: Whether to tell of tool calls while they are written.
+        argument_checks: By the tool's name, what a call's arguments have to pass; see `ToolCallAssembler`.
         keep_logprobs: Whether `Completed` repeats the log-probabilities; costs their memory.
         limits: What the answer may take.
         mint: Makes ids for calls that have none.
@@ -142,6 +143,7 @@ class CompletionReader:
         stop: Collection[str] = (),
         stop_token_ids: Collection[int] = (),
         incremental: bool = False,
+        argument_checks: Mapping[str, tool_calls.Check] | None = None,
         keep_logprobs: bool = False,
         limits: Limits | None = None,
         mint: Callable[[], str] = tool_calls.mint_call_id,
@@ -150,6 +152,7 @@ class CompletionReader:
         self._offered_tools = frozenset(offered_tools)
         self._stops: frozenset[str | int] = frozenset(stop) | frozenset(stop_token_ids)
         self._incremental = incremental
+        self._argument_checks = argument_checks
         self._keep_logprobs = keep_logprobs
         self._limits = limits or Limits()
         self._sse = sse.SSEDecoder(max_event_bytes=self._limits.max_event_bytes)
@@ -327,6 +330,7 @@ class CompletionReader:
             index,
             self._offered_tools,
             self._call_ids,
+            checks=self._argument_checks,
             incremental=self._incremental,
             max_calls=self._limits.max_calls,
             max_call_bytes=self._limits.max_call_bytes,

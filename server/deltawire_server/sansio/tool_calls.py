@@ -2,7 +2,7 @@
 
 A model writes its calls as text; vLLM's parsers cut that text into entries of `delta.tool_calls`, each a dialect of its
 own: ids and names come late, repeated, null, empty or never; several entries share a chunk; arguments come as written, as
-JSON closed for a model that was cut off, or not at all. Two questions are answered here, one after the other.
+JSON closed for a model that was cut off, or not at all. Three questions are answered here, one after the other.
 
 **Which call is an entry about?** (`ToolCallAssembler._find`) The first rule that fits decides:
 
@@ -25,6 +25,17 @@ EMPTY; END comes once, with the choice's end, and nothing after it:
     ANONYMOUS   OPEN: what came is      -                       -           JUDGED: MISSING_NAME
                 released
     OPEN        - (a repeat)            -                       -           JUDGED
+
+**May it be run?** (`ToolCallAssembler._judge`) JUDGED means that the first of these applies:
+
+    it has no name                                           failed: MISSING_NAME
+    its name is none of the offered tools'                   failed: UNKNOWN_TOOL
+    the answer was cut, and this is the current call,        failed: TRUNCATED
+    or it has no arguments, or they are not JSON
+    its arguments are not JSON                               failed: MALFORMED_JSON
+    they are, but no object                                  failed: NOT_AN_OBJECT
+    its tool has a check, and they do not pass it            failed: SCHEMA_MISMATCH
+    none of these                                            succeeded; "{}" stands for arguments that never came
 
 A call's id is settled together with its name, so that `ToolCallStarted` says the same as the verdict; an engine's id that
 comes after that still finds the call but does not rename it. Ids are taken over to the letter if they are not empty and
@@ -55,6 +66,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
     from deltawire_server.sansio.chunks import ToolEntry
+
+    Check = Callable[[str], tuple[str, str] | None]
 
 MAX_CALLS = 128
 """Per choice: the most tools that the chat API takes in one request; a model that calls more has lost its way."""
@@ -185,6 +198,8 @@ class ToolCallAssembler:
         choice: The choice's index.
         offered: The names of the tools that the model was given.
         ids: The call ids of the whole answer.
+        checks: By the tool's name, what arguments have to pass besides being a JSON object: given their text, a check returns
+            a JSON Pointer to what is wrong and a sentence, or `None`. What it raises goes through: it is a defect.
         incremental: Whether `receive` tells of calls while they are written; the verdicts are the same either way.
         max_calls: The most calls.
         max_call_bytes: The most bytes of one call's name and arguments, in UTF-8.
@@ -196,6 +211,7 @@ class ToolCallAssembler:
         offered: Collection[str],
         ids: CallIds,
         *,
+        checks: Mapping[str, Check] | None = None,
         incremental: bool = False,
         max_calls: int = MAX_CALLS,
         max_call_bytes: int = MAX_CALL_BYTES,
@@ -203,6 +219,7 @@ class ToolCallAssembler:
         self._choice = choice
         self._offered = offered
         self._ids = ids
+        self._checks = checks or {}
         self._incremental = incremental
         self._max_calls = max_calls
         self._max_call_bytes = max_call_bytes
@@ -340,6 +357,7 @@ class ToolCallAssembler:
         given = bool(raw.strip(" \t\r\n"))
         problem = find_problem(raw) if given else None
         offset = None if problem is None else problem.byte_offset
+        path: str | None = None
         reason: FailureReason
         if not call.name:
             reason, message = FailureReason.MISSING_NAME, "the model never named the tool"
@@ -350,8 +368,14 @@ class ToolCallAssembler:
         elif problem:
             reason, message = problem.reason, problem.message
         else:
-            return ToolCallSucceeded(self._choice, call.index, call.call_id, call.name, raw if given else "{}")
-        return ToolCallFailed(self._choice, call.index, call.call_id, call.name, reason, message, raw, offset)
+            arguments = raw if given else "{}"
+            check = self._checks.get(call.name)
+            mismatch = check(arguments) if check is not None else None
+            if mismatch is None:
+                return ToolCallSucceeded(self._choice, call.index, call.call_id, call.name, arguments)
+            reason = FailureReason.SCHEMA_MISMATCH
+            path, message = mismatch
+        return ToolCallFailed(self._choice, call.index, call.call_id, call.name, reason, message, raw, offset, path)
 
 
 class Problem:

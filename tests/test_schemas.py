@@ -1,0 +1,281 @@
+"""Arguments are held to their schemas, and neither side can make the gateway read, wait or break."""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from deltawire_server import schemas
+from deltawire_server.schemas import (
+    MAX_DEPTH,
+    MAX_MESSAGE,
+    MAX_NUMBER_LENGTH,
+    MAX_PATTERNS,
+    SchemaError,
+    argument_check,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+DRAFT_7 = "http://json-schema.org/draft-07/schema#"
+
+
+def told(schema: object, arguments: object) -> tuple[str, str] | None:
+    """What the check says; text is taken as JSON text."""
+    check = argument_check(schema if isinstance(schema, str) else json.dumps(schema))
+    return check(arguments if isinstance(arguments, str) else json.dumps(arguments))
+
+
+def refused(schema: object) -> str:
+    """Why it is no schema."""
+    with pytest.raises(SchemaError) as caught:
+        argument_check(schema if isinstance(schema, str) else json.dumps(schema))
+    return str(caught.value)
+
+
+def of_a(schema: object) -> dict[str, Any]:
+    """A schema for arguments with one property."""
+    return {"type": "object", "properties": {"a": schema}}
+
+
+MISMATCHES: dict[str, tuple[object, object, str, str]] = {
+    "type": (of_a({"type": "integer"}), {"a": "Oslo"}, "/a", '"Oslo" is not of type "integer"'),
+    "null": (of_a({"type": "integer"}), {"a": None}, "/a", 'null is not of type "integer"'),
+    "true": (of_a({"type": "integer"}), {"a": True}, "/a", 'true is not of type "integer"'),
+    "a fraction": (of_a({"type": "integer"}), {"a": 1.5}, "/a", '1.5 is not of type "integer"'),
+    "an object": (of_a({"type": "integer"}), {"a": {"b": 1}}, "/a", 'this object is not of type "integer"'),
+    "an array": (of_a({"type": "integer"}), {"a": [1]}, "/a", 'this array is not of type "integer"'),
+    "required": ({"required": ["a"]}, {}, "", '"a" is a required property'),
+    "nothing else": (
+        {"properties": {"a": {}}, "additionalProperties": False}, {"a": 1, "b": 2}, "",
+        "Additional properties are not allowed ('b' was unexpected)",
+    ),
+    "nothing at all": ({"additionalProperties": False}, {"b": 2}, "", "2 is not allowed here"),
+    "an enum": (of_a({"enum": ["C", "F"]}), {"a": "K"}, "/a", '"K" is not one of "C" or "F"'),
+    "a pattern": (of_a({"pattern": r"^\d+$"}), {"a": "x"}, "/a", '"x" does not match "^\\d+$"'),
+    "a format": (of_a({"format": "date"}), {"a": "x"}, "/a", '"x" is not a "date"'),
+    "a key": ({"propertyNames": {"maxLength": 1}}, {"ab": 1}, "", '"ab" is longer than 1 character'),
+    "within": (
+        of_a({"items": {"properties": {"x/y~": {"minimum": 1}}}}), {"a": [{}, {"x/y~": 0}]},
+        "/a/1/x~1y~0", "0 is less than the minimum of 1",
+    ),
+    "$ref": (of_a({"$ref": "#/$defs/n"}) | {"$defs": {"n": {"type": "number"}}}, {"a": "x"}, "/a", '"x" is not of type "number"'),
+    "an anchor": (
+        of_a({"$ref": "#n"}) | {"$defs": {"x": {"$anchor": "n", "type": "number"}}}, {"a": "x"},
+        "/a", '"x" is not of type "number"',
+    ),
+    "an id within": (
+        of_a({"$ref": "n"}) | {"$id": "https://example.org/s", "$defs": {"x": {"$id": "n", "type": "number"}}}, {"a": "x"},
+        "/a", '"x" is not of type "number"',
+    ),
+    "a reference into an id within": (
+        of_a({"$ref": "n#/$defs/m"})
+        | {"$id": "https://example.org/s", "$defs": {"x": {"$id": "n", "$defs": {"m": {"type": "number"}}}}},
+        {"a": "x"}, "/a", '"x" is not of type "number"',
+    ),
+    "a reference into a list": (
+        of_a({"$ref": "#/allOf/0"}) | {"allOf": [{"type": ["object", "number"]}]}, {"a": "x"},
+        "/a", '"x" is not of types "number", "object"',
+    ),
+    "draft 7": (
+        of_a({"items": [{"type": "integer"}]}) | {"$schema": DRAFT_7}, {"a": ["x"]}, "/a/0", '"x" is not of type "integer"',
+    ),
+    "a dependency of draft 7": (
+        {"$schema": DRAFT_7, "dependencies": {"a": {"required": ["b"]}}}, {"a": 1}, "", '"b" is a required property',
+    ),
+    "more than a float": (of_a({"maximum": 5}), '{"a": 1e400}', "/a", "1E+400 is greater than the maximum of 5"),
+    "nothing left over": (
+        {"allOf": [of_a({})], "unevaluatedProperties": False}, {"b": 1},
+        "", "Unevaluated properties are not allowed ('b' was unexpected)",
+    ),
+    "not": (of_a({"not": {"type": "string"}}), {"a": "x"}, "/a", '{"type":"string"} is not allowed for "x"'),
+    "by pattern": ({"patternProperties": {"^a": {"type": "integer"}}}, {"ab": "x"}, "/ab", '"x" is not of type "integer"'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("schema", "arguments", "path", "sentence"), MISMATCHES.values(), ids=MISMATCHES.keys())
+def test_a_mismatch(schema: object, arguments: object, path: str, sentence: str) -> None:
+    """Where, as a JSON Pointer, and what was expected, in a sentence that a model can correct itself by."""
+    assert told(schema, arguments) == (path, sentence)
+
+
+FITS: dict[str, tuple[object, object]] = {
+    "nothing asked": ({}, {"a": 1}),
+    "true": (of_a(True), {"a": 1}),
+    "a whole number that is written as a fraction": (of_a({"type": "integer"}), '{"a": 1.0}'),
+    "a number beyond every float": (of_a({"type": "integer"}), '{"a": 1e400}'),
+    "a number of a thousand digits": (of_a({"type": "integer"}), f'{{"a": {"9" * MAX_NUMBER_LENGTH}}}'),
+    "a fraction that is no float": (of_a({"multipleOf": 0.01}), '{"a": 19.99}'),
+    "equal numbers": (of_a({"enum": [1.5, 2]}), '{"a": 2.0}'),
+    "an unknown format": (of_a({"format": "int32"}), {"a": "x"}),
+    "an unknown keyword": (of_a({"nullable": True}), {"a": None}),
+    "an optional part": (of_a({"anyOf": [{"type": "string"}, {"type": "null"}]}), {"a": None}),
+    "as deep as may be": ({}, '{"a":' * (MAX_DEPTH - 1) + "{}" + "}" * (MAX_DEPTH - 1)),
+    "brackets in a text": (of_a({"type": "string"}), {"a": "[{" * 1000 + '\\"'}),
+}
+
+
+@pytest.mark.parametrize(("schema", "arguments"), FITS.values(), ids=FITS.keys())
+def test_what_fits(schema: object, arguments: object) -> None:
+    """Nothing is said of arguments that follow."""
+    assert told(schema, arguments) is None
+
+
+REFUSED: dict[str, tuple[object, str]] = {
+    "no JSON": ("{", "is not JSON: "),
+    "more than JSON": ("{}x", "is not JSON: "),
+    "half a character": ('{"title": "\\ud800"}', "is not JSON: "),
+    "no type": (
+        of_a({"type": "strin"}),
+        "is not a valid schema: \"strin\" is not valid under any of the schemas listed in the 'anyOf' keyword (at /properties/a/",
+    ),
+    "a bad pattern": (of_a({"pattern": "("}), 'is not a valid schema: "(" is no pattern that can be used; look-around'),
+    "a bad pattern of names": ({"patternProperties": {"(": {}}}, 'is not a valid schema: "(" is no pattern'),
+    "look-around": (of_a({"pattern": "^(?=a)"}), 'is not a valid schema: "^(?=a)" is no pattern that can be used; look-around'),
+    "a back-reference": (of_a({"pattern": r"(a)\1"}), "is not a valid schema: "),
+    "a pattern that becomes large": (of_a({"pattern": "(a{1000}){1000}"}), "is not a valid schema: "),
+    "many patterns": ({"anyOf": [{"pattern": "x"}] * (MAX_PATTERNS + 1)}, f"has {MAX_PATTERNS + 1} patterns"),
+    "many patterns of names": (
+        {"patternProperties": {f"a{n}": {} for n in range(MAX_PATTERNS + 1)}}, f"has {MAX_PATTERNS + 1} patterns",
+    ),
+    "a reference to nothing": (of_a({"$ref": "#/$defs/x"}), "is not a valid schema: Pointer '/$defs/x' does not exist: only"),
+    "a reference through a text": (of_a({"$ref": "#/type/0"}), "is not a valid schema: "),
+    "an anchor that is none": (of_a({"$ref": "#x"}), "is not a valid schema: "),
+    "an unknown draft": ({"$schema": "https://example.org/draft"}, "is not a valid schema: Unknown meta-schema"),
+    "a draft that is no text": ({"$schema": 5}, 'is not a valid schema: 5 is not of type "string" (at /$schema)'),
+    "itself": ({"$ref": "#"}, "refers to itself without end"),
+    "each other": (
+        {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"anyOf": [{"$ref": "#/$defs/a"}]}}, "$ref": "#/$defs/a"},
+        "refers to itself without end",
+    ),
+    "too large": ('{"title": "' + "é" * (schemas.MAX_SCHEMA_BYTES // 2) + '"}', f"is larger than {schemas.MAX_SCHEMA_BYTES} bytes"),
+    "far too large": (" " * schemas.MAX_SCHEMA_BYTES + "{}", f"is larger than {schemas.MAX_SCHEMA_BYTES} bytes"),
+    "too deep": ('{"not":' * 10_000 + "{}" + "}" * 10_000, f"is nested more than {MAX_DEPTH} levels deep"),
+    "too deep and no JSON": ("[" * 10_000, f"is nested more than {MAX_DEPTH} levels deep"),
+    "a long chain": (
+        {"$ref": "#/$defs/0", "$defs": {"3000": {}} | {str(n): {"$ref": f"#/$defs/{n + 1}"} for n in range(3000)}},
+        "refers from part to part too often",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("schema", "complaint"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_is_no_schema(schema: object, complaint: str) -> None:
+    """A plain error says what is wrong, and where if that is known; it goes on after the name of a field."""
+    sentence = refused(schema)
+    assert sentence.startswith(complaint)
+    assert len(sentence) < 2 * MAX_MESSAGE
+
+
+@pytest.mark.parametrize("keyword", ["$ref", "$dynamicRef"])
+def test_nothing_outside_is_read(keyword: str, tmp_path: Path) -> None:
+    """Neither an address nor a file is opened, however it is named, though both are there and would do."""
+    (tmp_path / "schema.json").write_text("{}", encoding="utf-8")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        references = [
+            f"http://{address}/schema.json", f"https://{address}/schema.json", f"//{address}/schema.json",
+            f"file://{tmp_path}/schema.json", f"{tmp_path}/schema.json", "schema.json", "../schema.json#/a", "urn:x:y",
+        ]  # fmt: skip
+        for base in ({}, {"$id": f"file://{tmp_path}/"}, {"$id": f"http://{address}/"}):
+            for reference in references:
+                assert "only references to what is within" in refused(of_a({keyword: reference}) | base)
+        assert "Unknown meta-schema" in refused({"$schema": f"http://{address}/schema.json"})
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+
+
+@pytest.mark.parametrize("pattern", ["^(a+)+$", "(a|aa)+$", "(.*.*)*=x", r"^(\w+\s?)*$"])
+def test_a_hostile_pattern_ends(pattern: str) -> None:
+    """Patterns that take other engines longer than the universe has been there answer for a text of 200 000 characters."""
+    assert told(of_a({"pattern": pattern}), {"a": "a" * 200_000 + "!\n"}) is not None
+
+
+UNUSABLE: dict[str, tuple[str, str]] = {
+    "a key twice": ('{"a": [{"b": 1, "c": 2, "b": 1}]}', 'the key "b" comes twice in one object'),
+    "a number without end": ('{"a": ' + "1" * 1001 + "}", "a number has more than 1000 digits"),
+    "a fraction without end": ('{"a": 0.' + "1" * 1001 + "}", "a number has more than 1000 digits"),
+    "an exponent beyond all": ('{"a": 1e99999999999999999999}', "the number 1e99999999999999999999 is out of every range"),
+    "too deep": ('{"a":' * 10_000 + "{}" + "}" * 10_000, "the arguments are nested more than 100 levels deep"),
+    "half a character": ('{"a": "\\ud800"}', "the arguments have half of a surrogate pair, which is no character"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), UNUSABLE.values(), ids=UNUSABLE.keys())
+def test_arguments_that_cannot_be_checked_do_not_pass(arguments: str, sentence: str) -> None:
+    """What parsers read differently, or not at all, is not called valid."""
+    assert told(of_a({"enum": [1]}), arguments) == ("", sentence)
+
+
+def doubling(levels: int) -> dict[str, Any]:
+    """A schema each of whose parts tries the next one twice."""
+    parts: dict[str, Any] = {str(n): {"allOf": [{"$ref": f"#/$defs/{n + 1}"}] * 2} for n in range(levels)}
+    return {"$defs": parts | {str(levels): {}}, "$ref": "#/$defs/0"}
+
+
+def left_over(levels: int) -> dict[str, Any]:
+    """A schema that asks at each level what the level within has left over."""
+    schema: dict[str, Any] = {}
+    for _ in range(levels):
+        schema = {"allOf": [schema], "unevaluatedProperties": False}
+    return schema
+
+
+@pytest.mark.parametrize("schema", [doubling(60), left_over(30), of_a(doubling(60) | {"$id": "d"})])
+def test_what_would_take_for_ever_is_refused(schema: dict[str, Any]) -> None:
+    """A small schema can stand for more work than there is time; that is counted, and not tried."""
+    assert refused(schema).startswith("is too much work to check")
+
+
+def test_work_that_is_bounded_is_done() -> None:
+    """The same shapes, small, are checked."""
+    assert told(doubling(10), {"a": 1}) is None
+    assert told(left_over(3), {}) is None
+
+
+def test_a_tree_may_be_deep() -> None:
+    """Each of its parts is tried on one place of the value only, so that nothing multiplies."""
+    node = of_a({"type": "integer"})
+    node["properties"] |= {side: {"$ref": "#"} for side in ("left", "right")}
+    value: dict[str, Any] = {"a": "x"}
+    for _ in range(20):
+        value = {"left": value, "right": {"a": 1}, "list": []}
+    assert told(node, value) == ("/left" * 20 + "/a", '"x" is not of type "integer"')
+
+
+def test_a_choice_of_trees_may_be_only_so_deep() -> None:
+    """Where each level tries five ways down, deep arguments would take for ever, and are told so."""
+    operation = {"properties": {side: {"$ref": "#/$defs/term"} for side in ("left", "right")}}
+    schema = {"$defs": {"term": {"anyOf": [operation] * 5}}, **of_a({"$ref": "#/$defs/term"})}
+    value: dict[str, Any] = {}
+    for _ in range(30):
+        value = {"left": value}
+    assert told(schema, {"a": {"left": {"right": {}}}}) is None
+    assert told(schema, {"a": value}) == ("", "the arguments are too much work to check against the tool's schema")
+
+
+def test_long_values_are_shortened() -> None:
+    """A sentence stays a sentence, whatever is wrong and however long it is."""
+    long = "é" * 30_000
+    path, sentence = told(of_a({"type": "integer"}), {"a": long}) or ("", "")
+    assert (path, sentence) == ("/a", f'"{"é" * 59}…" is not of type "integer"')
+    for schema, arguments in [
+        ({"additionalProperties": False, "properties": {"a": {}}}, {long: 1}),
+        (of_a({"enum": [long]}), {"a": 1}),
+        (of_a({"maximum": 1}), f'{{"a": {"9" * 1000}}}'),
+    ]:
+        _, sentence = told(schema, arguments) or ("", "")
+        assert 0 < len(sentence) <= MAX_MESSAGE
+    assert len(refused(of_a({"type": long}))) < 2 * MAX_MESSAGE
+
+
+def test_checks_are_kept() -> None:
+    """The same text gives the same check without compiling it again; only so many are kept."""
+    text = json.dumps(of_a({"type": "integer", "title": "kept"}))
+    assert argument_check(text) is argument_check(text)
+    assert schemas._compiled.cache_info().maxsize == 64
