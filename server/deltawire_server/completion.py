@@ -123,6 +123,7 @@ class Completion:
         self._asked: float | None = None
         self._ended: float | None = None
         self._gaps = _Gaps()
+        self._silence = 0.0  # how long the provider may be silent now
         self._limit_passed: float | None = None
         self._clock: asyncio.Timeout | None = None  # while the provider's answer is read
         self._end_by = float("inf")  # on the loop's clock
@@ -253,55 +254,60 @@ class Completion:
             self._end_as = StopReason.TIME_LIMIT
 
     async def _receive_all(self) -> None:
+        """Ask, and read to the end, within the times that are given."""
         loop = asyncio.get_running_loop()
-        patience = self.resolution.provider.patience
         self._start_clock()
-        silence = patience.first_event
         if self._end_by <= loop.time():  # ended before it began: nobody need be asked
-            self._pass_on(self._give_up(silence, overdue=True))
+            self._pass_on(self._give_up(overdue=True))
             return
-        clock = self._clock = asyncio.timeout_at(min(self._end_by, loop.time() + silence))
+        clock = self._clock = asyncio.timeout_at(self._end_by)
         try:
             async with clock:
-                model = self.resolution.model.provider_model_id
-                self._asked = time.monotonic()
-                async with self.resolution.provider.stream_chat(self._request, model, self._call) as answering:
-                    self._notices = answering.notices
-                    self.attempts = answering.replicas_tried
-                    async for data in answering.body:
-                        if self._reader.ended:
-                            continue
-                        count = self._reader.event_count
-                        self._pass_on(self._reader.receive(data))
-                        if self._reader.event_count > count:
-                            self._gaps.receive(self._reader.event_count - count, time.monotonic())
-                        if self._reader.ended:
-                            if self.failure is not None:
-                                return
-                            self._handover.close()
-                            clock.reschedule(loop.time() + TAIL_SECONDS)
-                            continue
-                        if self._reader.event_count == count and not self._handover.full:
-                            continue  # only comments: the clock goes on
-                        silence = patience.silence
-                        if self._handover.full:
-                            clock.reschedule(self._end_by)  # while we do not read, the provider is not silent
-                            await self._wait_for_room()
-                        clock.reschedule(min(self._end_by, loop.time() + silence))
-                    self._pass_on(self._reader.finish())
+                await self._ask(clock)
         except TimeoutError:
             if not self._reader.ended:
-                self._pass_on(self._give_up(silence, overdue=clock.when() == self._end_by))
+                self._pass_on(self._give_up(overdue=clock.when() == self._end_by))
         finally:
             self._clock = None
 
-    def _give_up(self, silence: float, *, overdue: bool) -> list[Event]:
+    async def _ask(self, clock: asyncio.Timeout) -> None:
+        loop = asyncio.get_running_loop()
+        patience = self.resolution.provider.patience
+        model = self.resolution.model.provider_model_id
+        self._silence = patience.first_event
+        self._asked = time.monotonic()
+        clock.reschedule(min(self._end_by, loop.time() + self._silence))
+        async with self.resolution.provider.stream_chat(self._request, model, self._call) as answering:
+            self._notices = answering.notices
+            self.attempts = answering.replicas_tried
+            async for data in answering.body:
+                if self._reader.ended:
+                    continue
+                count = self._reader.event_count
+                self._pass_on(self._reader.receive(data))
+                if self._reader.event_count > count:
+                    self._gaps.receive(self._reader.event_count - count, time.monotonic())
+                if self._reader.ended:
+                    if self.failure is not None:
+                        return
+                    self._handover.close()
+                    clock.reschedule(loop.time() + TAIL_SECONDS)
+                    continue
+                if self._reader.event_count == count and not self._handover.full:
+                    continue  # only comments: the clock goes on
+                self._silence = patience.silence
+                if self._handover.full:
+                    clock.reschedule(self._end_by)  # while we do not read, the provider is not silent
+                    await self._wait_for_room()
+                clock.reschedule(min(self._end_by, loop.time() + self._silence))
+            self._pass_on(self._reader.finish())
+
+    def _give_up(self, *, overdue: bool) -> list[Event]:
         """What is left to tell when the clock has run out: the provider's for its silence, or the completion's own."""
         if not overdue:
-            self._limit_passed = silence
-            return self._reader.finish(
-                Fault(Reason.UPSTREAM_TIMEOUT, f"the provider sent no event for {silence:g} seconds")
-            )
+            self._limit_passed = self._silence
+            message = f"the provider sent no event for {self._silence:g} seconds"
+            return self._reader.finish(Fault(Reason.UPSTREAM_TIMEOUT, message))
         if isinstance(self._end_as, StopReason):
             return self._reader.stop(self._end_as)
         if self._end_as is not None:

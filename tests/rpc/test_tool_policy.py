@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import grpc
 import pytest
 
@@ -11,19 +9,12 @@ from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import tool_pb2
 from deltawire_server.errors import GatewayError, Reason
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
-from deltawire_server.registry.registry import ModelRegistry
-from deltawire_server.registry.store import Store
 from deltawire_server.rpc.convert import ResponseWriter
-from deltawire_server.sansio.events import Event, ToolCallSucceeded
-from deltawire_server.upstream.base import CallContext
-from deltawire_server.upstream.providers import Providers
-from deltawire_server.upstream.request import ChatMessage, ChatRequest, Role, ToolSpec
-from deltawire_server.upstream.vllm import VllmProvider
-from deltawire_server.worker import Worker
+from deltawire_server.sansio.events import StreamEvent, ToolCallSucceeded
+from deltawire_server.upstream.request import ToolSpec
 from tests.support.gateway import Running, ask, failure_of, read_well, tool
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+from tests.support.workers import CALLER, MakeWorker
+from tests.support.workers import ask as asked
 
 CHUNKS = Chunks()
 CALLING = [CHUNKS.role(), CHUNKS.call("get_weather"), CHUNKS.arguments('{"city": '), CHUNKS.arguments("7}")]
@@ -74,28 +65,16 @@ async def test_without_the_check_a_schema_is_the_engines_matter(served: Running,
     assert events[-1].completed.choices[0].tool_calls_executable
 
 
-@pytest.fixture
-async def worker(vllm: FakeVllm) -> AsyncIterator[Worker]:
-    """A worker before the look-alike."""
-    providers = Providers([VllmProvider("vllm", vllm.base_url, tls=False)])
-    registry = ModelRegistry(Store("sqlite://"), providers)
-    await registry.open()
-    yield Worker(registry, providers)
-    await registry.close()
-    await providers.close()
-
-
 WEATHER = ToolSpec("get_weather")
-ASKED = (ChatMessage(Role.USER, ("hi",)),)
 
 
-async def test_incremental_calls_are_told_piece_by_piece(worker: Worker, vllm: FakeVllm) -> None:
+async def test_incremental_calls_are_told_piece_by_piece(make_worker: MakeWorker, vllm: FakeVllm) -> None:
     """STARTED with id and name, then the pieces as the model writes them, then the verdict that they add up to."""
     play(vllm)
-    request = ChatRequest("fake", ASKED, tools=(WEATHER,), incremental_tool_calls=True)
-    async with worker.completion(request, CallContext("r")) as completion:
+    request = asked(tools=(WEATHER,), incremental_tool_calls=True)
+    async with make_worker() as worker, worker.completion(request, CALLER) as completion:
         writer = ResponseWriter(completion, 2**20)
-        events: list[Event] = [event async for batch in completion.batches() for event in batch]
+        events: list[StreamEvent] = [event async for batch in completion.batches() for event in batch]
     messages = [writer.message(number, event) for number, event in enumerate(events)]
     deltas = [message.tool_call_delta for message in messages if message.HasField("tool_call_delta")]
     statuses = [delta.parse_status for delta in deltas]
@@ -108,16 +87,16 @@ async def test_incremental_calls_are_told_piece_by_piece(worker: Worker, vllm: F
     assert {(delta.index, delta.call_id) for delta in deltas} == {(0, deltas[0].call_id)}
 
 
-async def test_a_defective_check_is_told_as_our_own_fault(worker: Worker, vllm: FakeVllm) -> None:
+async def test_a_defective_check_is_told_as_our_own_fault(make_worker: MakeWorker, vllm: FakeVllm) -> None:
     """A check that raises ends the call with INTERNAL: no verdict, and no end that looks like one."""
 
     def broken(arguments: str) -> tuple[str, str] | None:
         raise ZeroDivisionError(arguments)
 
     play(vllm)
-    request = ChatRequest("fake", ASKED, tools=(WEATHER,), argument_checks={"get_weather": broken})
-    events: list[Event] = []
-    async with worker.completion(request, CallContext("r")) as completion:
+    request = asked(tools=(WEATHER,), argument_checks={"get_weather": broken})
+    events: list[StreamEvent] = []
+    async with make_worker() as worker, worker.completion(request, CALLER) as completion:
         with pytest.raises(GatewayError) as caught:
             events += [event async for batch in completion.batches() for event in batch]
     assert caught.value.reason is Reason.INTERNAL

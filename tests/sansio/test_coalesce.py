@@ -13,14 +13,15 @@ from deltawire_server.sansio.events import (
     Alternative,
     ChoiceFinished,
     Completed,
-    Event,
     FailureReason,
     FinishedChoice,
+    Heartbeat,
     Provenance,
     ReasoningDelta,
     Refused,
     Started,
     StopReason,
+    StreamEvent,
     TextDelta,
     TokenLogprob,
     ToolCallArguments,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 TOKEN = TokenLogprob("a", -1.0, b"a", (Alternative("b", -2.0, b"b"), Alternative("c", -3.0, b"c")))
 
 
-def _joined(*events: Event) -> list[Event]:
+def _joined(*events: StreamEvent) -> list[StreamEvent]:
     coalescer = Coalescer()
     coalescer.receive(events)
     return coalescer.take()
@@ -71,13 +72,13 @@ def test_what_waited_in_several_reads_is_joined_too() -> None:
 
 def test_never_across_a_kind() -> None:
     """Text, reasoning, text stays three."""
-    events: list[Event] = [TextDelta(0, "a"), ReasoningDelta(0, "b"), TextDelta(0, "c")]
+    events: list[StreamEvent] = [TextDelta(0, "a"), ReasoningDelta(0, "b"), TextDelta(0, "c")]
     assert _joined(*events) == events
 
 
 def test_never_across_a_choice() -> None:
     """Texts of two choices in turn stay as they are."""
-    events: list[Event] = [
+    events: list[StreamEvent] = [
         TextDelta(0, "a"),
         TextDelta(1, "b"),
         TextDelta(0, "c"),
@@ -89,7 +90,7 @@ def test_never_across_a_choice() -> None:
 
 def test_never_across_a_call() -> None:
     """Pieces of two calls, or of calls of the same index in two choices, stay apart."""
-    events: list[Event] = [
+    events: list[StreamEvent] = [
         ToolCallArguments(0, 0, "a", "1"),
         ToolCallArguments(0, 1, "b", "2"),
         ToolCallArguments(0, 0, "a", "3"),
@@ -103,9 +104,9 @@ def test_never_across_another_event() -> None:
     verdict = ToolCallSucceeded(0, 0, "a", "f", "{}")
     failed = ToolCallFailed(0, 1, "b", "f", FailureReason.TRUNCATED, "m", "{")
     finished = ChoiceFinished(0, StopReason.END_OF_MESSAGE, "stop")
-    others: list[Event] = [Started("u", "m"), ToolCallStarted(0, 0, "a", "f"), verdict, failed, finished]
+    others: list[StreamEvent] = [Started("u", "m"), ToolCallStarted(0, 0, "a", "f"), verdict, failed, finished]
     for other in others:
-        events: list[Event] = [TextDelta(0, "a"), other, other, TextDelta(0, "b")]
+        events: list[StreamEvent] = [TextDelta(0, "a"), other, other, TextDelta(0, "b")]
         assert _joined(*events) == events
 
 
@@ -135,17 +136,26 @@ def test_the_weight_grows_with_what_waits() -> None:
     """Each event weighs something, and each text, fragment, argument and log-probability more the larger it is."""
     usage = Usage(1, Provenance.EXACT)
     whole = FinishedChoice(0, "x" * 20, "y" * 10, (), (), StopReason.END_OF_TURN, "stop", False)
-    weights: list[tuple[Event, int]] = [
+    succeeded, failed = (
+        ToolCallSucceeded(0, 0, "a", "f", "x" * 13),
+        ToolCallFailed(0, 0, "a", "f", FailureReason.TRUNCATED, "m", "x" * 14),
+    )
+    with_calls = FinishedChoice(
+        0, "x" * 5, "", (succeeded,), (failed,), StopReason.END_OF_MESSAGE, "stop", False, None, (TOKEN,)
+    )
+    weights: list[tuple[StreamEvent, int]] = [
         (Started("u", "m"), 0),
         (TextDelta(0, "x" * 10), 10),
         (ReasoningDelta(0, "x" * 11), 11),
         (TextDelta(0, "x", (TOKEN, TOKEN)), 1 + 2 * 3 * EVENT_BYTES),
         (ToolCallStarted(0, 0, "a", "f"), 0),
         (ToolCallArguments(0, 0, "a", "x" * 12), 12),
-        (ToolCallSucceeded(0, 0, "a", "f", "x" * 13), 13),
-        (ToolCallFailed(0, 0, "a", "f", FailureReason.TRUNCATED, "m", "x" * 14), 14),
+        (succeeded, 13),
+        (failed, 14),
         (ChoiceFinished(0, StopReason.END_OF_TURN, "stop"), 0),
-        (Completed(usage, (whole, whole)), 60),
+        (Completed(usage, (whole, whole)), 2 * (EVENT_BYTES + 30)),
+        (Completed(usage, (with_calls,)), EVENT_BYTES + 5 + EVENT_BYTES + 13 + EVENT_BYTES + 14 + 3 * EVENT_BYTES),
+        (Heartbeat(), 0),
     ]
     coalescer = Coalescer()
     expected = 0
@@ -163,7 +173,7 @@ def test_the_weight_grows_with_what_waits() -> None:
 
 _TOKENS = st.lists(st.sampled_from([TOKEN, TokenLogprob("d", -4.0)]), max_size=2).map(tuple)
 _CHOICES = st.integers(0, 1)
-_EVENTS: st.SearchStrategy[Event] = st.one_of(
+_EVENTS: st.SearchStrategy[StreamEvent] = st.one_of(
     st.builds(TextDelta, _CHOICES, st.text("ab", max_size=2), _TOKENS),
     st.builds(ReasoningDelta, _CHOICES, st.text("ab", max_size=2), _TOKENS),
     st.builds(ToolCallArguments, _CHOICES, _CHOICES, st.just("c"), st.text("{}", max_size=2)),
@@ -172,7 +182,7 @@ _EVENTS: st.SearchStrategy[Event] = st.one_of(
 )
 
 
-def _letters(events: Iterable[Event]) -> list[object]:
+def _letters(events: Iterable[StreamEvent]) -> list[object]:
     """Every character, token and other event, one by one and in order: what joining must not change."""
     letters: list[object] = []
     for event in events:
@@ -185,7 +195,7 @@ def _letters(events: Iterable[Event]) -> list[object]:
     return letters
 
 
-def _tokens(events: Iterable[Event]) -> list[tuple[type, int, TokenLogprob]]:
+def _tokens(events: Iterable[StreamEvent]) -> list[tuple[type, int, TokenLogprob]]:
     return [
         (type(event), event.choice, token)
         for event in events
@@ -194,7 +204,7 @@ def _tokens(events: Iterable[Event]) -> list[tuple[type, int, TokenLogprob]]:
     ]
 
 
-def _kind(event: Event) -> object:
+def _kind(event: StreamEvent) -> object:
     """What two neighbours must share to be joined; `None` if the event is never joined."""
     if isinstance(event, TextDelta | ReasoningDelta):
         return type(event), event.choice
@@ -205,10 +215,10 @@ def _kind(event: Event) -> object:
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(_EVENTS, max_size=12), st.sets(st.integers(0, 12)))
-def test_folding_the_joined_gives_the_same(events: list[Event], takes: set[int]) -> None:
+def test_folding_the_joined_gives_the_same(events: list[StreamEvent], takes: set[int]) -> None:
     """Whenever it is taken, the letters, the tokens and the other events are the same in order, and no neighbours are left."""
     coalescer = Coalescer()
-    taken: list[Event] = []
+    taken: list[StreamEvent] = []
     for position, event in enumerate(events):
         coalescer.receive([event])
         if position in takes:

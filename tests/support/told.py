@@ -9,18 +9,18 @@ from deltawire_server.sansio.events import ToolCallArguments, ToolCallFailed, To
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from deltawire_server.sansio.events import Event
+    from deltawire_server.sansio.events import StreamEvent
 
 _ABOUT_A_CALL = (ToolCallStarted, ToolCallArguments, ToolCallSucceeded, ToolCallFailed)
 
 
-def pieces_told(events: Sequence[Event], *, incremental: bool) -> int:
+def pieces_told(events: Sequence[StreamEvent], *, incremental: bool) -> int:
     """Hold the events of an answer that has ended to it, and say how many calls there were.
 
     Each call is told in this order: once STARTED, if it has a name; its pieces, none of them empty; one verdict. All of them
     agree on id and name, and the pieces add up to the raw text that the verdict is about.
     """
-    by_call: dict[tuple[int, int], list[Event]] = {}
+    by_call: dict[tuple[int, int], list[StreamEvent]] = {}
     for event in events:
         if isinstance(event, _ABOUT_A_CALL):
             by_call.setdefault((event.choice, event.index), []).append(event)

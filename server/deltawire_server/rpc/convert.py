@@ -108,7 +108,7 @@ class ResponseWriter:
                 if response.ByteSize() > self._max_completed_bytes:
                     _omit_messages(response.completed)
             case UsageUpdate():
-                response.usage_update.usage.CopyFrom(_usage(event.usage))
+                response.usage_update.usage.CopyFrom(usage(event.usage))
             case Notice():
                 response.notice.kind = chat_pb.NoticeKind.ValueType(event.kind.value)
                 response.notice.message = event.message
