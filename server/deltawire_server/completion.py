@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from deltawire_server.registry.registry import Resolution
     from deltawire_server.stream_options import StreamOptions
     from deltawire_server.upstream.base import CallContext
+    from deltawire_server.upstream.images.load import Images
     from deltawire_server.upstream.request import ChatRequest
 
 _OURS = frozenset({Reason.DURATION_LIMIT_EXCEEDED, Reason.DRAINING})
@@ -78,6 +79,7 @@ class Completion:
         call: The caller's metadata.
         resolution: Which model and provider, and the alias that was used.
         options: How the answer is told.
+        images: Puts images in the place of their addresses.
         limits: What it may take.
         accepted: When the call was accepted, on the monotonic clock.
         keep_logprobs: Whether the last event repeats the log-probabilities.
@@ -97,6 +99,7 @@ class Completion:
         call: CallContext,
         resolution: Resolution,
         options: StreamOptions,
+        images: Images,
         limits: CompletionLimits,
         accepted: float,
         *,
@@ -117,6 +120,7 @@ class Completion:
         self.gave_up_on_caller = False
         self._call = call
         self._options = options
+        self._images = images
         self._limits = limits
         self._accepted = accepted
         self._begun = False
@@ -274,10 +278,11 @@ class Completion:
         loop = asyncio.get_running_loop()
         patience = self.resolution.provider.patience
         model = self.resolution.model.provider_model_id
+        request = await self._images.load(self._request)
         self._silence = patience.first_event
         self._asked = time.monotonic()
         clock.reschedule(min(self._end_by, loop.time() + self._silence))
-        async with self.resolution.provider.stream_chat(self._request, model, self._call) as answering:
+        async with self.resolution.provider.stream_chat(request, model, self._call) as answering:
             self._notices = answering.notices
             self.attempts = answering.replicas_tried
             async for data in answering.body:

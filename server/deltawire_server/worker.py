@@ -25,6 +25,7 @@ from deltawire_server.registry.registry import require_type
 from deltawire_server.sansio.events import Fault
 from deltawire_server.stream_options import StreamOptions
 from deltawire_server.telemetry import get_logger
+from deltawire_server.upstream.images.load import Images
 from deltawire_server.upstream.refusals import RETRY_SECONDS
 
 if TYPE_CHECKING:
@@ -84,12 +85,20 @@ class Worker:
         registry: Says who serves a model.
         providers: Those of the registry; each is held while a completion needs it.
         limits: What completions may take.
+        images: Puts images in the place of their addresses; by default it refuses them.
     """
 
-    def __init__(self, registry: ModelRegistry, providers: Providers, limits: WorkerLimits | None = None) -> None:
+    def __init__(
+        self,
+        registry: ModelRegistry,
+        providers: Providers,
+        limits: WorkerLimits | None = None,
+        images: Images | None = None,
+    ) -> None:
         self._registry = registry
         self._providers = providers
         self._limits = limits or WorkerLimits()
+        self._images = images or Images()
         self._active = 0
         self._under_way: set[Completion] = set()
         self._records = Records()
@@ -185,6 +194,7 @@ class Worker:
                     caller.call,
                     resolution,
                     options or StreamOptions(),
+                    self._images,
                     self._limits.completion,
                     accepted,
                     keep_logprobs=keep_logprobs,
