@@ -8,6 +8,7 @@ from pydantic import SecretStr, ValidationError
 from pydantic_core import PydanticUndefined
 
 from deltawire_server.settings import (
+    ImageSettings,
     ProviderSettings,
     RegistrySettings,
     ServerSettings,
@@ -21,7 +22,7 @@ from tests.settings.conftest import URL
 FIELDS = [(section, key) for section, model in SECTIONS.items() for key in model.model_fields]
 
 
-def refusal(model: type[ServerSettings | ProviderSettings | RegistrySettings], **values: object) -> str:
+def refusal(model: type[ServerSettings | ProviderSettings | RegistrySettings | ImageSettings], **values: object) -> str:
     """The message of the single error that these values give."""
     with pytest.raises(ValidationError) as caught:
         model.model_validate(values)
@@ -409,3 +410,53 @@ def test_max_tokens_is_a_count(value: object) -> None:
 def test_times_are_finite_and_below_a_week(value: object) -> None:
     """A longer one was meant as milliseconds."""
     refusal(ProviderSettings, base_url=URL, silence_timeout=value)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("images.example.com", ("images.example.com",)),
+        ("Images.EXAMPLE.com.", ("images.example.com",)),
+        ("*.example.com, b.example:8443", ("*.example.com", "b.example:8443")),
+        (["*"], ("*",)),
+        ("*:0443", ("*:443",)),
+        ("8.8.8.8", ("8.8.8.8",)),
+        ("[2600:0::1]:8443", ("[2600::1]:8443",)),
+        ("xn--bcher-kva.example", ("xn--bcher-kva.example",)),
+    ],
+)
+def test_hosts_of_images(given: object, kept: tuple[str, ...]) -> None:
+    """In the form in which addresses are compared with them."""
+    assert ImageSettings.model_validate({"urls": "fetch", "allowed_hosts": given}).allowed_hosts == kept
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("https://images.example.com", "is no host: write images.example.com"),
+        ("images.example.com/a", "is no host"),
+        ("user@images.example.com", "is no host"),
+        ("images.*.com", "is no host"),
+        ("*example.com", "is no host"),
+        ("", "is no host"),
+        ("2600::1", "is no host"),
+        ("bücher.example", "must be written as the DNS has it: xn--…"),
+        ("images.example.com:0", "has no port from 1 to 65535"),
+        ("images.example.com:65536", "has no port from 1 to 65535"),
+        ("127.1", "is no address"),
+        ("[::1::]", "is no address"),
+        ((), "is empty, so nothing could be fetched: list hosts, or write * for any"),
+    ],
+)
+def test_hosts_of_images_that_are_none(given: object, message: str) -> None:
+    """Each says what to write instead; none at all is an error where images are to be fetched."""
+    assert message in refusal(ImageSettings, urls="fetch", allowed_hosts=given)
+
+
+def test_images_by_default() -> None:
+    """Nothing is fetched, and nothing needs to be said."""
+    images = ImageSettings()
+    assert (images.urls, images.allowed_hosts, images.schemes) == ("refuse", (), ("https",))
+    assert ImageSettings.model_validate({"urls": " PASS ", "schemes": "HTTPS, http"}).schemes == ("https", "http")
+    assert "input" not in refusal(ImageSettings, schemes=[])
+    assert "https" in refusal(ImageSettings, schemes=["ftp"])

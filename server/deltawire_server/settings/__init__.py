@@ -8,6 +8,7 @@ have it then.
 from deltawire_server.settings.cli import Invocation, effective, example, parse
 from deltawire_server.settings.model import (
     AccessSettings,
+    ImageSettings,
     LogSettings,
     ProviderSettings,
     RegistrySettings,
@@ -21,6 +22,7 @@ from deltawire_server.settings.values import is_local, without_password
 
 __all__ = [
     "AccessSettings",
+    "ImageSettings",
     "Invocation",
     "LogSettings",
     "ProviderSettings",

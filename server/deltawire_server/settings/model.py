@@ -350,6 +350,92 @@ class RetentionSettings(Section):
     )
 
 
+class ImageSettings(Section):
+    """Images in requests, and who fetches those that are given by address.
+
+    A gateway that fetches for its callers reaches what they cannot, so by default it fetches nothing, and from inside (private
+    addresses, this machine, a cloud's metadata) it never does, whatever is allowed here.
+    """
+
+    urls: Annotated[Literal["refuse", "fetch", "pass"], BeforeValidator(values.lower)] = Field(
+        default="refuse",
+        description=(
+            "What becomes of an image's address. The default, refuse, fails the call. With fetch the gateway fetches the "
+            "image from allowed_hosts. With pass the engine fetches it from wherever it likes, inside too: only for a vLLM "
+            "that is started with --allowed-media-domains."
+        ),
+    )
+    allowed_hosts: Annotated[
+        tuple[Annotated[str, AfterValidator(values.image_host)], ...], BeforeValidator(values.listed)
+    ] = Field(
+        default=(),
+        title="a host or a list of hosts",
+        examples=["images.example.com"],
+        description=(
+            "Hosts that images may be fetched from: names, *.example.com for all below one, addresses, or * for any on the "
+            "public internet; with :port for another than the scheme's own. One, or a list (with commas in the environment). "
+            "Empty allows none, so fetch needs some."
+        ),
+    )
+    schemes: Annotated[
+        tuple[Annotated[Literal["https", "http"], BeforeValidator(values.lower)], ...],
+        BeforeValidator(values.listed),
+        Field(min_length=1),
+    ] = Field(
+        default=("https",),
+        title="https, http or a list of both",
+        description=(
+            "How images may be fetched. The default is https alone: what comes by http may be from anybody on the way."
+        ),
+    )
+    max_images: Whole = Field(
+        default=16,
+        ge=1,
+        le=1024,
+        description=(
+            "Images in one request; more are refused. The default is beyond what vision models are shown at once; vLLM's own "
+            "limit is --limit-mm-per-prompt."
+        ),
+    )
+    max_image_bytes: Bytes = Field(
+        default=16 * MIB,
+        description=(
+            "Bytes of one image, sent or fetched; a larger one is refused. The default holds any photograph; models shrink "
+            "them to far less."
+        ),
+    )
+    max_fetched_bytes: Bytes = Field(
+        default=32 * MIB,
+        description=(
+            "Bytes of all images that are fetched for one request. The default is that of max_receive_bytes: by addresses a "
+            "request brings in no more than it could hold itself."
+        ),
+    )
+    timeout: Seconds = Field(
+        default=10.0,
+        description=(
+            "Seconds to fetch one image, from looking up its host to its last byte, redirects included. The default is ample "
+            "for a file server, and the caller's prompt waits."
+        ),
+    )
+    max_redirects: Whole = Field(
+        default=3,
+        ge=0,
+        le=10,
+        description="Redirects of one image; each is judged as its address was. The default is what image hosts need.",
+    )
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _fetching_needs_hosts(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if info.data.get("urls") == "fetch" and not value:
+            raise values.DependencyError(
+                "is empty, so nothing could be fetched: list hosts, or write * for any on the public internet",
+                because="urls",
+            )
+        return value
+
+
 class ProviderSettings(Section):
     """A vLLM server, or several alike. Its id is the last part of the table's name: a-z, digits, `-`, `_` and `.`."""
 
@@ -493,6 +579,7 @@ class Settings(Section):
     access: AccessSettings = Field(default_factory=AccessSettings, description="Who may call.")
     stream: StreamSettings = Field(default_factory=StreamSettings, description="Each completion.")
     retention: RetentionSettings = Field(default_factory=RetentionSettings, description="Streams that can be resumed.")
+    images: ImageSettings = Field(default_factory=ImageSettings, description="Images in requests.")
     providers: Mapping[ProviderId, ProviderSettings] = Field(
         default_factory=dict, description="Who generates, by the operator's name for each; at least one."
     )
@@ -526,6 +613,7 @@ SECTIONS: Mapping[str, type[Section]] = MappingProxyType(
         "access": AccessSettings,
         "stream": StreamSettings,
         "retention": RetentionSettings,
+        "images": ImageSettings,
         "providers": ProviderSettings,
         "registry": RegistrySettings,
         "log": LogSettings,

@@ -27,6 +27,8 @@ MASK = "***"
 
 _ADDRESS_FORMS = "write host:port, [IPv6 address]:port or unix:/path"
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9.])?")
+_IMAGE_HOST = re.compile(r"(\*\.)?(\*|\[[0-9a-f:.]+\]|[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_.])?)(?::([0-9]{1,5}))?")
+_IMAGE_HOST_FORMS = "write images.example.com, *.example.com for all below it, or * for any, each with :port if need be"
 _PASSWORD = re.compile(r"(://[^:/@\s]*:)[^@\s]*@")
 _HIGHEST_PORT = 65535
 _PORTS = {"http": 80, "https": 443}
@@ -212,6 +214,33 @@ def replicas(value: tuple[str, ...]) -> tuple[str, ...]:
             raise ValueError(f"names one server twice, by {seen[server]} and {url}: take one of them out")
         seen[server] = url
     return value
+
+
+def image_host(value: str) -> str:
+    """Check a host that images may be fetched from, and bring it into lower case and the usual form of its address.
+
+    Args:
+        value: "images.example.com", "*.example.com", "*", "192.0.2.1" or "[2001:db8::1]", with ":port" or without.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    text = value.strip().lower()
+    if not text.isascii():
+        raise ValueError(f"{text!r} must be written as the DNS has it: xn--…")
+    parts = _IMAGE_HOST.fullmatch(text)
+    if parts is None:
+        raise ValueError(f"{text!r} is no host: {_IMAGE_HOST_FORMS}")
+    wild, host, port = parts[1] or "", parts[2].removesuffix("."), parts[3]
+    if port is not None and not 1 <= int(port) <= _HIGHEST_PORT:
+        raise ValueError(f"{text!r} has no port from 1 to {_HIGHEST_PORT}: {_IMAGE_HOST_FORMS}")
+    if host.startswith("[") or host.rpartition(".")[2].isdecimal():
+        try:
+            ip = ip_address(host.strip("[]"))
+        except ValueError:
+            raise ValueError(f"{text!r} is no address: {_IMAGE_HOST_FORMS}") from None
+        host = f"[{ip}]" if isinstance(ip, IPv6Address) else str(ip)
+    return f"{wild}{host}" if port is None else f"{wild}{host}:{int(port)}"
 
 
 def headers(value: Mapping[str, SecretStr]) -> Mapping[str, SecretStr]:
