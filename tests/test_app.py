@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
+    from deltawire_server.upstream.images.load import Images
     from tests.conftest import Certificates, StartGateway
 
 CHUNKS = Chunks()
@@ -140,9 +141,15 @@ async def test_settings_reach_the_parts(vllm: FakeVllm, tmp_path: Path, monkeypa
     seen: list[WorkerLimits | None] = []
 
     class Seen(Worker):
-        def __init__(self, registry: Any, providers: Any, limits: WorkerLimits | None = None) -> None:  # noqa: ANN401 (not used)
+        def __init__(
+            self,
+            registry: Any,  # noqa: ANN401 (not used)
+            providers: Any,  # noqa: ANN401 (not used)
+            limits: WorkerLimits | None = None,
+            images: Images | None = None,
+        ) -> None:
             seen.append(limits)
-            super().__init__(registry, providers, limits)
+            super().__init__(registry, providers, limits, images)
 
     monkeypatch.setattr(app, "Worker", Seen)
     settings = settings_of(

@@ -19,10 +19,13 @@ from deltawire_server.registry.store import Store
 from deltawire_server.rpc.chat_completion import ChatCompletionServicer
 from deltawire_server.rpc.interceptors import CallInterceptor
 from deltawire_server.rpc.model_registry import ModelRegistryServicer
+from deltawire_server.rpc.validate_content import ContentLimits
 from deltawire_server.sansio.completion import Limits
 from deltawire_server.settings import SettingsError, is_local
 from deltawire_server.telemetry import configure_logging, get_logger
 from deltawire_server.upstream.base import Patience
+from deltawire_server.upstream.images.load import Images
+from deltawire_server.upstream.images.policy import Policy
 from deltawire_server.upstream.providers import Providers
 from deltawire_server.upstream.vllm import VllmProvider
 from deltawire_server.worker import Worker, WorkerLimits
@@ -43,6 +46,8 @@ SERVICES = (
     chat_completion_pb2.DESCRIPTOR.services_by_name["ChatCompletion"].full_name,
     model_registry_pb2.DESCRIPTOR.services_by_name["ModelRegistry"].full_name,
 )
+
+_USER_AGENT = f"deltawire/{__version__}"
 
 _log = get_logger(__name__)
 
@@ -68,18 +73,20 @@ class Gateway:
             _provider(provider_id, provider, self._connections) for provider_id, provider in settings.providers.items()
         )
         self._registry = ModelRegistry(Store(settings.registry.database_url), self._providers)
-        self._worker = worker = Worker(self._registry, self._providers, _worker_limits(settings))
+        self._images = Images(_image_policy(settings), user_agent=_USER_AGENT)
+        self._worker = Worker(self._registry, self._providers, _worker_limits(settings), self._images)
         self._access = Access(settings.access.principals)
         chat = ChatCompletionServicer(
-            worker,
+            self._worker,
             max_completed_bytes=settings.server.max_completed_bytes,
             max_retain_for=settings.retention.max_retain_for,
             slow_caller_timeout=settings.stream.slow_caller_timeout,
+            content_limits=ContentLimits(settings.images.max_images, settings.images.max_image_bytes),
         )
         models = ModelRegistryServicer(
             self._registry, self._providers, slow_watcher_seconds=settings.stream.slow_caller_timeout
         )
-        calls = CallInterceptor(worker.end_all, models.end_watches, self._access)
+        calls = CallInterceptor(self._worker.end_all, models.end_watches, self._access)
         self._lifecycle = Lifecycle(settings.server, [calls], calls)
         self._lifecycle.add_service(
             lambda server: chat_completion_pb2_grpc.add_ChatCompletionServicer_to_server(chat, server)
@@ -187,6 +194,7 @@ class Gateway:
         await self._worker.close()
         await self._registry.close()
         await self._providers.close()
+        await self._images.close()
 
 
 async def serve(settings: Settings, reload: Callable[[], Settings]) -> None:
@@ -264,7 +272,7 @@ def _provider(provider_id: str, settings: ProviderSettings, connections: int) ->
         connect_timeout=settings.connect_timeout,
         patience=Patience(settings.first_event_timeout, settings.silence_timeout),
         refresh_interval=settings.refresh_interval,
-        user_agent=f"deltawire/{__version__}",
+        user_agent=_USER_AGENT,
     )
 
 
@@ -276,6 +284,19 @@ def _tls(provider_id: str, verify: bool | Path) -> ssl.SSLContext | bool:
     except OSError as error:
         problem = f"{verify} cannot be used ({error}): give a PEM file with the certificates of authorities"
         raise SettingsError([f"providers.{provider_id}.tls_verify: {problem}"]) from error
+
+
+def _image_policy(settings: Settings) -> Policy:
+    images = settings.images
+    return Policy(
+        urls=images.urls,
+        allowed_hosts=images.allowed_hosts,
+        schemes=images.schemes,
+        max_image_bytes=images.max_image_bytes,
+        max_fetched_bytes=images.max_fetched_bytes,
+        timeout=images.timeout,
+        max_redirects=images.max_redirects,
+    )
 
 
 def _worker_limits(settings: Settings) -> WorkerLimits:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from deltawire_server.completions.records import Head, Timings
     from deltawire_server.completions.retention import RetainedStream
     from deltawire_server.rpc.interceptors import CallRecord
+    from deltawire_server.rpc.validate_content import ContentLimits
     from deltawire_server.sansio.events import Usage
     from deltawire_server.worker import Worker
 
@@ -44,6 +45,7 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         max_completed_bytes: Above this, `Completed` leaves out the messages, which the stream has said already.
         max_retain_for: The longest time that a caller may ask a stream to be kept, in seconds; 0 for no retention.
         slow_caller_timeout: How long one message of a retained stream may wait for its reader, in seconds.
+        content_limits: What a request's messages may hold.
     """
 
     def __init__(
@@ -53,8 +55,10 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         max_completed_bytes: int = MAX_COMPLETED_BYTES,
         max_retain_for: float = MAX_RETAIN_FOR,
         slow_caller_timeout: float = 30.0,
+        content_limits: ContentLimits | None = None,
     ) -> None:
         self._worker = worker
+        self._content_limits = content_limits
         self._max_completed_bytes = max_completed_bytes
         self._max_retain_for = max_retain_for
         self._slow_caller_timeout = slow_caller_timeout
@@ -66,7 +70,7 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         if not request.HasField("chat"):
             raise invalid_request([Violation("chat", "is required")])
         record = call_record(context)
-        chat = validate.chat_request(request.chat)
+        chat = validate.chat_request(request.chat, self._content_limits)
         response = chat_pb.CreateChatCompletionResponse()
         async with self._worker.completion(chat, _caller(record, context), keep_logprobs=True) as completion:
             try:
@@ -93,7 +97,7 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
             completion_id, after = validate_options.resume(request)
             await self._follow(self._worker.resume(caller, completion_id), after, record, context)
             return
-        chat = validate.chat_request(request.chat)
+        chat = validate.chat_request(request.chat, self._content_limits)
         options = validate_options.stream_options(request.options, self._max_retain_for)
         if options.retain_for is not None:
             await self._follow(await self._worker.retained(chat, caller, options), None, record, context)
@@ -145,7 +149,9 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         if not request.HasField("chat"):
             raise invalid_request([Violation("chat", "is required")])
         record = call_record(context)
-        count, resolution = await self._worker.count_tokens(validate.chat_request(request.chat), record.call)
+        count, resolution = await self._worker.count_tokens(
+            validate.chat_request(request.chat, self._content_limits), record.call
+        )
         record.values.update(
             model=resolution.model.id,
             alias=resolution.alias,
