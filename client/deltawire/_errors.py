@@ -194,7 +194,7 @@ class NotSupportedByProviderError(RequestError):
 
 
 class CompletionAlreadyExistsError(RequestError):
-    """A completion with this completion_id is under way or retained. Choose another, or resume that one."""
+    """A completion with this completion_id is under way or retained. Choose another, or `chat.resume` that one."""
 
 
 class CompletionNotFoundError(RequestError):
@@ -284,8 +284,8 @@ class InternalError(GatewayError):
 class StreamInterrupted(CallError):  # noqa: N818 -- it says what happened better without the suffix
     """The stream ended without its last event, after it had begun: the gateway, or a proxy on the way, is gone.
 
-    `code` may be anything; it is UNKNOWN if the status said OK. What came is in `answer`; its usage is unknown. Start
-    again from the top.
+    `code` may be anything; it is UNKNOWN if the status said OK. What came is in `answer`; its usage is what was told last.
+    Start again from the top. A stream that was asked with `retain_for` has tried to go on: `reason` says why it could not.
     """
 
 

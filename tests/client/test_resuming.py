@@ -573,9 +573,11 @@ def test_leaving_the_block_leaves_the_stream(gateway: Gateway, client: Client) -
     """The call ends, generation is not ended: it can be taken up again, after what was read."""
     gateway.will(*EVENTS[:3], WAIT)
     with client.chat.stream("hi", model="llama", retain_for=60, completion_id="mine") as stream:
+        assert stream.last_sequence is None
         read = [next(stream), next(stream)]
+    assert stream.last_sequence == 1
     assert gateway.last.ended.wait(PATIENCE)
     gateway.will(*EVENTS[2:])
-    with client.chat.resume("mine", read[-1].sequence) as stream:
+    with client.chat.resume("mine", stream.last_sequence) as stream:
         assert read + list(stream) == EVENTS
     assert [call.method for call in gateway.calls] == ["StreamChatCompletion"] * 2

@@ -6,12 +6,15 @@ whole, whatever its stop reason; 1 the call failed; 2 wrong usage; 130 Ctrl-C.
 
 A command's way through the folder, in the order of the files one needs to read:
 
-    arguments     every command and option, and the function that runs it
+    arguments     every command and option, and the function that runs it; request_arguments: those of what is asked
     connection    options in, a client out
-    chat          `chat`: one answer, or a conversation     registry   `models`, `providers` and `health`
-    request       options and files in, a ChatRequest out   files      the text of a file or of standard input
-    answer        prints an answer while it comes           terminal   text in pieces, harmless to a terminal
-    output        JSON lines, tables, notes, errors         status     exit statuses, and the errors that stand for them
+    chat          `chat`, `count-tokens`                    completions   `cancel`, `get` and `resume`
+                                                            registry      `models`, `providers` and `health`
+    request       options and files in, a ChatRequest out   files         the text of a file or of standard input
+    model         which one, if none is named               interrupt     Ctrl-C while an answer comes
+    follow        one answer, from its stream to the end    answer        prints an answer while it comes
+    output        JSON lines, tables, notes, errors         terminal      text in pieces, harmless to a terminal
+    status        exit statuses, and the errors that stand for them
 """
 
 from __future__ import annotations

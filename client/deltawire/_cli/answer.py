@@ -7,9 +7,9 @@ import sys
 from typing import TYPE_CHECKING
 
 from deltawire._cli.output import word
-from deltawire._cli.terminal import Printer, Thinking
+from deltawire._cli.terminal import Aside, Printer
 from deltawire.v1.chat_completion_pb2 import StopReason
-from deltawire.v1.tool_pb2 import ToolCall, ToolCallDelta, ToolCallFailureReason
+from deltawire.v1.tool_pb2 import ToolCall, ToolCallDelta, ToolCallFailureReason, ToolCallParseStatus
 
 if TYPE_CHECKING:
     from deltawire._client import ChatStream
@@ -24,40 +24,55 @@ _PLAIN_ENDS = frozenset(
 
 def print_answer(stream: ChatStream) -> None:
     """Print choice 0 as it comes, and the other choices after it."""
-    out, thinking = Printer(sys.stdout), Thinking()
+    out, aside = Printer(sys.stdout), Aside()
     try:
         for event in stream:
             if event.choice_index == 0:
-                _print_event(event, out, thinking)
+                _print_event(event, out, aside)
     finally:
         # Also after Ctrl-C or a fault: what came stays, on a line of its own.
-        thinking.end()
+        aside.end()
         out.end()
+        for notice in stream.notices:
+            field = f" ({notice.field})" if notice.field else ""
+            print(f"note: {' '.join(notice.message.split())}{field}", file=sys.stderr)
     answer = stream.final()
     for choice in answer.choices:
         if choice.index != 0:
-            _print_choice(choice, out)
+            out.line(f"--- choice {choice.index}")
+            print_choice(choice, out)
         if choice.stop_reason not in _PLAIN_ENDS:
             which = f"choice {choice.index}" if len(answer.choices) > 1 else "the answer"
             print(f"note: {which} ended with {word(StopReason, choice.stop_reason, 'STOP_REASON_')}", file=sys.stderr)
 
 
-def _print_event(event: StreamChatCompletionResponse, out: Printer, thinking: Thinking) -> None:
+def _print_event(event: StreamChatCompletionResponse, out: Printer, aside: Aside) -> None:
     """Print what an event adds to the answer."""
     kind = event.WhichOneof("event")
     if kind == "reasoning_delta":
-        thinking.piece(event.reasoning_delta.text)
-        return
-    thinking.end()
-    if kind == "text_delta":
+        aside.piece(event.reasoning_delta.text)
+    elif kind == "text_delta":
+        aside.end()
         out.piece(event.text_delta.text)
     elif kind == "tool_call_delta":
-        out.line(_verdict_line(event.tool_call_delta))
+        _print_call(event.tool_call_delta, out, aside)
 
 
-def _print_choice(choice: Choice, out: Printer) -> None:
+def _print_call(delta: ToolCallDelta, out: Printer, aside: Aside) -> None:
+    """Print the verdict on a call; what comes before it is no answer yet."""
+    if delta.parse_status == ToolCallParseStatus.TOOL_CALL_PARSE_STATUS_STARTED:
+        aside.end()
+        out.end()
+        aside.piece(f"{delta.tool_name} ")
+    elif delta.parse_status == ToolCallParseStatus.TOOL_CALL_PARSE_STATUS_IN_PROGRESS:
+        aside.piece(delta.arguments_fragment)
+    else:
+        aside.end()
+        out.line(_verdict_line(delta))
+
+
+def print_choice(choice: Choice, out: Printer) -> None:
     """Print a choice whole."""
-    out.line(f"--- choice {choice.index}")
     out.piece(choice.text)
     for call in choice.tool_calls:
         out.line(f"tool call: {call_line(call)}")

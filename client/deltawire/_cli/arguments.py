@@ -7,7 +7,8 @@ import os
 from typing import Any
 
 from deltawire._channel import DEFAULT_TARGET
-from deltawire._cli.chat import run_chat
+from deltawire._cli.chat import count_tokens, run_chat
+from deltawire._cli.completions import cancel_completion, get_completion, resume_completion
 from deltawire._cli.registry import (
     check_health,
     get_model,
@@ -19,24 +20,15 @@ from deltawire._cli.registry import (
     update_model,
     watch_models,
 )
+from deltawire._cli.request_arguments import add_request_options, add_telling_options, seconds
 from deltawire._cli.status import UsageError
+from deltawire._values import RESUME_FOR
 from deltawire._version import __version__
 
-_SAMPLING = (
-    ("temperature", float, "randomness; 0 is greedy"),
-    ("top_p", float, "consider the likeliest tokens up to this probability mass"),
-    ("top_k", int, "consider this many of the likeliest tokens"),
-    ("min_p", float, "leave out tokens less likely than this share of the likeliest"),
-    ("frequency_penalty", float, "-2 to 2; above 0 discourages repeating often"),
-    ("presence_penalty", float, "-2 to 2; above 0 discourages repeating at all"),
-    ("repetition_penalty", float, "above 1 discourages tokens of prompt and answer"),
-    ("seed", int, "make sampling repeatable"),
-    ("max_tokens", int, "the most tokens to generate"),
-    ("min_tokens", int, "the fewest tokens to generate"),
-)
-
 # A file may be called by bytes that are no text.
-_FILES = frozenset({"tool", "request", "ca_file", "cert_file", "key_file"})
+_FILES = frozenset(
+    {"tool", "request", "image", "json_schema", "grammar", "structural_tag", "ca_file", "cert_file", "key_file"}
+)
 
 _TYPES = ("llm", "embedding", "rerank")
 # What no filter says, in the API's own word.
@@ -52,12 +44,15 @@ examples:
   deltawire chat "Why is the sky blue?"
   git diff | deltawire chat --system "Write a commit message for this diff."
   deltawire chat --tool weather.json --tool-choice required "Is it raining in Oslo?"
+  deltawire chat --image cat.png "What is this?"
+  deltawire chat --json-schema person.json "Invent a person."
   deltawire chat --json "hi" | jq -r '.textDelta.text // empty'
   echo '{"model": "llama", "messages": [{"user": {"content": [{"text": "hi"}]}}]}' | deltawire chat --request -
   deltawire chat                                  a conversation; Ctrl-D ends it
 
-Without PROMPT, standard input is the prompt, unless it is a terminal. A model's reasoning is shown dimmed, on standard
-error, if that is a terminal. Exit status: 0 whole answer, 1 failed call, 2 wrong usage, 130 Ctrl-C.
+Without PROMPT, standard input is the prompt, unless it is a terminal. A model's reasoning, and tool calls while they are
+written, are shown dimmed, on standard error, if that is a terminal. Ctrl-C ends the answer softly, so that its end and its
+usage still come; a second one ends it at once. Exit status: 0 whole answer, 1 failed call, 2 wrong usage, 130 Ctrl-C.
 """
 
 _EXAMPLES = """\
@@ -84,6 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
     common = _common_options()
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_chat(commands, common)
+    _add_completions(commands, common)
 
     models = commands.add_parser("models", help="list, look up, watch, register and change models")
     _add_models(models.add_subparsers(title="commands", metavar="COMMAND", required=True), common)
@@ -112,6 +108,20 @@ def count(text: str) -> int:
     return value
 
 
+def _sequence(text: str) -> int:
+    """The sequence of an event.
+
+    Raises:
+        argparse.ArgumentTypeError: It is none, or too large.
+        ValueError: It is no number.
+    """
+    value = int(text)
+    if not 0 <= value < 2**64:
+        message = f"{text} is not from 0 to {2**64 - 1}"
+        raise argparse.ArgumentTypeError(message)
+    return value
+
+
 def check_text(options: argparse.Namespace) -> None:
     """See that what was given is text: Python lets other bytes through, as lone surrogates.
 
@@ -125,8 +135,8 @@ def check_text(options: argparse.Namespace) -> None:
             try:
                 each.encode()
             except UnicodeEncodeError as error:
-                # The last two are options of some commands and arguments of others.
-                named = name in {"prompt", "model", "provider"}
+                # Two of them are options of some commands and arguments of others.
+                named = name in {"prompt", "completion", "model", "provider"}
                 message = f"the {name} is not UTF-8 text" if named else f"--{name.replace('_', '-')}: not UTF-8 text"
                 raise UsageError(message) from error
 
@@ -177,29 +187,47 @@ def _add_chat(commands: Any, common: argparse.ArgumentParser) -> None:  # noqa: 
         epilog=_CHAT_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    chat.add_argument("prompt", metavar="PROMPT", nargs="?", help='what to say; "-" reads standard input')
-    chat.add_argument("--model", help="id or alias (default: the only one there is)")
-    chat.add_argument("--system", metavar="TEXT", help="instructions for the model")
-    chat.add_argument(
-        "--request",
-        metavar="FILE",
-        help='a ChatRequest as protobuf JSON, "-" for standard input; the other options are laid over it',
-    )
-    tools = chat.add_argument_group("tools")
-    tools.add_argument(
-        "--tool",
-        metavar="FILE",
-        action="append",
-        default=[],
-        help="OpenAI tool objects as JSON, one or a list; repeatable",
-    )
-    tools.add_argument("--tool-choice", metavar="CHOICE", help="auto, required, none, or a tool's name")
-    sampling = chat.add_argument_group("sampling", "What is not given is left to the model's own defaults.")
-    for name, kind, text in _SAMPLING:
-        metavar = "N" if kind is int else "X"
-        sampling.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
-    sampling.add_argument("--stop", metavar="TEXT", action="append", help="a text that ends the answer; repeatable")
+    add_request_options(chat)
+    add_telling_options(chat)
     chat.set_defaults(run=run_chat)
+    count = commands.add_parser(
+        "count-tokens",
+        help="count the tokens of a prompt",
+        parents=[common],
+        description="Takes what `deltawire chat` takes, and generates nothing.",
+    )
+    add_request_options(count)
+    count.set_defaults(run=count_tokens)
+
+
+def _add_completions(commands: Any, common: argparse.ArgumentParser) -> None:  # noqa: ANN401 -- argparse hides the type
+    """The commands about a completion that has been asked for."""
+    cancel = commands.add_parser(
+        "cancel",
+        help="end a completion softly",
+        parents=[common],
+        description="Whoever reads it gets a normal end, with the text so far. One that has ended already is no error.",
+    )
+    get = commands.add_parser("get", help="look a completion up", parents=[common])
+    resume = commands.add_parser(
+        "resume",
+        help="read a retained completion",
+        parents=[common],
+        description="Prints it from its beginning, or from where somebody had come, and goes on live.",
+    )
+    for command in (cancel, get, resume):
+        command.add_argument("completion", metavar="ID", help="its id, which `started` says, or your own")
+    resume.add_argument("--after", metavar="N", type=_sequence, help="only what comes after the event of this sequence")
+    resume.add_argument(
+        "--retain-for",
+        metavar="SECONDS",
+        type=seconds,
+        default=RESUME_FOR,
+        help="how long to go on if the connection is lost (default %(default)g)",
+    )
+    cancel.set_defaults(run=cancel_completion)
+    get.set_defaults(run=get_completion)
+    resume.set_defaults(run=resume_completion)
 
 
 def _add_models(actions: Any, common: argparse.ArgumentParser) -> None:  # noqa: ANN401 -- argparse hides the type

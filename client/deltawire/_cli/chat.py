@@ -1,4 +1,4 @@
-"""`deltawire chat`: one answer, or a conversation."""
+"""`deltawire chat`: one answer, or a conversation; and how many tokens it would be asked with."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import contextlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from deltawire._cli.answer import call_line, print_answer
+from deltawire._cli.answer import call_line
 from deltawire._cli.connection import call_options
-from deltawire._cli.output import note_unreachable, print_error, print_json
-from deltawire._cli.request import prompt_of, request_of
-from deltawire._cli.status import OK, FailedError, UsageError
+from deltawire._cli.follow import follow
+from deltawire._cli.model import only_model
+from deltawire._cli.output import print_error, print_json
+from deltawire._cli.request import images_of, request_of, telling_of, turn_of
+from deltawire._cli.status import OK, UsageError
 from deltawire._errors import DeltawireError
 from deltawire._messages import tool, user
-from deltawire.v1.model_registry_pb2 import ModelSource, ModelType
 
 if TYPE_CHECKING:
     import argparse
@@ -25,16 +26,12 @@ if TYPE_CHECKING:
 
 def run_chat(client: Client, options: argparse.Namespace) -> int:
     """One answer, or a conversation if there is no prompt and somebody to ask for one."""
-    if options.prompt == "-" and options.request == "-":
-        message = "standard input cannot be both the prompt and the request"
+    request, talk = _asked(options)
+    if talk and request.completion_id:
+        message = "a conversation has many completions: leave out --completion-id, or give a prompt"
         raise UsageError(message)
-    request = request_of(options)
-    prompt = prompt_of(options)
-    if prompt is not None:
-        request.messages.append(user(prompt))
-    talk = prompt is None and options.request is None
     if not request.model:
-        request.model = _only_model(client, options)
+        request.model = only_model(client, options)
     if talk:
         _converse(client, request, options)
     else:
@@ -42,42 +39,39 @@ def run_chat(client: Client, options: argparse.Namespace) -> int:
     return OK
 
 
-def _only_model(client: Client, options: argparse.Namespace) -> str:
-    """The only LLM there is. A model and its registration are one model, called by its registered id."""
-    listing = client.models.list(**call_options(options))
-    chosen: dict[tuple[str, str], str] = {}
-    for model in listing:
-        key = (model.provider_id, model.provider_model_id)
-        if model.type == ModelType.MODEL_TYPE_LLM and (
-            key not in chosen or model.source == ModelSource.MODEL_SOURCE_REGISTERED
-        ):
-            chosen[key] = model.id
-    unreachable = listing.unreachable_provider_ids
-    if not chosen and unreachable:
-        message = (
-            f"there is no model to chat with, and these providers could not be listed: {', '.join(unreachable)};"
-            " see `deltawire health` and the gateway's log"
-        )
-        raise FailedError(message)
-    note_unreachable(unreachable)
-    if len(chosen) == 1:
-        return next(iter(chosen.values()))
-    if not chosen:
-        message = "there is no model to chat with"
+def count_tokens(client: Client, options: argparse.Namespace) -> int:
+    """How many tokens the prompt has, and nothing else on standard output."""
+    request, talk = _asked(options)
+    if talk:
+        message = "there is no prompt"
         raise UsageError(message)
-    message = f"there is more than one model; give --model, one of: {', '.join(sorted(chosen.values()))}"
-    raise UsageError(message)
+    if not request.model:
+        request.model = only_model(client, options)
+    counted = client.chat.count_tokens(request, **call_options(options))
+    if options.json:
+        print_json(counted)
+        return OK
+    print(counted.prompt_tokens)
+    if counted.HasField("max_context_tokens"):
+        print(f"note: {counted.model} takes {counted.max_context_tokens}, with the answer", file=sys.stderr)
+    return OK
+
+
+def _asked(options: argparse.Namespace) -> tuple[ChatRequest, bool]:
+    """The request, and whether what to say has still to be asked for."""
+    if options.prompt == "-" and options.request == "-":
+        message = "standard input cannot be both the prompt and the request"
+        raise UsageError(message)
+    request = request_of(options)
+    turn = turn_of(options)
+    if turn is not None:
+        request.messages.append(turn)
+    return request, turn is None and options.request is None
 
 
 def _answer(client: Client, request: ChatRequest, options: argparse.Namespace) -> Answer:
     """Ask, and print the answer while it comes."""
-    with client.chat.stream(request, **call_options(options)) as stream:
-        if options.json:
-            for event in stream:
-                print_json(event)
-        else:
-            print_answer(stream)
-        return stream.final()
+    return follow(client.chat.stream(request, **telling_of(options), **call_options(options)), options)
 
 
 def _converse(client: Client, request: ChatRequest, options: argparse.Namespace) -> None:
@@ -85,6 +79,7 @@ def _converse(client: Client, request: ChatRequest, options: argparse.Namespace)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 -- gives input() editing and history
     print(f"{request.model}; Ctrl-C stops an answer, Ctrl-D ends", file=sys.stderr)
+    images = images_of(options)
     while True:
         try:
             prompt = _ask("> ")
@@ -92,7 +87,8 @@ def _converse(client: Client, request: ChatRequest, options: argparse.Namespace)
             print(file=sys.stderr)
             return
         if prompt.strip():
-            _take_turn(client, request, user(prompt), options)
+            _take_turn(client, request, user([prompt, *images]), options)
+            images = []
 
 
 def _ask(question: str) -> str:

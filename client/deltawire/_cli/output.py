@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +12,7 @@ from google.protobuf.json_format import MessageToJson
 from deltawire._errors import CallError, ProtocolError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from google.protobuf.message import Message as ProtoMessage
 
@@ -65,3 +67,16 @@ def print_error(error: DeltawireError) -> None:
             print(f"  try again in {error.retry_after:g} s", file=sys.stderr)
     if isinstance(error, CallError | ProtocolError) and error.request_id:
         print(f"  request id: {error.request_id}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def log_on_stderr() -> Iterator[None]:
+    """Let what the client logs be seen: that a connection was lost, and why."""
+    logger = logging.getLogger("deltawire")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("note: %(message)s"))
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import sys
 from typing import TYPE_CHECKING, NoReturn, cast
 
 from google.protobuf.json_format import MessageToDict
 
 from deltawire._cli.connection import call_options
-from deltawire._cli.output import note_unreachable, print_json, print_row, print_table, word
+from deltawire._cli.output import log_on_stderr, note_unreachable, print_json, print_row, print_table, word
 from deltawire._cli.status import FAILED, OK, UsageError
 from deltawire._watch import ModelChange
 from deltawire.v1.model_registry_pb2 import (
@@ -25,7 +23,7 @@ from deltawire.v1.model_registry_pb2 import (
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from deltawire._client import Client
     from deltawire._requests import RegisterOptions
@@ -139,7 +137,7 @@ def watch_models(client: Client, options: argparse.Namespace) -> NoReturn:
     # The client's own does not limit a watch.
     call["timeout"] = options.timeout
     watch = client.models.watch(options.revision, **call)
-    with _log_on_stderr(), watch:
+    with log_on_stderr(), watch:
         while True:
             _print_event(next(watch), options)
 
@@ -180,19 +178,6 @@ def _print_event(event: WatchEvent, options: argparse.Namespace) -> None:
             print_row((event.change, model.id, _state(model), _type(model), model.provider_id), _WATCH_WIDTHS)
     elif options.json:
         print_json(WatchModelsResponse(revision=event.revision, bookmark=True))
-
-
-@contextlib.contextmanager
-def _log_on_stderr() -> Iterator[None]:
-    """Let what the client logs be seen: that a connection was lost, and why."""
-    logger = logging.getLogger("deltawire")
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("note: %(message)s"))
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
 
 
 def _notes(given: Sequence[str]) -> dict[str, str]:

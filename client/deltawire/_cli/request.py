@@ -5,20 +5,52 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, cast
 
 from google.protobuf.json_format import Parse, ParseError
 
-from deltawire._cli.files import name_of, read_text
+from deltawire._cli.files import name_of, read_text, refuse_file
 from deltawire._cli.status import UsageError
-from deltawire._messages import system, tool_from_openai
-from deltawire._requests import SamplingOptions, chat_request
+from deltawire._messages import (
+    choice,
+    grammar,
+    image,
+    is_image_url,
+    json_schema,
+    regex,
+    structural_tag,
+    system,
+    tool_from_openai,
+    user,
+)
+from deltawire._requests import CHAT_OPTIONS, TELLING_OPTIONS, TellingOptions, chat_request
 from deltawire.v1.chat_completion_pb2 import ChatRequest
 
 if TYPE_CHECKING:
     import argparse
 
+    from deltawire.v1.chat_completion_pb2 import ResponseFormat
+    from deltawire.v1.message_pb2 import ContentPart, Message
     from deltawire.v1.tool_pb2 import Tool
+
+# What options are called that have another name than the client's argument: those that can be repeated stand for one each.
+_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "allowed_tool": "allowed_tools",
+        "reasoning_effort": "reasoning",
+        "reasoning_budget": "reasoning_token_budget",
+        "choices": "choice_count",
+        "stop_token_id": "stop_token_ids",
+        "bad_word": "bad_words",
+        "template_kwargs": "chat_template_kwargs",
+        "coalesce": "max_coalesce_delay",
+        "heartbeat": "heartbeat_interval",
+    }
+)
+# Those whose value is made from what was given.
+_MADE = frozenset({"tool", "tool_calls", "logit_bias", "response_format"})
 
 
 def request_of(options: argparse.Namespace) -> ChatRequest:
@@ -31,22 +63,72 @@ def request_of(options: argparse.Namespace) -> ChatRequest:
         except (ParseError, RecursionError) as error:
             message = f"{name_of(options.request)}: not a ChatRequest: {error}"
             raise UsageError(message) from error
-    # Each of these has the name of its option.
-    sampling = {name: value for name, value in vars(options).items() if name in SamplingOptions.__annotations__}
     try:
-        over = chat_request(
-            [],
-            model=options.model,
-            tools=[each for path in options.tool for each in _tools(path)],
-            tool_choice=options.tool_choice,
-            **sampling,
-        )
+        over = chat_request([], **_given(options, CHAT_OPTIONS), **_made(options))
     except ValueError as error:
         raise UsageError(str(error)) from error
     request.MergeFrom(over)
     if options.system is not None:
         request.messages.insert(0, system(options.system))
     return request
+
+
+def telling_of(options: argparse.Namespace) -> TellingOptions:
+    """How the stream shall be told."""
+    return cast("TellingOptions", _given(options, TELLING_OPTIONS))
+
+
+def turn_of(options: argparse.Namespace) -> Message | None:
+    """What to say, with the images beside it; None if a request file says it, or if it is to be asked for."""
+    prompt, images = prompt_of(options), images_of(options)
+    if prompt is not None:
+        return user([prompt, *images])
+    return user(images) if images and options.request is not None else None
+
+
+def images_of(options: argparse.Namespace) -> list[ContentPart]:
+    """The images that were named."""
+    return [_image(source) for source in options.image]
+
+
+def _image(source: str) -> ContentPart:
+    """An image from a file or at a URL."""
+    try:
+        return image(source if is_image_url(source) else Path(source))
+    except OSError as error:
+        refuse_file(source, error)
+
+
+def _given(options: argparse.Namespace, names: frozenset[str]) -> dict[str, Any]:
+    """Those options that are arguments of these names, by these names."""
+    named = {_NAMES.get(name, name): value for name, value in vars(options).items() if name not in _MADE}
+    return {name: value for name, value in named.items() if name in names}
+
+
+def _made(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments whose value is made from what was given."""
+    return {
+        "tools": [each for path in options.tool for each in _tools(path)],
+        "incremental_tool_calls": None if options.tool_calls is None else options.tool_calls == "incremental",
+        "logit_bias": None if options.logit_bias is None else dict(options.logit_bias),
+        "response_format": _response_format(options),
+    }
+
+
+def _response_format(options: argparse.Namespace) -> ResponseFormat | str | None:
+    """The one form of the answer that was asked for, if any."""
+    if options.json_schema is not None:
+        return json_schema(read_text(options.json_schema))
+    if options.grammar is not None:
+        return grammar(read_text(options.grammar))
+    if options.structural_tag is not None:
+        return structural_tag(read_text(options.structural_tag))
+    if options.regex is not None:
+        return regex(options.regex)
+    if options.choice is not None:
+        return choice(options.choice)
+    form: str | None = options.response_format
+    return form
 
 
 def prompt_of(options: argparse.Namespace) -> str | None:

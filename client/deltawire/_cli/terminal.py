@@ -38,8 +38,11 @@ class Printer:
             self.piece("\n")
 
 
-class Thinking:
-    """Prints reasoning, dimmed, on standard error, if that is a terminal; otherwise nothing."""
+class Aside:
+    """Prints what is not the answer, dimmed, on standard error, if that is a terminal; otherwise nothing.
+
+    That is reasoning, and tool calls while they are written.
+    """
 
     def __init__(self) -> None:
         self._shown = sys.stderr.isatty()

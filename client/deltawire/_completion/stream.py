@@ -47,6 +47,11 @@ class StreamCalls:
         return self._accumulator.completion_id
 
     @property
+    def last_sequence(self) -> int | None:
+        """The `sequence` of the last event that was read; None if none was. `Chat.resume` goes on after it."""
+        return self._resumption.after_sequence
+
+    @property
     def request_id(self) -> str:
         """What the gateway's log knows this call by; the gateway's own word once the first event is there."""
         return self._outgoing.info.request_id

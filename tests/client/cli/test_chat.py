@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
 
-from deltawire import assistant, system, tool, user
+from deltawire import assistant, image, system, tool, user
 from deltawire.v1 import model_registry_pb2 as registry
 from tests.client.cli.support import CALL, Run, Terminal, asked
 from tests.client.scripted import WAIT, Fail, Gateway, calling, model, saying
@@ -58,6 +60,39 @@ def test_a_conversation(gateway: Gateway, run: Run) -> None:
     assert err.startswith("llama; Ctrl-C stops an answer")
     turns = [system("be brief"), user("1?"), assistant("one"), user("2?")]
     assert list(asked(gateway).messages) == turns
+
+
+def test_images_in_a_conversation(gateway: Gateway, run: Run) -> None:
+    """They go with what is said first."""
+    gateway.will(*saying("one"))
+    gateway.will(*saying("two"))
+    url = "https://example.com/cat.png"
+    assert run("chat", "--model", "llama", "--image", url, stdin=["1?", "2?", EOFError()])[0] == 0
+    assert list(asked(gateway).messages) == [user(["1?", image(url)]), assistant("one"), user("2?")]
+
+
+def test_a_conversation_has_no_id(gateway: Gateway, run: Run) -> None:
+    """Each of its completions would need another one."""
+    status, _, err = run("chat", "--model", "llama", "--completion-id", "mine", stdin=[])
+    assert (status, "leave out --completion-id" in err) == (2, True)
+    assert gateway.calls == []
+
+
+def test_ctrl_c_elsewhere(gateway: Gateway, run: Run) -> None:
+    """Where the program that this is part of has another use for it, or this is not its main thread, it stays so."""
+    seen = []
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        gateway.will(*saying("hi"), lambda: seen.append(signal.getsignal(signal.SIGINT)))
+        assert run("chat", "--model", "llama", "hi")[0] == 0
+        seen.append(signal.getsignal(signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert seen == [signal.SIG_IGN, signal.SIG_IGN]
+    gateway.will(*saying("hi"), lambda: seen.append(signal.getsignal(signal.SIGINT)))
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run, "chat", "--model", "llama", "hi").result(10)[0] == 0
+    assert (seen[2], signal.getsignal(signal.SIGINT)) == (before, before)
 
 
 def test_tool_calls_in_a_conversation(gateway: Gateway, run: Run) -> None:

@@ -7,13 +7,28 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import IO
 
+import grpc
 import pytest
 
 import deltawire
-from tests.client.scripted import WAIT, Gateway, bookmark, saying
+from deltawire.v1.chat_completion_pb2 import CancelChatCompletionRequest, CancelChatCompletionResponse
+from tests.client.scripted import (
+    WAIT,
+    Fail,
+    Gateway,
+    bookmark,
+    choice,
+    completed,
+    finished,
+    numbered,
+    saying,
+    started,
+    text,
+)
 
 
 def test_it_runs_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,17 +54,52 @@ def start(
     )
 
 
-def test_ctrl_c(gateway: Gateway) -> None:
-    """The call is cancelled, what came is kept, the status is 130."""
+@pytest.mark.parametrize("json", [False, True])
+def test_ctrl_c(gateway: Gateway, json: bool) -> None:
+    """The answer is ended softly: its end and its usage still come, and the status is 130."""
+    end = completed(choice(said="Hel", reason="CANCELLED"))
+    events = numbered(started(), text("Hel"), finished(reason="CANCELLED"), end)
+    gateway.will(*events[:2], WAIT, *events[2:])
+    gateway.will(gateway.stop_waiting, CancelChatCompletionResponse())
+    with start(gateway, "chat", "--model", "llama", "hi", *(["--json"] if json else [])) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith(b'{"started"') if json else process.stdout.read(3) == b"Hel"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=10)
+    assert process.returncode == 130
+    said = b"" if json else b"note: the answer ended with CANCELLED\n"
+    assert err == said + b"note: it had 5 tokens\ninterrupted\n"
+    assert b'"completed"' in out if json else out == b"\n"
+    assert gateway.last.request == CancelChatCompletionRequest(completion_id="cmpl-1")
+
+
+def test_ctrl_c_that_cannot_be_soft(gateway: Gateway) -> None:
+    """The call is cancelled, what came is kept."""
     gateway.will(*saying("Hel", "lo")[:2], WAIT)
+    gateway.will(Fail(grpc.StatusCode.UNIMPLEMENTED, trailers=()))
     with start(gateway, "chat", "--model", "llama", "hi") as process:
         assert process.stdout is not None
         assert process.stdout.read(3) == b"Hel"
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=10)
-    assert process.returncode == 130
-    assert (out, err) == (b"\n", b"interrupted\n")
-    assert gateway.last.ended.wait(10)
+    assert (process.returncode, out, err) == (130, b"\n", b"interrupted\n")
+    assert gateway.calls[0].ended.wait(10)
+
+
+def test_ctrl_c_twice(gateway: Gateway) -> None:
+    """The second one does not wait for anything."""
+    gateway.will(*saying("Hel", "lo")[:2], WAIT)
+    cancelled = threading.Event()
+    gateway.will(cancelled.set, WAIT)
+    with start(gateway, "chat", "--model", "llama", "hi") as process:
+        assert process.stdout is not None
+        assert process.stdout.read(3) == b"Hel"
+        process.send_signal(signal.SIGINT)
+        assert cancelled.wait(10)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=10)
+    assert (process.returncode, out, err) == (130, b"\n", b"interrupted\n")
+    assert gateway.calls[0].ended.wait(10)
 
 
 def test_ctrl_c_while_watching(gateway: Gateway) -> None:

@@ -6,9 +6,27 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
-from deltawire import ChatRequest, ToolChoice, system, user
-from deltawire.v1.chat_completion_pb2 import Sampling
+from deltawire import (
+    ChatRequest,
+    ResponseFormat,
+    StreamOptions,
+    ToolChoice,
+    chat_request,
+    choice,
+    grammar,
+    image,
+    json_schema,
+    regex,
+    structural_tag,
+    system,
+    user,
+)
+from deltawire._cli.arguments import make_parser
+from deltawire._cli.request import _NAMES
+from deltawire._requests import CHAT_OPTIONS, TELLING_OPTIONS
+from deltawire.v1.chat_completion_pb2 import Sampling, StreamChatCompletionRequest
 from tests.client.cli.support import Run, asked
 from tests.client.scripted import Gateway, saying
 
@@ -45,6 +63,109 @@ def test_every_option(gateway: Gateway, run: Run, tmp_path: Path) -> None:
     assert metadata["authorization"] == "Bearer key"
     assert metadata["x-vllm-api-token"] == "other"
     assert metadata["x-request-id"] == "mine"
+
+
+def test_every_other_option(gateway: Gateway, run: Run, tmp_path: Path) -> None:
+    """Each arrives in its field, and what is about the stream in its options."""
+    tag = tmp_path / "tag.json"
+    tag.write_text('{ "type": "structural_tag" }')
+    gateway.will(*saying("hi"))
+    status, _, err = run(
+        "chat", "--model", "llama", "--allowed-tool", "a", "--allowed-tool", "b", "--no-parallel-tool-calls",
+        "--tool-calls", "incremental", "--validate-schema", "--reasoning-effort", "high", "--reasoning-budget", "0",
+        "--no-reasoning", "--structural-tag", str(tag), "--choices", "2", "--logprobs", "3", "--stop-token-id", "7",
+        "--stop-token-id", "8", "--ignore-eos", "--logit-bias", "5=-100", "--logit-bias", "6=0.5", "--bad-word", "no",
+        "--soft-time-limit", "1.5", "--completion-id", "mine", "--priority", "-1", "--cache-salt", "salt",
+        "--user", "somebody", "--template-kwargs", '{"a" : 1}', "--extra-body", "{}", "--usage-updates",
+        "--coalesce", "0.05", "--heartbeat", "20", "--heartbeat-before-start", "--retain-for", "60", "hi",
+    )  # fmt: skip
+    assert (status, err) == (0, "")
+    assert gateway.last.request == StreamChatCompletionRequest(
+        chat=chat_request(
+            "hi",
+            model="llama",
+            allowed_tools=["a", "b"],
+            parallel_tool_calls=False,
+            incremental_tool_calls=True,
+            validate_schema=True,
+            reasoning="high",
+            reasoning_token_budget=0,
+            include_reasoning=False,
+            response_format=structural_tag('{ "type": "structural_tag" }'),
+            choice_count=2,
+            logprobs=3,
+            stop_token_ids=[7, 8],
+            ignore_eos=True,
+            logit_bias={5: -100, 6: 0.5},
+            bad_words=["no"],
+            soft_time_limit=1.5,
+            completion_id="mine",
+            priority=-1,
+            cache_salt="salt",
+            user="somebody",
+            chat_template_kwargs='{"a" : 1}',
+            extra_body="{}",
+        ),
+        options=StreamOptions(
+            usage_updates=True,
+            max_coalesce_delay=Duration(nanos=50_000_000),
+            heartbeat_interval=Duration(seconds=20),
+            heartbeat_before_start=True,
+            retain_for=Duration(seconds=60),
+        ),
+    )
+
+
+def test_every_argument_of_a_request_has_an_option() -> None:
+    """What the client takes can be typed: a new argument shows here."""
+    options = vars(make_parser().parse_args(["chat", "--logit-bias", "1=1", "hi"]))
+    made = {"tools", "incremental_tool_calls", "logit_bias", "response_format"}
+    # A whole message cannot be typed, but its fields can.
+    whole = {"sampling", "stream_options"}
+    named = {_NAMES.get(name, name) for name in options}
+    assert (CHAT_OPTIONS | TELLING_OPTIONS) - made - whole <= named
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "form"),
+    [
+        ("--response-format", "json_object", ResponseFormat(json_object=ResponseFormat.JsonObject())),
+        ("--regex", "a+", regex("a+")),
+        ("--choice", "yes", choice(["yes"])),
+        ("--json-schema", b'{"type": "object"}', json_schema('{"type": "object"}')),
+        ("--grammar", b'root ::= "a"', grammar('root ::= "a"')),
+    ],
+)
+def test_the_form_of_the_answer(
+    gateway: Gateway, run: Run, tmp_path: Path, option: str, value: str | bytes, form: ResponseFormat
+) -> None:
+    """Typed, or in a file where it is long; one of them, not two."""
+    if isinstance(value, bytes):
+        path = tmp_path / "form"
+        path.write_bytes(value)
+        value = str(path)
+    gateway.will(*saying("hi"))
+    assert run("chat", "--model", "llama", option, value, "hi")[0] == 0
+    assert asked(gateway).response_format == form
+    other = "--choice" if option == "--regex" else "--regex"
+    status, _, err = run("chat", "--model", "llama", option, value, other, "a", "hi")
+    assert (status, "not allowed with" in err) == (2, True)
+
+
+def test_images(gateway: Gateway, run: Run, tmp_path: Path) -> None:
+    """Beside the prompt: a file's bytes, and a URL as it is; or after the messages of a request."""
+    path = tmp_path / "cat.png"
+    path.write_bytes(b"png")
+    gateway.will(*saying("hi"))
+    url = "https://example.com/cat.png"
+    assert run("chat", "--model", "llama", "--image", str(path), "--image", url, "What?")[0] == 0
+    assert list(asked(gateway).messages) == [user(["What?", image(b"png"), image(url)])]
+    gateway.will(*saying("hi"))
+    request = '{"model": "llama", "messages": [{"user": {"content": [{"text": "1"}]}}]}'
+    assert run("chat", "--request", "-", "--image", str(path), stdin=request)[0] == 0
+    assert list(asked(gateway).messages) == [user("1"), user(image(b"png"))]
+    status, _, err = run("chat", "--model", "llama", "--image", str(tmp_path / "dog.png"), "What?")
+    assert (status, err) == (2, f"error: {tmp_path}/dog.png: No such file or directory\n")
 
 
 @pytest.mark.parametrize("arguments", [[], ["-"]])

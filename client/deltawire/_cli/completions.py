@@ -1,0 +1,99 @@
+"""`deltawire cancel`, `deltawire get` and `deltawire resume`: completions by their ids."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from deltawire._channel import CallInfo
+from deltawire._cli.answer import print_choice
+from deltawire._cli.connection import call_options
+from deltawire._cli.follow import follow
+from deltawire._cli.output import print_json, word
+from deltawire._cli.status import OK
+from deltawire._cli.terminal import Printer
+from deltawire._completion import answer_of
+from deltawire.v1.chat_completion_pb2 import CompletionState, CreateChatCompletionResponse, StopReason, UsageProvenance
+from deltawire.v1.error_reason_pb2 import ErrorReason
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator
+
+    from deltawire._client import Client
+    from deltawire.v1.chat_completion_pb2 import GetChatCompletionResponse, Usage
+
+
+def cancel_completion(client: Client, options: argparse.Namespace) -> int:
+    """End one softly, and say what the cancel met."""
+    met = client.chat.cancel(options.completion, **call_options(options))
+    if options.json:
+        print_json(met)
+    else:
+        running = met.state == CompletionState.COMPLETION_STATE_RUNNING
+        what = "is cancelled" if running else f"had ended before: {_state(met.state)}"
+        print(f"{options.completion} {what}; {_usage(met.usage)}")
+    return OK
+
+
+def get_completion(client: Client, options: argparse.Namespace) -> int:
+    """How far one has come, and its result if that is retained."""
+    found = client.chat.get(options.completion, **call_options(options))
+    if options.json:
+        print_json(found)
+    else:
+        for name, value in _facts(found):
+            print(f"{name + ':':<11} {value}")
+        if found.HasField("completed"):
+            _print_result(found)
+    return OK
+
+
+def resume_completion(client: Client, options: argparse.Namespace) -> int:
+    """Read one that is retained, from its beginning or from where somebody had come."""
+    stream = client.chat.resume(
+        options.completion, options.after, retain_for=options.retain_for, **call_options(options)
+    )
+    follow(stream, options)
+    return OK
+
+
+def _print_result(found: GetChatCompletionResponse) -> None:
+    """What the model said, each choice under a line of its own."""
+    out = Printer(sys.stdout)
+    whole = CreateChatCompletionResponse(started=found.started, completed=found.completed)
+    for choice in answer_of(whole, CallInfo()).choices:
+        out.line(f"--- choice {choice.index}")
+        print_choice(choice, out)
+
+
+def _facts(found: GetChatCompletionResponse) -> Iterator[tuple[str, str]]:
+    """What is known of a completion, in the order in which it is asked about."""
+    yield "id", found.completion_id
+    yield "state", _state(found.state)
+    if found.HasField("started"):
+        yield "model", found.started.model
+        yield "began", found.started.create_time.ToJsonString()
+    if found.HasField("usage"):
+        yield "usage", _usage(found.usage)
+    for choice in found.completed.choices:
+        yield "ended", f"choice {choice.index} with {word(StopReason, choice.stop_reason, 'STOP_REASON_')}"
+    if found.HasField("error"):
+        reason = word(ErrorReason, found.error.reason, "ERROR_REASON_")
+        yield "error", f"{reason}: {' '.join(found.error.message.split())}"
+    if found.HasField("last_sequence"):
+        yield "sequence", f"{found.last_sequence} is the last event"
+    if found.HasField("expire_time"):
+        yield "kept until", found.expire_time.ToJsonString()
+
+
+def _state(state: CompletionState.ValueType) -> str:
+    """A state, as it is printed."""
+    return word(CompletionState, state, "COMPLETION_STATE_").lower()
+
+
+def _usage(usage: Usage) -> str:
+    """What a completion has cost, as it is printed."""
+    prompt = f"{usage.prompt_tokens} + " if usage.HasField("prompt_tokens") else ""
+    trust = word(UsageProvenance, usage.provenance, "USAGE_PROVENANCE_").lower().replace("_", " ")
+    return f"{prompt}{usage.completion_tokens} tokens ({trust})"

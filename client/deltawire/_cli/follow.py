@@ -1,0 +1,48 @@
+"""One answer, from its stream to the end: printed as it comes, and ended by Ctrl-C."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from deltawire._cli.answer import print_answer
+from deltawire._cli.interrupt import SoftInterrupt
+from deltawire._cli.output import log_on_stderr, print_json
+from deltawire._errors import CallCancelledError, DeadlineExceededError, StreamInterrupted
+
+if TYPE_CHECKING:
+    import argparse
+
+    from deltawire._client import ChatStream
+    from deltawire._completion import Answer
+
+
+def follow(stream: ChatStream, options: argparse.Namespace) -> Answer:
+    """Print an answer while it comes.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C ended it; what came is printed.
+        DeltawireError: See `ChatStream`.
+    """
+    with stream, log_on_stderr(), SoftInterrupt(stream) as interrupt:
+        try:
+            if options.json:
+                for event in stream:
+                    print_json(event)
+            else:
+                print_answer(stream)
+            answer = stream.final()
+        except CallCancelledError:
+            if interrupt.pressed:
+                # It could not be ended softly.
+                raise KeyboardInterrupt from None
+            raise
+        except (StreamInterrupted, DeadlineExceededError, KeyboardInterrupt):
+            if options.retain_for is not None:
+                last = "" if stream.last_sequence is None else f" --after {stream.last_sequence}"
+                print(f"note: for the rest: deltawire resume {stream.completion_id}{last}", file=sys.stderr)
+            raise
+        if interrupt.pressed:
+            print(f"note: it had {answer.usage.completion_tokens} tokens", file=sys.stderr)
+            raise KeyboardInterrupt
+        return answer

@@ -1,0 +1,214 @@
+"""The options that say what a chat asks: those of `chat` and `count-tokens`, and how `chat` has a stream told.
+
+What each becomes in a request stands in `request`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from deltawire._values import EFFORTS
+
+_SAMPLING = (
+    ("temperature", float, "randomness; 0 is greedy"),
+    ("top_p", float, "consider the likeliest tokens up to this probability mass"),
+    ("top_k", int, "consider this many of the likeliest tokens"),
+    ("min_p", float, "leave out tokens less likely than this share of the likeliest"),
+    ("frequency_penalty", float, "-2 to 2; above 0 discourages repeating often"),
+    ("presence_penalty", float, "-2 to 2; above 0 discourages repeating at all"),
+    ("repetition_penalty", float, "above 1 discourages tokens of prompt and answer"),
+    ("seed", int, "make sampling repeatable"),
+    ("max_tokens", int, "the most tokens to generate"),
+    ("min_tokens", int, "the fewest tokens to generate"),
+)
+# A time that nothing here needs to be longer than, in seconds.
+_LONGEST = 10**9
+
+
+def add_request_options(parser: argparse.ArgumentParser) -> None:
+    """What is asked."""
+    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help='what to say; "-" reads standard input')
+    parser.add_argument("--model", help="id or alias (default: the only one there is)")
+    parser.add_argument("--system", metavar="TEXT", help="instructions for the model")
+    parser.add_argument(
+        "--image",
+        metavar="PATH|URL",
+        action="append",
+        default=[],
+        help="an image beside the prompt; the gateway fetches URLs, if its operator lets it; repeatable",
+    )
+    parser.add_argument(
+        "--request",
+        metavar="FILE",
+        help='a ChatRequest as protobuf JSON, "-" for standard input; the other options are laid over it',
+    )
+    _add_tools(parser.add_argument_group("tools"))
+    _add_reasoning(parser.add_argument_group("reasoning"))
+    _add_form(parser.add_argument_group("the form of the answer"))
+    _add_sampling(parser.add_argument_group("sampling", "What is not given is left to the model's own defaults."))
+    _add_limits(parser.add_argument_group("the completion"))
+
+
+def add_telling_options(parser: argparse.ArgumentParser) -> None:
+    """How a stream is told."""
+    group = parser.add_argument_group("the stream")
+    group.add_argument("--usage-updates", action="store_const", const=True, help="tell the usage meanwhile, for --json")
+    group.add_argument(
+        "--coalesce", metavar="SECONDS", type=seconds, help="let deltas be held back for that long, to be joined"
+    )
+    group.add_argument("--heartbeat", metavar="SECONDS", type=seconds, help="tell something at least that often")
+    group.add_argument(
+        "--heartbeat-before-start",
+        action="store_const",
+        const=True,
+        help="also before the answer begins; it cannot be tried again by gRPC then",
+    )
+    group.add_argument(
+        "--retain-for",
+        metavar="SECONDS",
+        type=seconds,
+        help="have the stream kept for that long, and go on if the connection is lost; see also `deltawire resume`",
+    )
+
+
+def _add_tools(group: argparse._ArgumentGroup) -> None:
+    """Tools, and how their calls are told."""
+    group.add_argument(
+        "--tool",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="OpenAI tool objects as JSON, one or a list; repeatable",
+    )
+    group.add_argument("--tool-choice", metavar="CHOICE", help="auto, required, none, or a tool's name")
+    group.add_argument(
+        "--allowed-tool", metavar="NAME", action="append", help="show the model this tool and no others; repeatable"
+    )
+    group.add_argument(
+        "--parallel-tool-calls",
+        action=argparse.BooleanOptionalAction,
+        help="whether the answer may hold more than one call",
+    )
+    group.add_argument(
+        "--tool-calls",
+        choices=("assembled", "incremental"),
+        help="tell calls once they are whole, or also while they are written",
+    )
+    group.add_argument(
+        "--validate-schema", action="store_const", const=True, help="check calls against the tools' schemas"
+    )
+
+
+def _add_reasoning(group: argparse._ArgumentGroup) -> None:
+    """How much to think."""
+    group.add_argument("--reasoning-effort", choices=EFFORTS, help="how hard to think")
+    group.add_argument("--reasoning-budget", metavar="N", type=int, help="the most tokens of it; 0 means none")
+    group.add_argument(
+        "--no-reasoning",
+        action="store_const",
+        const=False,
+        dest="include_reasoning",
+        help="do not tell it; the model thinks all the same",
+    )
+
+
+def _add_form(group: argparse._ArgumentGroup) -> None:
+    """What form the answer has."""
+    forms = group.add_mutually_exclusive_group()
+    forms.add_argument("--response-format", choices=("text", "json_object"), help="free text, or any JSON object")
+    forms.add_argument("--json-schema", metavar="FILE", help="JSON that follows this JSON Schema")
+    forms.add_argument("--regex", metavar="PATTERN", help="text that matches a regular expression")
+    forms.add_argument("--choice", metavar="TEXT", action="append", help="one of these texts; repeatable")
+    forms.add_argument("--grammar", metavar="FILE", help="text that follows this grammar, EBNF or Lark")
+    forms.add_argument("--structural-tag", metavar="FILE", help="a structural tag of vLLM's, as JSON")
+    group.add_argument("--choices", metavar="N", type=int, help="how many answers to generate")
+    group.add_argument(
+        "--logprobs", metavar="N", type=int, help="tell log-probabilities, with N alternatives each, for --json"
+    )
+
+
+def _add_sampling(group: argparse._ArgumentGroup) -> None:
+    """How tokens are chosen and when to stop."""
+    for name, kind, text in _SAMPLING:
+        metavar = "N" if kind is int else "X"
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
+    group.add_argument("--stop", metavar="TEXT", action="append", help="a text that ends the answer; repeatable")
+    group.add_argument(
+        "--stop-token-id", metavar="ID", type=int, action="append", help="a token that ends the answer; repeatable"
+    )
+    group.add_argument(
+        "--ignore-eos", action="store_const", const=True, help="go on past the model's own end of the answer"
+    )
+    group.add_argument(
+        "--logit-bias",
+        metavar="ID=X",
+        type=_bias,
+        action="append",
+        help="make a token likelier, or less; -100 to 100; repeatable",
+    )
+    group.add_argument(
+        "--bad-word", metavar="TEXT", action="append", help="a text that must not be generated; repeatable"
+    )
+
+
+def _add_limits(group: argparse._ArgumentGroup) -> None:
+    """What is said of the completion as a whole."""
+    group.add_argument(
+        "--soft-time-limit", metavar="SECONDS", type=seconds, help="end the answer well after this long, as it is then"
+    )
+    group.add_argument("--completion-id", metavar="ID", help="an id of your own, to cancel, look up and resume it by")
+    group.add_argument("--priority", metavar="N", type=int, help="lower goes earlier, if the engine heeds it")
+    group.add_argument("--cache-salt", metavar="TEXT", help="keep the engine's prefix cache apart from others'")
+    group.add_argument("--user", metavar="TEXT", help="who the end user is, for the engine")
+    group.add_argument(
+        "--template-kwargs", metavar="JSON", type=_json_object, help="arguments for the model's chat template"
+    )
+    group.add_argument(
+        "--extra-body", metavar="JSON", type=_json_object, help="further fields for the engine, of those allowed"
+    )
+
+
+def seconds(text: str) -> float:
+    """A length of time.
+
+    Raises:
+        argparse.ArgumentTypeError: It is none that can be waited for.
+        ValueError: It is no number.
+    """
+    value = float(text)
+    if not 0 < value <= _LONGEST:
+        message = f"{text} is not a number of seconds above 0"
+        raise argparse.ArgumentTypeError(message)
+    return value
+
+
+def _bias(text: str) -> tuple[int, float]:
+    """A token and what is added to its logit.
+
+    Raises:
+        argparse.ArgumentTypeError: It is not ID=X.
+    """
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError as error:
+        message = f"{text} is not ID=X, such as 1734=-100"
+        raise argparse.ArgumentTypeError(message) from error
+
+
+def _json_object(text: str) -> str:
+    """JSON text of an object, as it was written.
+
+    Raises:
+        argparse.ArgumentTypeError: It is none.
+    """
+    try:
+        is_object = isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError) as error:
+        message = f"not JSON: {error}"
+        raise argparse.ArgumentTypeError(message) from error
+    if not is_object:
+        message = f"not a JSON object: {text}"
+        raise argparse.ArgumentTypeError(message)
+    return text
