@@ -41,7 +41,7 @@ MAX_CHOICES = 128
 MAX_TOOLS = 128
 """As many as the chat API takes."""
 MAX_CACHE_SALT = 1024
-"""Characters: as many as vLLM takes."""
+"""Characters: as many as any vLLM has taken; newer ones take fewer, and say so."""
 
 _MODES = {
     tool_pb2.ToolChoice.MODE_AUTO: ToolMode.AUTO,
