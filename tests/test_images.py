@@ -11,7 +11,6 @@ import pytest
 
 from deltawire.v1 import message_pb2
 from deltawire_server import app
-from deltawire_server.app import Gateway
 from deltawire_server.settings import ImageSettings, Settings
 from deltawire_server.upstream.images.load import Images
 from tests.support.gateway import ask, failure_of, read_badly, read_well, running, settings_of, until
@@ -166,11 +165,11 @@ async def test_limits_reach_their_places(vllm: FakeVllm, tmp_path: Path) -> None
         "max_redirects": 4,
     }
     settings = settings_with(vllm, tmp_path, **rules)
-    policy = Gateway(settings)._images._policy
-    assert (policy.urls, policy.allowed_hosts, policy.schemes) == ("fetch", (HOST,), ("http",))
-    assert (policy.max_image_bytes, policy.max_fetched_bytes) == (1024, 2048)
-    assert (policy.timeout, policy.max_redirects) == (3, 4)
     async with running(settings) as gateway:
+        policy = gateway.gateway._images._policy
+        assert (policy.urls, policy.allowed_hosts, policy.schemes) == ("fetch", (HOST,), ("http",))
+        assert (policy.max_image_bytes, policy.max_fetched_bytes) == (1024, 2048)
+        assert (policy.timeout, policy.max_redirects) == (3, 4)
         large = await failure_of(gateway.create(showing(data=PNG + bytes(1024))))
         assert "more than 1024 bytes" in large.message
         two = showing(data=PNG)
