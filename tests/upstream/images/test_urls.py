@@ -95,6 +95,7 @@ REFUSED = {
     "IPv6: of the future": "http://[v1.a]/",
     "IPv6: something behind": "http://[2600::1].evil.example/",
     "too long": "http://allowed.example/" + "a" * MAX_URL_LENGTH,
+    "too long when escaped": "http://allowed.example/" + "ä" * (MAX_URL_LENGTH // 2),
 }
 
 READ = {

@@ -34,7 +34,7 @@ LOOK_UP_THREADS = 8
 NOWHERE = "leads to no address that images may be fetched from"
 """Of a name that is not there, and of one that is and leads to where only the gateway can reach: nobody is to learn which."""
 
-_NO_SUCH_NAME = {socket.EAI_NONAME, socket.EAI_NODATA}
+_NO_SUCH_NAME = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}  # not every system has the second
 
 
 class RefusedError(Exception):

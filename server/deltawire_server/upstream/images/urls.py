@@ -72,8 +72,7 @@ def web_address(text: str) -> WebAddress:
     Raises:
         UrlError: It is none, or one that programs do not agree on.
     """
-    if len(text) > MAX_URL_LENGTH:
-        raise UrlError(f"must not be longer than {MAX_URL_LENGTH} characters; send the image as data")
+    _see_length(text)
     _see_characters(text)
     match = _URL.fullmatch(text)
     if match is None:
@@ -90,7 +89,9 @@ def web_address(text: str) -> WebAddress:
     host, ip = _host(parts[1])
     if not target.startswith("/"):
         target = f"/{target}"
-    return WebAddress(scheme, host, port, quote(target, safe=_UNTOUCHED), ip)
+    address = WebAddress(scheme, host, port, quote(target, safe=_UNTOUCHED), ip)
+    _see_length(str(address))  # escapes make it longer
+    return address
 
 
 def joined(base: WebAddress, reference: str) -> WebAddress:
@@ -112,6 +113,11 @@ def joined(base: WebAddress, reference: str) -> WebAddress:
     except ValueError:  # of an IPv6 address
         raise UrlError("must be a web address") from None
     return web_address(whole)
+
+
+def _see_length(text: str) -> None:
+    if len(text) > MAX_URL_LENGTH:
+        raise UrlError(f"must not be longer than {MAX_URL_LENGTH} characters; send the image as data")
 
 
 def _see_characters(text: str) -> None:
