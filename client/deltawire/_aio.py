@@ -285,8 +285,13 @@ class AsyncChatStream(StreamCalls):
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(pause):
                 await self._stopped.wait()
-        if not self._stopped.is_set():
+        if self._stopped.is_set():
+            return
+        try:
             self._call()
+        except aio.UsageError:
+            # A channel of the caller's own, which has been closed meanwhile.
+            self._cancelled()
 
     async def _take(self, event: StreamChatCompletionResponse) -> bool:
         """Take note of an event; whether it is to be handed on."""

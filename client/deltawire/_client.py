@@ -340,11 +340,17 @@ class ChatStream(StreamCalls):
     def _go_on(self, failed: FailedCall | None) -> None:
         """Make the next call when it is time, unless the stream is over."""
         pause = self._end(failed)
-        if pause is not None and not self._stopped.wait(pause):
+        if pause is None or self._stopped.wait(pause):
+            return
+        try:
             self._rpc = self._call()
-            # Another thread may have cancelled the call before.
-            if self._stopped.is_set():
-                self._rpc.cancel()
+        except ValueError:
+            # A channel of the caller's own, which has been closed meanwhile.
+            self._cancelled()
+            return
+        # Another thread may have cancelled the call before.
+        if self._stopped.is_set():
+            self._rpc.cancel()
 
     def _take(self, event: StreamChatCompletionResponse) -> bool:
         """Take note of an event; whether it is to be handed on."""

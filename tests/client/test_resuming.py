@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -315,16 +316,40 @@ def test_patience(gateway: Gateway, read: Read, monkeypatch: pytest.MonkeyPatch)
     assert error.answer is not None
 
 
-@pytest.mark.parametrize("script", [[*EVENTS[:2], WAIT], [*EVENTS[:2], LOST], EVENTS[:2]])
+@pytest.mark.parametrize(
+    "end", [[], [LOST], [Fail(STATUS.DEADLINE_EXCEEDED, trailers=())]], ids=["OK", "lost", "gRPC's"]
+)
+def test_a_timeout(gateway: Gateway, client: Client, end: list[Step]) -> None:
+    """One for all calls: once it has passed there is no other, and what came is kept."""
+    gateway.will(*EVENTS[:2], *end)
+    with client.chat.stream("hi", model="llama", retain_for=60, timeout=60) as stream:
+        assert [next(stream), next(stream)] == EVENTS[:2]
+        stream._deadline = time.monotonic()
+        with pytest.raises(DeadlineExceededError) as caught:
+            stream.final()
+    assert caught.value.code is STATUS.DEADLINE_EXCEEDED
+    assert caught.value.answer is not None
+    assert caught.value.answer.text == "Hel"
+    assert len(gateway.calls) == 1
+
+
 @pytest.mark.usefixtures("pausing")
-def test_a_timeout(gateway: Gateway, read: Read, script: list[Step]) -> None:
-    """One for all calls and the pauses between them; what came is kept."""
-    play(gateway, script, script)
-    _, error, _ = read(retain_for=3000, model="llama", timeout=1)
+def test_a_timeout_ends_a_pause(gateway: Gateway, client: Client) -> None:
+    """It is not waited for longer than there is time."""
+    gateway.will(*EVENTS[:2])
+    with client.chat.stream("hi", model="llama", retain_for=3000, timeout=60) as stream:
+        assert [next(stream), next(stream)] == EVENTS[:2]
+        pause = stream._end(None)
+    assert pause is not None
+    assert 0 < pause <= 60
+
+
+def test_the_timeout_of_a_later_call(gateway: Gateway, read: Read) -> None:
+    """It is what the earlier ones have left."""
+    play(gateway, [*EVENTS[:2], LOST], [WAIT])
+    _, error, stream = read(retain_for=60, model="llama", timeout=2)
     assert type(error) is DeadlineExceededError
-    assert error.code is STATUS.DEADLINE_EXCEEDED
-    assert error.answer is not None
-    assert error.answer.text == "Hel"
+    assert (error.answer is not None, stream.resumed) == (True, 1)
 
 
 def test_resuming_another_stream(gateway: Gateway, read: Read) -> None:
@@ -567,6 +592,37 @@ async def test_another_task_may_cancel_while_it_pauses(
         with pytest.raises(CallCancelledError):
             await reader
     assert len(gateway.calls) == 2
+
+
+def test_a_channel_of_your_own_closed_between_calls(gateway: Gateway) -> None:
+    """There is no next call: the stream ends as cancelled."""
+    gateway.will(*EVENTS[:2], LOST)
+    channel = grpc.insecure_channel(gateway.target)
+    stream = Client(channel=channel).chat.stream("hi", model="llama", retain_for=60)
+    assert [next(stream), next(stream)] == EVENTS[:2]
+    begin = stream._begin
+    stream._begin = lambda: (channel.close(), begin())[1]  # type: ignore[method-assign]
+    with pytest.raises(CallCancelledError):
+        stream.final()
+    assert len(gateway.calls) == 1
+
+
+async def test_an_asynchronous_channel_of_your_own_closed_between_calls(gateway: Gateway) -> None:
+    """The same, while it pauses."""
+    gateway.will(*EVENTS[:2], LOST)
+    channel = grpc.aio.insecure_channel(gateway.target)
+    stream = AsyncClient(channel=channel).chat.stream("hi", model="llama", retain_for=60)
+    assert [await anext(stream), await anext(stream)] == EVENTS[:2]
+    go_on = stream._go_on
+
+    async def closing(failed: Any) -> None:  # noqa: ANN401
+        await channel.close()
+        await go_on(failed)
+
+    stream._go_on = closing  # type: ignore[method-assign]
+    with pytest.raises(CallCancelledError):
+        await stream.final()
+    assert len(gateway.calls) == 1
 
 
 def test_leaving_the_block_leaves_the_stream(gateway: Gateway, client: Client) -> None:
