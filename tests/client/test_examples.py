@@ -14,7 +14,7 @@ import grpc
 import pytest
 
 from deltawire import Message, Model, PermissionDeniedError, ToolCall, tool, user
-from deltawire.v1.chat_completion_pb2 import CreateChatCompletionResponse
+from deltawire.v1.chat_completion_pb2 import CreateChatCompletionResponse, ResumeFrom
 from deltawire.v1.model_registry_pb2 import GetModelResponse, UpdateModelResponse
 from tests.client.scripted import (
     Event,
@@ -125,6 +125,11 @@ def whole(events: Sequence[Event]) -> CreateChatCompletionResponse:
 
 README: dict[str, tuple[list[list[Any]], str]] = {
     "Chat": ([saying("Ray", "leigh.")], "Rayleigh.5 1 "),
+    "What can be asked": ([[whole(saying("yes"))]], "yes\n"),
+    "Ending an answer, and going on with one": (
+        [saying("Once ", "upon")[:2], saying("Once ", "upon")[2:]],
+        "Once upon",
+    ),
     "With asyncio": ([saying("Ray", "leigh.")], "Rayleigh.1\n"),
     "A conversation": ([[whole(saying("Rayleigh."))], [whole(saying("Longer way."))]], "Longer way.\n"),
     "Tools": ([[whole(calling(CALL))], [whole(saying("It rains."))]], "It rains.\n"),
@@ -175,6 +180,8 @@ def test_the_readme(title: str, gateway: Gateway, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out.startswith(expected)
     if title == "Tools":
         assert gateway.last.request.chat.messages[-1] == tool(CALL, "rain in Oslo")
+    if title == "Ending an answer, and going on with one":
+        assert gateway.last.request.resume == ResumeFrom(completion_id="cmpl-1", after_sequence=1)
     if title == "A conversation":
         said: Message = gateway.last.request.chat.messages[2]
         assert said.assistant.content[0].text == "Rayleigh."

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, assert_never, assert_type
 
 from deltawire import (
     Answer,
+    AsyncChatStream,
     AsyncClient,
+    CancelChatCompletionResponse,
+    ChatStream,
     Client,
+    CountTokensResponse,
+    GetChatCompletionResponse,
     Message,
     Model,
     ModelChange,
+    Notice,
     StopReason,
     StreamChatCompletionResponse,
     Tool,
     ToolCall,
+    Usage,
     WatchBookmark,
     WatchEvent,
+    choice,
+    image,
     tool,
     tool_definition,
     user,
@@ -46,12 +56,10 @@ def on_event(event: StreamChatCompletionResponse) -> str:  # noqa: C901 (one fla
             return str(event.usage_update.usage.completion_tokens)
         case "notice":
             return event.notice.message
-        case "heartbeat":
-            return ""
         case "completed":
             return event.completed.error.message
-        case None:
-            return "an event of a later version"
+        case "heartbeat" | None:
+            return "nothing, or an event of a later version"
         case _:
             assert_never(kind)
 
@@ -110,6 +118,26 @@ def blocking(client: Client) -> Answer:
         for piece in stream.text:
             assert_type(piece, str)
         answer = stream.final()
+    with client.chat.stream(
+        user(["What?", image(b"png"), {"type": "text", "text": "That."}]),
+        model="llama",
+        reasoning="high",
+        response_format=choice(["a", "b"]),
+        chat_template_kwargs={"a": 1},
+        soft_time_limit=timedelta(minutes=1),
+        retain_for=60,
+    ) as stream:
+        assert_type(stream.cancel_softly(), CancelChatCompletionResponse)
+        assert_type(stream.usage, Usage)
+        assert_type(stream.notices, tuple[Notice, ...])
+        assert_type(stream.last_sequence, int | None)
+    with client.chat.resume(stream.completion_id, stream.last_sequence, retain_for=5, timeout=5.0) as resumed:
+        assert_type(resumed, ChatStream)
+    assert_type(client.chat.cancel("mine", timeout=5.0), CancelChatCompletionResponse)
+    assert_type(client.chat.get("mine"), GetChatCompletionResponse)
+    assert_type(client.chat.count_tokens("hi", model="llama").prompt_tokens, int)
+    client.chat.create("hi", retain_for=5)  # type: ignore[call-arg]
+    client.chat.stream("hi", retain_for="long")  # type: ignore[arg-type]
     history.append(answer.message)
     history.extend(tool(call, "done") for call in answer.tool_calls)
     for model in client.models.list(page_size=10, state="serving"):
@@ -136,6 +164,12 @@ async def asynchronous(client: AsyncClient) -> Answer:
         async for piece in stream.text:
             assert_type(piece, str)
         assert_type(await stream.final(), Answer)
+        assert_type(await stream.cancel_softly(), CancelChatCompletionResponse)
+    async with client.chat.resume("mine") as resumed:
+        assert_type(resumed, AsyncChatStream)
+    assert_type(await client.chat.cancel("mine"), CancelChatCompletionResponse)
+    assert_type(await client.chat.get("mine"), GetChatCompletionResponse)
+    assert_type(await client.chat.count_tokens("hi"), CountTokensResponse)
     async for model in client.models.list(model_type="llm"):
         assert_type(model, Model)
         assert_type(await client.models.update(model, model_metadata={}), Model)
