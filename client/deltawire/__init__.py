@@ -90,6 +90,7 @@ from deltawire._requests import (
     TellingOptions,
     chat_request,
 )
+from deltawire._tools import FunctionTool, ToolArgumentsError, ToolLike, ToolRoundsExceededError, ToolRun, function_tool
 from deltawire._version import __version__
 from deltawire._watch import ModelChange, WatchBookmark, WatchEvent
 from deltawire.v1.chat_completion_pb2 import (
@@ -147,6 +148,7 @@ __all__ = [
     "EtagMismatchError",
     "FieldNotSupportedError",
     "FieldViolation",
+    "FunctionTool",
     "GatewayError",
     "GetChatCompletionResponse",
     "ImageUnavailableError",
@@ -191,9 +193,13 @@ __all__ = [
     "TellingOptions",
     "TooManyStreamsError",
     "Tool",
+    "ToolArgumentsError",
     "ToolCall",
     "ToolCallDelta",
     "ToolChoice",
+    "ToolLike",
+    "ToolRoundsExceededError",
+    "ToolRun",
     "UnauthenticatedError",
     "UnavailableError",
     "UpstreamAbortedError",
@@ -214,6 +220,7 @@ __all__ = [
     "chat_request",
     "choice",
     "developer",
+    "function_tool",
     "grammar",
     "image",
     "json_schema",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING, Self, TypeVar, Unpack
+import inspect
+from typing import TYPE_CHECKING, Self, TypeVar, Unpack, cast
 from weakref import WeakSet
 
 import grpc
@@ -21,6 +22,7 @@ from deltawire._requests import (
     ModelPages,
     RegisterArguments,
     StreamArguments,
+    ToolRunArguments,
     UpdateArguments,
     resume_request,
     split_arguments,
@@ -29,6 +31,8 @@ from deltawire._requests import (
     split_streaming,
     split_update,
 )
+from deltawire._tools import shells
+from deltawire._tools.loop import ToolLoop
 from deltawire._values import RESUME_FOR, Seconds
 from deltawire._watch import WatchCalls, WatchEvent, WatchState
 from deltawire.v1.chat_completion_pb2 import (
@@ -60,10 +64,11 @@ from deltawire.v1.model_registry_pb2 import (
 from deltawire.v1.model_registry_pb2_grpc import ModelRegistryStub
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterable, Sequence
     from types import TracebackType
 
     from deltawire._failure import FailedCall
+    from deltawire._tools.loop import OnError, ToolLike, ToolRun
     from deltawire.v1.chat_completion_pb2_grpc import ChatCompletionAsyncStub
     from deltawire.v1.model_registry_pb2_grpc import ModelRegistryAsyncStub
 
@@ -194,6 +199,34 @@ class AsyncChat:
         if stream._resumption.is_retained:
             self._streams.add(stream)
         return stream
+
+    async def run_tools(
+        self,
+        messages: Messages | ChatRequest,
+        *,
+        tools: Iterable[ToolLike],
+        max_rounds: int = 10,
+        on_error: OnError = "raise",
+        on_event: Callable[[StreamChatCompletionResponse], object] | None = None,
+        **arguments: Unpack[ToolRunArguments],
+    ) -> ToolRun:
+        """Ask, run the functions that the model calls, and ask again, until it answers; see `Chat.run_tools`.
+
+        The calls of a turn are run at the same time: functions with `async` here, others in threads. `on_event` may have to
+        be awaited. Cancelling the task cancels the call and the functions, but a thread runs on to its end.
+        """
+        request, options = split_arguments(messages, cast("ChatArguments", arguments))
+
+        async def ask(request: ChatRequest) -> Answer:
+            if on_event is None:
+                return await self.create(request, **options)
+            async with self.stream(request, **options) as stream:
+                async for event in stream:
+                    if inspect.isawaitable(waiting := on_event(event)):
+                        await waiting
+                return await stream.final()
+
+        return await shells.run_async(ToolLoop(request, tools, max_rounds=max_rounds, on_error=on_error), ask)
 
 
 class AsyncChatStream(StreamCalls):

@@ -18,6 +18,7 @@ from deltawire._requests import (
     ModelPages,
     RegisterArguments,
     StreamArguments,
+    ToolRunArguments,
     UpdateArguments,
     resume_request,
     split_arguments,
@@ -26,6 +27,8 @@ from deltawire._requests import (
     split_streaming,
     split_update,
 )
+from deltawire._tools import shells
+from deltawire._tools.loop import ToolLoop
 from deltawire._values import RESUME_FOR, Seconds
 from deltawire._watch import WatchCalls, WatchEvent, WatchState
 from deltawire.v1.chat_completion_pb2 import (
@@ -58,12 +61,13 @@ from deltawire.v1.model_registry_pb2 import (
 from deltawire.v1.model_registry_pb2_grpc import ModelRegistryStub
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from types import TracebackType
 
     from grpc import _CallIterator
 
     from deltawire._failure import FailedCall
+    from deltawire._tools.loop import OnError, ToolLike, ToolRun
 
 Q = TypeVar("Q")
 R = TypeVar("R")
@@ -242,6 +246,49 @@ class Chat:
         if stream._resumption.is_retained:
             self._streams.add(stream)
         return stream
+
+    def run_tools(
+        self,
+        messages: Messages | ChatRequest,
+        *,
+        tools: Iterable[ToolLike],
+        max_rounds: int = 10,
+        on_error: OnError = "raise",
+        on_event: Callable[[StreamChatCompletionResponse], object] | None = None,
+        **arguments: Unpack[ToolRunArguments],
+    ) -> ToolRun:
+        """Ask, run the functions that the model calls, tell it the results, and ask again, until it answers.
+
+        A turn's calls are run only if all of them can be: else the model is told what was wrong with each, and none is run.
+        The run also ends with an answer that was cut off, and with a call of a tool that is no function: then the calls in
+        `run.answer` are yours to look at.
+
+        Args:
+            messages: The conversation, or a whole `ChatRequest`.
+            tools: Functions, see `function_tool`; definitions alone are offered too.
+            max_rounds: How often to ask.
+            on_error: "raise" lets an exception in a function through; "tell" tells the model its type and message.
+            on_event: Is called with every event of every answer as it comes.
+            arguments: See `PlainChatOptions` and `CallOptions`. `timeout` is for each answer. A `tool_choice` that makes the
+                model call is for the first round only: it would never answer.
+
+        Raises:
+            CallError: A call failed; see `deltawire._errors`.
+            ToolRoundsExceededError: The model still called in the last round; its `run` has all that was said.
+            TypeError: A function that cannot be a tool, or that has to be awaited.
+            ValueError: Arguments that make no sense here: several choices, an id for one answer, two tools of one name.
+        """
+        request, options = split_arguments(messages, cast("ChatArguments", arguments))
+
+        def ask(request: ChatRequest) -> Answer:
+            if on_event is None:
+                return self.create(request, **options)
+            with self.stream(request, **options) as stream:
+                for event in stream:
+                    on_event(event)
+                return stream.final()
+
+        return shells.run(ToolLoop(request, tools, max_rounds=max_rounds, on_error=on_error), ask)
 
 
 class ChatStream(StreamCalls):

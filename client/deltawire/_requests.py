@@ -70,10 +70,10 @@ class SamplingOptions(TypedDict, total=False):
     bad_words: Iterable[str] | None
 
 
-class ChatOptions(SamplingOptions, total=False):
-    """What a chat request holds besides its messages. None is the same as not given.
+class PlainChatOptions(SamplingOptions, total=False):
+    """What a chat request holds besides its messages and tools. None is the same as not given.
 
-    `tools` takes the API's `Tool`s and OpenAI's tool objects. `tool_choice` is "auto", "required", "none", the name of
+    `tool_choice` is "auto", "required", "none", the name of
     a tool, or a `ToolChoice` (which can also name a tool called "auto"). `sampling` is where the single sampling
     arguments are laid over. `response_format` is a `ResponseFormat`, see `json_schema`, `regex`, `choice`, `grammar` and
     `structural_tag`, or "json_object". `logprobs` True asks for the chosen tokens' log-probabilities, a number for that
@@ -91,7 +91,6 @@ class ChatOptions(SamplingOptions, total=False):
     """
 
     model: str | None
-    tools: Iterable[Tool | Mapping[str, Any]] | None
     tool_choice: str | ToolChoice | None
     allowed_tools: Iterable[str] | None
     parallel_tool_calls: bool | None
@@ -129,6 +128,16 @@ class TellingOptions(TypedDict, total=False):
     heartbeat_before_start: bool | None
     retain_for: Seconds | None
     stream_options: StreamOptions | None
+
+
+class ChatOptions(PlainChatOptions, total=False):
+    """What a chat request holds besides its messages. `tools` takes the API's `Tool`s and OpenAI's tool objects."""
+
+    tools: Iterable[Tool | Mapping[str, Any]] | None
+
+
+class ToolRunArguments(PlainChatOptions, CallOptions, total=False):
+    """Everything that `chat.run_tools` takes by name besides its own arguments."""
 
 
 class ChatArguments(ChatOptions, CallOptions, total=False):
@@ -245,7 +254,7 @@ def chat_request(messages: Messages, **options: Unpack[ChatOptions]) -> ChatRequ
 
 
 def split_arguments(messages: Messages | ChatRequest, arguments: ChatArguments) -> tuple[ChatRequest, CallOptions]:
-    """Part the arguments of `create` and `count_tokens` into what is asked and how the call is made.
+    """Part the arguments of `create`, `count_tokens` and `run_tools` into what is asked and how the call is made.
 
     Raises:
         TypeError: A whole `ChatRequest` came with arguments of its own kind; set its fields instead.

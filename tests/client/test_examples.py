@@ -133,6 +133,7 @@ README: dict[str, tuple[list[list[Any]], str]] = {
     "With asyncio": ([saying("Ray", "leigh.")], "Rayleigh.1\n"),
     "A conversation": ([[whole(saying("Rayleigh."))], [whole(saying("Longer way."))]], "Longer way.\n"),
     "Tools": ([[whole(calling(CALL))], [whole(saying("It rains."))]], "It rains.\n"),
+    "Functions as tools": ([[whole(calling(CALL))], [whole(saying("It rains."))]], "It rains.\n2 rounds, 10 tokens\n"),
     "Errors": ([[NO_MODEL]], "no such model: llama\n"),
     "Connecting": ([], ""),
     "Models and providers": (
@@ -182,6 +183,8 @@ def test_the_readme(title: str, gateway: Gateway, capsys: pytest.CaptureFixture[
         assert gateway.last.request.chat.messages[-1] == tool(CALL, "rain in Oslo")
     if title == "Ending an answer, and going on with one":
         assert gateway.last.request.resume == ResumeFrom(completion_id="cmpl-1", after_sequence=1)
+    if title == "Functions as tools":
+        assert gateway.last.request.chat.messages[-1] == tool(CALL, "rain in Oslo, 7 °C")
     if title == "A conversation":
         said: Message = gateway.last.request.chat.messages[2]
         assert said.assistant.content[0].text == "Rayleigh."

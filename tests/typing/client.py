@@ -22,10 +22,12 @@ from deltawire import (
     StreamChatCompletionResponse,
     Tool,
     ToolCall,
+    ToolRun,
     Usage,
     WatchBookmark,
     WatchEvent,
     choice,
+    function_tool,
     image,
     tool,
     tool_definition,
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from deltawire.v1.tool_pb2 import ToolCallFailure
 
 
-def on_event(event: StreamChatCompletionResponse) -> str:  # noqa: C901 (one flat arm per event)
+def on_event(event: StreamChatCompletionResponse) -> str:
     """Every kind of event: a kind that is left out here does not pass."""
     kind = event.WhichOneof("event")
     match kind:
@@ -154,6 +156,35 @@ def blocking(client: Client) -> Answer:
     client.chat.create(3)  # type: ignore[arg-type]
     Client("127.0.0.1:1", tokn="key")  # type: ignore[call-arg]
     return client.chat.create(history, model="llama", seed=7)
+
+
+@function_tool
+def add(first: int, second: int = 0) -> int:
+    """A function stays what it was, and is a tool besides."""
+    return first + second
+
+
+@function_tool(strict=True)
+async def fetch(url: str) -> str:
+    """One that waits."""
+    return url
+
+
+async def calling_functions(client: Client, other: AsyncClient) -> None:
+    """Functions as tools, by both clients."""
+    assert_type(add(1, second=2), int)
+    assert_type(await fetch("x"), str)
+    assert_type(add.definition, Tool)
+    run = client.chat.run_tools("hi", tools=[add, print, Tool(name="t"), {"name": "g"}], model="llama", timeout=5.0)
+    assert_type(run, ToolRun)
+    assert_type(run.answer, Answer)
+    assert_type(run.messages, tuple[Message, ...])
+    assert_type(await other.chat.run_tools("hi", tools=[fetch], on_error="tell", temperature=0), ToolRun)
+    add("1")  # type: ignore[arg-type]
+    client.chat.run_tools("hi")  # type: ignore[call-arg]
+    client.chat.run_tools("hi", tools=[3])  # type: ignore[list-item]
+    client.chat.run_tools("hi", tools=[add], on_error="ignore")  # type: ignore[arg-type]
+    client.chat.run_tools("hi", tools=[add], modle="llama")  # type: ignore[call-arg]
 
 
 async def asynchronous(client: AsyncClient) -> Answer:

@@ -1,0 +1,252 @@
+"""What to ask and what to run next, until the model is done: the conversation of `run_tools` without any I/O.
+
+    ASK ── answer ──▶ receive ── calls that can all be run ──▶ RUN ── results ──▶ finish ──▶ ASK
+                        │ ├───── calls of which one cannot: all are told so ────────────────▶ ASK
+                        │ └───── no calls, a cut answer, or a call that is not ours ────────▶ DONE
+                        └─────── calls, and the last round is over ─────────────────────────▶ ToolRoundsExceededError
+
+All calls of a turn are looked at before one of them is run, and a turn is run whole or not at all: half of what a model
+wanted to do together may be worse than nothing. What it gets to read instead says of each call what was wrong with it, or that
+it was not run because of another, and it calls again. That works for an unknown tool, for arguments that are no JSON and for
+those that do not fit. A turn that was cut off is not asked again: the same limit would cut it again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from deltawire._messages import tool as tool_message
+from deltawire._messages import tool_from_openai
+from deltawire._tools.function import FunctionTool, ToolArgumentsError, function_tool
+from deltawire.v1.chat_completion_pb2 import ChatRequest, StopReason, Usage
+from deltawire.v1.message_pb2 import Message
+from deltawire.v1.tool_pb2 import Tool, ToolCall, ToolCallDelta, ToolChoice
+
+if TYPE_CHECKING:
+    from deltawire._completion import Answer
+
+# A tool as callers may give it. A definition alone is told to the model, and a call of it ends the run.
+ToolLike: TypeAlias = FunctionTool[..., Any] | Callable[..., Any] | Tool | Mapping[str, Any]
+OnError: TypeAlias = Literal["raise", "tell"]
+
+_SHOWN = 500  # characters of what the model wrote, told back to it
+_COUNTS = ("prompt_tokens", "completion_tokens", "cached_prompt_tokens", "reasoning_tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class ToolRun:
+    """A conversation with tools, as far as it went.
+
+    Attributes:
+        answers: What the model said, one answer for each round.
+        messages: The whole conversation: what was given, each answer, each result. Append to it and run again.
+    """
+
+    answers: tuple[Answer, ...]
+    messages: tuple[Message, ...]
+
+    @property
+    def answer(self) -> Answer:
+        """The last answer. If it still has calls, they were not run: see `Chat.run_tools`."""
+        return self.answers[-1]
+
+    @property
+    def text(self) -> str:
+        """What the model said at the end."""
+        return self.answer.text
+
+    @property
+    def rounds(self) -> int:
+        """How often the model was asked."""
+        return len(self.answers)
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens used by all rounds together: a figure is absent if one round lacks it, and the weakest provenance counts."""
+        usages = [answer.usage for answer in self.answers]
+        total = Usage(provenance=max(usage.provenance for usage in usages))
+        for name in _COUNTS:
+            if name == "completion_tokens" or all(usage.HasField(name) for usage in usages):  # type: ignore[arg-type]
+                setattr(total, name, sum(getattr(usage, name) for usage in usages))
+        return total
+
+
+class ToolRoundsExceededError(RuntimeError):
+    """The model still called tools when it had been asked as often as allowed.
+
+    Attributes:
+        run: The conversation so far. The calls of its last answer were not run.
+    """
+
+    def __init__(self, run: ToolRun) -> None:
+        super().__init__(run)
+        self.run = run
+
+    def __str__(self) -> str:
+        return f"the model still called tools in round {self.run.rounds}, the last that max_rounds allows"
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedCall:
+    """A call to run: `tool.function(**arguments)`."""
+
+    call: ToolCall
+    tool: FunctionTool[..., Any]
+    arguments: dict[str, Any]
+
+
+class ToolLoop:
+    """One conversation with tools.
+
+    Args:
+        request: What to ask first; it is not changed.
+        tools: Those to offer, besides any that the request has.
+        max_rounds: How often to ask.
+        on_error: What becomes of an exception in a function.
+
+    Attributes:
+        request: What to ask now.
+
+    Raises:
+        ValueError: Two tools of one name, or something that cannot be asked for more than once.
+        TypeError: A function that cannot be a tool.
+    """
+
+    def __init__(self, request: ChatRequest, tools: Iterable[ToolLike], *, max_rounds: int, on_error: OnError) -> None:
+        if max_rounds < 1:
+            message = f"max_rounds must be 1 or more, not {max_rounds}"
+            raise ValueError(message)
+        if on_error not in ("raise", "tell"):
+            message = f'on_error must be "raise" or "tell", not {on_error!r}'
+            raise ValueError(message)
+        if request.choice_count > 1:
+            message = "choice_count must be 1: the conversation goes on from one answer"
+            raise ValueError(message)
+        if request.completion_id:
+            message = "completion_id names one answer, and tools need several"
+            raise ValueError(message)
+        self.request = ChatRequest()
+        self.request.CopyFrom(request)
+        self._max_rounds = max_rounds
+        self._on_error = on_error
+        self._answers: list[Answer] = []
+        self._functions: dict[str, FunctionTool[..., Any]] = {}
+        for each in tools:
+            self._offer(each)
+        names = [each.name for each in self.request.tools]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            message = f"several tools are named {', '.join(repeated)}"
+            raise ValueError(message)
+
+    @property
+    def functions(self) -> Sequence[FunctionTool[..., Any]]:
+        """The tools that can be run."""
+        return tuple(self._functions.values())
+
+    @property
+    def run(self) -> ToolRun:
+        """The conversation so far."""
+        return ToolRun(tuple(self._answers), tuple(self.request.messages))
+
+    def receive(self, answer: Answer) -> list[PlannedCall] | None:
+        """Take the answer to `request`.
+
+        Returns:
+            The calls to run, whose results go to `finish`, and then `request` is to be asked. None if the conversation is
+            over: `run` has it.
+
+        Raises:
+            ToolRoundsExceededError: It is not over, and the last round was.
+        """
+        self._answers.append(answer)
+        problems = _problems(answer)
+        runnable = answer.tool_calls_executable and all(call.tool_name in self._functions for call in answer.tool_calls)
+        if not (runnable or problems):
+            self.request.messages.append(answer.message)
+            return None
+        if len(self._answers) >= self._max_rounds:
+            self.request.messages.append(answer.message)
+            raise ToolRoundsExceededError(self.run)
+        # From the second round on the model must be free to answer: forced to call, it would never come to an end.
+        if self.request.tool_choice.mode != ToolChoice.MODE_NONE:
+            self.request.ClearField("tool_choice")
+        planned: list[PlannedCall] = []
+        for call in answer.tool_calls:
+            function = self._functions.get(call.tool_name)
+            try:
+                if function is not None:
+                    planned.append(PlannedCall(call, function, function.parse(call.arguments)))
+            except ToolArgumentsError as error:
+                problems[call.call_id] = f"the arguments do not fit: {error}"
+        self.request.messages.append(_turn(answer))
+        if not problems:
+            return planned
+        for call in self.request.messages[-1].assistant.tool_calls:
+            problem = problems.get(call.call_id, "another call of the same turn cannot be run; call again")
+            self.request.messages.append(tool_message(call, f"Not run: {problem}"))
+        return []
+
+    def finish(self, planned: Sequence[PlannedCall], results: Sequence[str]) -> None:
+        """Take the results of the calls, in their order."""
+        for each, result in zip(planned, results, strict=True):
+            self.request.messages.append(tool_message(each.call, result))
+
+    def failed(self, planned: PlannedCall, error: Exception) -> str:
+        """What the model is told of an exception in a function.
+
+        Raises:
+            Exception: The same one, if that is what was asked for.
+        """
+        if self._on_error == "raise":
+            error.add_note(f"in the tool {planned.tool.name!r}, called by the model as {planned.call.call_id!r}")
+            raise error
+        return f"Failed: {type(error).__name__}: {error}"
+
+    def _offer(self, each: ToolLike) -> None:
+        if isinstance(each, Tool):
+            self.request.tools.append(each)
+        elif isinstance(each, Mapping):
+            self.request.tools.append(tool_from_openai(each))
+        else:
+            function = each if isinstance(each, FunctionTool) else function_tool(each)
+            self._functions[function.name] = function
+            self.request.tools.append(function.definition)
+
+
+def _problems(answer: Answer) -> dict[str, str]:
+    """What to tell the model of its failed calls, by call id; empty if there are none, or if it cannot be told."""
+    failed = answer.failed_tool_calls
+    if answer.stop_reason != StopReason.STOP_REASON_END_OF_MESSAGE or not all(each.tool_name for each in failed):
+        return {}
+    return {each.call_id: _problem(each) for each in failed}
+
+
+def _problem(failed: ToolCallDelta) -> str:
+    raw = failed.failure.raw_arguments
+    problem = failed.failure.message
+    if failed.failure.instance_path:
+        problem = f"at {failed.failure.instance_path}, {problem}"
+    return problem if _is_object(raw) else f"{problem}. You wrote: {raw[:_SHOWN]}"
+
+
+def _turn(answer: Answer) -> Message:
+    """The model's turn with its failed calls too, so that each can be answered; they come last."""
+    turn = Message()
+    turn.CopyFrom(answer.message)
+    for each in answer.failed_tool_calls:
+        raw = each.failure.raw_arguments
+        # What is no JSON cannot be sent back as arguments: chat templates parse them.
+        turn.assistant.tool_calls.add(
+            call_id=each.call_id, tool_name=each.tool_name, arguments=raw if _is_object(raw) else "{}"
+        )
+    return turn
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
