@@ -521,7 +521,9 @@ class Sampling(_message.Message):
 
     @_builtins.property
     def bad_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Texts that must not be generated. Not empty."""
+        """Texts that must not be generated. Not empty. vLLM forbids their tokens: the same text made of other tokens can come, also
+        in the middle of a text, where a word with a space before it may have other tokens than without.
+        """
 
     def __init__(
         self,
