@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import gzip
-import os
 import socket
 import ssl
 from contextlib import asynccontextmanager
@@ -289,6 +288,12 @@ async def test_addresses_of_both_families_are_handed_over() -> None:
         ("8.8.8.8", 443, socket.AF_INET),
         ("2606:4700::1111", 443, socket.AF_INET6),
     ]
+
+
+async def test_a_name_that_is_nowhere() -> None:
+    """Is refused as one that leads inside is."""
+    with pytest.raises(RefusedError, match=NOWHERE):
+        await JudgedNames(Names({}), at_home).resolve(HOST)
 
 
 async def test_the_operating_systems_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -671,15 +676,3 @@ async def test_https_to_a_server_without_tls() -> None:
         assert await failure(images, f"https://{HOST}:{port}/secret") == "cannot be reached"
     listener.close()
     assert b"secret" not in heard[0]
-
-
-def test_nothing_of_the_environment_changes_the_judge() -> None:
-    """An operator cannot open the inside by accident: the judge is an argument, and no variable or setting names it."""
-    assert not [name for name in os.environ if name.startswith("DELTAWIRE_IMAGES")]
-    assert Images()._fetcher._permits.__module__ == "deltawire_server.upstream.images.addresses"
-
-
-async def test_refused_errors_are_not_lost() -> None:
-    """Names that lead inside raise what the fetcher knows."""
-    with pytest.raises(RefusedError, match=NOWHERE):
-        await JudgedNames(Names({}), at_home).resolve(HOST)
