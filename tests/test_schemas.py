@@ -156,6 +156,10 @@ REFUSED: dict[str, tuple[object, str]] = {
     "far too large": (" " * schemas.MAX_SCHEMA_BYTES + "{}", f"is larger than {schemas.MAX_SCHEMA_BYTES} bytes"),
     "too deep": ('{"not":' * 10_000 + "{}" + "}" * 10_000, f"is nested more than {MAX_DEPTH} levels deep"),
     "too deep and no JSON": ("[" * 10_000, f"is nested more than {MAX_DEPTH} levels deep"),
+    "itself, deep within": (
+        of_a(of_a(of_a(of_a(of_a(of_a({"$ref": "#/$defs/x"})))))) | {"$defs": {"x": {"not": {"$ref": "#/$defs/x"}}}},
+        "refers to itself without end",
+    ),
     "a long chain": (
         {"$ref": "#/$defs/0", "$defs": {"3000": {}} | {str(n): {"$ref": f"#/$defs/{n + 1}"} for n in range(3000)}},
         "refers from part to part too often",
@@ -246,6 +250,34 @@ def test_a_tree_may_be_deep() -> None:
     for _ in range(20):
         value = {"left": value, "right": {"a": 1}, "list": []}
     assert told(node, value) == ("/left" * 20 + "/a", '"x" is not of type "integer"')
+
+
+def test_a_tree_of_lists_may_be_as_deep_as_anything() -> None:
+    """What each level needs is counted once, from the innermost out."""
+    node = {
+        "$defs": {"node": of_a({"type": ["array", "null"], "items": {"$ref": "#/$defs/node"}})},
+        "$ref": "#/$defs/node",
+    }
+    value: dict[str, Any] = {"a": 1}
+    for _ in range(MAX_DEPTH // 2 - 1):
+        value = {"a": [value]}
+    path, _ = told(node, value) or ("", "")
+    assert path == "/a/0" * (MAX_DEPTH // 2 - 1) + "/a"
+
+
+def test_what_cannot_be_counted_does_not_pass() -> None:
+    """Short chains of references, one in each level, are together too long to be followed for deep arguments."""
+    levels, links = 60, 10
+    chain: dict[str, Any] = {
+        f"{level}-{link}": {"$ref": f"#/$defs/{level}-{link + 1}"} for level in range(levels) for link in range(links)
+    }
+    chain |= {f"{level}-{links}": of_a({"$ref": f"#/$defs/{level + 1}-0"}) for level in range(levels)}
+    schema = {"$ref": "#/$defs/0-0", "$defs": chain | {f"{levels}-0": {}}}
+    value: dict[str, Any] = {}
+    for _ in range(levels):
+        value = {"a": value}
+    assert told(schema, {"a": {"a": {}}}) is None
+    assert told(schema, value) == ("", "the arguments are too much work to check against the tool's schema")
 
 
 def test_a_choice_of_trees_may_be_only_so_deep() -> None:

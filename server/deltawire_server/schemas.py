@@ -87,6 +87,7 @@ def _compiled(schema_text: str) -> ArgumentCheck:
     if patterns > MAX_PATTERNS:
         raise SchemaError(f"has {patterns} patterns; at most {MAX_PATTERNS} are allowed")
     effort = _Effort(schema, nodes)
+    effort.require_ends(nodes)
     if effort.of(_USUAL_DEPTH) > MAX_EFFORT:
         raise SchemaError("is too much work to check: its parts refer to one another again and again")
     try:
@@ -118,7 +119,11 @@ class _Check:
         depth, values = _shape(arguments)
         if depth > MAX_DEPTH:
             return "", f"the arguments are nested more than {MAX_DEPTH} levels deep"
-        if self._effort.of(depth) * values > MAX_EFFORT:
+        try:
+            too_much = self._effort.of(depth) * values > MAX_EFFORT
+        except SchemaError:
+            too_much = True
+        if too_much:
             return "", "the arguments are too much work to check against the tool's schema"
         try:
             value = json.loads(
@@ -245,12 +250,29 @@ class _Effort:
         """For values of this depth.
 
         Raises:
-            SchemaError: It has no end.
+            SchemaError: It cannot be counted.
         """
+        effort = 0
+        for levels in range(depth + 1):  # in turn, so that what a level within needs is known already
+            effort = self._counted(self._root, levels)
+        return effort
+
+    def require_ends(self, nodes: Iterable[dict[str, Any]]) -> None:
+        """Find references that lead back to where they are without going into the value.
+
+        Raises:
+            SchemaError: There is one.
+        """
+        for node in nodes:
+            self._counted(node, 0)
+
+    def _counted(self, node: object, depth: int) -> int:
         try:
-            return self._of(self._root, depth)
+            return self._of(node, depth)
         except RecursionError:
             raise SchemaError("refers from part to part too often") from None
+        finally:
+            self._under_way.clear()
 
     def _of(self, node: object, depth: int) -> int:
         if not isinstance(node, dict):
