@@ -8,15 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from deltawire_server import schemas
-from deltawire_server.schemas import (
-    MAX_DEPTH,
-    MAX_MESSAGE,
-    MAX_NUMBER_LENGTH,
-    MAX_PATTERNS,
-    SchemaError,
-    argument_check,
-)
+from deltawire_server.schemas import SchemaError, argument_check, check
+from deltawire_server.schemas.check import MAX_DEPTH, MAX_NUMBER_LENGTH, MAX_PATTERNS, MAX_SCHEMA_BYTES
+from deltawire_server.schemas.sentences import MAX_MESSAGE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,8 +20,8 @@ DRAFT_7 = "http://json-schema.org/draft-07/schema#"
 
 def told(schema: object, arguments: object) -> tuple[str, str] | None:
     """What the check says; text is taken as JSON text."""
-    check = argument_check(schema if isinstance(schema, str) else json.dumps(schema))
-    return check(arguments if isinstance(arguments, str) else json.dumps(arguments))
+    held = argument_check(schema if isinstance(schema, str) else json.dumps(schema))
+    return held(arguments if isinstance(arguments, str) else json.dumps(arguments))
 
 
 def refused(schema: object) -> str:
@@ -152,8 +146,8 @@ REFUSED: dict[str, tuple[object, str]] = {
         {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"anyOf": [{"$ref": "#/$defs/a"}]}}, "$ref": "#/$defs/a"},
         "refers to itself without end",
     ),
-    "too large": ('{"title": "' + "é" * (schemas.MAX_SCHEMA_BYTES // 2) + '"}', f"is larger than {schemas.MAX_SCHEMA_BYTES} bytes"),
-    "far too large": (" " * schemas.MAX_SCHEMA_BYTES + "{}", f"is larger than {schemas.MAX_SCHEMA_BYTES} bytes"),
+    "too large": ('{"title": "' + "é" * (MAX_SCHEMA_BYTES // 2) + '"}', f"is larger than {MAX_SCHEMA_BYTES} bytes"),
+    "far too large": (" " * MAX_SCHEMA_BYTES + "{}", f"is larger than {MAX_SCHEMA_BYTES} bytes"),
     "too deep": ('{"not":' * 10_000 + "{}" + "}" * 10_000, f"is nested more than {MAX_DEPTH} levels deep"),
     "too deep and no JSON": ("[" * 10_000, f"is nested more than {MAX_DEPTH} levels deep"),
     "itself, deep within": (
@@ -310,4 +304,4 @@ def test_checks_are_kept() -> None:
     """The same text gives the same check without compiling it again; only so many are kept."""
     text = json.dumps(of_a({"type": "integer", "title": "kept"}))
     assert argument_check(text) is argument_check(text)
-    assert schemas._compiled.cache_info().maxsize == 64
+    assert check._compiled.cache_info().maxsize == 64
