@@ -28,7 +28,7 @@ import enum
 import random
 import secrets
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, assert_never
 
 import grpc
 
@@ -238,6 +238,8 @@ class Resumption:
                 return True
             case End.OVER:
                 return False
+            case _:
+                assert_never(end)
 
     def _next_pause(self) -> float:
         """Seconds to wait: more each time, until something new comes."""

@@ -100,6 +100,27 @@ async def test_watch(served: Running, command: Command) -> None:
     assert (status, "REVISION_GONE" in errors) == (1, True)
 
 
+async def test_completions(served: Running, command: Command) -> None:
+    """One is asked for and kept, looked up, read again, cancelled too late; and the tokens of a prompt are counted."""
+    asked = ("chat", "--model", "fake", "--retain-for", "60", "--completion-id", "mine", "--max-tokens", "4")
+    status, said, errors = await command(served, *asked, "hi")
+    assert (status, errors) == (0, "note: the answer ended with OUT_OF_TOKENS\n")
+    status, out, _ = await command(served, "get", "mine")
+    assert (status, out.splitlines()[:2]) == (0, ["id:         mine", "state:      completed"])
+    assert out.endswith(f"--- choice 0\n{said}")
+    status, out, _ = await command(served, "resume", "mine")
+    assert (status, out) == (0, said)
+    status, events, _ = await command(served, "resume", "mine", "--json")
+    status, rest, _ = await command(served, "resume", "mine", "--json", "--after", "1")
+    assert rest.splitlines() == events.splitlines()[2:]
+    status, out, _ = await command(served, "cancel", "mine")
+    assert (status, out.startswith("mine had ended before: completed; ")) == (0, True)
+    status, _, errors = await command(served, "cancel", "nobody")
+    assert (status, "COMPLETION_NOT_FOUND" in errors) == (1, True)
+    status, out, _ = await command(served, "count-tokens", "--model", "fake", "hi")
+    assert (status, out.strip().isdigit()) == (0, True)
+
+
 async def test_keys(start_gateway: StartGateway, command: Command) -> None:
     """Who is not known, and who is but may not, is told so, and what would be needed."""
     register = ("models", "register", "mine", "--provider-model", "fake")
