@@ -86,11 +86,16 @@ class Pressed(SoftInterrupt):
         return self
 
 
-def test_what_it_comes_to(gateway: Gateway, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Status 130 either way: with the end and what it cost, or with what came."""
+def test_an_answer_that_was_ended_at_once(gateway: Gateway, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Status 130, with what came; here nothing."""
     monkeypatch.setattr(follow, "SoftInterrupt", Pressed)
     gateway.will(WAIT)
     assert run("chat", "--model", "llama", "hi") == (130, "", "interrupted\n")
+
+
+def test_an_answer_that_was_ended_softly(gateway: Gateway, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Status 130 as well, with the end and what it cost."""
+    monkeypatch.setattr(follow, "SoftInterrupt", Pressed)
     monkeypatch.setattr(Pressed, "way", "softly")
     end = completed(choice(said="Hel", reason="CANCELLED"))
     gateway.will(*numbered(started(), text("Hel"), finished(reason="CANCELLED"), end))
