@@ -78,6 +78,23 @@ class WorkerLimits:
     retention: RetentionLimits = field(default_factory=RetentionLimits)
 
 
+class _Begun:
+    """A retained completion, from the moment that it is asked for; `stream` is there when its model has been found."""
+
+    __slots__ = ("fingerprint", "stream")
+
+    def __init__(self, fingerprint: bytes, stream: asyncio.Future[RetainedStream]) -> None:
+        self.fingerprint = fingerprint
+        self.stream = stream
+        stream.add_done_callback(_seen)
+
+
+def _seen(stream: asyncio.Future[RetainedStream]) -> None:
+    """Its failure is told to whoever waits; if that has gone, nobody need be warned."""
+    if not stream.cancelled():
+        stream.exception()
+
+
 class Worker:
     """Runs completions.
 
@@ -103,6 +120,9 @@ class Worker:
         self._under_way: set[Completion] = set()
         self._records = Records()
         self._retention = Retention(self._limits.retention)
+        self._begun: dict[
+            tuple[str, str], _Begun
+        ] = {}  # retained ones with an id of the caller's own, by caller and id
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -144,22 +164,40 @@ class Worker:
             )
         return stream
 
-    async def retained(self, request: ChatRequest, caller: Caller, options: StreamOptions) -> RetainedStream:
+    async def retained(
+        self,
+        request: ChatRequest,
+        caller: Caller,
+        options: StreamOptions,
+        *,
+        fingerprint: bytes = b"",
+        retried: bool = False,
+    ) -> RetainedStream:
         """Start a completion that outlives its caller; returns when its model has been found, before its engine begins.
 
         Args:
             request: What to ask.
             caller: Whose it is.
             options: How it is told; `retain_for` is set.
+            fingerprint: The same for equal requests.
+            retried: Whether this is another attempt at a call that was lost. An earlier one may have arrived all the same:
+                then the completion that it began is the one.
 
         Raises:
             DeltawireError: What `completion` raises on entering.
         """
-        ready: asyncio.Future[RetainedStream] = asyncio.get_running_loop().create_future()
-        task = asyncio.create_task(self._generate(request, caller, options, ready))
+        key = (caller.name, request.completion_id)
+        earlier = self._begun.get(key)
+        if retried and earlier is not None and earlier.fingerprint == fingerprint:
+            return await asyncio.shield(earlier.stream)
+        begun = _Begun(fingerprint, asyncio.get_running_loop().create_future())
+        if request.completion_id:
+            self._begun.setdefault(key, begun)
+        task = asyncio.create_task(self._generate(request, caller, options, begun))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return await ready
+        # Shielded: whoever waits may go, and another attempt may wait too.
+        return await asyncio.shield(begun.stream)
 
     @contextlib.asynccontextmanager
     async def completion(
@@ -268,45 +306,51 @@ class Worker:
         finally:
             self._records.end(record, ending)
 
-    async def _generate(
-        self, request: ChatRequest, caller: Caller, options: StreamOptions, ready: asyncio.Future[RetainedStream]
-    ) -> None:
+    async def _generate(self, request: ChatRequest, caller: Caller, options: StreamOptions, begun: _Begun) -> None:
         """The task of a retained completion: into its stream, to the end."""
         stream: RetainedStream | None = None
+        failure: DeltawireError | None = None
         try:
             async with self.completion(request, caller, options) as completion:
-                stream = self._keep(completion, caller, options.retain_for or 0.0)
-                if not ready.done():  # else its caller has gone already, and may come back
-                    ready.set_result(stream)
+                stream = self._keep(completion, caller, options.retain_for or 0.0, begun)
+                begun.stream.set_result(stream)
                 try:
                     async for events in completion.batches():
                         stream.put(events)
                 finally:
                     _log_end(completion, caller)
         except DeltawireError as error:
-            _fail(error, stream, ready)
+            failure = error
         except asyncio.CancelledError:
-            _fail(GatewayError(Reason.DRAINING, "this process is shutting down; start again"), stream, ready)
+            failure = GatewayError(Reason.DRAINING, "this process is shutting down; start again, another one serves")
             raise
         except Exception as defect:  # noqa: BLE001 (whatever it is, readers get a failure and the log the cause)
             _log.exception("a retained completion failed", exc_info=defect)
-            _fail(GatewayError(Reason.INTERNAL, "the gateway failed; report this with the request id"), stream, ready)
-        else:
-            stream.close()
+            failure = GatewayError(Reason.INTERNAL, "the gateway failed; report this with the request id")
+        finally:
+            if stream is not None:
+                stream.close(failure)
+            elif failure is not None:
+                self._forget(caller, request.completion_id, begun)
+                begun.stream.set_exception(failure)
 
-    def _keep(self, completion: Completion, caller: Caller, retain_for: float) -> RetainedStream:
+    def _keep(self, completion: Completion, caller: Caller, retain_for: float, begun: _Begun) -> RetainedStream:
         """A stream for a completion, which its record knows for as long as anything of it is kept."""
-        record = self._records.find(caller.name, completion.head.completion_id)
-        record.stream = self._retention.open(completion, retain_for, lambda: self._records.released(record))
+        completion_id = completion.head.completion_id
+        record = self._records.find(caller.name, completion_id)
+
+        def dropped() -> None:
+            self._records.released(record)
+            self._forget(caller, completion_id, begun)
+
+        record.stream = self._retention.open(completion, retain_for, dropped)
         return record.stream
 
-
-def _fail(error: DeltawireError, stream: RetainedStream | None, ready: asyncio.Future[RetainedStream]) -> None:
-    """Tell whoever reads the stream, or waits for there to be one."""
-    if stream is not None:
-        stream.close(error)
-    elif not ready.done():
-        ready.set_exception(error)
+    def _forget(self, caller: Caller, completion_id: str, begun: _Begun) -> None:
+        """Another attempt would now be a new start."""
+        key = (caller.name, completion_id)
+        if self._begun.get(key) is begun:
+            del self._begun[key]
 
 
 def _log_end(completion: Completion, caller: Caller) -> None:

@@ -637,3 +637,14 @@ def test_leaving_the_block_leaves_the_stream(gateway: Gateway, client: Client) -
     with client.chat.resume("mine", stream.last_sequence) as stream:
         assert read + list(stream) == EVENTS
     assert [call.method for call in gateway.calls] == ["StreamChatCompletion"] * 2
+
+
+def test_after_the_last_event_there_is_only_the_end(read: Callable[..., Outcome], gateway: Gateway) -> None:
+    """Nothing is left to read, and that is no broken connection: one call, and an answer with nothing in it."""
+    gateway.will()
+    events, answer, stream = read("mine", 4)
+    assert events == []
+    assert isinstance(answer, Answer)
+    assert answer.text == ""
+    assert not answer.completed.choices
+    assert (stream.resumed, len(gateway.calls)) == (0, 1)

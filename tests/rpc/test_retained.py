@@ -375,3 +375,43 @@ async def test_another_callers_completion_is_none(start_gateway: StartGateway, v
         whole(await read_well(gateway.stream(ask(completion_id="c"), options=KEPT, metadata=yours)))
         assert (await gateway.look_up("c", metadata=mine)).state == RUNNING
         assert (await cancel(request, metadata=mine)).state == RUNNING
+
+
+# --- Attempts
+
+
+RETRIED = (("grpc-previous-rpc-attempts", "1"),)
+
+
+async def test_another_attempt_finds_what_the_first_began(served: Running, vllm: FakeVllm) -> None:
+    """gRPC sends a call again if it was lost, though it may have arrived: it is answered from the same completion."""
+    gate = asyncio.Event()
+    vllm.play(counting(gate))
+    call = served.stream(ask(completion_id="c"), options=KEPT)
+    await read_until(call, "0 1 2 3 ")
+    again = served.stream(ask(completion_id="c"), options=KEPT, metadata=RETRIED)
+    await read_until(again, "0 1 2 3 ")
+    gate.set()
+    whole(await read_well(served.stream(ask(completion_id="c"), options=KEPT, metadata=RETRIED)))
+    assert len(vllm.chats) == 1
+
+
+async def test_another_attempt_at_something_else_is_refused(served: Running, vllm: FakeVllm) -> None:
+    """An id that is taken by another request, or is another caller's to use, is not found by accident."""
+    vllm.play(counting())
+    whole(await read_well(served.stream(ask(completion_id="c"), options=KEPT)))
+    _, failure = await read_badly(
+        served.stream(ask("something else", completion_id="c"), options=KEPT, metadata=RETRIED)
+    )
+    assert failure.reason == "COMPLETION_ALREADY_EXISTS"
+    whole_again = chat_pb.StreamOptions(retain_for=Duration(seconds=61))
+    _, failure = await read_badly(served.stream(ask(completion_id="c"), options=whole_again, metadata=RETRIED))
+    assert failure.reason == "COMPLETION_ALREADY_EXISTS"
+
+
+async def test_another_attempt_at_what_never_arrived_begins_it(served: Running, vllm: FakeVllm) -> None:
+    """Also after one that failed before it began."""
+    vllm.play(Script.error(503, "busy"), counting())
+    await read_badly(served.stream(ask(completion_id="c"), options=KEPT))
+    whole(await read_well(served.stream(ask(completion_id="c"), options=KEPT, metadata=RETRIED)))
+    assert len(vllm.chats) == 2

@@ -11,6 +11,8 @@ there is another call before that is decided in `resumption`. What decides:
                                  DEADLINE_EXCEEDED
     no               -           another, before          the error of that status
                                  `started`
+    no               -           OK, nothing having come  an empty answer: it was resumed after its last event, and all
+                                 after a resume           of it had been read before
     no               -           another, or OK           `StreamInterrupted`
 
 Heartbeats can come before `started`: they are no beginning. A stream that is read from its middle begins with its first
@@ -104,6 +106,11 @@ class Accumulator:
         return self._started is not None or (self._from_middle and self._next > self._first)
 
     @property
+    def is_only_the_end(self) -> bool:
+        """Whether a stream that is read from the middle has brought nothing: if it ends so, all of it had been read before."""
+        return self._from_middle and self._next == self._first
+
+    @property
     def is_complete(self) -> bool:
         """Whether the last event has come."""
         return self._completed is not None
@@ -157,6 +164,8 @@ class Accumulator:
         answer = self._answer(info)
         completed = self._completed
         if completed is not None and not completed.HasField("error"):
+            return answer
+        if failure is None and self.is_only_the_end:
             return answer
         interrupted = failure is None or (self.has_begun and failure.code not in CALLERS_OWN)
         # A status of OK without an answer is nothing that anybody should read as OK.

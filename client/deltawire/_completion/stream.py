@@ -116,7 +116,8 @@ class StreamCalls:
         failure = None if failed is None else self._outgoing.failure(failed)
         if self._outcome is not None:
             return None
-        if not self._accumulator.is_complete:
+        whole = self._accumulator.is_complete or (failed is None and self._accumulator.is_only_the_end)
+        if not whole:
             has_begun = self._accumulator.has_begun
             pause = self._resumption.ended(failure, has_begun=has_begun, now=time.monotonic())
             remaining = self._remaining()

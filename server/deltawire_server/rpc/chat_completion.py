@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +101,14 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         chat = validate.chat_request(request.chat, self._content_limits)
         options = validate_options.stream_options(request.options, self._max_retain_for)
         if options.retain_for is not None:
-            await self._follow(await self._worker.retained(chat, caller, options), None, record, context)
+            stream = await self._worker.retained(
+                chat,
+                caller,
+                options,
+                fingerprint=hashlib.sha256(request.SerializeToString(deterministic=True)).digest(),
+                retried=record.retried,
+            )
+            await self._follow(stream, None, record, context)
             return
         async with self._worker.completion(chat, caller, options) as completion:
             writer = convert.ResponseWriter(completion, self._max_completed_bytes)

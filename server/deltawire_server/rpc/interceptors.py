@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 REQUEST_ID = "x-request-id"
 AUTHORIZATION = "authorization"
+PREVIOUS_ATTEMPTS = "grpc-previous-rpc-attempts"
+"""With a number; gRPC's own retries have it."""
 PROVIDER_TOKEN = "x-vllm-api-token"  # noqa: S105 (the name of a header, not a token)
 MAX_REQUEST_ID = 128
 OUR_METHODS = "/deltawire.v1."
@@ -51,12 +53,14 @@ class CallRecord:
         call: What of the caller's metadata goes on.
         caller: Who calls: the principal, or where anybody may call, the name in a verified certificate; empty if neither
             is known.
+        retried: Whether gRPC has sent the call before, and got no answer that it could pass on.
         values: What the handler has to say in the log line: model, usage and the like.
     """
 
     def __init__(self, call: CallContext) -> None:
         self.call = call
         self.caller = ""
+        self.retried = False
         self.values: dict[str, object] = {}
 
 
@@ -135,6 +139,7 @@ class CallInterceptor(aio.ServerInterceptor):
     async def _run(self, method: str, behaviour: _Behaviour, request: object, context: _Context) -> object:
         metadata = _metadata(context)
         record = CallRecord(_call_context(metadata))
+        record.retried = PREVIOUS_ATTEMPTS in metadata
         with contextlib.ExitStack() as counted:
             counted.enter_context(self._counted())
             with _entered(record), _logged(method, record, context, metadata) as outcome:
