@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from deltawire_server.completions.retention import RetainedStream
 from deltawire_server.errors import CallerError, GatewayError, ProviderError, Reason
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
 from deltawire_server.sansio.events import ChoiceFinished, Completed, Provenance, Started, StreamEvent, TextDelta
+from deltawire_server.stream_options import StreamOptions
 from deltawire_server.upstream.base import Patience
 from deltawire_server.upstream.request import ChatRequest, Sampling
 from deltawire_server.upstream.vllm import VllmProvider
@@ -20,7 +23,7 @@ from tests.support.workers import CALLER, MakeWorker, ask, events_of
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from deltawire_server.worker import Worker
+    from deltawire_server.worker import Caller, Worker
 
 
 CHUNKS = Chunks()
@@ -317,3 +320,60 @@ async def test_a_provider_that_is_replaced_before_it_is_asked(make_worker: MakeW
             assert completion.failure is None
             assert not provider._client.is_closed  # type: ignore[attr-defined]
         await until(lambda: provider._client.is_closed)  # type: ignore[attr-defined]
+
+
+async def test_another_attempt_at_a_retained_completion(make_worker: MakeWorker, vllm: FakeVllm) -> None:
+    """It finds what an earlier one began, under way or ended; but not what another request, caller or id began."""
+    options = StreamOptions(retain_for=LONG)
+    async with make_worker() as worker:
+
+        async def begin(fingerprint: bytes, *, caller: Caller = CALLER, retried: bool = True) -> RetainedStream:
+            request = ask(completion_id="c")
+            return await worker.retained(request, caller, options, fingerprint=fingerprint, retried=retried)
+
+        first = await begin(b"a")
+        assert await begin(b"a") is first
+        for fingerprint, retried in ((b"b", True), (b"a", False)):
+            with pytest.raises(CallerError) as caught:
+                await begin(fingerprint, retried=retried)
+            assert caught.value.reason is Reason.COMPLETION_ALREADY_EXISTS
+        assert await begin(b"a", caller=replace(CALLER, name="other")) is not first
+        await until(lambda: first.closed)
+        assert await begin(b"a") is first
+        first.drop()
+        assert await begin(b"a") is not first
+        assert len(vllm.chats) == 2
+        await worker.close()
+    assert worker._begun.keys() <= {("", "c"), ("other", "c")}
+
+
+async def test_attempts_wait_for_the_same_beginning(make_worker: MakeWorker) -> None:
+    """Each hears of its failure; one that has gone meanwhile takes nothing from the others, and a later one begins anew."""
+    provider = FakeProvider(served=["other"])
+    provider.gate = asyncio.Event()
+    options = StreamOptions(retain_for=LONG)
+    async with make_worker(provider=provider) as worker:
+        attempts = [
+            asyncio.create_task(
+                worker.retained(ask(completion_id="c"), CALLER, options, fingerprint=b"a", retried=True)
+            )
+            for _ in range(3)
+        ]
+        await provider.asked.wait()
+        attempts[0].cancel()
+        provider.gate.set()
+        results = await asyncio.gather(*attempts, return_exceptions=True)
+        assert isinstance(results[0], asyncio.CancelledError)
+        assert [type(result) for result in results[1:]] == [CallerError, CallerError]
+        assert worker._begun == {}
+
+
+async def test_a_defect_of_a_retained_completion(make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its readers get INTERNAL, and wait for nothing."""
+    monkeypatch.setattr(RetainedStream, "put", lambda *_: 1 / 0)
+    async with make_worker() as worker:
+        stream = await worker.retained(ask(completion_id="c"), CALLER, StreamOptions(retain_for=LONG))
+        with pytest.raises(GatewayError) as caught:
+            await anext(stream.follow())
+        assert caught.value.reason is Reason.INTERNAL
+        assert worker.active == 0

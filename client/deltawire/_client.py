@@ -203,7 +203,8 @@ class Chat:
             ValueError: A length of time that is none.
 
         From the middle, `final()` gives what `completed` says of the answer; if its `messages_omitted` is set, only what
-        came here; and after the last event, nothing. From reading come CompletionNotFoundError, CompletionGoneError and WrongReplicaError.
+        came here; and after the last event, nothing.
+        From reading come CompletionNotFoundError, CompletionGoneError and WrongReplicaError.
         """
         request, patience = resume_request(completion_id, after_sequence, retain_for)
         return self._going_on(ChatStream(self._stub, self._defaults, Resumption(request, patience), options))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -22,6 +22,7 @@ from deltawire.v1.chat_completion_pb2 import (
     USAGE_PROVENANCE_EXACT,
 )
 from deltawire_server.fake_vllm import Chunks, Script
+from tests.support.cutting import CuttingProxy
 from tests.support.gateway import WAIT, running, settings_of, until
 
 if TYPE_CHECKING:
@@ -36,55 +37,15 @@ WORDS = [f"{number} " for number in range(8)]
 TEXT = "".join(WORDS)
 
 
-class Wire:
-    """A TCP connection's way to the gateway that can be cut: whatever goes through it is lost from one moment on."""
-
-    def __init__(self, target: str) -> None:
-        self.address = ""
-        self._host, _, self._port = target.rpartition(":")
-        self._writers: set[asyncio.StreamWriter] = set()
-
-    async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._connect, "127.0.0.1", 0)
-        self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.close()
-        self.cut()
-        await self._server.wait_closed()
-
-    def cut(self) -> None:
-        """Lose every connection there is; new ones can be made."""
-        for writer in self._writers:
-            writer.transport.abort()
-        self._writers.clear()
-
-    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_connection(self._host, int(self._port))
-        self._writers |= {writer, back}
-        await asyncio.gather(self._pump(reader, back), self._pump(there, writer))
-
-    @staticmethod
-    async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while data := await reader.read(65536):
-                writer.write(data)
-        except OSError:
-            pass
-        finally:
-            writer.transport.abort()
-
-
 @pytest.fixture
-async def wire(served: Running) -> AsyncIterator[Wire]:
+async def wire(served: Running) -> AsyncIterator[CuttingProxy]:
     """The way to a gateway."""
-    async with Wire(served.address) as wire:
+    async with CuttingProxy(served.address) as wire:
         yield wire
 
 
 @pytest.fixture
-async def client(wire: Wire) -> AsyncIterator[AsyncClient]:
+async def client(wire: CuttingProxy) -> AsyncIterator[AsyncClient]:
     """A client over that way."""
     async with AsyncClient(wire.address, timeout=WAIT) as client:
         yield client
@@ -105,7 +66,7 @@ def gates(opened: bool = False) -> list[asyncio.Event]:
     return made
 
 
-async def test_cut_at_every_word(client: AsyncClient, wire: Wire, vllm: FakeVllm) -> None:
+async def test_cut_at_every_word(client: AsyncClient, wire: CuttingProxy, vllm: FakeVllm) -> None:
     """Each word is told once, in order, and generated once."""
     steps = gates()
     vllm.play(in_steps(*steps))
@@ -127,15 +88,15 @@ async def test_cut_at_every_word(client: AsyncClient, wire: Wire, vllm: FakeVllm
     assert len(vllm.chats) == 1
 
 
-async def test_cut_before_the_beginning(client: AsyncClient, wire: Wire, vllm: FakeVllm) -> None:
-    """The completion is found by the id that the client made up, and generated once."""
+async def test_cut_before_the_beginning(client: AsyncClient, wire: CuttingProxy, vllm: FakeVllm) -> None:
+    """The completion is found by the id that the client made up, by whoever asks again, gRPC or the client: it is generated once."""
     first = asyncio.Event()
     vllm.play(Script.chunks([first, CHUNKS.role(), CHUNKS.text("hi"), CHUNKS.finish()]))
     async with client.chat.stream("hi", model="fake", retain_for=60) as stream:
         reader = asyncio.create_task(stream.final())
         await vllm.received()
         wire.cut()
-        await until(lambda: stream.resumed > 0)
+        await until(lambda: wire.connections == 2)
         first.set()
         answer = await reader
     assert answer.text == "hi"
@@ -143,7 +104,7 @@ async def test_cut_before_the_beginning(client: AsyncClient, wire: Wire, vllm: F
     assert len(vllm.chats) == 1
 
 
-async def test_the_blocking_client(wire: Wire, vllm: FakeVllm) -> None:
+async def test_the_blocking_client(wire: CuttingProxy, vllm: FakeVllm) -> None:
     """The same, from a thread."""
     steps = gates()
     loop = asyncio.get_running_loop()
@@ -259,3 +220,21 @@ async def test_counting_tokens(client: AsyncClient) -> None:
     many = await client.chat.count_tokens(["hi", "what is the weather like in Oslo today?"], model="fake")
     assert 0 < few.prompt_tokens < many.prompt_tokens
     assert few.model == "vllm/fake"
+
+
+async def test_another_attempt_of_grpcs_finds_what_the_first_began(
+    client: AsyncClient, wire: CuttingProxy, served: Running, vllm: FakeVllm
+) -> None:
+    """Also with an id of the caller's own: no clash, one completion, and the client has noticed nothing."""
+    gate = asyncio.Event()
+    vllm.play(Script.chunks([gate, CHUNKS.role(), CHUNKS.text("hi"), CHUNKS.finish()]))
+    async with client.chat.stream("hi", model="fake", completion_id="mine", retain_for=60) as stream:
+        reader = asyncio.create_task(stream.final())
+        await vllm.received()
+        wire.cut()
+        await until(lambda: wire.connections == 2)
+        gate.set()
+        answer = await reader
+    assert (answer.text, answer.completion_id, stream.resumed) == ("hi", "mine", 0)
+    assert len(vllm.chats) == 1
+    assert served.gateway._worker.active == 0

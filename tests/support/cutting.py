@@ -1,4 +1,4 @@
-"""A TCP proxy that breaks connections after so many bytes, wherever in a message that is."""
+"""A TCP proxy that breaks connections: when it is told to, or after so many bytes, wherever in a message that is."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ class CuttingProxy:
 
     Attributes:
         address: Where it listens.
-        cuts: How many connections were reset.
+        connections: How many were made.
+        cuts: How many were reset after their number of bytes.
         passed: Bytes that went to clients.
     """
 
-    def __init__(self, target: str, cut_after: Callable[[], int | None]) -> None:
+    def __init__(self, target: str, cut_after: Callable[[], int | None] = lambda: None) -> None:
         self.address = ""
+        self.connections = 0
         self.cuts = 0
         self.passed = 0
         self._host, _, self._port = target.rpartition(":")
@@ -41,33 +43,39 @@ class CuttingProxy:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._server.close()
-        for task in self._tasks:
-            task.cancel()
+        self.cut()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    def cut(self) -> None:
+        """Reset every connection that there is; new ones can be made."""
+        for task in self._tasks:
+            task.cancel()
+
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
         task = asyncio.create_task(self._serve(reader, writer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        their_reader, their_writer = await asyncio.open_connection(self._host, int(self._port))
-        upwards = asyncio.create_task(self._upwards(reader, their_writer))
         try:
-            await self._downwards(their_reader, writer, self._cut_after())
+            their_reader, their_writer = await asyncio.open_connection(self._host, int(self._port))
+            upwards = asyncio.create_task(self._upwards(reader, their_writer))
+            try:
+                await self._downwards(their_reader, writer, self._cut_after())
+            finally:
+                upwards.cancel()
+                their_writer.transport.abort()
         finally:
-            upwards.cancel()
             # Reset, not closed: a killed process or a lost network says no goodbye.
             writer.transport.abort()
 
     async def _upwards(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            with contextlib.suppress(ConnectionError):
-                while data := await reader.read(65536):
-                    writer.write(data)
-                    await writer.drain()
-        finally:
-            writer.transport.abort()  # which ends the other way too
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        writer.transport.abort()  # which ends the other way too
 
     async def _downwards(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, limit: int | None) -> None:
         left = limit
