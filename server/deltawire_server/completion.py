@@ -278,10 +278,10 @@ class Completion:
         loop = asyncio.get_running_loop()
         patience = self.resolution.provider.patience
         model = self.resolution.model.provider_model_id
-        request = await self._images.load(self._request)
         self._silence = patience.first_event
-        self._asked = time.monotonic()
         clock.reschedule(min(self._end_by, loop.time() + self._silence))
+        request = await self._images.load(self._request)
+        self._asked = time.monotonic()
         async with self.resolution.provider.stream_chat(request, model, self._call) as answering:
             self._notices = answering.notices
             self.attempts = answering.replicas_tried
