@@ -120,9 +120,8 @@ class Worker:
         self._under_way: set[Completion] = set()
         self._records = Records()
         self._retention = Retention(self._limits.retention)
-        self._begun: dict[
-            tuple[str, str], _Begun
-        ] = {}  # retained ones with an id of the caller's own, by caller and id
+        # Retained ones with an id of the caller's own, by caller and id.
+        self._begun: dict[tuple[str, str], _Begun] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -250,6 +249,13 @@ class Worker:
                 finally:
                     self._under_way.discard(completion)
                     await completion.close()
+                    if completion.oddities:
+                        _log.warning(
+                            "the provider's answer was odd",
+                            provider=resolution.provider.id,
+                            completion_id=record.completion_id,
+                            oddities=dict(completion.oddities),
+                        )
                     if completion.failure is not None and completion.failure.reason in _TELLING:
                         self._registry.suspect(resolution.provider.id)
 

@@ -13,7 +13,6 @@ from deltawire_server.errors import GatewayError, Reason, Violation, invalid_req
 from deltawire_server.rpc import convert, validate, validate_options
 from deltawire_server.rpc.interceptors import REQUEST_ID, call_record, deadline_passed
 from deltawire_server.sansio.events import Completed
-from deltawire_server.telemetry import get_logger
 from deltawire_server.worker import Caller
 
 if TYPE_CHECKING:
@@ -34,8 +33,6 @@ MAX_COMPLETED_BYTES = 1024 * 1024
 
 MAX_RETAIN_FOR = 600.0
 """Seconds; see the settings."""
-
-_log = get_logger(__name__)
 
 
 class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
@@ -208,13 +205,6 @@ def _note(record: CallRecord, completion: Completion) -> None:
     """What the log line says of a completion, whatever its end."""
     _note_values(record, completion.head, completion.usage, completion.timings)
     record.values["attempts"] = completion.attempts
-    if completion.oddities:
-        _log.warning(
-            "the provider's answer was odd",
-            provider=completion.head.provider_id,
-            completion_id=completion.head.completion_id,
-            oddities=dict(completion.oddities),
-        )
 
 
 def _note_values(record: CallRecord, head: Head, usage: Usage, timings: Timings) -> None:
