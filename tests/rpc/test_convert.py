@@ -12,7 +12,7 @@ from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import message_pb2, tool_pb2
 from deltawire_server.completions.records import Head, Timings
 from deltawire_server.errors import Code, GatewayError, ProviderError, Reason
-from deltawire_server.rpc.convert import ResponseWriter, Told, completed
+from deltawire_server.rpc.convert import ResponseWriter, completed
 from deltawire_server.rpc.status import MAX_MESSAGE
 from deltawire_server.sansio.events import (
     ChoiceFinished,
@@ -42,6 +42,7 @@ from deltawire_server.upstream.request import Sampling
 if TYPE_CHECKING:
     import enum
 
+    from deltawire_server.completions.records import Told
     from deltawire_server.errors import DeltawireError
 
 SUCCEEDED = ToolCallSucceeded(1, 2, "c", "t", '{"a": 1}')

@@ -81,20 +81,12 @@ class Ending:
         return cls(error.code, error.reason, error.message)
 
 
-class Running(Protocol):
-    """A completion under way, as far as its record needs it."""
+class Told(Protocol):
+    """A completion, under way or retained, as far as its messages speak of it."""
 
     @property
     def head(self) -> Head:
         """What is settled of it."""
-
-    @property
-    def begun(self) -> bool:
-        """Whether its engine has begun."""
-
-    @property
-    def usage(self) -> Usage:
-        """What it has cost so far."""
 
     @property
     def timings(self) -> Timings:
@@ -103,6 +95,18 @@ class Running(Protocol):
     @property
     def failure(self) -> DeltawireError | None:
         """Why it did not end by itself, if it did not."""
+
+
+class Running(Told, Protocol):
+    """A completion under way, as far as its record and its retained stream need it."""
+
+    @property
+    def begun(self) -> bool:
+        """Whether its engine has begun."""
+
+    @property
+    def usage(self) -> Usage:
+        """What it has cost so far."""
 
     def stop(self, reason: StopReason) -> None:
         """End it now, as it is: its caller wants no more."""

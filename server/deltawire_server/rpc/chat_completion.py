@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from grpc import aio
 
     from deltawire_server.completion import Completion
-    from deltawire_server.completions.records import Head, Timings
+    from deltawire_server.completions.records import Head, Record, Timings
     from deltawire_server.completions.retention import RetainedStream
     from deltawire_server.rpc.interceptors import CallRecord
     from deltawire_server.rpc.validate_content import ContentLimits
@@ -125,11 +125,7 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         self, request: chat_pb.CancelChatCompletionRequest, context: _Context
     ) -> chat_pb.CancelChatCompletionResponse:
         """A soft end; what it met."""
-        record = call_record(context)
-        completion_id = validate_options.completion_id(request.completion_id, "completion_id")
-        record.values["completion_id"] = completion_id
-        completion = self._worker.record(_caller(record, context), completion_id)
-        completion.note()
+        completion = self._look_up(request.completion_id, context)
         response = chat_pb.CancelChatCompletionResponse(
             state=convert.state(completion), usage=convert.usage(completion.usage)
         )
@@ -140,12 +136,7 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         self, request: chat_pb.GetChatCompletionRequest, context: _Context
     ) -> chat_pb.GetChatCompletionResponse:
         """State, usage, and the result if it is retained."""
-        record = call_record(context)
-        completion_id = validate_options.completion_id(request.completion_id, "completion_id")
-        record.values["completion_id"] = completion_id
-        completion = self._worker.record(_caller(record, context), completion_id)
-        completion.note()
-        return convert.get_response(completion)
+        return convert.get_response(self._look_up(request.completion_id, context))
 
     async def CountTokens(  # noqa: N802 (the RPC's name)
         self, request: chat_pb.CountTokensRequest, context: _Context
@@ -169,6 +160,15 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
             model=resolution.model.id,
             provider_id=resolution.provider.id,
         )
+
+    def _look_up(self, completion_id: str, context: _Context) -> Record:
+        """What is known of the caller's completion now."""
+        record = call_record(context)
+        validate_options.completion_id(completion_id, "completion_id")
+        record.values["completion_id"] = completion_id
+        completion = self._worker.record(_caller(record, context), completion_id)
+        completion.note()
+        return completion
 
     async def _follow(self, stream: RetainedStream, after: int | None, record: CallRecord, context: _Context) -> None:
         """Write a retained stream from where this caller is, to its end."""

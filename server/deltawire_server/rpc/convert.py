@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, assert_never
+from typing import TYPE_CHECKING, assert_never
 
 from google.protobuf import duration_pb2, timestamp_pb2
 
@@ -33,25 +33,8 @@ from deltawire_server.sansio.events import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from deltawire_server.completions.records import Head, Record, Timings
-    from deltawire_server.errors import DeltawireError
+    from deltawire_server.completions.records import Head, Record, Timings, Told
     from deltawire_server.upstream.request import Sampling
-
-
-class Told(Protocol):
-    """A completion, under way or retained, as far as its messages speak of it."""
-
-    @property
-    def head(self) -> Head:
-        """What is settled of it."""
-
-    @property
-    def timings(self) -> Timings:
-        """How long things took, to its end or to now."""
-
-    @property
-    def failure(self) -> DeltawireError | None:
-        """Why it did not end by itself, if it did not."""
 
 
 class ResponseWriter:
