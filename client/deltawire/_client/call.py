@@ -1,0 +1,30 @@
+"""One call with one answer, and how it fails."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import grpc
+
+if TYPE_CHECKING:
+    from deltawire._channel import Outgoing
+    from deltawire._failure import FailedCall
+
+Q = TypeVar("Q")
+R = TypeVar("R")
+
+
+def invoke(method: grpc.UnaryUnaryMultiCallable[Q, R], request: Q, outgoing: Outgoing) -> R:
+    """Make a call with one answer.
+
+    Raises:
+        CallError: It failed.
+    """
+    try:
+        response, call = method.with_call(request, **outgoing.arguments)
+    except grpc.RpcError as error:
+        # gRPC's exception is the call itself, which its type does not say.
+        raise outgoing.error(cast("FailedCall", error)) from error
+    outgoing.began(call.initial_metadata())
+    outgoing.ended(call.trailing_metadata())
+    return response
