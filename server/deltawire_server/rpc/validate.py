@@ -158,7 +158,8 @@ class _ChatReader:
                 self._complain(f"{here}.tool_name", "is required")
             arguments = self._json_object(f"{here}.arguments", call.arguments, empty_allowed=True)
             calls.append(PastCall(call.call_id, call.tool_name, arguments or "{}"))
-        content = self._content.read(path, message.content, required=not (calls or message.reasoning))
+        # What is left of a turn may be nothing, if it was cut or its calls failed; it goes back all the same.
+        content = self._content.read(path, message.content, required=False)
         return ChatMessage(Role.ASSISTANT, content, reasoning=message.reasoning, tool_calls=tuple(calls))
 
     def _tools(self, tools: Iterable[tool_pb2.Tool]) -> tuple[ToolSpec, ...]:
