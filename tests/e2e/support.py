@@ -6,19 +6,22 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import sys
 import time
 import urllib.request
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltawire import ResponseFormat, tool_definition
+from deltawire import CompletionNotFoundError, ResponseFormat, tool_definition
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+    from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 
-    from deltawire import StreamChatCompletionResponse
+    from deltawire import AsyncClient, StreamChatCompletionResponse
+    from deltawire.v1.chat_completion_pb2 import GetChatCompletionResponse
+    from deltawire.v1.tool_pb2 import ToolCallDelta
     from tests.support.vllm_cpu import VllmServer
 
 MODEL = "smollm2"
@@ -46,6 +49,9 @@ WEATHER = tool_definition(
     input_schema={"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
 )
 
+DELTAWIRE = str(Path(sys.executable).with_name("deltawire"))
+"""The client's command."""
+
 ROOT = Path(__file__).parents[2]
 RUN = (sys.executable, "-m", "tests.support.run")
 
@@ -70,6 +76,26 @@ def kinds(events: Iterable[StreamChatCompletionResponse]) -> list[str]:
     """What kind each event is of, with neighbours of one kind told once."""
     named = [event.WhichOneof("event") or "" for event in events]
     return [kind for place, kind in enumerate(named) if place == 0 or named[place - 1] != kind]
+
+
+def told_text(events: Iterable[StreamChatCompletionResponse]) -> str:
+    """The text that the deltas of a stream with one choice add up to."""
+    return "".join(event.text_delta.text for event in events)
+
+
+def told_calls(events: Iterable[StreamChatCompletionResponse]) -> list[ToolCallDelta]:
+    """What was told of tool calls, in the order in which it came."""
+    return [event.tool_call_delta for event in events if event.HasField("tool_call_delta")]
+
+
+@contextmanager
+def standstill(vllm: VllmServer) -> Iterator[None]:
+    """The engine does nothing meanwhile: not even what it was asked before. Its connections stay, and so do its requests."""
+    vllm.kill_group(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        vllm.kill_group(signal.SIGCONT)
 
 
 def write_adapter(folder: Path, model: Path) -> None:
@@ -155,6 +181,23 @@ async def eventually(condition: Callable[[], bool], problem: str, seconds: float
     while not await asyncio.to_thread(condition):
         assert time.monotonic() < deadline, problem
         await asyncio.sleep(0.1)
+
+
+async def looked_up(
+    client: AsyncClient, completion_id: str, condition: Callable[[GetChatCompletionResponse], bool]
+) -> GetChatCompletionResponse:
+    """What the gateway says of a completion, once it says this; that it knows none of this id may change, too.
+
+    Raises:
+        TimeoutError: It has not come about.
+    """
+    async with asyncio.timeout(CALL_SECONDS):
+        while True:
+            with contextlib.suppress(CompletionNotFoundError):
+                found = await client.chat.get(completion_id)
+                if condition(found):
+                    return found
+            await asyncio.sleep(0.05)
 
 
 async def run(*command: str, given: str = "", variables: Mapping[str, str] | None = None) -> tuple[int, str, str]:
