@@ -147,6 +147,13 @@ class Engine:
         count: int = self.ask("/tokenize", {"messages": [{"role": "user", "content": text}]})["count"]
         return count
 
+    def _metric(self, name: str) -> int:
+        with _opener.open(f"{self._server.base_url}/metrics", timeout=CALL_SECONDS) as response:
+            for line in response.read().decode().splitlines():
+                if line.startswith(f"{name}{{"):
+                    return int(float(line.rpartition(" ")[2]))
+        raise AssertionError(f"vLLM does not tell {name}")
+
     def _request(self, path: str, body: Mapping[str, Any]) -> urllib.request.Request:
         return urllib.request.Request(  # noqa: S310 (the address is the server's own, always http:)
             f"{self._server.base_url}{path}",
@@ -156,11 +163,11 @@ class Engine:
 
     def running(self) -> int:
         """How many requests are being generated for now."""
-        with _opener.open(f"{self._server.base_url}/metrics", timeout=CALL_SECONDS) as response:
-            for line in response.read().decode().splitlines():
-                if line.startswith("vllm:num_requests_running{"):
-                    return int(float(line.rpartition(" ")[2]))
-        raise AssertionError("vLLM does not say how many requests run")
+        return self._metric("vllm:num_requests_running")
+
+    def generated(self) -> int:
+        """How many tokens it has generated, ever."""
+        return self._metric("vllm:generation_tokens_total")
 
     async def becomes_idle(self) -> None:
         """Wait until nothing is being generated.

@@ -7,24 +7,21 @@ import json
 import os
 import signal
 import socket
-import sys
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.e2e.support import CALL_SECONDS, MODEL, RUN, SEA, alive, descendants, run, serving
+from tests.e2e.support import CALL_SECONDS, DELTAWIRE, MODEL, RUN, SEA, alive, descendants, run, serving
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
     from tests.support.run import GatewayProcess
     from tests.support.vllm_cpu import VllmServer
 
 pytestmark = pytest.mark.e2e
-
-DELTAWIRE = str(Path(sys.executable).with_name("deltawire"))
 
 
 def of(vllm: VllmServer) -> dict[str, str]:
