@@ -29,6 +29,7 @@ from deltawire.v1.chat_completion_pb2 import (
     COMPLETION_STATE_COMPLETED,
     COMPLETION_STATE_FAILED,
     COMPLETION_STATE_RUNNING,
+    USAGE_PROVENANCE_ESTIMATED,
     USAGE_PROVENANCE_EXACT,
     USAGE_PROVENANCE_LOWER_BOUND,
 )
@@ -164,6 +165,9 @@ async def test_a_soft_cancel_while_the_engine_stands_still(
         answer = await asking
     cancelled = (StopReason.STOP_REASON_CANCELLED, "")
     assert [(choice.stop_reason, choice.text) for choice in answer.choices] == [cancelled] * 2
+    # The engine has said nothing yet, not even how long the prompt is.
+    assert answer.usage.provenance == USAGE_PROVENANCE_ESTIMATED
+    assert not answer.usage.HasField("prompt_tokens")
     await engine.becomes_idle()
 
 

@@ -196,7 +196,7 @@ async def test_calls_are_told_while_they_are_written(client: AsyncClient) -> Non
     """Two calls, the second of them broken: piece by piece, and then the same verdicts as without the pieces."""
     city = "a town whose name is long enough to come in several pieces"
     text = "\n".join([call_text(f'{{"city": "{city}"}}'), call_text('{"city": Rome,,}')])
-    events, answer = await told(client, **calls_of(f"Two.\n{text}", incremental_tool_calls=True))
+    events, answer = await told(client, **calls_of(f"Two.\n{text}", tool_choice="auto", incremental_tool_calls=True))
     deltas = told_calls(events)
     for index in (0, 1):
         adds_up([delta for delta in deltas if delta.index == index])
@@ -210,7 +210,7 @@ async def test_calls_are_told_while_they_are_written(client: AsyncClient) -> Non
         "completed",
     ]
     assert told_text(events) == answer.text == "Two.\n"
-    assembled, _ = await told(client, **calls_of(f"Two.\n{text}"))
+    assembled, _ = await told(client, **calls_of(f"Two.\n{text}", incremental_tool_calls=False))
     verdicts = told_calls(assembled)
     assert [delta.parse_status for delta in verdicts] == [SUCCEEDED, FAILED]
     for delta in (*verdicts, *deltas):  # the engine makes ids anew for each answer

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from deltawire import StopReason, assistant, developer, system, user
+from deltawire import Sampling, StopReason, assistant, developer, system, user
 from deltawire.v1.chat_completion_pb2 import UsageProvenance
 from tests.e2e.support import MODEL, SEA, forced, kinds
 
@@ -156,9 +156,7 @@ async def test_a_stop_token_ends_the_answer_and_is_named(client: AsyncClient, en
 
 async def test_every_sampling_field_is_accepted(client: AsyncClient) -> None:
     """All at once: none is refused, and what was sent to the engine is told back."""
-    async with client.chat.stream(
-        SEA,
-        model=MODEL,
+    asked = Sampling(
         temperature=0.7,
         top_p=0.9,
         top_k=20,
@@ -174,10 +172,11 @@ async def test_every_sampling_field_is_accepted(client: AsyncClient) -> None:
         ignore_eos=True,
         logit_bias={11: -1.5},
         bad_words=["ocean"],
-    ) as stream:
+    )
+    assert {field.name for field, _ in asked.ListFields()} == {field.name for field in asked.DESCRIPTOR.fields}
+    async with client.chat.stream(SEA, model=MODEL, sampling=asked) as stream:
         answer = await stream.final()
-    sent = answer.started.effective_sampling
-    assert {field.name for field, _ in sent.ListFields()} == {field.name for field in sent.DESCRIPTOR.fields}
+    assert answer.started.effective_sampling == asked
     assert answer.usage.completion_tokens <= 6
 
 

@@ -138,6 +138,16 @@ async def test_malformed_arguments_fail_with_all_that_was_said(client: AsyncClie
     assert answer.choices[0].engine_finish_reason == "tool_calls"
 
 
+async def test_arguments_that_are_no_object_fail(client: AsyncClient) -> None:
+    """They are JSON and come whole, but no function could be called with them."""
+    events, answer = await stream_forced(client, call_text('["Oslo"]'))
+    [verdict] = verdicts(events)
+    assert verdict.parse_status == ToolCallParseStatus.TOOL_CALL_PARSE_STATUS_FAILED
+    assert verdict.failure.reason == ToolCallFailureReason.TOOL_CALL_FAILURE_REASON_NOT_AN_OBJECT
+    assert verdict.failure.raw_arguments == '["Oslo"]'
+    assert not answer.tool_calls_executable
+
+
 async def test_a_cut_call_is_truncated(client: AsyncClient, engine: Engine) -> None:
     """Out of tokens within the arguments: what came of the call is kept, and nothing may be executed."""
     # A grammar lets the model split the text otherwise than the tokenizer would, so this cuts somewhere within.

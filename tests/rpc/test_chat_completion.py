@@ -106,7 +106,25 @@ async def test_recordings_keep_the_contract(served: Running, vllm: FakeVllm) -> 
 
 async def test_started(served: Running, vllm: FakeVllm) -> None:
     """Who answers and how it was asked: the name that was used is the alias of the model that it leads to."""
-    chat = ask(sampling=chat_pb.Sampling(temperature=0.5, seed=7, stop=["x"], logit_bias={5: 1.5}, ignore_eos=False))
+    sampling = chat_pb.Sampling(
+        temperature=0.5,
+        top_p=0.25,
+        top_k=-1,
+        min_p=0.0,
+        frequency_penalty=-2.0,
+        presence_penalty=2.0,
+        repetition_penalty=1.5,
+        seed=7,
+        max_tokens=9,
+        min_tokens=1,
+        stop=["x"],
+        stop_token_ids=[5],
+        ignore_eos=False,
+        logit_bias={5: 1.5},
+        bad_words=["y"],
+    )
+    assert {field.name for field, _ in sampling.ListFields()} == {field.name for field in sampling.DESCRIPTOR.fields}
+    chat = ask(sampling=sampling)
     started = (await read_well(served.stream(chat)))[0].started
     assert re.fullmatch("cmpl-[0-9a-f]{32}-[0-9a-f]{8}", started.completion_id)
     assert (started.model, started.alias, started.provider_id) == ("vllm/fake", "fake", "vllm")
