@@ -15,6 +15,7 @@ from deltawire import (
     AsyncClient,
     FieldNotSupportedError,
     InvalidRequestError,
+    StopReason,
     UpstreamRejectedError,
     assistant,
     chat_request,
@@ -258,11 +259,14 @@ async def test_a_salt_that_vllm_refuses(client: AsyncClient, salt: str) -> None:
     assert [violation.field for violation in caught.value.violations] == ["chat.cache_salt"]
 
 
+EXTRA = "allowed_*,include_stop_str_in_output,repetition_detection,guided_json"
+
+
 @pytest.fixture
 async def generous(vllm: VllmServer, tmp_path: Path) -> AsyncIterator[AsyncClient]:
     """A client of a gateway, in this process, whose operator allows some further fields."""
     flags = ["--listen", "127.0.0.1:0", "--database-url", f"sqlite:///{tmp_path / 'registry.db'}"]
-    flags += ["--set", "providers.vllm.allowed_extra_fields=allowed_*,include_stop_str_in_output,guided_json"]
+    flags += ["--set", f"providers.vllm.allowed_extra_fields={EXTRA}"]
     variables = {"VLLM_URL": vllm.base_url, "VLLM_API_TOKEN": vllm.api_key}
     async with (
         Gateway(settings.parse(flags, variables).settings) as gateway,
@@ -286,6 +290,20 @@ async def test_extra_fields(generous: AsyncClient, engine: Engine) -> None:
         )
     )
     assert answer.text == "one two"
+
+
+async def test_a_model_that_repeats_itself(generous: AsyncClient, engine: Engine) -> None:
+    """The engine looks for it only if a field of its own asks for that; then it is an end like any other, with its own reason."""
+    [token] = engine.tokens("cat")
+    request = asked(
+        extra_body='{"repetition_detection": {"max_pattern_size": 2, "min_count": 4}}',
+        sampling={"logit_bias": {token: 100.0}, "max_tokens": 40, "ignore_eos": True},
+    )
+    answer = await generous.chat.create(request)
+    assert answer.stop_reason == StopReason.STOP_REASON_REPETITION
+    assert answer.choices[0].engine_finish_reason == "repetition"
+    assert answer.text.startswith("catcat")
+    assert answer.usage.completion_tokens < 40
 
 
 async def test_extra_fields_that_are_not_allowed(client: AsyncClient, generous: AsyncClient) -> None:
