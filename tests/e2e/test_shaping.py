@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from deltawire import Answer, StreamChatCompletionResponse
     from deltawire.v1.tool_pb2 import ToolCallDelta
+    from tests.e2e.support import Engine
     from tests.support.vllm_cpu import VllmServer
 
 pytestmark = pytest.mark.e2e
@@ -150,14 +151,17 @@ async def test_times_fit_together(client: AsyncClient, *, whole: bool) -> None:
     assert times["worst_gap"] < times["total"] - times["time_to_first_event"] + 1e-6  # they are told in nanoseconds
 
 
-async def test_messages_beyond_the_operators_limit_are_left_out(vllm: VllmServer, tmp_path: Path) -> None:
+async def test_messages_beyond_the_operators_limit_are_left_out(
+    vllm: VllmServer, engine: Engine, tmp_path: Path
+) -> None:
     """Of a stream, whose deltas have said it all; never of a whole answer."""
     flags = ["--listen", "127.0.0.1:0", "--database-url", f"sqlite:///{tmp_path / 'registry.db'}"]
     flags += ["--set", "server.max_completed_bytes=1024"]
-    text = "sea " * 300
-    arguments: dict[str, Any] = {"model": MODEL, "response_format": forced(text)}
+    variables = {"VLLM_URL": vllm.base_url, "VLLM_API_TOKEN": vllm.api_key}
+    [token] = engine.tokens(" something")
+    arguments = {**GREEDY, "max_tokens": 120, "logit_bias": {token: 100.0}}
     async with (
-        Gateway(settings.parse(flags, {"VLLM_URL": vllm.base_url, "VLLM_API_TOKEN": vllm.api_key}).settings) as gateway,
+        Gateway(settings.parse(flags, variables).settings) as gateway,
         AsyncClient(gateway.addresses[0], timeout=CALL_SECONDS) as client,
     ):
         events, answer = await told(client, **arguments)
@@ -165,8 +169,8 @@ async def test_messages_beyond_the_operators_limit_are_left_out(vllm: VllmServer
     completed = events[-1].completed
     assert completed.messages_omitted
     assert not completed.choices[0].HasField("message")
-    assert completed.choices[0].stop_reason == StopReason.STOP_REASON_END_OF_TURN
-    assert told_text(events) == answer.text == whole.text == text
+    assert completed.choices[0].stop_reason == StopReason.STOP_REASON_OUT_OF_TOKENS
+    assert told_text(events) == answer.text == whole.text == " something" * 120
     assert not whole.completed.messages_omitted
 
 
