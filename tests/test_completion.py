@@ -228,6 +228,17 @@ async def test_timings(make_worker: MakeWorker, vllm: FakeVllm) -> None:
     assert completion.timings == after
 
 
+async def test_the_first_event_comes_before_the_end(make_worker: MakeWorker, vllm: FakeVllm) -> None:
+    """Also where all of an answer comes at once."""
+    vllm.play(
+        Script.chunks([CHUNKS.role(), CHUNKS.text("a"), CHUNKS.finish(), b"data: [DONE]\n\n"], chunks_per_write=9)
+    )
+    async with make_worker() as worker, worker.completion(ask(), CALLER) as completion:
+        await told(completion)
+    assert completion.timings.first_event is not None
+    assert completion.timings.first_event <= completion.timings.total
+
+
 # --- Soft ends
 
 

@@ -169,7 +169,7 @@ class Completion:
         return Timings(
             total=(self._ended or time.monotonic()) - self._accepted,
             queue=None if self._asked is None else self._asked - self._accepted,
-            first_event=None if self._gaps.first is None else self._gaps.first - self._accepted,
+            first_event=self._gaps.first - self._accepted if self._begun and self._gaps.first is not None else None,
             mean_gap=self._gaps.mean,
             worst_gap=self._gaps.worst,
         )
@@ -289,9 +289,10 @@ class Completion:
                 if self._reader.ended:
                     continue
                 count = self._reader.event_count
-                self._pass_on(self._reader.receive(data))
+                events = self._reader.receive(data)
                 if self._reader.event_count > count:
                     self._gaps.receive(self._reader.event_count - count, time.monotonic())
+                self._pass_on(events)
                 if self._reader.ended:
                     if self.failure is not None:
                         return

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from deltawire_server.completions import retention
 from deltawire_server.completions.retention import STREAM_BYTES, RetainedStream, Retention, RetentionLimits
 from deltawire_server.errors import CallerError, DeltawireError, GatewayError, ProviderError, Reason
 from deltawire_server.sansio.coalesce import EVENT_BYTES, weight
@@ -37,11 +38,17 @@ ANSWER: Sequence[StreamEvent] = (STARTED, TextDelta(0, "a"), TextDelta(0, "b"), 
 TEXT = TextDelta(0, "x" * 1000)
 
 
+@pytest.fixture
+def strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is kept for readers beyond the limits, so that these can be seen."""
+    monkeypatch.setattr(retention, "UNREAD_BYTES", 0)
+
+
 class Kept:
     """A stream, with its completion and how often it was told to be dropped."""
 
-    def __init__(self, retention: Retention | None = None, retain_for: float = LONG) -> None:
-        self.retention = retention or Retention()
+    def __init__(self, kept_by: Retention | None = None, retain_for: float = LONG) -> None:
+        self.retention = kept_by or Retention()
         self.running = FakeRunning()
         self.dropped = 0
         self.stream = self.retention.open(self.running, retain_for, self._drop)
@@ -136,6 +143,7 @@ async def test_a_number_that_has_never_been() -> None:
     assert isinstance(error, CallerError)
 
 
+@pytest.mark.usefixtures("strict")
 async def test_old_messages_go_first() -> None:
     """At the limit of one stream; what is left can be resumed, what is gone cannot, and the reader hears where it begins."""
     kept = Kept(Retention(RetentionLimits(max_stream_bytes=STREAM_BYTES + 10 * weight(TEXT))))
@@ -153,6 +161,7 @@ async def test_old_messages_go_first() -> None:
     assert await followed(kept.stream, first - 1) == [*((n, TEXT) for n in range(first, 20)), (20, COMPLETED)]
 
 
+@pytest.mark.usefixtures("strict")
 async def test_the_newest_message_is_kept_however_large() -> None:
     """So that readers get on."""
     kept = Kept(Retention(RetentionLimits(max_stream_bytes=1, max_bytes=1)))
@@ -162,6 +171,7 @@ async def test_the_newest_message_is_kept_however_large() -> None:
     assert kept.retention.size == STREAM_BYTES + weight(TEXT)
 
 
+@pytest.mark.usefixtures("strict")
 async def test_a_reader_that_falls_behind_is_slow() -> None:
     """It had its place in the stream, and what comes next for it was dropped."""
     kept = Kept(Retention(RetentionLimits(max_stream_bytes=STREAM_BYTES + 2 * weight(TEXT))))
@@ -175,19 +185,20 @@ async def test_a_reader_that_falls_behind_is_slow() -> None:
     assert caught.value.reason is Reason.SLOW_CALLER
 
 
+@pytest.mark.usefixtures("strict")
 async def test_all_streams_share_a_bound() -> None:
     """Those that have ended go first, in the order of their ends; then the oldest messages of the one that is written to."""
     size = STREAM_BYTES + weight(TEXT)
-    retention = Retention(RetentionLimits(max_bytes=3 * size))
-    first, second = Kept(retention).finish(TEXT), Kept(retention).finish(TEXT)
-    live = Kept(retention)
+    common = Retention(RetentionLimits(max_bytes=3 * size))
+    first, second = Kept(common).finish(TEXT), Kept(common).finish(TEXT)
+    live = Kept(common)
     live.stream.put([TEXT])
     assert (first.dropped, second.dropped) == (0, 0)
     live.stream.put([TEXT])
     assert (first.dropped, second.dropped) == (1, 0)
     for _ in range(10):
         live.stream.put([TEXT])
-        assert retention.size <= 3 * size
+        assert common.size <= 3 * size
     assert (second.dropped, live.dropped) == (1, 0)
     assert (await refused(first.stream)).message == "completion 'c' cannot be resumed there: it is no longer kept"
     assert (await refused(live.stream)).reason is Reason.COMPLETION_GONE
@@ -196,25 +207,25 @@ async def test_all_streams_share_a_bound() -> None:
 
 async def test_a_new_stream_makes_room_too() -> None:
     """Streams without a message weigh something: their number is bounded by it."""
-    retention = Retention(RetentionLimits(max_bytes=2 * STREAM_BYTES + EVENT_BYTES))
-    ended = Kept(retention).finish(STARTED)
-    Kept(retention)
+    common = Retention(RetentionLimits(max_bytes=2 * STREAM_BYTES + EVENT_BYTES))
+    ended = Kept(common).finish(STARTED)
+    Kept(common)
     assert ended.dropped == 0
-    Kept(retention)
+    Kept(common)
     assert ended.dropped == 1
 
 
 async def test_a_last_message_that_is_too_large_does_not_repeat_the_answer() -> None:
     """It says so; what it is about stays."""
-    retention = Retention(RetentionLimits(max_completed_bytes=500))
+    common = Retention(RetentionLimits(max_completed_bytes=500))
     call = ToolCallSucceeded(0, 0, "c", "t", '{"a": 1}')
     large = FinishedChoice(
         0, "x" * 501, "y", (call,), (), StopReason.END_OF_MESSAGE, "tool_calls", tool_calls_executable=True
     )
-    kept = Kept(retention).finish(STARTED, Completed(COMPLETED.usage, (large,)))
+    kept = Kept(common).finish(STARTED, Completed(COMPLETED.usage, (large,)))
     bare = FinishedChoice(0, "", "", (), (), StopReason.END_OF_MESSAGE, "tool_calls", tool_calls_executable=True)
     assert kept.stream.completed == Completed(COMPLETED.usage, (bare,), messages_omitted=True)
-    kept = Kept(retention).finish()
+    kept = Kept(common).finish()
     assert kept.stream.completed == COMPLETED
 
 
@@ -279,3 +290,68 @@ async def test_what_a_stream_knows_of_its_completion() -> None:
     assert kept.stream.last_sequence == 4
     kept.stream.close()
     assert kept.stream.failure is kept.running.failure
+
+
+async def test_a_reader_that_keeps_up_gets_all_whatever_the_limits() -> None:
+    """They bound what can be resumed; who reads has nothing to do with them. What it has taken is not kept for it."""
+    kept = Kept(Retention(RetentionLimits(max_stream_bytes=1, max_bytes=1)))
+    numbers = []
+    async with aclosing(kept.stream.follow()) as batches:
+        for _ in range(300):
+            kept.stream.put([TEXT])
+            numbers += [number for number, _ in await anext(batches)]
+        assert kept.stream.size == STREAM_BYTES + weight(TEXT)
+        kept.stream.put([COMPLETED])
+        kept.stream.close()
+        assert (await anext(batches))[-1] == (300, COMPLETED)
+    assert numbers == list(range(300))
+
+
+async def test_the_first_reader_is_waited_for_with_what_comes_before_it() -> None:
+    """Whoever asked for the stream is on its way; it finds the beginning, unless too much has come."""
+    kept = Kept(Retention(RetentionLimits(max_stream_bytes=1)))
+    fits = retention.UNREAD_BYTES // weight(TEXT)
+    for _ in range(fits):
+        kept.stream.put([TEXT])
+    assert len(await anext(kept.stream.follow())) == fits
+    kept = Kept(Retention(RetentionLimits(max_stream_bytes=1)))
+    for _ in range(fits + 1):
+        kept.stream.put([TEXT])
+    assert (await refused(kept.stream)).reason is Reason.COMPLETION_GONE
+
+
+async def test_the_slowest_of_several_readers_is_kept_for() -> None:
+    """As long as it is not too far behind; then it is slow, and the others go on."""
+    kept = Kept(Retention(RetentionLimits(max_stream_bytes=1)))
+    async with aclosing(kept.stream.follow()) as quick, aclosing(kept.stream.follow()) as slow:
+        kept.stream.put([TEXT])
+        assert [await anext(quick), await anext(slow)] == [[(0, TEXT)]] * 2
+        for number in range(1, 10):
+            kept.stream.put([TEXT])
+            assert await anext(quick) == [(number, TEXT)]
+        assert [number for number, _ in await anext(slow)] == list(range(1, 10))
+        for _ in range(retention.UNREAD_BYTES // weight(TEXT) + 1):
+            kept.stream.put([TEXT])
+            await anext(quick)
+        with pytest.raises(GatewayError) as caught:
+            await anext(slow)
+    assert caught.value.reason is Reason.SLOW_CALLER
+
+
+async def test_a_stream_that_was_dropped_under_way_does_not_end_well() -> None:
+    """Whoever still looks at it is told that its end is missing, rather than that all is well."""
+    kept = Kept(retain_for=0.01)
+    await until(lambda: kept.dropped == 1)
+    kept.stream.put(ANSWER)
+    kept.stream.close()
+    error = await refused(kept.stream)
+    assert (error.reason, error.message) == (
+        Reason.COMPLETION_GONE,
+        "completion 'c' cannot be resumed there: it was dropped before its end",
+    )
+
+
+async def test_a_number_beyond_an_ended_stream() -> None:
+    """It will never come."""
+    error = await refused(Kept().finish().stream, 9)
+    assert error.message == "completion 'c' cannot be resumed there: it has no message 9"

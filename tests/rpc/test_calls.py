@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from typing import TYPE_CHECKING, Any, cast
 
@@ -366,3 +367,10 @@ async def test_draining_refuses_new_calls() -> None:
             await idle
     finally:
         await server.stop(None)
+
+
+async def test_what_a_caller_sends_does_not_fill_the_log(served: Running, lines: Lines) -> None:
+    """An error may quote the request; its line is short all the same."""
+    await failure_of(served.create(ask(model="x" * 1_000_000)))
+    line = await lines.find("call", code="NOT_FOUND")
+    assert len(json.dumps(line)) < 8192

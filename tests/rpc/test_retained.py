@@ -200,7 +200,7 @@ async def test_places_that_cannot_be_had(start_gateway: StartGateway, vllm: Fake
 async def test_a_stream_that_nobody_comes_back_to(served: Running, vllm: FakeVllm, lines: Lines) -> None:
     """Is stopped when its time has passed, and forgotten; what it has cost is known."""
     vllm.play(Script.chunks([CHUNKS.role(), CHUNKS.text("a"), asyncio.Event()]))
-    options = chat_pb.StreamOptions(retain_for=Duration(nanos=50_000_000))
+    options = chat_pb.StreamOptions(retain_for=Duration(seconds=1))
     call = served.stream(ask(completion_id="c"), options=options)
     await read_until(call, "a")
     call.cancel()
@@ -375,3 +375,11 @@ async def test_another_callers_completion_is_none(start_gateway: StartGateway, v
         whole(await read_well(gateway.stream(ask(completion_id="c"), options=KEPT, metadata=yours)))
         assert (await gateway.look_up("c", metadata=mine)).state == RUNNING
         assert (await cancel(request, metadata=mine)).state == RUNNING
+
+
+async def test_a_stream_is_kept_for_a_second_at_least(served: Running) -> None:
+    """Less would be over before anybody had begun to read."""
+    options = chat_pb.StreamOptions(retain_for=Duration(nanos=999_999_999))
+    _, failure = await read_badly(served.stream(options=options))
+    assert failure.fields == ["options.retain_for"]
+    assert "from 1 to 600 seconds" in failure.message

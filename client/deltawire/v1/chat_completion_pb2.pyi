@@ -864,7 +864,9 @@ class ResumeFrom(_message.Message):
     completion_id: _builtins.str
     """Started.completion_id, or the caller's own. Required."""
     after_sequence: _builtins.int
-    """The sequence of the last message that came; absent means from the first on."""
+    """The sequence of the last message that came; absent means from the first on. After the last message of all nothing is left to
+    tell: the call ends at once, with the status that the stream had.
+    """
     def __init__(
         self,
         *,
@@ -914,7 +916,7 @@ class StreamOptions(_message.Message):
     def retain_for(self) -> _duration_pb2.Duration:
         """Keep the stream, so that it can be resumed: neither a lost connection nor a cancel or deadline of the caller ends generation,
         only CancelChatCompletion, `soft_time_limit`, or nobody reading the stream for this long. It is also how long the result is
-        kept after the end, or after the last reader has left. Above 0; the operator sets the most (600 seconds by default).
+        kept after the end, or after the last reader has left. At least 1 second; the operator sets the most (600 by default).
         What the gateway keeps is bounded in bytes: the oldest messages of a long stream, and the oldest results, may go earlier.
         """
 

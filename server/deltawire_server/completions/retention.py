@@ -6,8 +6,9 @@ A message's number is given here, once, after joining: what is replayed is what 
 reads it, and `retain_for` seconds longer; if it is still being generated then, it is stopped.
 
 Memory is bounded: a stream drops its oldest messages at `max_stream_bytes`; all streams together drop, at `max_bytes`, the
-ended ones that ended first, and if none is left, the oldest messages of the one that is written to. Beyond that only the
-newest message of each stream under way is always kept, so that its readers get on.
+ended ones that ended first, and if none is left, the oldest messages of the one that is written to. Beyond that, and so that
+readers who keep up get on whatever the others do, each stream under way keeps its newest message, and what its slowest reader
+has not taken yet as long as that is not more than `UNREAD_BYTES`, which is what other streams hold for a caller too.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from deltawire_server.completions.records import Running, Timings
     from deltawire_server.sansio.events import StreamEvent, Usage
 
+UNREAD_BYTES = 256 * 1024
+"""What is kept for a reader beyond the limits; one that is further behind has to come back for what is left."""
+
 STREAM_BYTES = 2048
 """What a stream weighs without its messages: head, timings, bookkeeping."""
 
@@ -51,6 +55,9 @@ class RetentionLimits:
     max_stream_bytes: int = 8 * MIB
     max_bytes: int = 256 * MIB
     max_completed_bytes: int = 1 * MIB
+
+
+_FIRST_READER = "the first reader"
 
 
 class RetainedStream:
@@ -78,6 +85,9 @@ class RetainedStream:
         self._closed = False
         self._dropped = False
         self._readers = 0
+        # Where each reader is: the sequence of what it takes next. Whoever asked for the stream begins with the first.
+        self._places: dict[object, int] = {_FIRST_READER: 0}
+        self._whole = False  # whether its last message was put
         self._timer: asyncio.TimerHandle | None = None
         self._news = asyncio.Event()
         self._expire_later()
@@ -119,6 +129,7 @@ class RetainedStream:
             return  # nobody reads it, and its completion is about to end
         kept = [self._retention.fitted(event) for event in events]
         self._messages += kept
+        self._whole = isinstance(kept[-1], Completed)
         self._grow(sum(map(weight, kept)))
         self._tell()
 
@@ -159,33 +170,43 @@ class RetainedStream:
         """
         position = 0 if after is None else after + 1
         if position > self._first + len(self._messages):
-            raise self._missing(f"it has no message {after} yet")
+            raise self._missing(f"it has no message {after}" + ("" if self._closed else " yet"))
         if self._dropped and self._first:
             raise self._missing("it is no longer kept")
         if position < self._first:
             raise self._missing(f"messages before {self._first} are no longer kept")
-        while True:
-            if position < self._first:
-                raise GatewayError(
-                    Reason.SLOW_CALLER, "the caller was slower than what is retained of its stream lasts"
-                )
-            news = self._news
-            fresh = self._messages[position - self._first :]
-            if fresh:
-                yield list(enumerate(fresh, position))
-                position += len(fresh)
-            elif self._closed:
-                break
-            else:
-                await news.wait()
+        reader = object()
+        self._places.pop(_FIRST_READER, None)
+        try:
+            while True:
+                if position < self._first:
+                    message = "the caller was slower than what is retained of its stream lasts"
+                    raise GatewayError(Reason.SLOW_CALLER, message)
+                news = self._news
+                fresh = self._messages[position - self._first :]
+                first, position = position, position + len(fresh)
+                self._places[reader] = position
+                if fresh:
+                    yield list(enumerate(fresh, first))
+                elif self._closed:
+                    break
+                else:
+                    await news.wait()
+        finally:
+            self._places.pop(reader, None)
         if self._failure is not None:
             raise self._failure.again()
+        if not self._whole:
+            raise self._missing("it was dropped before its end")
 
     def shorten(self, size: int) -> None:
-        """Drop the oldest messages, down to this size or to the newest one."""
+        """Drop the oldest messages, down to this size, or to what readers who keep up have not taken yet."""
+        unread = min(self._places.values(), default=self._first + len(self._messages)) - self._first
         count = 0
         freed = 0
         while self.size - freed > size and count < len(self._messages) - 1:
+            if count >= unread and self.size - freed <= STREAM_BYTES + UNREAD_BYTES:
+                break
             freed += weight(self._messages[count])
             count += 1
         del self._messages[:count]

@@ -35,6 +35,9 @@ OUR_METHODS = "/deltawire.v1."
 DEADLINE_SLACK = 0.1
 """Seconds: the caller's clock runs out first, and then its cancel arrives before our own clock says the same."""
 
+MAX_LOGGED = 4096
+"""Bytes of an error in a log line: it may quote the request, and what a caller sends must not fill a disk."""
+
 UNREAD_SECONDS = 0.5
 """How long a call that has failed is under way until its caller has the status."""
 
@@ -204,7 +207,7 @@ class _Outcome:
 
     def fail(self, error: DeltawireError) -> None:
         self.code = error.code.name
-        self.values = {"reason": error.reason.name, "error": error.message}
+        self.values = {"reason": error.reason.name, "error": shorten(error.message, MAX_LOGGED)}
         if error.reason is Reason.INTERNAL:
             self.defect = error.__cause__
 

@@ -14,8 +14,9 @@ import msgspec
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import message_pb2, tool_pb2
-from deltawire_server.errors import Violation, invalid_request
 from deltawire_server.rpc import validate_options
+from deltawire_server.rpc.complaints import Complaints
+from deltawire_server.rpc.status import shorten
 from deltawire_server.rpc.validate_content import ContentLimits, ContentReader
 from deltawire_server.schemas import SchemaError, argument_check
 from deltawire_server.upstream.request import (
@@ -32,7 +33,7 @@ from deltawire_server.upstream.request import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from deltawire_server.upstream.request import ArgumentCheck
 
@@ -40,6 +41,14 @@ MAX_CHOICES = 128
 """As many as the chat API takes."""
 MAX_TOOLS = 128
 """As many as the chat API takes."""
+MAX_MESSAGES = 10_000
+"""Far beyond any conversation; each costs time to read, in which other calls wait."""
+MAX_ENTRIES = 20_000
+"""Parts and tool calls of all messages, for the same reason."""
+MAX_VALUES = 65_536
+"""Of a list of texts or tokens; more than most models have tokens, and read at once."""
+MAX_CHECKED_SCHEMAS = 1024 * 1024
+"""Characters of all schemas that arguments are checked against: compiling them takes time, in which other calls wait."""
 MAX_CACHE_SALT = 1024
 """Characters: as many as any vLLM has taken; newer ones take fewer, and say so."""
 
@@ -84,7 +93,7 @@ class _ChatReader:
     """Reads one chat request and collects what is wrong with it."""
 
     def __init__(self, limits: ContentLimits) -> None:
-        self._violations: list[Violation] = []
+        self._complain = Complaints()
         self._content = ContentReader(self._complain, limits)
 
     def read(self, chat: chat_pb.ChatRequest) -> ChatRequest:
@@ -92,6 +101,10 @@ class _ChatReader:
             self._complain("chat.model", "is required; ListModels says what there is")
         if not chat.messages:
             self._complain("chat.messages", "needs at least one message")
+        self._bound("chat.messages", len(chat.messages), MAX_MESSAGES)
+        self._bound("chat.tools", len(chat.tools), MAX_TOOLS)
+        self._bound("chat.allowed_tools", len(chat.allowed_tools), MAX_TOOLS)
+        self._bound("chat.messages", sum(map(_entries, chat.messages)), MAX_ENTRIES, "parts and tool calls")
         choice_count = chat.choice_count if chat.HasField("choice_count") else 1
         if not 1 <= choice_count <= MAX_CHOICES:
             self._complain("chat.choice_count", f"must be between 1 and {MAX_CHOICES}")
@@ -122,12 +135,8 @@ class _ChatReader:
         )
         if chat.tool_call_policy.validate_schema:
             request = replace(request, argument_checks=self._argument_checks(request))
-        if self._violations:
-            raise invalid_request(self._violations)
+        self._complain.settle()
         return request
-
-    def _complain(self, field: str, description: str) -> None:
-        self._violations.append(Violation(field, description))
 
     def _message(self, path: str, message: message_pb2.Message) -> ChatMessage:
         match message.WhichOneof("role"):
@@ -176,8 +185,6 @@ class _ChatReader:
             self._json_object(f"{path}.output_schema", tool.output_schema, empty_allowed=True)
             strict = tool.strict if tool.HasField("strict") else None
             specs.append(ToolSpec(tool.name, tool.description, schema, strict))
-        if len(specs) > MAX_TOOLS:
-            self._complain("chat.tools", f"has {len(specs)} tools; at most {MAX_TOOLS} are allowed")
         return tuple(specs)
 
     def _allowed_tools(self, chat: chat_pb.ChatRequest) -> frozenset[str]:
@@ -190,6 +197,13 @@ class _ChatReader:
     def _argument_checks(self, request: ChatRequest) -> dict[str, ArgumentCheck]:
         """By the name of each offered tool that has a schema; without one any object will do, so there is nothing to check."""
         checks: dict[str, ArgumentCheck] = {}
+        size = sum(len(tool.input_schema) for tool in request.offered_tools)
+        if size > MAX_CHECKED_SCHEMAS:
+            complaint = (
+                f"their schemas have {size} characters; with validate_schema at most {MAX_CHECKED_SCHEMAS} are read"
+            )
+            self._complain("chat.tools", complaint)
+            return checks
         for tool in request.offered_tools:
             if tool.input_schema:
                 try:
@@ -212,7 +226,8 @@ class _ChatReader:
             return NamedTool(choice.tool_name)
         mode = _MODES.get(choice.mode)
         if mode is None:
-            self._complain("chat.tool_choice", "needs a mode (AUTO, REQUIRED or NONE) or a tool_name")
+            known = f"; mode {choice.mode} is not known here" if choice.mode else ""
+            self._complain("chat.tool_choice", f"needs a mode (AUTO, REQUIRED or NONE) or a tool_name{known}")
         elif mode is ToolMode.REQUIRED and not names:
             self._complain("chat.tool_choice.mode", f"REQUIRED needs at least one of the {kind}, and there is none")
         return mode
@@ -223,6 +238,8 @@ class _ChatReader:
             value = getattr(sampling, name)
             if sampling.HasField(name) and not (lowest <= value <= highest and math.isfinite(value)):  # type: ignore[arg-type]
                 self._complain(f"chat.sampling.{name}", complaint)
+        for name in ("stop", "stop_token_ids", "logit_bias", "bad_words"):
+            self._bound(f"chat.sampling.{name}", len(getattr(sampling, name)), MAX_VALUES)
         for name in ("stop", "bad_words"):
             for index, text in enumerate(getattr(sampling, name)):
                 if not text:
@@ -261,6 +278,7 @@ class _ChatReader:
             case "choice":
                 if not form.choice.values:
                     self._complain(f"{path}.choice.values", "needs at least one text")
+                self._bound(f"{path}.choice.values", len(form.choice.values), MAX_VALUES)
                 return TextFormat(FormatKind.CHOICE, tuple(form.choice.values))
             case "structural_tag":
                 self._json_object(f"{path}.structural_tag", form.structural_tag)
@@ -269,6 +287,12 @@ class _ChatReader:
                 self._complain(path, "is empty: set one of its forms, or leave it out for free text")
                 return None
 
+    def _bound(self, path: str, count: int, limit: int, of_what: str = "entries") -> None:
+        """Refuse what is too long at once: reading it is what must not be done."""
+        if count > limit:
+            self._complain(path, f"has {count} {of_what}; at most {limit} are allowed")
+            self._complain.settle()
+
     def _text(self, path: str, text: str) -> str:
         if not text:
             self._complain(path, "must not be empty")
@@ -276,17 +300,36 @@ class _ChatReader:
 
     def _json_object(self, path: str, text: str, *, empty_allowed: bool = False) -> str:
         """The text of a JSON object, to be passed on as it is; empty for `{}`, or with a complaint if it is none."""
-        if empty_allowed and not text.strip():
+        if not text.strip():
+            if not empty_allowed:
+                self._complain(path, "is required: the JSON text of an object")
             return ""
         try:
             value = msgspec.json.decode(text)
-        except (msgspec.DecodeError, RecursionError) as error:
-            self._complain(path, f"is not JSON: {error}")
+        except msgspec.DecodeError as error:
+            self._complain(path, f"is not JSON that can be read: {error}")
+            return ""
+        except RecursionError:
+            self._complain(path, "is nested too deeply to be read")
             return ""
         if not isinstance(value, dict):
             self._complain(path, "must be the JSON text of an object")
         return text if value else ""
 
 
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names) or "none"
+def _entries(message: message_pb2.Message) -> int:
+    """How many parts and tool calls a message has."""
+    match message.WhichOneof("role"):
+        case None:
+            return 0
+        case "assistant":
+            return len(message.assistant.content) + len(message.assistant.tool_calls)
+        case role:
+            return len(getattr(message, role).content)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Some names, none of them whole if it is long: each complaint repeats them."""
+    shown = [shorten(name, 64) for name in names[:20]]
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return (", ".join(shown) or "none") + more

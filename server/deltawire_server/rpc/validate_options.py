@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 MAX_SOFT_TIME_LIMIT = 24 * 3600.0
 """Seconds: longer than any answer, and short enough to show that milliseconds were meant."""
+MIN_RETAIN_FOR = 1.0
+"""Seconds: nobody comes back sooner, and the first reader has to have come."""
+
 MAX_COALESCE_DELAY = 10.0
 """Seconds: whoever can wait longer does not need a stream."""
 MIN_HEARTBEAT = 0.1
@@ -156,8 +159,10 @@ def stream_options(message: chat_pb.StreamOptions, max_retain_for: float) -> Str
     interval = within("heartbeat_interval", MIN_HEARTBEAT, MAX_HEARTBEAT, "must be from 0.1 seconds to an hour")
     if message.heartbeat_before_start and interval is None:
         violations.append(Violation("options.heartbeat_before_start", "needs heartbeat_interval: set it too"))
-    limit = f"must be above 0 and at most {max_retain_for:g} seconds, this gateway's limit"
-    retain_for = within("retain_for", math.ulp(0.0), max_retain_for, limit)
+    limit = f"must be from {MIN_RETAIN_FOR:g} to {max_retain_for:g} seconds, this gateway's limit"
+    if max_retain_for < MIN_RETAIN_FOR:
+        limit = "must be left out: this gateway keeps no streams"
+    retain_for = within("retain_for", MIN_RETAIN_FOR, max_retain_for, limit)
     if violations:
         raise invalid_request(violations)
     return StreamOptions(message.usage_updates, delay or 0.0, interval, message.heartbeat_before_start, retain_for)

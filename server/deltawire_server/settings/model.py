@@ -344,8 +344,8 @@ class RetentionSettings(Section):
         default=256 * MIB,
         description=(
             "Bytes that are kept of all streams together; then streams that have ended go, the one that ended first "
-            "before the others, and after them the oldest messages of those under way. Of each stream under way the newest "
-            "message is kept beyond that. The default is what queue_bytes may come to."
+            "before the others, and after them the oldest messages of those under way. Beyond that each stream under way keeps "
+            "up to 256 KiB that its readers have not taken yet. The default is what queue_bytes may come to."
         ),
     )
 
