@@ -37,6 +37,9 @@ def print_answer(stream: ChatStream) -> None:
             field = f" ({notice.field})" if notice.field else ""
             print(f"note: {' '.join(notice.message.split())}{field}", file=sys.stderr)
     answer = stream.final()
+    if not answer.completed.choices:
+        # Nothing came after the event that it was resumed after, and how it ended was told before that.
+        return
     for choice in answer.choices:
         if choice.index != 0:
             out.line(f"--- choice {choice.index}")

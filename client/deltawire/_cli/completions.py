@@ -55,6 +55,12 @@ def resume_completion(client: Client, options: argparse.Namespace) -> int:
         options.completion, options.after, retain_for=options.retain_for, **call_options(options)
     )
     follow(stream, options)
+    if options.after is not None and stream.last_sequence == options.after:
+        print(
+            f"note: nothing comes after {options.after}: the answer had ended there;"
+            f" deltawire get {options.completion} says how",
+            file=sys.stderr,
+        )
     return OK
 
 

@@ -115,7 +115,8 @@ class Chat:
             ValueError: A length of time that is none.
 
         From the middle, `final()` gives what `completed` says of the answer; if its `messages_omitted` is set, only what
-        came here; and after the last event, nothing.
+        came here. After the last event of an ended stream nothing comes: `final()` gives an answer without text whose
+        stop reason is STOP_REASON_UNSPECIFIED, and `get` says how it ended.
         From reading come CompletionNotFoundError, CompletionGoneError and WrongReplicaError.
         """
         request, patience = resume_request(completion_id, after_sequence, retain_for)

@@ -184,6 +184,15 @@ def test_resume(gateway: Gateway, run: Run) -> None:
     assert (status, len(out.splitlines())) == (0, len(events) - 2)
 
 
+def test_resume_after_the_last_event(gateway: Gateway, run: Run) -> None:
+    """Nothing comes, which is no failure: it is said on standard error, with where its end can be seen."""
+    note = "note: nothing comes after 4: the answer had ended there; deltawire get mine says how\n"
+    for form in ([], ["--json"]):
+        gateway.will()
+        assert run("resume", "mine", "--after", "4", *form) == (0, "", note)
+        assert gateway.last.request.resume == ResumeFrom(completion_id="mine", after_sequence=4)
+
+
 def test_a_stream_that_goes_on(gateway: Gateway, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The break is noted on standard error; if it cannot go on, how to get the rest is said."""
     monkeypatch.setattr(resumption, "MAX_PAUSE", 0.0)
