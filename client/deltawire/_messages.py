@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
+from deltawire._fields import made
 from deltawire._values import JsonObject, json_text
 from deltawire.v1.chat_completion_pb2 import ResponseFormat
 from deltawire.v1.message_pb2 import (
@@ -53,7 +54,8 @@ def user(content: Content) -> Message:
 
 def assistant(content: Content = (), *, tool_calls: Iterable[ToolCall] = (), reasoning: str = "") -> Message:
     """What the model said in an earlier answer, made by hand; `Answer.message` gives the real one."""
-    return Message(assistant=AssistantMessage(content=_parts(content), tool_calls=tool_calls, reasoning=reasoning))
+    given = {"content": _parts(content), "tool_calls": tool_calls, "reasoning": reasoning}
+    return Message(assistant=made(AssistantMessage, given))
 
 
 def tool(call: ToolCall | str, content: Content) -> Message:
@@ -66,7 +68,7 @@ def tool(call: ToolCall | str, content: Content) -> Message:
     Append one per call after the answer's own message, then ask again with the same tools.
     """
     call_id = call if isinstance(call, str) else call.call_id
-    return Message(tool=ToolMessage(call_id=call_id, content=_parts(content)))
+    return Message(tool=made(ToolMessage, {"call_id": call_id, "content": _parts(content)}))
 
 
 def image(source: str | bytes | Path) -> ContentPart:
@@ -77,6 +79,7 @@ def image(source: str | bytes | Path) -> ContentPart:
 
     Raises:
         ValueError: Text that is no URL. A file's name is a `Path`.
+        TypeError: It is none of these.
         OSError: The file cannot be read.
 
     Example: `user(["What is this?", image(Path("cat.png"))])`. A URL is fetched by the gateway, if its operator lets it:
@@ -86,10 +89,13 @@ def image(source: str | bytes | Path) -> ContentPart:
         return ContentPart(image=Image(data=source.read_bytes()))
     if isinstance(source, bytes):
         return ContentPart(image=Image(data=source))
+    if not isinstance(source, str):
+        message = f"an image is a URL, bytes, or a pathlib.Path, not {type(source).__name__}"
+        raise TypeError(message)
     if not is_image_url(source):
         message = f"an image is a URL, bytes, or a pathlib.Path, and {source[:80]!r} is no URL"
         raise ValueError(message)
-    return ContentPart(image=Image(url=source))
+    return ContentPart(image=made(Image, {"url": source}))
 
 
 def is_image_url(text: str) -> bool:
@@ -116,13 +122,14 @@ def tool_definition(
 
     Hand it to `tools=`; the calls come back in `Answer.tool_calls`.
     """
-    return Tool(
-        name=name,
-        description=description,
-        input_schema=json_text(input_schema),
-        output_schema=json_text(output_schema),
-        strict=strict,
-    )
+    given = {
+        "name": name,
+        "description": description,
+        "input_schema": json_text("input_schema", input_schema),
+        "output_schema": json_text("output_schema", output_schema),
+        "strict": strict,
+    }
+    return made(Tool, given)
 
 
 def tool_from_openai(value: Mapping[str, Any]) -> Tool:
@@ -132,7 +139,11 @@ def tool_from_openai(value: Mapping[str, Any]) -> Tool:
 
     Raises:
         ValueError: The object is no function tool; the message says what is wrong.
+        TypeError: It is no object.
     """
+    if not isinstance(value, Mapping):
+        message = f"a tool is a Tool or an object of OpenAI's, not {type(value).__name__}"
+        raise TypeError(message)
     kind = value.get("type", "function")
     if kind != "function":
         message = f'the tool\'s "type" is {kind!r}, and only "function" can be used'
@@ -155,28 +166,32 @@ def tool_from_openai(value: Mapping[str, Any]) -> Tool:
 
 def json_schema(schema: Schema, *, name: str = "", strict: bool | None = None) -> ResponseFormat:
     """A response format: the answer's text is JSON that follows a schema. Hand it to `response_format=`."""
-    form = ResponseFormat.JsonSchema(name=name, schema=json_text(schema), strict=strict)
-    return ResponseFormat(json_schema=form)
+    given = {"name": name, "schema": json_text("schema", schema), "strict": strict}
+    return ResponseFormat(json_schema=made(ResponseFormat.JsonSchema, given))
 
 
 def regex(pattern: str) -> ResponseFormat:
     """A response format: the whole text matches a regular expression. Hand it to `response_format=`."""
-    return ResponseFormat(regex=pattern)
+    return made(ResponseFormat, {"regex": pattern})
 
 
 def choice(values: Iterable[str]) -> ResponseFormat:
-    """A response format: the text is one of these. Hand it to `response_format=`."""
-    return ResponseFormat(choice=ResponseFormat.Choice(values=values))
+    """A response format: the text is one of these. Hand it to `response_format=`.
+
+    Raises:
+        TypeError: One text alone, which would be taken for its letters.
+    """
+    return ResponseFormat(choice=made(ResponseFormat.Choice, {"values": values}, {"values": "choice"}))
 
 
 def grammar(text: str) -> ResponseFormat:
     """A response format: the text follows a grammar in EBNF (GBNF) or Lark. Hand it to `response_format=`."""
-    return ResponseFormat(grammar=text)
+    return made(ResponseFormat, {"grammar": text})
 
 
 def structural_tag(tag: JsonObject) -> ResponseFormat:
     """A response format: a structural tag in vLLM's form, as a mapping or as JSON text. Hand it to `response_format=`."""
-    return ResponseFormat(structural_tag=json_text(tag))
+    return made(ResponseFormat, {"structural_tag": json_text("structural_tag", tag)})
 
 
 def message_text(message: Message | RoleMessage) -> str:
@@ -215,7 +230,8 @@ def as_message(value: MessageLike) -> Message:
 
 def _parts(content: Content) -> list[ContentPart]:
     """The content as a list of parts, in order."""
-    pieces = [content] if isinstance(content, str | ContentPart | Mapping) else content
+    alone = isinstance(content, str | bytes | ContentPart | Mapping) or not isinstance(content, Iterable)
+    pieces = [cast("Part", content)] if alone else cast("Iterable[Part]", content)
     return [_part(piece) for piece in pieces]
 
 
@@ -224,18 +240,22 @@ def _part(piece: Part) -> ContentPart:
 
     Raises:
         ValueError: It is an object of another kind; the message says what is wrong.
+        TypeError: It is nothing that can be a piece.
     """
     if isinstance(piece, ContentPart):
         return piece
     if isinstance(piece, str):
-        return ContentPart(text=piece)
+        return made(ContentPart, {"text": piece})
+    if not isinstance(piece, Mapping):
+        message = f"content is text, a ContentPart or an object of OpenAI's, not {type(piece).__name__}"
+        raise TypeError(message)
     match piece.get("type"):
         case "text":
-            return ContentPart(text=_member(piece, "text", str) or "")
+            return made(ContentPart, {"text": _member(piece, "text", str) or ""})
         case "image_url":
             address = piece.get("image_url")
             url = address if isinstance(address, str) else _member(_object(piece, "image_url"), "url", str)
-            return ContentPart(image=Image(url=url or ""))
+            return ContentPart(image=made(Image, {"url": url or ""}))
         case kind:
             message = f'the content part\'s "type" is {kind!r}, and only "text" and "image_url" can be used'
             raise ValueError(message)

@@ -10,6 +10,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from deltawire._channel import CALL_OPTIONS, CallOptions
+from deltawire._fields import made
 from deltawire._messages import MessageLike, RoleMessage, as_message, tool_from_openai
 from deltawire._values import (
     JsonObject,
@@ -223,34 +224,35 @@ def chat_request(messages: Messages, **options: Unpack[ChatOptions]) -> ChatRequ
         TypeError: An argument that does not exist, or of a type that cannot be used.
         ValueError: A value that the API's messages cannot hold.
 
-    The gateway judges the rest. Hand it to `chat.create` or `chat.stream`, as often as you like.
+    Either names the argument. The gateway judges the rest. Hand it to `chat.create` or `chat.stream`, as often as you like.
     """
     if unknown := options.keys() - CHAT_OPTIONS:
         message = f"a chat request has no argument {', '.join(sorted(unknown))}"
         raise TypeError(message)
-    return ChatRequest(
-        model=options.get("model") or "",
-        messages=_messages(messages),
-        tools=[_tool(each) for each in options.get("tools") or ()],
-        tool_choice=tool_choice(options.get("tool_choice")),
-        allowed_tools=_texts("allowed_tools", options.get("allowed_tools")),
-        parallel_tool_calls=options.get("parallel_tool_calls"),
-        sampling=_sampling(options),
-        response_format=response_format(options.get("response_format")),
-        logprobs=logprobs(options.get("logprobs")),
-        choice_count=options.get("choice_count"),
-        reasoning=reasoning(
+    given = {
+        "model": options.get("model"),
+        "messages": _messages(messages),
+        "tools": _tools(options.get("tools")),
+        "tool_choice": tool_choice(options.get("tool_choice")),
+        "allowed_tools": options.get("allowed_tools"),
+        "parallel_tool_calls": options.get("parallel_tool_calls"),
+        "sampling": _sampling(options),
+        "response_format": response_format(options.get("response_format")),
+        "logprobs": logprobs(options.get("logprobs")),
+        "choice_count": options.get("choice_count"),
+        "reasoning": reasoning(
             options.get("reasoning"), options.get("reasoning_token_budget"), options.get("include_reasoning")
         ),
-        tool_call_policy=tool_call_policy(options.get("incremental_tool_calls"), options.get("validate_schema")),
-        soft_time_limit=duration("soft_time_limit", options.get("soft_time_limit")),
-        completion_id=options.get("completion_id") or "",
-        priority=options.get("priority"),
-        cache_salt=options.get("cache_salt") or "",
-        chat_template_kwargs=json_text(options.get("chat_template_kwargs")),
-        extra_body=json_text(options.get("extra_body")),
-        user=options.get("user") or "",
-    )
+        "tool_call_policy": tool_call_policy(options.get("incremental_tool_calls"), options.get("validate_schema")),
+        "soft_time_limit": duration("soft_time_limit", options.get("soft_time_limit")),
+        "completion_id": options.get("completion_id"),
+        "priority": options.get("priority"),
+        "cache_salt": options.get("cache_salt"),
+        "chat_template_kwargs": json_text("chat_template_kwargs", options.get("chat_template_kwargs")),
+        "extra_body": json_text("extra_body", options.get("extra_body")),
+        "user": options.get("user"),
+    }
+    return made(ChatRequest, given)
 
 
 def split_arguments(messages: Messages | ChatRequest, arguments: ChatArguments) -> tuple[ChatRequest, CallOptions]:
@@ -294,9 +296,10 @@ def resume_request(
 
     Raises:
         ValueError: A length of time that is none, or a sequence that is none.
+        TypeError: An argument of another type.
     """
     patience = duration("retain_for", retain_for) or Duration()
-    resume = ResumeFrom(completion_id=completion_id, after_sequence=after_sequence)
+    resume = made(ResumeFrom, {"completion_id": completion_id, "after_sequence": after_sequence})
     return StreamChatCompletionRequest(resume=resume), patience.ToTimedelta().total_seconds()
 
 
@@ -411,36 +414,31 @@ def _value(enum: Any, prefix: str, value: int | str) -> Any:  # noqa: ANN401 -- 
 
 def _messages(messages: Messages) -> list[Message]:
     """The conversation as a list; what is one message stands alone."""
-    if isinstance(messages, str | Message | RoleMessage):
+    if isinstance(messages, str | Message | RoleMessage) or not isinstance(messages, Iterable):
         return [as_message(messages)]
     return [as_message(each) for each in messages]
 
 
-def _tool(value: Tool | Mapping[str, Any]) -> Tool:
-    """A tool, from whichever shape."""
-    return value if isinstance(value, Tool) else tool_from_openai(value)
-
-
-def _texts(name: str, value: Iterable[str] | None) -> Iterable[str]:
-    """Several texts; one alone would be taken for its letters.
+def _tools(values: Iterable[Tool | Mapping[str, Any]] | None) -> list[Tool]:
+    """Tools, each from whichever shape.
 
     Raises:
-        TypeError: It is one text.
+        TypeError: Something that is no tool, or one alone.
     """
-    if isinstance(value, str):
-        message = f"{name} is a list of texts: [{value!r}]"
+    if values is None:
+        return []
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        message = f"tools: a list is needed, not {type(values).__name__}"
         raise TypeError(message)
-    return value or ()
+    return [each if isinstance(each, Tool) else tool_from_openai(each) for each in values]
 
 
 def _sampling(options: SamplingOptions) -> Sampling | None:
     """The base given as `sampling`, if any, with the single arguments over it; None if there is neither."""
-    given: dict[str, Any] = {
-        name: value for name, value in options.items() if name in SAMPLING_OPTIONS and value is not None
-    }
+    given: dict[str, Any] = {name: value for name, value in options.items() if name in SAMPLING_OPTIONS}
     if isinstance(stop := given.get("stop"), str):
         given["stop"] = [stop]
-    return laid_over(cast("ChatOptions", options).get("sampling"), Sampling, given)
+    return laid_over("sampling", cast("ChatOptions", options).get("sampling"), Sampling, given)
 
 
 def _telling(options: TellingOptions) -> StreamOptions | None:
@@ -452,5 +450,4 @@ def _telling(options: TellingOptions) -> StreamOptions | None:
         "heartbeat_before_start": options.get("heartbeat_before_start"),
         "retain_for": duration("retain_for", options.get("retain_for")),
     }
-    given = {name: value for name, value in given.items() if value is not None}
-    return laid_over(options.get("stream_options"), StreamOptions, given)
+    return laid_over("stream_options", options.get("stream_options"), StreamOptions, given)

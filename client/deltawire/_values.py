@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from datetime import timedelta
+from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar, cast
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message as ProtoMessage
 
+from deltawire._fields import made
 from deltawire.v1.chat_completion_pb2 import (
     TOOL_CALL_STREAMING_ASSEMBLED,
     TOOL_CALL_STREAMING_INCREMENTAL,
@@ -34,70 +36,109 @@ JsonObject: TypeAlias = Mapping[str, Any] | str
 # Seconds to go on for by itself with a stream that somebody else began.
 RESUME_FOR = 60.0
 
+_SAME: Mapping[str, str] = MappingProxyType({})
 _EFFORT = "REASONING_EFFORT_"
 _MODES = {
     "auto": ToolChoice.MODE_AUTO,
     "required": ToolChoice.MODE_REQUIRED,
     "none": ToolChoice.MODE_NONE,
 }
+# What the single arguments for reasoning are called, by the fields of `Reasoning`.
+_REASONING = MappingProxyType({"token_budget": "reasoning_token_budget", "include": "include_reasoning"})
 _FORMATS = {
     "text": ResponseFormat(text=ResponseFormat.Text()),
     "json_object": ResponseFormat(json_object=ResponseFormat.JsonObject()),
 }
 
 
-def laid_over(base: M | None, kind: type[M], given: Mapping[str, Any]) -> M | None:
+def laid_over(
+    argument: str, base: M | None, kind: type[M], given: Mapping[str, Any], names: Mapping[str, str] = _SAME
+) -> M | None:
     """A message with single fields laid over it.
 
     Args:
+        argument: What the caller knows the base by.
         base: What they are laid over; it is not changed. None is an empty one.
         kind: The kind of message.
-        given: Values by the names of their fields. They replace, lists too.
+        given: Values by the names of their fields. They replace, lists too; None is the same as not given.
+        names: What the caller knows a field by, where that is not its own name.
+
+    Raises:
+        TypeError: The base or a value is of another type.
+        FieldValueError: A value that its field cannot hold.
 
     None comes back if there is neither a base nor a value.
     """
+    if base is not None and not isinstance(base, kind):
+        message = f"{argument}: a {kind.DESCRIPTOR.name} is needed, not {type(base).__name__}"
+        raise TypeError(message)
+    given = {name: value for name, value in given.items() if value is not None}
     if not given:
         return base
-    made = kind()
+    over, result = made(kind, given, names), kind()
     if base is not None:
-        made.CopyFrom(base)
+        result.CopyFrom(base)
         for name in given:
             # Lists would be appended to; what is given here replaces.
-            made.ClearField(cast("Any", name))
-    made.MergeFrom(kind(**given))
-    return made
+            result.ClearField(cast("Any", name))
+    result.MergeFrom(over)
+    return result
 
 
 def duration(name: str, value: Seconds | None) -> Duration | None:
     """A length of time.
 
     Raises:
-        ValueError: It is no number, or too long to be said; the message begins with the name.
+        ValueError: It is no number that can be waited for, or too long to be said.
+        TypeError: It is no number at all.
+
+    Either message begins with the name.
     """
     if value is None:
         return None
-    made = Duration()
+    length = Duration()
     try:
-        made.FromTimedelta(value if isinstance(value, timedelta) else timedelta(seconds=value))
+        length.FromTimedelta(value if isinstance(value, timedelta) else timedelta(seconds=value))
     except (ValueError, OverflowError) as error:
         message = f"{name} is no length of time that can be sent: {value}"
         raise ValueError(message) from error
-    return made
+    except TypeError as error:
+        message = f"{name}: a number of seconds or a timedelta is needed, not {type(value).__name__}"
+        raise TypeError(message) from error
+    return length
 
 
-def json_text(value: JsonObject | None) -> str:
-    """JSON text of an object; text is kept to the letter, and None is ""."""
+def json_text(name: str, value: JsonObject | None) -> str:
+    """JSON text of an object; text is kept to the letter, and None is "".
+
+    Raises:
+        TypeError: It is neither, or has something that JSON does not have; the message begins with the name.
+        ValueError: It holds itself; likewise.
+    """
     if value is None:
         return ""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, Mapping):
+        message = f"{name}: a mapping or JSON text is needed, not {type(value).__name__}"
+        raise TypeError(message)
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except TypeError as error:
+        message = f"{name}: {error}"
+        raise TypeError(message) from error
+    except (ValueError, RecursionError) as error:
+        message = f"{name}: {error}"
+        raise ValueError(message) from error
 
 
 def tool_choice(value: str | ToolChoice | None) -> ToolChoice | None:
     """A tool choice, from a word or a tool's name."""
     if value is None or isinstance(value, ToolChoice):
         return value
-    mode = _MODES.get(value)
-    return ToolChoice(tool_name=value) if mode is None else ToolChoice(mode=mode)
+    if value in _MODES:
+        return ToolChoice(mode=_MODES[value])
+    return made(ToolChoice, {"tool_name": value}, {"tool_name": "tool_choice"})
 
 
 def response_format(value: ResponseFormat | str | None) -> ResponseFormat | None:
@@ -105,9 +146,13 @@ def response_format(value: ResponseFormat | str | None) -> ResponseFormat | None
 
     Raises:
         ValueError: There is no such name.
+        TypeError: It is neither.
     """
     if value is None or isinstance(value, ResponseFormat):
         return value
+    if not isinstance(value, str):
+        message = f"response_format: a ResponseFormat or text is needed, not {type(value).__name__}"
+        raise TypeError(message)
     if value not in _FORMATS:
         message = f"response_format {value!r} is neither a ResponseFormat nor one of {', '.join(_FORMATS)}"
         raise ValueError(message)
@@ -120,7 +165,7 @@ def logprobs(value: bool | int | Logprobs | None) -> Logprobs | None:
         return value
     if isinstance(value, bool):
         return Logprobs() if value else None
-    return Logprobs(top_k=value)
+    return made(Logprobs, {"top_k": value}, {"top_k": "logprobs"})
 
 
 def reasoning(value: Reasoning | str | None, token_budget: int | None, include: bool | None) -> Reasoning | None:
@@ -135,17 +180,16 @@ def reasoning(value: Reasoning | str | None, token_budget: int | None, include: 
             raise ValueError(message)
         value = Reasoning(effort=ReasoningEffort.Value(_EFFORT + value.upper()))
     given = {"token_budget": token_budget, "include": include}
-    return laid_over(value, Reasoning, {name: each for name, each in given.items() if each is not None})
+    return laid_over("reasoning", value, Reasoning, given, _REASONING)
 
 
 def tool_call_policy(incremental: bool | None, validate_schema: bool | None) -> ToolCallPolicy | None:
     """How tool calls are told and judged."""
-    policy: dict[str, Any] = {}
+    streaming = None
     if incremental is not None:
-        policy["streaming"] = TOOL_CALL_STREAMING_INCREMENTAL if incremental else TOOL_CALL_STREAMING_ASSEMBLED
-    if validate_schema is not None:
-        policy["validate_schema"] = validate_schema
-    return laid_over(None, ToolCallPolicy, policy)
+        streaming = TOOL_CALL_STREAMING_INCREMENTAL if incremental else TOOL_CALL_STREAMING_ASSEMBLED
+    policy = {"streaming": streaming, "validate_schema": validate_schema}
+    return laid_over("tool_call_policy", None, ToolCallPolicy, policy)
 
 
 # The words for how hard to think, by rising effort.

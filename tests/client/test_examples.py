@@ -170,8 +170,16 @@ def test_every_block_is_run() -> None:
 
 
 @pytest.mark.parametrize("title", README)
-def test_the_readme(title: str, gateway: Gateway, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_readme(
+    title: str,
+    gateway: Gateway,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
     """It prints what it says it prints, but for the address."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cat.png").write_bytes(b"\x89PNG")
     scripts, expected = README[title]
     for script in scripts:
         gateway.will(*script)
@@ -179,6 +187,8 @@ def test_the_readme(title: str, gateway: Gateway, capsys: pytest.CaptureFixture[
     with pytest.raises(PermissionDeniedError) if title == "Watching models" else contextlib.nullcontext():
         exec(compile(code, "README.md", "exec"), {"__name__": "readme"})  # noqa: S102 -- our own text
     assert capsys.readouterr().out.startswith(expected)
+    if title == "What can be asked":
+        assert gateway.calls[0].request.chat.messages[0].user.content[1].image.data == b"\x89PNG"
     if title == "Tools":
         assert gateway.last.request.chat.messages[-1] == tool(CALL, "rain in Oslo")
     if title == "Ending an answer, and going on with one":

@@ -141,6 +141,21 @@ def test_a_name_of_a_file_is_no_url() -> None:
     """It is neither read nor sent: whoever means a file says so."""
     with pytest.raises(ValueError, match=r"a pathlib\.Path, and 'cat\.png' is no URL"):
         image("cat.png")
+    with pytest.raises(TypeError, match=r"an image is a URL, bytes, or a pathlib\.Path, not int"):
+        image(5)  # type: ignore[arg-type]
+
+
+def test_what_is_no_content() -> None:
+    """The message says what is taken; a text that cannot be sent names its field."""
+    for given in 5, b"x", [5]:
+        with pytest.raises(
+            TypeError, match=r"^content is text, a ContentPart or an object of OpenAI's, not (int|bytes)$"
+        ):
+            user(given)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^text: 'a\\udcff' is not text that can be sent as UTF-8$"):
+        user("a\udcff")
+    with pytest.raises(TypeError, match=r"^tool_calls: 5 is not a ToolCall$"):
+        assistant("a", tool_calls=[5])  # type: ignore[list-item]
 
 
 def test_content_as_openai_writes_it() -> None:

@@ -21,6 +21,7 @@ from deltawire import (
     ToolChoice,
     assistant,
     chat_request,
+    choice,
     json_schema,
     system,
     tool_definition,
@@ -32,6 +33,7 @@ from deltawire._requests import (
     SAMPLING_OPTIONS,
     TELLING_OPTIONS,
     ModelPages,
+    resume_request,
     split_arguments,
     split_listing,
     split_registration,
@@ -278,8 +280,95 @@ def test_times_that_are_none(value: float) -> None:
 
 def test_one_name_is_no_list_of_names() -> None:
     """It would be taken for its letters."""
-    with pytest.raises(TypeError, match=re.escape("allowed_tools is a list of texts: ['ab']")):
+    with pytest.raises(TypeError, match=r"^allowed_tools: 'ab' is not a list$"):
         chat_request("hi", allowed_tools="ab")
+    with pytest.raises(TypeError, match=r"^choice: 'ab' is not a list$"):
+        choice("ab")
+    assert chat_request("hi", allowed_tools=iter("ab")).allowed_tools == ["a", "b"]
+
+
+INT32 = "a whole number from -2147483648 to 2147483647"
+UINT32 = "a whole number from 0 to 4294967295"
+INT64 = "a whole number from -9223372036854775808 to 9223372036854775807"
+TEXT = "text that can be sent as UTF-8"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"priority": 2**40}, f"priority: 1099511627776 is not {INT32}"),
+        ({"choice_count": 2**33}, f"choice_count: 8589934592 is not {UINT32}"),
+        ({"reasoning_token_budget": -1}, f"reasoning_token_budget: -1 is not {UINT32}"),
+        ({"logprobs": -1}, f"logprobs: -1 is not {UINT32}"),
+        ({"seed": 10**20}, f"seed: 100000000000000000000 is not {INT64}"),
+        ({"seed": 1, "stop_token_ids": [1, -1]}, f"stop_token_ids: -1 is not {UINT32}"),
+        ({"logit_bias": {1: 1, -1: 1}}, f"logit_bias: {{-1: 1}} does not give a number for {UINT32}"),
+        ({"user": "\udcff"}, f"user: '\\udcff' is not {TEXT}"),
+        ({"stop": "a\udcff"}, f"stop: 'a\\udcff' is not {TEXT}"),
+        ({"tool_choice": "\udcff"}, f"tool_choice: '\\udcff' is not {TEXT}"),
+        ({"extra_body": {"a": "\udcff"}}, f'extra_body: \'{{"a": "\\udcff"}}\' is not {TEXT}'),
+        ({"temperature": 10**400}, f"temperature: 1{'0' * 79}… is not a number"),
+    ],
+)
+def test_values_that_do_not_fit_are_named(options: Any, message: str) -> None:  # noqa: ANN401
+    """The field, the value, and what it may be; everything else is for the gateway to judge."""
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        chat_request("hi", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"priority": "x"}, f"priority: 'x' is not {INT32}"),
+        ({"temperature": "x"}, "temperature: 'x' is not a number"),
+        ({"parallel_tool_calls": "x"}, "parallel_tool_calls: 'x' is not True or False"),
+        ({"cache_salt": b"x"}, f"cache_salt: b'x' is not {TEXT}"),
+        ({"bad_words": [b"x"]}, f"bad_words: b'x' is not {TEXT}"),
+        ({"bad_words": 5}, "bad_words: 5 is not a list"),
+        ({"logit_bias": 5}, "logit_bias: 5 is not a mapping"),
+        ({"logit_bias": {1: "x"}}, f"logit_bias: {{1: 'x'}} does not give a number for {UINT32}"),
+        ({"include_reasoning": "x"}, "include_reasoning: 'x' is not True or False"),
+        ({"reasoning": 5}, "reasoning: a Reasoning is needed, not int"),
+        ({"sampling": 5, "seed": 1}, "sampling: a Sampling is needed, not int"),
+        ({"response_format": 5}, "response_format: a ResponseFormat or text is needed, not int"),
+        ({"tool_choice": 5}, f"tool_choice: 5 is not {TEXT}"),
+        ({"tools": {"name": "a"}}, "tools: a list is needed, not dict"),
+        ({"tools": [5]}, "a tool is a Tool or an object of OpenAI's, not int"),
+        ({"tools": 5}, "tools: a list is needed, not int"),
+        ({"soft_time_limit": "x"}, "soft_time_limit: a number of seconds or a timedelta is needed, not str"),
+        ({"extra_body": 5}, "extra_body: a mapping or JSON text is needed, not int"),
+        ({"extra_body": {"a": {1}}}, "extra_body: Object of type set is not JSON serializable"),
+    ],
+)
+def test_values_of_another_type_are_named(options: Any, message: str) -> None:  # noqa: ANN401
+    """The field, the value, and what it takes; also bytes, which protobuf would take for text."""
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        chat_request("hi", **options)
+
+
+def test_a_mapping_that_holds_itself() -> None:
+    """It has no JSON, and the message says whose it is."""
+    endless: dict[str, Any] = {}
+    endless["a"] = endless
+    with pytest.raises(ValueError, match=r"^extra_body: Circular"):
+        chat_request("hi", extra_body=endless)
+
+
+def test_where_to_resume_is_named() -> None:
+    """Its two values too."""
+    with pytest.raises(ValueError, match=r"^after_sequence: -1 is not a whole number from 0 to 18446744073709551615$"):
+        resume_request("x", -1, 1)
+    with pytest.raises(TypeError, match=r"^completion_id: 5 is not text"):
+        resume_request(5, None, 1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^usage_updates: 'x' is not True or False$"):
+        split_streaming("hi", {"usage_updates": "x"})  # type: ignore[typeddict-item]
+
+
+def test_messages_of_another_type() -> None:
+    """What can be no conversation says what one is made of."""
+    for given in 5, [5], b"x":
+        with pytest.raises(TypeError, match=r"^a message is text or one of"):
+            chat_request(given)  # type: ignore[arg-type]
 
 
 def test_how_a_stream_is_told() -> None:

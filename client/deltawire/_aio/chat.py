@@ -13,6 +13,7 @@ from grpc import aio
 from deltawire._aio.call import invoke, task_is_cancelled
 from deltawire._completion import Answer, Resumption, StreamCalls, answer_of, text_of_event
 from deltawire._errors import ProtocolError
+from deltawire._fields import made
 from deltawire._requests import (
     ChatArguments,
     Messages,
@@ -85,12 +86,12 @@ class AsyncChat:
 
     async def cancel(self, completion_id: str, **options: Unpack[CallOptions]) -> CancelChatCompletionResponse:
         """End a completion softly; see `Chat.cancel`."""
-        request = CancelChatCompletionRequest(completion_id=completion_id)
+        request = made(CancelChatCompletionRequest, {"completion_id": completion_id})
         return await invoke(self._stub.CancelChatCompletion, request, self._defaults.outgoing(options))
 
     async def get(self, completion_id: str, **options: Unpack[CallOptions]) -> GetChatCompletionResponse:
         """How far a completion has come, and its result if that is retained; see `Chat.get`."""
-        request = GetChatCompletionRequest(completion_id=completion_id)
+        request = made(GetChatCompletionRequest, {"completion_id": completion_id})
         return await invoke(self._stub.GetChatCompletion, request, self._defaults.outgoing(options))
 
     async def count_tokens(

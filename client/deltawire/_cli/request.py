@@ -13,6 +13,7 @@ from google.protobuf.json_format import Parse, ParseError
 
 from deltawire._cli.files import name_of, read_text, refuse_file
 from deltawire._cli.status import UsageError
+from deltawire._fields import FieldValueError
 from deltawire._messages import (
     choice,
     grammar,
@@ -65,8 +66,9 @@ def request_of(options: argparse.Namespace) -> ChatRequest:
             raise UsageError(message) from error
     try:
         over = chat_request([], **_given(options, CHAT_OPTIONS), **_made(options))
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    except FieldValueError as error:
+        message = f"{_option(error.field)}: {error.problem}"
+        raise UsageError(message) from error
     request.MergeFrom(over)
     if options.system is not None:
         request.messages.insert(0, system(options.system))
@@ -93,6 +95,9 @@ def images_of(options: argparse.Namespace) -> list[ContentPart]:
 
 def _image(source: str) -> ContentPart:
     """An image from a file or at a URL."""
+    if not source:
+        message = "--image is empty: give a file or a URL"
+        raise UsageError(message)
     try:
         return image(source if is_image_url(source) else Path(source))
     except OSError as error:
@@ -103,6 +108,12 @@ def _given(options: argparse.Namespace, names: frozenset[str]) -> dict[str, Any]
     """Those options that are arguments of these names, by these names."""
     named = {_NAMES.get(name, name): value for name, value in vars(options).items() if name not in _MADE}
     return {name: value for name, value in named.items() if name in names}
+
+
+def _option(argument: str) -> str:
+    """The option that gives an argument of the client."""
+    name = next((option for option, stands_for in _NAMES.items() if stands_for == argument), argument)
+    return f"--{name.replace('_', '-')}"
 
 
 def _made(options: argparse.Namespace) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import grpc
 from deltawire._client.call import invoke
 from deltawire._completion import Answer, Resumption, StreamCalls, answer_of, text_of_event
 from deltawire._errors import ProtocolError
+from deltawire._fields import made
 from deltawire._requests import (
     ChatArguments,
     Messages,
@@ -131,7 +132,7 @@ class Chat:
 
         The `state` that comes back is the one before: one that had ended already is no error.
         """
-        request = CancelChatCompletionRequest(completion_id=completion_id)
+        request = made(CancelChatCompletionRequest, {"completion_id": completion_id})
         return invoke(self._stub.CancelChatCompletion, request, self._defaults.outgoing(options))
 
     def get(self, completion_id: str, **options: Unpack[CallOptions]) -> GetChatCompletionResponse:
@@ -141,7 +142,7 @@ class Chat:
             CompletionNotFoundError: There is none of this id, or it ended long ago.
             WrongReplicaError: Another gateway process has it.
         """
-        request = GetChatCompletionRequest(completion_id=completion_id)
+        request = made(GetChatCompletionRequest, {"completion_id": completion_id})
         return invoke(self._stub.GetChatCompletion, request, self._defaults.outgoing(options))
 
     def count_tokens(self, messages: Messages | ChatRequest, **arguments: Unpack[ChatArguments]) -> CountTokensResponse:
