@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from deltawire._cli.arguments import check_text, make_parser
 from deltawire._cli.connection import client_of
-from deltawire._cli.output import print_error
+from deltawire._cli.output import print_error, say
 from deltawire._cli.status import FAILED, INTERRUPTED, USAGE, FailedError, UsageError
 from deltawire._errors import DeltawireError
 
@@ -60,10 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return USAGE
     except FailedError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return FAILED
     except DeltawireError as error:
         print_error(error)
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         # If whoever read the answer has had enough, there is nothing to say.
         if not isinstance(error, BrokenPipeError):
-            print(f"error: input or output failed: {error.strerror or error}", file=sys.stderr)
+            say(f"error: input or output failed: {error.strerror or error}")
         # What is still in the buffer must not fail once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED

@@ -6,7 +6,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from deltawire._cli.output import word
+from deltawire._cli.output import say, word
 from deltawire._cli.terminal import Aside, Printer
 from deltawire.v1.chat_completion_pb2 import StopReason
 from deltawire.v1.tool_pb2 import ToolCall, ToolCallDelta, ToolCallFailureReason, ToolCallParseStatus
@@ -35,7 +35,7 @@ def print_answer(stream: ChatStream) -> None:
         out.end()
         for notice in stream.notices:
             field = f" ({notice.field})" if notice.field else ""
-            print(f"note: {' '.join(notice.message.split())}{field}", file=sys.stderr)
+            say(f"note: {' '.join(notice.message.split())}{field}")
     answer = stream.final()
     if not answer.completed.choices:
         # Nothing came after the event that it was resumed after, and how it ended was told before that.
@@ -46,7 +46,7 @@ def print_answer(stream: ChatStream) -> None:
             print_choice(choice, out)
         if choice.stop_reason not in _PLAIN_ENDS:
             which = f"choice {choice.index}" if len(answer.choices) > 1 else "the answer"
-            print(f"note: {which} ended with {word(StopReason, choice.stop_reason, 'STOP_REASON_')}", file=sys.stderr)
+            say(f"note: {which} ended with {word(StopReason, choice.stop_reason, 'STOP_REASON_')}")
 
 
 def _print_event(event: StreamChatCompletionResponse, out: Printer, aside: Aside) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import Any
+from typing import Any, NoReturn
 
 from deltawire._channel import DEFAULT_TARGET
 from deltawire._cli.chat import count_tokens, run_chat
@@ -22,6 +22,7 @@ from deltawire._cli.registry import (
 )
 from deltawire._cli.request_arguments import add_request_options, add_telling_options, seconds
 from deltawire._cli.status import UsageError
+from deltawire._cli.terminal import one_line
 from deltawire._values import RESUME_FOR
 from deltawire._version import __version__
 
@@ -67,9 +68,17 @@ environment:
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """Repeats what is wrong on one line, in characters that do not steer a terminal."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and exit."""
+        super().error(one_line(message))
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Every command and option there is."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="deltawire",
         description="Chat with models behind a deltawire gateway.",
         epilog=_EXAMPLES,
@@ -153,9 +162,9 @@ def _etag(text: str) -> str:
     return text
 
 
-def _common_options() -> argparse.ArgumentParser:
+def _common_options() -> _Parser:
     """What every command takes."""
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print messages as protobuf JSON, one per line")
     group = common.add_argument_group("connection")
     target = os.environ.get("DELTAWIRE_TARGET") or DEFAULT_TARGET

@@ -10,9 +10,10 @@ from deltawire._cli.answer import call_line
 from deltawire._cli.connection import call_options
 from deltawire._cli.follow import follow
 from deltawire._cli.model import only_model
-from deltawire._cli.output import print_error, print_json
+from deltawire._cli.output import print_error, print_json, say
 from deltawire._cli.request import images_of, request_of, telling_of, turn_of
 from deltawire._cli.status import OK, UsageError
+from deltawire._cli.terminal import one_line
 from deltawire._errors import DeltawireError
 from deltawire._messages import tool, user
 
@@ -53,7 +54,7 @@ def count_tokens(client: Client, options: argparse.Namespace) -> int:
         return OK
     print(counted.prompt_tokens)
     if counted.HasField("max_context_tokens"):
-        print(f"note: {counted.model} takes {counted.max_context_tokens}, with the answer", file=sys.stderr)
+        say(f"note: {counted.model} takes {counted.max_context_tokens}, with the answer")
     return OK
 
 
@@ -78,7 +79,7 @@ def _converse(client: Client, request: ChatRequest, options: argparse.Namespace)
     """Ask for one prompt after the other. Ctrl-C ends an answer and keeps what came; at the prompt, everything."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 -- gives input() editing and history
-    print(f"{request.model}; Ctrl-C stops an answer, Ctrl-D ends", file=sys.stderr)
+    say(f"{request.model}; Ctrl-C stops an answer, Ctrl-D ends")
     images = images_of(options)
     while True:
         try:
@@ -122,7 +123,7 @@ def _take_turn(client: Client, request: ChatRequest, turn: Any, options: argpars
         if not answer.tool_calls:
             return
         try:
-            results = [tool(call, _ask(f"result of {call_line(call)}> ")) for call in answer.tool_calls]
+            results = [tool(call, _ask(f"result of {one_line(call_line(call))}> ")) for call in answer.tool_calls]
         except EOFError:
             print("\nnote: no result, so the turn is dropped", file=sys.stderr)
             del request.messages[before:]

@@ -9,7 +9,7 @@ from deltawire._channel import CallInfo
 from deltawire._cli.answer import print_choice
 from deltawire._cli.connection import call_options
 from deltawire._cli.follow import follow
-from deltawire._cli.output import print_json, word
+from deltawire._cli.output import print_json, print_line, say, word
 from deltawire._cli.status import OK
 from deltawire._cli.terminal import Printer
 from deltawire._completion import answer_of
@@ -32,7 +32,7 @@ def cancel_completion(client: Client, options: argparse.Namespace) -> int:
     else:
         running = met.state == CompletionState.COMPLETION_STATE_RUNNING
         what = "is cancelled" if running else f"had ended before: {_state(met.state)}"
-        print(f"{options.completion} {what}; {_usage(met.usage)}")
+        print_line(f"{options.completion} {what}; {_usage(met.usage)}")
     return OK
 
 
@@ -43,7 +43,7 @@ def get_completion(client: Client, options: argparse.Namespace) -> int:
         print_json(found)
     else:
         for name, value in _facts(found):
-            print(f"{name + ':':<11} {value}")
+            print_line(f"{name + ':':<11} {value}")
         if found.HasField("completed"):
             _print_result(found)
     return OK
@@ -56,11 +56,8 @@ def resume_completion(client: Client, options: argparse.Namespace) -> int:
     )
     follow(stream, options)
     if options.after is not None and stream.last_sequence == options.after:
-        print(
-            f"note: nothing comes after {options.after}: the answer had ended there;"
-            f" deltawire get {options.completion} says how",
-            file=sys.stderr,
-        )
+        where = f"deltawire get {options.completion}"
+        say(f"note: nothing comes after {options.after}: the answer had ended there; {where} says how")
     return OK
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 from deltawire._cli.answer import print_answer
 from deltawire._cli.interrupt import SoftInterrupt
-from deltawire._cli.output import log_on_stderr, print_json
+from deltawire._cli.output import log_on_stderr, print_json, say
 from deltawire._errors import CallCancelledError, DeadlineExceededError, StreamInterrupted
 
 if TYPE_CHECKING:
@@ -40,9 +39,9 @@ def follow(stream: ChatStream, options: argparse.Namespace) -> Answer:
         except (StreamInterrupted, DeadlineExceededError, KeyboardInterrupt):
             if options.retain_for is not None:
                 last = "" if stream.last_sequence is None else f" --after {stream.last_sequence}"
-                print(f"note: for the rest: deltawire resume {stream.completion_id}{last}", file=sys.stderr)
+                say(f"note: for the rest: deltawire resume {stream.completion_id}{last}")
             raise
         if interrupt.pressed:
-            print(f"note: it had {answer.usage.completion_tokens} tokens", file=sys.stderr)
+            say(f"note: it had {answer.usage.completion_tokens} tokens")
             raise KeyboardInterrupt
         return answer

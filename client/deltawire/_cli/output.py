@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from google.protobuf.json_format import MessageToJson
 
+from deltawire._cli.terminal import one_line
 from deltawire._errors import CallError, ProtocolError
 
 if TYPE_CHECKING:
@@ -19,6 +20,16 @@ if TYPE_CHECKING:
     from deltawire._errors import DeltawireError
 
 
+def say(text: str) -> None:
+    """A line about the answer, on standard error, whoever wrote what is in it."""
+    print(one_line(text), file=sys.stderr)
+
+
+def print_line(text: str) -> None:
+    """A line of what was asked for, on standard output, whoever wrote what is in it."""
+    print(one_line(text))
+
+
 def print_json(message: ProtoMessage) -> None:
     """A message as one line of protobuf JSON, at once."""
     print(MessageToJson(message, indent=None), flush=True)
@@ -26,7 +37,7 @@ def print_json(message: ProtoMessage) -> None:
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Rows under a head, columns aligned; the last column is not padded."""
-    lines = [head, *rows]
+    lines = [[one_line(cell) for cell in line] for line in (head, *rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head) - 1)]
     for line in lines:
         print_row(line, widths)
@@ -34,6 +45,7 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 def print_row(cells: Sequence[str], widths: Sequence[int]) -> None:
     """A line of a table, at once: every cell but the last is padded to its column's width."""
+    cells = [one_line(cell) for cell in cells]
     padded = [cell.ljust(width) for cell, width in zip(cells[:-1], widths, strict=True)]
     print("  ".join([*padded, cells[-1]]).rstrip(), flush=True)
 
@@ -47,14 +59,12 @@ def note_unreachable(provider_ids: Sequence[str]) -> None:
     """Say that what is listed is not all news."""
     if provider_ids:
         providers = ", ".join(provider_ids)
-        print(
-            f"note: no answer from {providers}: models are shown as they were, and new ones not at all", file=sys.stderr
-        )
+        say(f"note: no answer from {providers}: models are shown as they were, and new ones not at all")
 
 
 def print_error(error: DeltawireError) -> None:
     """An error as it can be acted upon: what, which fields, and what to give whoever looks into it."""
-    print(f"error: {error}", file=sys.stderr)
+    say(f"error: {error}")
     if isinstance(error, CallError):
         for violation in error.violations:
             detail = f"{violation.field}: {violation.description}"
@@ -62,11 +72,19 @@ def print_error(error: DeltawireError) -> None:
             if violation.description == error.message:
                 detail = f"field: {violation.field}"
             if detail != error.message:
-                print(f"  {detail}", file=sys.stderr)
+                say(f"  {detail}")
         if error.retry_after is not None:
-            print(f"  try again in {error.retry_after:g} s", file=sys.stderr)
+            say(f"  try again in {error.retry_after:g} s")
     if isinstance(error, CallError | ProtocolError) and error.request_id:
-        print(f"  request id: {error.request_id}", file=sys.stderr)
+        say(f"  request id: {error.request_id}")
+
+
+class _OneLine(logging.Formatter):
+    """What the client logs repeats what it was told."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """A record as one line."""
+        return one_line(super().format(record))
 
 
 @contextlib.contextmanager
@@ -74,7 +92,7 @@ def log_on_stderr() -> Iterator[None]:
     """Let what the client logs be seen: that a connection was lost, and why."""
     logger = logging.getLogger("deltawire")
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("note: %(message)s"))
+    handler.setFormatter(_OneLine("note: %(message)s"))
     logger.addHandler(handler)
     try:
         yield

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import TYPE_CHECKING, NoReturn, cast
 
 from google.protobuf.json_format import MessageToDict
 
 from deltawire._cli.connection import call_options
-from deltawire._cli.output import log_on_stderr, note_unreachable, print_json, print_row, print_table, word
+from deltawire._cli.output import (
+    log_on_stderr,
+    note_unreachable,
+    print_json,
+    print_line,
+    print_row,
+    print_table,
+    say,
+    word,
+)
 from deltawire._cli.status import FAILED, OK, UsageError
 from deltawire._watch import ModelChange
 from deltawire.v1.model_registry_pb2 import (
@@ -110,7 +118,7 @@ def update_model(client: Client, options: argparse.Namespace) -> int:
 def unregister_model(client: Client, options: argparse.Namespace) -> int:
     """Unregister a model. It is not looked up first: its record may be damaged, and the caller may not read."""
     client.models.unregister(options.model, etag=options.etag or "", **call_options(options))
-    print("{}" if options.json else f"{options.model} is no longer registered")
+    print_line("{}" if options.json else f"{options.model} is no longer registered")
     return OK
 
 
@@ -125,7 +133,7 @@ def refresh_models(client: Client, options: argparse.Namespace) -> int:
         print_table(("PROVIDER", "MODELS"), rows)
     failed = [each for each in providers if each.error]
     for each in failed:
-        print(f"error: {each.provider_id} could not be listed: {each.error}", file=sys.stderr)
+        say(f"error: {each.provider_id} could not be listed: {each.error}")
     return FAILED if failed else OK
 
 
@@ -226,4 +234,4 @@ def _print_model(model: Model, options: argparse.Namespace) -> None:
     }
     for name, value in facts.items():
         if value:
-            print(f"{name + ':':<11}{value}")
+            print_line(f"{name + ':':<11}{value}")

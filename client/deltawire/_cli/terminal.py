@@ -1,4 +1,4 @@
-"""Text in pieces, as a model writes it: on lines of its own, and harmless to a terminal."""
+"""What others wrote, harmless to a terminal: a model's text in pieces, and what is said of it on one line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from typing import TextIO
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 # What a model writes must not steer a terminal: control characters other than tab and newline are shown as pictures.
 _PICTURES = {code: 0x2400 + code for code in range(0x20) if code not in {0x09, 0x0A}} | {0x7F: 0x2421}
-_PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+# Neither must those that have later text shown in another order than it was written in.
+_PICTURES |= dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
+# On a line, whatever would end it or move on in it is a space.
+_ON_A_LINE = _PICTURES | dict.fromkeys([0x09, 0x0A, 0x2028, 0x2029], 0x20)
+
+
+def one_line(text: str) -> str:
+    """Text from elsewhere as it can be shown on one line: an error's message, a name, a note."""
+    return text.translate(_ON_A_LINE).rstrip()
 
 
 class Printer:
