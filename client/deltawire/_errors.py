@@ -380,6 +380,11 @@ def error_for(failure: Failure) -> CallError:
     return CODES.get(failure.code, CallError)(failure)
 
 
+def status_code(number: int) -> grpc.StatusCode:
+    """A status code from its number; UNKNOWN for one that there is not."""
+    return _STATUS_CODES.get(number, grpc.StatusCode.UNKNOWN)
+
+
 def with_fault(failure: Failure, code: int, reason: ErrorReason.ValueType, message: str) -> Failure:
     """The failure as `Completed.error` tells it, for when a proxy lost the status that should have said so.
 
@@ -387,7 +392,7 @@ def with_fault(failure: Failure, code: int, reason: ErrorReason.ValueType, messa
     """
     return replace(
         failure,
-        code=_STATUS_CODES.get(code, grpc.StatusCode.UNKNOWN),
+        code=status_code(code),
         reason=ErrorReason.Name(reason).removeprefix(PREFIX) if reason in REASONS else "",
         message=message,
     )

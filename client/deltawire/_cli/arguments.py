@@ -108,13 +108,8 @@ def count(text: str) -> int:
 
     Raises:
         argparse.ArgumentTypeError: It is none, or too large.
-        ValueError: It is no number.
     """
-    value = int(text)
-    if not 0 < value < 2**32:
-        message = f"{text} is not from 1 to {2**32 - 1}"
-        raise argparse.ArgumentTypeError(message)
-    return value
+    return _whole(text, 1, 2**32 - 1)
 
 
 def _sequence(text: str) -> int:
@@ -122,11 +117,18 @@ def _sequence(text: str) -> int:
 
     Raises:
         argparse.ArgumentTypeError: It is none, or too large.
-        ValueError: It is no number.
     """
-    value = int(text)
-    if not 0 <= value < 2**64:
-        message = f"{text} is not from 0 to {2**64 - 1}"
+    return _whole(text, 0, 2**64 - 1)
+
+
+def _whole(text: str, least: int, most: int) -> int:
+    """A whole number within these limits."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if not least <= value <= most:
+        message = f"{text} is not a whole number from {least} to {most}"
         raise argparse.ArgumentTypeError(message)
     return value
 

@@ -13,6 +13,7 @@ from deltawire._cli.output import print_json, print_line, say, word
 from deltawire._cli.status import OK
 from deltawire._cli.terminal import Printer
 from deltawire._completion import answer_of
+from deltawire._errors import status_code
 from deltawire.v1.chat_completion_pb2 import CompletionState, CreateChatCompletionResponse, StopReason, UsageProvenance
 from deltawire.v1.error_reason_pb2 import ErrorReason
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from deltawire._client import Client
-    from deltawire.v1.chat_completion_pb2 import GetChatCompletionResponse, Usage
+    from deltawire.v1.chat_completion_pb2 import Completed, GetChatCompletionResponse, Usage
 
 
 def cancel_completion(client: Client, options: argparse.Namespace) -> int:
@@ -82,12 +83,18 @@ def _facts(found: GetChatCompletionResponse) -> Iterator[tuple[str, str]]:
     for choice in found.completed.choices:
         yield "ended", f"choice {choice.index} with {word(StopReason, choice.stop_reason, 'STOP_REASON_')}"
     if found.HasField("error"):
-        reason = word(ErrorReason, found.error.reason, "ERROR_REASON_")
-        yield "error", f"{reason}: {' '.join(found.error.message.split())}"
+        yield "error", f"{_why(found.error)}: {' '.join(found.error.message.split())}"
     if found.HasField("last_sequence"):
         yield "sequence", f"{found.last_sequence} is the last event"
     if found.HasField("expire_time"):
         yield "kept until", found.expire_time.ToJsonString()
+
+
+def _why(error: Completed.Error) -> str:
+    """Why a completion failed, in one word: what became of the call if nobody gave a reason, as of one cancelled."""
+    if error.reason != ErrorReason.ERROR_REASON_UNSPECIFIED:
+        return word(ErrorReason, error.reason, "ERROR_REASON_")
+    return status_code(error.code).name
 
 
 def _state(state: CompletionState.ValueType) -> str:

@@ -55,7 +55,7 @@ def add_telling_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the stream")
     group.add_argument("--usage-updates", action="store_const", const=True, help="tell the usage meanwhile, for --json")
     group.add_argument(
-        "--coalesce", metavar="SECONDS", type=seconds, help="let deltas be held back for that long, to be joined"
+        "--coalesce", metavar="SECONDS", type=_delay, help="let deltas be held back for that long, to be joined"
     )
     group.add_argument("--heartbeat", metavar="SECONDS", type=seconds, help="tell something at least that often")
     group.add_argument(
@@ -174,11 +174,26 @@ def seconds(text: str) -> float:
 
     Raises:
         argparse.ArgumentTypeError: It is none that can be waited for.
-        ValueError: It is no number.
     """
-    value = float(text)
-    if not 0 < value <= _LONGEST:
+    value = _delay(text)
+    if not value:
         message = f"{text} is not a number of seconds above 0"
+        raise argparse.ArgumentTypeError(message)
+    return value
+
+
+def _delay(text: str) -> float:
+    """A length of time that may also be none at all.
+
+    Raises:
+        argparse.ArgumentTypeError: It is none that can be waited for.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= _LONGEST:
+        message = f"{text} is not a number of seconds from 0 to {_LONGEST}"
         raise argparse.ArgumentTypeError(message)
     return value
 

@@ -111,6 +111,16 @@ FAILED = GetChatCompletionResponse(
     state=COMPLETION_STATE_FAILED,
     error=Completed.Error(code=10, reason=ErrorReason.ERROR_REASON_UPSTREAM_ERROR, message="it\nbroke"),
 )
+GIVEN_UP = GetChatCompletionResponse(
+    completion_id="mine",
+    state=COMPLETION_STATE_FAILED,
+    error=Completed.Error(code=STATUS.CANCELLED.value[0], message="the caller gave up"),
+)
+OVERDUE = GetChatCompletionResponse(
+    completion_id="mine",
+    state=COMPLETION_STATE_FAILED,
+    error=Completed.Error(code=STATUS.DEADLINE_EXCEEDED.value[0], message="too late"),
+)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +156,8 @@ FAILED = GetChatCompletionResponse(
             ],
         ),
         (FAILED, ["id:         mine", "state:      failed", "error:      UPSTREAM_ERROR: it broke"]),
+        (GIVEN_UP, ["id:         mine", "state:      failed", "error:      CANCELLED: the caller gave up"]),
+        (OVERDUE, ["id:         mine", "state:      failed", "error:      DEADLINE_EXCEEDED: too late"]),
     ],
 )
 def test_get(

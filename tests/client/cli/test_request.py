@@ -37,6 +37,13 @@ if TYPE_CHECKING:
 WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
 
 
+def test_no_delay_is_a_delay(gateway: Gateway, run: Run) -> None:
+    """It is sent: 0 is not the same as not given."""
+    gateway.will(*saying("hi"))
+    assert run("chat", "--model", "llama", "--coalesce", "0", "hi")[0] == 0
+    assert gateway.last.request.options == StreamOptions(max_coalesce_delay=Duration())
+
+
 def test_every_option(gateway: Gateway, run: Run, tmp_path: Path) -> None:
     """Each arrives in its field."""
     one, many = tmp_path / "one.json", tmp_path / "many.json"
