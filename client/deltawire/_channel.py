@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 DEFAULT_TARGET = "127.0.0.1:50051"
 # A whole answer with log-probabilities passes gRPC's default of 4 MiB.
 DEFAULT_MAX_RECEIVE_BYTES = 64 * 1024 * 1024
+# Seconds, thirty years. Far beyond, gRPC's clock overflows, and a call fails at once as if its timeout had passed.
+MAX_TIMEOUT = 10**9
 
 AUTHORIZATION = "authorization"
 VLLM_TOKEN = "x-vllm-api-token"  # noqa: S105 -- the name of a header
@@ -55,7 +57,7 @@ SERVICE_CONFIG = json.dumps(
 class CallOptions(TypedDict, total=False):
     """What every call takes.
 
-    `timeout` is in seconds and covers the whole call, retries and all; None means the client's own. `metadata` is sent
+    `timeout` is in seconds, above 0, and covers the whole call, retries and all; None means the client's own. `metadata` is sent
     besides the client's own. `wait_for_ready` waits for a gateway that is not there yet instead of failing. `request_id`
     is what logs know the call by; one is made up if none is given. `vllm_token` is the caller's own token for vLLM.
     `info` is filled in when the call has ended well.
@@ -123,7 +125,7 @@ def connection(target: str, options: ConnectOptions, *, own_channel: bool) -> tu
     Raises:
         TypeError: An option that does not exist.
         ValueError: A channel was given along with options for making one, the target is none, a token cannot be sent, or
-            would be sent in the open.
+            would be sent in the open, or the timeout is none.
     """
     _known(options, CONNECT_OPTIONS, "a client")
     if own_channel and (surplus := options.keys() & CHANNEL_OPTIONS):
@@ -228,8 +230,9 @@ class Defaults:
         """Begin a call.
 
         Raises:
-            TypeError: An option that does not exist, or metadata that is a mapping.
-            ValueError: A token that cannot be sent, or would be sent where others can read it.
+            TypeError: An option that does not exist, metadata that is a mapping, or a timeout that is no number.
+            ValueError: A token that cannot be sent, or would be sent where others can read it, or a timeout that no call
+                could keep.
         """
         _known(options, CALL_OPTIONS, "a call")
         given = options.get("metadata") or ()
@@ -253,16 +256,34 @@ class Defaults:
             sent = options.get("request_id") or uuid.uuid4().hex
             metadata = [(name, value) for name, value in metadata if name != REQUEST_ID]
             metadata.append((REQUEST_ID, sent))
-        timeout = options.get("timeout")
+        timeout = checked_timeout(options.get("timeout"))
         arguments: dict[str, Any] = {
             "metadata": tuple(metadata),
-            "timeout": self.timeout if timeout is None else timeout,
+            "timeout": checked_timeout(self.timeout) if timeout is None else timeout,
         }
         if (wait_for_ready := options.get("wait_for_ready")) is not None:
             arguments["wait_for_ready"] = wait_for_ready
         info = options.get("info") or CallInfo()
         info.request_id, info.initial_metadata, info.trailing_metadata = sent, (), ()
         return Outgoing(arguments, info)
+
+
+def checked_timeout(timeout: float | None) -> float | None:
+    """A call's timeout, if one can be kept.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is not above 0, or too long for gRPC.
+    """
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float):
+        message = f"timeout: a number of seconds is needed, not {type(timeout).__name__}"
+        raise TypeError(message)
+    if not 0 < timeout <= MAX_TIMEOUT:
+        message = f"timeout: {timeout} is not a number of seconds above 0 and up to {MAX_TIMEOUT}"
+        raise ValueError(message)
+    return timeout
 
 
 def _check_target(target: str) -> None:

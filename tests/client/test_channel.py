@@ -12,7 +12,10 @@ from deltawire import CallInfo, Client, ConnectOptions, tls_credentials
 from deltawire._channel import SERVICE_CONFIG, Defaults, connection, is_local
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
+
+    from tests.client.scripted import Gateway
 
 
 @pytest.mark.parametrize(
@@ -208,3 +211,27 @@ def test_a_models_metadata_is_not_a_calls() -> None:
     """The likeliest mix-up is told as such."""
     with Client("127.0.0.1:1") as client, pytest.raises(TypeError, match="a model's own is model_metadata"):
         client.models.register("m", metadata={"owner": "we"})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 2**63])
+def test_timeouts_that_no_call_can_keep(timeout: float, gateway: Gateway, client: Client) -> None:
+    """They are refused before anything is sent, for one call as for all of a client's."""
+    calls: list[Callable[[], object]] = [
+        lambda: Client(gateway.target, timeout=timeout),
+        lambda: client.models.get("llama", timeout=timeout),
+        lambda: client.models.watch(timeout=timeout),
+        lambda: client.chat.create("hi", timeout=timeout),
+        lambda: client.chat.stream("hi", timeout=timeout),
+        lambda: client.chat.resume("mine", timeout=timeout),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=f"^timeout: {timeout} is not a number of seconds above 0 and"):
+            call()
+    assert gateway.calls == []
+
+
+@pytest.mark.parametrize("timeout", ["5", True])
+def test_timeouts_of_another_type(timeout: Any, client: Client) -> None:  # noqa: ANN401
+    """The message says what is needed."""
+    with pytest.raises(TypeError, match=r"^timeout: a number of seconds is needed, not (str|bool)$"):
+        client.models.watch(timeout=timeout)

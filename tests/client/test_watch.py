@@ -330,7 +330,7 @@ def test_a_timeout_that_passes_while_nobody_is_there() -> None:
     """It ends the watch, and the error says what the trouble was; what would have ended it anyway stays what it is."""
     _, defaults = connection("127.0.0.1:1", {}, own_channel=False)
     for fail, kind in (LOST, DeadlineExceededError), (DENIED, PermissionDeniedError):
-        calls = WatchCalls(defaults, WatchState(), "", {"timeout": 0, "request_id": "mine"})
+        calls = WatchCalls(defaults, WatchState(), "", {"timeout": 1e-9, "request_id": "mine"})
         calls._begin()
         assert calls._end(Failed(fail.code, fail.trailing())) is None
         with pytest.raises(kind) as caught:

@@ -173,7 +173,7 @@ def _common_options() -> _Parser:
     group.add_argument(
         "--target", default=target, help="where the gateway is (default $DELTAWIRE_TARGET, else %(default)s)"
     )
-    group.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this long")
+    group.add_argument("--timeout", type=seconds, metavar="SECONDS", help="give up after this long")
     group.add_argument("--tls", action="store_true", help="use TLS")
     group.add_argument("--ca-file", metavar="FILE", help="whom to trust, as PEM; implies --tls")
     group.add_argument("--cert-file", metavar="FILE", help="your own certificate, as PEM; implies --tls")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from deltawire._channel import checked_timeout
 from deltawire._errors import CallCancelledError, CallError, DeadlineExceededError, error_for
 from deltawire._failure import FailedCall, Failure
 
@@ -30,7 +31,7 @@ class WatchCalls:
         self._state = state
         self._revision = revision
         self._options = options
-        timeout = options.get("timeout")
+        timeout = checked_timeout(options.get("timeout"))
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._events: deque[WatchEvent] = deque()
         self._error: CallError | None = None

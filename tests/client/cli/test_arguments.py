@@ -96,6 +96,8 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         (["chat", "--logit-bias", "5", "hi"], "--logit-bias: 5 is not ID=X, such as 1734=-100"),
         (["chat", "--logit-bias", "a=1", "hi"], "--logit-bias: a=1 is not ID=X"),
         (["chat", "--soft-time-limit", "0", "hi"], "--soft-time-limit: 0 is not a number of seconds above 0"),
+        (["chat", "--timeout", "0", "hi"], "--timeout: 0 is not a number of seconds above 0"),
+        (["models", "list", "--timeout", "-1"], "--timeout: -1 is not a number of seconds from 0"),
         (["chat", "--retain-for", "nan", "hi"], "--retain-for: nan is not a number of seconds from 0 to 1000000000"),
         (["chat", "--heartbeat", "1e300", "hi"], "--heartbeat: 1e300 is not a number of seconds from 0 to 1000000000"),
         (["chat", "--coalesce", "soon", "hi"], "--coalesce: soon is not a number of seconds from 0"),
