@@ -182,7 +182,8 @@ class Chat:
             messages: The conversation, or a whole `ChatRequest`.
             tools: Functions, see `function_tool`; definitions alone are offered too.
             max_rounds: How often to ask.
-            on_error: "raise" lets an exception in a function through; "tell" tells the model its type and message.
+            on_error: "raise" lets an exception in a function through; "tell" tells the model its type and message. A
+                result that cannot be sent to the model is the same: "raise" names the tool, "tell" tells what is wrong.
             on_event: Is called with every event of every answer as it comes.
             arguments: See `PlainChatOptions` and `CallOptions`. `timeout` is for each answer. A `tool_choice` that makes the
                 model call is for the first round only: it would never answer.

@@ -78,10 +78,17 @@ class FunctionTool(Generic[P, R]):
 
         Raises:
             TypeError: JSON has nothing for it.
+            ValueError: It is text with lone surrogates, which cannot be sent.
         """
         from deltawire._tools.signature import json_text
 
-        return json_text(result)
+        text = json_text(self.name, result)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            message = f"the result of the tool {self.name!r} cannot be sent as UTF-8: {error}"
+            raise ValueError(message) from error
+        return text
 
     def __repr__(self) -> str:
         return f"FunctionTool({self.name})"

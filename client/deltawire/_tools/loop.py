@@ -105,7 +105,7 @@ class ToolLoop:
         request: What to ask first; it is not changed.
         tools: Those to offer, besides any that the request has.
         max_rounds: How often to ask.
-        on_error: What becomes of an exception in a function.
+        on_error: What becomes of an exception in a function, and of a result that cannot be told.
 
     Attributes:
         request: What to ask now.
@@ -194,8 +194,21 @@ class ToolLoop:
         for each, result in zip(planned, results, strict=True):
             self.request.messages.append(tool_message(each.call, result))
 
+    def told(self, planned: PlannedCall, result: object) -> str:
+        """What the model is told of a function's result.
+
+        Raises:
+            Exception: It cannot be told, and exceptions are to be raised.
+        """
+        if self._on_error == "tell" and isinstance(result, str):
+            result = _sendable(result)
+        try:
+            return planned.tool.result_text(result)
+        except Exception as error:  # noqa: BLE001 (a result may be of any class, whose own code makes JSON of it)
+            return self.failed(planned, error)
+
     def failed(self, planned: PlannedCall, error: Exception) -> str:
-        """What the model is told of an exception in a function.
+        """What the model is told of an exception in a function, or of a result that cannot be told.
 
         Raises:
             Exception: The same one, if that is what was asked for.
@@ -203,7 +216,11 @@ class ToolLoop:
         if self._on_error == "raise":
             error.add_note(f"in the tool {planned.tool.name!r}, called by the model as {planned.call.call_id!r}")
             raise error
-        return f"Failed: {type(error).__name__}: {error}"
+        try:
+            text = str(error)
+        except Exception:  # noqa: BLE001 (the exception's own code)
+            text = "its message cannot be read"
+        return f"Failed: {type(error).__name__}: {_sendable(text)}"
 
     def _offer(self, each: ToolLike) -> None:
         if isinstance(each, Tool):
@@ -214,6 +231,11 @@ class ToolLoop:
             function = each if isinstance(each, FunctionTool) else function_tool(each)
             self._functions[function.name] = function
             self.request.tools.append(function.definition)
+
+
+def _sendable(text: str) -> str:
+    """Text with its lone surrogates replaced: UTF-8 has none, and file names can hold them."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _problems(answer: Answer) -> dict[str, str]:

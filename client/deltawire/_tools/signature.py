@@ -116,8 +116,12 @@ class _SchemaWithoutTitles(GenerateJsonSchema):
         return False
 
 
-def json_text(value: object) -> str:
+def json_text(name: str, value: object) -> str:
     """A function's result as the model reads it: text as it is, everything else as JSON.
+
+    Args:
+        name: The tool's name, for errors.
+        value: The result.
 
     Raises:
         TypeError: JSON has nothing for it.
@@ -127,7 +131,7 @@ def json_text(value: object) -> str:
     try:
         return _ANY.dump_json(value).decode()
     except ValueError as error:
-        message = f"a tool's result must be text or something that JSON has: {error}"
+        message = f"the result of the tool {name!r} must be text or something that JSON has: {error}"
         raise TypeError(message) from error
 
 

@@ -7,6 +7,7 @@ import threading
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
+from pydantic import BaseModel, model_serializer
 
 from deltawire import (
     ChatRequest,
@@ -342,15 +343,99 @@ async def test_an_exception_may_be_told(gateway: Gateway, client: Client, async_
     assert results(asked(gateway).messages) == told
 
 
-def test_a_result_that_is_nothing_is_never_told(gateway: Gateway, client: Client) -> None:
-    """A result that JSON does not have is a mistake in the program, whatever becomes of exceptions."""
+class UnreadableError(Exception):
+    """An exception that is broken itself."""
+
+    def __str__(self) -> str:
+        message = "not now"
+        raise RuntimeError(message)
+
+
+class Spiteful(BaseModel):
+    """A result whose own code fails."""
+
+    @model_serializer
+    def fail(self) -> str:
+        """Make no JSON."""
+        raise UnreadableError
+
+
+def endless() -> list[object]:
+    """A list that holds itself."""
+    made: list[object] = []
+    made.append(made)
+    return made
+
+
+NO_JSON = "TypeError: the result of the tool 'odd' must be text or something that JSON has: "
+
+
+@pytest.mark.parametrize(
+    ("result", "kind", "told"),
+    [
+        (object(), TypeError, NO_JSON),
+        (b"\xff", TypeError, NO_JSON),
+        (endless(), TypeError, NO_JSON),
+        (["\udcff"], TypeError, NO_JSON),
+        ("a\udcff", ValueError, None),
+        (Spiteful(), Exception, ""),
+    ],
+    ids=["object", "bytes", "cycle", "surrogate in a list", "surrogate", "broken class"],
+)
+async def test_a_result_that_cannot_be_told(
+    gateway: Gateway,
+    client: Client,
+    async_client: AsyncClient,
+    result: object,
+    kind: type[Exception],
+    told: str | None,
+) -> None:
+    """It is like an exception of the function: raised with the tool's name, or told; a text is told as far as it is one."""
 
     def odd() -> object:
-        return object()
+        return result
+
+    call = ToolCall(call_id="c1", tool_name="odd", arguments="{}")
+    for _ in range(2):
+        gateway.will(answering(call))
+        gateway.will(answering(said="Sorry."))
+    await asyncio.to_thread(client.chat.run_tools, "hi", tools=[odd], on_error="tell")
+    await async_client.chat.run_tools("hi", tools=[odd], on_error="tell")
+    for asked_again in asked(gateway, 1), asked(gateway, 3):
+        ((_, text),) = results(asked_again.messages)
+        assert text == "a\ufffd" if told is None else text.startswith(f"Failed: {told}")
+    for _ in range(2):
+        gateway.will(answering(call))
+    with pytest.raises(kind) as caught:
+        await asyncio.to_thread(client.chat.run_tools, "hi", tools=[odd])
+    with pytest.raises(kind) as caught_too:
+        await async_client.chat.run_tools("hi", tools=[odd])
+    for each in caught.value, caught_too.value:
+        assert each.__notes__ == ["in the tool 'odd', called by the model as 'c1'"]
+        assert kind is Exception or "the result of the tool 'odd'" in str(each)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (LookupError("no \udcff"), "Failed: LookupError: no \ufffd"),
+        (LookupError("\ud83d\ude00"), "Failed: LookupError: 😀"),
+        (UnreadableError(), "Failed: UnreadableError: its message cannot be read"),
+    ],
+    ids=["surrogate", "surrogates that belong together", "no message"],
+)
+def test_an_exception_that_cannot_be_told_as_it_is(
+    gateway: Gateway, client: Client, error: Exception, told: str
+) -> None:
+    """What can be told of it is."""
+
+    def odd() -> None:
+        raise error
 
     gateway.will(answering(ToolCall(call_id="c1", tool_name="odd", arguments="{}")))
-    with pytest.raises(TypeError, match="must be text or something that JSON has"):
-        client.chat.run_tools("hi", tools=[odd], on_error="tell")
+    gateway.will(answering(said="Sorry."))
+    client.chat.run_tools("hi", tools=[odd], on_error="tell")
+    assert results(asked(gateway).messages) == [("c1", told)]
 
 
 # --- asynchronous functions, threads and cancelling
