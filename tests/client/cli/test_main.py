@@ -39,18 +39,25 @@ def test_it_runs_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert capsys.readouterr().out == f"deltawire {deltawire.__version__}\n"
 
 
+# Under nohup and the like Ctrl-C is ignored, and a child would ignore it too. Not by `preexec_fn`, which forks this process, and
+# gRPC's threads in it do not take that well: they log into the child's standard error.
+_LAUNCH = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
 def start(
     gateway: Gateway, *arguments: str | bytes, stdout: int | IO[bytes] = subprocess.PIPE
 ) -> subprocess.Popen[bytes]:
     """Start the command as a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "deltawire", *arguments],
+        [sys.executable, "-c", _LAUNCH, "-m", "deltawire", *arguments],
         env=os.environ | {"DELTAWIRE_TARGET": gateway.target},
         stdin=subprocess.DEVNULL,
         stdout=stdout,
         stderr=subprocess.PIPE,
-        # Under nohup and the like it is ignored, and a child would ignore it too.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
