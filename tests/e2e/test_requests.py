@@ -244,7 +244,7 @@ async def test_a_token_budget_without_a_reasoning_parser(client: AsyncClient) ->
 async def test_taken(client: AsyncClient, fields: dict[str, Any]) -> None:
     """Accepted only: the answer is the same.
 
-    The server runs one request at a time (priority), its cache is not seen from outside (cache_salt), it makes no use of the
+    The server does not schedule by priority (priority), its cache is not seen from outside (cache_salt), it makes no use of the
     user, and it has no reasoning parser (include).
     """
     plain = await client.chat.create(asked())
