@@ -16,7 +16,8 @@ from deltawire_server.settings import (
     is_local,
     without_password,
 )
-from deltawire_server.settings.model import SECTIONS, expectation, field_at, is_secret
+from deltawire_server.settings.fields import expectation, field_at, is_secret
+from deltawire_server.settings.model import SECTIONS
 from tests.settings.conftest import URL
 
 FIELDS = [(section, key) for section, model in SECTIONS.items() for key in model.model_fields]

@@ -7,7 +7,8 @@ import pytest
 from pydantic import SecretStr
 
 from deltawire_server.settings import SettingsError, parse
-from deltawire_server.settings.model import SECTIONS, KeyPath, is_table
+from deltawire_server.settings.fields import KeyPath, is_table
+from deltawire_server.settings.model import SECTIONS
 from deltawire_server.settings.sources import variable
 from tests.settings.conftest import URL
 

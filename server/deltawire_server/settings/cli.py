@@ -14,16 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import SecretStr
 
-from deltawire_server.settings.model import (
-    SECTIONS,
-    KeyPath,
-    Section,
-    Settings,
-    expectation,
-    field_at,
-    is_secret,
-    is_table,
-)
+from deltawire_server.settings.fields import KeyPath, expectation, field_at, is_secret, is_table
+from deltawire_server.settings.model import SECTIONS, Section, Settings
 from deltawire_server.settings.sources import SHORT_NAMES, SettingsError, Sources, dotted, in_file_only, variable
 from deltawire_server.settings.values import MASK, without_password
 

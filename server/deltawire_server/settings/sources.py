@@ -14,17 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from deltawire_server.settings.fields import KeyPath, expectation, field_at, is_secret, is_table
 from deltawire_server.settings.lines import LinesError
-from deltawire_server.settings.model import (
-    SECTIONS,
-    KeyPath,
-    ProviderSettings,
-    Settings,
-    expectation,
-    field_at,
-    is_secret,
-    is_table,
-)
+from deltawire_server.settings.model import SECTIONS, ProviderSettings, Settings
 from deltawire_server.settings.values import DependencyError
 
 if TYPE_CHECKING:
