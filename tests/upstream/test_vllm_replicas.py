@@ -13,16 +13,7 @@ from deltawire_server.upstream.base import Health, HealthStatus
 from tests.upstream.support import CALL, HI, answer_of, provider, refusal_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from tests.support.gateway import Lines
-
-
-@pytest.fixture
-async def other() -> AsyncIterator[FakeVllm]:
-    """A second vLLM look-alike."""
-    async with FakeVllm() as other:
-        yield other
 
 
 async def test_calls_spread_over_the_replicas(vllm: FakeVllm, other: FakeVllm) -> None:
