@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -76,6 +77,10 @@ TOO_LONG: dict[str, tuple[chat_pb.ChatRequest, str]] = {
             ]
         ),
         "chat.messages",
+    ),
+    "extra fields": (
+        ask(extra_body=json.dumps(dict.fromkeys(map(str, range(validate.MAX_EXTRA_FIELDS + 1))))),
+        "chat.extra_body",
     ),
     "tools": (ask(tools=[tool_pb2.Tool()] * (validate.MAX_TOOLS + 1)), "chat.tools"),
     "allowed tools": (ask(allowed_tools=["x"] * (validate.MAX_TOOLS + 1)), "chat.allowed_tools"),

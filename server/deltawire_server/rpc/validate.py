@@ -49,6 +49,8 @@ MAX_VALUES = 65_536
 """Of a list of texts or tokens; more than most models have tokens, and read at once."""
 MAX_CHECKED_SCHEMAS = 1024 * 1024
 """Characters of all schemas that arguments are checked against: compiling them takes time, in which other calls wait."""
+MAX_EXTRA_FIELDS = 128
+"""Of `extra_body`: a vLLM's whole request has fewer, and each is judged by itself, in more than one place."""
 MAX_CACHE_SALT = 1024
 """Characters: as many as any vLLM has taken; newer ones take fewer, and say so."""
 
@@ -130,7 +132,9 @@ class _ChatReader:
             chat_template_kwargs=self._json_object(
                 "chat.chat_template_kwargs", chat.chat_template_kwargs, empty_allowed=True
             ),
-            extra_body=self._json_object("chat.extra_body", chat.extra_body, empty_allowed=True),
+            extra_body=self._json_object(
+                "chat.extra_body", chat.extra_body, empty_allowed=True, max_fields=MAX_EXTRA_FIELDS
+            ),
             user=chat.user,
         )
         if chat.tool_call_policy.validate_schema:
@@ -298,7 +302,7 @@ class _ChatReader:
             self._complain(path, "must not be empty")
         return text
 
-    def _json_object(self, path: str, text: str, *, empty_allowed: bool = False) -> str:
+    def _json_object(self, path: str, text: str, *, empty_allowed: bool = False, max_fields: int | None = None) -> str:
         """The text of a JSON object, to be passed on as it is; empty for `{}`, or with a complaint if it is none."""
         if not text.strip():
             if not empty_allowed:
@@ -314,6 +318,8 @@ class _ChatReader:
             return ""
         if not isinstance(value, dict):
             self._complain(path, "must be the JSON text of an object")
+        elif max_fields is not None:
+            self._bound(path, len(value), max_fields, "fields")
         return text if value else ""
 
 
