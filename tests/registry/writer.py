@@ -60,7 +60,9 @@ async def write(url: str, number: int) -> None:
     await store.open()
     async with aclosing(writes(store, number)) as changes:
         async for change in changes:
-            print(line_of(change), flush=True)
+            # In one write: `print` makes two of it where Python does not buffer, and a kill between them leaves half a line.
+            sys.stdout.write(f"{line_of(change)}\n")
+            sys.stdout.flush()
 
 
 def main() -> None:
