@@ -125,7 +125,7 @@ async def test_heartbeats_before_the_beginning(make_worker: MakeWorker, vllm: Fa
     """Only if they are asked for: with the first of them a call cannot be retried any more."""
     gate = asyncio.Event()
     vllm.play(Script.chunks([gate, CHUNKS.role(), CHUNKS.finish()]))
-    options = StreamOptions(heartbeat_interval=0.01, heartbeat_before_start=before)
+    options = StreamOptions(heartbeat_interval=0.01, early_heartbeats=before)
     async with make_worker() as worker, worker.completion(ask(), CALLER, options) as completion:
         batches = completion.batches()
         first = asyncio.ensure_future(anext(batches))

@@ -86,6 +86,7 @@ NO_REASONING = NotShown(
     "the server has no reasoning parser; tests/sansio/test_recordings.py has recordings of real ones"
 )
 TEXT_ONLY = NotShown("never given: what a model says is text")
+TEXT_ALONE = NotShown("an answer's message has text, in `text`; parts are for requests")
 ONE_REPLICA = NotShown("the provider is one server, whose document names all its fields")
 
 ROLES = REAL_TEXT("test_all_roles_and_several_parts_are_taken")
@@ -121,9 +122,9 @@ TAKEN: Table = {
         "resume": (RETAINED("test_a_caller_that_goes_leaves_the_engine_at_work"), REAL_LEFT),
         "options": (RETAINED("test_a_replay_is_the_same_to_the_bit"), REAL_REPLAY),
     },
-    "ResumeFrom": {
+    "ResumePoint": {
         "completion_id": (RETAINED("test_a_replay_is_the_same_to_the_bit"), REAL_REPLAY),
-        "after_sequence": (RETAINED("test_a_replay_is_the_same_to_the_bit"), REAL_REPLAY),
+        "last_sequence": (RETAINED("test_a_replay_is_the_same_to_the_bit"), REAL_REPLAY),
     },
     "StreamOptions": {
         "usage_updates": (TOLD("test_usage_updates"), REAL_SHAPING("test_the_usage_grows_to_the_account")),
@@ -135,11 +136,11 @@ TAKEN: Table = {
             TOLD("test_heartbeats"),
             REAL_SHAPING("test_heartbeats_while_the_engine_stands_still"),
         ),
-        "heartbeat_before_start": (
+        "early_heartbeats": (
             TOLD("test_heartbeats_before_the_beginning"),
             REAL_SHAPING("test_heartbeats_while_a_prompt_is_read"),
         ),
-        "retain_for": (
+        "retention": (
             RETAINED("test_a_stream_that_nobody_comes_back_to"),
             REAL_COMPLETIONS("test_nobody_comes_back"),
         ),
@@ -179,18 +180,28 @@ TAKEN: Table = {
         "extra_body": (BODY("chat.extra_body"), REAL_REQUESTS("test_extra_fields")),
         "user": (BODY("chat.user"), Accepted(REAL_REQUESTS("test_taken[user]"), "vLLM makes no use of it")),
     },
-    "Message": {
+    "ChatMessage": {
         "system": (BODY("chat.messages.system.content.text"), ROLES),
         "developer": (BODY("chat.messages.developer.content.text"), ROLES),
         "user": (BODY("chat.messages.user.content.text"), ROLES),
         "assistant": (BODY("chat.messages.assistant.content.text"), ROLES),
         "tool": (BODY("chat.messages.tool.content.text"), REAL_TOOLS("test_a_result_goes_back_to_the_model")),
     },
-    "SystemMessage": {"content": (BODY("chat.messages.system.content.text"), ROLES)},
-    "DeveloperMessage": {"content": (BODY("chat.messages.developer.content.text"), ROLES)},
-    "UserMessage": {"content": (BODY("chat.messages.user.content.text"), ROLES)},
+    "SystemMessage": {
+        "text": (BODY("chat.messages.system.text"), ROLES),
+        "content": (BODY("chat.messages.system.content.text"), ROLES),
+    },
+    "DeveloperMessage": {
+        "text": (BODY("chat.messages.developer.text"), ROLES),
+        "content": (BODY("chat.messages.developer.content.text"), ROLES),
+    },
+    "UserMessage": {
+        "text": (BODY("chat.messages.user.text"), ROLES),
+        "content": (BODY("chat.messages.user.content.text"), ROLES),
+    },
     "AssistantMessage": {
-        "content": (BODY("chat.messages.assistant.content.text"), REAL_SHAPING("test_turns_of_every_kind_go_back")),
+        "text": (BODY("chat.messages.assistant.text"), REAL_SHAPING("test_turns_of_every_kind_go_back")),
+        "content": (BODY("chat.messages.assistant.content.text"), ROLES),
         "reasoning": (
             BODY("chat.messages.assistant.reasoning"),
             Accepted(REAL_REQUESTS("test_reasoning_of_an_earlier_turn"), "the model's template leaves it out"),
@@ -205,9 +216,10 @@ TAKEN: Table = {
             BODY("chat.messages.tool.call_id"),
             Accepted(REAL_REQUESTS("test_an_earlier_call"), "it only binds the result: no template shows it"),
         ),
+        "text": (BODY("chat.messages.tool.text"), REAL_TOOLS("test_a_result_goes_back_to_the_model")),
         "content": (
             BODY("chat.messages.tool.content.text"),
-            REAL_TOOLS("test_a_result_goes_back_to_the_model"),
+            Accepted(REAL_REQUESTS("test_an_earlier_call"), "its parts reach the model as those of every other turn"),
         ),
     },
     "ContentPart": {
@@ -371,13 +383,13 @@ GIVEN: Table = {
     "TokenLogprob": {
         "token": (EVERYTHING, REAL_LOGPROBS),
         "logprob": (EVERYTHING, REAL_LOGPROBS),
-        "token_bytes": (EVERYTHING, REAL_LOGPROBS),
+        "raw_bytes": (EVERYTHING, REAL_LOGPROBS),
         "alternatives": (EVERYTHING, REAL_LOGPROBS),
     },
     "TokenLogprob.Alternative": {
         "token": (EVERYTHING, REAL_LOGPROBS),
         "logprob": (EVERYTHING, REAL_LOGPROBS),
-        "token_bytes": (EVERYTHING, REAL_LOGPROBS),
+        "raw_bytes": (EVERYTHING, REAL_LOGPROBS),
     },
     "ToolCallDelta": {
         "index": (RECORDINGS, REAL_TOOLS("test_two_calls_in_one_answer")),
@@ -499,7 +511,7 @@ GIVEN: Table = {
         ),
     },
     "Timings": dict.fromkeys(
-        ("queue", "time_to_first_event", "mean_gap", "worst_gap", "total"),
+        ("queue", "first_event_latency", "mean_gap", "worst_gap", "total"),
         (TOLD("test_timings"), REAL_SHAPING("test_times_fit_together")),
     ),
     "Completed.Choice": {
@@ -523,11 +535,12 @@ GIVEN: Table = {
         ),
     },
     "AssistantMessage": {
-        "content": (RECORDINGS, STREAMED),
+        "text": (RECORDINGS, STREAMED),
+        "content": (TEXT_ALONE, TEXT_ALONE),
         "reasoning": (RECORDINGS, NO_REASONING),
         "tool_calls": (RECORDINGS, STRICT_CALL),
     },
-    "ContentPart": {"text": (RECORDINGS, STREAMED), "image": (TEXT_ONLY, TEXT_ONLY)},
+    "ContentPart": {"text": (TEXT_ALONE, TEXT_ALONE), "image": (TEXT_ONLY, TEXT_ONLY)},
     "Image": {"url": (TEXT_ONLY, TEXT_ONLY), "data": (TEXT_ONLY, TEXT_ONLY)},
     "Completed.Error": {
         "code": (CONVERT("test_a_fault"), KILLED_ENGINE),

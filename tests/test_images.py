@@ -33,7 +33,7 @@ def showing(**source: Any) -> chat_pb.ChatRequest:  # noqa: ANN401 (url or data)
     """A request with a text and an image."""
     image = message_pb2.ContentPart(image=message_pb2.Image(**source))
     content = [message_pb2.ContentPart(text="What is this?"), image]
-    return ask(messages=[message_pb2.Message(user=message_pb2.UserMessage(content=content))])
+    return ask(messages=[message_pb2.ChatMessage(user=message_pb2.UserMessage(content=content))])
 
 
 def settings_with(vllm: FakeVllm, folder: Path, *, stream: Any = None, provider: Any = None, **images: Any) -> Settings:  # noqa: ANN401

@@ -294,7 +294,7 @@ async def test_grace_has_an_end(start_gateway: StartGateway, vllm: FakeVllm, lin
         await lines.find("calls under way are ended")
         await vllm.chats[0].closed_early.wait()
     completed = events[-1].completed
-    assert completed.choices[0].message.content[0].text == "so far"
+    assert completed.choices[0].message.text == "so far"
     assert (completed.error.code, completed.error.reason) == (10, error_reason_pb2.ERROR_REASON_DRAINING)
     assert (failure.code, failure.reason) == (grpc.StatusCode.ABORTED, "DRAINING")
 

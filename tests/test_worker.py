@@ -324,7 +324,7 @@ async def test_a_provider_that_is_replaced_before_it_is_asked(make_worker: MakeW
 
 async def test_another_attempt_at_a_retained_completion(make_worker: MakeWorker, vllm: FakeVllm) -> None:
     """It finds what an earlier one began, under way or ended; but not what another request, caller or id began."""
-    options = StreamOptions(retain_for=LONG)
+    options = StreamOptions(retention=LONG)
     async with make_worker() as worker:
 
         async def begin(fingerprint: bytes, *, caller: Caller = CALLER, retried: bool = True) -> RetainedStream:
@@ -351,7 +351,7 @@ async def test_attempts_wait_for_the_same_beginning(make_worker: MakeWorker) -> 
     """Each hears of its failure; one that has gone meanwhile takes nothing from the others, and a later one begins anew."""
     provider = FakeProvider(served=["other"])
     provider.gate = asyncio.Event()
-    options = StreamOptions(retain_for=LONG)
+    options = StreamOptions(retention=LONG)
     async with make_worker(provider=provider) as worker:
         attempts = [
             asyncio.create_task(
@@ -372,7 +372,7 @@ async def test_a_defect_of_a_retained_completion(make_worker: MakeWorker, monkey
     """Its readers get INTERNAL, and wait for nothing."""
     monkeypatch.setattr(RetainedStream, "put", lambda *_: 1 / 0)
     async with make_worker() as worker:
-        stream = await worker.retained(ask(completion_id="c"), CALLER, StreamOptions(retain_for=LONG))
+        stream = await worker.retained(ask(completion_id="c"), CALLER, StreamOptions(retention=LONG))
         with pytest.raises(GatewayError) as caught:
             await anext(stream.follow())
         assert caught.value.reason is Reason.INTERNAL

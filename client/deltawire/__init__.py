@@ -110,7 +110,7 @@ from deltawire.v1.chat_completion_pb2 import (
     Usage,
 )
 from deltawire.v1.error_reason_pb2 import ErrorReason
-from deltawire.v1.message_pb2 import ContentPart, Message
+from deltawire.v1.message_pb2 import ChatMessage, ContentPart
 from deltawire.v1.model_registry_pb2 import Model, ModelSource, ModelState, ModelType
 from deltawire.v1.tool_pb2 import Tool, ToolCall, ToolCallDelta, ToolChoice
 
@@ -127,6 +127,7 @@ __all__ = [
     "CallOptions",
     "CancelChatCompletionResponse",
     "ChatArguments",
+    "ChatMessage",
     "ChatOptions",
     "ChatRequest",
     "ChatStream",
@@ -154,7 +155,6 @@ __all__ = [
     "ImageUnavailableError",
     "InternalError",
     "InvalidRequestError",
-    "Message",
     "MessageLike",
     "Model",
     "ModelAlreadyExistsError",

@@ -237,7 +237,7 @@ class Defaults:
         _known(options, CALL_OPTIONS, "a call")
         given = options.get("metadata") or ()
         if isinstance(given, Mapping):
-            message = "metadata is what the call bears, (key, value) pairs; a model's own is model_metadata"
+            message = "metadata is what the call bears, (key, value) pairs; a model's notes are annotations"
             raise TypeError(message)
         metadata = [*self.metadata, *given]
         if self.token:

@@ -285,7 +285,7 @@ class StreamInterrupted(CallError):  # noqa: N818 -- it says what happened bette
     """The stream ended without its last event, after it had begun: the gateway, or a proxy on the way, is gone.
 
     `code` may be anything; it is UNKNOWN if the status said OK. What came is in `answer`; its usage is what was told last.
-    Start again from the top. A stream that was asked with `retain_for` has tried to go on: `reason` says why it could not.
+    Start again from the top. A stream that was asked with `retention` has tried to go on: `reason` says why it could not.
     """
 
 
@@ -349,7 +349,7 @@ REASONS: Mapping[ErrorReason.ValueType, type[CallError]] = MappingProxyType(
         ErrorReason.ERROR_REASON_ACCESS_CHANGED: AccessChangedError,
         ErrorReason.ERROR_REASON_IMAGE_UNAVAILABLE: ImageUnavailableError,
         ErrorReason.ERROR_REASON_FIELD_NOT_SUPPORTED: FieldNotSupportedError,
-        ErrorReason.ERROR_REASON_NOT_SUPPORTED_BY_PROVIDER: NotSupportedByProviderError,
+        ErrorReason.ERROR_REASON_ENDPOINT_NOT_SUPPORTED: NotSupportedByProviderError,
         ErrorReason.ERROR_REASON_COMPLETION_ALREADY_EXISTS: CompletionAlreadyExistsError,
         ErrorReason.ERROR_REASON_COMPLETION_NOT_FOUND: CompletionNotFoundError,
         ErrorReason.ERROR_REASON_COMPLETION_GONE: CompletionGoneError,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
 
-DOMAIN = "deltawire"
+DOMAIN = "deltawire.dev"
 DETAILS_TRAILER = "grpc-status-details-bin"
 REASON_TRAILER = "deltawire-reason"
 REQUEST_ID = "x-request-id"

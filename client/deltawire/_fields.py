@@ -22,8 +22,6 @@ _TAKES: Mapping[int, str] = MappingProxyType(
     {
         FieldDescriptor.CPPTYPE_INT32: f"a whole number from {-(2**31)} to {2**31 - 1}",
         FieldDescriptor.CPPTYPE_INT64: f"a whole number from {-(2**63)} to {2**63 - 1}",
-        FieldDescriptor.CPPTYPE_UINT32: f"a whole number from 0 to {2**32 - 1}",
-        FieldDescriptor.CPPTYPE_UINT64: f"a whole number from 0 to {2**64 - 1}",
         FieldDescriptor.CPPTYPE_FLOAT: "a number",
         FieldDescriptor.CPPTYPE_DOUBLE: "a number",
         FieldDescriptor.CPPTYPE_BOOL: "True or False",

@@ -15,10 +15,10 @@ from deltawire._values import JsonObject, json_text
 from deltawire.v1.chat_completion_pb2 import ResponseFormat
 from deltawire.v1.message_pb2 import (
     AssistantMessage,
+    ChatMessage,
     ContentPart,
     DeveloperMessage,
     Image,
-    Message,
     SystemMessage,
     ToolMessage,
     UserMessage,
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 RoleMessage: TypeAlias = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage
 # A turn as callers may give it: text alone is what the user says.
-MessageLike: TypeAlias = str | Message | RoleMessage
+MessageLike: TypeAlias = str | ChatMessage | RoleMessage
 # A piece of a turn: text, the API's own part, or the object that OpenAI's API uses.
 Part: TypeAlias = str | ContentPart | Mapping[str, Any]
 Content: TypeAlias = Part | Iterable[Part]
@@ -37,28 +37,28 @@ Content: TypeAlias = Part | Iterable[Part]
 Schema: TypeAlias = JsonObject
 
 
-def system(content: Content) -> Message:
+def system(content: Content) -> ChatMessage:
     """Instructions for the model. Send it as the first of the messages."""
-    return Message(system=SystemMessage(content=_parts(content)))
+    return ChatMessage(system=made(SystemMessage, _content(content)))
 
 
-def developer(content: Content) -> Message:
+def developer(content: Content) -> ChatMessage:
     """Instructions under the newer role name; the model's chat template decides what it means."""
-    return Message(developer=DeveloperMessage(content=_parts(content)))
+    return ChatMessage(developer=made(DeveloperMessage, _content(content)))
 
 
-def user(content: Content) -> Message:
+def user(content: Content) -> ChatMessage:
     """What the user says."""
-    return Message(user=UserMessage(content=_parts(content)))
+    return ChatMessage(user=made(UserMessage, _content(content)))
 
 
-def assistant(content: Content = (), *, tool_calls: Iterable[ToolCall] = (), reasoning: str = "") -> Message:
+def assistant(content: Content = (), *, tool_calls: Iterable[ToolCall] = (), reasoning: str = "") -> ChatMessage:
     """What the model said in an earlier answer, made by hand; `Answer.message` gives the real one."""
-    given = {"content": _parts(content), "tool_calls": tool_calls, "reasoning": reasoning}
-    return Message(assistant=made(AssistantMessage, given))
+    given = {**_content(content), "tool_calls": tool_calls, "reasoning": reasoning}
+    return ChatMessage(assistant=made(AssistantMessage, given))
 
 
-def tool(call: ToolCall | str, content: Content) -> Message:
+def tool(call: ToolCall | str, content: Content) -> ChatMessage:
     """The result of one tool call, for the model to read.
 
     Args:
@@ -68,7 +68,7 @@ def tool(call: ToolCall | str, content: Content) -> Message:
     Append one per call after the answer's own message, then ask again with the same tools.
     """
     call_id = call if isinstance(call, str) else call.call_id
-    return Message(tool=made(ToolMessage, {"call_id": call_id, "content": _parts(content)}))
+    return ChatMessage(tool=made(ToolMessage, {"call_id": call_id, **_content(content)}))
 
 
 def image(source: str | bytes | Path) -> ContentPart:
@@ -194,45 +194,46 @@ def structural_tag(tag: JsonObject) -> ResponseFormat:
     return made(ResponseFormat, {"structural_tag": json_text("structural_tag", tag)})
 
 
-def message_text(message: Message | RoleMessage) -> str:
-    """The text of a turn: its text parts put together, "" if it has none."""
-    if isinstance(message, Message):
+def message_text(message: ChatMessage | RoleMessage) -> str:
+    """The text of a turn: its `text`, or its text parts put together; "" if it has none."""
+    if isinstance(message, ChatMessage):
         role = message.WhichOneof("role")
         return "" if role is None else message_text(getattr(message, role))
-    return "".join(part.text for part in message.content)
+    return message.text if message.HasField("text") else "".join(part.text for part in message.content)
 
 
-def as_message(value: MessageLike) -> Message:
+def as_message(value: MessageLike) -> ChatMessage:
     """A turn in the shape that requests hold.
 
     Raises:
         TypeError: It is nothing that can be a turn.
     """
     match value:
-        case Message():
+        case ChatMessage():
             return value
         case str():
             return user(value)
         case SystemMessage():
-            return Message(system=value)
+            return ChatMessage(system=value)
         case DeveloperMessage():
-            return Message(developer=value)
+            return ChatMessage(developer=value)
         case UserMessage():
-            return Message(user=value)
+            return ChatMessage(user=value)
         case AssistantMessage():
-            return Message(assistant=value)
+            return ChatMessage(assistant=value)
         case ToolMessage():
-            return Message(tool=value)
+            return ChatMessage(tool=value)
         case _:
             message = f"a message is text or one of deltawire.v1's messages, not {type(value).__name__}"
             raise TypeError(message)
 
 
-def _parts(content: Content) -> list[ContentPart]:
-    """The content as a list of parts, in order."""
+def _content(content: Content) -> dict[str, Any]:
+    """The content as a turn's `text`, if it is one text alone, else as its `content`: the parts in order."""
     alone = isinstance(content, str | bytes | ContentPart | Mapping) or not isinstance(content, Iterable)
     pieces = [cast("Part", content)] if alone else cast("Iterable[Part]", content)
-    return [_part(piece) for piece in pieces]
+    parts = [_part(piece) for piece in pieces]
+    return {"text": parts[0].text} if len(parts) == 1 and parts[0].HasField("text") else {"content": parts}
 
 
 def _part(piece: Part) -> ContentPart:

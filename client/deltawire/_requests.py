@@ -29,12 +29,12 @@ from deltawire.v1.chat_completion_pb2 import (
     Logprobs,
     Reasoning,
     ResponseFormat,
-    ResumeFrom,
+    ResumePoint,
     Sampling,
     StreamChatCompletionRequest,
     StreamOptions,
 )
-from deltawire.v1.message_pb2 import Message
+from deltawire.v1.message_pb2 import ChatMessage
 from deltawire.v1.model_registry_pb2 import (
     ListModelsRequest,
     ListModelsResponse,
@@ -118,16 +118,16 @@ class TellingOptions(TypedDict, total=False):
 
     Times are in seconds, or a `timedelta`. `usage_updates` tells the usage while the answer is generated: `stream.usage`.
     `max_coalesce_delay` lets deltas be held back for that long to be joined. `heartbeat_interval` has something told at
-    least that often, with `heartbeat_before_start` also before the answer begins, which gives up gRPC's retries.
-    `retain_for` keeps the stream, so that it goes on over a lost connection: see `Chat.stream`. `stream_options` is where
+    least that often, with `early_heartbeats` also before the answer begins, which gives up gRPC's retries.
+    `retention` keeps the stream, so that it goes on over a lost connection: see `Chat.stream`. `stream_options` is where
     these are laid over.
     """
 
     usage_updates: bool | None
     max_coalesce_delay: Seconds | None
     heartbeat_interval: Seconds | None
-    heartbeat_before_start: bool | None
-    retain_for: Seconds | None
+    early_heartbeats: bool | None
+    retention: Seconds | None
     stream_options: StreamOptions | None
 
 
@@ -171,7 +171,7 @@ class RegisterOptions(TypedDict, total=False):
     """What a registration says besides the id.
 
     `provider_id` may be left out if there is only one, `provider_model_id` if it is the same as the id. `model_type` is
-    a `ModelType` or its name ("llm", "embedding", "rerank"). `model_metadata` are free notes. `embedding_dimension` is
+    a `ModelType` or its name ("llm", "embedding", "rerank"). `annotations` are free notes. `embedding_dimension` is
     how many numbers a vector of an embedding model has; only such a model has it, and has to.
     """
 
@@ -179,7 +179,7 @@ class RegisterOptions(TypedDict, total=False):
     provider_model_id: str
     model_type: ModelType.ValueType | str
     aliases: Iterable[str]
-    model_metadata: Mapping[str, str]
+    annotations: Mapping[str, str]
     embedding_dimension: int | None
 
 
@@ -209,8 +209,8 @@ SAMPLING_OPTIONS = frozenset(SamplingOptions.__annotations__)
 CHAT_OPTIONS = frozenset(ChatOptions.__annotations__)
 TELLING_OPTIONS = frozenset(TellingOptions.__annotations__)
 
-# Where an option has another name than the API's field, since a call has `metadata` of its own.
-_FIELDS = {"model_type": "type", "model_metadata": "metadata"}
+# Where an option has another name than the API's field: `type` alone says too little beside other arguments.
+_FIELDS = {"model_type": "type"}
 
 
 def chat_request(messages: Messages, **options: Unpack[ChatOptions]) -> ChatRequest:
@@ -290,7 +290,7 @@ def split_streaming(
 
 
 def resume_request(
-    completion_id: str, after_sequence: int | None, retain_for: Seconds
+    completion_id: str, last_sequence: int | None, retention: Seconds
 ) -> tuple[StreamChatCompletionRequest, float]:
     """What asks for a retained stream, and for how many seconds without anything new to go on.
 
@@ -298,8 +298,8 @@ def resume_request(
         ValueError: A length of time that is none, or a sequence that is none.
         TypeError: An argument of another type.
     """
-    patience = duration("retain_for", retain_for) or Duration()
-    resume = made(ResumeFrom, {"completion_id": completion_id, "after_sequence": after_sequence})
+    patience = duration("retention", retention) or Duration()
+    resume = made(ResumePoint, {"completion_id": completion_id, "last_sequence": last_sequence})
     return StreamChatCompletionRequest(resume=resume), patience.ToTimedelta().total_seconds()
 
 
@@ -412,9 +412,9 @@ def _value(enum: Any, prefix: str, value: int | str) -> Any:  # noqa: ANN401 -- 
     return enum.Value(prefix + value.upper()) if isinstance(value, str) else value
 
 
-def _messages(messages: Messages) -> list[Message]:
+def _messages(messages: Messages) -> list[ChatMessage]:
     """The conversation as a list; what is one message stands alone."""
-    if isinstance(messages, str | Message | RoleMessage) or not isinstance(messages, Iterable):
+    if isinstance(messages, str | ChatMessage | RoleMessage) or not isinstance(messages, Iterable):
         return [as_message(messages)]
     return [as_message(each) for each in messages]
 
@@ -447,7 +447,7 @@ def _telling(options: TellingOptions) -> StreamOptions | None:
         "usage_updates": options.get("usage_updates"),
         "max_coalesce_delay": duration("max_coalesce_delay", options.get("max_coalesce_delay")),
         "heartbeat_interval": duration("heartbeat_interval", options.get("heartbeat_interval")),
-        "heartbeat_before_start": options.get("heartbeat_before_start"),
-        "retain_for": duration("retain_for", options.get("retain_for")),
+        "early_heartbeats": options.get("early_heartbeats"),
+        "retention": duration("retention", options.get("retention")),
     }
     return laid_over("stream_options", options.get("stream_options"), StreamOptions, given)

@@ -79,7 +79,7 @@ class Gateway:
         chat = ChatCompletionServicer(
             self._worker,
             max_completed_bytes=settings.server.max_completed_bytes,
-            max_retain_for=settings.retention.max_retain_for,
+            max_retention=settings.retention.max_retention,
             slow_caller_timeout=settings.stream.slow_caller_timeout,
             content_limits=ContentLimits(settings.images.max_images, settings.images.max_image_bytes),
         )

@@ -210,7 +210,7 @@ class Completion:
     async def _batch(self) -> list[StreamEvent]:
         """What is told next; empty after the end."""
         interval = self._options.heartbeat_interval
-        if interval is None or not (self.begun or self._options.heartbeat_before_start):
+        if interval is None or not (self.begun or self._options.early_heartbeats):
             events = await self._handover.take()
         else:
             try:
@@ -369,12 +369,11 @@ class Completion:
             return error_of(refusal, provider_id, callers_token=callers_token, model=self._request.model)
         if fault.reason in _OURS:
             return GatewayError(fault.reason, fault.message, metadata=self._metadata(fault))
-        retriable = fault.reason in (Reason.UPSTREAM_UNAVAILABLE, Reason.UPSTREAM_TIMEOUT)
         return ProviderError(
             fault.reason,
             f"provider {provider_id!r}: {fault.message}",
             metadata=self._metadata(fault),
-            retry_after=RETRY_SECONDS if retriable else None,
+            retry_after=RETRY_SECONDS if fault.reason is Reason.UPSTREAM_UNAVAILABLE else None,
         )
 
     def _error_after_start(self, fault: Fault) -> DeltawireError:

@@ -76,7 +76,7 @@ class Reason(enum.Enum):
     ACCESS_CHANGED = 31
     IMAGE_UNAVAILABLE = 32
     FIELD_NOT_SUPPORTED = 33
-    NOT_SUPPORTED_BY_PROVIDER = 34
+    ENDPOINT_NOT_SUPPORTED = 34
     COMPLETION_ALREADY_EXISTS = 35
     COMPLETION_NOT_FOUND = 36
     COMPLETION_GONE = 37
@@ -96,7 +96,8 @@ CODES: Mapping[Reason, Code] = MappingProxyType(
         Reason.UPSTREAM_REJECTED: Code.INVALID_ARGUMENT,
         Reason.UPSTREAM_UNAVAILABLE: Code.UNAVAILABLE,
         Reason.UPSTREAM_OVERLOADED: Code.RESOURCE_EXHAUSTED,
-        Reason.UPSTREAM_TIMEOUT: Code.UNAVAILABLE,
+        # Not UNAVAILABLE, which clients retry: the engine may still work on the request.
+        Reason.UPSTREAM_TIMEOUT: Code.DEADLINE_EXCEEDED,
         # Not UNAVAILABLE: the request may be what breaks the engine, so nobody should send it again blindly.
         Reason.UPSTREAM_ERROR: Code.INTERNAL,
         Reason.UPSTREAM_MALFORMED: Code.INTERNAL,
@@ -119,7 +120,7 @@ CODES: Mapping[Reason, Code] = MappingProxyType(
         Reason.ACCESS_CHANGED: Code.ABORTED,
         Reason.IMAGE_UNAVAILABLE: Code.FAILED_PRECONDITION,
         Reason.FIELD_NOT_SUPPORTED: Code.INVALID_ARGUMENT,
-        Reason.NOT_SUPPORTED_BY_PROVIDER: Code.UNIMPLEMENTED,
+        Reason.ENDPOINT_NOT_SUPPORTED: Code.UNIMPLEMENTED,
         Reason.COMPLETION_ALREADY_EXISTS: Code.ALREADY_EXISTS,
         Reason.COMPLETION_NOT_FOUND: Code.NOT_FOUND,
         Reason.COMPLETION_GONE: Code.OUT_OF_RANGE,

@@ -177,7 +177,7 @@ class Worker:
         Args:
             request: What to ask.
             caller: Whose it is.
-            options: How it is told; `retain_for` is set.
+            options: How it is told; `retention` is set.
             fingerprint: The same for equal requests.
             retried: Whether this is another attempt at a call that was lost. An earlier one may have arrived all the same:
                 then the completion that it began is the one.
@@ -318,7 +318,7 @@ class Worker:
         failure: DeltawireError | None = None
         try:
             async with self.completion(request, caller, options) as completion:
-                stream = self._keep(completion, caller, options.retain_for or 0.0, begun)
+                stream = self._keep(completion, caller, options.retention or 0.0, begun)
                 begun.stream.set_result(stream)
                 try:
                     async for events in completion.batches():
@@ -340,7 +340,7 @@ class Worker:
                 self._forget(caller, request.completion_id, begun)
                 begun.stream.set_exception(failure)
 
-    def _keep(self, completion: Completion, caller: Caller, retain_for: float, begun: _Begun) -> RetainedStream:
+    def _keep(self, completion: Completion, caller: Caller, retention: float, begun: _Begun) -> RetainedStream:
         """A stream for a completion, which its record knows for as long as anything of it is kept."""
         completion_id = completion.head.completion_id
         record = self._records.find(caller.name, completion_id)
@@ -349,7 +349,7 @@ class Worker:
             self._records.released(record)
             self._forget(caller, completion_id, begun)
 
-        record.stream = self._retention.open(completion, retain_for, dropped)
+        record.stream = self._retention.open(completion, retention, dropped)
         return record.stream
 
     def _forget(self, caller: Caller, completion_id: str, begun: _Begun) -> None:

@@ -25,7 +25,7 @@ def chat_request(*, tools: bool = False) -> chat_pb.StreamChatCompletionRequest:
     """What every stream asks."""
     chat = chat_pb.ChatRequest(
         model=MODEL,
-        messages=[message_pb2.Message(user=message_pb2.UserMessage(content=[message_pb2.ContentPart(text="Go on.")]))],
+        messages=[message_pb2.ChatMessage(user=message_pb2.UserMessage(text="Go on."))],
     )
     if tools:
         schema = json.dumps({"type": "object", "properties": {"text": {"type": "string"}}})

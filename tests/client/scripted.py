@@ -20,7 +20,7 @@ from deltawire.v1 import chat_completion_pb2_grpc as chat_grpc
 from deltawire.v1 import model_registry_pb2 as registry
 from deltawire.v1 import model_registry_pb2_grpc as registry_grpc
 from deltawire.v1 import tool_pb2 as tools
-from deltawire.v1.message_pb2 import AssistantMessage, ContentPart
+from deltawire.v1.message_pb2 import AssistantMessage
 from deltawire.v1.tool_pb2 import ToolCall, ToolCallDelta, ToolCallFailure
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Fail:
         if self.trailers is not None:
             return self.trailers
         status = Status(code=self.code.value[0], message=self.message)
-        details = [ErrorInfo(reason=self.reason, domain="deltawire", metadata=self.metadata)]
+        details = [ErrorInfo(reason=self.reason, domain="deltawire.dev", metadata=self.metadata)]
         if self.violations:
             fields = [BadRequest.FieldViolation(field=path, description=text) for path, text in self.violations]
             details.append(BadRequest(field_violations=fields))
@@ -247,7 +247,7 @@ def finished(choice: int = 0, reason: str = "END_OF_TURN", **fields: Any) -> Eve
 def choice(index: int = 0, said: str = "", reason: str = "END_OF_TURN", **fields: Any) -> chat.Completed.Choice:  # noqa: ANN401
     """What `Completed` says of a choice. `calls`, `thought` go into the message."""
     message = AssistantMessage(
-        content=[ContentPart(text=said)] if said else [],
+        text=said or None,
         tool_calls=fields.pop("calls", ()),
         reasoning=fields.pop("thought", ""),
     )

@@ -209,7 +209,7 @@ def test_what_is_no_target(target: str, what: str) -> None:
 
 def test_a_models_metadata_is_not_a_calls() -> None:
     """The likeliest mix-up is told as such."""
-    with Client("127.0.0.1:1") as client, pytest.raises(TypeError, match="a model's own is model_metadata"):
+    with Client("127.0.0.1:1") as client, pytest.raises(TypeError, match="a model's notes are annotations"):
         client.models.register("m", metadata={"owner": "we"})  # type: ignore[arg-type]
 
 

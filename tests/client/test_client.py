@@ -358,11 +358,11 @@ def test_get_register_and_unregister(gateway: Gateway, client: Client) -> None:
     gateway.will(RegisterModelResponse(model=llama))
     gateway.will(UnregisterModelResponse())
     assert client.models.get("l") == llama
-    assert client.models.register("llama", model_type="llm", aliases=["l"], model_metadata={"a": "b"}) == llama
+    assert client.models.register("llama", model_type="llm", aliases=["l"], annotations={"a": "b"}) == llama
     assert client.models.register(RegisterModelRequest(model_id="llama")) == llama
     client.models.unregister("llama")
     assert [call.request for call in gateway.calls[1:3]] == [
-        RegisterModelRequest(model_id="llama", type=ModelType.MODEL_TYPE_LLM, aliases=["l"], metadata={"a": "b"}),
+        RegisterModelRequest(model_id="llama", type=ModelType.MODEL_TYPE_LLM, aliases=["l"], annotations={"a": "b"}),
         RegisterModelRequest(model_id="llama"),
     ]
     assert gateway.calls[0].request.model_id == "l"

@@ -14,10 +14,10 @@ from deltawire import (
     CallCancelledError,
     CallError,
     CallInfo,
+    ChatMessage,
     CompletionGoneError,
     DeadlineExceededError,
     ErrorReason,
-    Message,
     ProtocolError,
     StopReason,
     StreamInterrupted,
@@ -92,7 +92,7 @@ def test_an_answer() -> None:
 def test_a_message_to_send_back() -> None:
     """The message is what `Completed` says, so that it goes into the history unchanged."""
     answer = fold(calling(CALL, said="Let me look."))
-    assert answer.message == Message(assistant=answer.completed.choices[0].message)
+    assert answer.message == ChatMessage(assistant=answer.completed.choices[0].message)
     assert message_text(answer.message) == answer.text == "Let me look."
     assert answer.tool_calls == (CALL,)
     assert answer.tool_calls_executable

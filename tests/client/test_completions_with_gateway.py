@@ -71,7 +71,7 @@ async def test_cut_at_every_word(client: AsyncClient, wire: CuttingProxy, vllm: 
     steps = gates()
     vllm.play(in_steps(*steps))
     said, sequences = [], []
-    async with client.chat.stream("count", model="fake", retain_for=60) as stream:
+    async with client.chat.stream("count", model="fake", retention=60) as stream:
         steps[0].set()
         async for event in stream:
             sequences.append(event.sequence)
@@ -92,7 +92,7 @@ async def test_cut_before_the_beginning(client: AsyncClient, wire: CuttingProxy,
     """The completion is found by the id that the client made up, whoever asks again, gRPC or the client, and generated once."""
     first = asyncio.Event()
     vllm.play(Script.chunks([first, CHUNKS.role(), CHUNKS.text("hi"), CHUNKS.finish()]))
-    async with client.chat.stream("hi", model="fake", retain_for=60) as stream:
+    async with client.chat.stream("hi", model="fake", retention=60) as stream:
         reader = asyncio.create_task(stream.final())
         await vllm.received()
         wire.cut()
@@ -114,7 +114,7 @@ async def test_the_blocking_client(wire: CuttingProxy, vllm: FakeVllm) -> None:
         said = []
         with (
             Client(wire.address, timeout=WAIT) as client,
-            client.chat.stream("count", model="fake", retain_for=60) as stream,
+            client.chat.stream("count", model="fake", retention=60) as stream,
         ):
             loop.call_soon_threadsafe(steps[0].set)
             for piece in stream.text:
@@ -134,7 +134,7 @@ async def test_a_soft_cancel(client: AsyncClient, vllm: FakeVllm) -> None:
     """The normal end, with what came; vLLM is told, and the result of a retained one can be had."""
     steps = gates()
     vllm.play(in_steps(*steps))
-    async with client.chat.stream("count", model="fake", retain_for=60) as stream:
+    async with client.chat.stream("count", model="fake", retention=60) as stream:
         steps[0].set()
         assert await anext(stream.text) == WORDS[0]
         assert (await client.chat.get(stream.completion_id)).state == COMPLETION_STATE_RUNNING
@@ -147,13 +147,11 @@ async def test_a_soft_cancel(client: AsyncClient, vllm: FakeVllm) -> None:
     assert found.last_sequence == stream.last_sequence
 
 
-@pytest.mark.parametrize("retain_for", [None, 60])
-async def test_a_soft_cancel_before_the_beginning(
-    client: AsyncClient, vllm: FakeVllm, retain_for: float | None
-) -> None:
+@pytest.mark.parametrize("retention", [None, 60])
+async def test_a_soft_cancel_before_the_beginning(client: AsyncClient, vllm: FakeVllm, retention: float | None) -> None:
     """With an id of one's own; the end is a normal one all the same."""
     vllm.play(Script.chunks([asyncio.Event(), CHUNKS.role()]))
-    asked = client.chat.stream("hi", model="fake", completion_id="mine", retain_for=retain_for)
+    asked = client.chat.stream("hi", model="fake", completion_id="mine", retention=retention)
     async with asked as stream:
         reader = asyncio.create_task(stream.final())
         await vllm.received()
@@ -167,11 +165,11 @@ async def test_left_and_taken_up(client: AsyncClient, vllm: FakeVllm) -> None:
     """Leaving the block leaves the completion: another stream reads the rest, or all of it again."""
     steps = gates()
     vllm.play(in_steps(*steps))
-    async with client.chat.stream("count", model="fake", retain_for=60, completion_id="mine") as stream:
+    async with client.chat.stream("count", model="fake", retention=60, completion_id="mine") as stream:
         steps[0].set()
         assert await anext(stream.text) == WORDS[0]
     with pytest.raises(CompletionAlreadyExistsError):
-        await client.chat.stream("count", model="fake", completion_id="mine", retain_for=60).final()
+        await client.chat.stream("count", model="fake", completion_id="mine", retention=60).final()
     for gate in steps:
         gate.set()
     async with client.chat.resume("mine", stream.last_sequence) as rest:
@@ -200,10 +198,10 @@ async def test_a_gateway_that_is_replaced(vllm: FakeVllm, tmp_path: Path) -> Non
     vllm.play(in_steps(*steps), Script.chunks([asyncio.Event(), CHUNKS.role()]))
     async with AsyncClient(address, timeout=WAIT) as client:
         async with running(settings):
-            begun = client.chat.stream("count", model="fake", retain_for=60)
+            begun = client.chat.stream("count", model="fake", retention=60)
             steps[0].set()
             assert await anext(begun.text) == WORDS[0]
-            waiting = asyncio.create_task(client.chat.stream("count", model="fake", retain_for=60).final())
+            waiting = asyncio.create_task(client.chat.stream("count", model="fake", retention=60).final())
             await vllm.received(2)
         vllm.play(in_steps(*gates(opened=True)))
         async with running(settings):
@@ -228,7 +226,7 @@ async def test_another_attempt_of_grpcs_finds_what_the_first_began(
     """Also with an id of the caller's own: no clash, one completion, and the client has noticed nothing."""
     gate = asyncio.Event()
     vllm.play(Script.chunks([gate, CHUNKS.role(), CHUNKS.text("hi"), CHUNKS.finish()]))
-    async with client.chat.stream("hi", model="fake", completion_id="mine", retain_for=60) as stream:
+    async with client.chat.stream("hi", model="fake", completion_id="mine", retention=60) as stream:
         reader = asyncio.create_task(stream.final())
         await vllm.received()
         wire.cut()

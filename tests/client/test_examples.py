@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 import grpc
 import pytest
 
-from deltawire import Message, Model, PermissionDeniedError, ToolCall, tool, user
-from deltawire.v1.chat_completion_pb2 import CreateChatCompletionResponse, ResumeFrom
+from deltawire import ChatMessage, Model, PermissionDeniedError, ToolCall, tool, user
+from deltawire.v1.chat_completion_pb2 import CreateChatCompletionResponse, ResumePoint
 from deltawire.v1.model_registry_pb2 import GetModelResponse, UpdateModelResponse
 from tests.client.scripted import (
     Event,
@@ -192,11 +192,11 @@ def test_the_readme(
     if title == "Tools":
         assert gateway.last.request.chat.messages[-1] == tool(CALL, "rain in Oslo")
     if title == "Ending an answer, and going on with one":
-        assert gateway.last.request.resume == ResumeFrom(completion_id="cmpl-1", after_sequence=1)
+        assert gateway.last.request.resume == ResumePoint(completion_id="cmpl-1", last_sequence=1)
     if title == "Functions as tools":
         assert gateway.last.request.chat.messages[-1] == tool(CALL, "rain in Oslo, 7 °C")
     if title == "A conversation":
-        said: Message = gateway.last.request.chat.messages[2]
-        assert said.assistant.content[0].text == "Rayleigh."
+        said: ChatMessage = gateway.last.request.chat.messages[2]
+        assert said.assistant.text == "Rayleigh."
     if title == "Models and providers":
         assert gateway.last.request.model == Model(id="llama", aliases=["l", "default"], etag="r1")

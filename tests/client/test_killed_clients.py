@@ -109,7 +109,7 @@ class Answers:
 
     def stream(self, client: AsyncClient, name: str) -> AsyncChatStream:
         """Ask for it."""
-        return client.chat.stream(self.asked(name), retain_for=60)
+        return client.chat.stream(self.asked(name), retention=60)
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def recorded(served: Running, vllm: FakeVllm) -> Answers:
 async def read_until_cut(proxy: CuttingProxy, chat: ChatRequest) -> list[StreamChatCompletionResponse]:
     """What a client has read when it dies: one that tries nothing again."""
     events: list[StreamChatCompletionResponse] = []
-    options = StreamOptions(retain_for=Duration(seconds=60))
+    options = StreamOptions(retention=Duration(seconds=60))
     async with aio.insecure_channel(proxy.address, (("grpc.enable_retries", 0),)) as channel:
         call = ChatCompletionStub(channel).StreamChatCompletion(StreamChatCompletionRequest(chat=chat, options=options))
         with contextlib.suppress(aio.AioRpcError):
@@ -140,7 +140,7 @@ async def rest_of(
                 return [event async for event in stream]
         except CompletionNotFoundError:
             assert not events  # it died before its request had arrived
-            async with client.chat.stream(request, retain_for=60) as stream:
+            async with client.chat.stream(request, retention=60) as stream:
                 return [event async for event in stream]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from deltawire import (
-    Message,
+    ChatMessage,
     ResponseFormat,
     Tool,
     ToolCall,
@@ -47,11 +47,11 @@ PART = ContentPart(text="hi")
 
 def test_each_role() -> None:
     """Every helper gives its role, with the content as parts."""
-    assert system("hi") == Message(system=SystemMessage(content=[PART]))
-    assert developer("hi") == Message(developer=DeveloperMessage(content=[PART]))
-    assert user("hi") == Message(user=UserMessage(content=[PART]))
-    assert assistant("hi", tool_calls=[CALL], reasoning="hm") == Message(
-        assistant=AssistantMessage(content=[PART], tool_calls=[CALL], reasoning="hm")
+    assert system("hi") == ChatMessage(system=SystemMessage(text="hi"))
+    assert developer("hi") == ChatMessage(developer=DeveloperMessage(text="hi"))
+    assert user("hi") == ChatMessage(user=UserMessage(text="hi"))
+    assert assistant("hi", tool_calls=[CALL], reasoning="hm") == ChatMessage(
+        assistant=AssistantMessage(text="hi", tool_calls=[CALL], reasoning="hm")
     )
     assert assistant(tool_calls=[CALL]).assistant.content == []
 
@@ -65,17 +65,17 @@ def test_content_of_several_parts() -> None:
 @pytest.mark.parametrize("call", [CALL, "call_1"])
 def test_a_tool_result_names_its_call(call: ToolCall | str) -> None:
     """By the call itself or by its id."""
-    assert tool(call, "rain") == Message(tool=ToolMessage(call_id="call_1", content=[ContentPart(text="rain")]))
+    assert tool(call, "rain") == ChatMessage(tool=ToolMessage(call_id="call_1", text="rain"))
 
 
 @pytest.mark.parametrize(
     "value",
     [
-        SystemMessage(content=[PART]),
-        DeveloperMessage(content=[PART]),
-        UserMessage(content=[PART]),
-        AssistantMessage(content=[PART]),
-        ToolMessage(content=[PART], call_id="call_1"),
+        SystemMessage(text="hi"),
+        DeveloperMessage(text="hi"),
+        UserMessage(text="hi"),
+        AssistantMessage(text="hi"),
+        ToolMessage(text="hi", call_id="call_1"),
     ],
 )
 def test_a_message_of_a_role_finds_its_place(
@@ -105,7 +105,7 @@ def test_what_can_be_no_message() -> None:
 def test_text_of_a_message() -> None:
     """The parts put together; a message without a role has no text."""
     assert message_text(user(["a", "b"])) == "ab"
-    assert message_text(Message()) == ""
+    assert message_text(ChatMessage()) == ""
 
 
 def test_a_schema_as_text_stays_to_the_letter() -> None:

@@ -151,7 +151,7 @@ def test_messages_of_every_shape() -> None:
     history: list[MessageLike] = [
         system("be kind"),
         "hi",
-        UserMessage(content=user("you").user.content),
+        UserMessage(text="you"),
         assistant("yes"),
     ]
     request = chat_request(history)
@@ -288,7 +288,6 @@ def test_one_name_is_no_list_of_names() -> None:
 
 
 INT32 = "a whole number from -2147483648 to 2147483647"
-UINT32 = "a whole number from 0 to 4294967295"
 INT64 = "a whole number from -9223372036854775808 to 9223372036854775807"
 TEXT = "text that can be sent as UTF-8"
 
@@ -297,12 +296,12 @@ TEXT = "text that can be sent as UTF-8"
     ("options", "message"),
     [
         ({"priority": 2**40}, f"priority: 1099511627776 is not {INT32}"),
-        ({"choice_count": 2**33}, f"choice_count: 8589934592 is not {UINT32}"),
-        ({"reasoning_token_budget": -1}, f"reasoning_token_budget: -1 is not {UINT32}"),
-        ({"logprobs": -1}, f"logprobs: -1 is not {UINT32}"),
+        ({"choice_count": 2**33}, f"choice_count: 8589934592 is not {INT32}"),
+        ({"reasoning_token_budget": 2**31}, f"reasoning_token_budget: 2147483648 is not {INT32}"),
+        ({"logprobs": 2**31}, f"logprobs: 2147483648 is not {INT32}"),
         ({"seed": 10**20}, f"seed: 100000000000000000000 is not {INT64}"),
-        ({"seed": 1, "stop_token_ids": [1, -1]}, f"stop_token_ids: -1 is not {UINT32}"),
-        ({"logit_bias": {1: 1, -1: 1}}, f"logit_bias: {{-1: 1}} does not give a number for {UINT32}"),
+        ({"seed": 1, "stop_token_ids": [1, 2**31]}, f"stop_token_ids: 2147483648 is not {INT32}"),
+        ({"logit_bias": {1: 1, 2**31: 1}}, f"logit_bias: {{2147483648: 1}} does not give a number for {INT32}"),
         ({"user": "\udcff"}, f"user: '\\udcff' is not {TEXT}"),
         ({"stop": "a\udcff"}, f"stop: 'a\\udcff' is not {TEXT}"),
         ({"tool_choice": "\udcff"}, f"tool_choice: '\\udcff' is not {TEXT}"),
@@ -326,7 +325,7 @@ def test_values_that_do_not_fit_are_named(options: Any, message: str) -> None:  
         ({"bad_words": [b"x"]}, f"bad_words: b'x' is not {TEXT}"),
         ({"bad_words": 5}, "bad_words: 5 is not a list"),
         ({"logit_bias": 5}, "logit_bias: 5 is not a mapping"),
-        ({"logit_bias": {1: "x"}}, f"logit_bias: {{1: 'x'}} does not give a number for {UINT32}"),
+        ({"logit_bias": {1: "x"}}, f"logit_bias: {{1: 'x'}} does not give a number for {INT32}"),
         ({"include_reasoning": "x"}, "include_reasoning: 'x' is not True or False"),
         ({"reasoning": 5}, "reasoning: a Reasoning is needed, not int"),
         ({"sampling": 5, "seed": 1}, "sampling: a Sampling is needed, not int"),
@@ -356,8 +355,8 @@ def test_a_mapping_that_holds_itself() -> None:
 
 def test_where_to_resume_is_named() -> None:
     """Its two values too."""
-    with pytest.raises(ValueError, match=r"^after_sequence: -1 is not a whole number from 0 to 18446744073709551615$"):
-        resume_request("x", -1, 1)
+    with pytest.raises(ValueError, match=r"^last_sequence: 9223372036854775808 is not a whole number from"):
+        resume_request("x", 2**63, 1)
     with pytest.raises(TypeError, match=r"^completion_id: 5 is not text"):
         resume_request(5, None, 1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^usage_updates: 'x' is not True or False$"):
@@ -380,8 +379,8 @@ def test_how_a_stream_is_told() -> None:
             "usage_updates": True,
             "max_coalesce_delay": 0.05,
             "heartbeat_interval": timedelta(seconds=20),
-            "heartbeat_before_start": True,
-            "retain_for": 60,
+            "early_heartbeats": True,
+            "retention": 60,
             "timeout": 5,
         },
     )
@@ -389,14 +388,14 @@ def test_how_a_stream_is_told() -> None:
         usage_updates=True,
         max_coalesce_delay=Duration(nanos=50_000_000),
         heartbeat_interval=Duration(seconds=20),
-        heartbeat_before_start=True,
-        retain_for=Duration(seconds=60),
+        early_heartbeats=True,
+        retention=Duration(seconds=60),
     )
     assert request == StreamChatCompletionRequest(chat=chat_request("hi", model="llama"), options=options)
     assert call == {"timeout": 5}
-    over, _ = split_streaming("hi", {"stream_options": options, "usage_updates": False, "retain_for": None})
-    assert (over.options.usage_updates, over.options.retain_for.seconds, options.usage_updates) == (False, 60, True)
-    assert not split_streaming("hi", {"retain_for": None})[0].HasField("options")
+    over, _ = split_streaming("hi", {"stream_options": options, "usage_updates": False, "retention": None})
+    assert (over.options.usage_updates, over.options.retention.seconds, options.usage_updates) == (False, 60, True)
+    assert not split_streaming("hi", {"retention": None})[0].HasField("options")
 
 
 def test_a_whole_request_is_told_as_asked_for() -> None:
@@ -441,7 +440,7 @@ def test_registrations() -> None:
             "provider_model_id": "meta/llama",
             "model_type": "embedding",
             "aliases": ["l"],
-            "model_metadata": {"owner": "me"},
+            "annotations": {"owner": "me"},
             "embedding_dimension": 1024,
             "timeout": 3,
         },
@@ -452,7 +451,7 @@ def test_registrations() -> None:
         provider_model_id="meta/llama",
         type=ModelType.MODEL_TYPE_EMBEDDING,
         aliases=["l"],
-        metadata={"owner": "me"},
+        annotations={"owner": "me"},
         embedding_dimension=1024,
     )
     assert call == {"timeout": 3}
@@ -505,7 +504,7 @@ def test_updates_name_what_is_given() -> None:
             "provider_model_id": "meta/llama",
             "model_type": "embedding",
             "aliases": ["l"],
-            "model_metadata": {"owner": "me"},
+            "annotations": {"owner": "me"},
             "embedding_dimension": 1024,
             "etag": "r1",
             "timeout": 3,
@@ -517,22 +516,22 @@ def test_updates_name_what_is_given() -> None:
         provider_model_id="meta/llama",
         type=ModelType.MODEL_TYPE_EMBEDDING,
         aliases=["l"],
-        metadata={"owner": "me"},
+        annotations={"owner": "me"},
         embedding_dimension=1024,
         etag="r1",
     )
     assert request.model == changed
     assert list(request.update_mask.paths) == [
-        "aliases", "embedding_dimension", "metadata", "provider_id", "provider_model_id", "type",
+        "aliases", "annotations", "embedding_dimension", "provider_id", "provider_model_id", "type",
     ]  # fmt: skip
     assert call == {"timeout": 3}
 
 
 def test_updates_can_take_away() -> None:
     """What is given empty is in the mask too: that is how it goes."""
-    request, _ = split_update("llama", {"aliases": [], "model_metadata": {}, "embedding_dimension": None})
+    request, _ = split_update("llama", {"aliases": [], "annotations": {}, "embedding_dimension": None})
     assert request.model == Model(id="llama")
-    assert list(request.update_mask.paths) == ["aliases", "embedding_dimension", "metadata"]
+    assert list(request.update_mask.paths) == ["aliases", "annotations", "embedding_dimension"]
 
 
 def test_updates_of_what_was_read() -> None:

@@ -35,7 +35,7 @@ from deltawire.v1.chat_completion_pb2 import (
     CancelChatCompletionResponse,
     ChatRequest,
     Completed,
-    ResumeFrom,
+    ResumePoint,
 )
 from tests.client.scripted import (
     WAIT,
@@ -147,8 +147,8 @@ def asked(gateway: Gateway) -> list[int | str | None]:
     return [
         "chat"
         if call.HasField("chat")
-        else call.resume.after_sequence
-        if call.resume.HasField("after_sequence")
+        else call.resume.last_sequence
+        if call.resume.HasField("last_sequence")
         else None
         for call in calls
     ]
@@ -158,7 +158,7 @@ def asked(gateway: Gateway) -> list[int | str | None]:
 def test_killed_after_every_event(gateway: Gateway, read: Read, index: int) -> None:
     """Each event is seen once, the answer is whole, and all calls are the same to the gateway's log."""
     play(gateway, [*EVENTS[:index], LOST], EVENTS[index:])
-    events, answer, stream = read(retain_for=60, model="llama", request_id="r1", metadata=[("traceparent", "00-1")])
+    events, answer, stream = read(retention=60, model="llama", request_id="r1", metadata=[("traceparent", "00-1")])
     assert events == EVENTS
     assert isinstance(answer, Answer)
     assert (answer.text, answer.request_id, stream.resumed) == ("Hello you", "r1", 1)
@@ -185,7 +185,7 @@ def test_killed_after_every_event(gateway: Gateway, read: Read, index: int) -> N
 def test_every_way_to_lose_a_connection(gateway: Gateway, read: Read, end: Fail | None) -> None:
     """A status of OK without the last event too, and a cancel that nobody here asked for."""
     play(gateway, [*EVENTS[:2], *([] if end is None else [end])], EVENTS[2:])
-    events, answer, _ = read(retain_for=60, model="llama")
+    events, answer, _ = read(retention=60, model="llama")
     assert events == EVENTS
     assert isinstance(answer, Answer)
 
@@ -194,7 +194,7 @@ def test_lost_again_and_again(gateway: Gateway, read: Read, caplog: pytest.LogCa
     """After each event, and twice without any; each time it is said in the log."""
     scripts: list[list[Step]] = [[event, LOST] for event in EVENTS[:-1]]
     play(gateway, *scripts, [LOST], [LOST], [EVENTS[-1]])
-    events, answer, stream = read(retain_for=60, model="llama", completion_id="mine")
+    events, answer, stream = read(retention=60, model="llama", completion_id="mine")
     assert events == EVENTS
     assert isinstance(answer, Answer)
     assert (answer.text, stream.resumed) == ("Hello you", len(gateway.calls) - 1)
@@ -209,7 +209,7 @@ def test_lost_again_and_again(gateway: Gateway, read: Read, caplog: pytest.LogCa
 def test_what_comes_twice_is_told_once(gateway: Gateway, read: Read) -> None:
     """A gateway that replays more than was asked for."""
     play(gateway, [*EVENTS[:3], LOST], EVENTS)
-    events, answer, _ = read(retain_for=60, model="llama")
+    events, answer, _ = read(retention=60, model="llama")
     assert events == EVENTS
     assert isinstance(answer, Answer)
     assert answer.text == "Hello you"
@@ -218,7 +218,7 @@ def test_what_comes_twice_is_told_once(gateway: Gateway, read: Read) -> None:
 def test_a_gap_after_a_lost_connection(gateway: Gateway, read: Read) -> None:
     """What is missing will not come: the answer cannot be trusted, and the call is ended."""
     play(gateway, [*EVENTS[:2], LOST], [*EVENTS[3:], WAIT])
-    events, error, _ = read(retain_for=60, model="llama")
+    events, error, _ = read(retention=60, model="llama")
     assert events == EVENTS[:2]
     assert isinstance(error, ProtocolError)
     assert "event 2 was expected and 3 came" in str(error)
@@ -228,19 +228,19 @@ def test_a_gap_after_a_lost_connection(gateway: Gateway, read: Read) -> None:
 def test_what_comes_twice_in_one_call_breaks_the_rules(gateway: Gateway, read: Read) -> None:
     """Only what was replayed may have come before."""
     play(gateway, [*EVENTS[:2], EVENTS[1]])
-    _, error, _ = read(retain_for=60, model="llama")
+    _, error, _ = read(retention=60, model="llama")
     assert isinstance(error, ProtocolError)
 
 
 def test_a_whole_answer_is_whole(gateway: Gateway, read: Read) -> None:
     """After `completed` nothing is resumed, whatever the status; a fault that it tells is raised."""
     play(gateway, [*EVENTS, LOST])
-    _, answer, stream = read(retain_for=60, model="llama")
+    _, answer, stream = read(retention=60, model="llama")
     assert isinstance(answer, Answer)
     faulted = saying("Hel")
     faulted[-1].completed.error.CopyFrom(Completed.Error(code=10, reason=15, message="gone"))  # type: ignore[arg-type]
     play(gateway, [*faulted, LOST])
-    _, error, stream = read(retain_for=60, model="llama")
+    _, error, stream = read(retention=60, model="llama")
     assert isinstance(error, UpstreamIncompleteError)
     assert (stream.resumed, len(gateway.calls)) == (0, 2)
 
@@ -249,7 +249,7 @@ def test_a_whole_answer_is_whole(gateway: Gateway, read: Read) -> None:
 def test_an_answer_that_is_gone(gateway: Gateway, read: Read, end: Fail) -> None:
     """It is interrupted: the error says why it could not go on, and has what came."""
     play(gateway, [*EVENTS[:2], LOST], [end])
-    events, error, _ = read(retain_for=60, model="llama")
+    events, error, _ = read(retention=60, model="llama")
     assert events == EVENTS[:2]
     assert type(error) is StreamInterrupted
     assert (error.code, error.reason) == (end.code, end.reason)
@@ -262,7 +262,7 @@ def test_a_start_that_was_lost(gateway: Gateway, read: Read) -> None:
     """There is no such completion, so it is asked again, with the same id; heartbeats are no beginning."""
     alive = numbered(heartbeat(), heartbeat())
     play(gateway, [*alive, LOST], [MISSING], [LOST], [MISSING], EVENTS)
-    events, answer, stream = read(retain_for=60, model="llama", heartbeat_interval=1, heartbeat_before_start=True)
+    events, answer, stream = read(retention=60, model="llama", heartbeat_interval=1, early_heartbeats=True)
     assert events == [*alive, *EVENTS]
     assert isinstance(answer, Answer)
     assert (answer.text, stream.resumed) == ("Hello you", 4)
@@ -274,7 +274,7 @@ def test_a_start_that_was_lost(gateway: Gateway, read: Read) -> None:
 def test_a_start_that_is_lost_for_good(gateway: Gateway, read: Read) -> None:
     """Four times, as gRPC does it; then the last error."""
     play(gateway, *([LOST], [MISSING]) * 4)
-    events, error, _ = read(retain_for=60, model="llama")
+    events, error, _ = read(retention=60, model="llama")
     assert events == []
     assert type(error) is CompletionNotFoundError
     assert asked(gateway) == ["chat", None] * 4
@@ -283,7 +283,7 @@ def test_a_start_that_is_lost_for_good(gateway: Gateway, read: Read) -> None:
 def test_a_start_whose_beginning_was_lost(gateway: Gateway, read: Read) -> None:
     """GRPC itself tried again, and the gateway has the first one already: it is read from its first event."""
     play(gateway, [Fail(STATUS.UNAVAILABLE, trailers=())], [EXISTS], EVENTS)
-    events, answer, _ = read(retain_for=60, model="llama")
+    events, answer, _ = read(retention=60, model="llama")
     assert events == EVENTS
     assert isinstance(answer, Answer)
     assert asked(gateway) == ["chat", "chat", None]
@@ -292,7 +292,7 @@ def test_a_start_whose_beginning_was_lost(gateway: Gateway, read: Read) -> None:
 def test_an_id_of_somebody_else(gateway: Gateway, read: Read) -> None:
     """What was asked there is not read here."""
     play(gateway, [EXISTS])
-    _, error, _ = read(retain_for=60, model="llama", completion_id="mine")
+    _, error, _ = read(retention=60, model="llama", completion_id="mine")
     assert type(error) is CompletionAlreadyExistsError
     assert len(gateway.calls) == 1
 
@@ -300,7 +300,7 @@ def test_an_id_of_somebody_else(gateway: Gateway, read: Read) -> None:
 def test_a_failure_of_the_completion_itself(gateway: Gateway, read: Read) -> None:
     """It is the error of its reason, and nothing is tried beyond what gRPC does."""
     play(gateway, *[[Fail(STATUS.UNAVAILABLE, "UPSTREAM_UNAVAILABLE")]] * 4)
-    _, error, stream = read(retain_for=60, model="llama")
+    _, error, stream = read(retention=60, model="llama")
     assert type(error) is UpstreamUnavailableError
     assert (stream.resumed, len(gateway.calls)) == (0, 4)
 
@@ -310,7 +310,7 @@ def test_patience(gateway: Gateway, read: Read, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(resumption, "MAX_PAUSE", 1000.0)
     monkeypatch.setattr(resumption, "MIN_PAUSE", 1000.0)
     play(gateway, [*EVENTS[:2], LOST])
-    _, error, _ = read(retain_for=60, model="llama")
+    _, error, _ = read(retention=60, model="llama")
     assert type(error) is StreamInterrupted
     assert error.code is STATUS.INTERNAL
     assert error.answer is not None
@@ -322,7 +322,7 @@ def test_patience(gateway: Gateway, read: Read, monkeypatch: pytest.MonkeyPatch)
 def test_a_timeout(gateway: Gateway, client: Client, end: list[Step]) -> None:
     """One for all calls: once it has passed there is no other, and what came is kept."""
     gateway.will(*EVENTS[:2], *end)
-    with client.chat.stream("hi", model="llama", retain_for=60, timeout=60) as stream:
+    with client.chat.stream("hi", model="llama", retention=60, timeout=60) as stream:
         assert [next(stream), next(stream)] == EVENTS[:2]
         stream._deadline = time.monotonic()
         with pytest.raises(DeadlineExceededError) as caught:
@@ -337,7 +337,7 @@ def test_a_timeout(gateway: Gateway, client: Client, end: list[Step]) -> None:
 def test_a_timeout_ends_a_pause(gateway: Gateway, client: Client) -> None:
     """It is not waited for longer than there is time."""
     gateway.will(*EVENTS[:2])
-    with client.chat.stream("hi", model="llama", retain_for=3000, timeout=60) as stream:
+    with client.chat.stream("hi", model="llama", retention=3000, timeout=60) as stream:
         assert [next(stream), next(stream)] == EVENTS[:2]
         pause = stream._end(None)
     assert pause is not None
@@ -347,7 +347,7 @@ def test_a_timeout_ends_a_pause(gateway: Gateway, client: Client) -> None:
 def test_the_timeout_of_a_later_call(gateway: Gateway, read: Read) -> None:
     """It is what the earlier ones have left."""
     play(gateway, [*EVENTS[:2], LOST], [WAIT])
-    _, error, stream = read(retain_for=60, model="llama", timeout=2)
+    _, error, stream = read(retention=60, model="llama", timeout=2)
     assert type(error) is DeadlineExceededError
     assert (error.answer is not None, stream.resumed) == (True, 1)
 
@@ -359,7 +359,7 @@ def test_resuming_another_stream(gateway: Gateway, read: Read) -> None:
     assert events == EVENTS
     assert isinstance(answer, Answer)
     assert (answer.text, stream.completion_id, stream.resumed) == ("Hello you", "cmpl-1", 1)
-    assert gateway.calls[0].request.resume == ResumeFrom(completion_id="mine")
+    assert gateway.calls[0].request.resume == ResumePoint(completion_id="mine")
 
 
 def test_resuming_from_the_middle(gateway: Gateway, read: Read) -> None:
@@ -409,7 +409,7 @@ def test_everything_that_is_told(gateway: Gateway, read: Read) -> None:
         completed(choice(reason="END_OF_MESSAGE", calls=[CALL])),
     )  # fmt: skip
     play(gateway, [*events[:5], LOST], [*events[5:7], LOST], events[7:])
-    seen, answer, stream = read(model="llama", retain_for=60, usage_updates=True, incremental_tool_calls=True)
+    seen, answer, stream = read(model="llama", retention=60, usage_updates=True, incremental_tool_calls=True)
     assert seen == events
     assert isinstance(answer, Answer)
     assert answer.tool_calls == (CALL,)
@@ -427,7 +427,7 @@ def test_usage_of_what_broke_off(gateway: Gateway, read: Read) -> None:
     assert error.answer.usage.completion_tokens == stream.usage.completion_tokens == 4
 
 
-def test_without_retain_for_nothing_goes_on(gateway: Gateway, read: Read) -> None:
+def test_without_retention_nothing_goes_on(gateway: Gateway, read: Read) -> None:
     """And no id is made up."""
     play(gateway, [*EVENTS[:2], LOST])
     _, error, stream = read(model="llama")
@@ -440,7 +440,7 @@ def test_a_request_is_not_changed(gateway: Gateway, client: Client) -> None:
     request = ChatRequest(model="llama", messages=[user("hi")])
     for _ in range(2):
         gateway.will(*EVENTS)
-        with client.chat.stream(request, retain_for=60) as stream:
+        with client.chat.stream(request, retention=60) as stream:
             stream.final()
     assert request.completion_id == ""
     first, second = gateway.calls
@@ -451,7 +451,7 @@ def test_each_call_has_its_own_headers(gateway: Gateway, client: Client) -> None
     """The stream shows those of the last one."""
     gateway.will(Headers((("x-replica", "a"),)), *EVENTS[:2], LOST)
     gateway.will(Headers((("x-replica", "b"),)), *EVENTS[2:])
-    with client.chat.stream("hi", model="llama", retain_for=60) as stream:
+    with client.chat.stream("hi", model="llama", retention=60) as stream:
         next(stream)
         assert ("x-replica", "a") in stream.initial_metadata
         answer = stream.final()
@@ -517,7 +517,7 @@ def gateway_has(gateway: Gateway, count: int) -> None:
 def test_cancelled_while_it_pauses(gateway: Gateway, client: Client, pausing: threading.Event) -> None:
     """Another thread ends it at once; no further call is made."""
     gateway.will(*EVENTS[:2], LOST)
-    with client.chat.stream("hi", model="llama", retain_for=3000) as stream, ThreadPoolExecutor(1) as pool:
+    with client.chat.stream("hi", model="llama", retention=3000) as stream, ThreadPoolExecutor(1) as pool:
         reader = pool.submit(stream.final)
         assert pausing.wait(PATIENCE)
         stream.cancel()
@@ -532,7 +532,7 @@ def test_closed_while_it_pauses(gateway: Gateway, pausing: threading.Event) -> N
     """Closing the client ends it too."""
     gateway.will(*EVENTS[:2], LOST)
     with Client(gateway.target) as client, ThreadPoolExecutor(1) as pool:
-        stream = client.chat.stream("hi", model="llama", retain_for=3000)
+        stream = client.chat.stream("hi", model="llama", retention=3000)
         reader = pool.submit(stream.final)
         assert pausing.wait(PATIENCE)
         client.close()
@@ -544,7 +544,7 @@ def test_cancelled_while_the_next_call_is_made(gateway: Gateway, client: Client)
     """The one who cancels may see the old call: the new one is ended as well."""
     gateway.will(*EVENTS[:2], LOST)
     gateway.will(WAIT)
-    stream = client.chat.stream("hi", model="llama", retain_for=60)
+    stream = client.chat.stream("hi", model="llama", retention=60)
     call = stream._call
 
     def slowly() -> Any:  # noqa: ANN401
@@ -564,7 +564,7 @@ async def test_cancelling_the_task_while_it_pauses(
 ) -> None:
     """The cancellation goes on as asyncio wants it, and no further call is made."""
     gateway.will(*EVENTS[:2], LOST)
-    stream = async_client.chat.stream("hi", model="llama", retain_for=3000)
+    stream = async_client.chat.stream("hi", model="llama", retention=3000)
     reader = asyncio.create_task(stream.final())
     assert await asyncio.to_thread(pausing.wait, PATIENCE)
     reader.cancel()
@@ -582,7 +582,7 @@ async def test_another_task_may_cancel_while_it_pauses(
     for end in ("cancel", "close"):
         pausing.clear()
         gateway.will(*EVENTS[:2], LOST)
-        stream = async_client.chat.stream("hi", model="llama", retain_for=3000)
+        stream = async_client.chat.stream("hi", model="llama", retention=3000)
         reader = asyncio.create_task(stream.final())
         assert await asyncio.to_thread(pausing.wait, PATIENCE)
         if end == "cancel":
@@ -598,7 +598,7 @@ def test_a_channel_of_your_own_closed_between_calls(gateway: Gateway) -> None:
     """There is no next call: the stream ends as cancelled."""
     gateway.will(*EVENTS[:2], LOST)
     channel = grpc.insecure_channel(gateway.target)
-    stream = Client(channel=channel).chat.stream("hi", model="llama", retain_for=60)
+    stream = Client(channel=channel).chat.stream("hi", model="llama", retention=60)
     assert [next(stream), next(stream)] == EVENTS[:2]
     begin = stream._begin
     stream._begin = lambda: (channel.close(), begin())[1]  # type: ignore[method-assign]
@@ -611,7 +611,7 @@ async def test_an_asynchronous_channel_of_your_own_closed_between_calls(gateway:
     """The same, while it pauses."""
     gateway.will(*EVENTS[:2], LOST)
     channel = grpc.aio.insecure_channel(gateway.target)
-    stream = AsyncClient(channel=channel).chat.stream("hi", model="llama", retain_for=60)
+    stream = AsyncClient(channel=channel).chat.stream("hi", model="llama", retention=60)
     assert [await anext(stream), await anext(stream)] == EVENTS[:2]
     go_on = stream._go_on
 
@@ -628,7 +628,7 @@ async def test_an_asynchronous_channel_of_your_own_closed_between_calls(gateway:
 def test_leaving_the_block_leaves_the_stream(gateway: Gateway, client: Client) -> None:
     """The call ends, generation is not ended: it can be taken up again, after what was read."""
     gateway.will(*EVENTS[:3], WAIT)
-    with client.chat.stream("hi", model="llama", retain_for=60, completion_id="mine") as stream:
+    with client.chat.stream("hi", model="llama", retention=60, completion_id="mine") as stream:
         assert stream.last_sequence is None
         read = [next(stream), next(stream)]
     assert stream.last_sequence == 1

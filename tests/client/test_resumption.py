@@ -14,7 +14,7 @@ from deltawire._completion.resumption import LOST_CODES, MAX_PAUSE, MAX_STARTS, 
 from deltawire._failure import Failure
 from deltawire.v1.chat_completion_pb2 import (
     ChatRequest,
-    ResumeFrom,
+    ResumePoint,
     StreamChatCompletionRequest,
     StreamOptions,
 )
@@ -33,8 +33,8 @@ def longest(_: float, most: float) -> float:
 
 
 def retained(completion_id: str = "", draw: Callable[[float, float], float] = longest) -> Resumption:
-    """A completion that was asked for with `retain_for`."""
-    options = StreamOptions(retain_for=Duration(seconds=PATIENCE))
+    """A completion that was asked for with `retention`."""
+    options = StreamOptions(retention=Duration(seconds=PATIENCE))
     chat = ChatRequest(model="llama", completion_id=completion_id)
     return Resumption(StreamChatCompletionRequest(chat=chat, options=options), draw=draw)
 
@@ -116,13 +116,13 @@ def test_a_lost_connection(end: Failure | None) -> None:
     state = retained("mine")
     assert state.begin(0).WhichOneof("start") == "chat"
     assert state.ended(end, has_begun=False, now=0) is not None
-    assert state.begin(0) == StreamChatCompletionRequest(resume=ResumeFrom(completion_id="mine"))
+    assert state.begin(0) == StreamChatCompletionRequest(resume=ResumePoint(completion_id="mine"))
     for sequence in (0, 1, 2):
         state.received(sequence, 0)
     assert state.ended(end, has_begun=True, now=0) is not None
-    resume = ResumeFrom(completion_id="mine", after_sequence=2)
+    resume = ResumePoint(completion_id="mine", last_sequence=2)
     assert state.begin(0) == StreamChatCompletionRequest(resume=resume)
-    assert (state.after_sequence, state.calls) == (2, 3)
+    assert (state.last_sequence, state.calls) == (2, 3)
 
 
 def test_event_0_is_an_event() -> None:
@@ -131,7 +131,7 @@ def test_event_0_is_an_event() -> None:
     state.begin(0)
     state.received(0, 0)
     state.ended(LOST, has_begun=True, now=0)
-    assert state.begin(0).resume.HasField("after_sequence")
+    assert state.begin(0).resume.HasField("last_sequence")
 
 
 def test_a_completion_that_is_missing_is_started_again() -> None:
@@ -155,7 +155,7 @@ def test_heartbeats_alone_are_started_again_from_0() -> None:
     assert next_request(state, LOST) == "resume"
     assert next_request(state, MISSING) == "chat"
     assert next_request(state, LOST) == "resume"
-    assert state.after_sequence is None
+    assert state.last_sequence is None
 
 
 def test_an_answer_that_had_begun_is_never_started_again() -> None:
@@ -168,9 +168,9 @@ def test_an_answer_that_had_begun_is_never_started_again() -> None:
 
 def test_what_somebody_else_asked_cannot_be_started_again() -> None:
     """There is no request; but a lost connection is resumed, after what the caller had."""
-    resume = StreamChatCompletionRequest(resume=ResumeFrom(completion_id="mine", after_sequence=4))
+    resume = StreamChatCompletionRequest(resume=ResumePoint(completion_id="mine", last_sequence=4))
     state = Resumption(resume, PATIENCE)
-    assert (state.completion_id, state.after_sequence, state.is_retained) == ("mine", 4, True)
+    assert (state.completion_id, state.last_sequence, state.is_retained) == ("mine", 4, True)
     assert state.begin(0) == resume
     assert next_request(state, LOST) == "resume"
     assert next_request(state, MISSING) is None
@@ -193,7 +193,7 @@ def test_an_id_that_is_taken() -> None:
 
 
 def test_a_gateway_that_is_full() -> None:
-    """A new completion is refused, as without `retain_for`; one that is there is waited for."""
+    """A new completion is refused, as without `retention`; one that is there is waited for."""
     state = retained()
     state.begin(0)
     assert next_request(state, FULL) is None

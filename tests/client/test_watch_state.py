@@ -253,7 +253,7 @@ class History:
     def happen(self, name: str, root: str) -> None:
         """A model appears or changes; without a root, it goes."""
         before = self.table().get(name)
-        after = Model(id=name, root=root)
+        after = Model(id=name, engine_root=root)
         revision = str(len(self.changes) + 1)
         if root and after != before:
             self.changes.append(told("MODIFIED" if before else "ADDED", after, revision))

@@ -52,15 +52,15 @@ async def client(served: Running) -> AsyncIterator[AsyncClient]:
 async def test_an_update_keeps_what_it_does_not_name(client: AsyncClient) -> None:
     """Each field alone, all of them, back to nothing; times and etag say that something has changed."""
     notes = {"owner": "me"}
-    model = await client.models.register("mine", provider_model_id="fake", aliases=["a"], model_metadata=notes)
+    model = await client.models.register("mine", provider_model_id="fake", aliases=["a"], annotations=notes)
     changed = await client.models.update(model, aliases=["b", "c"])
-    assert (list(changed.aliases), dict(changed.metadata)) == (["b", "c"], notes)
+    assert (list(changed.aliases), dict(changed.annotations)) == (["b", "c"], notes)
     assert changed.etag != model.etag
     assert changed.create_time == model.create_time
     assert changed.update_time.ToNanoseconds() > model.update_time.ToNanoseconds()
-    changed = await client.models.update("b", model_type="embedding", embedding_dimension=8, model_metadata={})
+    changed = await client.models.update("b", model_type="embedding", embedding_dimension=8, annotations={})
     assert (changed.type, changed.embedding_dimension) == (ModelType.MODEL_TYPE_EMBEDDING, 8)
-    assert (list(changed.aliases), dict(changed.metadata)) == (["b", "c"], {})
+    assert (list(changed.aliases), dict(changed.annotations)) == (["b", "c"], {})
     changed = await client.models.update("c", model_type="llm", embedding_dimension=None, aliases=[])
     assert (changed.type, changed.HasField("embedding_dimension"), list(changed.aliases)) == (
         ModelType.MODEL_TYPE_LLM,

@@ -47,11 +47,11 @@ def strict(monkeypatch: pytest.MonkeyPatch) -> None:
 class Kept:
     """A stream, with its completion and how often it was told to be dropped."""
 
-    def __init__(self, kept_by: Retention | None = None, retain_for: float = LONG) -> None:
+    def __init__(self, kept_by: Retention | None = None, retention: float = LONG) -> None:
         self.retention = kept_by or Retention()
         self.running = FakeRunning()
         self.dropped = 0
-        self.stream = self.retention.open(self.running, retain_for, self._drop)
+        self.stream = self.retention.open(self.running, retention, self._drop)
 
     def _drop(self) -> None:
         self.dropped += 1
@@ -231,7 +231,7 @@ async def test_a_last_message_that_is_too_large_does_not_repeat_the_answer() -> 
 
 async def test_a_stream_nobody_reads_expires() -> None:
     """While it is generated: its completion is stopped, and what still comes is not kept."""
-    kept = Kept(retain_for=0.01)
+    kept = Kept(retention=0.01)
     kept.stream.put(ANSWER[:2])
     await until(lambda: kept.dropped == 1)
     assert kept.running.stopped == [StopReason.CANCELLED]
@@ -245,7 +245,7 @@ async def test_a_stream_nobody_reads_expires() -> None:
 
 async def test_an_ended_stream_expires() -> None:
     """Nothing is left to stop."""
-    kept = Kept(retain_for=0.01).finish()
+    kept = Kept(retention=0.01).finish()
     await until(lambda: kept.dropped == 1)
     assert kept.running.stopped == []
     assert (await refused(kept.stream, 1)).reason is Reason.COMPLETION_GONE
@@ -253,7 +253,7 @@ async def test_an_ended_stream_expires() -> None:
 
 async def test_a_stream_that_is_read_does_not_expire() -> None:
     """By however many; its time begins when the last has left."""
-    kept = Kept(retain_for=0.02)
+    kept = Kept(retention=0.02)
     assert kept.stream.expire_time is not None
     with kept.stream.read():
         with kept.stream.read():
@@ -340,7 +340,7 @@ async def test_the_slowest_of_several_readers_is_kept_for() -> None:
 
 async def test_a_stream_that_was_dropped_under_way_does_not_end_well() -> None:
     """Whoever still looks at it is told that its end is missing, rather than that all is well."""
-    kept = Kept(retain_for=0.01)
+    kept = Kept(retention=0.01)
     await until(lambda: kept.dropped == 1)
     kept.stream.put(ANSWER)
     kept.stream.close()

@@ -60,7 +60,7 @@ pytestmark = pytest.mark.e2e
 ENDLESS: dict[str, Any] = {"model": MODEL, "max_tokens": 3500, "ignore_eos": True}
 SHORT: dict[str, Any] = {"model": MODEL, "max_tokens": 24, "ignore_eos": True, "temperature": 0.0}
 KEPT = 300.0
-"""Seconds for `retain_for`: more than any test takes."""
+"""Seconds for `retention`: more than any test takes."""
 MOMENTS = 5
 KILLED_TOKENS = 200
 
@@ -255,7 +255,7 @@ async def test_what_is_known_of_a_call_that_was_given_up(client: AsyncClient, en
 async def test_a_caller_that_goes_leaves_the_engine_at_work(client: AsyncClient, engine: Engine) -> None:
     """Another call goes on where it was, live; a soft cancel ends it, for whoever reads."""
     completion_id = new_id("left")
-    async with client.chat.stream(SEA, completion_id=completion_id, retain_for=KEPT, **ENDLESS) as stream:
+    async with client.chat.stream(SEA, completion_id=completion_id, retention=KEPT, **ENDLESS) as stream:
         first = await read_until_text(stream, 3)
         assert not (await client.chat.get(completion_id)).HasField("expire_time")
     left = await looked_up(client, completion_id, lambda found: found.HasField("expire_time"))
@@ -271,7 +271,7 @@ async def test_a_caller_that_goes_leaves_the_engine_at_work(client: AsyncClient,
     assert [event.sequence for event in events] == list(range(len(events)))
     assert kinds(events) == ["started", "text_delta", "choice_finished", "completed"]
     assert events[-1].completed.choices[0].stop_reason == StopReason.STOP_REASON_CANCELLED
-    assert told_text(events) == events[-1].completed.choices[0].message.content[0].text
+    assert told_text(events) == events[-1].completed.choices[0].message.text
     await engine.becomes_idle()
 
 
@@ -279,7 +279,7 @@ async def test_a_replay_is_the_same_to_the_bit(client: AsyncClient) -> None:
     """From the beginning and from everywhere else; the result can be looked up as well."""
     completion_id = new_id("again")
     async with client.chat.stream(
-        SEA, completion_id=completion_id, retain_for=KEPT, logprobs=2, usage_updates=True, **SHORT
+        SEA, completion_id=completion_id, retention=KEPT, logprobs=2, usage_updates=True, **SHORT
     ) as stream:
         events = [event.SerializeToString() async for event in stream]
         answer = await stream.final()
@@ -300,7 +300,7 @@ async def test_a_replay_is_the_same_to_the_bit(client: AsyncClient) -> None:
 async def test_nobody_comes_back(client: AsyncClient, engine: Engine) -> None:
     """When its time has passed the engine is stopped; what it has cost is known, what it said is not."""
     completion_id = new_id("lost")
-    async with client.chat.stream(SEA, completion_id=completion_id, retain_for=1, **ENDLESS) as stream:
+    async with client.chat.stream(SEA, completion_id=completion_id, retention=1, **ENDLESS) as stream:
         await read_until_text(stream, 3)
     found = await looked_up(client, completion_id, ended)
     await engine.becomes_idle()
@@ -315,7 +315,7 @@ async def test_nobody_comes_back(client: AsyncClient, engine: Engine) -> None:
 async def asking(gateway: GatewayProcess, completion_id: str) -> AsyncIterator[tuple[Process, StreamReader]]:
     """A `deltawire chat --json` whose stream is kept, with its output; killed on leaving."""
     options = ["--model", MODEL, "--max-tokens", str(KILLED_TOKENS), "--ignore-eos", "--temperature", "1.5", "--json"]
-    options += ["--retain-for", str(KEPT), "--completion-id", completion_id, "--target", gateway.address]
+    options += ["--retention", str(KEPT), "--completion-id", completion_id, "--target", gateway.address]
     process = await asyncio.create_subprocess_exec(
         DELTAWIRE, "chat", *options, SEA, stdout=asyncio.subprocess.PIPE, stdin=asyncio.subprocess.DEVNULL
     )
@@ -341,7 +341,7 @@ def every_character_once(whole: list[dict[str, Any]]) -> None:
     assert [int(event.get("sequence", 0)) for event in whole] == list(range(len(whole)))
     completed = whole[-1]["completed"]
     text = "".join(event.get("textDelta", {}).get("text", "") for event in whole)
-    assert text == completed["choices"][0]["message"]["content"][0]["text"]
+    assert text == completed["choices"][0]["message"]["text"]
     assert completed["choices"][0]["stopReason"] == "STOP_REASON_OUT_OF_TOKENS"
     assert completed["usage"]["completionTokens"] == KILLED_TOKENS
     assert completed["usage"]["provenance"] == "USAGE_PROVENANCE_EXACT"

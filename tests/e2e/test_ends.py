@@ -101,7 +101,7 @@ async def test_a_client_that_goes_away_stops_the_engine(gateway: GatewayProcess,
 async def test_a_killed_client_stops_the_engine(gateway: GatewayProcess, engine: Engine) -> None:
     """A process that ends without a word, its connection with it."""
     command = [sys.executable, "-m", "deltawire", "chat", "--json", "--request", "-", "--target", gateway.address]
-    request = '{"model": "smollm2", "messages": [{"user": {"content": [{"text": "Hello"}]}}], "sampling": %s}'
+    request = '{"model": "smollm2", "messages": [{"user": {"text": "Hello"}}], "sampling": %s}'
     process = await asyncio.create_subprocess_exec(
         *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
     )

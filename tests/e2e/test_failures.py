@@ -91,7 +91,7 @@ def check_the_rest(
     completed = events[-1].completed
     text = "".join(event.text_delta.text for event in events)
     assert text
-    assert completed.choices[0].message.content[0].text == text
+    assert completed.choices[0].message.text == text
     assert completed.choices[0].stop_reason == events[-2].choice_finished.stop_reason == stop
     assert completed.error.reason == reason
     assert completed.error.code == grpc.StatusCode.ABORTED.value[0]
@@ -160,7 +160,7 @@ async def test_an_adapter_that_comes_and_goes(client: AsyncClient, engine: Engin
         engine.adapter("load", lora_name="sea", lora_path=str(tmp_path / "adapter"))
         await client.models.refresh()
         adapter = (await told(watch, "ADDED", "vllm/sea")).model
-        assert (adapter.parent, adapter.root) == (NEXT, str(tmp_path / "adapter"))
+        assert (adapter.base_model, adapter.engine_root) == (NEXT, str(tmp_path / "adapter"))
         answer = await client.chat.create(SEA, model="sea", max_tokens=4, ignore_eos=True)
         assert (answer.started.model, answer.usage.completion_tokens) == ("vllm/sea", 4)
         engine.adapter("unload", lora_name="sea")

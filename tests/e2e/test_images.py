@@ -52,11 +52,11 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
         server.stop()
 
 
-def showing(*images: message_pb2.Image) -> message_pb2.Message:
+def showing(*images: message_pb2.Image) -> message_pb2.ChatMessage:
     """A question about some images."""
     parts = [message_pb2.ContentPart(image=image) for image in images]
     content = [message_pb2.ContentPart(text="What is this?"), *parts]
-    return message_pb2.Message(user=message_pb2.UserMessage(content=content))
+    return message_pb2.ChatMessage(user=message_pb2.UserMessage(content=content))
 
 
 async def prompt_tokens(client: AsyncClient, *images: message_pb2.Image) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from deltawire import AsyncClient, InvalidRequestError, Message, StopReason, tool, tool_definition, user
+from deltawire import AsyncClient, ChatMessage, InvalidRequestError, StopReason, tool, tool_definition, user
 from deltawire.v1.chat_completion_pb2 import COMPLETION_STATE_RUNNING, UsageProvenance
 from deltawire.v1.tool_pb2 import ToolCallFailureReason, ToolCallParseStatus
 from deltawire_server import settings
@@ -115,7 +115,7 @@ async def test_heartbeats_while_the_engine_stands_still(client: AsyncClient, vll
 @pytest.mark.parametrize("before", [False, True])
 async def test_heartbeats_while_a_prompt_is_read(client: AsyncClient, before: bool) -> None:
     """Before the answer begins they come only if that is asked for: with them, nobody can try the call again."""
-    options = {"heartbeat_interval": 0.1, "heartbeat_before_start": before}
+    options = {"heartbeat_interval": 0.1, "early_heartbeats": before}
     arguments = {**GREEDY, "max_tokens": 2, "cache_salt": secrets.token_hex(8)}
     events, answer = await told(client, LONG, **options, **arguments)
     named = [event.WhichOneof("event") for event in events]
@@ -146,9 +146,9 @@ async def test_times_fit_together(client: AsyncClient, *, whole: bool) -> None:
     timings = answer.completed.timings
     times = {field.name: value.ToNanoseconds() / 1e9 for field, value in timings.ListFields()}
     assert times.keys() == {field.name for field in timings.DESCRIPTOR.fields}
-    assert 0 < times["queue"] < times["time_to_first_event"] < times["total"] < waited
+    assert 0 < times["queue"] < times["first_event_latency"] < times["total"] < waited
     assert 0 < times["mean_gap"] <= times["worst_gap"]
-    assert times["worst_gap"] < times["total"] - times["time_to_first_event"] + 1e-6  # they are told in nanoseconds
+    assert times["worst_gap"] < times["total"] - times["first_event_latency"] + 1e-6  # they are told in nanoseconds
 
 
 async def test_messages_beyond_the_operators_limit_are_left_out(
@@ -339,14 +339,14 @@ async def test_several_turns_go_back_as_they_came(client: AsyncClient) -> None:
         costs.append(answer.usage.prompt_tokens)
         message = calling[-1].completed.choices[0].message
         assert message.tool_calls
-        history.append(Message(assistant=message))
+        history.append(ChatMessage(assistant=message))
         history += [tool(call, f"It is at {percent} percent.") for call in message.tool_calls]
         saying, answer = await told(
             client, history, model=MODEL, tools=[LIGHT], tool_choice="none", temperature=0.0, max_tokens=16
         )
         message = saying[-1].completed.choices[0].message
-        assert message.content[0].text == answer.text
-        history += [Message(assistant=message), user("Make it brighter.")]
+        assert message.text == answer.text
+        history += [ChatMessage(assistant=message), user("Make it brighter.")]
     assert costs == sorted(set(costs))
 
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from deltawire import Sampling, StopReason, assistant, developer, system, user
+from deltawire import ChatMessage, ContentPart, Sampling, StopReason, assistant, developer, system, user
 from deltawire.v1.chat_completion_pb2 import UsageProvenance
+from deltawire.v1.message_pb2 import AssistantMessage, DeveloperMessage, SystemMessage, UserMessage
 from tests.e2e.support import MODEL, SEA, forced, kinds
 
 if TYPE_CHECKING:
@@ -36,14 +37,14 @@ async def test_text_is_streamed_as_it_is_generated_and_counted_to_the_token(
     pieces = [event.text_delta.text for event in events if event.HasField("text_delta")]
     assert len(pieces) > 3
     stated = events[-1].completed
-    assert "".join(pieces) == stated.choices[0].message.content[0].text == answer.text
+    assert "".join(pieces) == stated.choices[0].message.text == answer.text
     assert answer.stop_reason == StopReason.STOP_REASON_OUT_OF_TOKENS
     assert answer.choices[0].engine_finish_reason == "length"
     assert stated.usage.provenance == EXACT
     assert stated.usage.prompt_tokens == engine.prompt_tokens(SEA)
     assert stated.usage.completion_tokens == 24
     assert not stated.HasField("error")
-    assert stated.timings.total.ToNanoseconds() >= stated.timings.time_to_first_event.ToNanoseconds() > 0
+    assert stated.timings.total.ToNanoseconds() >= stated.timings.first_event_latency.ToNanoseconds() > 0
 
 
 async def test_text_is_given_whole(client: AsyncClient, engine: Engine) -> None:
@@ -71,10 +72,19 @@ async def test_every_character_arrives_as_it_was_said(client: AsyncClient) -> No
 
 
 async def test_all_roles_and_several_parts_are_taken(client: AsyncClient) -> None:
-    """A conversation with each role that holds text, one of them in parts."""
-    turns = [system("Be brief."), developer("Be kind."), user(["Hello", " there."]), assistant("Hi."), user(SEA)]
-    answer = await client.chat.create(turns, model=MODEL, max_tokens=8)
-    assert answer.text
+    """Each role with a text and with the same as a part: the model reads the same. And a turn of two parts."""
+    turns = [system("Be brief."), developer("Be kind."), user("Hello there."), assistant("Hi."), user(SEA)]
+    in_parts = [
+        ChatMessage(system=SystemMessage(content=[ContentPart(text="Be brief.")])),
+        ChatMessage(developer=DeveloperMessage(content=[ContentPart(text="Be kind.")])),
+        ChatMessage(user=UserMessage(content=[ContentPart(text="Hello there.")])),
+        ChatMessage(assistant=AssistantMessage(content=[ContentPart(text="Hi.")])),
+        user(SEA),
+    ]
+    answers = [await client.chat.create(each, model=MODEL, max_tokens=8) for each in (turns, in_parts)]
+    assert answers[0].text
+    assert len({answer.usage.prompt_tokens for answer in answers}) == 1
+    assert (await client.chat.create([user(["Hello", " there."]), user(SEA)], model=MODEL, max_tokens=8)).text
 
 
 async def test_two_answers_to_one_prompt(client: AsyncClient) -> None:
@@ -110,11 +120,11 @@ async def test_log_probabilities_of_every_token(client: AsyncClient, *, whole: b
             answer = await stream.final()
     entries = answer.choices[0].logprobs
     assert len(entries) == 8
-    assert b"".join(entry.token_bytes for entry in entries).decode() == answer.text
+    assert b"".join(entry.raw_bytes for entry in entries).decode() == answer.text
     for entry in entries:
         assert len(entry.alternatives) == 3
         assert entry.alternatives[0].token == entry.token
-        assert entry.alternatives[0].token_bytes == entry.token_bytes
+        assert entry.alternatives[0].raw_bytes == entry.raw_bytes
         assert entry.logprob == pytest.approx(entry.alternatives[0].logprob)
         assert math.exp(entry.logprob) <= 1.0
 

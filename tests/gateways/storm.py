@@ -129,7 +129,7 @@ class Storm:
             changes: dict[str, Any] = {
                 "provider_model_id": name if name in SERVED else draw.choice(SERVED[:2]),
                 "aliases": tuple(each for each in aliases if each != name),
-                "metadata": {},
+                "annotations": {},
             }
             return Call(kind, name, changes)
         name = draw.choice((*sorted(self._there), *NAMES[::4]))
@@ -140,7 +140,7 @@ class Storm:
         changes = {
             "aliases": tuple(draw.sample(NAMES, draw.randrange(3))),
             "provider_model_id": draw.choice(SERVED),
-            "metadata": {"note": str(draw.randrange(2))},
+            "annotations": {"note": str(draw.randrange(2))},
         }
         return Call(
             kind, name, {each: changes[each] for each in draw.sample(sorted(changes), 1 + draw.randrange(2))}, etag
@@ -258,7 +258,7 @@ class Judge:
             model is not None
             and model.etag == call.model.etag
             and model.aliases == tuple(call.model.aliases)
-            and model.metadata == call.model.metadata
+            and model.annotations == call.model.annotations
             and model.provider_model_id == call.model.provider_model_id
             and _as_asked(model, call)
         )

@@ -23,8 +23,8 @@ LLAMA = Model(
     ("small", "fast"),
     {"owner": "we", "note": "grüße\x00"},
     max_context_tokens=4096,
-    root="/models/llama",
-    parent="base",
+    engine_root="/models/llama",
+    base_model="base",
     create_time=NOW,
     update_time=NOW.replace(year=2027),
 )
@@ -33,10 +33,10 @@ VECTORS = Model(
     "vllm",
     "org/vectors",
     ModelType.EMBEDDING,
-    max_context_tokens=2**32 - 1,
+    max_context_tokens=2**31 - 1,
     create_time=NOW,
     update_time=NOW,
-    embedding_dimension=2**32 - 1,
+    embedding_dimension=2**31 - 1,
 )
 
 

@@ -190,7 +190,7 @@ async def test_a_read_only_database_can_be_read(url: str, store: Store) -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        "UPDATE models SET metadata = x'00' WHERE id = 'llama'",
+        "UPDATE models SET annotations = x'00' WHERE id = 'llama'",
         "UPDATE models SET type = 7 WHERE id = 'llama'",
         "UPDATE models SET create_time = 'yesterday' WHERE id = 'llama'",
         "UPDATE models SET max_context_tokens = 'many' WHERE id = 'llama'",
@@ -253,7 +253,7 @@ async def test_a_writer_that_does_not_let_go_makes_it_unavailable(database_url: 
     with closing(engine_of(database_url).connect()) as other:
         other.exec_driver_sql("UPDATE registry_revision SET revision = revision")
         with pytest.raises(RegistryError) as failure, structlog.testing.capture_logs() as logs:
-            await store.insert(replace(LLAMA, id="other", aliases=(), metadata={"note": "private"}))
+            await store.insert(replace(LLAMA, id="other", aliases=(), annotations={"note": "private"}))
         assert (await store.load())[1] == [kept]
     assert failure.value.reason is Reason.STORE_UNAVAILABLE
     assert "lock" in logs[0]["error"]

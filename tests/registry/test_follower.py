@@ -175,7 +175,7 @@ async def test_own_changes_come_in_their_order(store: Store, other: Store) -> No
     ours = await inserted(store, VECTORS)
     await memory.follower.applied(Change(ours.revision, ChangeKind.ADDED, ours.id, ours))
     assert memory.told == [(None, theirs), (None, ours)]
-    next_of_ours = await updated(store, replace(ours, parent="new"))
+    next_of_ours = await updated(store, replace(ours, base_model="new"))
     change = Change(next_of_ours.revision, ChangeKind.MODIFIED, ours.id, next_of_ours)
     await memory.follower.applied(change)
     await memory.follower.applied(change)
@@ -273,7 +273,7 @@ async def test_a_model_that_is_damaged_is_forgotten_and_one_that_is_mended_comes
 ) -> None:
     """Removing what nobody could read tells nobody, and what is registered in its place is new."""
     await inserted(other, LLAMA)
-    execute(url, "UPDATE models SET metadata = '{'")
+    execute(url, "UPDATE models SET annotations = '{'")
     memory = Memory(store)
     await memory.follower.catch_up()
     assert memory.models == []
@@ -296,7 +296,7 @@ async def test_a_copy_that_is_brought_back(sqlite_url: str) -> None:
         with closing(sqlite3.connect(":memory:")) as copy:
             with closing(sqlite3.connect(path)) as connection:
                 connection.backup(copy)
-            new = await updated(other, replace(old, parent="new"))
+            new = await updated(other, replace(old, base_model="new"))
             lost = await inserted(other, VECTORS)
             async with following(store) as memory:
                 assert memory.models == [new, lost]
@@ -357,7 +357,7 @@ async def test_following_goes_on_when_the_server_is_back(postgres: PostgresServe
                 assert memory.models == [first]
             second = await inserted(other, VECTORS)
             await until(lambda: memory.models == [first, second])
-            third = await updated(other, replace(second, parent="new"))
+            third = await updated(other, replace(second, base_model="new"))
             await until(lambda: memory.models == [first, third])
             await until(lambda: "the database announces changes again" in [line["event"] for line in logs])
         events = [line["event"] for line in logs]

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 async def test_the_same_again_changes_nothing(registry: ModelRegistry, alpha: FakeProvider) -> None:
     """Times are kept, the order of aliases means nothing, and the provider may be down."""
-    model = await registry.register("mine", "alpha", "llama", aliases=["a", "b"], metadata={"k": "v"})
+    model = await registry.register("mine", "alpha", "llama", aliases=["a", "b"], annotations={"k": "v"})
     alpha.go_down()
-    again = await registry.register("mine", "alpha", "llama", aliases=["b", "a"], metadata={"k": "v"})
+    again = await registry.register("mine", "alpha", "llama", aliases=["b", "a"], annotations={"k": "v"})
     assert again is model
 
 
@@ -29,7 +29,7 @@ async def test_the_same_again_changes_nothing(registry: ModelRegistry, alpha: Fa
         ({"model_type": ModelType.RERANK}, "type"),
         ({"aliases": ["a"]}, "aliases"),
         ({"aliases": ["a", "b", "c"]}, "aliases"),
-        ({"metadata": {}}, "metadata"),
+        ({"annotations": {}}, "annotations"),
     ],
 )
 async def test_an_id_is_never_registered_differently(
@@ -41,7 +41,7 @@ async def test_an_id_is_never_registered_differently(
         "provider_id": "alpha",
         "provider_model_id": "llama",
         "aliases": ["a", "b"],
-        "metadata": {"k": "v"},
+        "annotations": {"k": "v"},
     }
     model = await registry.register(**arguments)  # type: ignore[arg-type]
     failure = await failure_of(registry.register(**{**arguments, **change}))  # type: ignore[arg-type]

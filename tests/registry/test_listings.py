@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 async def test_a_discovered_model_says_what_the_provider_says(open_registry: Opener) -> None:
     """All that is known of it, and no more."""
-    served = ServedModel("lora", root="/adapters/lora", parent="base", max_context_tokens=4096)
+    served = ServedModel("lora", engine_root="/adapters/lora", base_model="base", max_context_tokens=4096)
     async with open_registry(FakeProvider("vllm", [served])) as registry:
         assert await registry.get("lora") == Model(
             "vllm/lora",
@@ -28,13 +28,13 @@ async def test_a_discovered_model_says_what_the_provider_says(open_registry: Ope
             "lora",
             source=ModelSource.DISCOVERED,
             max_context_tokens=4096,
-            root="/adapters/lora",
-            parent="base",
+            engine_root="/adapters/lora",
+            base_model="base",
             state=ModelState.SERVING,
         )
 
 
-@pytest.mark.parametrize(("tokens", "kept"), [(-1, None), (0, 0), (2**32 - 1, 2**32 - 1), (2**32, None)])
+@pytest.mark.parametrize(("tokens", "kept"), [(-1, None), (0, 0), (2**31 - 1, 2**31 - 1), (2**31, None)])
 async def test_a_context_that_cannot_be_is_left_out(open_registry: Opener, tokens: int, kept: int | None) -> None:
     """A provider's nonsense is no reason to fail a call."""
     async with open_registry(FakeProvider("vllm", [ServedModel("m", max_context_tokens=tokens)])) as registry:

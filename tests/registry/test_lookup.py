@@ -4,7 +4,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from deltawire_server.errors import CallerError, Code, ProviderError, Reason
-from deltawire_server.registry.model import ModelSource, ModelState
+from deltawire_server.registry.model import ModelSource, ModelState, ModelType
 from tests.registry.helpers import failure_of, ids
 from tests.support.fake_provider import FakeProvider
 
@@ -186,3 +186,38 @@ async def _snapshot(registry: ModelRegistry) -> AsyncIterator[Step]:
             if step.kind is None:
                 return
             yield step
+
+
+async def test_no_name_is_the_only_chat_model(open_registry: Opener) -> None:
+    """A model and its registrations count as one, by the first registered id; models of other types do not count."""
+    provider = FakeProvider("vllm", ["llama", "bge"])
+    async with open_registry(provider) as registry:
+        await registry.register("vectors", "vllm", "bge", ModelType.EMBEDDING, embedding_dimension=8)
+        assert (await registry.resolve("")).model.id == "vllm/llama"
+        await registry.register("z", "vllm", "llama")
+        await registry.register("chat", "vllm", "llama")
+        resolution = await registry.resolve("")
+        assert (resolution.model.id, resolution.alias, resolution.provider) == ("chat", "", provider)
+
+
+async def test_no_name_needs_an_only_chat_model(open_registry: Opener) -> None:
+    """Several are listed in the refusal; none is not found, or cannot be looked up while no provider answers."""
+    one, two = FakeProvider("a", ["m"]), FakeProvider("b", ["m"])
+    async with open_registry(one, two) as registry:
+        failure = await failure_of(registry.resolve(""))
+        assert [violation.field for violation in failure.violations] == ["chat.model"]
+        assert "there are: a/m, b/m" in failure.message
+    one, two = FakeProvider("a", []), FakeProvider("b", [])
+    async with open_registry(one, two) as registry:
+        failure = await failure_of(registry.resolve(""))
+        assert (failure.reason, failure.message) == (Reason.MODEL_NOT_FOUND, "a chat model not found; there are: none")
+        # A model that has appeared since the last listing is found.
+        one.served = ["m"]
+        await registry.refresh()
+        assert (await registry.resolve("")).model.id == "a/m"
+        one.served = []
+        await registry.refresh()
+        for provider in (one, two):
+            provider.go_down()
+        failure = await failure_of(registry.resolve(""))
+        assert failure.code is Code.UNAVAILABLE

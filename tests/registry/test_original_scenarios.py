@@ -229,7 +229,7 @@ async def test_memory_holds_what_was_on_disk(open_registry: Opener) -> None:
     """Kept: what was written before the registry was opened is found, without asking anybody."""
     provider = FakeProvider("test_provider", ["test-model"])
     async with open_registry(provider) as registry:
-        model = await registry.register("mine", provider_model_id="test-model", metadata={"k": "v"})
+        model = await registry.register("mine", provider_model_id="test-model", annotations={"k": "v"})
     async with open_registry(provider) as registry:
         provider.go_down()
         assert await registry.get("mine") == kept(model)
@@ -249,8 +249,10 @@ async def test_the_same_id_and_provider_twice(open_registry: Opener) -> None:
     """Fixed: the original is kept and the caller is told. There it was kept too, and the caller got the other back."""
     provider = FakeProvider("test_provider", ["test-model"])
     async with open_registry(provider) as registry:
-        first = await registry.register("mine", provider_model_id="test-model", metadata={"k": "original"})
-        failure = await failure_of(registry.register("mine", provider_model_id="test-model", metadata={"k": "other"}))
+        first = await registry.register("mine", provider_model_id="test-model", annotations={"k": "original"})
+        failure = await failure_of(
+            registry.register("mine", provider_model_id="test-model", annotations={"k": "other"})
+        )
         assert failure.reason is Reason.MODEL_ALREADY_EXISTS
         assert await registry.get("mine") is first
     async with open_registry(provider) as registry:
@@ -282,8 +284,8 @@ async def test_three_are_listed(open_registry: Opener) -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        pytest.param("metadata = '{not valid JSON'", id="corrupt JSON"),
-        pytest.param("metadata = '', type = ''", id="missing fields"),
+        pytest.param("annotations = '{not valid JSON'", id="corrupt JSON"),
+        pytest.param("annotations = '', type = ''", id="missing fields"),
     ],
 )
 async def test_a_damaged_record(url: str, open_registry: Opener, damage: str) -> None:

@@ -53,7 +53,7 @@ async def test_updates_of_one_model_at_once_all_succeed(open_registry: Opener) -
     async with open_registry() as one, open_registry() as two:
         await one.register("mine", "alpha", "llama")
         writes = [
-            registry.update("mine", {"metadata": {"number": str(number)}})
+            registry.update("mine", {"annotations": {"number": str(number)}})
             for number in range(20)
             for registry in (one, two)
         ]
@@ -74,7 +74,7 @@ async def test_an_update_of_a_model_that_is_gone_blames_no_name(registry: ModelR
     before = await registry.register("mine", "alpha", "llama")
     await registry.unregister("mine")
     await registry.register("other", "alpha", "llama", aliases=["mine"])
-    assert await registry._writes.update(replace(before, metadata={"k": "v"})) is None
+    assert await registry._writes.update(replace(before, annotations={"k": "v"})) is None
 
 
 async def test_an_alias_of_a_record_that_cannot_be_read(url: str, open_registry: Opener) -> None:
@@ -82,7 +82,7 @@ async def test_an_alias_of_a_record_that_cannot_be_read(url: str, open_registry:
     async with open_registry() as registry:
         await registry.register("damaged", "alpha", "llama", aliases=["a"])
         await registry.register("mine", "alpha", "llama")
-    execute(url, "UPDATE models SET metadata = '{' WHERE id = 'damaged'")
+    execute(url, "UPDATE models SET annotations = '{' WHERE id = 'damaged'")
     async with open_registry() as registry:
         failure = await failure_of(registry.update("mine", {"aliases": ("a",)}))
         assert isinstance(failure, RegistryError)

@@ -107,9 +107,9 @@ async def test_what_is_known_goes_on_and_nothing_is_half_done(
     mine = await registry.register("mine", "alpha", "llama", aliases=["a"])
     with outage():
         writes = [
-            registry.register("new", "alpha", "llama", metadata=NOTES),
-            registry.update("mine", {"aliases": ["b"], "metadata": NOTES}),
-            registry.update("a", {"metadata": NOTES}, mine.etag),
+            registry.register("new", "alpha", "llama", annotations=NOTES),
+            registry.update("mine", {"aliases": ["b"], "annotations": NOTES}),
+            registry.update("a", {"annotations": NOTES}, mine.etag),
         ]
         for write in writes:
             failure = await failure_of(write)
@@ -123,8 +123,8 @@ async def test_what_is_known_goes_on_and_nothing_is_half_done(
         assert await all_ids(registry) == ["alpha/org/common", "beta/mistral", "beta/org/common", "mine"]
     assert execute(url, "SELECT revision FROM registry_revision") == [(mine.revision,)]
     assert list(whole(url)) == []
-    changed = await registry.update("mine", {"aliases": ["b"], "metadata": NOTES}, mine.etag)
-    new = await registry.register("new", "alpha", "llama", metadata=NOTES, aliases=["a"])
+    changed = await registry.update("mine", {"aliases": ["b"], "annotations": NOTES}, mine.etag)
+    new = await registry.register("new", "alpha", "llama", annotations=NOTES, aliases=["a"])
     await registry.unregister("b")
     assert (changed.revision, new.revision) == (mine.revision + 1, mine.revision + 2)
     assert await registry.get("a") == new

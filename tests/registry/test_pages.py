@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltawire_server.errors import Reason
-from deltawire_server.registry.registry import ModelRegistry
+from deltawire_server.registry.model import ModelType
+from deltawire_server.registry.registry import Filter, ModelRegistry
 from deltawire_server.registry.store import Store
 from deltawire_server.upstream.providers import Providers
 from tests.registry.helpers import failure_of, ids
@@ -42,7 +43,7 @@ async def test_a_page_of_many_notes_is_shorter(registry: ModelRegistry, alpha: F
     notes = {f"{number:0128}": "é" * 4096 for number in range(64)}
     alpha.served = [f"model-{number}" for number in range(5)]
     for number in range(5):
-        await registry.register(f"model-{number}", "alpha", metadata=notes)
+        await registry.register(f"model-{number}", "alpha", annotations=notes)
     pages, token = list[int](), ""
     while not pages or token:
         models, token, _ = await registry.list(page_token=token)
@@ -67,6 +68,18 @@ async def test_a_token_that_is_none_of_ours(registry: ModelRegistry, token: str)
     assert failure.reason is Reason.INVALID_REQUEST
     failure = await failure_of(registry.list(0, token))
     assert [violation.field for violation in failure.violations] == ["page_token"]
+
+
+async def test_a_token_belongs_to_its_filter(registry: ModelRegistry, alpha: FakeProvider) -> None:
+    """With another filter it is refused: the page would begin where the caller has not been. A token is opaque: no id is in it."""
+    alpha.served = [f"model-{number}" for number in range(3)]
+    _, token, _ = await registry.list(1, wanted=Filter(provider_id="alpha"))
+    assert b"alpha" not in token.encode()
+    for other in (None, Filter(provider_id="beta"), Filter(provider_id="alpha", type=ModelType.LLM)):
+        failure = await failure_of(registry.list(1, token, wanted=other))
+        assert [violation.field for violation in failure.violations] == ["page_token"]
+    models, _, _ = await registry.list(1, token, wanted=Filter(provider_id="alpha"))
+    assert ids(models) == ["alpha/model-1"]
 
 
 async def test_a_negative_size(registry: ModelRegistry, alpha: FakeProvider) -> None:

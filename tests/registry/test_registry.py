@@ -138,7 +138,7 @@ async def test_a_database_that_cannot_be_opened(tmp_path: Path, alpha: FakeProvi
 
 async def test_an_update_changes_what_it_names(registry: ModelRegistry) -> None:
     """And nothing else; the etag is another one, the names that are given up are free."""
-    before = await registry.register("mine", "alpha", "llama", aliases=["a", "b"], metadata={"k": "v"})
+    before = await registry.register("mine", "alpha", "llama", aliases=["a", "b"], annotations={"k": "v"})
     after = await registry.update("a", {"aliases": ["b", "c"]}, before.etag)
     assert after == replace(
         before, aliases=("b", "c"), update_time=after.update_time, revision=after.revision, state=after.state
@@ -153,8 +153,8 @@ async def test_an_update_changes_what_it_names(registry: ModelRegistry) -> None:
 
 async def test_an_update_to_what_it_is_writes_nothing(registry: ModelRegistry) -> None:
     """So doing it again is as good as doing it once."""
-    model = await registry.register("mine", "alpha", "llama", aliases=["a"], metadata={"k": "v"})
-    assert await registry.update("mine", {"aliases": ("a",), "metadata": {"k": "v"}}) == model
+    model = await registry.register("mine", "alpha", "llama", aliases=["a"], annotations={"k": "v"})
+    assert await registry.update("mine", {"aliases": ("a",), "annotations": {"k": "v"}}) == model
 
 
 async def test_an_update_of_what_a_model_leads_to(registry: ModelRegistry, beta: FakeProvider) -> None:
@@ -184,8 +184,8 @@ async def test_an_update_does_not_lead_a_scoped_name_elsewhere(registry: ModelRe
         ({"embedding_dimension": 5}, ["model.embedding_dimension"]),
         ({"type": ModelType.EMBEDDING, "embedding_dimension": 0}, ["model.embedding_dimension"]),
         (
-            {"aliases": ["mine", "two words"], "metadata": {"": "v"}},
-            ["model.aliases[0]", "model.aliases[1]", "model.metadata"],
+            {"aliases": ["mine", "two words"], "annotations": {"": "v"}},
+            ["model.aliases[0]", "model.aliases[1]", "model.annotations"],
         ),
     ],
 )
@@ -221,12 +221,12 @@ async def test_an_etag_holds_between_processes(open_registry: Opener) -> None:
     """What another process has changed counts, also what this one has not heard of; a new etag is good at once."""
     async with open_registry() as one, open_registry() as two:
         first = await one.register("mine", "alpha", "llama")
-        second = await two.update("mine", {"metadata": {"by": "two"}}, first.etag)
-        for stale in (one.update("mine", {"metadata": {}}, first.etag), one.unregister("mine", first.etag)):
+        second = await two.update("mine", {"annotations": {"by": "two"}}, first.etag)
+        for stale in (one.update("mine", {"annotations": {}}, first.etag), one.unregister("mine", first.etag)):
             failure = await failure_of(stale)
             assert (failure.reason, failure.code) == (Reason.ETAG_MISMATCH, Code.ABORTED)
             assert failure.metadata == {"model": "mine", "etag": second.etag}
-        third = await one.update("mine", {"metadata": {"by": "one"}}, second.etag)
+        third = await one.update("mine", {"annotations": {"by": "one"}}, second.etag)
         await two.unregister("mine", third.etag)
         assert (await failure_of(one.update("mine", {}, third.etag))).reason is Reason.MODEL_NOT_FOUND
 
@@ -237,9 +237,9 @@ async def test_updates_without_etags_lose_nothing(open_registry: Opener) -> None
         await one.register("mine", "alpha", "llama")
         await asyncio.gather(
             one.update("mine", {"aliases": ["a"]}),
-            two.update("mine", {"metadata": {"k": "v"}}),
+            two.update("mine", {"annotations": {"k": "v"}}),
             one.update("mine", {"type": ModelType.RERANK}),
         )
         await two.update("mine", {"aliases": ["a", "b"]})
         model = await two.get("b")
-    assert (model.aliases, model.metadata, model.type) == (("a", "b"), {"k": "v"}, ModelType.RERANK)
+    assert (model.aliases, model.annotations, model.type) == (("a", "b"), {"k": "v"}, ModelType.RERANK)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 async def test_keeps_what_the_provider_says(open_registry: Opener) -> None:
     """The provider's limits and origins are part of the model, its times are set."""
-    served = ServedModel("lora", root="/adapters/lora", parent="base", max_context_tokens=4096)
+    served = ServedModel("lora", engine_root="/adapters/lora", base_model="base", max_context_tokens=4096)
     async with open_registry(FakeProvider("vllm", ["base", served])) as registry:
         model = await registry.register("mine", "vllm", "lora", ModelType.EMBEDDING, ["a", "b"], {"k": "v"}, 1024)
     assert model.create_time is not None
@@ -90,7 +90,7 @@ async def test_a_model_is_registered_as_what_its_provider_serves(
     provider = FakeProvider("vllm", ["other", served])
     async with open_registry(provider) as registry:
         model = await registry.register(model_id, provider_model_id=provider_model_id, aliases=["a"])
-        assert (model.id, model.provider_model_id, model.root) == (expected_id, served.id, served.root)
+        assert (model.id, model.provider_model_id, model.engine_root) == (expected_id, served.id, served.engine_root)
         assert await registry.get(f"vllm/{served.id}") is model
         provider.go_down()
         assert await registry.register(model_id, provider_model_id=provider_model_id, aliases=["a"]) is model
@@ -139,10 +139,10 @@ async def test_an_alias_that_the_id_becomes(open_registry: Opener) -> None:
 
 async def test_an_adapter_is_not_taken_for_its_base(open_registry: Opener) -> None:
     """What says that it was loaded from the model, but is another one, is not served under the model's names."""
-    adapter = ServedModel("adapter", root=REPOSITORY, parent="base")
+    adapter = ServedModel("adapter", engine_root=REPOSITORY, base_model="base")
     async with open_registry(FakeProvider("vllm", [adapter])) as registry:
         assert (await failure_of(registry.register(DESCRIPTOR))).reason is Reason.MODEL_NOT_SERVED
-        assert (await registry.register("mine", provider_model_id="adapter")).parent == "base"
+        assert (await registry.register("mine", provider_model_id="adapter")).base_model == "base"
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 3])
@@ -169,9 +169,9 @@ async def test_every_broken_rule_is_listed(registry: ModelRegistry) -> None:
     assert (failure.reason, failure.code) == (Reason.INVALID_REQUEST, Code.INVALID_ARGUMENT)
     assert [violation.field for violation in failure.violations] == [
         "model_id",
-        "metadata",
-        "metadata",
-        "metadata['v']",
+        "annotations",
+        "annotations",
+        "annotations['v']",
         "provider_id",
         "type",
         "aliases[0]",
@@ -194,7 +194,7 @@ async def test_every_broken_rule_is_listed(registry: ModelRegistry) -> None:
         ({"model_id": "no\u00a0break"}, "model_id"),
         ({"model_id": "llama", "aliases": ["alpha/llama"]}, "aliases[0]"),
         ({"model_id": "llama", "aliases": [f"alias-{number}" for number in range(33)]}, "aliases"),
-        ({"model_id": "llama", "metadata": {str(number): "" for number in range(65)}}, "metadata"),
+        ({"model_id": "llama", "annotations": {str(number): "" for number in range(65)}}, "annotations"),
         ({"model_id": "llama", "model_type": -1}, "type"),
     ],
 )
@@ -207,8 +207,8 @@ async def test_a_broken_rule(registry: ModelRegistry, arguments: dict[str, objec
 async def test_the_limits_themselves_are_allowed(registry: ModelRegistry) -> None:
     """The greatest that the rules name is within them."""
     aliases = [f"{number:02}{'é' * 254}" for number in range(32)]
-    metadata = {f"{number:02}{'k' * 126}": "v" * 4096 for number in range(64)}
-    model = await registry.register("x" * 256, "alpha", "llama", aliases=aliases, metadata=metadata)
+    annotations = {f"{number:02}{'k' * 126}": "v" * 4096 for number in range(64)}
+    model = await registry.register("x" * 256, "alpha", "llama", aliases=aliases, annotations=annotations)
     assert await registry.get(aliases[-1]) == model
 
 

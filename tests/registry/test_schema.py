@@ -77,7 +77,7 @@ async def test_a_database_of_the_release_before_is_brought_up_to_date(url: str) 
     await store.open()
     try:
         revision, (llama, vectors) = await store.load()
-        assert llama == replace(LLAMA, metadata={"owner": "we"}, revision=1)
+        assert llama == replace(LLAMA, annotations={"owner": "we"}, revision=1)
         assert (vectors.id, vectors.embedding_dimension, vectors.revision) == ("vectors", None, 1)
         assert revision == 1
         assert await store.changes_after(1) == []

@@ -90,7 +90,7 @@ async def test_a_name_that_nobody_has_deletes_nothing(store: Store, name: str) -
 async def test_delete_with_a_revision(store: Store) -> None:
     """Who has seen a state deletes that one, or nothing."""
     old = await inserted(store, LLAMA)
-    new = await store.update(replace(old, parent=""))
+    new = await store.update(replace(old, base_model=""))
     assert new is not None
     assert await store.delete("small", old.revision) is None
     assert await store.load() == (new.revision, [new])
@@ -120,7 +120,7 @@ async def test_a_name_has_one_owner(url: str, store: Store, model: Model) -> Non
 async def test_update_replaces_everything_but_the_id(url: str, store: Store) -> None:
     """All fields and names are those of the new model; the old aliases are free, and kept ones may change places."""
     old = await inserted(store, LLAMA)
-    wanted = replace(VECTORS, id="llama", aliases=("fast", "new"), metadata={"a": "b"}, revision=old.revision)
+    wanted = replace(VECTORS, id="llama", aliases=("fast", "new"), annotations={"a": "b"}, revision=old.revision)
     new = await store.update(wanted)
     assert new == replace(wanted, revision=old.revision + 1)
     assert await store.load() == (old.revision + 1, [new])
@@ -147,7 +147,7 @@ async def test_a_refused_update_changes_nothing(
     assert taken.revision == 2
     kept = await store.update(await inserted(store, LLAMA))
     assert kept is not None
-    assert await store.update(replace(kept, parent="new", **change)) is None  # type: ignore[arg-type]
+    assert await store.update(replace(kept, base_model="new", **change)) is None  # type: ignore[arg-type]
     assert await store.load() == (kept.revision, [kept, taken])
     assert await store.changes_after(kept.revision) == []
     assert list(whole(url)) == []
@@ -211,7 +211,7 @@ async def test_of_many_processes_that_change_a_model_one_does(url: str, store: S
     stores = [Store(url, busy_seconds=60) for _ in range(4)]
     for other in stores:
         await other.open()
-    writes = [other.update(replace(seen, parent=f"of {number}")) for number, other in enumerate(stores)]
+    writes = [other.update(replace(seen, base_model=f"of {number}")) for number, other in enumerate(stores)]
     kept = await asyncio.gather(*writes, *(other.delete("llama", seen.revision) for other in stores))
     for other in stores:
         await other.close()
@@ -232,7 +232,7 @@ async def test_writes_of_many_processes_are_in_one_order_without_gaps(url: str, 
         for step in range(6):
             model = await inserted(other, plain(f"{number}-{step}", f"alias-{number}"))
             assert await other.insert(plain("refused", f"alias-{number}")) is None
-            changed = await other.update(replace(model, parent="new"))
+            changed = await other.update(replace(model, base_model="new"))
             gone = await other.delete(model.id)
             assert changed is not None
             assert gone is not None
@@ -269,9 +269,9 @@ async def test_writes_of_many_processes_are_in_one_order_without_gaps(url: str, 
 @pytest.mark.parametrize(
     "damage",
     [
-        "UPDATE models SET metadata = '{' WHERE id = 'llama'",
-        "UPDATE models SET metadata = '[]' WHERE id = 'llama'",
-        "UPDATE models SET metadata = '{\"a\": 1}' WHERE id = 'llama'",
+        "UPDATE models SET annotations = '{' WHERE id = 'llama'",
+        "UPDATE models SET annotations = '[]' WHERE id = 'llama'",
+        "UPDATE models SET annotations = '{\"a\": 1}' WHERE id = 'llama'",
         "UPDATE models SET type = 'ORACLE' WHERE id = 'llama'",
         "UPDATE models SET update_time = 9000000000000000000 WHERE id = 'llama'",
         "UPDATE models SET max_context_tokens = 4294967296 WHERE id = 'llama'",
@@ -342,14 +342,14 @@ _numbers = count()
 
 # Few, since each writes; the store is the same for all of them.
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(metadata=st.dictionaries(st.text(), st.text()), names=st.lists(NAMES, unique=True, max_size=5))
-async def test_any_text_survives(store: Store, metadata: dict[str, str], names: list[str]) -> None:
+@given(annotations=st.dictionaries(st.text(), st.text()), names=st.lists(NAMES, unique=True, max_size=5))
+async def test_any_text_survives(store: Store, annotations: dict[str, str], names: list[str]) -> None:
     """Notes and names come back as they went in, whatever letters they hold, from models and changes alike."""
     model_id = f"id {next(_numbers)}"
     before, _ = await store.load()
-    kept = await inserted(store, replace(LLAMA, id=model_id, aliases=tuple(names), metadata=metadata))
+    kept = await inserted(store, replace(LLAMA, id=model_id, aliases=tuple(names), annotations=annotations))
     assert kept.names == (model_id, *names)
-    assert kept.metadata == metadata
+    assert kept.annotations == annotations
     assert await models_of(store) == [kept]
     assert await store.changes_after(before) == [Change(kept.revision, ChangeKind.ADDED, model_id, kept)]
     assert await store.delete(names[0] if names else model_id)

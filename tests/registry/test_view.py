@@ -93,8 +93,8 @@ async def test_what_is_discovered(kit: Kit) -> None:
         "lora",
         source=ModelSource.DISCOVERED,
         max_context_tokens=4096,
-        root="/adapters/lora",
-        parent="m",
+        engine_root="/adapters/lora",
+        base_model="m",
         state=SERVING,
     )
     assert kit.told() == [(ADDED, "p/m", SERVING), (ADDED, "p/lora", SERVING)]
@@ -104,7 +104,7 @@ async def test_what_is_discovered(kit: Kit) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "seen"), [(-1, None), (0, 0), (MAX_CONTEXT_TOKENS, MAX_CONTEXT_TOKENS), (2**32, None)]
+    ("tokens", "seen"), [(-1, None), (0, 0), (MAX_CONTEXT_TOKENS, MAX_CONTEXT_TOKENS), (2**31, None)]
 )
 async def test_a_context_that_cannot_be_is_left_out(kit: Kit, tokens: int, seen: int | None) -> None:
     """A number that the wire cannot carry must not end every watch."""
@@ -260,7 +260,7 @@ async def test_as_seen(kit: Kit) -> None:
     await kit.serve("p", "m")
     assert kit.view.as_seen(mine) is kit.view.models["mine"]
     assert kit.view.as_seen(mine) == replace(mine, state=SERVING)
-    changed = replace(mine, metadata={"k": "v"}, revision=mine.revision + 1)
+    changed = replace(mine, annotations={"k": "v"}, revision=mine.revision + 1)
     assert kit.view.as_seen(changed) == replace(changed, state=SERVING)
     kit.exchange(mine, None)
     assert kit.view.as_seen(mine) == replace(mine, state=SERVING)
@@ -308,7 +308,7 @@ def expected(
                     provider_id,
                     name,
                     source=ModelSource.DISCOVERED,
-                    root=served.root,
+                    engine_root=served.engine_root,
                     state=state(provider_id, name),
                 )
     return there

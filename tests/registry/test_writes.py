@@ -84,16 +84,16 @@ async def test_two_processes_that_change_a_model(open_registry: Opener) -> None:
     """Neither undoes what the other did, each change is made of the latest state, and an etag holds for one state."""
     async with open_registry() as one, open_registry() as two:
         first = await one.register("mine", "alpha", "llama", aliases=["a"])
-        await two.update("a", {"metadata": {"by": "two"}})
+        await two.update("a", {"annotations": {"by": "two"}})
         both = await one.update("mine", {"aliases": ["b"]})
-        assert (both.aliases, both.metadata) == (("b",), {"by": "two"})
+        assert (both.aliases, both.annotations) == (("b",), {"by": "two"})
         assert both.revision == first.revision + 2
-        failure = await failure_of(two.update("mine", {"metadata": {}}, first.etag))
+        failure = await failure_of(two.update("mine", {"annotations": {}}, first.etag))
         assert failure.reason is Reason.ETAG_MISMATCH
         assert failure.metadata == {"model": "mine", "etag": both.etag}
         assert (await failure_of(one.unregister("mine", first.etag))).reason is Reason.ETAG_MISMATCH
         await two.unregister("b", both.etag)
-        assert (await failure_of(one.update("mine", {"metadata": {}}))).reason is Reason.MODEL_NOT_FOUND
+        assert (await failure_of(one.update("mine", {"annotations": {}}))).reason is Reason.MODEL_NOT_FOUND
 
 
 @pytest.mark.usefixtures("deaf")
@@ -125,7 +125,7 @@ async def test_a_name_of_a_damaged_record_is_taken_until_it_is_unregistered(url:
     async with open_registry() as registry:
         await registry.register("mine", "alpha", "llama", aliases=["a"])
         good = await registry.register("good", "alpha", "llama")
-    execute(url, "UPDATE models SET metadata = '{' WHERE id = 'mine'")
+    execute(url, "UPDATE models SET annotations = '{' WHERE id = 'mine'")
     async with open_registry() as registry:
         assert (await registry.get("good")).etag == good.etag
         failure = await failure_of(registry.register("mine", "alpha", "llama"))

@@ -108,6 +108,26 @@ async def test_whoever_is_known_is_served(start_gateway: StartGateway, vllm: Fak
     assert "secret-of" not in lines.getvalue()
 
 
+async def test_a_registration_has_an_owner(start_gateway: StartGateway) -> None:
+    """The caller that registered it: not another that registers the same again or changes it, nor what a request says."""
+    async with start_gateway(access=ACCESS) as gateway:
+        request = model_registry_pb2.RegisterModelRequest(model_id="mine", provider_model_id="fake")
+        changer = bearer(KEYS[Permission.CHANGE])
+        models = [(await gateway.models.RegisterModel(request, metadata=each)).model for each in (changer, bearer(OPS))]
+        update = model_registry_pb2.UpdateModelRequest(
+            model=model_registry_pb2.Model(id="mine", aliases=["a"], owner="eve")
+        )
+        models.append((await gateway.models.UpdateModel(update, metadata=bearer(OPS))).model)
+        read = model_registry_pb2.GetModelRequest(model_id="vllm/fake")
+        listed = await gateway.models.ListModels(model_registry_pb2.ListModelsRequest(), metadata=bearer(OPS))
+        models += [each for each in listed.models if each.id == "mine"]
+        assert [model.owner for model in models] == ["changeer"] * 4
+        await gateway.models.UnregisterModel(
+            model_registry_pb2.UnregisterModelRequest(model_id="mine"), metadata=changer
+        )
+        assert (await gateway.models.GetModel(read, metadata=bearer(OPS))).model.owner == ""
+
+
 async def test_who_is_refused_is_logged(start_gateway: StartGateway, lines: Lines) -> None:
     """Like any other failure, with the reason, and the caller if it is known; never with what it sent."""
     async with start_gateway(access=ACCESS) as gateway:

@@ -151,7 +151,7 @@ async def test_a_slow_caller_gets_all_in_fewer_messages(start_gateway: StartGate
     completed = events[-1].completed
     assert completed.usage.completion_tokens == 60_000
     assert len(events) < 30_000
-    assert completed.choices[0].message.content[0].text == "".join(event.text_delta.text for event in events)
+    assert completed.choices[0].message.text == "".join(event.text_delta.text for event in events)
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def held(events: Events) -> None:
     assert [choice.index for choice in completed.choices] == seen
     for choice in completed.choices:
         mine = [event for event in events if event.HasField("choice_index") and event.choice_index == choice.index]
-        assert "".join(event.text_delta.text for event in mine) == "".join(part.text for part in choice.message.content)
+        assert "".join(event.text_delta.text for event in mine) == choice.message.text
         assert "".join(event.reasoning_delta.text for event in mine) == choice.message.reasoning
         verdicts = [event.tool_call_delta for event in mine if event.HasField("tool_call_delta")]
         assert [verdict.index for verdict in verdicts] == sorted({verdict.index for verdict in verdicts})
@@ -98,9 +98,9 @@ async def test_recordings_keep_the_contract(served: Running, vllm: FakeVllm) -> 
         )
         held(events)
         completed = events[-1].completed
-        assert [choice.text for choice in expected.choices] == [
-            "".join(part.text for part in choice.message.content) for choice in completed.choices
-        ], name
+        assert [choice.text for choice in expected.choices] == [choice.message.text for choice in completed.choices], (
+            name
+        )
         assert (expected.fault is not None) == completed.HasField("error") == (failure is not None), name
 
 
@@ -163,10 +163,12 @@ async def test_the_whole_request_reaches_vllm(served: Running, vllm: FakeVllm) -
     """From the message on the wire to the body in HTTP, all fields at once."""
     chat = ask(
         messages=[
-            message_pb2.Message(system=message_pb2.SystemMessage(content=[message_pb2.ContentPart(text="s")])),
-            message_pb2.Message(developer=message_pb2.DeveloperMessage(content=[message_pb2.ContentPart(text="d")])),
+            message_pb2.ChatMessage(system=message_pb2.SystemMessage(content=[message_pb2.ContentPart(text="s")])),
+            message_pb2.ChatMessage(
+                developer=message_pb2.DeveloperMessage(content=[message_pb2.ContentPart(text="d")])
+            ),
             user("a", "b"),
-            message_pb2.Message(
+            message_pb2.ChatMessage(
                 assistant=message_pb2.AssistantMessage(
                     reasoning="r",
                     tool_calls=[
@@ -174,7 +176,7 @@ async def test_the_whole_request_reaches_vllm(served: Running, vllm: FakeVllm) -
                     ],
                 )
             ),
-            message_pb2.Message(
+            message_pb2.ChatMessage(
                 tool=message_pb2.ToolMessage(call_id="c1", content=[message_pb2.ContentPart(text="cold")])
             ),
         ],
@@ -227,7 +229,7 @@ async def test_text_usage_and_times(served: Running, vllm: FakeVllm) -> None:
     assert (completed.usage.completion_tokens, completed.usage.provenance) == (5, chat_pb.USAGE_PROVENANCE_EXACT)
     assert completed.usage.prompt_tokens > 0
     assert not completed.usage.HasField("cached_prompt_tokens")
-    assert 0 < completed.timings.time_to_first_event.ToNanoseconds() <= completed.timings.total.ToNanoseconds()
+    assert 0 < completed.timings.first_event_latency.ToNanoseconds() <= completed.timings.total.ToNanoseconds()
     assert completed.choices[0].stop_reason == chat_pb.STOP_REASON_END_OF_TURN
     assert not completed.HasField("error")
     assert not completed.messages_omitted
@@ -260,8 +262,8 @@ async def test_everything_that_an_answer_can_hold(served: Running, vllm: FakeVll
         chat_pb.TokenLogprob(
             token="é",
             logprob=-0.25,
-            token_bytes=b"\xc3\xa9",
-            alternatives=[chat_pb.TokenLogprob.Alternative(token="e", logprob=-1.5, token_bytes=b"e")],
+            raw_bytes=b"\xc3\xa9",
+            alternatives=[chat_pb.TokenLogprob.Alternative(token="e", logprob=-1.5, raw_bytes=b"e")],
         )
     ]
     reasoning = next(event.reasoning_delta for event in events if event.HasField("reasoning_delta"))
@@ -277,7 +279,7 @@ async def test_everything_that_an_answer_can_hold(served: Running, vllm: FakeVll
     assert broken.failure.reason == tool_pb2.TOOL_CALL_FAILURE_REASON_MALFORMED_JSON
     assert (broken.failure.raw_arguments, broken.failure.byte_offset) == ('{"city"', 7)
     assert (first.stop_reason, first.tool_calls_executable) == (chat_pb.STOP_REASON_END_OF_MESSAGE, False)
-    assert second.message.content[0].text == "two"
+    assert second.message.text == "two"
     assert not first.logprobs
 
 
@@ -324,7 +326,7 @@ async def test_a_required_call(served: Running) -> None:
     (call,) = choice.message.tool_calls
     assert (call.tool_name, call.arguments) == ("get_weather", '{"city": "Oslo"}')
     result = message_pb2.ToolMessage(call_id=call.call_id, content=[message_pb2.ContentPart(text="cold")])
-    history = [user("hi"), message_pb2.Message(assistant=choice.message), message_pb2.Message(tool=result)]
+    history = [user("hi"), message_pb2.ChatMessage(assistant=choice.message), message_pb2.ChatMessage(tool=result)]
     await read_well(served.stream(ask(messages=history)))
 
 
@@ -412,7 +414,7 @@ async def test_messages_are_left_out_above_the_limit(
     assert completed.usage.completion_tokens == 2
     # A whole answer has no deltas that would say it.
     assert not created.completed.messages_omitted
-    assert created.completed.choices[0].message.content[0].text == text
+    assert created.completed.choices[0].message.text == text
 
 
 async def test_calls_one_after_the_other_use_one_connection(served: Running, vllm: FakeVllm) -> None:
@@ -475,6 +477,6 @@ async def test_a_request_without_chat(served: Running, rpc: str) -> None:
 async def test_an_invalid_request_does_not_reach_vllm(served: Running, vllm: FakeVllm) -> None:
     """Every violated field is in the answer."""
     failure = await failure_of(served.create(chat_pb.ChatRequest(choice_count=0)))
-    assert failure.fields == ["chat.model", "chat.messages", "chat.choice_count"]
-    assert failure.metadata["field"] == "chat.model"
+    assert failure.fields == ["chat.messages", "chat.choice_count"]
+    assert failure.metadata["field"] == "chat.messages"
     assert not vllm.chats

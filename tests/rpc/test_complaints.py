@@ -63,17 +63,21 @@ EMPTY = message_pb2.ContentPart(text="")
 TOO_LONG: dict[str, tuple[chat_pb.ChatRequest, str]] = {
     "messages": (ask(messages=[user("x")] * (validate.MAX_MESSAGES + 1)), "chat.messages"),
     "parts": (
-        ask(messages=[message_pb2.Message(user=message_pb2.UserMessage(content=[EMPTY] * (validate.MAX_ENTRIES + 1)))]),
+        ask(
+            messages=[
+                message_pb2.ChatMessage(user=message_pb2.UserMessage(content=[EMPTY] * (validate.MAX_ENTRIES + 1)))
+            ]
+        ),
         "chat.messages",
     ),
     "calls": (
         ask(
             messages=[
-                message_pb2.Message(
+                message_pb2.ChatMessage(
                     assistant=message_pb2.AssistantMessage(tool_calls=[tool_pb2.ToolCall()] * validate.MAX_ENTRIES)
                 ),
                 user("x"),
-                message_pb2.Message(),
+                message_pb2.ChatMessage(),
             ]
         ),
         "chat.messages",

@@ -212,13 +212,13 @@ def test_completed() -> None:
             provenance=chat_pb.USAGE_PROVENANCE_EXACT,
         ),
         timings=chat_pb.Timings(
-            time_to_first_event=Duration(nanos=500_000_000), total=Duration(seconds=2, nanos=250_000_000)
+            first_event_latency=Duration(nanos=500_000_000), total=Duration(seconds=2, nanos=250_000_000)
         ),
         choices=[
             chat_pb.Completed.Choice(
                 index=4,
                 message=message_pb2.AssistantMessage(
-                    content=[message_pb2.ContentPart(text="text")],
+                    text="text",
                     reasoning="reasoning",
                     tool_calls=[VERDICT.tool_call],
                 ),
@@ -232,13 +232,13 @@ def test_completed() -> None:
 
 
 def test_an_end_without_anything() -> None:
-    """No text is no part, no figure is no number, and no first event is no time."""
+    """No text is absent, no figure is no number, and no first event is no time."""
     choice = FinishedChoice(0, "", "", (), (), StopReason.ERROR, "", False)
     result = completed(Answered(first=None), Completed(Usage(0, Provenance.ESTIMATED), (choice,)))
-    assert not result.choices[0].message.content
+    assert not result.choices[0].message.HasField("text")
     assert result.choices[0].HasField("message")
     assert not result.usage.HasField("prompt_tokens")
-    assert not result.timings.HasField("time_to_first_event")
+    assert not result.timings.HasField("first_event_latency")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import grpc
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import model_registry_pb2 as registry_pb
 from deltawire_server.fake_vllm import FakeVllm
+from deltawire_server.rpc.validate import COUNTED
 from tests.support.gateway import Lines, Running, ask, failure_of, read_well, tool, user
 
 if TYPE_CHECKING:
@@ -51,6 +52,22 @@ async def test_what_is_no_request(served: Running, vllm: FakeVllm) -> None:
     assert all(request.method == "GET" for request in vllm.requests)  # it is listed all the time
 
 
+async def test_fields_without_an_effect_on_the_count(served: Running, vllm: FakeVllm) -> None:
+    """They are refused, each by its name: every field but those that the count depends on, which are taken."""
+    for field in chat_pb.ChatRequest.DESCRIPTOR.fields:
+        chat = ask()
+        if field.message_type is None and not field.is_repeated:
+            value = {field.CPPTYPE_STRING: "x", field.CPPTYPE_BOOL: True}.get(field.cpp_type, 1)
+            setattr(chat, field.name, value)
+        elif field.message_type is not None and not field.is_repeated:
+            getattr(chat, field.name).SetInParent()
+        if field.name in COUNTED:
+            continue
+        failure = await failure_of(served.chat.CountTokens(counting(chat)))
+        assert (failure.reason, failure.fields) == ("INVALID_REQUEST", [f"chat.{field.name}"])
+    assert not [request for request in vllm.requests if request.path == "/tokenize"]
+
+
 async def test_models_that_cannot_be_counted_for(served: Running) -> None:
     """One that is not there, and one that does not chat."""
     failure = await failure_of(served.chat.CountTokens(counting(ask(model="no"))))
@@ -70,7 +87,7 @@ async def test_a_provider_that_does_not_count(start_gateway: StartGateway) -> No
         start_gateway(base_url=vllm.base_url) as gateway,
     ):
         failure = await failure_of(gateway.chat.CountTokens(counting()))
-    assert (failure.code, failure.reason) == (grpc.StatusCode.UNIMPLEMENTED, "NOT_SUPPORTED_BY_PROVIDER")
+    assert (failure.code, failure.reason) == (grpc.StatusCode.UNIMPLEMENTED, "ENDPOINT_NOT_SUPPORTED")
     assert failure.metadata["endpoint"] == "/tokenize"
     assert "/tokenize" in failure.message
 

@@ -38,7 +38,7 @@ INVALID = (Code.INVALID_ARGUMENT, "INVALID_REQUEST")
 @pytest.fixture
 def alpha() -> FakeProvider:
     """Serves a model of which all is known, and one of which nothing is."""
-    lora = ServedModel("lora", root="/adapters/lora", parent="llama", max_context_tokens=4096)
+    lora = ServedModel("lora", engine_root="/adapters/lora", base_model="llama", max_context_tokens=4096)
     return FakeProvider("alpha", ["llama", lora])
 
 
@@ -65,7 +65,7 @@ def stub(served: Served) -> pb_grpc.ModelRegistryAsyncStub:
 async def mine(stub: pb_grpc.ModelRegistryAsyncStub) -> pb.Model:
     """A registered model with everything that an LLM can have."""
     request = pb.RegisterModelRequest(
-        model_id="mine", provider_id="alpha", provider_model_id="llama", aliases=["a", "b"], metadata={"k": "v"}
+        model_id="mine", provider_id="alpha", provider_model_id="llama", aliases=["a", "b"], annotations={"k": "v"}
     )
     return (await stub.RegisterModel(request)).model
 
@@ -94,7 +94,7 @@ async def test_a_model_from_registration_to_its_end(stub: pb_grpc.ModelRegistryA
             provider_model_id="lora",
             type=pb.MODEL_TYPE_EMBEDDING,
             aliases=["a", "b"],
-            metadata={"k": "v"},
+            annotations={"k": "v"},
             embedding_dimension=1024,
         )
     )
@@ -106,11 +106,11 @@ async def test_a_model_from_registration_to_its_end(stub: pb_grpc.ModelRegistryA
         provider_model_id="lora",
         type=pb.MODEL_TYPE_EMBEDDING,
         aliases=["a", "b"],
-        metadata={"k": "v"},
+        annotations={"k": "v"},
         source=pb.MODEL_SOURCE_REGISTERED,
         max_context_tokens=4096,
-        root="/adapters/lora",
-        parent="llama",
+        engine_root="/adapters/lora",
+        base_model="llama",
         create_time=model.create_time,
         update_time=model.create_time,
         state=pb.MODEL_STATE_SERVING,
@@ -163,7 +163,7 @@ async def test_every_violated_field_is_named(stub: pb_grpc.ModelRegistryAsyncStu
         (pb.MODEL_TYPE_EMBEDDING, None, True),
         (pb.MODEL_TYPE_EMBEDDING, 0, True),
         (pb.MODEL_TYPE_EMBEDDING, 1, False),
-        (pb.MODEL_TYPE_EMBEDDING, 2**32 - 1, False),
+        (pb.MODEL_TYPE_EMBEDDING, 2**31 - 1, False),
         (pb.MODEL_TYPE_LLM, 1024, True),
         (pb.MODEL_TYPE_UNSPECIFIED, 1024, True),
         (pb.MODEL_TYPE_RERANK, 1024, True),
@@ -203,7 +203,7 @@ async def test_failures_keep_their_codes_reasons_and_values(
     """What the registry raises is what the caller gets, with the values that `error_reason.proto` names."""
     register = pb.RegisterModelRequest(model_id="mine", provider_id="alpha", provider_model_id="llama")
     await stub.RegisterModel(register)
-    register.metadata["k"] = "v"
+    register.annotations["k"] = "v"
     beta.served = ["lora"]
     unserved = pb.RegisterModelRequest(model_id="x", provider_id="alpha")
     calls: list[tuple[Awaitable[object], Code, str, dict[str, str]]] = [
@@ -368,9 +368,9 @@ async def test_updating_each_field(stub: pb_grpc.ModelRegistryAsyncStub, mine: p
     """Only what the mask names is taken over, and lists and maps as a whole; the answer is what is stored."""
     beta.served = ["mistral"]
     steps: list[tuple[list[str], dict[str, Any], dict[str, Any]]] = [
-        (["aliases"], {"aliases": ["c"], "metadata": {"ignored": "x"}}, {"aliases": ["c"]}),
-        (["metadata"], {"metadata": {"n": "1"}}, {"metadata": {"n": "1"}}),
-        (["metadata"], {}, {"metadata": {}}),
+        (["aliases"], {"aliases": ["c"], "annotations": {"ignored": "x"}}, {"aliases": ["c"]}),
+        (["annotations"], {"annotations": {"n": "1"}}, {"annotations": {"n": "1"}}),
+        (["annotations"], {}, {"annotations": {}}),
         (["aliases"], {}, {"aliases": []}),
         (["type"], {"type": pb.MODEL_TYPE_RERANK}, {"type": pb.MODEL_TYPE_RERANK}),
         (["type"], {}, {"type": pb.MODEL_TYPE_LLM}),
@@ -407,13 +407,15 @@ async def test_updating_each_field(stub: pb_grpc.ModelRegistryAsyncStub, mine: p
 @pytest.mark.usefixtures("mine")
 async def test_an_empty_mask_takes_over_what_is_set(stub: pb_grpc.ModelRegistryAsyncStub) -> None:
     """What is not set stays; of what cannot be changed nothing is taken, so that a model that was read can be sent back."""
-    request = pb.UpdateModelRequest(model=pb.Model(id="a", metadata={"k": "new"}, root="/etc", parent="x"))
+    request = pb.UpdateModelRequest(
+        model=pb.Model(id="a", annotations={"k": "new"}, engine_root="/etc", base_model="x")
+    )
     updated = (await stub.UpdateModel(request)).model
-    assert (dict(updated.metadata), list(updated.aliases)) == ({"k": "new"}, ["a", "b"])
-    assert (updated.id, updated.root, updated.parent) == ("mine", "", "")
-    updated.metadata["k"] = "newer"
+    assert (dict(updated.annotations), list(updated.aliases)) == ({"k": "new"}, ["a", "b"])
+    assert (updated.id, updated.engine_root, updated.base_model) == ("mine", "", "")
+    updated.annotations["k"] = "newer"
     again = (await stub.UpdateModel(pb.UpdateModelRequest(model=updated))).model
-    assert dict(again.metadata) == {"k": "newer"}
+    assert dict(again.annotations) == {"k": "newer"}
 
 
 @pytest.mark.usefixtures("mine")
@@ -422,7 +424,7 @@ async def test_a_star_takes_over_everything(stub: pb_grpc.ModelRegistryAsyncStub
     star = FieldMask(paths=["*"])
     model = pb.Model(id="mine", provider_id="alpha", provider_model_id="llama")
     updated = (await stub.UpdateModel(pb.UpdateModelRequest(model=model, update_mask=star))).model
-    assert (list(updated.aliases), dict(updated.metadata), updated.type) == ([], {}, pb.MODEL_TYPE_LLM)
+    assert (list(updated.aliases), dict(updated.annotations), updated.type) == ([], {}, pb.MODEL_TYPE_LLM)
     failure = await failure_of(stub.UpdateModel(pb.UpdateModelRequest(model=pb.Model(id="mine"), update_mask=star)))
     assert (told(failure), failure.fields) == (INVALID, ["model.provider_id", "model.provider_model_id"])
 
@@ -434,7 +436,7 @@ async def test_a_star_takes_over_everything(stub: pb_grpc.ModelRegistryAsyncStub
         (["etag", "aliases", "create_time"], 2),
         (["state"], 1),
         (["*", "aliases"], 1),
-        (["metadata.k"], 1),
+        (["annotations.k"], 1),
         (["Aliases"], 1),
         ([""], 1),
         ([], 1),
@@ -447,7 +449,7 @@ async def test_a_mask_that_cannot_be(
     request = pb.UpdateModelRequest(model=pb.Model(id="mine"), update_mask=FieldMask(paths=paths))
     failure = await failure_of(stub.UpdateModel(request))
     assert (told(failure), failure.fields) == (INVALID, ["update_mask"] * violations)
-    assert "provider_id, provider_model_id, type, aliases, metadata, embedding_dimension" in failure.message
+    assert "provider_id, provider_model_id, type, aliases, annotations, embedding_dimension" in failure.message
     assert (await stub.GetModel(pb.GetModelRequest(model_id="mine"))).model == mine
 
 
@@ -455,7 +457,7 @@ async def test_etags_of_an_update(stub: pb_grpc.ModelRegistryAsyncStub, mine: pb
     """With one, only what was seen is changed; without, whatever is there. The failure tells the one that holds now."""
 
     def change(value: str, etag: str) -> pb.UpdateModelRequest:
-        return pb.UpdateModelRequest(model=pb.Model(id="mine", metadata={"k": value}, etag=etag))
+        return pb.UpdateModelRequest(model=pb.Model(id="mine", annotations={"k": value}, etag=etag))
 
     first = (await stub.UpdateModel(change("1", mine.etag))).model
     failure = await failure_of(stub.UpdateModel(change("2", mine.etag)))
@@ -464,7 +466,7 @@ async def test_etags_of_an_update(stub: pb_grpc.ModelRegistryAsyncStub, mine: pb
     assert "read it, then decide again" in failure.message
     assert told(await failure_of(stub.UpdateModel(change("2", "nonsense")))) == (Code.ABORTED, "ETAG_MISMATCH")
     assert (await stub.GetModel(pb.GetModelRequest(model_id="mine"))).model == first
-    assert (await stub.UpdateModel(change("3", ""))).model.metadata["k"] == "3"
+    assert (await stub.UpdateModel(change("3", ""))).model.annotations["k"] == "3"
 
 
 async def test_an_etag_of_what_was_meanwhile_registered_anew(
@@ -474,7 +476,7 @@ async def test_an_etag_of_what_was_meanwhile_registered_anew(
     await stub.UnregisterModel(pb.UnregisterModelRequest(model_id="mine"))
     await stub.RegisterModel(
         pb.RegisterModelRequest(
-            model_id="mine", provider_id="alpha", provider_model_id="llama", aliases=["a", "b"], metadata={"k": "v"}
+            model_id="mine", provider_id="alpha", provider_model_id="llama", aliases=["a", "b"], annotations={"k": "v"}
         )
     )
     failure = await failure_of(stub.UnregisterModel(pb.UnregisterModelRequest(model_id="mine", etag=mine.etag)))
@@ -492,7 +494,7 @@ async def test_nothing_different_is_nothing_written(
         pb.UpdateModelRequest(model=mine, update_mask=FieldMask(paths=["*"])),
         pb.UpdateModelRequest(model=pb.Model(id="b"), update_mask=FieldMask(paths=["embedding_dimension"])),
         pb.UpdateModelRequest(model=pb.Model(id="mine"), update_mask=FieldMask(paths=["type"])),
-        pb.UpdateModelRequest(model=pb.Model(id="mine", metadata={"k": "v"}, etag=mine.etag)),
+        pb.UpdateModelRequest(model=pb.Model(id="mine", annotations={"k": "v"}, etag=mine.etag)),
     ]
     for request in requests:
         assert (await stub.UpdateModel(request)).model == mine
@@ -526,7 +528,7 @@ async def test_leading_elsewhere_asks_the_provider(
 async def test_what_a_provider_says_of_a_model_follows_where_it_leads(stub: pb_grpc.ModelRegistryAsyncStub) -> None:
     """Root, base and context are those of what it leads to."""
     updated = (await stub.UpdateModel(pb.UpdateModelRequest(model=pb.Model(id="mine", provider_model_id="lora")))).model
-    assert (updated.root, updated.parent, updated.max_context_tokens) == ("/adapters/lora", "llama", 4096)
+    assert (updated.engine_root, updated.base_model, updated.max_context_tokens) == ("/adapters/lora", "llama", 4096)
 
 
 @pytest.mark.usefixtures("mine")
@@ -557,10 +559,10 @@ async def test_names_that_stay_are_nobody_s_affair(
 
     await change(aliases=["beta/x"])
     beta.go_down()
-    assert (await change(metadata={"k": "1"})).model.metadata["k"] == "1"
+    assert (await change(annotations={"k": "1"})).model.annotations["k"] == "1"
     assert told(await failure_of(change(aliases=["beta/x", "beta/y"]))) == (Code.UNAVAILABLE, "UPSTREAM_UNAVAILABLE")
     beta.failure, beta.served = None, ["x"]
-    assert (await change(metadata={"k": "2"})).model.metadata["k"] == "2"
+    assert (await change(annotations={"k": "2"})).model.annotations["k"] == "2"
     assert told(await failure_of(change(provider_model_id="lora"))) == (Code.ALREADY_EXISTS, "MODEL_ALREADY_EXISTS")
 
 
@@ -569,7 +571,7 @@ async def test_broken_rules_of_an_update_are_named_all_at_once(stub: pb_grpc.Mod
     """By their place in the request; among them a type without its dimension, and one that leaves its dimension."""
     number: Any = 9
     requests: list[tuple[pb.Model, list[str], list[str]]] = [
-        (pb.Model(aliases=["", "mine"], metadata={"": "x"}), [], ["aliases[0]", "aliases[1]", "metadata"]),
+        (pb.Model(aliases=["", "mine"], annotations={"": "x"}), [], ["aliases[0]", "aliases[1]", "annotations"]),
         (pb.Model(type=number), [], ["type"]),
         (pb.Model(type=pb.MODEL_TYPE_EMBEDDING), [], ["embedding_dimension"]),
         (pb.Model(embedding_dimension=3), [], ["embedding_dimension"]),
@@ -597,7 +599,7 @@ async def test_what_is_not_registered_cannot_be_changed(stub: pb_grpc.ModelRegis
         ("lora", (Code.FAILED_PRECONDITION, "MODEL_DISCOVERED")),
         ("x", (Code.NOT_FOUND, "MODEL_NOT_FOUND")),
     ]:
-        update = pb.UpdateModelRequest(model=pb.Model(id=name, metadata={"k": "v"}))
+        update = pb.UpdateModelRequest(model=pb.Model(id=name, annotations={"k": "v"}))
         assert told(await failure_of(stub.UpdateModel(update))) == told_as
         unregister = pb.UnregisterModelRequest(model_id=name, etag="r1")
         assert told(await failure_of(stub.UnregisterModel(unregister))) == told_as
@@ -668,6 +670,13 @@ async def test_providers_and_their_health(stub: pb_grpc.ModelRegistryAsyncStub, 
             pb.Provider(id="beta", kind="fake", base_urls=["http://beta.localhost/v1"]),
         ]
     )
+    first = await stub.ListProviders(pb.ListProvidersRequest(page_size=1))
+    second = await stub.ListProviders(pb.ListProvidersRequest(page_size=1, page_token=first.next_page_token))
+    assert [[each.id for each in page.providers] for page in (first, second)] == [["alpha"], ["beta"]]
+    assert not second.next_page_token
+    models = await stub.ListModels(pb.ListModelsRequest(page_size=1))
+    failure = await failure_of(stub.ListProviders(pb.ListProvidersRequest(page_token=models.next_page_token)))
+    assert (failure.reason, failure.fields) == ("INVALID_REQUEST", ["page_token"])
     beta.go_down()
     assert await stub.CheckProviderHealth(
         pb.CheckProviderHealthRequest(provider_id="alpha")

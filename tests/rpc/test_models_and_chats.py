@@ -51,7 +51,7 @@ async def watching(gateway: Running) -> AsyncIterator[WatchCall]:
 async def test_an_adapter(served: Running, vllm: FakeVllm) -> None:
     """It is listed with its base, called like any other model, and its coming and going is told to watchers."""
     listed = (await served.models.ListModels(pb.ListModelsRequest())).models
-    assert [(model.id, model.parent, model.root, STATES[model.state]) for model in listed] == [
+    assert [(model.id, model.base_model, model.engine_root, STATES[model.state]) for model in listed] == [
         ("vllm/base", "", "/models/base", "SERVING"),
         ("vllm/sql", "base", "/adapters/sql", "SERVING"),
     ]
@@ -63,9 +63,9 @@ async def test_an_adapter(served: Running, vllm: FakeVllm) -> None:
         await until_shown(call, "bookmark")
         vllm.load_adapter("poems")
         await served.models.RefreshModels(pb.RefreshModelsRequest())
-        assert (await until_shown(call, "ADDED vllm/poems SERVING")).parent == "base"
+        assert (await until_shown(call, "ADDED vllm/poems SERVING")).base_model == "base"
         request = pb.RegisterModelRequest(model_id="verse", provider_model_id="poems")
-        assert (await served.models.RegisterModel(request)).model.parent == "base"
+        assert (await served.models.RegisterModel(request)).model.base_model == "base"
         assert shown(await take(call, 2)) == ["ADDED verse SERVING", "REMOVED vllm/poems SERVING"]
         vllm.unload_adapter("poems")
         await served.models.RefreshModels(pb.RefreshModelsRequest())

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 CHUNKS = Chunks()
 HOUR = Duration(seconds=3600)
-KEPT = chat_pb.StreamOptions(retain_for=Duration(seconds=60))
+KEPT = chat_pb.StreamOptions(retention=Duration(seconds=60))
 TEXT = "".join(f"{number} " for number in range(12))
 RUNNING, ENDED, FAILED = (
     chat_pb.COMPLETION_STATE_RUNNING,
@@ -69,7 +69,7 @@ def whole(*parts: Events) -> None:
     assert [event.sequence for event in events] == list(range(len(events)))
     assert kinds(events)[0] == "started"
     assert kinds(events)[-1] == "completed"
-    assert text_of(events) == TEXT == events[-1].completed.choices[0].message.content[0].text
+    assert text_of(events) == TEXT == events[-1].completed.choices[0].message.text
 
 
 # --- Resume
@@ -135,7 +135,7 @@ async def test_two_may_read_at_once(served: Running, vllm: FakeVllm) -> None:
 
 async def test_the_options_of_a_stream_are_settled_when_it_begins(served: Running) -> None:
     """A resume that brings some is refused, and names them."""
-    start = chat_pb.ResumeFrom(completion_id="c")
+    start = chat_pb.ResumePoint(completion_id="c")
     request = chat_pb.StreamChatCompletionRequest(resume=start, options=chat_pb.StreamOptions(usage_updates=True))
     _, failure = await read_badly(served.chat.StreamChatCompletion(request))
     assert (failure.reason, failure.fields) == ("INVALID_REQUEST", ["options"])
@@ -200,7 +200,7 @@ async def test_places_that_cannot_be_had(start_gateway: StartGateway, vllm: Fake
 async def test_a_stream_that_nobody_comes_back_to(served: Running, vllm: FakeVllm, lines: Lines) -> None:
     """Is stopped when its time has passed, and forgotten; what it has cost is known."""
     vllm.play(Script.chunks([CHUNKS.role(), CHUNKS.text("a"), asyncio.Event()]))
-    options = chat_pb.StreamOptions(retain_for=Duration(seconds=1))
+    options = chat_pb.StreamOptions(retention=Duration(seconds=1))
     call = served.stream(ask(completion_id="c"), options=options)
     await read_until(call, "a")
     call.cancel()
@@ -215,13 +215,13 @@ async def test_a_stream_that_nobody_comes_back_to(served: Running, vllm: FakeVll
 
 async def test_retention_can_be_limited(start_gateway: StartGateway) -> None:
     """By the operator, down to none; the complaint names the field and the limit."""
-    async with start_gateway(retention={"max_retain_for": 30}) as gateway:
+    async with start_gateway(retention={"max_retention": 30}) as gateway:
         _, failure = await read_badly(gateway.stream(options=KEPT))
-        assert (failure.reason, failure.fields) == ("INVALID_REQUEST", ["options.retain_for"])
+        assert (failure.reason, failure.fields) == ("INVALID_REQUEST", ["options.retention"])
         assert "30" in failure.message
-    async with start_gateway(retention={"max_retain_for": 0}) as gateway:
+    async with start_gateway(retention={"max_retention": 0}) as gateway:
         _, failure = await read_badly(gateway.stream(options=KEPT))
-        assert failure.fields == ["options.retain_for"]
+        assert failure.fields == ["options.retention"]
 
 
 async def test_a_reader_that_does_not_read(start_gateway: StartGateway, vllm: FakeVllm) -> None:
@@ -266,7 +266,7 @@ async def test_a_soft_cancel(served: Running, vllm: FakeVllm, options: chat_pb.S
     assert kinds(rest) == ["choice_finished", "completed"]
     choice = rest[-1].completed.choices[0]
     assert choice.stop_reason == chat_pb.STOP_REASON_CANCELLED
-    assert choice.message.content[0].text == text_of(first)
+    assert choice.message.text == text_of(first)
     assert rest[-1].completed.usage.provenance != chat_pb.USAGE_PROVENANCE_EXACT
     assert not rest[-1].completed.HasField("error")
     await vllm.chats[0].closed_early.wait()
@@ -284,7 +284,7 @@ async def test_a_soft_cancel_of_a_whole_answer(served: Running, vllm: FakeVllm) 
     await served.cancel("c")
     response = await creating
     assert response.completed.choices[0].stop_reason == chat_pb.STOP_REASON_CANCELLED
-    assert response.completed.choices[0].message.content[0].text == "0 1 2 3 "
+    assert response.completed.choices[0].message.text == "0 1 2 3 "
     assert response.started.completion_id == "c"
 
 
@@ -293,7 +293,7 @@ async def test_a_soft_time_limit(served: Running, vllm: FakeVllm) -> None:
     vllm.play(counting(asyncio.Event()))
     events = await read_well(served.stream(ask(soft_time_limit=Duration(nanos=300_000_000))))
     choice = events[-1].completed.choices[0]
-    assert (choice.stop_reason, choice.message.content[0].text) == (chat_pb.STOP_REASON_TIME_LIMIT, "0 1 2 3 ")
+    assert (choice.stop_reason, choice.message.text) == (chat_pb.STOP_REASON_TIME_LIMIT, "0 1 2 3 ")
 
 
 @pytest.mark.parametrize("completion_id", ["", "a b", "ö", "x" * 129])
@@ -379,7 +379,7 @@ async def test_another_callers_completion_is_none(start_gateway: StartGateway, v
 
 async def test_a_stream_is_kept_for_a_second_at_least(served: Running) -> None:
     """Less would be over before anybody had begun to read."""
-    options = chat_pb.StreamOptions(retain_for=Duration(nanos=999_999_999))
+    options = chat_pb.StreamOptions(retention=Duration(nanos=999_999_999))
     _, failure = await read_badly(served.stream(options=options))
-    assert failure.fields == ["options.retain_for"]
+    assert failure.fields == ["options.retention"]
     assert "from 1 to 600 seconds" in failure.message

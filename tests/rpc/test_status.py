@@ -51,7 +51,9 @@ def test_every_reason_is_told_in_details_and_trailers(reason: Reason) -> None:
     error = DeltawireError(reason, "m", metadata={"k": "v"})
     status = status_of(error, "r")
     assert (status.code, status.message) == (error.code.value, "m")
-    info = error_details_pb2.ErrorInfo(reason=reason.name, domain="deltawire", metadata={"k": "v", "request_id": "r"})
+    info = error_details_pb2.ErrorInfo(
+        reason=reason.name, domain="deltawire.dev", metadata={"k": "v", "request_id": "r"}
+    )
     assert details(error)["ErrorInfo"] == info
     assert trailers_of(error, "r") == (
         ("deltawire-reason", reason.name),

@@ -45,9 +45,9 @@ def complaints(chat: chat_pb.ChatRequest) -> list[str]:
     return [violation.field for violation in caught.value.violations]
 
 
-def message(**role: Any) -> message_pb2.Message:  # noqa: ANN401 (whatever the message takes)
+def message(**role: Any) -> message_pb2.ChatMessage:  # noqa: ANN401 (whatever the message takes)
     """A message."""
-    return message_pb2.Message(**role)
+    return message_pb2.ChatMessage(**role)
 
 
 def sampling(**fields: Any) -> chat_pb.ChatRequest:  # noqa: ANN401 (whatever the message takes)
@@ -73,13 +73,32 @@ def unknown_mode(number: int) -> tool_pb2.ToolChoice:
 TEXT = message_pb2.ContentPart(text="x")
 
 REFUSED = {
-    "no model": (chat_pb.ChatRequest(messages=[user("x")]), ["chat.model"]),
+    "a turn with text and parts": (
+        ask(messages=[message(user={"text": "a", "content": [message_pb2.ContentPart(text="b")]})]),
+        ["chat.messages[0].user"],
+    ),
+    "an earlier answer with text and parts": (
+        ask(messages=[message(assistant={"text": "a", "content": [message_pb2.ContentPart(text="b")]})]),
+        ["chat.messages[0].assistant"],
+    ),
+    "min_tokens below 0": (ask(sampling=chat_pb.Sampling(min_tokens=-1)), ["chat.sampling.min_tokens"]),
+    "stop_token_ids below 0": (
+        ask(sampling=chat_pb.Sampling(stop_token_ids=[1, -2])),
+        ["chat.sampling.stop_token_ids[1]"],
+    ),
+    "a key of logit_bias below 0": (
+        ask(sampling=chat_pb.Sampling(logit_bias={-1: 1})),
+        ["chat.sampling.logit_bias[-1]"],
+    ),
+    "choice_count below 0": (ask(choice_count=-1), ["chat.choice_count"]),
+    "top_k of logprobs below 0": (ask(logprobs=chat_pb.Logprobs(top_k=-1)), ["chat.logprobs.top_k"]),
+    "token_budget below 0": (ask(reasoning=chat_pb.Reasoning(token_budget=-1)), ["chat.reasoning.token_budget"]),
     "no messages": (chat_pb.ChatRequest(model="m"), ["chat.messages"]),
     "no role": (ask(messages=[user("x"), message()]), ["chat.messages[1]"]),
-    "user without content": (ask(messages=[user()]), ["chat.messages[0].user.content"]),
-    "system without content": (ask(messages=[message(system={})]), ["chat.messages[0].system.content"]),
-    "developer without content": (ask(messages=[message(developer={})]), ["chat.messages[0].developer.content"]),
-    "tool without content": (ask(messages=[message(tool={"call_id": "c"})]), ["chat.messages[0].tool.content"]),
+    "user without content": (ask(messages=[user()]), ["chat.messages[0].user"]),
+    "system without content": (ask(messages=[message(system={})]), ["chat.messages[0].system"]),
+    "developer without content": (ask(messages=[message(developer={})]), ["chat.messages[0].developer"]),
+    "tool without content": (ask(messages=[message(tool={"call_id": "c"})]), ["chat.messages[0].tool"]),
     "tool without call id": (
         ask(messages=[message(tool={"content": [TEXT]})]),
         ["chat.messages[0].tool.call_id"],
@@ -210,12 +229,11 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
         response_format=chat_pb.ResponseFormat(regex=""),
     )
     assert complaints(chat) == [
-        "chat.model",
         "chat.choice_count",
-        "chat.messages[0].user.content",
+        "chat.messages[0].user",
         "chat.messages[1]",
         "chat.messages[2].tool.call_id",
-        "chat.messages[2].tool.content",
+        "chat.messages[2].tool",
         "chat.tools[0].name",
         "chat.tools[1].input_schema",
         "chat.tool_choice.tool_name",
@@ -251,7 +269,7 @@ def test_the_least_request() -> None:
         ),
     ],
 )
-def test_messages(given: message_pb2.Message, value: ChatMessage) -> None:
+def test_messages(given: message_pb2.ChatMessage, value: ChatMessage) -> None:
     """Each role; a call's arguments to the letter, and none as an empty object. A turn of the model's may be empty."""
     assert chat_request(ask(messages=[given])).messages == (value,)
 
@@ -432,25 +450,27 @@ texts = st.text(max_size=5) | st.sampled_from(
     ["", "m", "t", "{}", "[]", '{"a":1}', '{"a":"\\udc00"}', '{"a":1e400}', f"{2**90}"]
 )
 maybe = st.none() | texts
-parts = st.lists(st.builds(message_pb2.ContentPart, text=maybe), max_size=2)
+contents = st.fixed_dictionaries(
+    {"content": st.lists(st.builds(message_pb2.ContentPart, text=maybe), max_size=2)}, optional={"text": texts}
+)
 calls = st.lists(st.builds(tool_pb2.ToolCall, call_id=texts, tool_name=texts, arguments=texts), max_size=2)
 messages = st.one_of(
-    st.just(message_pb2.Message()),
-    st.builds(lambda content: message(user={"content": content}), parts),
-    st.builds(lambda content: message(system={"content": content}), parts),
-    st.builds(lambda content: message(developer={"content": content}), parts),
-    st.builds(lambda content, call_id: message(tool={"content": content, "call_id": call_id}), parts, texts),
+    st.just(message_pb2.ChatMessage()),
+    st.builds(lambda content: message(user=content), contents),
+    st.builds(lambda content: message(system=content), contents),
+    st.builds(lambda content: message(developer=content), contents),
+    st.builds(lambda content, call_id: message(tool={**content, "call_id": call_id}), contents, texts),
     st.builds(
         lambda content, tool_calls, reasoning: message(
-            assistant={"content": content, "tool_calls": tool_calls, "reasoning": reasoning}
+            assistant={**content, "tool_calls": tool_calls, "reasoning": reasoning}
         ),
-        parts,
+        contents,
         calls,
         texts,
     ),
 )
 doubles = st.none() | st.floats()
-uint32 = st.integers(0, 2**32 - 1)
+int32 = st.integers(-(2**31), 2**31 - 1)
 samplings = st.builds(
     chat_pb.Sampling,
     temperature=doubles,
@@ -459,14 +479,14 @@ samplings = st.builds(
     frequency_penalty=doubles,
     presence_penalty=doubles,
     repetition_penalty=doubles,
-    top_k=st.none() | st.integers(-(2**31), 2**31 - 1),
+    top_k=st.none() | int32,
     seed=st.none() | st.integers(-(2**63), 2**63 - 1),
-    max_tokens=st.none() | uint32,
-    min_tokens=st.none() | uint32,
+    max_tokens=st.none() | int32,
+    min_tokens=st.none() | int32,
     stop=st.lists(texts, max_size=2),
-    stop_token_ids=st.lists(uint32, max_size=2),
+    stop_token_ids=st.lists(int32, max_size=2),
     ignore_eos=st.none() | st.booleans(),
-    logit_bias=st.dictionaries(uint32, st.floats(), max_size=2),
+    logit_bias=st.dictionaries(int32, st.floats(), max_size=2),
     bad_words=st.lists(texts, max_size=2),
 )
 formats = st.one_of(
@@ -491,11 +511,11 @@ requests = st.builds(
     parallel_tool_calls=st.none() | st.booleans(),
     sampling=st.none() | samplings,
     response_format=st.none() | formats,
-    logprobs=st.none() | st.builds(chat_pb.Logprobs, top_k=st.none() | uint32),
-    choice_count=st.none() | uint32,
+    logprobs=st.none() | st.builds(chat_pb.Logprobs, top_k=st.none() | int32),
+    choice_count=st.none() | int32,
     allowed_tools=st.lists(texts, max_size=2),
     reasoning=st.none()
-    | st.builds(chat_pb.Reasoning, token_budget=st.none() | uint32, include=st.none() | st.booleans()),
+    | st.builds(chat_pb.Reasoning, token_budget=st.none() | int32, include=st.none() | st.booleans()),
     soft_time_limit=st.none()
     | st.builds(Duration, seconds=st.integers(-5, 100_000), nanos=st.integers(-(2**31), 2**31 - 1)),
     completion_id=texts,

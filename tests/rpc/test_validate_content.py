@@ -25,9 +25,9 @@ def image(**source: Any) -> message_pb2.ContentPart:  # noqa: ANN401 (url or dat
     return message_pb2.ContentPart(image=message_pb2.Image(**source))
 
 
-def message(**role: Any) -> message_pb2.Message:  # noqa: ANN401 (whatever the message takes)
+def message(**role: Any) -> message_pb2.ChatMessage:  # noqa: ANN401 (whatever the message takes)
     """A message."""
-    return message_pb2.Message(**role)
+    return message_pb2.ChatMessage(**role)
 
 
 def data_url(data: bytes, media_type: str = "image/png") -> str:

@@ -42,11 +42,11 @@ def lasting(seconds: float) -> Duration:
         ({"heartbeat_interval": lasting(0.1)}, StreamOptions(heartbeat_interval=0.1)),
         ({"heartbeat_interval": lasting(3600)}, StreamOptions(heartbeat_interval=3600.0)),
         (
-            {"heartbeat_interval": lasting(1), "heartbeat_before_start": True},
-            StreamOptions(heartbeat_interval=1.0, heartbeat_before_start=True),
+            {"heartbeat_interval": lasting(1), "early_heartbeats": True},
+            StreamOptions(heartbeat_interval=1.0, early_heartbeats=True),
         ),
-        ({"retain_for": lasting(1)}, StreamOptions(retain_for=1.0)),
-        ({"retain_for": lasting(LIMIT)}, StreamOptions(retain_for=LIMIT)),
+        ({"retention": lasting(1)}, StreamOptions(retention=1.0)),
+        ({"retention": lasting(LIMIT)}, StreamOptions(retention=LIMIT)),
     ],
     ids=repr,
 )
@@ -65,9 +65,9 @@ def test_options(given: dict[str, Any], options: StreamOptions) -> None:
         ({"heartbeat_interval": lasting(0.09)}, "options.heartbeat_interval"),
         ({"heartbeat_interval": lasting(3600.1)}, "options.heartbeat_interval"),
         ({"heartbeat_interval": Duration(seconds=1, nanos=1_000_000_000)}, "options.heartbeat_interval"),
-        ({"heartbeat_before_start": True}, "options.heartbeat_before_start"),
-        ({"retain_for": lasting(0.999)}, "options.retain_for"),
-        ({"retain_for": lasting(LIMIT + 0.001)}, "options.retain_for"),
+        ({"early_heartbeats": True}, "options.early_heartbeats"),
+        ({"retention": lasting(0.999)}, "options.retention"),
+        ({"retention": lasting(LIMIT + 0.001)}, "options.retention"),
     ],
     ids=repr,
 )
@@ -78,8 +78,8 @@ def test_each_rule_of_options(given: dict[str, Any], field: str) -> None:
 
 def test_the_operators_limit_is_named() -> None:
     """So that a caller knows what to ask for."""
-    given = chat_pb.StreamOptions(retain_for=lasting(61))
-    assert "60 seconds" in complaints(stream_options, given, 60.0)["options.retain_for"]
+    given = chat_pb.StreamOptions(retention=lasting(61))
+    assert "60 seconds" in complaints(stream_options, given, 60.0)["options.retention"]
 
 
 def test_all_that_is_wrong_with_options_is_told_at_once() -> None:
@@ -87,13 +87,13 @@ def test_all_that_is_wrong_with_options_is_told_at_once() -> None:
     given = chat_pb.StreamOptions(
         max_coalesce_delay=lasting(11),
         heartbeat_interval=lasting(0),
-        heartbeat_before_start=True,
-        retain_for=lasting(0),
+        early_heartbeats=True,
+        retention=lasting(0),
     )
     assert [*complaints(stream_options, given, LIMIT)] == [
         "options.max_coalesce_delay",
         "options.heartbeat_interval",
-        "options.retain_for",
+        "options.retention",
     ]
 
 
@@ -116,13 +116,13 @@ def test_what_is_no_completion_id(text: str) -> None:
 
 def asked(options: chat_pb.StreamOptions | None = None, **resumed: Any) -> chat_pb.StreamChatCompletionRequest:  # noqa: ANN401 (whatever the message takes)
     """A request that goes on with a stream."""
-    return chat_pb.StreamChatCompletionRequest(resume=chat_pb.ResumeFrom(**resumed), options=options)
+    return chat_pb.StreamChatCompletionRequest(resume=chat_pb.ResumePoint(**resumed), options=options)
 
 
-@pytest.mark.parametrize(("after", "sequence"), [(None, None), (0, 0), (2**64 - 1, 2**64 - 1)])
+@pytest.mark.parametrize(("after", "sequence"), [(None, None), (0, 0), (2**63 - 1, 2**63 - 1)])
 def test_resume(after: int | None, sequence: int | None) -> None:
     """Zero is a message that came; absent is none."""
-    request = asked(chat_pb.StreamOptions(), completion_id="my-1", after_sequence=after)
+    request = asked(chat_pb.StreamOptions(), completion_id="my-1", last_sequence=after)
     assert resume(request) == ("my-1", sequence)
 
 
@@ -131,6 +131,7 @@ def test_resume(after: int | None, sequence: int | None) -> None:
     [
         (asked(), "resume.completion_id"),
         (asked(completion_id="a b"), "resume.completion_id"),
+        (asked(completion_id="a", last_sequence=-1), "resume.last_sequence"),
         (asked(chat_pb.StreamOptions(usage_updates=True), completion_id="a"), "options"),
         (asked(chat_pb.StreamOptions(max_coalesce_delay=Duration()), completion_id="a"), "options"),
     ],

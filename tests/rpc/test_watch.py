@@ -47,7 +47,7 @@ async def register(served: Served, model_id: str) -> pb.Model:
 
 async def change(served: Served, model_id: str, **metadata: str) -> pb.Model:
     """Change a registered model's notes."""
-    request = pb.UpdateModelRequest(model=pb.Model(id=model_id, metadata=metadata))
+    request = pb.UpdateModelRequest(model=pb.Model(id=model_id, annotations=metadata))
     return (await served.stub.UpdateModel(request)).model
 
 
@@ -64,7 +64,7 @@ async def test_a_snapshot_then_what_others_do(alpha: FakeProvider) -> None:
         assert not snapshot[2].HasField("model")
         async with aio.insecure_channel(served.address) as channel:
             other = pb_grpc.ModelRegistryStub(channel)
-            update = pb.UpdateModelRequest(model=pb.Model(id="mine", metadata={"k": "v"}))
+            update = pb.UpdateModelRequest(model=pb.Model(id="mine", annotations={"k": "v"}))
             updated = (await other.UpdateModel(update)).model
             await other.UnregisterModel(pb.UnregisterModelRequest(model_id="mine"))
         alpha.served = ["mistral", "new"]
@@ -187,7 +187,7 @@ async def test_a_watcher_that_does_not_read(alpha: FakeProvider, lines: Lines) -
             assert entry["code"] == "RESOURCE_EXHAUSTED"
             await change(served, "mine", last="1")
             told += await take(quick, 1)
-            assert [message.model.metadata["000"] for message in told[:4]] == ["0", "1", "2", "3"]
+            assert [message.model.annotations["000"] for message in told[:4]] == ["0", "1", "2", "3"]
             quick.cancel()
         messages, failure = await failed(slow)
         assert (failure.code, failure.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "SLOW_WATCHER")
@@ -273,7 +273,7 @@ async def test_a_watcher_that_does_not_read_holds_up_no_drain(start_gateway: Sta
     async with start_gateway(server={"drain_grace": 3600}, options=SMALL_WINDOW) as gateway:
         call = gateway.models.WatchModels(pb.WatchModelsRequest())
         await take(call, 2)
-        register = pb.RegisterModelRequest(model_id="mine", provider_model_id="fake", metadata=NOTES)
+        register = pb.RegisterModelRequest(model_id="mine", provider_model_id="fake", annotations=NOTES)
         await gateway.models.RegisterModel(register)
         async with asyncio.timeout(WAIT):
             await gateway.gateway.drain()

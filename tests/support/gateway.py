@@ -103,7 +103,7 @@ class Running:
         self, completion_id: str, after: int | None = None, *, metadata: tuple[tuple[str, str], ...] = ()
     ) -> StreamCall:
         """Go on with a retained stream."""
-        start = chat_pb.ResumeFrom(completion_id=completion_id, after_sequence=after)
+        start = chat_pb.ResumePoint(completion_id=completion_id, last_sequence=after)
         return self.chat.StreamChatCompletion(chat_pb.StreamChatCompletionRequest(resume=start), metadata=metadata)
 
     async def cancel(self, completion_id: str) -> chat_pb.CancelChatCompletionResponse:
@@ -139,10 +139,10 @@ def ask(text: str = "hi", **fields: Any) -> chat_pb.ChatRequest:  # noqa: ANN401
     return chat_pb.ChatRequest(**fields)
 
 
-def user(*texts: str) -> message_pb2.Message:
+def user(*texts: str) -> message_pb2.ChatMessage:
     """A user's message."""
     content = [message_pb2.ContentPart(text=text) for text in texts]
-    return message_pb2.Message(user=message_pb2.UserMessage(content=content))
+    return message_pb2.ChatMessage(user=message_pb2.UserMessage(content=content))
 
 
 def tool(name: str = "get_weather", **fields: Any) -> tool_pb2.Tool:  # noqa: ANN401 (whatever the message takes)
@@ -207,7 +207,7 @@ def taken_apart(error: aio.AioRpcError) -> Failure:
                 failure.resource = message.resource_name
     assert status.code == failure.code.value[0]
     assert status.message == failure.message
-    assert failure.domain == "deltawire"
+    assert failure.domain == "deltawire.dev"
     assert failure.reason == trailers["deltawire-reason"]
     assert failure.metadata["request_id"] == trailers["x-request-id"]
     return failure

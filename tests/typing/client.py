@@ -10,11 +10,11 @@ from deltawire import (
     AsyncChatStream,
     AsyncClient,
     CancelChatCompletionResponse,
+    ChatMessage,
     ChatStream,
     Client,
     CountTokensResponse,
     GetChatCompletionResponse,
-    Message,
     Model,
     ModelChange,
     Notice,
@@ -85,7 +85,7 @@ def on_outcome(event: StreamChatCompletionResponse) -> str:
             assert_never(outcome)
 
 
-def on_message(message: Message) -> int:
+def on_message(message: ChatMessage) -> int:
     """Every role."""
     role = message.WhichOneof("role")
     match role:
@@ -127,19 +127,19 @@ def blocking(client: Client) -> Answer:
         response_format=choice(["a", "b"]),
         chat_template_kwargs={"a": 1},
         soft_time_limit=timedelta(minutes=1),
-        retain_for=60,
+        retention=60,
     ) as stream:
         assert_type(stream.cancel_softly(), CancelChatCompletionResponse)
         assert_type(stream.usage, Usage)
         assert_type(stream.notices, tuple[Notice, ...])
         assert_type(stream.last_sequence, int | None)
-    with client.chat.resume(stream.completion_id, stream.last_sequence, retain_for=5, timeout=5.0) as resumed:
+    with client.chat.resume(stream.completion_id, stream.last_sequence, retention=5, timeout=5.0) as resumed:
         assert_type(resumed, ChatStream)
     assert_type(client.chat.cancel("mine", timeout=5.0), CancelChatCompletionResponse)
     assert_type(client.chat.get("mine"), GetChatCompletionResponse)
     assert_type(client.chat.count_tokens("hi", model="llama").prompt_tokens, int)
-    client.chat.create("hi", retain_for=5)  # type: ignore[call-arg]
-    client.chat.stream("hi", retain_for="long")  # type: ignore[arg-type]
+    client.chat.create("hi", retention=5)  # type: ignore[call-arg]
+    client.chat.stream("hi", retention="long")  # type: ignore[arg-type]
     history.append(answer.message)
     history.extend(tool(call, "done") for call in answer.tool_calls)
     for model in client.models.list(page_size=10, state="serving"):
@@ -178,7 +178,7 @@ async def calling_functions(client: Client, other: AsyncClient) -> None:
     run = client.chat.run_tools("hi", tools=[add, print, Tool(name="t"), {"name": "g"}], model="llama", timeout=5.0)
     assert_type(run, ToolRun)
     assert_type(run.answer, Answer)
-    assert_type(run.messages, tuple[Message, ...])
+    assert_type(run.messages, tuple[ChatMessage, ...])
     assert_type(await other.chat.run_tools("hi", tools=[fetch], on_error="tell", temperature=0), ToolRun)
     add("1")  # type: ignore[arg-type]
     client.chat.run_tools("hi")  # type: ignore[call-arg]
@@ -203,7 +203,7 @@ async def asynchronous(client: AsyncClient) -> Answer:
     assert_type(await client.chat.count_tokens("hi"), CountTokensResponse)
     async for model in client.models.list(model_type="llm"):
         assert_type(model, Model)
-        assert_type(await client.models.update(model, model_metadata={}), Model)
+        assert_type(await client.models.update(model, annotations={}), Model)
     async with client.models.watch() as watch:
         async for change in watch:
             on_watch(change)

@@ -90,6 +90,14 @@ def schema_form(**members: object) -> Json:
 
 FIELDS: dict[str, tuple[Json, Json]] = {
     "chat.model": ({"model": "another"}, {}),
+    "chat.messages.system.text": (turn(system={"text": "x"}), said(role="system", content="x")),
+    "chat.messages.developer.text": (turn(developer={"text": "x"}), said(role="developer", content="x")),
+    "chat.messages.user.text": (turn(user={"text": "x"}), said(role="user", content="x")),
+    "chat.messages.assistant.text": (turn(assistant={"text": "x"}), said(role="assistant", content="x")),
+    "chat.messages.tool.text": (
+        turn(tool={"call_id": "c", "text": ""}),
+        said(role="tool", content="", tool_call_id="c"),
+    ),
     "chat.messages.system.content.text": (turn(system={"content": TEXT}), said(role="system", content="x")),
     "chat.messages.developer.content.text": (turn(developer={"content": TEXT}), said(role="developer", content="x")),
     "chat.messages.user.content.text": (

@@ -81,7 +81,7 @@ async def test_a_provider_that_does_not_count(status: str) -> None:
     """The endpoint is beside `/v1`, and often kept from callers: the failure names it."""
     with pytest.raises(ProviderError) as caught:
         await counted_by(b'{"detail":"no"}', status)
-    assert (caught.value.reason, caught.value.code) == (Reason.NOT_SUPPORTED_BY_PROVIDER, Code.UNIMPLEMENTED)
+    assert (caught.value.reason, caught.value.code) == (Reason.ENDPOINT_NOT_SUPPORTED, Code.UNIMPLEMENTED)
     assert caught.value.metadata == {"provider": "p", "endpoint": TOKENIZE}
 
 

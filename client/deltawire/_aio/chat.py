@@ -75,13 +75,13 @@ class AsyncChat:
     def resume(
         self,
         completion_id: str,
-        after_sequence: int | None = None,
+        last_sequence: int | None = None,
         *,
-        retain_for: Seconds = RESUME_FOR,
+        retention: Seconds = RESUME_FOR,
         **options: Unpack[CallOptions],
     ) -> AsyncChatStream:
-        """Read a stream that was asked for with `retain_for`, replayed and then live; see `Chat.resume`. No `await` here."""
-        request, patience = resume_request(completion_id, after_sequence, retain_for)
+        """Read a stream that was asked for with `retention`, replayed and then live; see `Chat.resume`. No `await` here."""
+        request, patience = resume_request(completion_id, last_sequence, retention)
         return self._going_on(AsyncChatStream(self._stub, self._defaults, Resumption(request, patience), options))
 
     async def cancel(self, completion_id: str, **options: Unpack[CallOptions]) -> CancelChatCompletionResponse:

@@ -109,7 +109,7 @@ def count(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: It is none, or too large.
     """
-    return _whole(text, 1, 2**32 - 1)
+    return _whole(text, 1, 2**31 - 1)
 
 
 def _sequence(text: str) -> int:
@@ -118,7 +118,7 @@ def _sequence(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: It is none, or too large.
     """
-    return _whole(text, 0, 2**64 - 1)
+    return _whole(text, 0, 2**63 - 1)
 
 
 def _whole(text: str, least: int, most: int) -> int:
@@ -230,7 +230,7 @@ def _add_completions(commands: Any, common: argparse.ArgumentParser) -> None:  #
         command.add_argument("completion", metavar="ID", help="its id, which `started` says, or your own")
     resume.add_argument("--after", metavar="N", type=_sequence, help="only what comes after the event of this sequence")
     resume.add_argument(
-        "--retain-for",
+        "--retention",
         metavar="SECONDS",
         type=seconds,
         default=RESUME_FOR,
@@ -290,7 +290,14 @@ def _add_register(actions: Any, common: argparse.ArgumentParser) -> None:  # noq
         "--embedding-dimension", metavar="N", type=count, help="numbers in a vector; for embedding alone"
     )
     register.add_argument("--alias", action="append", default=[], help="a further name; repeatable")
-    register.add_argument("--metadata", metavar="KEY=VALUE", action="append", default=[], help="a note; repeatable")
+    register.add_argument(
+        "--annotation",
+        metavar="KEY=VALUE",
+        dest="annotations",
+        action="append",
+        default=[],
+        help="a free note; repeatable",
+    )
     register.set_defaults(run=register_model)
 
 
@@ -313,7 +320,13 @@ def _add_update(actions: Any, common: argparse.ArgumentParser) -> None:  # noqa:
     aliases.add_argument("--alias", action="append", help="a further name, instead of all there were; repeatable")
     aliases.add_argument("--no-aliases", action="store_const", const=[], dest="alias", help="no further names")
     notes = update.add_mutually_exclusive_group()
-    notes.add_argument("--metadata", metavar="KEY=VALUE", action="append", help="a note, instead of all; repeatable")
-    notes.add_argument("--no-metadata", action="store_const", const=[], dest="metadata", help="no notes")
+    notes.add_argument(
+        "--annotation",
+        metavar="KEY=VALUE",
+        dest="annotations",
+        action="append",
+        help="a note, instead of all there were; repeatable",
+    )
+    notes.add_argument("--no-annotations", action="store_const", const=[], dest="annotations", help="no notes")
     update.add_argument("--etag", type=_etag, help="only if nobody has changed it since it had this")
     update.set_defaults(run=update_model)

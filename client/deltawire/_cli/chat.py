@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from deltawire._cli.answer import call_line
 from deltawire._cli.connection import call_options
 from deltawire._cli.follow import follow
-from deltawire._cli.model import only_model
 from deltawire._cli.output import print_error, print_json, say
 from deltawire._cli.request import images_of, request_of, telling_of, turn_of
 from deltawire._cli.status import OK, UsageError
@@ -31,8 +30,6 @@ def run_chat(client: Client, options: argparse.Namespace) -> int:
     if talk and request.completion_id:
         message = "a conversation has many completions: leave out --completion-id, or give a prompt"
         raise UsageError(message)
-    if not request.model:
-        request.model = only_model(client, options)
     if talk:
         _converse(client, request, options)
     else:
@@ -46,8 +43,6 @@ def count_tokens(client: Client, options: argparse.Namespace) -> int:
     if talk:
         message = "there is no prompt"
         raise UsageError(message)
-    if not request.model:
-        request.model = only_model(client, options)
     counted = client.chat.count_tokens(request, **call_options(options))
     if options.json:
         print_json(counted)
@@ -79,7 +74,7 @@ def _converse(client: Client, request: ChatRequest, options: argparse.Namespace)
     """Ask for one prompt after the other. Ctrl-C ends an answer and keeps what came; at the prompt, everything."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 -- gives input() editing and history
-    say(f"{request.model}; Ctrl-C stops an answer, Ctrl-D ends")
+    say(f"{request.model or 'the only chat model'}; Ctrl-C stops an answer, Ctrl-D ends")
     images = images_of(options)
     while True:
         try:
@@ -88,7 +83,7 @@ def _converse(client: Client, request: ChatRequest, options: argparse.Namespace)
             print(file=sys.stderr)
             return
         if prompt.strip():
-            _take_turn(client, request, user([prompt, *images]), options)
+            _take_turn(client, request, user([prompt, *images] if images else prompt), options)
             images = []
 
 

@@ -52,9 +52,7 @@ def get_completion(client: Client, options: argparse.Namespace) -> int:
 
 def resume_completion(client: Client, options: argparse.Namespace) -> int:
     """Read one that is retained, from its beginning or from where somebody had come."""
-    stream = client.chat.resume(
-        options.completion, options.after, retain_for=options.retain_for, **call_options(options)
-    )
+    stream = client.chat.resume(options.completion, options.after, retention=options.retention, **call_options(options))
     follow(stream, options)
     if options.after is not None and stream.last_sequence == options.after:
         where = f"deltawire get {options.completion}"

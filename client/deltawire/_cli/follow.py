@@ -37,7 +37,7 @@ def follow(stream: ChatStream, options: argparse.Namespace) -> Answer:
                 raise KeyboardInterrupt from None
             raise
         except (StreamInterrupted, DeadlineExceededError, KeyboardInterrupt):
-            if options.retain_for is not None:
+            if options.retention is not None:
                 last = "" if stream.last_sequence is None else f" --after {stream.last_sequence}"
                 say(f"note: for the rest: deltawire resume {stream.completion_id}{last}")
             raise

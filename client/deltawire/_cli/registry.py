@@ -85,7 +85,7 @@ def register_model(client: Client, options: argparse.Namespace) -> int:
         provider_model_id=options.provider_model,
         model_type=options.type,
         aliases=options.alias,
-        model_metadata=_notes(options.metadata),
+        annotations=_notes(options.annotations),
         embedding_dimension=options.embedding_dimension,
         **call_options(options),
     )
@@ -100,7 +100,7 @@ def update_model(client: Client, options: argparse.Namespace) -> int:
         "provider_model_id": options.provider_model,
         "model_type": options.type,
         "aliases": options.alias,
-        "model_metadata": None if options.metadata is None else _notes(options.metadata),
+        "annotations": None if options.annotations is None else _notes(options.annotations),
         "embedding_dimension": options.embedding_dimension,
     }
     changes = cast("RegisterOptions", {name: value for name, value in given.items() if value is not None})
@@ -194,7 +194,7 @@ def _notes(given: Sequence[str]) -> dict[str, str]:
     for each in given:
         key, equals, value = each.partition("=")
         if not equals:
-            message = f"--metadata {each}: not KEY=VALUE"
+            message = f"--annotation {each}: not KEY=VALUE"
             raise UsageError(message)
         notes[key] = value
     return notes
@@ -224,14 +224,15 @@ def _print_model(model: Model, options: argparse.Namespace) -> None:
         "state": _state(model),
         "source": word(ModelSource, model.source, "MODEL_SOURCE_").lower(),
         "aliases": ", ".join(model.aliases),
-        "metadata": ", ".join(f"{key}={value}" for key, value in sorted(model.metadata.items())),
+        "annotations": ", ".join(f"{key}={value}" for key, value in sorted(model.annotations.items())),
         "context": f"{model.max_context_tokens} tokens" if model.HasField("max_context_tokens") else "",
-        "root": model.root,
-        "parent": model.parent,
+        "engine root": model.engine_root,
+        "base model": model.base_model,
         "created": model.create_time.ToJsonString() if model.HasField("create_time") else "",
         "updated": model.update_time.ToJsonString() if model.HasField("update_time") else "",
+        "owner": model.owner,
         "etag": model.etag,
     }
     for name, value in facts.items():
         if value:
-            print_line(f"{name + ':':<11}{value}")
+            print_line(f"{name + ':':<13}{value}")

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import argparse
 
     from deltawire.v1.chat_completion_pb2 import ResponseFormat
-    from deltawire.v1.message_pb2 import ContentPart, Message
+    from deltawire.v1.message_pb2 import ChatMessage, ContentPart
     from deltawire.v1.tool_pb2 import Tool
 
 # What options are called that have another name than the client's argument: those that can be repeated stand for one each.
@@ -80,7 +80,7 @@ def telling_of(options: argparse.Namespace) -> TellingOptions:
     return cast("TellingOptions", _given(options, TELLING_OPTIONS))
 
 
-def turn_of(options: argparse.Namespace) -> Message | None:
+def turn_of(options: argparse.Namespace) -> ChatMessage | None:
     """What to say, with the images beside it; None if a request file says it, or if it is to be asked for."""
     prompt, images = prompt_of(options), images_of(options)
     if prompt is not None:

@@ -59,13 +59,13 @@ def add_telling_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--heartbeat", metavar="SECONDS", type=seconds, help="tell something at least that often")
     group.add_argument(
-        "--heartbeat-before-start",
+        "--early-heartbeats",
         action="store_const",
         const=True,
         help="also before the answer begins; it cannot be tried again by gRPC then",
     )
     group.add_argument(
-        "--retain-for",
+        "--retention",
         metavar="SECONDS",
         type=seconds,
         help="have the stream kept for that long, and go on if the connection is lost; see also `deltawire resume`",

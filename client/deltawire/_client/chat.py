@@ -87,9 +87,9 @@ class Chat:
         The request is on its way when this returns; its errors come from reading. Use the stream in a `with` block:
         leaving it ends the call on both sides.
 
-        With `retain_for` the gateway keeps the stream, and it goes on by itself, each event once, if the connection is
+        With `retention` the gateway keeps the stream, and it goes on by itself, each event once, if the connection is
         lost, until nothing new has come for that long. Generation then ends by itself, by `soft_time_limit`, by
-        `cancel_softly`, or when nobody has read for `retain_for`: leaving the block ends the call alone, and
+        `cancel_softly`, or when nobody has read for `retention`: leaving the block ends the call alone, and
         `resume` takes the stream up again. Without a `completion_id` one is made up, which nobody can guess.
         """
         request, options = split_streaming(messages, arguments)
@@ -98,17 +98,17 @@ class Chat:
     def resume(
         self,
         completion_id: str,
-        after_sequence: int | None = None,
+        last_sequence: int | None = None,
         *,
-        retain_for: Seconds = RESUME_FOR,
+        retention: Seconds = RESUME_FOR,
         **options: Unpack[CallOptions],
     ) -> ChatStream:
-        """Read a stream that was asked for with `retain_for`, replayed and then live.
+        """Read a stream that was asked for with `retention`, replayed and then live.
 
         Args:
             completion_id: Its id.
-            after_sequence: The `sequence` of the last event that you have. None begins with the first.
-            retain_for: For how long (seconds, or a `timedelta`) without anything new to go on by itself if the connection
+            last_sequence: The `sequence` of the last event that you have. None begins with the first.
+            retention: For how long (seconds, or a `timedelta`) without anything new to go on by itself if the connection
                 is lost; give what the stream was asked with.
             options: See `CallOptions`.
 
@@ -120,7 +120,7 @@ class Chat:
         stop reason is STOP_REASON_UNSPECIFIED, and `get` says how it ended.
         From reading come CompletionNotFoundError, CompletionGoneError and WrongReplicaError.
         """
-        request, patience = resume_request(completion_id, after_sequence, retain_for)
+        request, patience = resume_request(completion_id, last_sequence, retention)
         return self._going_on(ChatStream(self._stub, self._defaults, Resumption(request, patience), options))
 
     def cancel(self, completion_id: str, **options: Unpack[CallOptions]) -> CancelChatCompletionResponse:
@@ -267,7 +267,7 @@ class ChatStream(StreamCalls):
     def cancel(self) -> None:
         """End the call now, on both sides. Reading on raises `CallCancelledError`, unless the stream had ended.
 
-        With `retain_for` the gateway goes on all the same: `cancel_softly` ends that, `Chat.resume` reads it.
+        With `retention` the gateway goes on all the same: `cancel_softly` ends that, `Chat.resume` reads it.
         """
         self._cancelled()
         self._stopped.set()

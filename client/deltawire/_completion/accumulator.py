@@ -38,7 +38,7 @@ from deltawire.v1.chat_completion_pb2 import (
     TokenLogprob,
     Usage,
 )
-from deltawire.v1.message_pb2 import AssistantMessage, ContentPart
+from deltawire.v1.message_pb2 import AssistantMessage
 
 if TYPE_CHECKING:
     from deltawire._channel import CallInfo
@@ -63,7 +63,7 @@ class _Parts:
         """The model's turn, as far as it came."""
         text = "".join(self.text)
         return AssistantMessage(
-            content=[ContentPart(text=text)] if text else [],
+            text=text or None,
             reasoning="".join(self.reasoning),
             tool_calls=self.calls,
         )
@@ -74,18 +74,18 @@ class Accumulator:
 
     Args:
         completion_id: The stream's id, for the answer if `started` is not seen.
-        after_sequence: The last event that somebody else has read already; None reads the stream from its first. Read from
+        last_sequence: The last event that somebody else has read already; None reads the stream from its first. Read from
             the middle, the answer is what `completed` says of it, and incomplete if that leaves the messages out.
 
     `usage` is what the answer has cost, as far as it was told; `notices` are those that came, in order.
     """
 
-    def __init__(self, completion_id: str = "", after_sequence: int | None = None) -> None:
+    def __init__(self, completion_id: str = "", last_sequence: int | None = None) -> None:
         self.usage = Usage()
         self.notices: list[Notice] = []
         self._completion_id = completion_id
-        self._first = self._next = 0 if after_sequence is None else after_sequence + 1
-        self._from_middle = after_sequence is not None
+        self._first = self._next = 0 if last_sequence is None else last_sequence + 1
+        self._from_middle = last_sequence is not None
         self._started: Started | None = None
         self._completed: Completed | None = None
         self._parts: dict[int, _Parts] = {}

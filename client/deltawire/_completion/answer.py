@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from deltawire._errors import ProtocolError
 from deltawire._messages import message_text
-from deltawire.v1.message_pb2 import AssistantMessage, Message
+from deltawire.v1.message_pb2 import AssistantMessage, ChatMessage
 
 if TYPE_CHECKING:
     from deltawire._channel import CallInfo
@@ -34,7 +34,7 @@ class Choice:
     """
 
     index: int
-    message: Message
+    message: ChatMessage
     failed_tool_calls: tuple[ToolCallDelta, ...]
     stop_reason: StopReason.ValueType
     engine_finish_reason: str
@@ -95,7 +95,7 @@ class Answer:
         return self.completed.usage
 
     @property
-    def message(self) -> Message:
+    def message(self) -> ChatMessage:
         """The model's turn, ready to be sent back."""
         return self.choices[0].message
 
@@ -160,7 +160,7 @@ def choice_of(
     matched = stated.WhichOneof("matched")
     return Choice(
         index=index,
-        message=Message(assistant=message),
+        message=ChatMessage(assistant=message),
         failed_tool_calls=failed,
         stop_reason=stated.stop_reason,
         engine_finish_reason=stated.engine_finish_reason,

@@ -1,7 +1,7 @@
 """What next after a call has ended: whether an answer goes on over a lost connection, and how.
 
 Two verbs: `Resumption.begin()` for each call's request, `ended(failure)` when a call has ended without the stream's last
-event. What was asked with `retain_for` goes on:
+event. What was asked with `retention` goes on:
 
     how the call ended                        after                    what next
     the connection was lost, or this call     any call                 resume, after the last event that came
@@ -17,7 +17,7 @@ event. What was asked with `retain_for` goes on:
                                               any other                give up: it is somebody else's
     anything else                             any call                 give up: trying again does not mend it
 
-Between two calls there is a pause, longer each time until something new comes. What was not asked with `retain_for`, and
+Between two calls there is a pause, longer each time until something new comes. What was not asked with `retention`, and
 what has brought nothing new for that long, is given up in any case. Whether the caller's own deadline has passed is seen
 to before `ended` is asked.
 """
@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, assert_never
 
 import grpc
 
-from deltawire.v1.chat_completion_pb2 import ResumeFrom, StreamChatCompletionRequest
+from deltawire.v1.chat_completion_pb2 import ResumePoint, StreamChatCompletionRequest
 from deltawire.v1.error_reason_pb2 import ErrorReason
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ REASONS: Mapping[ErrorReason.ValueType, End] = MappingProxyType(
         ErrorReason.ERROR_REASON_UPSTREAM_REJECTED: End.OVER,
         ErrorReason.ERROR_REASON_UPSTREAM_UNAUTHENTICATED: End.OVER,
         ErrorReason.ERROR_REASON_FIELD_NOT_SUPPORTED: End.OVER,
-        ErrorReason.ERROR_REASON_NOT_SUPPORTED_BY_PROVIDER: End.OVER,
+        ErrorReason.ERROR_REASON_ENDPOINT_NOT_SUPPORTED: End.OVER,
         ErrorReason.ERROR_REASON_IMAGE_UNAVAILABLE: End.OVER,
         ErrorReason.ERROR_REASON_MODEL_NOT_FOUND: End.OVER,
         ErrorReason.ERROR_REASON_MODEL_WRONG_TYPE: End.OVER,
@@ -130,9 +130,9 @@ class Resumption:
     """One completion's calls: what each asks for, and whether there is another.
 
     Args:
-        request: What was asked: a chat with its options, or a `ResumeFrom`. It is kept; one that is retained and has no
+        request: What was asked: a chat with its options, or a `ResumePoint`. It is kept; one that is retained and has no
             `completion_id` gets an unguessable one, so that it can be resumed before it has begun.
-        patience: For how many seconds without anything new to go on. None takes `retain_for` of the request's options;
+        patience: For how many seconds without anything new to go on. None takes `retention` of the request's options;
             if that is absent too, nothing goes on.
         draw: Draws a number between two, for the pauses.
 
@@ -145,8 +145,8 @@ class Resumption:
         patience: float | None = None,
         draw: Callable[[float, float], float] = random.uniform,
     ) -> None:
-        if patience is None and request.options.HasField("retain_for"):
-            patience = request.options.retain_for.ToTimedelta().total_seconds()
+        if patience is None and request.options.HasField("retention"):
+            patience = request.options.retention.ToTimedelta().total_seconds()
         self._patience = patience
         self._draw = draw
         self._request = request
@@ -159,7 +159,7 @@ class Resumption:
         self._made_id = False
         if self._resuming:
             self.completion_id = request.resume.completion_id
-            self._after = request.resume.after_sequence if request.resume.HasField("after_sequence") else None
+            self._after = request.resume.last_sequence if request.resume.HasField("last_sequence") else None
         else:
             if self.is_retained and not request.chat.completion_id:
                 request.chat.completion_id = f"own-{secrets.token_hex(16)}"
@@ -172,7 +172,7 @@ class Resumption:
         return self._patience is not None
 
     @property
-    def after_sequence(self) -> int | None:
+    def last_sequence(self) -> int | None:
         """The last event that has been read; None if none has."""
         return self._after
 
@@ -190,7 +190,7 @@ class Resumption:
             self._since = now
         self._calls += 1
         if self._resuming:
-            resume = ResumeFrom(completion_id=self.completion_id, after_sequence=self._after)
+            resume = ResumePoint(completion_id=self.completion_id, last_sequence=self._after)
             return StreamChatCompletionRequest(resume=resume)
         self._starts += 1
         self._after = None

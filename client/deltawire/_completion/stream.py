@@ -37,7 +37,7 @@ class StreamCalls:
         self._outgoing = defaults.outgoing(options)
         timeout: float | None = self._outgoing.arguments["timeout"]
         self._deadline = None if timeout is None else time.monotonic() + timeout
-        self._accumulator = Accumulator(resumption.completion_id, resumption.after_sequence)
+        self._accumulator = Accumulator(resumption.completion_id, resumption.last_sequence)
         self._outcome: Answer | DeltawireError | None = None
         self._begun = False
 
@@ -49,7 +49,7 @@ class StreamCalls:
     @property
     def last_sequence(self) -> int | None:
         """The `sequence` of the last event that was read; None if none was. `Chat.resume` goes on after it."""
-        return self._resumption.after_sequence
+        return self._resumption.last_sequence
 
     @property
     def request_id(self) -> str:

@@ -22,7 +22,7 @@ from deltawire._messages import tool as tool_message
 from deltawire._messages import tool_from_openai
 from deltawire._tools.function import FunctionTool, ToolArgumentsError, function_tool
 from deltawire.v1.chat_completion_pb2 import ChatRequest, StopReason, Usage
-from deltawire.v1.message_pb2 import Message
+from deltawire.v1.message_pb2 import ChatMessage
 from deltawire.v1.tool_pb2 import Tool, ToolCall, ToolCallDelta, ToolChoice
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class ToolRun:
     """
 
     answers: tuple[Answer, ...]
-    messages: tuple[Message, ...]
+    messages: tuple[ChatMessage, ...]
 
     @property
     def answer(self) -> Answer:
@@ -254,9 +254,9 @@ def _problem(failed: ToolCallDelta) -> str:
     return problem if _is_object(raw) else f"{problem}. You wrote: {raw[:_SHOWN]}"
 
 
-def _turn(answer: Answer) -> Message:
+def _turn(answer: Answer) -> ChatMessage:
     """The model's turn with its failed calls too, so that each can be answered; they come last."""
-    turn = Message()
+    turn = ChatMessage()
     turn.CopyFrom(answer.message)
     for each in answer.failed_tool_calls:
         raw = each.failure.raw_arguments

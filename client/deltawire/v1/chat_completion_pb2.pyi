@@ -101,9 +101,11 @@ class _StopReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StopReason
     STOP_REASON_UNSPECIFIED: _StopReason.ValueType  # 0
     """Not set; never sent."""
     STOP_REASON_END_OF_TURN: _StopReason.ValueType  # 1
-    """The model has finished."""
+    """The model has finished its answer and waits for the user."""
     STOP_REASON_END_OF_MESSAGE: _StopReason.ValueType  # 2
-    """The model waits for the results of its tool calls."""
+    """The model waits for tool results: run its tool calls, append the results as ToolMessages and ask again. (The name is that
+    of Llama's end-of-message token; END_OF_TURN means that the model waits for the user.)
+    """
     STOP_REASON_OUT_OF_TOKENS: _StopReason.ValueType  # 3
     """max_tokens or the model's context is used up."""
     STOP_REASON_STOP_SEQUENCE: _StopReason.ValueType  # 4
@@ -113,7 +115,7 @@ class _StopReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StopReason
     STOP_REASON_REPETITION: _StopReason.ValueType  # 6
     """The engine found the model repeating itself."""
     STOP_REASON_CANCELLED: _StopReason.ValueType  # 7
-    """CancelChatCompletion ended it, or nobody read a retained stream for its whole `retain_for`."""
+    """CancelChatCompletion ended it, or nobody read a retained stream for its whole `retention`."""
     STOP_REASON_TIME_LIMIT: _StopReason.ValueType  # 8
     """`soft_time_limit` passed; or, with Completed.error, the longest time that the gateway allows."""
     STOP_REASON_UPSTREAM_INCOMPLETE: _StopReason.ValueType  # 9
@@ -127,9 +129,11 @@ class StopReason(_StopReason, metaclass=_StopReasonEnumTypeWrapper):
 STOP_REASON_UNSPECIFIED: StopReason.ValueType  # 0
 """Not set; never sent."""
 STOP_REASON_END_OF_TURN: StopReason.ValueType  # 1
-"""The model has finished."""
+"""The model has finished its answer and waits for the user."""
 STOP_REASON_END_OF_MESSAGE: StopReason.ValueType  # 2
-"""The model waits for the results of its tool calls."""
+"""The model waits for tool results: run its tool calls, append the results as ToolMessages and ask again. (The name is that
+of Llama's end-of-message token; END_OF_TURN means that the model waits for the user.)
+"""
 STOP_REASON_OUT_OF_TOKENS: StopReason.ValueType  # 3
 """max_tokens or the model's context is used up."""
 STOP_REASON_STOP_SEQUENCE: StopReason.ValueType  # 4
@@ -139,7 +143,7 @@ STOP_REASON_CONTENT_FILTER: StopReason.ValueType  # 5
 STOP_REASON_REPETITION: StopReason.ValueType  # 6
 """The engine found the model repeating itself."""
 STOP_REASON_CANCELLED: StopReason.ValueType  # 7
-"""CancelChatCompletion ended it, or nobody read a retained stream for its whole `retain_for`."""
+"""CancelChatCompletion ended it, or nobody read a retained stream for its whole `retention`."""
 STOP_REASON_TIME_LIMIT: StopReason.ValueType  # 8
 """`soft_time_limit` passed; or, with Completed.error, the longest time that the gateway allows."""
 STOP_REASON_UPSTREAM_INCOMPLETE: StopReason.ValueType  # 9
@@ -258,7 +262,9 @@ class ChatRequest(_message.Message):
     EXTRA_BODY_FIELD_NUMBER: _builtins.int
     USER_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Id or alias of a registered model, "provider/name", or the name that just one provider serves. Required."""
+    """Id or alias of a registered model, "provider/name", or a name that exactly one provider serves. May be left empty if
+    exactly one chat model is served; Started.model says which one answered.
+    """
     parallel_tool_calls: _builtins.bool
     """Whether the answer may hold more than one tool call. Absent leaves the engine's default, for vLLM true."""
     choice_count: _builtins.int
@@ -288,7 +294,7 @@ class ChatRequest(_message.Message):
     user: _builtins.str
     """Who the end user is, for the engine. vLLM takes it and makes no use of it."""
     @_builtins.property
-    def messages(self) -> _containers.RepeatedCompositeFieldContainer[_message_pb2.Message]:
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[_message_pb2.ChatMessage]:
         """The conversation so far. At least one message."""
 
     @_builtins.property
@@ -336,7 +342,7 @@ class ChatRequest(_message.Message):
         self,
         *,
         model: _builtins.str = ...,
-        messages: _abc.Iterable[_message_pb2.Message] | None = ...,
+        messages: _abc.Iterable[_message_pb2.ChatMessage] | None = ...,
         tools: _abc.Iterable[_tool_pb2.Tool] | None = ...,
         tool_choice: _tool_pb2.ToolChoice | None = ...,
         allowed_tools: _abc.Iterable[_builtins.str] | None = ...,
@@ -825,7 +831,7 @@ class StreamChatCompletionRequest(_message.Message):
         """A new completion."""
 
     @_builtins.property
-    def resume(self) -> Global___ResumeFrom:
+    def resume(self) -> Global___ResumePoint:
         """Go on with one that is retained."""
 
     @_builtins.property
@@ -836,7 +842,7 @@ class StreamChatCompletionRequest(_message.Message):
         self,
         *,
         chat: Global___ChatRequest | None = ...,
-        resume: Global___ResumeFrom | None = ...,
+        resume: Global___ResumePoint | None = ...,
         options: Global___StreamOptions | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "options", b"options", "resume", b"resume", "start", b"start"]  # noqa: Y015
@@ -850,38 +856,39 @@ class StreamChatCompletionRequest(_message.Message):
 Global___StreamChatCompletionRequest: _TypeAlias = StreamChatCompletionRequest  # noqa: Y015
 
 @_typing.final
-class ResumeFrom(_message.Message):
+class ResumePoint(_message.Message):
     """Where to go on in a retained stream. It is replayed from there, message by message as it was, and then goes on live.
 
-    NOT_FOUND (COMPLETION_NOT_FOUND) if this caller has none of this id, OUT_OF_RANGE (COMPLETION_GONE) if there was one, but what is
-    asked for has been dropped; FAILED_PRECONDITION (WRONG_REPLICA) if another process made the id.
+    NOT_FOUND (COMPLETION_NOT_FOUND) if this caller has none of this id; OUT_OF_RANGE (COMPLETION_GONE) if there was one, but what is
+    asked for has been dropped; FAILED_PRECONDITION (WRONG_REPLICA) if another process made the id: retry on a new connection, which
+    may reach that process.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     COMPLETION_ID_FIELD_NUMBER: _builtins.int
-    AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
+    LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
     completion_id: _builtins.str
     """Started.completion_id, or the caller's own. Required."""
-    after_sequence: _builtins.int
-    """The sequence of the last message that came; absent means from the first on. After the last message of all nothing is left to
-    tell: the call ends at once, with the status that the stream had.
+    last_sequence: _builtins.int
+    """The sequence of the last message that was received, 0 or more; absent means from the first on. After the last message of
+    all, nothing more is sent: the call ends at once, with the status that the stream had.
     """
     def __init__(
         self,
         *,
         completion_id: _builtins.str = ...,
-        after_sequence: _builtins.int | None = ...,
+        last_sequence: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_after_sequence", b"_after_sequence", "after_sequence", b"after_sequence"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_last_sequence", b"_last_sequence", "last_sequence", b"last_sequence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_after_sequence", b"_after_sequence", "after_sequence", b"after_sequence", "completion_id", b"completion_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_last_sequence", b"_last_sequence", "completion_id", b"completion_id", "last_sequence", b"last_sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__after_sequence: _TypeAlias = _typing.Literal["after_sequence"]  # noqa: Y015
-    _WhichOneofArgType__after_sequence: _TypeAlias = _typing.Literal["_after_sequence", b"_after_sequence"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__after_sequence) -> _WhichOneofReturnType__after_sequence | None: ...
+    _WhichOneofReturnType__last_sequence: _TypeAlias = _typing.Literal["last_sequence"]  # noqa: Y015
+    _WhichOneofArgType__last_sequence: _TypeAlias = _typing.Literal["_last_sequence", b"_last_sequence"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__last_sequence) -> _WhichOneofReturnType__last_sequence | None: ...
 
-Global___ResumeFrom: _TypeAlias = ResumeFrom  # noqa: Y015
+Global___ResumePoint: _TypeAlias = ResumePoint  # noqa: Y015
 
 @_typing.final
 class StreamOptions(_message.Message):
@@ -892,11 +899,11 @@ class StreamOptions(_message.Message):
     USAGE_UPDATES_FIELD_NUMBER: _builtins.int
     MAX_COALESCE_DELAY_FIELD_NUMBER: _builtins.int
     HEARTBEAT_INTERVAL_FIELD_NUMBER: _builtins.int
-    HEARTBEAT_BEFORE_START_FIELD_NUMBER: _builtins.int
-    RETAIN_FOR_FIELD_NUMBER: _builtins.int
+    EARLY_HEARTBEATS_FIELD_NUMBER: _builtins.int
+    RETENTION_FIELD_NUMBER: _builtins.int
     usage_updates: _builtins.bool
     """Tell of the usage while the answer is generated, whenever something else is told and it has changed."""
-    heartbeat_before_start: _builtins.bool
+    early_heartbeats: _builtins.bool
     """Let heartbeats begin before `started` too, while the engine queues or reads the prompt. The price: with the first message the
     call can no longer be retried on the way.
     """
@@ -913,7 +920,7 @@ class StreamOptions(_message.Message):
         """
 
     @_builtins.property
-    def retain_for(self) -> _duration_pb2.Duration:
+    def retention(self) -> _duration_pb2.Duration:
         """Keep the stream, so that it can be resumed: neither a lost connection nor a cancel or deadline of the caller ends generation,
         only CancelChatCompletion, `soft_time_limit`, or nobody reading the stream for this long. It is also how long the result is
         kept after the end, or after the last reader has left. At least 1 second; the operator sets the most (600 by default).
@@ -926,12 +933,12 @@ class StreamOptions(_message.Message):
         usage_updates: _builtins.bool = ...,
         max_coalesce_delay: _duration_pb2.Duration | None = ...,
         heartbeat_interval: _duration_pb2.Duration | None = ...,
-        heartbeat_before_start: _builtins.bool = ...,
-        retain_for: _duration_pb2.Duration | None = ...,
+        early_heartbeats: _builtins.bool = ...,
+        retention: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval", b"heartbeat_interval", "max_coalesce_delay", b"max_coalesce_delay", "retain_for", b"retain_for"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval", b"heartbeat_interval", "max_coalesce_delay", b"max_coalesce_delay", "retention", b"retention"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat_before_start", b"heartbeat_before_start", "heartbeat_interval", b"heartbeat_interval", "max_coalesce_delay", b"max_coalesce_delay", "retain_for", b"retain_for", "usage_updates", b"usage_updates"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["early_heartbeats", b"early_heartbeats", "heartbeat_interval", b"heartbeat_interval", "max_coalesce_delay", b"max_coalesce_delay", "retention", b"retention", "usage_updates", b"usage_updates"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -943,7 +950,7 @@ class StreamChatCompletionResponse(_message.Message):
 
     1. `started` comes first, and only once the engine has produced something. Until then nothing is sent, not even
        initial metadata, so that the call can be retried; a failure before it is a bare status. (Only a heartbeat can come
-       earlier, if `heartbeat_before_start` asks for that.)
+       earlier, if `early_heartbeats` asks for that.)
     2. Text is never reordered, lost or sent twice: the texts of a choice's `text_delta`s, put together, are the text of its
        message in `completed`.
     3. Neighbouring deltas of one kind and choice that wait because the caller is slower than the engine may be joined;
@@ -1161,36 +1168,40 @@ class TokenLogprob(_message.Message):
 
         TOKEN_FIELD_NUMBER: _builtins.int
         LOGPROB_FIELD_NUMBER: _builtins.int
-        TOKEN_BYTES_FIELD_NUMBER: _builtins.int
+        RAW_BYTES_FIELD_NUMBER: _builtins.int
         token: _builtins.str
         """The token as text."""
         logprob: _builtins.float
-        """Natural logarithm of its probability."""
-        token_bytes: _builtins.bytes
-        """The token's bytes; tokens may split a character."""
+        """Natural logarithm of its probability. Absent if the engine could not compute it."""
+        raw_bytes: _builtins.bytes
+        """The token's bytes; a token may end in the middle of a character."""
         def __init__(
             self,
             *,
             token: _builtins.str = ...,
-            logprob: _builtins.float = ...,
-            token_bytes: _builtins.bytes = ...,
+            logprob: _builtins.float | None = ...,
+            raw_bytes: _builtins.bytes = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "logprob", b"logprob"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "token", b"token", "token_bytes", b"token_bytes"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "logprob", b"logprob", "raw_bytes", b"raw_bytes", "token", b"token"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        def WhichOneof(self, oneof_group: _Never) -> None: ...
+        _WhichOneofReturnType__logprob: _TypeAlias = _typing.Literal["logprob"]  # noqa: Y015
+        _WhichOneofArgType__logprob: _TypeAlias = _typing.Literal["_logprob", b"_logprob"]  # noqa: Y015
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__logprob) -> _WhichOneofReturnType__logprob | None: ...
 
     TOKEN_FIELD_NUMBER: _builtins.int
     LOGPROB_FIELD_NUMBER: _builtins.int
-    TOKEN_BYTES_FIELD_NUMBER: _builtins.int
+    RAW_BYTES_FIELD_NUMBER: _builtins.int
     ALTERNATIVES_FIELD_NUMBER: _builtins.int
     token: _builtins.str
     """The token as text."""
     logprob: _builtins.float
-    """Natural logarithm of its probability; vLLM says -9999 for "next to nothing"."""
-    token_bytes: _builtins.bytes
-    """The token's bytes; tokens may split a character."""
+    """Natural logarithm of its probability; vLLM sends -9999 for "next to nothing". Absent if the engine could not compute it
+    (vLLM sends null where a logit is NaN).
+    """
+    raw_bytes: _builtins.bytes
+    """The token's bytes; a token may end in the middle of a character."""
     @_builtins.property
     def alternatives(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob.Alternative]:
         """The likeliest tokens at this place, at most as many as asked for."""
@@ -1199,15 +1210,17 @@ class TokenLogprob(_message.Message):
         self,
         *,
         token: _builtins.str = ...,
-        logprob: _builtins.float = ...,
-        token_bytes: _builtins.bytes = ...,
+        logprob: _builtins.float | None = ...,
+        raw_bytes: _builtins.bytes = ...,
         alternatives: _abc.Iterable[Global___TokenLogprob.Alternative] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "logprob", b"logprob"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alternatives", b"alternatives", "logprob", b"logprob", "token", b"token", "token_bytes", b"token_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "alternatives", b"alternatives", "logprob", b"logprob", "raw_bytes", b"raw_bytes", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__logprob: _TypeAlias = _typing.Literal["logprob"]  # noqa: Y015
+    _WhichOneofArgType__logprob: _TypeAlias = _typing.Literal["_logprob", b"_logprob"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__logprob) -> _WhichOneofReturnType__logprob | None: ...
 
 Global___TokenLogprob: _TypeAlias = TokenLogprob  # noqa: Y015
 
@@ -1378,7 +1391,7 @@ class Timings(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     QUEUE_FIELD_NUMBER: _builtins.int
-    TIME_TO_FIRST_EVENT_FIELD_NUMBER: _builtins.int
+    FIRST_EVENT_LATENCY_FIELD_NUMBER: _builtins.int
     MEAN_GAP_FIELD_NUMBER: _builtins.int
     WORST_GAP_FIELD_NUMBER: _builtins.int
     TOTAL_FIELD_NUMBER: _builtins.int
@@ -1387,7 +1400,7 @@ class Timings(_message.Message):
         """From accepting the call to sending it to the engine: finding the model, fetching images."""
 
     @_builtins.property
-    def time_to_first_event(self) -> _duration_pb2.Duration:
+    def first_event_latency(self) -> _duration_pb2.Duration:
         """From accepting the call to the engine's first event. Absent if there was none."""
 
     @_builtins.property
@@ -1406,14 +1419,14 @@ class Timings(_message.Message):
         self,
         *,
         queue: _duration_pb2.Duration | None = ...,
-        time_to_first_event: _duration_pb2.Duration | None = ...,
+        first_event_latency: _duration_pb2.Duration | None = ...,
         mean_gap: _duration_pb2.Duration | None = ...,
         worst_gap: _duration_pb2.Duration | None = ...,
         total: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["mean_gap", b"mean_gap", "queue", b"queue", "time_to_first_event", b"time_to_first_event", "total", b"total", "worst_gap", b"worst_gap"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first_event_latency", b"first_event_latency", "mean_gap", b"mean_gap", "queue", b"queue", "total", b"total", "worst_gap", b"worst_gap"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["mean_gap", b"mean_gap", "queue", b"queue", "time_to_first_event", b"time_to_first_event", "total", b"total", "worst_gap", b"worst_gap"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_event_latency", b"first_event_latency", "mean_gap", b"mean_gap", "queue", b"queue", "total", b"total", "worst_gap", b"worst_gap"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1698,7 +1711,8 @@ class CountTokensRequest(_message.Message):
     CHAT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def chat(self) -> Global___ChatRequest:
-        """Required. Counted are its messages, its tools as tool_choice and allowed_tools leave them, and chat_template_kwargs. Images
+        """Required. Counted are `messages`, `tools` as `tool_choice` and `allowed_tools` leave them, and `chat_template_kwargs`. Every
+        other field but `model` has no effect on the count and must be left out: INVALID_ARGUMENT lists those that are set. Images
         cannot be counted without being computed: INVALID_ARGUMENT.
         """
 

@@ -67,7 +67,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     Metadata: {"provider": "vllm", "http_status": "429"}.
     """
     ERROR_REASON_UPSTREAM_TIMEOUT: _ErrorReason.ValueType  # 12
-    """UNAVAILABLE before the first event, ABORTED after it. The provider was silent for longer than its limit.
+    """DEADLINE_EXCEEDED before the first event, ABORTED after it. The provider sent nothing for longer than its limit. It may still be
+    working on the request, so a retry may generate twice.
     Metadata: {"provider": "vllm", "limit_seconds": "300"}.
     """
     ERROR_REASON_UPSTREAM_ERROR: _ErrorReason.ValueType  # 13
@@ -142,8 +143,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INVALID_ARGUMENT. The provider's version does not know a field of the request, and would ignore it. Leave it out.
     Metadata: {"field": "chat.cache_salt", "provider": "vllm", "version": "0.8.5"}.
     """
-    ERROR_REASON_NOT_SUPPORTED_BY_PROVIDER: _ErrorReason.ValueType  # 34
-    """UNIMPLEMENTED. The provider does not offer what this call needs: CountTokens needs its /tokenize.
+    ERROR_REASON_ENDPOINT_NOT_SUPPORTED: _ErrorReason.ValueType  # 34
+    """UNIMPLEMENTED. The provider does not have an endpoint that this call needs: CountTokens needs /tokenize.
     Metadata: {"provider": "vllm", "endpoint": "/tokenize"}.
     """
     ERROR_REASON_COMPLETION_ALREADY_EXISTS: _ErrorReason.ValueType  # 35
@@ -157,14 +158,14 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     Metadata: {"completion_id": "my-1", "first_sequence": "812"} (the oldest message that can still be had, if any can).
     """
     ERROR_REASON_WRONG_REPLICA: _ErrorReason.ValueType  # 38
-    """FAILED_PRECONDITION. Another process made this completion id, and only that one has the completion. Metadata:
-    {"completion_id": "cmpl-…"}.
+    """FAILED_PRECONDITION. Another gateway process made this completion id, and only that one has the completion. Retry on a new
+    connection, which may reach it. Metadata: {"completion_id": "cmpl-…"}.
     """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed, in one word to branch on.
 
-    Every failed call carries a google.rpc.Status with an ErrorInfo whose `domain` is "deltawire" and whose `reason` is the
+    Every failed call carries a google.rpc.Status with an ErrorInfo whose `domain` is "deltawire.dev" and whose `reason` is the
     name of one of these values without its prefix, for example "MODEL_NOT_FOUND". The same word travels as the plain
     trailer `deltawire-reason`, for languages in which reading details is hard. ErrorInfo's `metadata` holds the values
     named below; `request_id` is always among them.
@@ -217,7 +218,8 @@ ERROR_REASON_UPSTREAM_OVERLOADED: ErrorReason.ValueType  # 11
 Metadata: {"provider": "vllm", "http_status": "429"}.
 """
 ERROR_REASON_UPSTREAM_TIMEOUT: ErrorReason.ValueType  # 12
-"""UNAVAILABLE before the first event, ABORTED after it. The provider was silent for longer than its limit.
+"""DEADLINE_EXCEEDED before the first event, ABORTED after it. The provider sent nothing for longer than its limit. It may still be
+working on the request, so a retry may generate twice.
 Metadata: {"provider": "vllm", "limit_seconds": "300"}.
 """
 ERROR_REASON_UPSTREAM_ERROR: ErrorReason.ValueType  # 13
@@ -292,8 +294,8 @@ ERROR_REASON_FIELD_NOT_SUPPORTED: ErrorReason.ValueType  # 33
 """INVALID_ARGUMENT. The provider's version does not know a field of the request, and would ignore it. Leave it out.
 Metadata: {"field": "chat.cache_salt", "provider": "vllm", "version": "0.8.5"}.
 """
-ERROR_REASON_NOT_SUPPORTED_BY_PROVIDER: ErrorReason.ValueType  # 34
-"""UNIMPLEMENTED. The provider does not offer what this call needs: CountTokens needs its /tokenize.
+ERROR_REASON_ENDPOINT_NOT_SUPPORTED: ErrorReason.ValueType  # 34
+"""UNIMPLEMENTED. The provider does not have an endpoint that this call needs: CountTokens needs /tokenize.
 Metadata: {"provider": "vllm", "endpoint": "/tokenize"}.
 """
 ERROR_REASON_COMPLETION_ALREADY_EXISTS: ErrorReason.ValueType  # 35
@@ -307,7 +309,7 @@ ERROR_REASON_COMPLETION_GONE: ErrorReason.ValueType  # 37
 Metadata: {"completion_id": "my-1", "first_sequence": "812"} (the oldest message that can still be had, if any can).
 """
 ERROR_REASON_WRONG_REPLICA: ErrorReason.ValueType  # 38
-"""FAILED_PRECONDITION. Another process made this completion id, and only that one has the completion. Metadata:
-{"completion_id": "cmpl-…"}.
+"""FAILED_PRECONDITION. Another gateway process made this completion id, and only that one has the completion. Retry on a new
+connection, which may reach it. Metadata: {"completion_id": "cmpl-…"}.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

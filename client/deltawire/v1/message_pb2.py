@@ -25,28 +25,28 @@ _sym_db = _symbol_database.Default()
 from deltawire.v1 import tool_pb2 as deltawire_dot_v1_dot_tool__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64\x65ltawire/v1/message.proto\x12\x0c\x64\x65ltawire.v1\x1a\x17\x64\x65ltawire/v1/tool.proto\"\x80\x02\n\x07Message\x12-\n\x06system\x18\x01 \x01(\x0b\x32\x1b.deltawire.v1.SystemMessageH\x00\x12\x33\n\tdeveloper\x18\x02 \x01(\x0b\x32\x1e.deltawire.v1.DeveloperMessageH\x00\x12)\n\x04user\x18\x03 \x01(\x0b\x32\x19.deltawire.v1.UserMessageH\x00\x12\x33\n\tassistant\x18\x04 \x01(\x0b\x32\x1e.deltawire.v1.AssistantMessageH\x00\x12)\n\x04tool\x18\x05 \x01(\x0b\x32\x19.deltawire.v1.ToolMessageH\x00\x42\x06\n\x04role\"e\n\x0b\x43ontentPart\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12$\n\x05image\x18\x02 \x01(\x0b\x32\x13.deltawire.v1.ImageH\x00\x42\x06\n\x04partJ\x04\x08\x03\x10\x04J\x04\x08\x04\x10\x05R\x05\x61udioR\x05video\"0\n\x05Image\x12\r\n\x03url\x18\x01 \x01(\tH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x08\n\x06source\";\n\rSystemMessage\x12*\n\x07\x63ontent\x18\x01 \x03(\x0b\x32\x19.deltawire.v1.ContentPart\">\n\x10\x44\x65veloperMessage\x12*\n\x07\x63ontent\x18\x01 \x03(\x0b\x32\x19.deltawire.v1.ContentPart\"9\n\x0bUserMessage\x12*\n\x07\x63ontent\x18\x01 \x03(\x0b\x32\x19.deltawire.v1.ContentPart\"}\n\x10\x41ssistantMessage\x12*\n\x07\x63ontent\x18\x01 \x03(\x0b\x32\x19.deltawire.v1.ContentPart\x12\x11\n\treasoning\x18\x02 \x01(\t\x12*\n\ntool_calls\x18\x03 \x03(\x0b\x32\x16.deltawire.v1.ToolCall\"J\n\x0bToolMessage\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\x12*\n\x07\x63ontent\x18\x02 \x03(\x0b\x32\x19.deltawire.v1.ContentPartBp\n\x10\x64\x65v.deltawire.v1B\x0cMessageProtoP\x01Z\x18\x64\x65ltawire/v1;deltawirev1\xa2\x02\x03\x44WX\xaa\x02\x0c\x44\x65ltawire.V1\xca\x02\x0c\x44\x65ltawire\\V1\xea\x02\rDeltawire::V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64\x65ltawire/v1/message.proto\x12\x0c\x64\x65ltawire.v1\x1a\x17\x64\x65ltawire/v1/tool.proto\"\x84\x02\n\x0b\x43hatMessage\x12-\n\x06system\x18\x01 \x01(\x0b\x32\x1b.deltawire.v1.SystemMessageH\x00\x12\x33\n\tdeveloper\x18\x02 \x01(\x0b\x32\x1e.deltawire.v1.DeveloperMessageH\x00\x12)\n\x04user\x18\x03 \x01(\x0b\x32\x19.deltawire.v1.UserMessageH\x00\x12\x33\n\tassistant\x18\x04 \x01(\x0b\x32\x1e.deltawire.v1.AssistantMessageH\x00\x12)\n\x04tool\x18\x05 \x01(\x0b\x32\x19.deltawire.v1.ToolMessageH\x00\x42\x06\n\x04role\"e\n\x0b\x43ontentPart\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12$\n\x05image\x18\x02 \x01(\x0b\x32\x13.deltawire.v1.ImageH\x00\x42\x06\n\x04partJ\x04\x08\x03\x10\x04J\x04\x08\x04\x10\x05R\x05\x61udioR\x05video\"0\n\x05Image\x12\r\n\x03url\x18\x01 \x01(\tH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x08\n\x06source\"W\n\rSystemMessage\x12\x11\n\x04text\x18\x01 \x01(\tH\x00\x88\x01\x01\x12*\n\x07\x63ontent\x18\x02 \x03(\x0b\x32\x19.deltawire.v1.ContentPartB\x07\n\x05_text\"Z\n\x10\x44\x65veloperMessage\x12\x11\n\x04text\x18\x01 \x01(\tH\x00\x88\x01\x01\x12*\n\x07\x63ontent\x18\x02 \x03(\x0b\x32\x19.deltawire.v1.ContentPartB\x07\n\x05_text\"U\n\x0bUserMessage\x12\x11\n\x04text\x18\x01 \x01(\tH\x00\x88\x01\x01\x12*\n\x07\x63ontent\x18\x02 \x03(\x0b\x32\x19.deltawire.v1.ContentPartB\x07\n\x05_text\"\x99\x01\n\x10\x41ssistantMessage\x12\x11\n\x04text\x18\x01 \x01(\tH\x00\x88\x01\x01\x12*\n\x07\x63ontent\x18\x02 \x03(\x0b\x32\x19.deltawire.v1.ContentPart\x12\x11\n\treasoning\x18\x03 \x01(\t\x12*\n\ntool_calls\x18\x04 \x03(\x0b\x32\x16.deltawire.v1.ToolCallB\x07\n\x05_text\"f\n\x0bToolMessage\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\x12\x11\n\x04text\x18\x02 \x01(\tH\x00\x88\x01\x01\x12*\n\x07\x63ontent\x18\x03 \x03(\x0b\x32\x19.deltawire.v1.ContentPartB\x07\n\x05_textB\x81\x01\n\x10\x64\x65v.deltawire.v1B\x0cMessageProtoP\x01Z)deltawire.dev/go/deltawire/v1;deltawirev1\xa2\x02\x03\x44WX\xaa\x02\x0c\x44\x65ltawire.V1\xca\x02\x0c\x44\x65ltawire\\V1\xea\x02\rDeltawire::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'deltawire.v1.message_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
-  _globals['DESCRIPTOR']._serialized_options = b'\n\020dev.deltawire.v1B\014MessageProtoP\001Z\030deltawire/v1;deltawirev1\242\002\003DWX\252\002\014Deltawire.V1\312\002\014Deltawire\\V1\352\002\rDeltawire::V1'
-  _globals['_MESSAGE']._serialized_start=70
-  _globals['_MESSAGE']._serialized_end=326
-  _globals['_CONTENTPART']._serialized_start=328
-  _globals['_CONTENTPART']._serialized_end=429
-  _globals['_IMAGE']._serialized_start=431
-  _globals['_IMAGE']._serialized_end=479
-  _globals['_SYSTEMMESSAGE']._serialized_start=481
-  _globals['_SYSTEMMESSAGE']._serialized_end=540
-  _globals['_DEVELOPERMESSAGE']._serialized_start=542
-  _globals['_DEVELOPERMESSAGE']._serialized_end=604
-  _globals['_USERMESSAGE']._serialized_start=606
-  _globals['_USERMESSAGE']._serialized_end=663
-  _globals['_ASSISTANTMESSAGE']._serialized_start=665
-  _globals['_ASSISTANTMESSAGE']._serialized_end=790
-  _globals['_TOOLMESSAGE']._serialized_start=792
-  _globals['_TOOLMESSAGE']._serialized_end=866
+  _globals['DESCRIPTOR']._serialized_options = b'\n\020dev.deltawire.v1B\014MessageProtoP\001Z)deltawire.dev/go/deltawire/v1;deltawirev1\242\002\003DWX\252\002\014Deltawire.V1\312\002\014Deltawire\\V1\352\002\rDeltawire::V1'
+  _globals['_CHATMESSAGE']._serialized_start=70
+  _globals['_CHATMESSAGE']._serialized_end=330
+  _globals['_CONTENTPART']._serialized_start=332
+  _globals['_CONTENTPART']._serialized_end=433
+  _globals['_IMAGE']._serialized_start=435
+  _globals['_IMAGE']._serialized_end=483
+  _globals['_SYSTEMMESSAGE']._serialized_start=485
+  _globals['_SYSTEMMESSAGE']._serialized_end=572
+  _globals['_DEVELOPERMESSAGE']._serialized_start=574
+  _globals['_DEVELOPERMESSAGE']._serialized_end=664
+  _globals['_USERMESSAGE']._serialized_start=666
+  _globals['_USERMESSAGE']._serialized_end=751
+  _globals['_ASSISTANTMESSAGE']._serialized_start=754
+  _globals['_ASSISTANTMESSAGE']._serialized_end=907
+  _globals['_TOOLMESSAGE']._serialized_start=909
+  _globals['_TOOLMESSAGE']._serialized_end=1011
 # @@protoc_insertion_point(module_scope)

@@ -113,8 +113,6 @@ class _HealthStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_HealthSt
     """It takes requests."""
     HEALTH_STATUS_ERROR: _HealthStatus.ValueType  # 2
     """It does not; `message` says why."""
-    HEALTH_STATUS_NOT_IMPLEMENTED: _HealthStatus.ValueType  # 3
-    """It cannot be asked."""
 
 class HealthStatus(_HealthStatus, metaclass=_HealthStatusEnumTypeWrapper):
     """How a provider is."""
@@ -125,8 +123,6 @@ HEALTH_STATUS_OK: HealthStatus.ValueType  # 1
 """It takes requests."""
 HEALTH_STATUS_ERROR: HealthStatus.ValueType  # 2
 """It does not; `message` says why."""
-HEALTH_STATUS_NOT_IMPLEMENTED: HealthStatus.ValueType  # 3
-"""It cannot be asked."""
 Global___HealthStatus: _TypeAlias = HealthStatus  # noqa: Y015
 
 @_typing.final
@@ -136,7 +132,7 @@ class Model(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
-    class MetadataEntry(_message.Message):
+    class AnnotationsEntry(_message.Message):
         DESCRIPTOR: _descriptor.Descriptor
 
         KEY_FIELD_NUMBER: _builtins.int
@@ -160,16 +156,17 @@ class Model(_message.Message):
     PROVIDER_MODEL_ID_FIELD_NUMBER: _builtins.int
     TYPE_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
-    METADATA_FIELD_NUMBER: _builtins.int
+    ANNOTATIONS_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
-    ROOT_FIELD_NUMBER: _builtins.int
-    PARENT_FIELD_NUMBER: _builtins.int
+    ENGINE_ROOT_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     EMBEDDING_DIMENSION_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Unique. An alias chosen at registration, else "provider_id/provider_model_id"."""
     provider_id: _builtins.str
@@ -184,22 +181,26 @@ class Model(_message.Message):
     """Whether it can be called now."""
     max_context_tokens: _builtins.int
     """Longest prompt and answer together, in tokens, as the provider says; absent if it does not."""
-    root: _builtins.str
-    """What the provider loaded it from; empty if it does not say."""
-    parent: _builtins.str
-    """The base model of a LoRA adapter; empty for others."""
+    engine_root: _builtins.str
+    """What the engine loaded it from, a path or a repository; empty if the engine does not say."""
+    base_model: _builtins.str
+    """The name of the model that a LoRA adapter extends, at the provider; empty for others."""
     etag: _builtins.str
     """Changes with every change of the registration; give it back to change only what was seen. Empty for discovered models.
     Example: "r42".
     """
     embedding_dimension: _builtins.int
     """Numbers in a vector that it makes; only for EMBEDDING, and always there."""
+    owner: _builtins.str
+    """Who registered it: the caller's name in the gateway's access list. Set by the gateway; ignored in requests. Empty for
+    discovered models, and where callers are not identified.
+    """
     @_builtins.property
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Further names, each unique over the registry."""
 
     @_builtins.property
-    def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+    def annotations(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Free notes of whoever registered it."""
 
     @_builtins.property
@@ -218,20 +219,21 @@ class Model(_message.Message):
         provider_model_id: _builtins.str = ...,
         type: Global___ModelType.ValueType = ...,
         aliases: _abc.Iterable[_builtins.str] | None = ...,
-        metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        annotations: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         source: Global___ModelSource.ValueType = ...,
         state: Global___ModelState.ValueType = ...,
         max_context_tokens: _builtins.int | None = ...,
-        root: _builtins.str = ...,
-        parent: _builtins.str = ...,
+        engine_root: _builtins.str = ...,
+        base_model: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
         embedding_dimension: _builtins.int | None = ...,
+        owner: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_embedding_dimension", b"_embedding_dimension", "_max_context_tokens", b"_max_context_tokens", "create_time", b"create_time", "embedding_dimension", b"embedding_dimension", "max_context_tokens", b"max_context_tokens", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_embedding_dimension", b"_embedding_dimension", "_max_context_tokens", b"_max_context_tokens", "aliases", b"aliases", "create_time", b"create_time", "embedding_dimension", b"embedding_dimension", "etag", b"etag", "id", b"id", "max_context_tokens", b"max_context_tokens", "metadata", b"metadata", "parent", b"parent", "provider_id", b"provider_id", "provider_model_id", b"provider_model_id", "root", b"root", "source", b"source", "state", b"state", "type", b"type", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_embedding_dimension", b"_embedding_dimension", "_max_context_tokens", b"_max_context_tokens", "aliases", b"aliases", "annotations", b"annotations", "base_model", b"base_model", "create_time", b"create_time", "embedding_dimension", b"embedding_dimension", "engine_root", b"engine_root", "etag", b"etag", "id", b"id", "max_context_tokens", b"max_context_tokens", "owner", b"owner", "provider_id", b"provider_id", "provider_model_id", b"provider_model_id", "source", b"source", "state", b"state", "type", b"type", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__embedding_dimension: _TypeAlias = _typing.Literal["embedding_dimension"]  # noqa: Y015
     _WhichOneofArgType__embedding_dimension: _TypeAlias = _typing.Literal["_embedding_dimension", b"_embedding_dimension"]  # noqa: Y015
@@ -251,7 +253,7 @@ class RegisterModelRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
-    class MetadataEntry(_message.Message):
+    class AnnotationsEntry(_message.Message):
         DESCRIPTOR: _descriptor.Descriptor
 
         KEY_FIELD_NUMBER: _builtins.int
@@ -275,7 +277,7 @@ class RegisterModelRequest(_message.Message):
     PROVIDER_MODEL_ID_FIELD_NUMBER: _builtins.int
     TYPE_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
-    METADATA_FIELD_NUMBER: _builtins.int
+    ANNOTATIONS_FIELD_NUMBER: _builtins.int
     EMBEDDING_DIMENSION_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """The id to call it by. Required. If it equals the provider's own name, the id becomes "provider_id/provider_model_id";
@@ -296,7 +298,7 @@ class RegisterModelRequest(_message.Message):
         """Further names, under the rules of `model_id`. At most 32."""
 
     @_builtins.property
-    def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+    def annotations(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Free notes. At most 64 entries, keys of 1 to 128 characters, values of at most 4096."""
 
     def __init__(
@@ -307,12 +309,12 @@ class RegisterModelRequest(_message.Message):
         provider_model_id: _builtins.str = ...,
         type: Global___ModelType.ValueType = ...,
         aliases: _abc.Iterable[_builtins.str] | None = ...,
-        metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        annotations: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         embedding_dimension: _builtins.int | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_embedding_dimension", b"_embedding_dimension", "embedding_dimension", b"embedding_dimension"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_embedding_dimension", b"_embedding_dimension", "aliases", b"aliases", "embedding_dimension", b"embedding_dimension", "metadata", b"metadata", "model_id", b"model_id", "provider_id", b"provider_id", "provider_model_id", b"provider_model_id", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_embedding_dimension", b"_embedding_dimension", "aliases", b"aliases", "annotations", b"annotations", "embedding_dimension", b"embedding_dimension", "model_id", b"model_id", "provider_id", b"provider_id", "provider_model_id", b"provider_model_id", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__embedding_dimension: _TypeAlias = _typing.Literal["embedding_dimension"]  # noqa: Y015
     _WhichOneofArgType__embedding_dimension: _TypeAlias = _typing.Literal["_embedding_dimension", b"_embedding_dimension"]  # noqa: Y015
@@ -403,9 +405,11 @@ class ListModelsRequest(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """How many at most: 1 to 1000. 0 means 100; more than 1000 is taken as 1000."""
+    """The most models to return: 1 to 1000. 0 means 100; more than 1000 is treated as 1000."""
     page_token: _builtins.str
-    """`next_page_token` of the page before; empty for the first."""
+    """`next_page_token` of the previous page; empty for the first. It is opaque, and belongs to the filters that it was returned
+    for: with others it is INVALID_ARGUMENT.
+    """
     provider_id: _builtins.str
     """Only models of this provider; empty for all."""
     type: Global___ModelType.ValueType
@@ -482,7 +486,7 @@ class UpdateModelRequest(_message.Message):
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """What of `model` to take over: "provider_id", "provider_model_id", "type", "aliases", "metadata",
+        """What of `model` to take over: "provider_id", "provider_model_id", "type", "aliases", "annotations",
         "embedding_dimension"; "*" for all of them. A list or map is replaced as a whole. Empty means those that are set. The
         id cannot change: register anew for that.
         """
@@ -733,16 +737,25 @@ Global___RefreshModelsResponse: _TypeAlias = RefreshModelsResponse  # noqa: Y015
 
 @_typing.final
 class ListProvidersRequest(_message.Message):
-    """Asks for the providers."""
+    """Asks for a page of providers."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """The most providers to return: 1 to 1000. 0 means 100; more than 1000 is treated as 1000."""
+    page_token: _builtins.str
+    """`next_page_token` of the previous page; empty for the first."""
     def __init__(
         self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -750,11 +763,14 @@ Global___ListProvidersRequest: _TypeAlias = ListProvidersRequest  # noqa: Y015
 
 @_typing.final
 class ListProvidersResponse(_message.Message):
-    """The providers."""
+    """A page of providers."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PROVIDERS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """For the next page; empty on the last."""
     @_builtins.property
     def providers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Provider]:
         """By ascending id."""
@@ -763,10 +779,11 @@ class ListProvidersResponse(_message.Message):
         self,
         *,
         providers: _abc.Iterable[Global___Provider] | None = ...,
+        next_page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["providers", b"providers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "providers", b"providers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -141,7 +141,7 @@ class ModelRegistryServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListProviders(self, request, context):
-        """The providers that the operator configured, by ascending id.
+        """The providers that the operator configured, by ascending id, in pages.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

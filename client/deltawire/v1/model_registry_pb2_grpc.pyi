@@ -57,7 +57,7 @@ class ModelRegistryStub:
     answer and not a failure of this call.
     """
     ListProviders: _grpc.UnaryUnaryMultiCallable[_model_registry_pb2.ListProvidersRequest, _model_registry_pb2.ListProvidersResponse]
-    """The providers that the operator configured, by ascending id."""
+    """The providers that the operator configured, by ascending id, in pages."""
     CheckProviderHealth: _grpc.UnaryUnaryMultiCallable[_model_registry_pb2.CheckProviderHealthRequest, _model_registry_pb2.CheckProviderHealthResponse]
     """Ask a provider how it is. A provider that is down is an answer, ERROR, and not a failure of this call."""
 
@@ -90,7 +90,7 @@ class ModelRegistryAsyncStub(ModelRegistryStub):
     answer and not a failure of this call.
     """
     ListProviders: _aio.UnaryUnaryMultiCallable[_model_registry_pb2.ListProvidersRequest, _model_registry_pb2.ListProvidersResponse]  # type: ignore[assignment]
-    """The providers that the operator configured, by ascending id."""
+    """The providers that the operator configured, by ascending id, in pages."""
     CheckProviderHealth: _aio.UnaryUnaryMultiCallable[_model_registry_pb2.CheckProviderHealthRequest, _model_registry_pb2.CheckProviderHealthResponse]  # type: ignore[assignment]
     """Ask a provider how it is. A provider that is down is an answer, ERROR, and not a failure of this call."""
 
@@ -168,7 +168,7 @@ class ModelRegistryServicer(metaclass=_abc_1.ABCMeta):
         request: _model_registry_pb2.ListProvidersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_registry_pb2.ListProvidersResponse, _abc.Awaitable[_model_registry_pb2.ListProvidersResponse]]:
-        """The providers that the operator configured, by ascending id."""
+        """The providers that the operator configured, by ascending id, in pages."""
 
     @_abc_1.abstractmethod
     def CheckProviderHealth(

@@ -168,7 +168,7 @@ async function main() {
   let interrupted = false;
   try {
     const model = values.model ?? (await onlyModel(registry));
-    const messages = [{ user: { content: [{ text: prompt }] } }];
+    const messages = [{ user: { text: prompt } }];
     const call = chat.streamChatCompletion({ chat: { model, messages, tools } });
     // Cancelling reaches the engine: it stops generating. Leaving the loop over the events would not do that.
     process.once('SIGINT', () => {

@@ -129,9 +129,9 @@ def served_as(wanted: str, listing: Sequence[ServedModel]) -> ServedModel | None
         for served in listing:
             if served.id == name:
                 return served
-    loaded = [served for served in listing if served.root in names]
+    loaded = [served for served in listing if served.engine_root in names]
     # A LoRA adapter is another model than the one whose weights it changes.
-    return loaded[0] if len(loaded) == 1 and not loaded[0].parent else None
+    return loaded[0] if len(loaded) == 1 and not loaded[0].base_model else None
 
 
 def _other_names() -> Mapping[str, tuple[str, ...]]:

@@ -115,7 +115,7 @@ def _differences(stored: Model, wanted: Model) -> list[str]:
         "provider_model_id": (stored.provider_model_id, wanted.provider_model_id),
         "type": (stored.type, wanted.type),
         "aliases": (set(stored.aliases), set(wanted.aliases)),
-        "metadata": (stored.metadata, wanted.metadata),
+        "annotations": (stored.annotations, wanted.annotations),
         "embedding_dimension": (stored.embedding_dimension, wanted.embedding_dimension),
     }
     return [field for field, (old, new) in pairs.items() if old != new]

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from deltawire_server.errors import CallerError, Code, DeltawireError, ProviderError, Reason
+from deltawire_server.errors import CallerError, Code, DeltawireError, ProviderError, Reason, Violation, invalid_request
 from deltawire_server.registry.messages import cut, quoted, some
-from deltawire_server.registry.model import Model, scoped_id
+from deltawire_server.registry.model import Model, ModelSource, ModelType, scoped_id
 from deltawire_server.registry.view import is_new
 
 if TYPE_CHECKING:
@@ -44,6 +44,31 @@ async def find(name: str, known: Known, listings: Listings) -> Model:
     if not found:
         raise _not_found(name, tuple(scopes) or listings.provider_ids, known, listings)
     return found[0]
+
+
+async def only_chat_model(known: Known, listings: Listings) -> Model:
+    """The chat model, for a request that names none. A model and its registrations count as one, by its first registered id.
+
+    Raises:
+        CallerError: INVALID_REQUEST, which lists the models to choose from; MODEL_NOT_FOUND if there is none.
+        ProviderError: There is none, and a provider cannot be asked.
+    """
+    await listings.recall(listings.provider_ids)
+    if not any(model.type is ModelType.LLM for model in all_models(known, listings).values()):
+        await listings.fetch(listings.provider_ids)
+    chat_models: dict[tuple[str, str], Model] = {}
+    models = all_models(known, listings).values()
+    for model in sorted(models, key=lambda model: (model.source is ModelSource.DISCOVERED, model.id)):
+        if model.type is ModelType.LLM:
+            chat_models.setdefault(model.target, model)
+    if len(chat_models) > 1:
+        names = some(sorted(model.id for model in chat_models.values()))
+        raise invalid_request(
+            [Violation("chat.model", f"is required if several chat models are served; there are: {names}")]
+        )
+    for model in chat_models.values():
+        return model
+    raise _not_found("", listings.provider_ids, known, listings)
 
 
 def scopes_of(name: str, provider_ids: Iterable[str]) -> dict[str, str]:
@@ -97,8 +122,7 @@ def _not_found(name: str, asked: Sequence[str], known: Known, listings: Listings
             return failures[0]
         return ProviderError(
             Reason.UPSTREAM_UNAVAILABLE,
-            f"whether there is a model {quoted(name)} cannot be told now: no answer from provider"
-            f" {some(asked)}: {failures[0].message}",
+            f"{_described(name)} cannot be looked up now: no answer from provider {some(asked)}: {failures[0].message}",
             metadata={"provider": ", ".join(asked)},
             retry_after=1.0,
         )
@@ -106,6 +130,11 @@ def _not_found(name: str, asked: Sequence[str], known: Known, listings: Listings
     away = f"; without an answer: {some(sorted(listings.failures))}" if listings.failures else ""
     return CallerError(
         Reason.MODEL_NOT_FOUND,
-        f"model {quoted(name)} not found; there are: {names}{away}",
+        f"{_described(name)} not found; there are: {names}{away}",
         metadata={"model": cut(name)},
     )
+
+
+def _described(name: str) -> str:
+    """What was looked for: a model by its name, or any chat model."""
+    return f"model {quoted(name)}" if name else "a chat model"

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from datetime import datetime
 
-MAX_CONTEXT_TOKENS = 2**32 - 1
+MAX_CONTEXT_TOKENS = 2**31 - 1
 """What the wire can carry, and a few thousand times the longest context there is."""
 
 
@@ -47,17 +47,18 @@ class Model:
         provider_model_id: Its name at the provider.
         type: What it is for. Discovered models are LLM: a vLLM does not say.
         aliases: Further names in the order they were given, each unique over the registry.
-        metadata: Free notes of whoever registered it.
+        annotations: Free notes, set at registration.
         source: How it came to be known.
         max_context_tokens: Longest prompt and answer together, as the provider said at registration, or says now of a
             discovered model; `None` if it does not say.
-        root: What the provider loaded it from; empty if it does not say.
-        parent: The base model of a LoRA adapter; empty for others.
+        engine_root: What the provider loaded it from; empty if it does not say.
+        base_model: The base model of a LoRA adapter; empty for others.
         create_time: When it was registered, in UTC; `None` for discovered models.
         update_time: When its registration last changed, in UTC; `None` for discovered models.
         embedding_dimension: Numbers in a vector that it makes; `None` unless its type is EMBEDDING.
         revision: Of the change that made it what it is, unique and rising; 0 for discovered models.
         state: Whether it can be called now, as far as this process knows.
+        owner: The name of the caller that registered it; empty for discovered models and where callers are not identified.
     """
 
     id: str
@@ -65,16 +66,17 @@ class Model:
     provider_model_id: str
     type: ModelType = ModelType.LLM
     aliases: tuple[str, ...] = ()
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    annotations: Mapping[str, str] = field(default_factory=dict)
     source: ModelSource = ModelSource.REGISTERED
     max_context_tokens: int | None = None
-    root: str = ""
-    parent: str = ""
+    engine_root: str = ""
+    base_model: str = ""
     create_time: datetime | None = None
     update_time: datetime | None = None
     embedding_dimension: int | None = None
     revision: int = 0
     state: ModelState = ModelState.UNKNOWN
+    owner: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:

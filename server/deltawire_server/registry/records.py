@@ -32,14 +32,15 @@ def values_of(model: Model) -> dict[str, Any]:
         "provider_id": model.provider_id,
         "provider_model_id": model.provider_model_id,
         "type": model.type.name,
-        "metadata": json.dumps(dict(model.metadata)),
+        "annotations": json.dumps(dict(model.annotations)),
         "max_context_tokens": model.max_context_tokens,
-        "root": model.root,
-        "parent": model.parent,
+        "engine_root": model.engine_root,
+        "base_model": model.base_model,
         "create_time": (model.create_time - _EPOCH) // _MICROSECOND,
         "update_time": (model.update_time - _EPOCH) // _MICROSECOND,
         "embedding_dimension": model.embedding_dimension,
         "revision": model.revision,
+        "owner": model.owner,
     }
 
 
@@ -56,14 +57,15 @@ def model_of(values: Mapping[str, Any], aliases: Sequence[object]) -> Model:
             provider_model_id=_text(values["provider_model_id"]),
             type=ModelType[values["type"]],
             aliases=tuple(_text(alias) for alias in aliases),
-            metadata=_metadata(values["metadata"]),
+            annotations=_annotations(values["annotations"]),
             max_context_tokens=_count(values["max_context_tokens"]),
-            root=_text(values["root"]),
-            parent=_text(values["parent"]),
+            engine_root=_text(values["engine_root"]),
+            base_model=_text(values["base_model"]),
             create_time=_EPOCH + int(values["create_time"]) * _MICROSECOND,
             update_time=_EPOCH + int(values["update_time"]) * _MICROSECOND,
             embedding_dimension=_count(values["embedding_dimension"]),
             revision=int(values["revision"]),
+            owner=_text(values["owner"]),
         )
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise DamagedRecordError(repr(error)) from error
@@ -102,8 +104,8 @@ def _count(value: object) -> int | None:
     return value
 
 
-def _metadata(text: object) -> dict[str, str]:
-    metadata = json.loads(_text(text))
-    if not isinstance(metadata, dict):
-        raise TypeError("metadata is no JSON object")
-    return {_text(key): _text(value) for key, value in metadata.items()}
+def _annotations(text: object) -> dict[str, str]:
+    annotations = json.loads(_text(text))
+    if not isinstance(annotations, dict):
+        raise TypeError("annotations is not a JSON object")
+    return {_text(key): _text(value) for key, value in annotations.items()}

@@ -135,9 +135,10 @@ class ModelRegistry:
         provider_model_id: str = "",
         model_type: ModelType | int = ModelType.LLM,
         aliases: Sequence[str] = (),
-        metadata: Mapping[str, str] | None = None,
+        annotations: Mapping[str, str] | None = None,
         embedding_dimension: int | None = None,
         token: str | None = None,
+        owner: str = "",
     ) -> Model:
         """Give a served model an id and aliases.
 
@@ -150,9 +151,10 @@ class ModelRegistry:
             provider_model_id: Its name there; empty for `model_id`.
             model_type: What it is for: a `ModelType`, or the number of one as it came; 0 is LLM.
             aliases: Further names, at most 32.
-            metadata: Free notes.
+            annotations: Free notes.
             embedding_dimension: Numbers in a vector that it makes; for EMBEDDING, and only then.
             token: The caller's token for the provider.
+            owner: The caller's name; that of the first registration stays.
 
         Raises:
             CallerError: Rules are broken (INVALID_REQUEST lists all of them), or there is no such provider.
@@ -167,7 +169,7 @@ class ModelRegistry:
             provider_model_id,
             model_type,
             aliases,
-            metadata or {},
+            annotations or {},
             embedding_dimension,
         )
         await self._follower.catch_up()
@@ -176,7 +178,7 @@ class ModelRegistry:
             wanted = await rules.as_served(wanted, self._served, token)
             await rules.refuse_served_names(wanted, self._served, token)
             now = datetime.now(UTC)
-            stored = await self._writes.insert(replace(wanted, create_time=now, update_time=now))
+            stored = await self._writes.insert(replace(wanted, create_time=now, update_time=now, owner=owner))
         return self._view.as_seen(stored)
 
     async def update(self, name: str, changes: Mapping[str, object], etag: str = "", token: str | None = None) -> Model:
@@ -283,14 +285,18 @@ class ModelRegistry:
         """The model of this name and who serves it.
 
         Args:
-            name: As for `get`.
+            name: As for `get`; empty for the only chat model that there is.
             token: The caller's token for the providers.
 
         Raises:
-            CallerError: As for `get`, and PROVIDER_NOT_FOUND if the model's provider is no longer configured.
+            CallerError: As for `get`, and PROVIDER_NOT_FOUND if the model's provider is no longer configured; for an empty name
+                INVALID_REQUEST if there are several chat models.
             ProviderError: As for `get`.
         """
-        model = await self.get(name, token)
+        if name:
+            model = await self.get(name, token)
+        else:
+            model = await lookup.only_chat_model(self._known, Listings(self._served, token))
         return Resolution(model, "" if name == model.id else name, self._providers.get(model.provider_id))
 
     async def list(
@@ -303,27 +309,27 @@ class ModelRegistry:
 
         Args:
             page_size: 1 to 1000; 0 for 100, more is taken as 1000.
-            page_token: As the page before gave it; empty for the first.
+            page_token: From the previous page; empty for the first.
             token: The caller's token for the providers.
-            wanted: Which models; a page token may be used with another filter.
+            wanted: Which models; the same for all pages.
 
         Returns:
             The models; the token of the next page, empty on the last; and the providers that could not be listed: of what
             they serve there is what they said last.
 
         Raises:
-            CallerError: A negative page size, or a token that is none of ours.
+            CallerError: A negative page size, or a token that is not from a page of this filter.
         """
-        size, after = pages.asked_for(page_size, page_token)
         wanted = wanted or Filter()
+        page = pages.asked_for(page_size, page_token, repr(wanted))
         listings = Listings(self._served, token)
         await listings.fetch(each for each in listings.provider_ids if wanted.provider_id in ("", each))
         models = lookup.all_models(self._known, listings)
         for model_id in self._known.models:
             models[model_id] = self._view.as_seen(models[model_id])
         shown = {model.id: model for model in models.values() if wanted.takes(model)}
-        page, next_page_token = pages.page_of(shown, size, after)
-        return page, next_page_token, tuple(sorted(listings.failures))
+        models_of_page, next_page_token = pages.page_of(shown, page, _bytes_of)
+        return models_of_page, next_page_token, tuple(sorted(listings.failures))
 
     def watch(self, revision: str = "") -> AsyncGenerator[Step]:
         """All models and then every change, or what came after a revision and then every change; see `Feed.watch`.
@@ -370,6 +376,12 @@ class ModelRegistry:
 
     def _snapshot(self) -> Iterable[Model]:
         return [model for _, model in sorted(self._view.models.items())]
+
+
+def _bytes_of(model: Model) -> int:
+    texts = (*model.names, *model.target, model.engine_root, model.base_model, model.owner)
+    notes = (*model.annotations, *model.annotations.values())
+    return sum(len(text.encode()) for text in (*texts, *notes))
 
 
 def _overtaken(model: Model) -> RegistryError:

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 MAX_ALIASES = 32
 """Aliases of a model: people use a few; this keeps a registration small."""
-MAX_METADATA_ENTRIES = 64
-MAX_METADATA_KEY_LENGTH = 128
-MAX_METADATA_VALUE_LENGTH = 4096
+MAX_ANNOTATIONS = 64
+MAX_ANNOTATION_KEY_LENGTH = 128
+MAX_ANNOTATION_VALUE_LENGTH = 4096
 """Notes, not documents: the three together keep a model within a quarter of a megabyte."""
 
 _TYPES: Mapping[int, ModelType] = MappingProxyType({0: ModelType.LLM} | {kind.value: kind for kind in ModelType})
@@ -44,7 +44,7 @@ def requested(
     provider_model_id: str,
     model_type: ModelType | int,
     aliases: Sequence[str],
-    metadata: Mapping[str, str],
+    annotations: Mapping[str, str],
     embedding_dimension: int | None,
 ) -> Model:
     """The model that a request describes, if it keeps all limits; it may still be served by nobody.
@@ -55,7 +55,7 @@ def requested(
     Raises:
         CallerError: INVALID_REQUEST, which lists all broken rules; PROVIDER_NOT_FOUND.
     """
-    violations = [*_name_violations("model_id", model_id), *_metadata_violations(metadata)]
+    violations = [*_name_violations("model_id", model_id), *_annotation_violations(annotations)]
     if not provider_id and len(providers.ids) == 1:
         (provider_id,) = providers.ids
     if not provider_id:
@@ -74,12 +74,12 @@ def requested(
         provider_model_id,
         kind,
         tuple(aliases),
-        dict(metadata),
+        dict(annotations),
         embedding_dimension=embedding_dimension,
     )
 
 
-UPDATABLE = ("provider_id", "provider_model_id", "type", "aliases", "metadata", "embedding_dimension")
+UPDATABLE = ("provider_id", "provider_model_id", "type", "aliases", "annotations", "embedding_dimension")
 """What of a registered model can change. Not its id: that is how callers know it."""
 
 
@@ -100,12 +100,12 @@ def changed(model: Model, changes: Mapping[str, Any], providers: Providers) -> M
         *(Violation(name, "is required") for name in ("provider_id", "provider_model_id") if not values[name]),
         *_kind_violations(values["type"], kind, values["embedding_dimension"]),
         *_alias_violations(values["aliases"], model.id),
-        *_metadata_violations(values["metadata"]),
+        *_annotation_violations(values["annotations"]),
     ]
     if violations or kind is None:
         raise invalid_request([Violation(f"model.{each.field}", each.description) for each in violations])
     providers.get(values["provider_id"])
-    values |= {"type": kind, "aliases": tuple(values["aliases"]), "metadata": dict(values["metadata"])}
+    values |= {"type": kind, "aliases": tuple(values["aliases"]), "annotations": dict(values["annotations"])}
     return replace(model, **values)
 
 
@@ -118,7 +118,7 @@ def as_registered(wanted: Model, known: Known) -> Model:
     for model_id in (wanted.id, scoped_id(wanted.provider_id, wanted.id)):
         model = known.find(model_id)
         if model is not None and model.provider_id == wanted.provider_id:
-            served = ServedModel(model.provider_model_id, model.root, model.parent)
+            served = ServedModel(model.provider_model_id, model.engine_root, model.base_model)
             if served_as(wanted.provider_model_id, [served]) is not None:
                 return _named(wanted, served.id)
     return _named(wanted, wanted.provider_model_id)
@@ -220,13 +220,13 @@ def _alias_violations(aliases: Sequence[str], model_id: str) -> Iterable[Violati
         seen.add(alias)
 
 
-def _metadata_violations(metadata: Mapping[str, str]) -> Iterable[Violation]:
-    if len(metadata) > MAX_METADATA_ENTRIES:
-        yield Violation("metadata", f"has {len(metadata)} entries; at most {MAX_METADATA_ENTRIES} are allowed")
+def _annotation_violations(annotations: Mapping[str, str]) -> Iterable[Violation]:
+    if len(annotations) > MAX_ANNOTATIONS:
+        yield Violation("annotations", f"has {len(annotations)} entries; at most {MAX_ANNOTATIONS} are allowed")
         return
-    for key, value in metadata.items():
-        if not 1 <= len(key) <= MAX_METADATA_KEY_LENGTH:
-            yield Violation("metadata", f"key {quoted(key)} must have 1 to {MAX_METADATA_KEY_LENGTH} characters")
-        if len(value) > MAX_METADATA_VALUE_LENGTH:
-            field = f"metadata[{quoted(key)}]"
-            yield Violation(field, f"has {len(value)} characters; at most {MAX_METADATA_VALUE_LENGTH} are allowed")
+    for key, value in annotations.items():
+        if not 1 <= len(key) <= MAX_ANNOTATION_KEY_LENGTH:
+            yield Violation("annotations", f"key {quoted(key)} must have 1 to {MAX_ANNOTATION_KEY_LENGTH} characters")
+        if len(value) > MAX_ANNOTATION_VALUE_LENGTH:
+            field = f"annotations[{quoted(key)}]"
+            yield Violation(field, f"has {len(value)} characters; at most {MAX_ANNOTATION_VALUE_LENGTH} are allowed")

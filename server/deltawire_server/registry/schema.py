@@ -36,16 +36,17 @@ MODELS = Table(
     Column("provider_id", Text, nullable=False),
     Column("provider_model_id", Text, nullable=False),
     Column("type", Text, nullable=False),
-    Column("metadata", Text, nullable=False),
+    Column("annotations", Text, nullable=False),
     Column("max_context_tokens", BigInteger),
-    Column("root", Text, nullable=False),
-    Column("parent", Text, nullable=False),
+    Column("engine_root", Text, nullable=False),
+    Column("base_model", Text, nullable=False),
     Column("create_time", BigInteger, nullable=False),
     Column("update_time", BigInteger, nullable=False),
     Column("embedding_dimension", BigInteger),
     Column("revision", BigInteger, nullable=False),
+    Column("owner", Text, nullable=False),
 )
-"""Registered models. `type` is the enum's name, `metadata` a JSON object of strings; times: microseconds since 1970.
+"""Registered models. `type` is the enum's name, `annotations` a JSON object of strings; times: microseconds since 1970.
 `revision` is that of the change that made the row what it is."""
 
 NAMES = Table(
@@ -117,6 +118,14 @@ STEPS: Mapping[int, tuple[str, ...]] = MappingProxyType(
                 record TEXT NOT NULL
             )
             """,
+        ),
+        3: (
+            "ALTER TABLE models RENAME COLUMN metadata TO annotations",
+            "ALTER TABLE models RENAME COLUMN root TO engine_root",
+            "ALTER TABLE models RENAME COLUMN parent TO base_model",
+            "ALTER TABLE models ADD COLUMN owner TEXT NOT NULL DEFAULT ''",
+            # Their records have the old names. Processes that miss them read all models anew.
+            "DELETE FROM changes",
         ),
     }
 )

@@ -104,7 +104,12 @@ def with_served(model: Model, served: ServedModel) -> Model:
     tokens = served.max_context_tokens
     # A number that cannot be is as good as none, and must not fail the call.
     known = tokens is not None and 0 <= tokens <= MAX_CONTEXT_TOKENS
-    return replace(model, max_context_tokens=tokens if known else None, root=served.root, parent=served.parent)
+    return replace(
+        model,
+        max_context_tokens=tokens if known else None,
+        engine_root=served.engine_root,
+        base_model=served.base_model,
+    )
 
 
 def is_new(discovered_model: Model, known: Known) -> bool:

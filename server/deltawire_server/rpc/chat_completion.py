@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 MAX_COMPLETED_BYTES = 1024 * 1024
 """A quarter of what other languages receive by default: a stream must not die on its last message."""
 
-MAX_RETAIN_FOR = 600.0
+MAX_RETENTION = 600.0
 """Seconds; see the settings."""
 
 
@@ -41,7 +41,7 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
     Args:
         worker: Runs them.
         max_completed_bytes: Above this, `Completed` leaves out the messages, which the stream has said already.
-        max_retain_for: The longest time that a caller may ask a stream to be kept, in seconds; 0 for no retention.
+        max_retention: The longest time that a caller may ask a stream to be kept, in seconds; 0 for no retention.
         slow_caller_timeout: How long one message of a retained stream may wait for its reader, in seconds.
         content_limits: What a request's messages may hold.
     """
@@ -51,14 +51,14 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         worker: Worker,
         *,
         max_completed_bytes: int = MAX_COMPLETED_BYTES,
-        max_retain_for: float = MAX_RETAIN_FOR,
+        max_retention: float = MAX_RETENTION,
         slow_caller_timeout: float = 30.0,
         content_limits: ContentLimits | None = None,
     ) -> None:
         self._worker = worker
         self._content_limits = content_limits
         self._max_completed_bytes = max_completed_bytes
-        self._max_retain_for = max_retain_for
+        self._max_retention = max_retention
         self._slow_caller_timeout = slow_caller_timeout
 
     async def CreateChatCompletion(  # noqa: N802 (the RPC's name)
@@ -96,8 +96,8 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
             await self._follow(self._worker.resume(caller, completion_id), after, record, context)
             return
         chat = validate.chat_request(request.chat, self._content_limits)
-        options = validate_options.stream_options(request.options, self._max_retain_for)
-        if options.retain_for is not None:
+        options = validate_options.stream_options(request.options, self._max_retention)
+        if options.retention is not None:
             stream = await self._worker.retained(
                 chat,
                 caller,
@@ -146,7 +146,7 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
             raise invalid_request([Violation("chat", "is required")])
         record = call_record(context)
         count, resolution = await self._worker.count_tokens(
-            validate.chat_request(request.chat, self._content_limits), record.call
+            validate.count_request(request.chat, self._content_limits), record.call
         )
         record.values.update(
             model=resolution.model.id,

@@ -169,7 +169,7 @@ def _error(ending: Ending) -> chat_pb.Completed.Error:
 def _timings(timings: Timings) -> chat_pb.Timings:
     return chat_pb.Timings(
         queue=_duration(timings.queue),
-        time_to_first_event=_duration(timings.first_event),
+        first_event_latency=_duration(timings.first_event),
         mean_gap=_duration(timings.mean_gap),
         worst_gap=_duration(timings.worst_gap),
         total=_duration(timings.total),
@@ -185,11 +185,10 @@ def _omit_messages(message: chat_pb.Completed) -> None:
 
 
 def _choice(choice: FinishedChoice) -> chat_pb.Completed.Choice:
-    content = [message_pb2.ContentPart(text=choice.text)] if choice.text else []
     message = chat_pb.Completed.Choice(
         index=choice.index,
         message=message_pb2.AssistantMessage(
-            content=content,
+            text=choice.text or None,
             reasoning=choice.reasoning,
             tool_calls=[_tool_call(call) for call in choice.tool_calls],
         ),
@@ -256,11 +255,9 @@ def _logprobs(tokens: Sequence[TokenLogprob]) -> list[chat_pb.TokenLogprob]:
         chat_pb.TokenLogprob(
             token=token.token,
             logprob=token.logprob,
-            token_bytes=token.token_bytes,
+            raw_bytes=token.raw_bytes,
             alternatives=[
-                chat_pb.TokenLogprob.Alternative(
-                    token=other.token, logprob=other.logprob, token_bytes=other.token_bytes
-                )
+                chat_pb.TokenLogprob.Alternative(token=other.token, logprob=other.logprob, raw_bytes=other.raw_bytes)
                 for other in token.alternatives
             ],
         )

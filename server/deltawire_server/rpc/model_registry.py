@@ -18,12 +18,12 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from deltawire.v1 import model_registry_pb2 as pb
 from deltawire.v1 import model_registry_pb2_grpc as pb_grpc
 from deltawire_server.errors import GatewayError, Reason, Violation, invalid_request
-from deltawire_server.registry import rules
+from deltawire_server.registry import pages, rules
 from deltawire_server.registry.messages import quoted
 from deltawire_server.registry.model import ModelSource, ModelState, ModelType
 from deltawire_server.registry.registry import Filter
 from deltawire_server.registry.store import ChangeKind
-from deltawire_server.rpc.interceptors import REQUEST_ID, call_context
+from deltawire_server.rpc.interceptors import REQUEST_ID, call_context, call_record
 from deltawire_server.rpc.status import MAX_MESSAGE, shorten
 from deltawire_server.upstream.base import HealthStatus
 
@@ -71,7 +71,6 @@ HEALTH_STATUSES: Mapping[HealthStatus, pb.HealthStatus.ValueType] = MappingProxy
     {
         HealthStatus.OK: pb.HEALTH_STATUS_OK,
         HealthStatus.ERROR: pb.HEALTH_STATUS_ERROR,
-        HealthStatus.NOT_IMPLEMENTED: pb.HEALTH_STATUS_NOT_IMPLEMENTED,
     }
 )
 
@@ -119,9 +118,10 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
             request.provider_model_id,
             request.type,
             request.aliases,
-            request.metadata,
+            request.annotations,
             request.embedding_dimension if request.HasField("embedding_dimension") else None,
             token=call_context(context).token,
+            owner=call_record(context).caller,
         )
         return pb.RegisterModelResponse(model=model_message(model))
 
@@ -208,13 +208,14 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
         return response
 
     async def ListProviders(self, request: pb.ListProvidersRequest, context: Context) -> pb.ListProvidersResponse:
-        """The configured providers."""
-        return pb.ListProvidersResponse(
-            providers=[
-                pb.Provider(id=provider.id, kind=provider.kind, base_urls=provider.base_urls)
-                for provider in self._providers.all()
-            ]
-        )
+        """A page of the configured providers."""
+        page = pages.asked_for(request.page_size, request.page_token, "providers")
+        providers = {
+            provider.id: pb.Provider(id=provider.id, kind=provider.kind, base_urls=provider.base_urls)
+            for provider in self._providers.all()
+        }
+        shown, next_page_token = pages.page_of(providers, page, pb.Provider.ByteSize)
+        return pb.ListProvidersResponse(providers=shown, next_page_token=next_page_token)
 
     async def CheckProviderHealth(
         self,
@@ -255,7 +256,7 @@ def changes_of(request: pb.UpdateModelRequest) -> dict[str, object]:
         "provider_model_id": given.provider_model_id,
         "type": given.type,
         "aliases": tuple(given.aliases),
-        "metadata": dict(given.metadata),
+        "annotations": dict(given.annotations),
         "embedding_dimension": given.embedding_dimension if given.HasField("embedding_dimension") else None,
     }
     return {path: values[path] for path in paths}
@@ -276,16 +277,17 @@ def model_message(model: Model) -> pb.Model:
         provider_model_id=model.provider_model_id,
         type=MODEL_TYPES[model.type],
         aliases=model.aliases,
-        metadata=model.metadata,
+        annotations=model.annotations,
         source=MODEL_SOURCES[model.source],
         max_context_tokens=model.max_context_tokens,
-        root=model.root,
-        parent=model.parent,
+        engine_root=model.engine_root,
+        base_model=model.base_model,
         create_time=_timestamp(model.create_time),
         update_time=_timestamp(model.update_time),
         state=MODEL_STATES[model.state],
         etag=model.etag,
         embedding_dimension=model.embedding_dimension,
+        owner=model.owner,
     )
 
 

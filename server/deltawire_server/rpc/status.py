@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from deltawire_server.errors import DeltawireError, Violation
 
-DOMAIN = "deltawire"
+DOMAIN = "deltawire.dev"
 REASON_TRAILER = "deltawire-reason"
 DETAILS_TRAILER = "grpc-status-details-bin"
 

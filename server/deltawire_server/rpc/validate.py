@@ -14,6 +14,7 @@ import msgspec
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import message_pb2, tool_pb2
+from deltawire_server.errors import Violation, invalid_request
 from deltawire_server.rpc import validate_options
 from deltawire_server.rpc.complaints import Complaints
 from deltawire_server.rpc.status import shorten
@@ -69,10 +70,11 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "presence_penalty": (-2.0, 2.0, "must be between -2 and 2"),
     "repetition_penalty": (math.ulp(0.0), math.inf, "must be above 0"),
     "max_tokens": (1, math.inf, "must be 1 or more; leave it out for the rest of the context"),
+    "min_tokens": (0, math.inf, "must be 0 or more"),
 }
 """Of the sampling numbers: lowest, highest, and what to say."""
 
-_SCALARS = (*_RANGES, "seed", "min_tokens", "ignore_eos")
+_SCALARS = (*_RANGES, "seed", "ignore_eos")
 
 
 def chat_request(message: chat_pb.ChatRequest, limits: ContentLimits | None = None) -> ChatRequest:
@@ -91,6 +93,24 @@ def chat_request(message: chat_pb.ChatRequest, limits: ContentLimits | None = No
     return _ChatReader(limits or ContentLimits()).read(message)
 
 
+COUNTED = frozenset({"model", "messages", "tools", "tool_choice", "allowed_tools", "chat_template_kwargs"})
+"""The fields of a chat request that have an effect on the number of its prompt's tokens."""
+
+
+def count_request(message: chat_pb.ChatRequest, limits: ContentLimits | None = None) -> ChatRequest:
+    """Check a chat request whose tokens are to be counted: as `chat_request`, and without the fields that would be ignored.
+
+    Raises:
+        CallerError: INVALID_REQUEST with every violated field.
+    """
+    ignored = [field.name for field, _ in message.ListFields() if field.name not in COUNTED]
+    if ignored:
+        raise invalid_request(
+            [Violation(f"chat.{name}", "has no effect on the number of tokens: leave it out") for name in ignored]
+        )
+    return chat_request(message, limits)
+
+
 class _ChatReader:
     """Reads one chat request and collects what is wrong with it."""
 
@@ -99,8 +119,6 @@ class _ChatReader:
         self._content = ContentReader(self._complain, limits)
 
     def read(self, chat: chat_pb.ChatRequest) -> ChatRequest:
-        if not chat.model:
-            self._complain("chat.model", "is required; ListModels says what there is")
         if not chat.messages:
             self._complain("chat.messages", "needs at least one message")
         self._bound("chat.messages", len(chat.messages), MAX_MESSAGES)
@@ -121,7 +139,7 @@ class _ChatReader:
             parallel_tool_calls=chat.parallel_tool_calls if chat.HasField("parallel_tool_calls") else None,
             sampling=self._sampling(chat.sampling),
             response_format=self._response_format(chat.response_format) if chat.HasField("response_format") else None,
-            top_logprobs=chat.logprobs.top_k if chat.HasField("logprobs") else None,
+            top_logprobs=self._top_logprobs(chat),
             choice_count=choice_count,
             reasoning=validate_options.reasoning(chat.reasoning, self._complain),
             incremental_tool_calls=validate_options.incremental_tool_calls(chat.tool_call_policy, self._complain),
@@ -142,20 +160,27 @@ class _ChatReader:
         self._complain.settle()
         return request
 
-    def _message(self, path: str, message: message_pb2.Message) -> ChatMessage:
+    def _top_logprobs(self, chat: chat_pb.ChatRequest) -> int | None:
+        if not chat.HasField("logprobs"):
+            return None
+        if chat.logprobs.top_k < 0:
+            self._complain("chat.logprobs.top_k", "must be 0 or more")
+        return chat.logprobs.top_k
+
+    def _message(self, path: str, message: message_pb2.ChatMessage) -> ChatMessage:
         match message.WhichOneof("role"):
             case "system":
-                return ChatMessage(Role.SYSTEM, self._content.read(f"{path}.system", message.system.content))
+                return ChatMessage(Role.SYSTEM, self._content.read(f"{path}.system", message.system))
             case "developer":
-                return ChatMessage(Role.DEVELOPER, self._content.read(f"{path}.developer", message.developer.content))
+                return ChatMessage(Role.DEVELOPER, self._content.read(f"{path}.developer", message.developer))
             case "user":
-                return ChatMessage(Role.USER, self._content.read(f"{path}.user", message.user.content))
+                return ChatMessage(Role.USER, self._content.read(f"{path}.user", message.user))
             case "assistant":
                 return self._assistant(f"{path}.assistant", message.assistant)
             case "tool":
                 if not message.tool.call_id:
                     self._complain(f"{path}.tool.call_id", "is required: which call does this answer?")
-                content = self._content.read(f"{path}.tool", message.tool.content)
+                content = self._content.read(f"{path}.tool", message.tool)
                 return ChatMessage(Role.TOOL, content, call_id=message.tool.call_id)
             case None:
                 self._complain(path, "needs a role: system, developer, user, assistant or tool")
@@ -172,7 +197,7 @@ class _ChatReader:
             arguments = self._json_object(f"{here}.arguments", call.arguments, empty_allowed=True)
             calls.append(PastCall(call.call_id, call.tool_name, arguments or "{}"))
         # What is left of a turn may be nothing, if it was cut or its calls failed; it goes back all the same.
-        content = self._content.read(path, message.content, required=False)
+        content = self._content.read(path, message, required=False)
         return ChatMessage(Role.ASSISTANT, content, reasoning=message.reasoning, tool_calls=tuple(calls))
 
     def _tools(self, tools: Iterable[tool_pb2.Tool]) -> tuple[ToolSpec, ...]:
@@ -248,9 +273,7 @@ class _ChatReader:
             for index, text in enumerate(getattr(sampling, name)):
                 if not text:
                     self._complain(f"chat.sampling.{name}[{index}]", "must not be empty")
-        for token, bias in sampling.logit_bias.items():
-            if not -100 <= bias <= 100:
-                self._complain(f"chat.sampling.logit_bias[{token}]", "must be between -100 and 100")
+        self._check_token_ids(sampling)
         scalars: dict[str, Any] = {
             name: getattr(sampling, name)
             for name in _SCALARS
@@ -263,6 +286,16 @@ class _ChatReader:
             logit_bias=dict(sampling.logit_bias),
             bad_words=tuple(sampling.bad_words),
         )
+
+    def _check_token_ids(self, sampling: chat_pb.Sampling) -> None:
+        for index, token in enumerate(sampling.stop_token_ids):
+            if token < 0:
+                self._complain(f"chat.sampling.stop_token_ids[{index}]", "must be a token's id, 0 or more")
+        for token, bias in sampling.logit_bias.items():
+            if token < 0:
+                self._complain(f"chat.sampling.logit_bias[{token}]", "must have a token's id as key, 0 or more")
+            if not -100 <= bias <= 100:
+                self._complain(f"chat.sampling.logit_bias[{token}]", "must be between -100 and 100")
 
     def _response_format(self, form: chat_pb.ResponseFormat) -> TextFormat | None:
         path = "chat.response_format"
@@ -323,7 +356,7 @@ class _ChatReader:
         return text if value else ""
 
 
-def _entries(message: message_pb2.Message) -> int:
+def _entries(message: message_pb2.ChatMessage) -> int:
     """How many parts and tool calls a message has."""
     match message.WhichOneof("role"):
         case None:

@@ -6,7 +6,7 @@ An address is only read here; whether it may be fetched, and by whom, is for `up
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from deltawire_server.upstream.images.data_urls import DataUrlError, data_of, is_data_url, too_large
 from deltawire_server.upstream.images.sniff import KINDS, media_type_of
@@ -14,9 +14,16 @@ from deltawire_server.upstream.images.urls import UrlError, web_address
 from deltawire_server.upstream.request import Content, ImageData, ImageUrl
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from deltawire.v1 import message_pb2
+
+    Turn: TypeAlias = (
+        message_pb2.SystemMessage
+        | message_pb2.DeveloperMessage
+        | message_pb2.UserMessage
+        | message_pb2.AssistantMessage
+        | message_pb2.ToolMessage
+    )
+    """A message of some role: each has `text` and `content`."""
 
 _MIB = 1024 * 1024
 _SHOWN_BYTES = 12
@@ -55,18 +62,20 @@ class ContentReader:
         self._limits = limits
         self._image_count = 0
 
-    def read(
-        self, path: str, parts: Iterable[message_pb2.ContentPart], *, required: bool = True
-    ) -> tuple[Content, ...]:
-        """Read one message's content.
+    def read(self, path: str, turn: Turn, *, required: bool = True) -> tuple[Content, ...]:
+        """Read one message's content, in either of its forms.
 
         Args:
             path: Of the message, such as ``chat.messages[0].user``.
-            parts: Its content.
+            turn: The message.
             required: Whether it needs any.
         """
+        if turn.HasField("text"):
+            if turn.content:
+                self._complain(path, "has both text and content: set one of them")
+            return (turn.text,)
         contents: list[Content] = []
-        for index, part in enumerate(parts):
+        for index, part in enumerate(turn.content):
             here = f"{path}.content[{index}]"
             match part.WhichOneof("part"):
                 case "text":
@@ -77,7 +86,7 @@ class ContentReader:
                     self._complain(here, "is empty: set text or image")
                     contents.append("")
         if required and not contents:
-            self._complain(f"{path}.content", "needs at least one part")
+            self._complain(path, "needs text, or at least one part of content")
         return tuple(contents)
 
     def _image(self, path: str, image: message_pb2.Image) -> Content:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 MAX_SOFT_TIME_LIMIT = 24 * 3600.0
 """Seconds: longer than any answer, and short enough to show that milliseconds were meant."""
-MIN_RETAIN_FOR = 1.0
+MIN_RETENTION = 1.0
 """Seconds: nobody comes back sooner, and the first reader has to have come."""
 
 MAX_COALESCE_DELAY = 10.0
@@ -62,6 +62,8 @@ def reasoning(message: chat_pb.Reasoning, complain: Complain) -> Reasoning:
     if effort is None:
         known = ", ".join(chat_pb.ReasoningEffort.keys()[1:])
         complain("chat.reasoning.effort", f"{message.effort} is not known here; known: {known}")
+    if message.token_budget < 0:
+        complain("chat.reasoning.token_budget", "must be 0 or more")
     return Reasoning(
         effort or "",
         message.token_budget if message.HasField("token_budget") else None,
@@ -132,15 +134,19 @@ def resume(request: chat_pb.StreamChatCompletionRequest) -> tuple[str, int | Non
     # An empty message sets none of them.
     if request.options.ByteSize():
         raise invalid_request([Violation("options", "a resumed stream is told as it was asked for: leave them out")])
-    return found, message.after_sequence if message.HasField("after_sequence") else None
+    if message.last_sequence < 0:
+        raise invalid_request(
+            [Violation("resume.last_sequence", "must be 0 or more; leave it out for the first message")]
+        )
+    return found, message.last_sequence if message.HasField("last_sequence") else None
 
 
-def stream_options(message: chat_pb.StreamOptions, max_retain_for: float) -> StreamOptions:
+def stream_options(message: chat_pb.StreamOptions, max_retention: float) -> StreamOptions:
     """Check how a new stream is to be told.
 
     Args:
         message: What the caller asks for.
-        max_retain_for: Seconds that the operator allows a stream to be retained.
+        max_retention: Seconds that the operator allows a stream to be retained.
 
     Raises:
         CallerError: INVALID_REQUEST with every violated field.
@@ -157,15 +163,15 @@ def stream_options(message: chat_pb.StreamOptions, max_retain_for: float) -> Str
 
     delay = within("max_coalesce_delay", 0.0, MAX_COALESCE_DELAY, "must be from 0 to 10 seconds")
     interval = within("heartbeat_interval", MIN_HEARTBEAT, MAX_HEARTBEAT, "must be from 0.1 seconds to an hour")
-    if message.heartbeat_before_start and interval is None:
-        violations.append(Violation("options.heartbeat_before_start", "needs heartbeat_interval: set it too"))
-    limit = f"must be from {MIN_RETAIN_FOR:g} to {max_retain_for:g} seconds, this gateway's limit"
-    if max_retain_for < MIN_RETAIN_FOR:
+    if message.early_heartbeats and interval is None:
+        violations.append(Violation("options.early_heartbeats", "needs heartbeat_interval: set it too"))
+    limit = f"must be from {MIN_RETENTION:g} to {max_retention:g} seconds, this gateway's limit"
+    if max_retention < MIN_RETENTION:
         limit = "must be left out: this gateway keeps no streams"
-    retain_for = within("retain_for", MIN_RETAIN_FOR, max_retain_for, limit)
+    retention = within("retention", MIN_RETENTION, max_retention, limit)
     if violations:
         raise invalid_request(violations)
-    return StreamOptions(message.usage_updates, delay or 0.0, interval, message.heartbeat_before_start, retain_for)
+    return StreamOptions(message.usage_updates, delay or 0.0, interval, message.early_heartbeats, retention)
 
 
 def _seconds(duration: Duration) -> float:

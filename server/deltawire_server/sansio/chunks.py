@@ -17,11 +17,11 @@ DONE = b"[DONE]"
 Byte = Annotated[int, msgspec.Meta(ge=0, le=255)]
 """One of a token's bytes."""
 
-Count = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
-"""Tokens; what is passed on holds 32 bits."""
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+"""Tokens; what is passed on holds 31 bits."""
 
-TokenId = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
-"""A token; what is passed on holds 64 bits."""
+TokenId = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
+"""A token; what is passed on holds 32 bits."""
 
 
 class MalformedChunkError(ValueError):

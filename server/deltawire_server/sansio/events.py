@@ -61,7 +61,7 @@ class Alternative(_Value, frozen=True):
 
     token: str
     logprob: float
-    token_bytes: bytes = b""
+    raw_bytes: bytes = b""
 
 
 class TokenLogprob(_Value, frozen=True):
@@ -69,7 +69,7 @@ class TokenLogprob(_Value, frozen=True):
 
     token: str
     logprob: float
-    token_bytes: bytes = b""
+    raw_bytes: bytes = b""
     alternatives: tuple[Alternative, ...] = ()
 
 

@@ -322,7 +322,7 @@ class StreamSettings(Section):
 class RetentionSettings(Section):
     """Streams that are kept so that a caller who lost its connection can go on: all in memory, and gone with the process."""
 
-    max_retain_for: SecondsOrNone = Field(
+    max_retention: SecondsOrNone = Field(
         default=600.0,
         description=(
             "Seconds that a caller may ask for a stream to be kept while nobody reads it, at most; 0 for no retention at "

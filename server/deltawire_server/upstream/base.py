@@ -45,14 +45,14 @@ class ServedModel:
 
     Attributes:
         id: The name the provider calls it by.
-        root: What it was loaded from; empty if the provider does not say.
-        parent: The base model of a LoRA adapter; empty for others.
+        engine_root: What it was loaded from; empty if the provider does not say.
+        base_model: The base model of a LoRA adapter; empty for others.
         max_context_tokens: Longest prompt and answer together; `None` if the provider does not say.
     """
 
     id: str
-    root: str = ""
-    parent: str = ""
+    engine_root: str = ""
+    base_model: str = ""
     max_context_tokens: int | None = None
 
 
@@ -61,7 +61,6 @@ class HealthStatus(enum.Enum):
 
     OK = 1
     ERROR = 2
-    NOT_IMPLEMENTED = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +170,7 @@ class Provider(Protocol):
 
         Raises:
             CallerError: Images, which cannot be counted; or as for `stream_chat`.
-            ProviderError: NOT_SUPPORTED_BY_PROVIDER if it does not offer that; it is away, refuses, or answers nonsense.
+            ProviderError: ENDPOINT_NOT_SUPPORTED if it does not offer that; it is away, refuses, or answers nonsense.
         """
 
     async def list_models(self, token: str | None = None) -> tuple[ServedModel, ...]:

@@ -329,7 +329,7 @@ class VllmProvider:
         if refusal.status not in _NOT_OFFERED or error.reason is Reason.MODEL_NOT_FOUND:
             return error
         return ProviderError(
-            Reason.NOT_SUPPORTED_BY_PROVIDER,
+            Reason.ENDPOINT_NOT_SUPPORTED,
             f"provider {self.id!r} does not count tokens: it answered HTTP {refusal.status} at {TOKENIZE}, which is beside"
             " /v1; the operator can let it through to vLLM",
             metadata={"provider": self.id, "endpoint": TOKENIZE},
@@ -448,8 +448,8 @@ class _Listing(msgspec.Struct):
 class _Counted(msgspec.Struct):
     """The body of a count. The token ids that come with it are not read."""
 
-    count: Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
-    max_model_len: Annotated[int, msgspec.Meta(gt=0, le=2**32 - 1)] | None = None
+    count: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+    max_model_len: Annotated[int, msgspec.Meta(gt=0, le=2**31 - 1)] | None = None
 
 
 _NOT_OFFERED = frozenset({403, 404, 405, 501})
@@ -524,8 +524,8 @@ def _served_model(card: dict[str, Any]) -> ServedModel:
     length = card.get("max_model_len")
     return ServedModel(
         id=str(card["id"]),
-        root=_text(card.get("root")),
-        parent=_text(card.get("parent")),
+        engine_root=_text(card.get("root")),
+        base_model=_text(card.get("parent")),
         max_context_tokens=length if isinstance(length, int) and length > 0 else None,
     )
 

@@ -1,54 +1,32 @@
-"""Chatting: which model is taken, and conversations."""
+"""Chatting: without a model's name, and conversations."""
 
 from __future__ import annotations
 
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import grpc
-import pytest
 
 from deltawire import assistant, image, system, tool, user
-from deltawire.v1 import model_registry_pb2 as registry
 from tests.client.cli.support import CALL, Run, Terminal, asked
-from tests.client.scripted import WAIT, Fail, Gateway, calling, model, saying
+from tests.client.scripted import WAIT, Fail, Gateway, calling, saying
+
+if TYPE_CHECKING:
+    import pytest
 
 STATUS = grpc.StatusCode
 
 
-@pytest.mark.parametrize(
-    ("models", "chosen"),
-    [
-        ([model("llama")], "llama"),
-        ([model("bge", type=registry.MODEL_TYPE_EMBEDDING), model("llama")], "llama"),
-        ([model("llama", provider_model_id="m"), model("vllm/m", source=registry.MODEL_SOURCE_DISCOVERED)], "llama"),
-        ([model("vllm/m", source=registry.MODEL_SOURCE_DISCOVERED), model("z", provider_model_id="m")], "z"),
-    ],
-)
-def test_the_only_model(gateway: Gateway, run: Run, models: list[registry.Model], chosen: str) -> None:
-    """Without --model it is taken; a model and its registration are one."""
-    gateway.will(registry.ListModelsResponse(models=models))
+def test_without_a_model(gateway: Gateway, run: Run) -> None:
+    """The gateway finds the only chat model, and its answer says what there is to choose from."""
     gateway.will(*saying("hi"))
     assert run("chat", "hi")[0] == 0
-    assert asked(gateway).model == chosen
-
-
-def test_no_model_to_choose(gateway: Gateway, run: Run) -> None:
-    """Several are listed, none is said to be none, and who could not be listed is named."""
-    gateway.will(registry.ListModelsResponse(models=[model("b"), model("a")]))
-    assert run("chat", "hi") == (2, "", "error: there is more than one model; give --model, one of: a, b\n")
-    gateway.will(registry.ListModelsResponse())
-    assert run("chat", "hi") == (2, "", "error: there is no model to chat with\n")
-    gateway.will(registry.ListModelsResponse(unreachable_provider_ids=["a", "b"]))
-    assert run("chat", "hi") == (
-        1,
-        "",
-        (
-            "error: there is no model to chat with, and these providers could not be listed: a, b;"
-            " see `deltawire health` and the gateway's log\n"
-        ),
-    )
+    assert asked(gateway).model == ""
+    gateway.will(Fail(STATUS.INVALID_ARGUMENT, "INVALID_REQUEST", message="chat.model: is required; there are: a, b"))
+    status, _, err = run("chat", "hi")
+    assert (status, "chat.model: is required; there are: a, b" in err) == (1, True)
 
 
 def test_a_conversation(gateway: Gateway, run: Run) -> None:

@@ -23,12 +23,11 @@ from deltawire.v1.chat_completion_pb2 import (
     Completed,
     CountTokensResponse,
     GetChatCompletionResponse,
-    ResumeFrom,
+    ResumePoint,
     Started,
     Usage,
 )
 from deltawire.v1.error_reason_pb2 import ErrorReason
-from deltawire.v1.model_registry_pb2 import ListModelsResponse
 from tests.client.cli.support import CALL, Run, Terminal
 from tests.client.scripted import (
     Fail,
@@ -38,7 +37,6 @@ from tests.client.scripted import (
     choice,
     completed,
     finished,
-    model,
     notice,
     numbered,
     saying,
@@ -187,10 +185,10 @@ def test_resume(gateway: Gateway, run: Run) -> None:
     events = saying("Hel", "lo")
     gateway.will(*events)
     assert run("resume", "mine") == (0, "Hello\n", "")
-    assert gateway.last.request.resume == ResumeFrom(completion_id="mine")
+    assert gateway.last.request.resume == ResumePoint(completion_id="mine")
     gateway.will(*events[2:])
-    assert run("resume", "mine", "--after", "1", "--retain-for", "5") == (0, "lo\n", "")
-    assert gateway.last.request.resume == ResumeFrom(completion_id="mine", after_sequence=1)
+    assert run("resume", "mine", "--after", "1", "--retention", "5") == (0, "lo\n", "")
+    assert gateway.last.request.resume == ResumePoint(completion_id="mine", last_sequence=1)
     gateway.will(*events[2:])
     status, out, _ = run("resume", "mine", "--after", "1", "--json")
     assert (status, len(out.splitlines())) == (0, len(events) - 2)
@@ -202,7 +200,7 @@ def test_resume_after_the_last_event(gateway: Gateway, run: Run) -> None:
     for form in ([], ["--json"]):
         gateway.will()
         assert run("resume", "mine", "--after", "4", *form) == (0, "", note)
-        assert gateway.last.request.resume == ResumeFrom(completion_id="mine", after_sequence=4)
+        assert gateway.last.request.resume == ResumePoint(completion_id="mine", last_sequence=4)
 
 
 def test_a_stream_that_goes_on(gateway: Gateway, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,16 +209,16 @@ def test_a_stream_that_goes_on(gateway: Gateway, run: Run, monkeypatch: pytest.M
     events = saying("Hel", "lo")
     gateway.will(*events[:2], LOST)
     gateway.will(*events[2:])
-    status, out, err = run("chat", "--model", "llama", "--retain-for", "60", "--completion-id", "mine", "hi")
+    status, out, err = run("chat", "--model", "llama", "--retention", "60", "--completion-id", "mine", "hi")
     assert (status, out) == (0, "Hello\n")
     assert err == "note: stream cmpl-1 broke off and goes on in 0.0 s: INTERNAL: it failed\n"
     gateway.will(*events[:2], LOST)
     gateway.will(Fail(STATUS.FAILED_PRECONDITION, "WRONG_REPLICA"))
-    status, out, err = run("chat", "--model", "llama", "--retain-for", "60", "hi")
+    status, out, err = run("chat", "--model", "llama", "--retention", "60", "hi")
     assert (status, out) == (1, "Hel\n")
     assert "note: for the rest: deltawire resume cmpl-1 --after 1\nerror: FAILED_PRECONDITION (WRONG_REPLICA)" in err
     gateway.will(*[Fail(STATUS.DEADLINE_EXCEEDED, "DURATION_LIMIT_EXCEEDED")])
-    status, _, err = run("chat", "--model", "llama", "--retain-for", "60", "--completion-id", "mine", "hi")
+    status, _, err = run("chat", "--model", "llama", "--retention", "60", "--completion-id", "mine", "hi")
     assert (status, err.startswith("note: for the rest: deltawire resume mine\nerror: ")) == (1, True)
 
 
@@ -237,12 +235,11 @@ def test_count_tokens(gateway: Gateway, run: Run) -> None:
     assert run("count-tokens", "--model", "llama", "--json", "hi")[:2] == (0, '{"promptTokens": 12}\n')
 
 
-def test_count_tokens_of_the_only_model(gateway: Gateway, run: Run) -> None:
-    """It is taken, as for a chat; at a terminal there is nothing to count without a prompt."""
-    gateway.will(ListModelsResponse(models=[model("llama")]))
+def test_count_tokens_without_a_model(gateway: Gateway, run: Run) -> None:
+    """The gateway finds the only one, as for a chat; at a terminal there is nothing to count without a prompt."""
     gateway.will(CountTokensResponse(prompt_tokens=12))
     assert run("count-tokens", stdin="from a pipe")[0] == 0
-    assert gateway.last.request.chat == ChatRequest(model="llama", messages=[user("from a pipe")])
+    assert gateway.last.request.chat == ChatRequest(messages=[user("from a pipe")])
     assert run("count-tokens", stdin=[]) == (2, "", "error: there is no prompt\n")
 
 

@@ -57,16 +57,23 @@ def test_models_list_filtered(gateway: Gateway, run: Run) -> None:
 
 def test_models_get(gateway: Gateway, run: Run) -> None:
     """What is known, a line for each; in JSON, one line."""
-    known = model("llama", metadata={"b": "2", "a": "1"}, root="/models/llama", parent="base", max_context_tokens=5)
+    known = model(
+        "llama",
+        annotations={"b": "2", "a": "1"},
+        engine_root="/models/llama",
+        base_model="base",
+        owner="ci",
+        max_context_tokens=5,
+    )
     known.type, known.embedding_dimension, known.etag = registry.MODEL_TYPE_EMBEDDING, 1024, "r7"
     known.create_time.FromJsonString("2025-01-02T03:04:05Z")
     known.update_time.FromJsonString("2025-01-03T03:04:05Z")
     gateway.will(registry.GetModelResponse(model=known))
     assert run("models", "get", "l")[1] == (
-        "id:        llama\nprovider:  vllm\nserved as: llama\ntype:      embedding\ndimension: 1024\n"
-        "state:     serving\nsource:    registered\n"
-        "metadata:  a=1, b=2\ncontext:   5 tokens\nroot:      /models/llama\nparent:    base\n"
-        "created:   2025-01-02T03:04:05Z\nupdated:   2025-01-03T03:04:05Z\netag:      r7\n"
+        "id:          llama\nprovider:    vllm\nserved as:   llama\ntype:        embedding\ndimension:   1024\n"
+        "state:       serving\nsource:      registered\n"
+        "annotations: a=1, b=2\ncontext:     5 tokens\nengine root: /models/llama\nbase model:  base\n"
+        "created:     2025-01-02T03:04:05Z\nupdated:     2025-01-03T03:04:05Z\nowner:       ci\netag:        r7\n"
     )
     gateway.will(registry.GetModelResponse(model=known))
     assert Parse(run("models", "get", "--json", "l")[1], registry.Model()) == known
@@ -76,7 +83,7 @@ def test_models_get(gateway: Gateway, run: Run) -> None:
 def test_models_of_a_later_version(gateway: Gateway, run: Run) -> None:
     """A type that is not known here is shown by its number."""
     gateway.will(registry.GetModelResponse(model=model("m", type=99)))
-    assert "type:      99\n" in run("models", "get", "m")[1]
+    assert "type:        99\n" in run("models", "get", "m")[1]
 
 
 def test_models_register_and_unregister(gateway: Gateway, run: Run) -> None:
@@ -84,18 +91,18 @@ def test_models_register_and_unregister(gateway: Gateway, run: Run) -> None:
     gateway.will(registry.RegisterModelResponse(model=LLAMA))
     status, out, _ = run(
         "models", "register", "llama", "--provider", "vllm", "--provider-model", "meta/llama", "--type", "embedding",
-        "--alias", "l", "--alias", "ll", "--metadata", "owner=me", "--metadata", "note=a=b",
+        "--alias", "l", "--alias", "ll", "--annotation", "owner=me", "--annotation", "note=a=b",
         "--embedding-dimension", "1024",
     )  # fmt: skip
     assert status == 0
-    assert out.startswith("id:        llama\n")
+    assert out.startswith("id:          llama\n")
     assert gateway.last.request == registry.RegisterModelRequest(
         model_id="llama",
         provider_id="vllm",
         provider_model_id="meta/llama",
         type=registry.MODEL_TYPE_EMBEDDING,
         aliases=["l", "ll"],
-        metadata={"owner": "me", "note": "a=b"},
+        annotations={"owner": "me", "note": "a=b"},
         embedding_dimension=1024,
     )
     gateway.will(registry.UnregisterModelResponse())
@@ -110,7 +117,7 @@ def updated(gateway: Gateway, run: Run, *arguments: str) -> registry.UpdateModel
     """What an update with these options asks for."""
     gateway.will(registry.UpdateModelResponse(model=LLAMA))
     status, out, _ = run("models", "update", "llama", *arguments)
-    assert (status, out.splitlines()[0]) == (0, "id:        llama")
+    assert (status, out.splitlines()[0]) == (0, "id:          llama")
     request: registry.UpdateModelRequest = gateway.last.request
     return request
 
@@ -119,7 +126,7 @@ def test_models_update(gateway: Gateway, run: Run) -> None:
     """Every option arrives in its field and in the mask; what no option says is in neither."""
     request = updated(
         gateway, run, "--provider", "vllm", "--provider-model", "meta/llama", "--type", "embedding",
-        "--embedding-dimension", "1024", "--alias", "l", "--alias", "ll", "--metadata", "a=b", "--etag", "r7",
+        "--embedding-dimension", "1024", "--alias", "l", "--alias", "ll", "--annotation", "a=b", "--etag", "r7",
     )  # fmt: skip
     assert request.model == registry.Model(
         id="llama",
@@ -128,7 +135,7 @@ def test_models_update(gateway: Gateway, run: Run) -> None:
         type=registry.MODEL_TYPE_EMBEDDING,
         embedding_dimension=1024,
         aliases=["l", "ll"],
-        metadata={"a": "b"},
+        annotations={"a": "b"},
         etag="r7",
     )
     assert len(request.update_mask.paths) == 6
@@ -139,9 +146,9 @@ def test_models_update(gateway: Gateway, run: Run) -> None:
 
 def test_models_update_takes_away(gateway: Gateway, run: Run) -> None:
     """Names and notes if asked to; a vector's dimension with the type that has one."""
-    request = updated(gateway, run, "--no-aliases", "--no-metadata")
+    request = updated(gateway, run, "--no-aliases", "--no-annotations")
     assert request.model == registry.Model(id="llama")
-    assert list(request.update_mask.paths) == ["aliases", "metadata"]
+    assert list(request.update_mask.paths) == ["aliases", "annotations"]
     request = updated(gateway, run, "--type", "llm")
     assert request.model == registry.Model(id="llama", type=registry.MODEL_TYPE_LLM)
     assert list(request.update_mask.paths) == ["embedding_dimension", "type"]

@@ -84,7 +84,7 @@ def test_every_other_option(gateway: Gateway, run: Run, tmp_path: Path) -> None:
         "--stop-token-id", "8", "--ignore-eos", "--logit-bias", "5=-100", "--logit-bias", "6=0.5", "--bad-word", "no",
         "--soft-time-limit", "1.5", "--completion-id", "mine", "--priority", "-1", "--cache-salt", "salt",
         "--user", "somebody", "--template-kwargs", '{"a" : 1}', "--extra-body", "{}", "--usage-updates",
-        "--coalesce", "0.05", "--heartbeat", "20", "--heartbeat-before-start", "--retain-for", "60", "hi",
+        "--coalesce", "0.05", "--heartbeat", "20", "--early-heartbeats", "--retention", "60", "hi",
     )  # fmt: skip
     assert (status, err) == (0, "")
     assert gateway.last.request == StreamChatCompletionRequest(
@@ -117,8 +117,8 @@ def test_every_other_option(gateway: Gateway, run: Run, tmp_path: Path) -> None:
             usage_updates=True,
             max_coalesce_delay=Duration(nanos=50_000_000),
             heartbeat_interval=Duration(seconds=20),
-            heartbeat_before_start=True,
-            retain_for=Duration(seconds=60),
+            early_heartbeats=True,
+            retention=Duration(seconds=60),
         ),
     )
 
@@ -168,7 +168,7 @@ def test_images(gateway: Gateway, run: Run, tmp_path: Path) -> None:
     assert run("chat", "--model", "llama", "--image", str(path), "--image", url, "What?")[0] == 0
     assert list(asked(gateway).messages) == [user(["What?", image(b"png"), image(url)])]
     gateway.will(*saying("hi"))
-    request = '{"model": "llama", "messages": [{"user": {"content": [{"text": "1"}]}}]}'
+    request = '{"model": "llama", "messages": [{"user": {"text": "1"}}]}'
     assert run("chat", "--request", "-", "--image", str(path), stdin=request)[0] == 0
     assert list(asked(gateway).messages) == [user("1"), user(image(b"png"))]
     status, _, err = run("chat", "--model", "llama", "--image", str(tmp_path / "dog.png"), "What?")
@@ -186,7 +186,7 @@ def test_standard_input_is_the_prompt(gateway: Gateway, run: Run, arguments: lis
 def test_a_request_in_a_file(gateway: Gateway, run: Run, tmp_path: Path) -> None:
     """It is sent as it is."""
     path = tmp_path / "request.json"
-    path.write_text('{"model": "llama", "messages": [{"user": {"content": [{"text": "hi"}]}}], "choiceCount": 2}')
+    path.write_text('{"model": "llama", "messages": [{"user": {"text": "hi"}}], "choiceCount": 2}')
     gateway.will(*saying("hi"))
     assert run("chat", "--request", str(path))[0] == 0
     assert asked(gateway) == ChatRequest(model="llama", messages=[user("hi")], choice_count=2)
@@ -194,9 +194,7 @@ def test_a_request_in_a_file(gateway: Gateway, run: Run, tmp_path: Path) -> None
 
 def test_options_are_laid_over_a_request(gateway: Gateway, run: Run) -> None:
     """They replace values; the prompt comes after the messages, instructions before them."""
-    request = (
-        '{"model": "a", "messages": [{"user": {"content": [{"text": "1"}]}}], "sampling": {"seed": "1", "topK": 2}}'
-    )
+    request = '{"model": "a", "messages": [{"user": {"text": "1"}}], "sampling": {"seed": "1", "topK": 2}}'
     gateway.will(*saying("hi"))
     arguments = ("--request", "-", "--model", "b", "--seed", "3", "--system", "0", "2")
     assert run("chat", *arguments, stdin=request)[0] == 0

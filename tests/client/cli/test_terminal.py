@@ -88,7 +88,7 @@ def test_errors_and_notes_do_not_steer_it_either(gateway: Gateway, run: Run, mon
     assert run(*ask)[2] == f"note: X␛ ({TAME})\n"
     gateway.will(*numbered(started(WILD)), Fail(STATUS.INTERNAL, trailers=(), message=WILD))
     gateway.will(Fail(STATUS.FAILED_PRECONDITION, "WRONG_REPLICA", WILD))
-    err = run(*ask, "--retain-for", "60")[2]
+    err = run(*ask, "--retention", "60")[2]
     assert f"note: stream {TAME} broke off and goes on in 0.0 s: INTERNAL: {TAME}\n" in err
     assert f"note: for the rest: deltawire resume {TAME} --after 0\n" in err
 
@@ -98,8 +98,8 @@ def test_tables_and_facts_do_not_steer_it(gateway: Gateway, run: Run) -> None:
     gateway.will(ListModelsResponse(models=[model("llama", aliases=[WILD])], unreachable_provider_ids=[WILD]))
     _, out, err = run("models", "list")
     assert (out.splitlines()[1].endswith(TAME), err.startswith(f"note: no answer from {TAME}: ")) == (True, True)
-    gateway.will(GetModelResponse(model=model("llama", root=WILD)))
-    assert f"root:      {TAME}\n" in run("models", "get", "llama")[1]
+    gateway.will(GetModelResponse(model=model("llama", engine_root=WILD)))
+    assert f"engine root: {TAME}\n" in run("models", "get", "llama")[1]
     gateway.will(GetChatCompletionResponse(completion_id="mine", started=Started(model=WILD)))
     assert f"model:      {TAME}\n" in run("get", "mine")[1]
 
@@ -107,7 +107,7 @@ def test_tables_and_facts_do_not_steer_it(gateway: Gateway, run: Run) -> None:
 def test_wrong_usage_does_not_steer_it(run: Run) -> None:
     """Arguments can come from elsewhere too."""
     assert run("chat", f"--max-tokens={WILD}", "hi")[2].count("\x1b") == 0
-    assert run("models", "update", "llama", "--metadata", WILD)[2] == f"error: --metadata {TAME}: not KEY=VALUE\n"
+    assert run("models", "update", "llama", "--annotation", WILD)[2] == f"error: --annotation {TAME}: not KEY=VALUE\n"
     assert TAME in run("chat", "hi", WILD)[2]
 
 

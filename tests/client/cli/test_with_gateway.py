@@ -45,23 +45,23 @@ def quiet(lines: Lines) -> None:
 
 async def test_update(served: Running, command: Command) -> None:
     """What is given is changed and the rest stays; an etag that is old is refused, with the one that it is now."""
-    arguments = ("--provider-model", "fake", "--alias", "a", "--metadata", "k=v", "--json")
+    arguments = ("--provider-model", "fake", "--alias", "a", "--annotation", "k=v", "--json")
     status, out, _ = await command(served, "models", "register", "mine", *arguments)
     before = json.loads(out)
     status, out, _ = await command(served, "models", "update", "a", "--alias", "b", "--etag", before["etag"], "--json")
     after = json.loads(out)
-    assert (status, after["id"], after["aliases"], after["metadata"]) == (0, "mine", ["b"], {"k": "v"})
-    for change in (("update", "b", "--no-metadata"), ("unregister", "b")):
+    assert (status, after["id"], after["aliases"], after["annotations"]) == (0, "mine", ["b"], {"k": "v"})
+    for change in (("update", "b", "--no-annotations"), ("unregister", "b")):
         status, out, errors = await command(served, "models", *change, "--etag", before["etag"])
         assert (status, out) == (1, "")
         assert "ETAG_MISMATCH" in errors
         assert after["etag"] in errors
     status, out, _ = await command(served, "models", "update", "b", "--type", "embedding", "--embedding-dimension", "8")
-    assert (status, "type:      embedding\ndimension: 8\n" in out) == (0, True)
+    assert (status, "type:        embedding\ndimension:   8\n" in out) == (0, True)
     # Other types have no dimension, so it goes with the old one.
-    status, out, _ = await command(served, "models", "update", "b", "--type", "llm", "--no-aliases", "--no-metadata")
+    status, out, _ = await command(served, "models", "update", "b", "--type", "llm", "--no-aliases", "--no-annotations")
     assert status == 0
-    assert not {"dimension", "aliases", "metadata"} & {line.partition(":")[0] for line in out.splitlines()}
+    assert not {"dimension", "aliases", "annotations"} & {line.partition(":")[0] for line in out.splitlines()}
     status, out, _ = await command(served, "models", "unregister", "mine")
     assert (status, out) == (0, "mine is no longer registered\n")
 
@@ -102,7 +102,7 @@ async def test_watch(served: Running, command: Command) -> None:
 
 async def test_completions(served: Running, command: Command) -> None:
     """One is asked for and kept, looked up, read again, cancelled too late; and the tokens of a prompt are counted."""
-    asked = ("chat", "--model", "fake", "--retain-for", "60", "--completion-id", "mine", "--max-tokens", "4")
+    asked = ("chat", "--model", "fake", "--retention", "60", "--completion-id", "mine", "--max-tokens", "4")
     status, said, errors = await command(served, *asked, "hi")
     assert (status, errors) == (0, "note: the answer ended with OUT_OF_TOKENS\n")
     status, out, _ = await command(served, "get", "mine")
@@ -135,4 +135,4 @@ async def test_keys(start_gateway: StartGateway, command: Command) -> None:
             status, _, errors = await command(gateway, *arguments, "--token", WRITER)
             assert (status, errors) == (0, "")
         status, out, _ = await command(gateway, "models", "get", "a", "--token", READER)
-        assert (status, out.splitlines()[0]) == (0, "id:        mine")
+        assert (status, out.splitlines()[0]) == (0, "id:          mine")

@@ -33,7 +33,7 @@ from tests.client.scripted import WAIT, Gateway, calling, choice, saying, starte
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from deltawire import AsyncClient, Client, Message, StreamChatCompletionResponse, ToolLike, ToolRun
+    from deltawire import AsyncClient, ChatMessage, Client, StreamChatCompletionResponse, ToolLike, ToolRun
 
 OSLO = ToolCall(call_id="c1", tool_name="weather", arguments='{"city": "Oslo"}')
 BERGEN = ToolCall(call_id="c2", tool_name="weather", arguments='{"city": "Bergen"}')
@@ -93,7 +93,7 @@ def failing(
     return CreateChatCompletionResponse(started=started().started, completed=Completed(choices=[end]))
 
 
-def results(messages: Sequence[Message]) -> list[tuple[str, str]]:
+def results(messages: Sequence[ChatMessage]) -> list[tuple[str, str]]:
     """Call id and text of the last turn's results."""
     last = max(index for index, each in enumerate(messages) if each.HasField("assistant"))
     return [(each.tool.call_id, message_text(each)) for each in messages[last + 1 :]]
