@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 PROTOS = ROOT / "protos"
 NODE_CLIENT = ROOT / "client" / "examples" / "node"
 ENVOY_CONFIG = ROOT / "server" / "deploy" / "envoy" / "envoy.yaml"
+TRANSCODER_CONFIG = ENVOY_CONFIG.with_name("transcoder.yaml")
 
 LIMIT = 60.0
 """Seconds after which a wait has failed. Nothing takes a tenth of it; a busy machine may."""
@@ -54,14 +55,18 @@ def node_chat() -> tuple[str, str]:
 
 @contextlib.asynccontextmanager
 async def started(
-    *command: str, home: Path, out: IO[bytes] | int = subprocess.PIPE, err: IO[bytes] | int = subprocess.PIPE
+    *command: str,
+    home: Path,
+    folder: Path | None = None,
+    out: IO[bytes] | int = subprocess.PIPE,
+    err: IO[bytes] | int = subprocess.PIPE,
 ) -> AsyncIterator[subprocess.Process]:
     """A program, ended on leaving if it runs still.
 
     Its environment is bare: no proxy that the machine may have set comes between it and the gateway.
     """
     environment = {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8"}
-    process = await asyncio.create_subprocess_exec(*command, stdout=out, stderr=err, env=environment)
+    process = await asyncio.create_subprocess_exec(*command, stdout=out, stderr=err, env=environment, cwd=folder)
     try:
         yield process
     finally:
@@ -75,9 +80,9 @@ async def started(
             await process.communicate()
 
 
-async def run(*command: str, home: Path) -> Outcome:
-    """Run a program to its end."""
-    async with started(*command, home=home) as process, asyncio.timeout(LIMIT):
+async def run(*command: str, home: Path, folder: Path | None = None) -> Outcome:
+    """Run a program to its end, in the given folder or in this process's."""
+    async with started(*command, home=home, folder=folder) as process, asyncio.timeout(LIMIT):
         out, err = await process.communicate()
         status = await process.wait()
     return Outcome(status, out.decode(), err.decode())

@@ -1,4 +1,4 @@
-"""A real Envoy with the shipped configuration, in which only the ports are others."""
+"""A real Envoy with a shipped configuration, in which only the ports are others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from tests.polyglot.programs import ENVOY_CONFIG, LIMIT, started, tool
+from tests.polyglot.programs import ENVOY_CONFIG, LIMIT, TRANSCODER_CONFIG, started, tool
+from tests.polyglot.stubs import DESCRIPTORS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 # In the file, in this order: Envoy's own administration, the listener, and the two gateways.
 ADMIN, LISTENER, FIRST, SECOND = "9901", "50050", "50051", "50052"
+JSON_LISTENER = "50080"
 SECOND_ENDPOINT = """\
               - endpoint:
                   address:
@@ -32,6 +34,11 @@ def configuration(first: str, second: str | None) -> str:
         assert text.count(SECOND_ENDPOINT) == 1
         text = text.replace(SECOND_ENDPOINT, "")
     ports = {ADMIN: "0", LISTENER: "0", FIRST: _port(first)} | ({SECOND: _port(second)} if second else {})
+    return _with_ports(text, ports)
+
+
+def _with_ports(text: str, ports: dict[str, str]) -> str:
+    """The configuration with other ports than the shipped ones."""
     for shipped, used in ports.items():
         written = f"127.0.0.1, port_value: {shipped} }}"
         assert text.count(written) == 1, written
@@ -82,8 +89,30 @@ class Envoy:
 @contextlib.asynccontextmanager
 async def envoy(folder: Path, first: str, second: str | None = None) -> AsyncIterator[Envoy]:
     """An Envoy in front of one or two gateways, once it finds all of them healthy."""
+    async with _process(folder, configuration(first, second)) as running:
+        async with asyncio.timeout(LIMIT):
+            for address in filter(None, (first, second)):
+                await running.until(address, None)
+        yield running
+
+
+@contextlib.asynccontextmanager
+async def transcoder(folder: Path, gateway: str) -> AsyncIterator[str]:
+    """The address of an Envoy that accepts JSON for a gateway, with the shipped configuration and descriptor set."""
+    text = _with_ports(
+        TRANSCODER_CONFIG.read_text(encoding="utf-8"), {ADMIN: "0", JSON_LISTENER: "0", FIRST: _port(gateway)}
+    )
+    shipped = f"proto_descriptor: {DESCRIPTORS.name}"
+    assert text.count(shipped) == 1
+    async with _process(folder, text.replace(shipped, f"proto_descriptor: {DESCRIPTORS}")) as running:
+        yield running.target
+
+
+@contextlib.asynccontextmanager
+async def _process(folder: Path, text: str) -> AsyncIterator[Envoy]:
+    """An Envoy with this configuration, once it listens."""
     config, admin_file, log = folder / "envoy.yaml", folder / "admin", folder / "envoy.log"
-    config.write_text(configuration(first, second), encoding="utf-8")
+    config.write_text(text, encoding="utf-8")
     # A base id of its own, so that it shares no memory with another Envoy of this machine.
     command = (tool("envoy"), "-c", str(config), "--admin-address-path", str(admin_file), "--use-dynamic-base-id")
     with log.open("wb") as output:
@@ -105,7 +134,4 @@ async def envoy(folder: Path, first: str, second: str | None = None) -> AsyncIte
                 listeners = (await admin.get("/listeners", params={"format": "json"})).json()
             (listener,) = listeners["listener_statuses"]
             port = listener["local_address"]["socket_address"]["port_value"]
-            running = Envoy(f"127.0.0.1:{port}", admin)
-            for address in filter(None, (first, second)):
-                await running.until(address, None)
-            yield running
+            yield Envoy(f"127.0.0.1:{port}", admin)

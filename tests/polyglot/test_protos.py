@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING
 
 import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 
-from tests.polyglot.programs import PROTOS, run, tool
+from tests.polyglot.programs import PROTOS, Outcome, run, tool
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,3 +27,41 @@ async def test_the_protos_need_nothing_beside_them(tmp_path: Path) -> None:
         assert all(name.startswith(("deltawire/v1/", "google/protobuf/")) for name in file.dependency), file.name
         # Not editions, which Debian's protoc 3.21 cannot read.
         assert file.syntax == "proto3", file.name
+
+
+async def breaking(folder: Path) -> Outcome:
+    """Compare the protos in the folder with the baseline beside them, as `make breaking` does."""
+    return await run(tool("buf"), "breaking", "--against", "baseline.binpb", home=folder.parent, folder=folder)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("string call_id = 1;", "string call_name = 1;", '"call_id" to "call_name"'),
+        ("string call_id = 1;", "int32 call_id = 1;", 'from "string" to "int32"'),
+        ("ERROR_REASON_MODEL_NOT_FOUND = 3;", "ERROR_REASON_NO_MODEL = 3;", '"ERROR_REASON_NO_MODEL"'),
+    ],
+)
+async def test_a_change_that_breaks_clients_is_found(tmp_path: Path, old: str, new: str, said: str) -> None:
+    """A renamed field, one of another type, a renamed value."""
+    folder = tmp_path / "protos"
+    shutil.copytree(PROTOS, folder)
+    for path in folder.rglob("*.proto"):
+        path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+    found = await breaking(folder)
+    assert found.status == 100, found
+    assert said in found.out
+
+
+async def test_an_added_field_breaks_nothing(tmp_path: Path) -> None:
+    """Under a number that is free."""
+    folder = tmp_path / "protos"
+    shutil.copytree(PROTOS, folder)
+    path = folder / "deltawire" / "v1" / "tool.proto"
+    text = path.read_text(encoding="utf-8")
+    assert "message ToolCall {" in text
+    path.write_text(
+        text.replace("message ToolCall {", "message ToolCall {\n  string note = 1000;", 1), encoding="utf-8"
+    )
+    found = await breaking(folder)
+    assert found.status == 0, found.out

@@ -163,9 +163,13 @@ class _UsageProvenanceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Usage
     USAGE_PROVENANCE_EXACT: _UsageProvenance.ValueType  # 1
     """The engine's own final account."""
     USAGE_PROVENANCE_LOWER_BOUND: _UsageProvenance.ValueType  # 2
-    """The engine's running figures up to where it broke off: at least this much."""
+    """At least this much: the engine's running figures up to where it broke off, or what can be used
+    of an account in which a count is missing or impossible.
+    """
     USAGE_PROVENANCE_ESTIMATED: _UsageProvenance.ValueType  # 3
-    """The engine gave no figure: the pieces of output that came, counted. prompt_tokens is absent."""
+    """The engine gave no usable figure: the pieces of output that came, counted. prompt_tokens is
+    absent.
+    """
 
 class UsageProvenance(_UsageProvenance, metaclass=_UsageProvenanceEnumTypeWrapper):
     """How far a usage figure can be trusted."""
@@ -175,9 +179,13 @@ USAGE_PROVENANCE_UNSPECIFIED: UsageProvenance.ValueType  # 0
 USAGE_PROVENANCE_EXACT: UsageProvenance.ValueType  # 1
 """The engine's own final account."""
 USAGE_PROVENANCE_LOWER_BOUND: UsageProvenance.ValueType  # 2
-"""The engine's running figures up to where it broke off: at least this much."""
+"""At least this much: the engine's running figures up to where it broke off, or what can be used
+of an account in which a count is missing or impossible.
+"""
 USAGE_PROVENANCE_ESTIMATED: UsageProvenance.ValueType  # 3
-"""The engine gave no figure: the pieces of output that came, counted. prompt_tokens is absent."""
+"""The engine gave no usable figure: the pieces of output that came, counted. prompt_tokens is
+absent.
+"""
 Global___UsageProvenance: _TypeAlias = UsageProvenance  # noqa: Y015
 
 class _NoticeKind:
@@ -273,9 +281,10 @@ class ChatRequest(_message.Message):
     """
     completion_id: _builtins.str
     """An id of the caller's own choice, by which the completion can be cancelled, looked up and resumed even before it has begun:
-    1 to 128 letters, digits, "-", "_", "." or ":". Ids are each caller's own; one that is under way, or retained, cannot be
-    used again (ALREADY_EXISTS). Make it unguessable where the gateway does not tell callers apart. Absent or empty means that the
-    gateway makes one.
+    1 to 128 letters, digits, "-", "_", "." or ":". Ids are each caller's own. While a completion is under way or retained, an
+    equal request of the same method with its id is the same call, sent again: it gets the same generation from its beginning.
+    Another request with that id is ALREADY_EXISTS. Make the id unguessable where the gateway does not identify callers. Absent
+    or empty means that the gateway makes one.
     """
     priority: _builtins.int
     """Which request goes first when the engine is full; lower goes earlier, absent means 0. vLLM heeds it only if it was started
@@ -955,14 +964,29 @@ class StreamChatCompletionResponse(_message.Message):
        message in `completed`.
     3. Neighbouring deltas of one kind and choice that wait because the caller is slower than the engine may be joined;
        nothing that could be sent is held back.
-    4. Every tool call of a choice ends in exactly one `tool_call_delta`, SUCCEEDED or FAILED. They come when the choice
-       ends: the last text, then the verdicts by ascending index, then `choice_finished`. With INCREMENTAL, STARTED and
-       IN_PROGRESS come before it, and their fragments, put together, are what the verdict is about.
+    4. Every tool call of a choice ends in exactly one verdict: a `tool_call_delta` with SUCCEEDED or
+       FAILED. Verdicts and `choice_finished` are sent at the end of the whole answer, since some
+       engines send output after a finish reason. The answer ends when every choice has a finish
+       reason and the engine sends its final account of usage or its end marker, closes the
+       connection, or sends nothing more for a short time. Then, for each choice by ascending index:
+       the verdicts by ascending index, then `choice_finished`. Nothing of a choice comes after its
+       `choice_finished`. With INCREMENTAL, STARTED and IN_PROGRESS come before the verdict; the
+       fragments of a call, put together, are the text that the verdict is about. A call without
+       arguments is SUCCEEDED with "{}" only if the tool's `input_schema` allows an empty object.
     5. FAILED keeps all that the model said of the call.
-    6. When an answer is cut, its last call and every call that does not parse are FAILED with TRUNCATED.
-       `tool_calls_executable` is true only if the answer ended by itself, with at least one call, and all SUCCEEDED.
-    7. Each choice that was seen has one `choice_finished`; after a soft cancel or time limit every choice that was asked for. Exactly one `completed` comes, last, also after a fault: then its `error` says what
-       happened and the call ends with a non-OK status of the same reason. A stream without `completed` is not an answer.
+    6. If a choice is cut (out of tokens, canceled, a time limit, a fault), the call that was being
+       written and every call that does not parse are FAILED with TRUNCATED. So is a call of which
+       parts came after the finish reason, if the connection to the engine is lost before the end of
+       the answer. `tool_calls_executable` is true only if the choice ended by itself, has at least
+       one call, all its calls SUCCEEDED, and the call ends with status OK. After a fault it is false
+       for every choice, also for one that had ended by itself before: the answer has to be asked for
+       again, and no tool may run twice.
+    7. Each choice of which something came has one `choice_finished`; after a soft cancel or a soft
+       time limit, each choice that was asked for. If every choice has its finish reason by then, the
+       answer is whole and the cancel, the time limit or a lost connection to the engine changes
+       nothing. Exactly one `completed` comes, last, also after a fault: then its `error` says what
+       happened and the call ends with a non-OK status of the same reason. A stream without
+       `completed` is not an answer.
     8. An engine that stops without a finish reason is a fault, UPSTREAM_INCOMPLETE, never silent success.
     9. `completed` carries the usage, with its provenance, whenever the caller can still be written to.
     """
@@ -1238,13 +1262,17 @@ class ChoiceFinished(_message.Message):
     stop_reason: Global___StopReason.ValueType
     """Why."""
     engine_finish_reason: _builtins.str
-    """The engine's own word, to the letter, for example "stop"; empty if it gave none."""
+    """The engine's own word, verbatim, for example "stop"; empty if it gave none. If it gave several,
+    the last one. A word of more than 256 bytes is cut.
+    """
     matched_stop: _builtins.str
     """A stop text."""
     matched_token_id: _builtins.int
     """A stop token: the caller's, or an extra end token of the model's own."""
     tool_calls_executable: _builtins.bool
-    """Whether the tool calls may be executed: the answer ended by itself, with at least one call, and all SUCCEEDED."""
+    """Whether the tool calls may be executed: the choice ended by itself, has at least one call, all
+    of them SUCCEEDED, and the call ends with status OK.
+    """
     def __init__(
         self,
         *,

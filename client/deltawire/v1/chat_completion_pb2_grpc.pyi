@@ -41,7 +41,7 @@ class ChatCompletionStub:
     def __new__(cls, channel: _aio.Channel) -> ChatCompletionAsyncStub: ...
     CreateChatCompletion: _grpc.UnaryUnaryMultiCallable[_chat_completion_pb2.CreateChatCompletionRequest, _chat_completion_pb2.CreateChatCompletionResponse]
     """The whole answer at once. It fails wherever the stream below would end with a non-OK status, with that status.
-    At-least-once on the engine: a retried call generates again. An answer larger than the caller's receive limit, in
+    At-least-once on the engine: a retried call generates again, unless it has a `completion_id`. An answer larger than the caller's receive limit, in
     most languages 4 MiB by default, fails there: stream long ones.
     """
     StreamChatCompletion: _grpc.UnaryStreamMultiCallable[_chat_completion_pb2.StreamChatCompletionRequest, _chat_completion_pb2.StreamChatCompletionResponse]
@@ -74,7 +74,7 @@ class ChatCompletionAsyncStub(ChatCompletionStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateChatCompletion: _aio.UnaryUnaryMultiCallable[_chat_completion_pb2.CreateChatCompletionRequest, _chat_completion_pb2.CreateChatCompletionResponse]  # type: ignore[assignment]
     """The whole answer at once. It fails wherever the stream below would end with a non-OK status, with that status.
-    At-least-once on the engine: a retried call generates again. An answer larger than the caller's receive limit, in
+    At-least-once on the engine: a retried call generates again, unless it has a `completion_id`. An answer larger than the caller's receive limit, in
     most languages 4 MiB by default, fails there: stream long ones.
     """
     StreamChatCompletion: _aio.UnaryStreamMultiCallable[_chat_completion_pb2.StreamChatCompletionRequest, _chat_completion_pb2.StreamChatCompletionResponse]  # type: ignore[assignment]
@@ -110,7 +110,7 @@ class ChatCompletionServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_chat_completion_pb2.CreateChatCompletionResponse, _abc.Awaitable[_chat_completion_pb2.CreateChatCompletionResponse]]:
         """The whole answer at once. It fails wherever the stream below would end with a non-OK status, with that status.
-        At-least-once on the engine: a retried call generates again. An answer larger than the caller's receive limit, in
+        At-least-once on the engine: a retried call generates again, unless it has a `completion_id`. An answer larger than the caller's receive limit, in
         most languages 4 MiB by default, fails there: stream long ones.
         """
 

@@ -47,7 +47,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_PROVIDER_NOT_FOUND: _ErrorReason.ValueType  # 6
     """NOT_FOUND. No provider of this name is configured. Metadata: {"provider": "vllm2"}."""
     ERROR_REASON_PROVIDER_MISCONFIGURED: _ErrorReason.ValueType  # 7
-    """FAILED_PRECONDITION. The operator has to act: a wrong base URL, or a token that the provider refuses.
+    """FAILED_PRECONDITION. The operator has to act: a wrong base URL or host name, a token that the provider refuses, or a
+    certificate that cannot be trusted. The message says which. Retrying does not help.
     Metadata: {"provider": "vllm", "http_status": "404"}.
     """
     ERROR_REASON_UPSTREAM_UNAUTHENTICATED: _ErrorReason.ValueType  # 8
@@ -76,7 +77,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     Metadata: {"provider": "vllm", "upstream_code": "500"}.
     """
     ERROR_REASON_UPSTREAM_MALFORMED: _ErrorReason.ValueType  # 14
-    """INTERNAL before the first event, ABORTED after it. The provider sent what no vLLM sends. Metadata: {"provider": "vllm"}."""
+    """INTERNAL before the first event, ABORTED after it. The provider does not speak HTTP, or sent what no vLLM sends. Metadata: {"provider": "vllm"}."""
     ERROR_REASON_UPSTREAM_INCOMPLETE: _ErrorReason.ValueType  # 15
     """ABORTED. The stream broke off after it had begun: no finish reason came for every choice.
     Metadata: {"provider": "vllm"}.
@@ -88,12 +89,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     Metadata: {"limit": "1000"}.
     """
     ERROR_REASON_SLOW_CALLER: _ErrorReason.ValueType  # 18
-    """RESOURCE_EXHAUSTED. The caller did not read its stream for too long. Metadata: {"limit_seconds": "30"}."""
+    """RESOURCE_EXHAUSTED. The caller did not take a message of its stream for too long. Metadata: {"limit_seconds": "30"}."""
     ERROR_REASON_STORE_UNAVAILABLE: _ErrorReason.ValueType  # 19
     """UNAVAILABLE. The registry's database cannot be used now; models known already can still be called."""
     ERROR_REASON_DRAINING: _ErrorReason.ValueType  # 20
-    """UNAVAILABLE. This process is shutting down: it takes no new calls, and has ended this watch. Try again at once: another
-    one serves. ABORTED after the first event of a completion: the time that it gives to calls under way has passed.
+    """UNAVAILABLE. This process is shutting down: it takes no new calls, and has ended this watch. Retry as RetryInfo says, on a
+    new connection: another one serves. ABORTED after the first event of a completion: the time that it gives to calls under way has passed.
     """
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 21
     """INTERNAL. A defect of the gateway. Report it with the request id."""
@@ -148,8 +149,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     Metadata: {"provider": "vllm", "endpoint": "/tokenize"}.
     """
     ERROR_REASON_COMPLETION_ALREADY_EXISTS: _ErrorReason.ValueType  # 35
-    """ALREADY_EXISTS. A completion of this caller's that has this completion_id is under way or retained. Choose another id, or
-    resume that one. Metadata: {"completion_id": "my-1"}.
+    """ALREADY_EXISTS. A completion of this caller's that has this completion_id and another request is under way or retained.
+    Choose another id, or resume that one. Metadata: {"completion_id": "my-1"}.
     """
     ERROR_REASON_COMPLETION_NOT_FOUND: _ErrorReason.ValueType  # 36
     """NOT_FOUND. This caller has no completion of this id here. Metadata: {"completion_id": "my-1"}."""
@@ -167,7 +168,8 @@ class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
 
     Every failed call carries a google.rpc.Status with an ErrorInfo whose `domain` is "deltawire.dev" and whose `reason` is the
     name of one of these values without its prefix, for example "MODEL_NOT_FOUND". The same word travels as the plain
-    trailer `deltawire-reason`, for languages in which reading details is hard. ErrorInfo's `metadata` holds the values
+    trailer `deltawire-reason`, for languages in which reading details is hard. `grpc-retry-pushback-ms` has RetryInfo's delay for
+    gRPC's own retries; -1 tells them not to retry. ErrorInfo's `metadata` holds the values
     named below; `request_id` is always among them.
 
     A client that meets a value it does not know decides by the status code alone.
@@ -198,7 +200,8 @@ Metadata: {"model": "bge-m3", "type": "EMBEDDING"}.
 ERROR_REASON_PROVIDER_NOT_FOUND: ErrorReason.ValueType  # 6
 """NOT_FOUND. No provider of this name is configured. Metadata: {"provider": "vllm2"}."""
 ERROR_REASON_PROVIDER_MISCONFIGURED: ErrorReason.ValueType  # 7
-"""FAILED_PRECONDITION. The operator has to act: a wrong base URL, or a token that the provider refuses.
+"""FAILED_PRECONDITION. The operator has to act: a wrong base URL or host name, a token that the provider refuses, or a
+certificate that cannot be trusted. The message says which. Retrying does not help.
 Metadata: {"provider": "vllm", "http_status": "404"}.
 """
 ERROR_REASON_UPSTREAM_UNAUTHENTICATED: ErrorReason.ValueType  # 8
@@ -227,7 +230,7 @@ ERROR_REASON_UPSTREAM_ERROR: ErrorReason.ValueType  # 13
 Metadata: {"provider": "vllm", "upstream_code": "500"}.
 """
 ERROR_REASON_UPSTREAM_MALFORMED: ErrorReason.ValueType  # 14
-"""INTERNAL before the first event, ABORTED after it. The provider sent what no vLLM sends. Metadata: {"provider": "vllm"}."""
+"""INTERNAL before the first event, ABORTED after it. The provider does not speak HTTP, or sent what no vLLM sends. Metadata: {"provider": "vllm"}."""
 ERROR_REASON_UPSTREAM_INCOMPLETE: ErrorReason.ValueType  # 15
 """ABORTED. The stream broke off after it had begun: no finish reason came for every choice.
 Metadata: {"provider": "vllm"}.
@@ -239,12 +242,12 @@ ERROR_REASON_TOO_MANY_STREAMS: ErrorReason.ValueType  # 17
 Metadata: {"limit": "1000"}.
 """
 ERROR_REASON_SLOW_CALLER: ErrorReason.ValueType  # 18
-"""RESOURCE_EXHAUSTED. The caller did not read its stream for too long. Metadata: {"limit_seconds": "30"}."""
+"""RESOURCE_EXHAUSTED. The caller did not take a message of its stream for too long. Metadata: {"limit_seconds": "30"}."""
 ERROR_REASON_STORE_UNAVAILABLE: ErrorReason.ValueType  # 19
 """UNAVAILABLE. The registry's database cannot be used now; models known already can still be called."""
 ERROR_REASON_DRAINING: ErrorReason.ValueType  # 20
-"""UNAVAILABLE. This process is shutting down: it takes no new calls, and has ended this watch. Try again at once: another
-one serves. ABORTED after the first event of a completion: the time that it gives to calls under way has passed.
+"""UNAVAILABLE. This process is shutting down: it takes no new calls, and has ended this watch. Retry as RetryInfo says, on a
+new connection: another one serves. ABORTED after the first event of a completion: the time that it gives to calls under way has passed.
 """
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 21
 """INTERNAL. A defect of the gateway. Report it with the request id."""
@@ -299,8 +302,8 @@ ERROR_REASON_ENDPOINT_NOT_SUPPORTED: ErrorReason.ValueType  # 34
 Metadata: {"provider": "vllm", "endpoint": "/tokenize"}.
 """
 ERROR_REASON_COMPLETION_ALREADY_EXISTS: ErrorReason.ValueType  # 35
-"""ALREADY_EXISTS. A completion of this caller's that has this completion_id is under way or retained. Choose another id, or
-resume that one. Metadata: {"completion_id": "my-1"}.
+"""ALREADY_EXISTS. A completion of this caller's that has this completion_id and another request is under way or retained.
+Choose another id, or resume that one. Metadata: {"completion_id": "my-1"}.
 """
 ERROR_REASON_COMPLETION_NOT_FOUND: ErrorReason.ValueType  # 36
 """NOT_FOUND. This caller has no completion of this id here. Metadata: {"completion_id": "my-1"}."""

@@ -798,6 +798,7 @@ class Provider(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     BASE_URLS_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Unique; chosen by the operator."""
     kind: _builtins.str
@@ -806,20 +807,89 @@ class Provider(_message.Message):
     def base_urls(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Where it is, without credentials: one address for each of its replicas. Example: "http://127.0.0.1:8000/v1"."""
 
+    @_builtins.property
+    def engine(self) -> Global___Engine:
+        """What answers there. Always set."""
+
     def __init__(
         self,
         *,
         id: _builtins.str = ...,
         kind: _builtins.str = ...,
         base_urls: _abc.Iterable[_builtins.str] | None = ...,
+        engine: Global___Engine | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_urls", b"base_urls", "id", b"id", "kind", b"kind"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_urls", b"base_urls", "engine", b"engine", "id", b"id", "kind", b"kind"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Provider: _TypeAlias = Provider  # noqa: Y015
+
+@_typing.final
+class Engine(_message.Message):
+    """What answers at a provider's addresses: a vLLM itself, or something in front of it. Only a vLLM itself is known to read
+    every field of a request. Behind a proxy no field is refused (NOTICE_KIND_FIELDS_NOT_CHECKED instead), and the arguments
+    of tools with `strict` are validated by the gateway.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Kind:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _KindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Engine._Kind.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        KIND_UNSPECIFIED: Engine._Kind.ValueType  # 0
+        """Not set; never sent."""
+        KIND_UNKNOWN: Engine._Kind.ValueType  # 1
+        """Not known, or not yet; `detail` says why. Treated as a proxy."""
+        KIND_VLLM: Engine._Kind.ValueType  # 2
+        """A vLLM itself."""
+        KIND_PROXY: Engine._Kind.ValueType  # 3
+        """A proxy: a router, a load balancer or another gateway."""
+
+    class Kind(_Kind, metaclass=_KindEnumTypeWrapper):
+        """What answers."""
+
+    KIND_UNSPECIFIED: Engine.Kind.ValueType  # 0
+    """Not set; never sent."""
+    KIND_UNKNOWN: Engine.Kind.ValueType  # 1
+    """Not known, or not yet; `detail` says why. Treated as a proxy."""
+    KIND_VLLM: Engine.Kind.ValueType  # 2
+    """A vLLM itself."""
+    KIND_PROXY: Engine.Kind.ValueType  # 3
+    """A proxy: a router, a load balancer or another gateway."""
+
+    KIND_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    kind: Global___Engine.Kind.ValueType
+    """What answers. Of several replicas, what is known least of."""
+    version: _builtins.str
+    """The version of vLLM, in its own words; of replicas of different versions all, joined by commas. Empty if it is not known.
+    Example: "0.32.0".
+    """
+    detail: _builtins.str
+    """For people: what shows that it is a proxy, or why it is not known, or why fields cannot be checked. Empty if all is known.
+    Example: "a proxy is in front of it: /health comes from 'nginx', vLLM's is 'uvicorn'".
+    """
+    def __init__(
+        self,
+        *,
+        kind: Global___Engine.Kind.ValueType = ...,
+        version: _builtins.str = ...,
+        detail: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "kind", b"kind", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Engine: _TypeAlias = Engine  # noqa: Y015
 
 @_typing.final
 class CheckProviderHealthRequest(_message.Message):
@@ -851,19 +921,25 @@ class CheckProviderHealthResponse(_message.Message):
 
     STATUS_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
     status: Global___HealthStatus.ValueType
     """How it is."""
     message: _builtins.str
     """Why, for people; empty with OK. Example: "Health check failed: HTTP 503"."""
+    @_builtins.property
+    def engine(self) -> Global___Engine:
+        """What answers at the provider's addresses. Always set."""
+
     def __init__(
         self,
         *,
         status: Global___HealthStatus.ValueType = ...,
         message: _builtins.str = ...,
+        engine: Global___Engine | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "message", b"message", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -64,7 +64,7 @@ class _ToolCallFailureReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[
     TOOL_CALL_FAILURE_REASON_TRUNCATED: _ToolCallFailureReason.ValueType  # 3
     """The answer was cut while this call was being written. It may parse all the same: some engines close cut JSON."""
     TOOL_CALL_FAILURE_REASON_MALFORMED_JSON: _ToolCallFailureReason.ValueType  # 4
-    """The arguments are not JSON."""
+    """The arguments are not JSON, or there are none and the tool's `input_schema` requires some."""
     TOOL_CALL_FAILURE_REASON_NOT_AN_OBJECT: _ToolCallFailureReason.ValueType  # 5
     """The arguments are JSON, but not an object."""
     TOOL_CALL_FAILURE_REASON_SCHEMA_MISMATCH: _ToolCallFailureReason.ValueType  # 6
@@ -82,7 +82,7 @@ TOOL_CALL_FAILURE_REASON_UNKNOWN_TOOL: ToolCallFailureReason.ValueType  # 2
 TOOL_CALL_FAILURE_REASON_TRUNCATED: ToolCallFailureReason.ValueType  # 3
 """The answer was cut while this call was being written. It may parse all the same: some engines close cut JSON."""
 TOOL_CALL_FAILURE_REASON_MALFORMED_JSON: ToolCallFailureReason.ValueType  # 4
-"""The arguments are not JSON."""
+"""The arguments are not JSON, or there are none and the tool's `input_schema` requires some."""
 TOOL_CALL_FAILURE_REASON_NOT_AN_OBJECT: ToolCallFailureReason.ValueType  # 5
 """The arguments are JSON, but not an object."""
 TOOL_CALL_FAILURE_REASON_SCHEMA_MISMATCH: ToolCallFailureReason.ValueType  # 6
@@ -202,13 +202,16 @@ class ToolCall(_message.Message):
     TOOL_NAME_FIELD_NUMBER: _builtins.int
     ARGUMENTS_FIELD_NUMBER: _builtins.int
     call_id: _builtins.str
-    """Identifies the call within the answer; the ToolMessage with its result repeats it. The engine's own id where that
-    is unique in the answer, else "call_" and 24 hexadecimal digits. Some engines use the same ids again in the next answer.
+    """Identifies the call within the answer; the ToolMessage with its result repeats it. The engine's
+    own id if it is unique in the answer and at most 256 bytes, else "call_" and 24 hexadecimal
+    digits. Some engines use the same ids again in the next answer.
     """
     tool_name: _builtins.str
     """The tool's name."""
     arguments: _builtins.str
-    """JSON text of an object, as the model wrote it, to the letter; "{}" when the model gave none."""
+    """JSON text of an object, verbatim as the model wrote it; "{}" if the model gave no arguments and
+    the tool's `input_schema` allows an empty object.
+    """
     def __init__(
         self,
         *,
