@@ -17,16 +17,17 @@ import pytest
 from deltawire_server.errors import CallerError, Code, Reason, Violation
 from deltawire_server.upstream.images.connect import (
     NOWHERE,
-    JudgedNames,
     RefusedError,
     SystemNames,
     UnavailableError,
+    judged_addresses,
     judged_socket,
 )
-from deltawire_server.upstream.images.fetch import MAX_HEADER_BYTES, MAX_HEADERS
 from deltawire_server.upstream.images.load import FETCHES_OF_A_REQUEST, MAX_FETCHES, Images
 from deltawire_server.upstream.images.policy import Policy
+from deltawire_server.upstream.images.urls import web_address
 from deltawire_server.upstream.request import ChatMessage, ChatRequest, ImageData, ImageUrl, Role
+from deltawire_server.upstream.transport.exchange import MAX_HEAD_BYTES, MAX_HEADERS
 from tests.support.gateway import until
 from tests.support.images import IMAGES, JPEG, NO_IMAGES, PNG
 from tests.upstream.images.server import Answer, Names, Server, ok, redirect, web
@@ -190,7 +191,7 @@ async def test_what_a_server_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("target", ["/../a", "/a/%2e%2e/b", "/%E4", "//a", "/?", "/a?b?c", "/a%00"])
 async def test_the_target_is_sent_as_it_was_judged(target: str) -> None:
     """Nobody normalises it once more."""
-    async with web({target.removesuffix("?"): ok(PNG)}) as server, images_of(server) as images:
+    async with web({target: ok(PNG)}) as server, images_of(server) as images:
         assert await loaded(images, f"http://{HOST}:{server.port}{target}") == (PICTURE,)
 
 
@@ -272,28 +273,29 @@ async def test_a_socket_is_judged_again_just_before_it_connects(host: str) -> No
 
 def test_sockets_are_for_judged_addresses() -> None:
     """Of both families."""
-    make = judged_socket(at_home)
-    with make((socket.AF_INET, socket.SOCK_STREAM, 0, "", (HOME, 80))) as made:
+    with judged_socket(at_home, (socket.AF_INET, (HOME, 80))) as made:
         assert made.family is socket.AF_INET
+    with judged_socket(lambda _: True, (socket.AF_INET6, ("::1", 80))) as made:
+        assert made.family is socket.AF_INET6
     for place in (("127.0.0.2", 80), ("::1", 80, 0, 0), ("fe80::1%1", 80, 0, 1)):
         with pytest.raises(PermissionError):
-            make((socket.AF_INET6, socket.SOCK_STREAM, 0, "", place))
+            judged_socket(at_home, (socket.AF_INET6, place))
 
 
-async def test_addresses_of_both_families_are_handed_over() -> None:
-    """In the form that connectors take."""
+async def test_addresses_of_both_families() -> None:
+    """In the order of the look-up, with the port."""
     ips: Sequence[str] = ("8.8.8.8", "2606:4700::1111")
-    found = await JudgedNames(Names({HOST: [ips]}), lambda _: True).resolve(HOST, 443)
-    assert [(entry["host"], entry["port"], entry["family"]) for entry in found] == [
-        ("8.8.8.8", 443, socket.AF_INET),
-        ("2606:4700::1111", 443, socket.AF_INET6),
+    address = web_address(f"https://{HOST}/")
+    assert await judged_addresses(Names({HOST: [ips]}), lambda _: True, address) == [
+        (socket.AF_INET, ("8.8.8.8", 443)),
+        (socket.AF_INET6, ("2606:4700::1111", 443)),
     ]
 
 
 async def test_a_name_that_is_nowhere() -> None:
     """Is refused as one that leads inside is."""
     with pytest.raises(RefusedError, match=NOWHERE):
-        await JudgedNames(Names({}), at_home).resolve(HOST)
+        await judged_addresses(Names({}), at_home, web_address(f"https://{HOST}/"))
 
 
 async def test_the_operating_systems_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -459,7 +461,7 @@ FAILURES = {
     ),
     "longer than its length": (
         Answer(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n" + PNG),
-        "was not answered as HTTP asks for",
+        "is no PNG",
     ),
     "two lengths": (
         Answer(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\nContent-Length: 5\r\n\r\n" + PNG),
@@ -475,12 +477,16 @@ FAILURES = {
     "nothing at all": (Answer(b""), "was not answered as HTTP asks for"),
     "half a head": (Answer(b"HTTP/1.1 200 OK\r\nContent-"), "was not answered as HTTP asks for"),
     "a long header": (
-        ok(PNG, f"X-Long: {'a' * (MAX_HEADER_BYTES + 10)}"),
+        ok(PNG, f"X-Long: {'a' * MAX_HEAD_BYTES}"),
         "was not answered as HTTP asks for",
     ),
     "many headers": (ok(PNG, *["X-Many: a"] * (MAX_HEADERS + 1)), "was not answered as HTTP asks for"),
     "endless headers": (
         Answer(b"HTTP/1.1 200 OK\r\n", endless=b"X-Many: a\r\n" * 100),
+        "was not answered as HTTP asks for",
+    ),
+    "endless interim answers": (
+        Answer(b"HTTP/1.1 102 Processing\r\n\r\n", endless=b"HTTP/1.1 102 Processing\r\n\r\n"),
         "was not answered as HTTP asks for",
     ),
     "an endless header": (Answer(b"HTTP/1.1 200 OK\r\nX: ", endless=b"a" * 9999), "was not answered as HTTP asks for"),
@@ -564,7 +570,6 @@ SLOW = {
     "silent after half a body": Answer(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n" + PNG[:9], hold=True),
     "kept open without a length": Answer(b"HTTP/1.1 200 OK\r\n\r\n" + PNG, hold=True),
     "dripping chunks": Answer(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", endless=b"1\r\na\r\n"),
-    "endless interim answers": Answer(b"HTTP/1.1 102 Processing\r\n\r\n", endless=b"HTTP/1.1 102 Processing\r\n\r\n"),
     "redirects to itself": redirect("/a"),
 }
 

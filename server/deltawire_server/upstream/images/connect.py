@@ -15,12 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
-from aiohttp.abc import AbstractResolver, ResolveResult
-
 from deltawire_server.upstream.images.addresses import IPAddress
+from deltawire_server.upstream.transport.dial import open_socket
 
 if TYPE_CHECKING:
-    from aiohttp.connector import AddrInfoType
+    from deltawire_server.upstream.images.urls import WebAddress
+    from deltawire_server.upstream.transport.dial import Address
 
 Permits = Callable[[IPAddress], bool]
 """Whether an address may be connected to."""
@@ -77,51 +77,30 @@ def _addresses(name: str) -> tuple[IPAddress, ...]:
     return tuple(dict.fromkeys(ip_address(address[0]) for *_, address in found))
 
 
-class JudgedNames(AbstractResolver):
-    """Gives a connector the addresses of names, if all of them may be connected to."""
+async def judged_addresses(look_up: LookUp, permits: Permits, address: WebAddress) -> list[Address]:
+    """The addresses that the host of a web address leads to, if all of them may be connected to.
 
-    def __init__(self, look_up: LookUp, permits: Permits) -> None:
-        self._look_up = look_up
-        self._permits = permits
+    Args:
+        look_up: Says where names lead.
+        permits: Says which addresses may be connected to.
+        address: Its host is not looked up if it is an IP address; that one was judged with the web address.
 
-    async def resolve(
-        self,
-        host: str,
-        port: int = 0,
-        family: socket.AddressFamily = socket.AF_UNSPEC,  # noqa: ARG002 (all are wanted)
-    ) -> list[ResolveResult]:
-        """What `host` leads to.
-
-        Raises:
-            RefusedError: Nowhere, or also to where nobody may connect: one such address is as bad as all.
-            UnavailableError: It could not be looked up.
-        """
-        found = await self._look_up(host)
-        if not found or not all(map(self._permits, found)):
-            raise RefusedError(NOWHERE)
-        return [
-            ResolveResult(
-                hostname=host,
-                host=str(ip),
-                port=port,
-                family=socket.AF_INET if ip.version == 4 else socket.AF_INET6,
-                proto=0,
-                flags=socket.AI_NUMERICHOST,
-            )
-            for ip in found
-        ]
-
-    async def close(self) -> None:
-        """Nothing to do: the look-up is whose it was."""
+    Raises:
+        RefusedError: It leads nowhere, or also to an address that may not be connected to: one such address is as bad as all.
+        UnavailableError: It could not be looked up.
+    """
+    found = [address.ip] if address.ip is not None else await look_up(address.host)
+    if not found or (address.ip is None and not all(map(permits, found))):
+        raise RefusedError(NOWHERE)
+    return [(socket.AF_INET if ip.version == 4 else socket.AF_INET6, (str(ip), address.port)) for ip in found]
 
 
-def judged_socket(permits: Permits) -> Callable[[AddrInfoType], socket.socket]:
-    """What makes a connector's sockets: each for one address, and none for one that may not be connected to."""
+def judged_socket(permits: Permits, address: Address) -> socket.socket:
+    """A socket for an address that is connected to next.
 
-    def make(address: AddrInfoType) -> socket.socket:
-        family, kind, protocol, _, place = address
-        if not permits(ip_address(place[0])):
-            raise PermissionError("an address that was not judged so")
-        return socket.socket(family, kind, protocol)
-
-    return make
+    Raises:
+        PermissionError: The address may not be connected to.
+    """
+    if not permits(ip_address(address[1][0])):
+        raise PermissionError("an address that was not judged so")
+    return open_socket(address)

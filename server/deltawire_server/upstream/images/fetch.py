@@ -1,6 +1,6 @@
 """One image, fetched: its redirects, each judged as the first address was, and its bytes, counted as they come.
 
-aiohttp alone, without the httpx around it that providers have: httpx hands an address over as text, to be read once more,
+The transport alone, without the httpx around it that providers have: httpx takes an address as text, to be read once more,
 and here the parts that were judged have to be the parts that are used.
 
 Nothing of a caller, of the operator or of an earlier answer goes along: no credentials, no cookies, no referrer, and no
@@ -10,33 +10,37 @@ proxy from the environment, which would look the name up for itself. Nothing is 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
+import ssl
 from typing import TYPE_CHECKING
 
-import aiohttp
-import yarl
+import httpx
 
 from deltawire_server.upstream.images.addresses import may_be_public
 from deltawire_server.upstream.images.connect import (
     NOWHERE,
-    JudgedNames,
     RefusedError,
     SystemNames,
     UnavailableError,
+    judged_addresses,
     judged_socket,
 )
 from deltawire_server.upstream.images.sniff import KINDS, media_type_of
 from deltawire_server.upstream.images.urls import UrlError, WebAddress, joined
 from deltawire_server.upstream.request import ImageData
+from deltawire_server.upstream.transport.client import tls_context
+from deltawire_server.upstream.transport.connection import Connection
+from deltawire_server.upstream.transport.dial import dial
+from deltawire_server.upstream.transport.errors import ConnectFailedError, ConnectionLostError
 
 if TYPE_CHECKING:
-    import ssl
+    import socket
+    from collections.abc import AsyncIterator
 
     from deltawire_server.upstream.images.connect import LookUp, Permits
     from deltawire_server.upstream.images.policy import Policy
-
-MAX_HEADERS = 64
-MAX_HEADER_BYTES = 8190
-"""Of an answer's head: its lines, and each of them. Whoever sends more is no file server."""
+    from deltawire_server.upstream.transport.exchange import Exchange
 
 _OK = 200
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -44,14 +48,6 @@ _UNTYPED = frozenset({"", "application/octet-stream", "binary/octet-stream"})
 """What servers declare that do not know what a file is; others have to declare an image."""
 
 _MISLED = "redirects to an address that images may not be fetched from"
-
-_PROBLEMS = (
-    (aiohttp.ClientConnectorCertificateError, "has a certificate that is not valid for it"),
-    (aiohttp.ClientConnectorError, "cannot be reached"),
-    (aiohttp.ClientPayloadError, "broke off"),
-    (Exception, "was not answered as HTTP asks for"),
-)
-"""By kind of failure, what the caller is told; the first that fits. The texts of exceptions tell where connections went."""
 
 
 class Budget:
@@ -92,7 +88,7 @@ class Fetcher:
         self._look_up = look_up or self._system_names
         self._tls = tls
         self._user_agent = user_agent
-        self._opened: aiohttp.ClientSession | None = None
+        self._open: set[Connection] = set()
 
     def complaint(self, address: WebAddress) -> str | None:
         """Why nothing may be fetched from an address, as far as one can see without looking up its host; `None` if it may."""
@@ -117,23 +113,22 @@ class Fetcher:
                 return await self._follow(address, budget)
         except TimeoutError:
             raise UnavailableError(f"took longer than {self._policy.timeout:g} seconds") from None
-        except (aiohttp.ClientError, OSError) as error:
-            problem = next(problem for kind, problem in _PROBLEMS if isinstance(error, kind))
-            raise UnavailableError(problem) from error
+        except httpx.TransportError as error:
+            raise UnavailableError(_problem(error)) from error
 
     async def close(self) -> None:
         """Close its connections; what is under way fails."""
-        if self._opened is not None:
-            await self._opened.close()
+        for connection in tuple(self._open):
+            connection.close()
         self._system_names.close()
 
     async def _follow(self, address: WebAddress, budget: Budget) -> ImageData:
         for hop in range(self._policy.max_redirects + 1):
             try:
-                async with self._session().get(_url(address), allow_redirects=False) as response:
+                async with self._get(address) as response:
                     if response.status not in _REDIRECTS:
                         return await self._image(response, budget)
-                    location = response.headers.get("Location", "")
+                    location = _header(response, b"location")
             except RefusedError:
                 raise RefusedError(_MISLED if hop else NOWHERE) from None
             address = self._next(address, location)
@@ -151,21 +146,21 @@ class Fetcher:
             raise RefusedError(_MISLED)
         return following
 
-    async def _image(self, response: aiohttp.ClientResponse, budget: Budget) -> ImageData:
+    async def _image(self, response: Exchange, budget: Budget) -> ImageData:
         if response.status != _OK:
             raise UnavailableError(f"was answered with HTTP status {response.status}")
-        encoding = response.headers.get("Content-Encoding", "identity").lower()
-        if encoding != "identity":
+        encoding = _header(response, b"content-encoding").lower()
+        if encoding not in ("", "identity"):
             raise UnavailableError("came encoded, which was not asked for")
-        declared = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        declared = _header(response, b"content-type").partition(";")[0].strip().lower()
         if declared not in _UNTYPED and not declared.startswith("image/"):
             raise UnavailableError(f"is declared as {declared[:80]!r} and not as an image")
         limit = self._policy.max_image_bytes
-        if (response.content_length or 0) > limit:
+        if int(_header(response, b"content-length") or 0) > limit:
             raise _too_large(limit)
         # The declared length may be missing, or a lie.
         received = bytearray()
-        async for chunk in response.content.iter_any():
+        async for chunk in response:
             budget.take(len(chunk))
             received += chunk
             if len(received) > limit:
@@ -176,40 +171,63 @@ class Fetcher:
             raise UnavailableError(f"is no {KINDS} file")
         return ImageData(data, media_type)
 
-    def _session(self) -> aiohttp.ClientSession:
-        """Made by the first request, since it belongs to the running loop."""
-        if self._opened is None:
-            connector = aiohttp.TCPConnector(
-                resolver=JudgedNames(self._look_up, self._permits),
-                socket_factory=judged_socket(self._permits),
-                use_dns_cache=False,
-                ssl=self._tls,
-                # Each connection is for one answer: what a server does with it afterwards is of no interest.
-                force_close=True,
-                limit=0,
-            )
-            self._opened = aiohttp.ClientSession(
-                connector=connector,
-                headers={"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": self._user_agent},
-                cookie_jar=aiohttp.DummyCookieJar(),
-                auto_decompress=False,
-                trust_env=False,
-                # The only clock is `fetch`'s own.
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
-                max_line_size=MAX_HEADER_BYTES,
-                max_field_size=MAX_HEADER_BYTES,
-                max_headers=MAX_HEADERS,
-            )
-        return self._opened
+    @contextlib.asynccontextmanager
+    async def _get(self, address: WebAddress) -> AsyncIterator[Exchange]:
+        """Ask for what is at an address, on a connection of its own: the response, of which only the head has arrived."""
+        connection = await dial(
+            address.host,
+            functools.partial(judged_addresses, self._look_up, self._permits, address),
+            self._context if address.scheme == "https" else None,
+            self._connection,
+            None,  # the only clock is `fetch`'s own
+            functools.partial(judged_socket, self._permits),
+        )
+        self._open.add(connection)
+        try:
+            if not connection.claim():
+                raise connection.error or AssertionError
+            yield await connection.send(self._head(address), b"", None)
+        finally:
+            connection.close()
+            self._open.discard(connection)
+
+    def _connection(self, sock: socket.socket | None) -> Connection:
+        # It is closed after its response, and so is never idle.
+        return Connection(sock, Connection.close, lambda *_: None)
+
+    @functools.cached_property
+    def _context(self) -> ssl.SSLContext:
+        return tls_context(self._tls)
+
+    def _head(self, address: WebAddress) -> bytes:
+        """The parts as they are; nothing is read or escaped once more."""
+        host = f"[{address.host}]" if ":" in address.host else address.host
+        lines = (
+            f"GET {address.target} HTTP/1.1",
+            f"Host: {host}" if address.on_usual_port else f"Host: {host}:{address.port}",
+            "Accept: image/*",
+            "Accept-Encoding: identity",
+            f"User-Agent: {self._user_agent}",
+            "Connection: close",
+        )
+        return ("\r\n".join(lines) + "\r\n\r\n").encode("ascii")
+
+
+def _problem(error: httpx.TransportError) -> str:
+    """What the caller is told; the words of the transport say where connections went."""
+    if isinstance(error.__cause__, ssl.SSLCertVerificationError):
+        return "has a certificate that is not valid for it"
+    if isinstance(error, ConnectFailedError):
+        return "cannot be reached"
+    if isinstance(error, ConnectionLostError) and error.begun:
+        return "broke off"
+    return "was not answered as HTTP asks for"
+
+
+def _header(response: Exchange, name: bytes) -> str:
+    """The first header of this name, in lower case; empty if there is none."""
+    return next((value.decode("utf-8", "replace") for key, value in response.headers if key.lower() == name), "")
 
 
 def _too_large(limit: int) -> UnavailableError:
     return UnavailableError(f"holds more than {limit} bytes, the most of an image")
-
-
-def _url(address: WebAddress) -> yarl.URL:
-    """The parts as they are; nothing is read or escaped once more."""
-    path, _, query = address.target.partition("?")
-    return yarl.URL.build(
-        scheme=address.scheme, host=address.host, port=address.port, path=path, query_string=query, encoded=True
-    )

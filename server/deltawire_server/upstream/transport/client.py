@@ -1,0 +1,176 @@
+"""The transport that an `httpx.AsyncClient` takes: pools of connections, one for each origin."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import ssl
+from typing import TYPE_CHECKING
+
+import httpx
+
+from deltawire_server.upstream.transport.connection import Connection
+from deltawire_server.upstream.transport.dial import dial, look_up
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Sequence
+
+    from deltawire_server.upstream.transport.dial import Address
+
+KEEPALIVE_SECONDS = 4.0
+"""uvicorn, which serves vLLM, closes idle connections after five; ours close first, or a request meets a closing one."""
+
+ADDRESSES_SECONDS = 10.0
+"""How long the addresses of a name are used: a burst of calls must not become a burst of look-ups, which take turns in a few
+threads. A connection that fails has them looked up again."""
+
+_PORTS = {"http": 80, "https": 443}
+
+
+class Transport(httpx.AsyncBaseTransport):
+    """HTTP/1.1 for an `httpx.AsyncClient`. It belongs to the event loop of its first request.
+
+    What it raises is in `errors`. Requests must have their whole body at once, and a method whose responses have bodies.
+    The times in a request's `timeout` count as httpx has them, but `connect` includes the look-up of the name and TLS, and
+    `read` counts for sending too.
+
+    Args:
+        tls: For https: a context, `True` for the system's authorities, or `False` to accept any certificate.
+        max_connections: Of each origin, open at once; more requests wait.
+    """
+
+    def __init__(self, tls: ssl.SSLContext | bool = True, max_connections: int = 100) -> None:
+        self._tls = tls
+        self._max_connections = max_connections
+        self._pools: dict[tuple[str, str, int], _Pool] = {}
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send a request; the response has begun."""
+        head = _head(request)
+        body = await request.aread()
+        timeout = request.extensions.get("timeout", {})
+        connection = await self._pool(request.url).take(timeout.get("pool"), timeout.get("connect"))
+        exchange = await connection.send(head, body, timeout.get("read"))
+        return httpx.Response(exchange.status, headers=exchange.headers, stream=exchange)
+
+    async def aclose(self) -> None:
+        """Close all connections; requests under way fail."""
+        for pool in self._pools.values():
+            pool.close()
+
+    def _pool(self, url: httpx.URL) -> _Pool:
+        host = url.raw_host.decode("ascii")
+        origin = (url.scheme, host, url.port or _PORTS[url.scheme])
+        if origin not in self._pools:
+            self._pools[origin] = _Pool(
+                *origin[1:], self._context if url.scheme == "https" else None, self._max_connections
+            )
+        return self._pools[origin]
+
+    @functools.cached_property
+    def _context(self) -> ssl.SSLContext:
+        return tls_context(self._tls)
+
+
+def tls_context(tls: ssl.SSLContext | bool) -> ssl.SSLContext:
+    """What https is verified by. Call it for the first such connection: the system's authorities take long to load.
+
+    Args:
+        tls: A context, `True` for the system's authorities, or `False` to accept any certificate.
+    """
+    if isinstance(tls, ssl.SSLContext):
+        return tls
+    context = ssl.create_default_context()
+    if not tls:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+class _Pool:
+    """The connections to one origin: the one that was used last is used next, so that the others can expire."""
+
+    def __init__(self, host: str, port: int, tls: ssl.SSLContext | None, max_connections: int) -> None:
+        self._host = host
+        self._port = port
+        self._tls = tls
+        self._free = asyncio.Semaphore(max_connections)  # as many are not busy
+        self._open: set[Connection] = set()
+        self._idle: dict[Connection, None] = {}
+        self._closed = False
+        self._looking_up = asyncio.Lock()
+        self._addresses: Sequence[Address] = ()
+        self._stale_at = float("-inf")  # on the loop's clock
+
+    async def take(self, wait: float | None, connect: float | None) -> Connection:
+        """A connection to send a request on; busy from now on."""
+        try:
+            async with asyncio.timeout(wait):
+                await self._free.acquire()
+        except TimeoutError:
+            raise httpx.PoolTimeout(f"all its connections were in use for {wait:g} seconds") from None
+        try:
+            while self._idle:
+                connection, _ = self._idle.popitem()
+                if connection.claim():
+                    return connection
+            connection = await dial(self._host, self._look_up, self._tls, self._make, connect)
+            if self._closed:
+                connection.close()
+            if not connection.claim():
+                raise connection.error or AssertionError
+            self._open.add(connection)
+        except BaseException:
+            self._stale_at = float("-inf")
+            self._free.release()
+            raise
+        return connection
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._closed = True
+        for connection in tuple(self._open):
+            connection.close()
+
+    async def _look_up(self) -> Sequence[Address]:
+        """The origin's addresses; each is the first in turn, so that connections are spread over them."""
+        async with self._looking_up:
+            now = asyncio.get_running_loop().time()
+            if now >= self._stale_at:
+                self._addresses = await look_up(self._host, self._port)
+                self._stale_at = now + ADDRESSES_SECONDS
+        addresses = self._addresses
+        self._addresses = [*addresses[1:], addresses[0]]
+        return addresses
+
+    def _make(self, sock: socket.socket | None) -> Connection:
+        return Connection(sock, self._on_idle, self._on_closed)
+
+    def _on_idle(self, connection: Connection) -> None:
+        self._idle[connection] = None
+        connection.expire_after(KEEPALIVE_SECONDS)
+        self._free.release()
+
+    def _on_closed(self, connection: Connection, busy: bool) -> None:
+        self._open.discard(connection)
+        self._idle.pop(connection, None)
+        if busy:
+            self._free.release()
+
+
+def _head(request: httpx.Request) -> bytes:
+    """The request line and the headers.
+
+    Raises:
+        httpx.LocalProtocolError: A header would end early and begin another, or the body has no length yet.
+    """
+    lines = [b"%s %s HTTP/1.1" % (request.method.encode("ascii"), request.url.raw_path)]
+    lines += [b"%s: %s" % header for header in request.headers.raw]
+    head = b"\r\n".join(lines)
+    line_ends = head.count(b"\r") + head.count(b"\n") + head.count(b"\0")
+    if line_ends != 2 * (len(lines) - 1) or "transfer-encoding" in request.headers:
+        raise httpx.LocalProtocolError(
+            "the request cannot be sent: a line break in a header, or a body without a length"
+        )
+    return head + b"\r\n\r\n"

@@ -1,0 +1,190 @@
+"""One connection: a request and its response at a time, and closed at the first thing that is out of order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import select
+from typing import TYPE_CHECKING, cast
+
+import httpx
+
+from deltawire_server.upstream.transport.errors import ConnectionLostError, ProtocolViolationError
+from deltawire_server.upstream.transport.exchange import Exchange
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+SLICE_BYTES = 256 * 1024
+"""Of a request's body, given to the socket at once; the next follows when the server has taken most of it."""
+
+
+class Connection(asyncio.Protocol):
+    """A connection to an origin: `claim` it, then `send` a request.
+
+    Args:
+        sock: Connected; `None` if TLS wraps it.
+        on_idle: Called when a response was complete and the connection can take another request.
+        on_closed: Called once, when it cannot be used any more, with whether it was claimed then.
+
+    Attributes:
+        error: Why it cannot be used any more; `None` as long as it can.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket | None,
+        on_idle: Callable[[Connection], None],
+        on_closed: Callable[[Connection, bool], None],
+    ) -> None:
+        self._socket = sock
+        self._on_idle = on_idle
+        self._on_closed = on_closed
+        self._exchange: Exchange | None = None
+        self.error: httpx.TransportError | None = None
+        self._claimed = False
+        self._paused = False
+        self._full = False  # what was written is more than the socket takes now
+        self._sent = False
+        self._expiry: asyncio.TimerHandle | None = None
+        self._transport: asyncio.Transport
+        self._poll = select.poll()
+
+    async def send(self, head: bytes, body: bytes, read_timeout: float | None) -> Exchange:
+        """Send a request and wait for the head of its response.
+
+        Args:
+            head: The request's head.
+            body: Its body.
+            read_timeout: Seconds that the server may neither take nor send anything; `None` for no limit.
+
+        Raises:
+            httpx.TransportError: There is no response. The connection is closed then, as when canceled.
+        """
+        exchange = self._exchange = Exchange(self, read_timeout)
+        self._sent = False
+        await self._write(exchange, head, body)
+        await exchange.head()
+        return exchange
+
+    def claim(self) -> bool:
+        """Take it for a request, which has to be sent before anything is awaited.
+
+        Returns:
+            Whether it can be used. An idle connection on which anything has arrived, the end included, is closed instead.
+        """
+        if self._expiry is not None:
+            self._expiry.cancel()
+            # The loop may not have reported it yet.
+            if self._poll.poll(0):
+                self.close()
+        self._claimed = self.error is None
+        return self._claimed
+
+    def expire_after(self, seconds: float) -> None:
+        """Close it unless it is claimed within this time."""
+        self._expiry = asyncio.get_running_loop().call_later(seconds, self.close)
+
+    def close(self, error: httpx.TransportError | None = None) -> None:
+        """Close it now: what has not been sent is dropped, and a response under way fails."""
+        if self.error is not None:
+            return
+        self.error = error or ConnectionLostError("the gateway closed the connection")
+        if self._expiry is not None:
+            self._expiry.cancel()
+        self._transport.abort()
+        self._detach()
+        claimed, self._claimed = self._claimed, False
+        self._on_closed(self, claimed)
+
+    def resume(self) -> None:
+        """Read the socket again, if that was paused."""
+        if self._paused and self.error is None:
+            self._paused = False
+            self._transport.resume_reading()
+
+    # What the event loop calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """It is open."""
+        self._transport = cast("asyncio.Transport", transport)
+        self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes arrived. Out of turn they belong to no request, and must never be taken for the next one's response."""
+        exchange = self._exchange
+        if exchange is None:
+            self.close(ProtocolViolationError("it sent something before it was asked"))
+            return
+        exchange.feed(data)
+        if exchange.done:
+            self._finish(exchange)
+        elif exchange.full and not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def eof_received(self) -> None:
+        """The server sends no more, so neither do we."""
+        self._end(None)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """It is closed. What the server sent before it stopped reading still counts: a refusal of a large request."""
+        if error is not None and self._exchange is not None and self._socket is not None:
+            with contextlib.suppress(OSError):
+                while self._exchange is not None:
+                    data = self._socket.recv(SLICE_BYTES)
+                    if not data:
+                        self._end(None)
+                        break
+                    self.data_received(data)
+        self._end(error)
+
+    def pause_writing(self) -> None:
+        """The socket takes no more for now."""
+        self._full = True
+
+    def resume_writing(self) -> None:
+        """The socket takes more."""
+        self._full = False
+        if self._exchange is not None:
+            self._exchange.wake()
+
+    async def _write(self, exchange: Exchange, head: bytes, body: bytes) -> None:
+        self._transport.write(head + body[:SLICE_BYTES])
+        rest = memoryview(body)[SLICE_BYTES:]
+        while rest:
+            # The server has refused the request and will not read the rest of it.
+            if exchange.done or exchange.status >= httpx.codes.MULTIPLE_CHOICES:
+                return
+            if self._full:
+                await exchange.wait()
+            else:
+                self._transport.write(rest[:SLICE_BYTES])
+                rest = rest[SLICE_BYTES:]
+        self._sent = True
+
+    def _finish(self, exchange: Exchange) -> None:
+        """The response has ended."""
+        sent = self._sent and not self._transport.get_write_buffer_size()
+        if not (exchange.complete and exchange.reusable and sent):
+            self.close()
+        else:
+            self._detach()
+            self.resume()
+            self._claimed = False
+            self._on_idle(self)
+
+    def _end(self, error: Exception | None) -> None:
+        """The server has ended the connection."""
+        if self._exchange is not None:
+            self._exchange.end(error)
+        self.close(ConnectionLostError("it closed the connection before it responded"))
+
+    def _detach(self) -> None:
+        """Part with the exchange; if its response has not ended, it fails."""
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            if self.error is not None:
+                exchange.fail(self.error)
+            exchange.release()
