@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -19,10 +20,10 @@ from deltawire_server.sansio.events import (
     ToolCallSucceeded,
     Usage,
 )
-from tests.support.recordings import counting_mint
+from tests.support.recordings import counting_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection
 
     from deltawire_server.sansio.completion import Limits
     from deltawire_server.sansio.events import Event
@@ -32,7 +33,7 @@ Json = dict[str, Any]
 
 DONE = b"data: [DONE]\n\n"
 STARTED = Started("up", "m")
-FIRST_CALL = "<minted-0>"
+FIRST_CALL = "<generated-0>"
 OFFERED = ("f", "g", "brave_search", "get_weather")
 
 
@@ -97,7 +98,7 @@ def error(message: str = "broken", *, code: int = 500, kind: str = "InternalServ
 def reader(
     *,
     choice_count: int = 1,
-    offered: Collection[str] = OFFERED,
+    offered: Collection[str] | Mapping[str, str] = OFFERED,
     stop: Collection[str] = (),
     stop_token_ids: Collection[int] = (),
     incremental: bool = False,
@@ -105,24 +106,24 @@ def reader(
     keep_logprobs: bool = False,
     limits: Limits | None = None,
 ) -> CompletionReader:
-    """A reader whose minted ids are the same in every run."""
+    """A reader whose generated ids are the same in every run."""
     return CompletionReader(
         choice_count=choice_count,
-        offered_tools=offered,
+        offered_tools=dict.fromkeys(offered, "") | (dict(offered) if isinstance(offered, Mapping) else {}),
         stop=stop,
         stop_token_ids=stop_token_ids,
         incremental=incremental,
         argument_checks=checks,
         keep_logprobs=keep_logprobs,
         limits=limits,
-        mint=counting_mint(),
+        generate_id=counting_ids(),
     )
 
 
 def read(
     *pieces: bytes,
     choice_count: int = 1,
-    offered: Collection[str] = OFFERED,
+    offered: Collection[str] | Mapping[str, str] = OFFERED,
     stop: Collection[str] = (),
     stop_token_ids: Collection[int] = (),
     incremental: bool = False,

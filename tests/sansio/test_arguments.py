@@ -72,7 +72,7 @@ BAD = {
     "the first of several constants": ('{"a": -Infinity, "b": NaN}', "-Infinity is not JSON", 6),
     "NaN in an open object": ('{"a": NaN, "b', "NaN is not JSON", 6),
     "NaN as a key": ("{NaN: 1}", "Expecting property name enclosed in double quotes", 1),
-    # The place is told in bytes of UTF-8.
+    # The place is given in bytes of UTF-8.
     "after two bytes": ('{"é": x}', "Expecting value", 7),
     "after three bytes": ('{"日": x}', "Expecting value", 8),
     "after four bytes": ('{"🚀": x}', "Expecting value", 9),
@@ -93,7 +93,7 @@ def test_does_not_take(text: str, message: str, offset: int) -> None:
 
 @pytest.mark.parametrize("text", ["[]", '"x"', "1", "-1.5", "null", "true", '["a", {"b": 1}]', ' "{}" '])
 def test_takes_no_other_value(text: str) -> None:
-    """JSON that is no object is told apart from what is no JSON: all of it parses, so there is no place to tell."""
+    """JSON of another type is distinguished from malformed text: all of it parses, so there is no place to give."""
     problem = find_problem(text)
     assert problem is not None
     assert (problem.reason, problem.byte_offset) == (FailureReason.NOT_AN_OBJECT, None)

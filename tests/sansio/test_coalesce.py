@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltawire_server.sansio.coalesce import EVENT_BYTES, Coalescer
+from deltawire_server.sansio.coalesce import EVENT_BYTES, Coalescer, weight
 from deltawire_server.sansio.events import (
     Alternative,
     ChoiceFinished,
@@ -30,6 +30,7 @@ from deltawire_server.sansio.events import (
     ToolCallSucceeded,
     Usage,
 )
+from deltawire_server.sansio.pieces import PIECE_CHARACTERS, logprobs_size
 from tests.support import recordings
 
 if TYPE_CHECKING:
@@ -99,6 +100,26 @@ def test_never_across_a_call() -> None:
     assert _joined(*events) == events
 
 
+def test_no_merged_delta_is_too_large() -> None:
+    """At the limit another begins; put together they say the same."""
+    half = "x" * (PIECE_CHARACTERS // 2)
+    for delta in (TextDelta(0, half), ReasoningDelta(0, half), ToolCallArguments(0, 0, "c", half)):
+        assert [weight(event) - EVENT_BYTES for event in _joined(*[delta] * 5)] == [
+            PIECE_CHARACTERS, PIECE_CHARACTERS, PIECE_CHARACTERS // 2
+        ]  # fmt: skip
+        small = type(delta)(0, "y") if not isinstance(delta, ToolCallArguments) else ToolCallArguments(0, 0, "c", "y")
+        assert _joined(delta, delta, small) == [*_joined(delta, delta), small]
+
+
+def test_log_probabilities_count_towards_the_limit() -> None:
+    """Their entries are put one after the other until they fill a delta."""
+    large = TokenLogprob("x" * 1000, -1.0, b"x" * 1000)
+    joined = _joined(*[TextDelta(0, "x", (large,))] * 300)
+    assert [token for event in joined if isinstance(event, TextDelta) for token in event.logprobs] == [large] * 300
+    assert len(joined) == 3
+    assert all(logprobs_size(event.logprobs) <= PIECE_CHARACTERS for event in joined if isinstance(event, TextDelta))
+
+
 def test_never_across_another_event() -> None:
     """Whatever stands between two deltas keeps its place, and none of the others is ever joined."""
     verdict = ToolCallSucceeded(0, 0, "a", "f", "{}")
@@ -159,9 +180,9 @@ def test_the_weight_grows_with_what_waits() -> None:
     ]
     coalescer = Coalescer()
     expected = 0
-    for event, weight in weights:
+    for event, more in weights:
         coalescer.receive([event])
-        expected += EVENT_BYTES + weight
+        expected += EVENT_BYTES + more
         assert coalescer.size == expected
     coalescer.take()
     assert coalescer.size == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -117,18 +118,18 @@ REFUSALS = {
         [COMMENT], Fault(Reason.UPSTREAM_UNAVAILABLE, "the provider closed the connection before it answered"),
     ),
     "half an event": (
-        [ROLE[:-1]], Fault(Reason.UPSTREAM_UNAVAILABLE, "the provider closed the connection before it answered"),
+        [ROLE[:-5]], Fault(Reason.UPSTREAM_UNAVAILABLE, "the provider closed the connection before it answered"),
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("pieces", "fault"), REFUSALS.values(), ids=REFUSALS.keys())
 def test_1_what_fails_before_it_began_is_refused(pieces: list[bytes], fault: Fault) -> None:
-    """One `Refused` and nothing else, so that the caller can be told by trailers alone and may go elsewhere."""
+    """One `Refused` and nothing else, so that the failure can be sent in trailers alone and the call can be retried."""
     assert read(*pieces, ROLE if fault.reason is not Reason.UPSTREAM_UNAVAILABLE else b"") == [Refused(fault)]
 
 
-@pytest.mark.parametrize("payload", [b"data: <html>\n\n", b'data: {"detail":"Not Found"}\n\n', b"data:\n\n"])
+@pytest.mark.parametrize("payload", [b"data: <html>\n\n", b'data: {"ping":1}\n\n', b"data: []\n\n"])
 def test_1_nonsense_is_refused(payload: bytes) -> None:
     """What is no chunk is named so."""
     [refused] = read(payload)
@@ -144,28 +145,27 @@ def test_1_giving_up_before_it_began_refuses() -> None:
     assert reading.ended
 
 
-# --- 2. Text is never reordered, lost or told twice
+# --- 2. Text is never reordered, lost or sent twice
 
 
 def test_2_text_beside_anything_is_text() -> None:
-    """Within a chunk the order is reasoning, text, tool calls, finish; a second choice's share comes after the first's."""
+    """Within a chunk the order is reasoning, text, tool calls; a second choice's share comes after the first's."""
     everything: Json = {"content": "t", "reasoning": "r", "tool_calls": [entry("{}", call_id="c", name="f")]}
-    assert read(
-        chunk(part(everything, finish="stop"), part({"content": "u"}, choice=1)), choice_count=2, incremental=True
-    )[:-2] == [
+    body = chunk(part(everything, finish="stop"), part({"content": "u"}, choice=1, finish="stop"))
+    assert read(body, DONE, choice_count=2, incremental=True)[:-2] == [
         STARTED,
         ReasoningDelta(0, "r"),
         TextDelta(0, "t"),
         ToolCallStarted(0, 0, "c", "f"),
         ToolCallArguments(0, 0, "c", "{}"),
+        TextDelta(1, "u"),
         ToolCallSucceeded(0, 0, "c", "f", "{}"),
         ChoiceFinished(0, StopReason.END_OF_MESSAGE, "stop", True),
-        TextDelta(1, "u"),
     ]
 
 
 def test_2_text_after_the_finish_is_not_lost() -> None:
-    """An engine that goes on after its finish reason is read on: what it said is told, and in `Completed`."""
+    """An engine that goes on after its finish reason is read on: its output is returned, and is in `Completed`."""
     events = read(text("a", finish="stop"), text("b"), chunk(part({"reasoning": "c"})), DONE)
     assert [event.text for event in events if isinstance(event, TextDelta | ReasoningDelta)] == ["a", "b", "c"]
     assert isinstance(events[-1], Completed)
@@ -221,7 +221,7 @@ def test_2_a_chunks_logprobs_ride_once(delta: Json | None, expected: list[Event]
 
 
 def test_2_logprobs_without_entries_are_none() -> None:
-    """A chunk whose list is null or empty tells nothing."""
+    """A chunk whose list is null or empty gives no event."""
     nothing: list[Json] = [{"content": None}, {"content": []}, {}]
     for logprobs in nothing:
         assert read(chunk(part({}, logprobs=logprobs), part({}, finish="stop")), DONE)[:-2] == [STARTED]
@@ -240,8 +240,8 @@ def test_2_a_token_without_bytes_has_none() -> None:
 # --- 4. A call: started, in progress, then one verdict, at the choice's end
 
 
-def test_4_verdicts_come_at_the_choices_end_by_index() -> None:
-    """A whole call waits for the finish reason, since only that says whether it may be trusted."""
+def test_4_verdicts_come_at_the_true_end_by_index() -> None:
+    """A whole call waits for the answer's true end, since only that says whether it may be trusted."""
     reading = reader(incremental=True)
     reading.receive(calls(entry("{}", index=1, call_id="b", name="g")))
     assert not any(
@@ -249,9 +249,8 @@ def test_4_verdicts_come_at_the_choices_end_by_index() -> None:
         for event in reading.receive(calls(entry("{}", index=0, call_id="a", name="f")))
     )
     last = {"content": "t", "reasoning": "r", "tool_calls": [entry("", index=0)]}
-    assert reading.receive(chunk(part(last, finish="tool_calls"))) == [
-        ReasoningDelta(0, "r"),
-        TextDelta(0, "t"),
+    assert reading.receive(chunk(part(last, finish="tool_calls"))) == [ReasoningDelta(0, "r"), TextDelta(0, "t")]
+    assert reading.receive(DONE)[:-1] == [
         ToolCallSucceeded(0, 0, "a", "f", "{}"),
         ToolCallSucceeded(0, 1, "b", "g", "{}"),
         ChoiceFinished(0, StopReason.END_OF_MESSAGE, "tool_calls", True),
@@ -259,7 +258,7 @@ def test_4_verdicts_come_at_the_choices_end_by_index() -> None:
 
 
 def test_4_assembled_tells_only_verdicts() -> None:
-    """Pieces are told only on demand."""
+    """Pieces are returned only on demand."""
     body = [calls(entry("{", call_id="a", name="f")), calls(entry("}")), end("tool_calls"), DONE]
     pieces = [
         event for event in read(*body, incremental=True) if isinstance(event, ToolCallStarted | ToolCallArguments)
@@ -319,7 +318,7 @@ def _no(_: str) -> tuple[str, str]:
 def test_5_the_schema_comes_after_all_else(
     tool: str | None, arguments: str, finish: str, reason: FailureReason
 ) -> None:
-    """What is no whole call of a known tool is not held to a schema; only a mismatch says where in the arguments it is."""
+    """Only a complete call of a known tool is checked against a schema; only a mismatch says where in the arguments it is."""
     events = read(calls(entry(arguments, call_id="a", name=tool)), end(finish), DONE, checks={"f": _no, "nuke": _no})
     [failed] = [event for event in events if isinstance(event, ToolCallFailed)]
     assert failed.reason is reason
@@ -331,7 +330,7 @@ def test_5_the_schema_comes_after_all_else(
 
 
 def test_5_each_tool_has_its_own_check() -> None:
-    """A check is given the arguments as they are told, "{}" for none; tools without one are not held to anything."""
+    """A check is given the arguments as they are returned, "{}" for none; tools without a check accept any object."""
     seen: list[str] = []
 
     def note(arguments: str) -> None:
@@ -367,15 +366,15 @@ def test_5_one_mismatch_stops_the_whole_turn() -> None:
 
 
 def test_5_a_defective_check_is_not_the_models_fault() -> None:
-    """What a check raises goes through to whoever reads: it must be noticed, and no verdict made of it."""
+    """An exception of a check reaches the caller of the reader: no verdict is made of it."""
 
     def broken(_: str) -> None:
         raise ZeroDivisionError
 
     reading = reader(checks={"f": broken})
-    reading.receive(calls(entry("{}", call_id="a", name="f")))
+    reading.receive(calls(entry("{}", call_id="a", name="f"), finish="stop"))
     with pytest.raises(ZeroDivisionError):
-        reading.receive(end("stop"))
+        reading.receive(DONE)
 
 
 # --- 6. In a cut turn the call that was being written is truncated, and nothing is to be executed
@@ -434,19 +433,19 @@ def test_6_executable_only_if_all_succeeded(word: str) -> None:
 
 
 def test_6_a_word_that_nobody_knows_executes_nothing() -> None:
-    """Calls under an unknown word are judged as in a whole turn, but what it means for them is unknown."""
+    """Calls under an unknown word get the verdicts of a whole turn, but what it means for them is unknown."""
     events = read(*_TWO_CALLS, end("whim"), DONE)
     assert sum(isinstance(event, ToolCallSucceeded) for event in events) == 2
     assert _finished(events) == [ChoiceFinished(0, StopReason.END_OF_TURN, "whim")]
 
 
-def test_6_choices_are_judged_apart() -> None:
+def test_6_choices_have_their_own_verdicts() -> None:
     """One choice's cut does not touch the calls of one that ended by itself."""
     both = [calls(entry("{}", call_id=call_id, name="f"), choice=choice) for choice, call_id in enumerate("ab")]
     events = read(*both, end("length", choice=1), end("tool_calls", choice=0), DONE, choice_count=2)
     assert _finished(events) == [
-        ChoiceFinished(1, StopReason.OUT_OF_TOKENS, "length"),
         ChoiceFinished(0, StopReason.END_OF_MESSAGE, "tool_calls", True),
+        ChoiceFinished(1, StopReason.OUT_OF_TOKENS, "length"),
     ]
 
 
@@ -501,7 +500,7 @@ def test_7_an_engines_error_word_is_a_fault() -> None:
 
 
 def test_7_stop_sequence_only_if_the_caller_sent_it() -> None:
-    """A stop text or token of the caller's; a model's own end token is told, but is an end of turn; a call outweighs both."""
+    """A stop text or token of the caller's; a model's own end token is named, but is an end of turn; a call outranks both."""
 
     def finished(matched: str | int | None, *before: bytes, word: str = "stop") -> ChoiceFinished:
         events = read(*before, end(word, stop_reason=matched), DONE, stop=["END", "7"], stop_token_ids=[5])
@@ -518,7 +517,7 @@ def test_7_stop_sequence_only_if_the_caller_sent_it() -> None:
 
 
 def test_7_nothing_after_the_end() -> None:
-    """An answer that has ended takes nothing in, however often it is told that there is no more."""
+    """An answer that has ended takes nothing in, however often `finish` is called."""
     reading = reader()
     reading.receive(text("a", finish="stop") + DONE + text("b") + error())
     assert reading.ended
@@ -528,10 +527,10 @@ def test_7_nothing_after_the_end() -> None:
     assert reading.finish(TIMEOUT) == []
 
 
-def test_7_choices_end_in_the_order_in_which_they_finish_and_are_listed_by_index() -> None:
-    """`Completed` sorts them; those that a fault cuts are finished by index."""
+def test_7_choices_end_by_index() -> None:
+    """In whatever order they finish; `Completed` lists them in the same order."""
     events = read(text("b", choice=2), text("a", choice=0), end("stop", choice=1), error(), choice_count=3)
-    assert [event.choice for event in _finished(events)] == [1, 0, 2]
+    assert [event.choice for event in _finished(events)] == [0, 1, 2]
     assert isinstance(events[-1], Completed)
     assert [choice.index for choice in events[-1].choices] == [0, 1, 2]
     assert [choice.stop_reason for choice in events[-1].choices] == [
@@ -550,7 +549,7 @@ def test_7_a_fault_after_the_finish_leaves_the_choice_as_it_was() -> None:
 
 @pytest.mark.parametrize("choice", [-1, 2])
 def test_7_a_choice_that_was_not_asked_for_is_a_fault(choice: int) -> None:
-    """An answer of more choices than asked for is not understood; what came before it is told."""
+    """An answer of more choices than asked for is malformed; what came before it is returned."""
     events = read(text("a"), text("b", choice=choice), choice_count=2)
     assert events[:2] == [STARTED, TextDelta(0, "a")]
     message = f"choice {choice} came in an answer of 2"
@@ -587,7 +586,7 @@ def test_8_whole_without_done() -> None:
 
 
 @pytest.mark.parametrize(
-    ("limits", "message", "judged"),
+    ("limits", "message", "verdict_count"),
     [
         (Limits(max_event_bytes=300), "an event is larger than 300 bytes", 0),
         (Limits(max_calls=1), "the answer has more than 1 tool calls", 1),
@@ -595,7 +594,7 @@ def test_8_whole_without_done() -> None:
     ],
     ids=["event", "calls", "call"],
 )
-def test_what_exceeds_a_limit_ends_the_answer(limits: Limits, message: str, judged: int) -> None:
+def test_what_exceeds_a_limit_ends_the_answer(limits: Limits, message: str, verdict_count: int) -> None:
     """As a fault, with everything that came before it, also within the same read and the same chunk."""
     body = b"".join(
         [
@@ -615,7 +614,7 @@ def test_what_exceeds_a_limit_ends_the_answer(limits: Limits, message: str, judg
     begun = [event for event in events if isinstance(event, ToolCallStarted)]
     verdicts = [event for event in events if isinstance(event, ToolCallSucceeded | ToolCallFailed)]
     assert [(event.index, event.call_id) for event in begun] == [(event.index, event.call_id) for event in verdicts]
-    assert len(verdicts) == judged
+    assert len(verdicts) == verdict_count
     for pieces in [chop.byte_by_byte(body), *chop.at_random(body)]:
         assert read(*pieces, limits=limits, incremental=True) == events
 
@@ -628,7 +627,7 @@ def test_what_comes_after_done_cannot_exceed_a_limit() -> None:
     assert read(*chop.byte_by_byte(body), limits=Limits(max_event_bytes=300)) == events
 
 
-# --- oddities, for the log
+# --- anomalies, for the log
 
 
 def test_what_was_got_over_is_counted() -> None:
@@ -637,20 +636,22 @@ def test_what_was_got_over_is_counted() -> None:
     for piece in [
         chunk(),
         calls(entry("{}", call_id="a", name="f")),
+        end("stop"),
+        end("stop"),
         end("whim"),
-        end("stop"),
-        end("stop"),
-        calls(entry("x"), entry("y", index=1)),
+        DONE,
+        error(),
+        b"data:\n\n",
         DONE,
     ]:
         reading.receive(piece)
-    assert reading.oddities == {
+    assert reading.anomalies == {
         "chunk without choices or usage": 1,
         "finish reason 'whim'": 1,
-        "second finish reason": 2,
-        "tool entry after the finish": 2,
+        "second finish reason": 1,
+        "event after the end": 2,
     }
-    assert reading.event_count == 7
+    assert reading.event_count == 6
 
 
 # --- the proto's numbers
@@ -693,6 +694,18 @@ _PIECES = st.sampled_from(
         ],
         *[calls(entry("{}", index=1, call_id="a", name="f"), choice=1), end("tool_calls"), end("stop", choice=1)],
         *[end("abort"), end("whim", choice=1), calls(entry("}"), finish="tool_calls", content="w")],
+        *[
+            b"data: [DONE] \n\n",
+            b"data:\n\n",
+            b"data: \n\n",
+            data({"detail": "no"}),
+            chunk(usage={"prompt_tokens": -1}),
+        ],
+        *[text("x").replace(b"x", half) for half in (b"\\ud83d", b"\\ude00", b"\\ude00y\\ud83d", b"\xf0\x9f")],
+        *[calls(entry("x")).replace(b"x", half) for half in (b"\\ud83d", b"\\ude00")],
+        text("v", choice=1, logprobs={"content": [None, {"token": "v", "logprob": "x"}]}),
+        chunk(part({"content": [{"type": "text", "text": "p"}], "tool_calls": {"id": "n", "arguments": {"k": 1}}})),
+        *[calls(entry("}", call_id="new")), calls(entry("", call_id="newer"))],
     ]
 )
 
@@ -719,6 +732,7 @@ def test_any_stream_keeps_the_contract(
         told.append(events)
     events = told[0]
     assert told[1] == events
+    msgspec.json.encode(events)  # every text is Unicode
     pieces_told(events, incremental=incremental)
     last = events[-1]
     if isinstance(last, Refused):
@@ -753,6 +767,7 @@ def test_any_stream_keeps_the_contract(
             choice.matched_stop,
         )
         if choice.tool_calls_executable:
+            assert last.fault is None
             assert choice.engine_finish_reason in {"stop", "tool_calls"}
             assert choice.tool_calls
             assert not choice.failed_tool_calls
@@ -763,7 +778,7 @@ def test_any_stream_keeps_the_contract(
 def test_a_repeated_name_does_not_count_towards_a_calls_size() -> None:
     """An engine that says the name beside every fragment has no smaller limit than one that says it once."""
     pieces = [calls(entry(piece, call_id="c", name="get_weather")) for piece in ('{"a', '": ', '"b"}')]
-    limits = Limits(max_call_bytes=len('get_weather{"a": "b"}'))
+    limits = Limits(max_call_bytes=len("get_weather" * 2 + '{"a": "b"}'))
     events = read(*pieces, end("tool_calls"), DONE, limits=limits)
     assert _fault(events) is None
     assert any(isinstance(event, ToolCallSucceeded) for event in events)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from deltawire_server.sansio import coalesce, completion, sse, tool_calls
+from deltawire_server.sansio import characters, coalesce, completion, pieces, sse, tool_calls
 from deltawire_server.sansio.events import TextDelta, ToolCallArguments
 from tests.sansio.build import DONE, calls, end, entry, text
 from tests.support import chop
-from tests.support.recordings import counting_mint
+from tests.support.recordings import counting_ids
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -109,8 +109,9 @@ class Twins:
     def __init__(self) -> None:
         self.copies = Copies()
         self.sse = self.copies.load(sse)
-        self.tool_calls = self.copies.load(tool_calls)
-        self.completion = self.copies.load(completion, sse=self.sse, tool_calls=self.tool_calls)
+        halves = self.copies.load(characters)
+        self.tool_calls = self.copies.load(tool_calls, mend=halves.mend, split=self.copies.load(pieces).split)
+        self.completion = self.copies.load(completion, sse=self.sse, tool_calls=self.tool_calls, Halves=halves.Halves)
         self.coalesce = self.copies.load(coalesce)
 
 
@@ -125,23 +126,23 @@ def _ratios(twins: Twins, work: Callable[[Any, int], object], size: int = FEWER)
     plain = Twins.__new__(Twins)
     plain.sse, plain.tool_calls, plain.completion, plain.coalesce = sse, tool_calls, completion, coalesce
     made, copied = [], []
-    for pieces in (size, 2 * size):
-        made.append(_calls_of(partial(work, plain, pieces)))
+    for many in (size, 2 * size):
+        made.append(_calls_of(partial(work, plain, many)))
         twins.copies.total = 0
-        work(twins, pieces)
+        work(twins, many)
         copied.append(twins.copies.total)
     assert made[0] >= size
     assert copied[0] >= size
     return made[1] / made[0], copied[1] / copied[0]
 
 
-def _read(modules: Twins, pieces: list[bytes]) -> None:
-    reading = modules.completion.CompletionReader(offered_tools=["f"], incremental=True, mint=counting_mint())
-    for piece in pieces:
+def _read(modules: Twins, stream: list[bytes]) -> None:
+    reading = modules.completion.CompletionReader(offered_tools={"f": ""}, incremental=True, generate_id=counting_ids())
+    for piece in stream:
         reading.receive(piece)
     reading.finish()
     assert reading.ended
-    assert not reading.oddities
+    assert set(reading.anomalies) <= {"another id for the same tool call", "broken character"}
 
 
 def _call_with(fragments: int) -> list[bytes]:
@@ -153,6 +154,14 @@ _STREAMS: dict[str, Callable[[int], list[bytes]]] = {
     "argument fragments in one read": lambda size: [b"".join(_call_with(size))],
     "argument fragments before the name": lambda size: [
         *[calls(entry("1"))] * size, calls(entry("1", name="f")), end("length"), DONE
+    ],
+    "argument fragments under changing ids": lambda size: [
+        calls(entry('{"x":"', call_id="c", name="f")),
+        *[calls(entry("\\\\{0123", call_id=f"c{number}")) for number in range(size)],
+        calls(entry('"}', call_id="d")), end("tool_calls"), DONE
+    ],
+    "halves of characters": lambda size: [
+        *[text("x").replace(b"x", b"\\ude00x\\ud83d")] * size, end("stop"), DONE
     ],
     "entries in one chunk": lambda size: [calls(*[entry("1", name="f")] * size), end("length"), DONE],
     "texts": lambda size: [*[text("0123456789")] * size, end("stop"), DONE],

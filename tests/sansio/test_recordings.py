@@ -33,6 +33,8 @@ from tests.support.told import pieces_told
 
 ROOT = Path(__file__).parents[2]
 NAMES = recordings.names()
+RECORDED = [name for name in NAMES if not name.startswith("w-")]
+"""Without the streams that were written by hand, which no simple reader understands."""
 SHORT = [
     "c-keepalive-long-prefill",
     "fail-midstream-500-after-role",
@@ -94,7 +96,7 @@ def test_gives_the_same_assembled_without_the_pieces(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_calls_are_told_in_order_and_add_up(name: str) -> None:
-    """Pieces add up to the text that is judged, joined or not, however the bytes are cut; assembled, the verdicts are the same."""
+    """Pieces add up to the text of the verdict, joined or not, however the bytes are cut; assembled, the verdicts are the same."""
     recording = recordings.load(name)
     calls = pieces_told(recording.read(incremental=False), incremental=False)
     for pieces in (None, chop.byte_by_byte(recording.data), *chop.at_random(recording.data)):
@@ -112,7 +114,7 @@ def test_every_golden_file_belongs_to_a_recording() -> None:
 
 
 def test_every_recording_says_how_it_was_asked_for() -> None:
-    """Each stream has its request's body beside it, without which nobody knows what it should give."""
+    """Each stream has its request's body beside it, without which its events are not determined."""
     missing = [name for name in NAMES if not (recordings.TRANSCRIPTS / f"{name}.request.json").exists()]
     assert not missing
 
@@ -128,7 +130,7 @@ def test_nothing_names_the_folder_the_recordings_came_from() -> None:
     assert [str(path) for path in texts if outside in path.read_bytes()] == []
 
 
-# --- told as the engine's ways demand: written by hand from what each recording was made to show
+# --- what each recording was made to show, written by hand
 
 
 @dataclass(frozen=True)
@@ -230,6 +232,13 @@ TOLD: dict[str, Ended] = {
     "cu-tool-two": Ended((_called(2),), Provenance.EXACT),
     "cu-cut": Ended((_LOST,), Provenance.LOWER_BOUND, Reason.UPSTREAM_INCOMPLETE),
     "cu-cut-tool": Ended((_LOST_CALL,), Provenance.LOWER_BOUND, Reason.UPSTREAM_INCOMPLETE),
+    # Written by hand.
+    "w-arguments-after-finish": Ended((_called(),), Provenance.EXACT),
+    "w-empty-data-lines": Ended((_TURN,), Provenance.EXACT),
+    "w-logprob-null": Ended((_TURN,), Provenance.EXACT),
+    "w-surrogate-pair-over-two-chunks": Ended((_TURN,), Provenance.EXACT),
+    "w-text-after-finish": Ended((_TURN,), Provenance.EXACT),
+    "w-usage-counts-null": Ended((_TURN,)),
     # Failures; the last three never began.
     "cancel-mid-stream": Ended((_LOST,), fault=Reason.UPSTREAM_INCOMPLETE),
     "fail-apiserver-sigkill": Ended((_LOST,), fault=Reason.UPSTREAM_INCOMPLETE),
@@ -270,7 +279,7 @@ def test_is_told_as_it_was_made(name: str) -> None:
 
 
 def test_the_matched_stop_text_is_named() -> None:
-    """The stop text that ended the answer is one of the caller's, and told."""
+    """The stop text that ended the answer is one of the caller's, and named."""
     events = recordings.load("text-stop").read()
     assert [event.matched_stop for event in events if isinstance(event, ChoiceFinished)] == ["vast"]
     assert isinstance(events[-1], Completed)
@@ -282,6 +291,38 @@ def test_markup_of_a_call_is_text_if_no_tool_was_to_be_used() -> None:
     last = recordings.load("text-tools-none").read()[-1]
     assert isinstance(last, Completed)
     assert last.choices[0].text.startswith('<tool_call>\n{"name": "get_weather"')
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("w-empty-data-lines", "Hi!"),
+        ("w-logprob-null", "Hi you."),
+        ("w-surrogate-pair-over-two-chunks", "ok 😀 bye"),
+        ("w-text-after-finish", "Bonjour"),
+        ("w-usage-counts-null", "Hi"),
+    ],
+)
+def test_text_of_unusual_streams_is_whole(name: str, text: str) -> None:
+    """Nothing of it is lost or broken."""
+    last = recordings.load(name).read()[-1]
+    assert isinstance(last, Completed)
+    assert last.choices[0].text == text
+
+
+def test_a_probability_that_is_null_is_not_known() -> None:
+    """The token's entry is there, and so are its alternatives."""
+    last = recordings.load("w-logprob-null").read(keep_logprobs=True)[-1]
+    assert isinstance(last, Completed)
+    told = [(token.logprob, [other.logprob for other in token.alternatives]) for token in last.choices[0].logprobs]
+    assert told == [(-0.1, [-0.1]), (None, [None, -3.0]), (-0.2, [])]
+
+
+def test_arguments_after_the_finish_reason_are_the_calls() -> None:
+    """Never `{}` in their place."""
+    last = recordings.load("w-arguments-after-finish").read()[-1]
+    assert isinstance(last, Completed)
+    assert [call.arguments for call in last.choices[0].tool_calls] == ['{"city":"Oslo"}']
 
 
 def test_a_call_that_the_engine_never_gave_arguments_has_none() -> None:
@@ -352,7 +393,7 @@ def _read_raw_choice(raw: Raw, choice: dict[str, Any]) -> None:
         raw.words[index] = choice["finish_reason"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RECORDED)
 def test_loses_and_invents_nothing(name: str) -> None:
     """Text, reasoning, arguments, ids, names, words, log-probabilities and usage are, to the letter, what the lines hold."""
     recording = recordings.load(name)

@@ -110,7 +110,7 @@ def test_empty_tool_calls_beside_content() -> None:
 
 
 def test_reasoning_content() -> None:
-    """Put right: reasoning was dropped and an empty text told in its place; it has events and a field of its own."""
+    """Put right: reasoning was dropped and an empty text sent in its place; it has events and a field of its own."""
     assert read(
         chunk(part({"reasoning_content": "Hm"})), chunk(part({"reasoning": "m."})), text("He", finish="stop"), DONE
     ) == [
@@ -325,7 +325,7 @@ def test_null_index() -> None:
 
 
 def test_text_and_a_call_in_one_chunk() -> None:
-    """Put right: the text was lost; it is told."""
+    """Put right: the text was lost; it is returned."""
     assert read(calls(entry("{}", call_id="c1", name="f"), content="Hi. "), end("tool_calls"), DONE) == [
         STARTED,
         TextDelta(0, "Hi. "),
@@ -398,25 +398,31 @@ def test_empty_chunk_before_the_finish() -> None:
 
 
 def test_two_finish_chunks() -> None:
-    """Put right: there were two ends and the calls twice; the second changes nothing."""
+    """Put right: there were two ends and the calls twice; there is one, and its word is the last."""
     assert read(calls(entry("{}", call_id="c1", name="f")), end("tool_calls"), end("stop"), DONE) == [
         STARTED,
-        *ending(StopReason.END_OF_MESSAGE, "tool_calls", succeeded=(_ok(),), executable=True, chunks=1),
+        *ending(StopReason.END_OF_MESSAGE, "stop", succeeded=(_ok(),), executable=True, chunks=1),
     ]
 
 
 def test_tool_delta_after_the_finish() -> None:
-    """Kept: a call that comes after the verdicts is ignored."""
+    """Put right: a call that came after the finish reason was lost; it is one of the answer's."""
     assert read(
         calls(entry("{}", call_id="c1", name="f")), end("tool_calls"), calls(entry("{}", index=1, name="g")), DONE
     ) == [
         STARTED,
-        *ending(StopReason.END_OF_MESSAGE, "tool_calls", succeeded=(_ok(),), executable=True, chunks=2),
+        *ending(
+            StopReason.END_OF_MESSAGE,
+            "tool_calls",
+            succeeded=(_ok(), _ok(index=1, call_id=FIRST_CALL, name="g")),
+            executable=True,
+            chunks=2,
+        ),
     ]  # fmt: skip
 
 
 def test_two_choices_in_one_chunk() -> None:
-    """Put right: only the first was read, and a lone choice 1 was taken for choice 0; each is told by its index."""
+    """Put right: only the first was read, and a lone choice 1 was taken for choice 0; each has its index."""
     assert read(
         chunk(part({"content": "a"}, choice=1), part({"content": "b"}, choice=0)),
         text("A", choice=1, finish="stop"),
@@ -428,8 +434,8 @@ def test_two_choices_in_one_chunk() -> None:
         TextDelta(1, "a"),
         TextDelta(0, "b"),
         TextDelta(1, "A"),
-        ChoiceFinished(1, StopReason.END_OF_TURN, "stop"),
         ChoiceFinished(0, StopReason.OUT_OF_TOKENS, "length"),
+        ChoiceFinished(1, StopReason.END_OF_TURN, "stop"),
         Completed(
             Usage(3, Provenance.ESTIMATED),
             (
@@ -504,8 +510,8 @@ def test_original_6_multiple_calls() -> None:
             StopReason.END_OF_MESSAGE,
             "tool_calls",
             succeeded=(
-                _ok(first, index=1, call_id="<minted-0>", name="power"),
-                _ok(second, index=2, call_id="<minted-1>", name="multiple"),
+                _ok(first, index=1, call_id="<generated-0>", name="power"),
+                _ok(second, index=2, call_id="<generated-1>", name="multiple"),
             ),
             executable=True,
             chunks=2,
@@ -540,7 +546,7 @@ def test_original_9_arguments_in_the_last_chunk() -> None:
 
 
 def test_original_10_no_finish_reason() -> None:
-    """Put right: a call without a finish reason was a success; it is told before the end, but not to be executed."""
+    """Put right: a call without a finish reason was a success; it is reported before the end as not executable."""
     arguments = '{"arg1": 0, "arg2": 100}'
     failed = ToolCallFailed(0, 0, "mock_id", "mock_tool", FailureReason.TRUNCATED, CUT, arguments)
     assert read(calls(entry(arguments, call_id="mock_id", name="mock_tool")), offered=["mock_tool"]) == [
@@ -550,7 +556,7 @@ def test_original_10_no_finish_reason() -> None:
 
 
 def test_original_11_tool_without_arguments() -> None:
-    """Kept: empty arguments are `{}`; put right: only if the turn ended by itself, else nobody knows what was to come."""
+    """Kept: empty arguments are `{}`; put right: only if the turn ended by itself, else arguments may be missing."""
     only = calls(entry("", call_id="mock_id", name="mock_tool"))
     failed = ToolCallFailed(0, 0, "mock_id", "mock_tool", FailureReason.TRUNCATED, CUT, "")
     assert read(only, offered=["mock_tool"]) == [

@@ -1,4 +1,4 @@
-"""Ends that whoever asked wanted: what has come is the answer, and nothing is wrong with it."""
+"""Ends that the caller asked for: what has come is the answer, and nothing is wrong with it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_before_anything_came(reason: StopReason) -> None:
 
 
 def test_choices_that_have_ended_keep_their_end() -> None:
-    """Only what the engine has not finished is cut; a choice of which nothing came is told too."""
+    """Only what the engine has not finished is cut; a choice of which nothing came is reported too."""
     reading = reader(choice_count=3)
     reading.receive(text("a", finish="stop") + text("b", choice=2))
     last = reading.stop(StopReason.CANCELLED)[-1]
@@ -86,7 +86,7 @@ def test_a_call_that_was_being_written_is_truncated() -> None:
 
 @pytest.mark.parametrize("last", [DONE, error()])
 def test_an_answer_that_has_ended_is_not_stopped(last: bytes) -> None:
-    """Its own end was first; there is nothing left to tell."""
+    """Its own end was first; there are no more events."""
     reading = reader()
     reading.receive(text("a", finish="stop") + last)
     assert reading.stop(StopReason.CANCELLED) == []

@@ -71,7 +71,7 @@ def test_follows_the_rule(stream: bytes, payloads: list[bytes]) -> None:
 
 
 def test_tells_an_event_as_soon_as_its_end_is_there() -> None:
-    """The first byte of a line end that completes an event gives the event: a CR is not held for the LF that may follow."""
+    """The first byte of a line end that completes an event gives the event: a CR does not wait for the LF that may follow."""
     decoder = SSEDecoder()
     assert decoder.receive(b"data: a\r\n") == []
     assert decoder.receive(b"\r") == [b"a"]
@@ -95,14 +95,14 @@ LIMITED = {
     "a long comment": (b": 345678901\n\n", 10, [], True),
     "comments between the data count": (b"data: a\n:\n:\n:\n:\n:\n:\n:\n\n", 10, [], True),
     "every event counts anew": (b"data: 1\n\ndata: 2\n\ndata: 3\n\n", 10, [b"1", b"2", b"3"], False),
-    "the events before it are told": (b"data: 1\n\ndata: 2\n\ndata: 45678\n\ndata: 3\n\n", 10, [b"1", b"2"], True),
+    "the events before it are returned": (b"data: 1\n\ndata: 2\n\ndata: 45678\n\ndata: 3\n\n", 10, [b"1", b"2"], True),
     "a BOM does not count": (BOM + b"data: 7\n\n", 7, [b"7"], False),
 }
 
 
 @pytest.mark.parametrize(("stream", "limit", "payloads", "exceeded"), LIMITED.values(), ids=LIMITED.keys())
 def test_holds_no_more_than_its_limit(stream: bytes, limit: int, payloads: list[bytes], exceeded: bool) -> None:
-    """A larger event fails, the events before it are told, and no chopping changes what is told."""
+    """A larger event fails, the events before it are returned, and no chopping changes them."""
     assert _decode(stream, limit=limit) == (payloads, exceeded)
     for pieces in [chop.byte_by_byte(stream), *chop.at_every_boundary(stream)]:
         assert _decode(*pieces, limit=limit) == (payloads, exceeded), pieces

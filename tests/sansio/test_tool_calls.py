@@ -1,4 +1,4 @@
-"""The tool-call machine: every state with every kind, every rule of identity, every verdict, and anything at all."""
+"""Tool calls: every rule of identity, every verdict, every limit, and anything at all."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltawire_server.sansio import tool_calls
+from deltawire_server.sansio.characters import Halves
 from deltawire_server.sansio.chunks import Function, ToolEntry
 from deltawire_server.sansio.events import (
     Event,
@@ -21,16 +22,8 @@ from deltawire_server.sansio.events import (
     ToolCallStarted,
     ToolCallSucceeded,
 )
-from deltawire_server.sansio.tool_calls import (
-    TRANSITIONS,
-    CallIds,
-    Kind,
-    State,
-    ToolCallAssembler,
-    ToolCallLimitError,
-    TransitionError,
-)
-from tests.support.recordings import counting_mint
+from deltawire_server.sansio.tool_calls import CallIds, ToolCallAssembler, ToolCallLimitError
+from tests.support.recordings import counting_ids
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,11 +42,16 @@ def _assembler(
     ids: CallIds | None = None,
     max_calls: int = 128,
     max_bytes: int = 1000,
+    anomalies: Counter[str] | None = None,
 ) -> ToolCallAssembler:
+    anomalies = Counter() if anomalies is None else anomalies
     return ToolCallAssembler(
         choice,
-        {"f", "g", "get_weather"},
-        ids or CallIds(counting_mint()),
+        {"f", "g", "get_weather", "needs"},
+        ids or CallIds(counting_ids()),
+        Halves(anomalies),
+        anomalies,
+        allows_empty=lambda name: name != "needs",
         incremental=incremental,
         max_calls=max_calls,
         max_call_bytes=max_bytes,
@@ -69,50 +67,6 @@ def _run(*entries: ToolEntry, incremental: bool = False, cut: bool = False) -> l
 
 def _ok(arguments: str = "{}", *, index: int = 0, call_id: str = "a", name: str = "f") -> ToolCallSucceeded:
     return ToolCallSucceeded(0, index, call_id, name, arguments)
-
-
-# --- the table
-
-NEXT = {
-    State.NAMELESS: {Kind.NAME: State.NAMED, Kind.ARGUMENTS: State.ANONYMOUS, Kind.EMPTY: State.NAMELESS, Kind.END: State.JUDGED},
-    State.NAMED: {Kind.NAME: State.NAMED, Kind.ARGUMENTS: State.OPEN, Kind.EMPTY: State.NAMED, Kind.END: State.JUDGED},
-    State.ANONYMOUS: {Kind.NAME: State.OPEN, Kind.ARGUMENTS: State.ANONYMOUS, Kind.EMPTY: State.ANONYMOUS, Kind.END: State.JUDGED},
-    State.OPEN: {Kind.NAME: State.OPEN, Kind.ARGUMENTS: State.OPEN, Kind.EMPTY: State.OPEN, Kind.END: State.JUDGED},
-    State.JUDGED: {},
-}  # fmt: skip
-"""Written from the theory of operation at the top of the module, not from its table."""
-
-
-@pytest.mark.parametrize(("state", "kind"), list(itertools.product(State, Kind)), ids=lambda value: value.name)
-def test_every_state_meets_every_kind(state: State, kind: Kind) -> None:
-    """Each pair leads where the theory of operation says, or is refused naming the call, its state and the kind."""
-    call = tool_calls._Call(3)
-    call.name = "f"
-    call.state = state
-    expected = NEXT[state].get(kind)
-    if expected is None:
-        with pytest.raises(
-            TransitionError, match=re.escape(f"call 3 (f): {kind.name} cannot come in state {state.name}")
-        ):
-            call.advance(kind)
-        assert call.state is state
-    else:
-        call.advance(kind)
-        assert call.state is expected
-
-
-def test_a_refusal_names_a_call_without_a_name() -> None:
-    """A defect in a call that has no name yet can still be told from its message."""
-    call = tool_calls._Call(0)
-    call.state = State.JUDGED
-    with pytest.raises(TransitionError, match=r"call 0 \(unnamed\): END cannot come in state JUDGED"):
-        call.advance(Kind.END)
-
-
-def test_the_table_is_whole() -> None:
-    """Every state but the last takes every kind, nothing leaves the last, and every state is reached."""
-    assert {(state, kind) for state in State if state is not State.JUDGED for kind in Kind} == set(TRANSITIONS)
-    assert set(TRANSITIONS.values()) == set(State)
 
 
 # --- which call is an entry about?
@@ -148,7 +102,7 @@ def test_another_name_after_the_arguments_began_is_a_new_call() -> None:
     """A name cannot change once the arguments have begun: on the same index it is the next call."""
     assert _run(_entry("{}", call_id="a", name="f"), _entry("{}", name="g")) == [
         _ok(),
-        _ok(index=1, call_id="<minted-0>", name="g"),
+        _ok(index=1, call_id="<generated-0>", name="g"),
     ]
 
 
@@ -174,14 +128,14 @@ def test_without_an_index_another_name_after_the_arguments_is_a_new_call() -> No
     """A parser that counts nothing still begins a call with its name."""
     assert _run(_entry("{}", index=None, call_id="a", name="f"), _entry("{}", index=None, name="g")) == [
         _ok(),
-        _ok(index=1, call_id="<minted-0>", name="g"),
+        _ok(index=1, call_id="<generated-0>", name="g"),
     ]
 
 
 def test_without_an_index_another_name_beside_a_new_id_is_a_new_call() -> None:
     """Two named calls without arguments and indexes are two, also if only the second has an id."""
     assert _run(_entry(index=None, name="f"), _entry(index=None, call_id="b", name="g")) == [
-        _ok(call_id="<minted-0>"),
+        _ok(call_id="<generated-0>"),
         _ok(index=1, call_id="b", name="g"),
     ]
 
@@ -207,7 +161,7 @@ def test_an_entry_that_says_nothing_begins_no_call() -> None:
 
 
 def test_an_id_alone_begins_a_call() -> None:
-    """An id says something: whoever asked for a call is told of it, though it never got a name."""
+    """An id says something: the call is reported, though it never got a name."""
     [failed] = _run(_entry(call_id="a"))
     assert isinstance(failed, ToolCallFailed)
     assert failed.reason is FailureReason.MISSING_NAME
@@ -220,7 +174,7 @@ def test_an_index_that_is_none_counts_as_left_out(index: int) -> None:
 
 
 def test_the_engines_index_is_told_where_free() -> None:
-    """An answer that begins to count at 5 is told so; a call that has no index follows the highest."""
+    """The indexes of an answer that begins to count at 5 stay; a call that has no index follows the highest."""
     assert _run(
         _entry(index=5, call_id="a", name="f"),
         _entry(index=None, call_id="b", name="g"),
@@ -235,7 +189,7 @@ def test_the_engines_index_is_told_where_free() -> None:
 
 
 def test_fragments_on_an_index_follow_the_engines_count_not_the_told_one() -> None:
-    """A call told as 1 because its index 0 was taken keeps getting what the engine sends on index 0."""
+    """A call that is 1 because its index 0 was taken keeps getting what the engine sends on index 0."""
     assert _run(
         _entry("{}", call_id="a", name="f"),
         _entry(call_id="b", name="f"),
@@ -245,6 +199,84 @@ def test_fragments_on_an_index_follow_the_engines_count_not_the_told_one() -> No
     ) == [_ok(), _ok('{"x":1}', index=1, call_id="b"), _ok(index=2, call_id="c", name="g")]
 
 
+# --- ids that change with every fragment
+
+
+def test_a_new_id_in_every_fragment_is_the_same_call() -> None:
+    """As long as the JSON is not closed, a fragment without a name is about the call on its index, whatever its id."""
+    anomalies: Counter[str] = Counter()
+    assembler = _assembler(incremental=True, anomalies=anomalies)
+    events = []
+    for number, fragment in enumerate(['{"x":', "1", "}", ""]):
+        name = "f" if number == 0 else None
+        events += assembler.receive([_entry(fragment, call_id=f"id-{number}", name=name)])
+    assert events == [
+        ToolCallStarted(0, 0, "id-0", "f"),
+        *[ToolCallArguments(0, 0, "id-0", fragment) for fragment in ['{"x":', "1", "}"]],
+    ]
+    assert assembler.finish(cut=False) == [_ok('{"x":1}', call_id="id-0")]
+    assert anomalies == {"another id for the same tool call": 3}
+
+
+def test_a_new_id_with_the_first_arguments_is_the_same_call() -> None:
+    """The id that came with the name is the call's, and its arguments are not lost to a call without a name."""
+    assert _run(_entry(call_id="a", name="f"), _entry('{"x":1}', call_id="b")) == [_ok('{"x":1}')]
+
+
+def test_a_new_id_and_the_same_name_in_every_fragment_is_the_same_call() -> None:
+    """A repeated name is no new call while the JSON is open."""
+    assert _run(_entry('{"x":', call_id="a", name="f"), _entry("1}", call_id="b", name="f")) == [_ok('{"x":1}')]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (_entry("{}", call_id="a", name="f"), _entry("{}", call_id="b", name="f")),
+        (_entry(call_id="a", name="f"), _entry("{}", call_id="b", name="f")),
+    ],
+    ids=["closed", "not begun"],
+)
+def test_a_new_id_and_the_same_name_is_a_new_call_otherwise(first: ToolEntry, second: ToolEntry) -> None:
+    """After a whole call, or one without arguments, the next call of the same tool is its own."""
+    assert _run(first, second) == [_ok(), _ok(index=1, call_id="b")]
+
+
+def test_a_call_that_is_announced_is_new_though_the_one_before_is_open() -> None:
+    """A name without arguments begins a call: what the model left open has failed, and the next one is whole."""
+    failed, succeeded = _run(
+        _entry('{"x":', call_id="a", name="f"), _entry(call_id="b", name="f"), _entry("{}", call_id="b")
+    )
+    assert isinstance(failed, ToolCallFailed)
+    assert succeeded == _ok(index=1, call_id="b")
+
+
+def test_arguments_under_a_new_id_after_the_json_was_closed_are_a_call_without_a_name() -> None:
+    """They are not added to a call that is whole."""
+    assert _run(_entry("{}", call_id="a", name="f"), _entry('{"y":2}', call_id="b")) == [
+        _ok(),
+        ToolCallFailed(0, 1, "b", "", FailureReason.MISSING_NAME, "the model never named the tool", '{"y":2}'),
+    ]
+
+
+@pytest.mark.parametrize(
+    "fragments",
+    [
+        ['{"a": "}', '"', "}"],
+        ['{"a": "\\', '"}', '"}'],
+        ['{"a": "\\\\', '"', "}"],
+        ['{"a": [{}', ", 1]", "}"],
+        ["", '{"a', '": "[{"', "}"],
+    ],
+    ids=["brace in a string", "escaped quote over two", "escaped backslash", "nested", "key over two"],
+)
+def test_where_the_json_is_closed(fragments: list[str]) -> None:
+    """Braces in strings, escapes and nested values close nothing, wherever the fragments are cut."""
+    entries = [_entry(fragment, call_id=str(number)) for number, fragment in enumerate(fragments)]
+    assert _run(_entry(call_id="a", name="f"), *entries) == [_ok("".join(fragments))]
+    more = [*entries, _entry("{}", call_id="b", name="f")]
+    assert _run(_entry(call_id="a", name="f"), *more) == [_ok("".join(fragments)), _ok(index=1, call_id="b")]
+
+
 # --- ids
 
 
@@ -252,49 +284,49 @@ def test_an_id_is_settled_with_the_first_arguments() -> None:
     """An id that comes before them is the call's, one that comes after them finds the call but does not rename it."""
     assert _run(_entry(name="f"), _entry(call_id="a"), _entry("{}")) == [_ok()]
     assert _run(_entry("{", name="f"), _entry(call_id="a"), _entry("}", index=9, call_id="a")) == [
-        _ok(call_id="<minted-0>")
+        _ok(call_id="<generated-0>")
     ]
 
 
 def test_a_call_without_arguments_takes_an_id_up_to_its_end() -> None:
-    """Nothing was told of it yet, so an id may come as late as it likes."""
+    """No event names it yet, so an id may come at any time."""
     assert _run(_entry(name="f"), _entry(call_id="a"), incremental=True) == [ToolCallStarted(0, 0, "a", "f"), _ok()]
 
 
 @pytest.mark.parametrize("call_id", [None, ""])
-def test_a_missing_id_is_minted(call_id: str | None) -> None:
+def test_a_missing_id_is_generated(call_id: str | None) -> None:
     """Null and empty ids are none; each call gets one of its own."""
     assert _run(
         _entry("{}", call_id=call_id, name="f"), _entry("{}", index=1, call_id=call_id, name="g")
-    ) == [_ok(call_id="<minted-0>"), _ok(index=1, call_id="<minted-1>", name="g")]  # fmt: skip
+    ) == [_ok(call_id="<generated-0>"), _ok(index=1, call_id="<generated-1>", name="g")]  # fmt: skip
 
 
 def test_ids_are_unique_in_the_whole_answer() -> None:
-    """The second choice's call with the first one's id gets another; an engine's id that was minted already, too."""
-    ids = CallIds(counting_mint())
+    """The second choice's call with the first one's id gets another; an engine's id that was generated already, too."""
+    ids = CallIds(counting_ids())
     verdicts = []
-    for choice, call_id in enumerate(["a", "a", "<minted-0>"]):
+    for choice, call_id in enumerate(["a", "a", "<generated-0>"]):
         assembler = _assembler(choice=choice, ids=ids)
         assembler.receive([_entry("{}", call_id=call_id, name="f")])
         verdicts += assembler.finish(cut=False)
     assert [call.call_id for call in verdicts if isinstance(call, ToolCallSucceeded)] == [
         "a",
-        "<minted-0>",
-        "<minted-1>",
+        "<generated-0>",
+        "<generated-1>",
     ]
 
 
 def test_ids_are_taken_to_the_letter() -> None:
     """Whatever an engine calls its calls: spaces, other scripts, anything."""
-    for call_id in ["functions.get_weather:0", " ", "ü\n", "<minted-0>"]:
+    for call_id in ["functions.get_weather:0", " ", "ü\n", "<generated-0>"]:
         assert _run(_entry("{}", call_id=call_id, name="f")) == [_ok(call_id=call_id)]
 
 
-def test_a_minted_id_says_what_it_is() -> None:
+def test_a_generated_id_says_what_it_is() -> None:
     """Its own prefix and 24 hexadecimal digits, others every time."""
-    minted = {tool_calls.mint_call_id() for _ in range(50)}
-    assert len(minted) == 50
-    assert all(re.fullmatch(r"call_[0-9a-f]{24}", call_id) for call_id in minted)
+    generated = {tool_calls.generate_call_id() for _ in range(50)}
+    assert len(generated) == 50
+    assert all(re.fullmatch(r"call_[0-9a-f]{24}", call_id) for call_id in generated)
     assert re.fullmatch(r"call_[0-9a-f]{24}", CallIds().settle(""))
 
 
@@ -318,7 +350,7 @@ def test_a_name_may_come_in_any_way(pieces: list[str], name: str) -> None:
 
 
 def test_a_name_after_the_arguments_releases_what_came() -> None:
-    """Arguments before the name are kept, told in one piece with the name, then as they come."""
+    """Arguments before the name are kept, returned in one piece with the name, then as they come."""
     entries = [_entry('{"x"', call_id="a"), _entry(":"), _entry(name="f"), _entry("1}")]
     assert _run(*entries, incremental=True) == [
         ToolCallStarted(0, 0, "a", "f"),
@@ -328,7 +360,7 @@ def test_a_name_after_the_arguments_releases_what_came() -> None:
     ]
 
 
-# --- what is told while a call is written
+# --- events while a call is written
 
 
 def test_a_call_is_told_from_its_first_arguments_on() -> None:
@@ -356,16 +388,6 @@ def test_the_choice_is_named() -> None:
         ToolCallArguments(4, 0, "a", "{}"),
         ToolCallSucceeded(4, 0, "a", "f", "{}"),
     ]
-
-
-def test_nothing_changes_after_the_end() -> None:
-    """What comes late is counted and passed over; a second end tells nothing."""
-    assembler = _assembler(incremental=True)
-    assembler.receive([_entry("{}", call_id="a", name="f")])
-    assembler.finish(cut=False)
-    assert assembler.receive([_entry("x"), _entry("{}", index=1, name="g")]) == []
-    assert assembler.late_entries == 2
-    assert assembler.finish(cut=True) == []
 
 
 # --- verdicts
@@ -417,14 +439,14 @@ VERDICTS = {
 
 
 @pytest.mark.parametrize(("entry", "whole", "cut"), VERDICTS.values(), ids=VERDICTS.keys())
-def test_judges(entry: ToolEntry, whole: Event, cut: Event) -> None:
+def test_verdict(entry: ToolEntry, whole: Event, cut: Event) -> None:
     """Each failure gives the first reason that applies; in a cut turn the call that was being written is TRUNCATED."""
     assert _run(entry) == [whole]
     assert _run(entry, cut=True) == [cut]
 
 
 def test_in_a_cut_turn_only_the_current_call_and_what_does_not_parse_is_truncated() -> None:
-    """Whole calls before it have succeeded; one that parses as no object is judged for that."""
+    """Whole calls before it have succeeded; one that parses as another value is NOT_AN_OBJECT."""
     verdicts = _run(
         _entry('{"x":1}', index=0, call_id="a", name="f"),
         _entry('{"x":', index=1, call_id="b", name="f"),
@@ -456,11 +478,86 @@ def test_the_current_call_is_the_last_one_that_got_something() -> None:
     ]
 
 
+def test_no_arguments_where_the_schema_requires_some() -> None:
+    """An empty object that the schema does not allow is not made up; a cut answer is TRUNCATED as before."""
+    entry = _entry(call_id="a", name="needs")
+    message = "the model gave no arguments, and the tool's schema requires some"
+    assert _run(entry) == [_failed(FailureReason.MALFORMED_JSON, message, name="needs")]
+    assert _run(entry, _entry(" ")) == [_failed(FailureReason.MALFORMED_JSON, message, " ", name="needs")]
+    assert _run(entry, cut=True) == [_failed(FailureReason.TRUNCATED, _CUT, name="needs")]
+    assert _run(entry, _entry("{}")) == [_ok("{}", name="needs")]
+
+
+def test_a_check_cannot_make_a_failure_large() -> None:
+    """Its sentence is cut, and its place becomes the part around it."""
+    path = "/" + "a" * 1000 + "/" + "b" * 1000
+
+    def check(_: str) -> tuple[str, str]:
+        return path, "x" * 5000
+
+    assembler = ToolCallAssembler(
+        0, {"f"}, CallIds(), Halves(Counter()), Counter(), allows_empty=lambda _: True, checks={"f": check}
+    )
+    assembler.receive([_entry("{}", call_id="a", name="f")])
+    [failed] = assembler.finish(cut=False)
+    assert isinstance(failed, ToolCallFailed)
+    assert (failed.instance_path, failed.message) == ("/" + "a" * 1000, "x" * 1024)
+
+
+# --- text that is not Unicode
+
+
+def test_halves_in_arguments_are_joined_by_call() -> None:
+    """The second half may come after another call's fragments; a call's last half becomes U+FFFD."""
+    anomalies: Counter[str] = Counter()
+    assembler = _assembler(incremental=True, anomalies=anomalies)
+    events = assembler.receive(
+        [
+            _entry('{"x":"\ud83d', index=0, call_id="a", name="f"),
+            _entry('{"x":"', index=1, call_id="b", name="g"),
+            _entry('\ude00"}', index=0),
+            _entry("\ud83d", index=1),
+        ]
+    )
+    assert [event.fragment for event in events if isinstance(event, ToolCallArguments)] == ['{"x":"', '{"x":"', '😀"}']
+    last = assembler.finish(cut=False)
+    assert last[:2] == [_ok('{"x":"😀"}'), ToolCallArguments(0, 1, "b", "\ufffd")]
+    assert isinstance(last[2], ToolCallFailed)
+    assert last[2].raw_arguments == '{"x":"\ufffd'
+    assert anomalies == {"broken character": 1}
+
+
+def test_halves_in_a_name_are_joined() -> None:
+    """A name is mended when it is settled."""
+    [failed] = _run(_entry(call_id="a", name="a\ud83d"), _entry("{}", name="\ude00\ud83d"))
+    assert isinstance(failed, ToolCallFailed)
+    assert (failed.tool_name, failed.reason) == ("a😀\ufffd", FailureReason.UNKNOWN_TOOL)
+
+
 # --- limits
 
 
+def test_an_id_that_is_too_long_is_replaced() -> None:
+    """It still finds the call."""
+    anomalies: Counter[str] = Counter()
+    assembler = _assembler(anomalies=anomalies)
+    long = "x" * 257
+    assembler.receive([_entry("{", call_id=long, name="f"), _entry("}", index=7, call_id=long)])
+    assert assembler.finish(cut=False) == [_ok(call_id="<generated-0>")]
+    assert anomalies == {"tool call id too long": 1}
+
+
+def test_a_long_name_is_shortened_in_the_sentence() -> None:
+    """The name itself is passed on whole."""
+    name = "h" * 100
+    [failed] = _run(_entry("{}", call_id="a", name=name))
+    assert isinstance(failed, ToolCallFailed)
+    assert failed.tool_name == name
+    assert failed.message == f"'{'h' * 64}…' is not one of the request's tools"
+
+
 def test_too_many_calls() -> None:
-    """The call beyond the limit ends the reading; the others are judged, and what the chunk told before it is kept."""
+    """The call beyond the limit ends the reading; the others get verdicts, and the events of the chunk before it are kept."""
     assembler = _assembler(incremental=True, max_calls=2)
     entries = [_entry("{}", index=index, call_id=str(index), name="f") for index in range(3)]
     with pytest.raises(ToolCallLimitError, match="the answer has more than 2 tool calls") as raised:
@@ -477,13 +574,13 @@ def test_too_many_calls() -> None:
     ]
 
 
-@pytest.mark.parametrize("fragment", ["x" * 9, "é" * 5, "x" * 7 + "\ud800"], ids=["ASCII", "two bytes", "surrogate"])
+@pytest.mark.parametrize("fragment", ["x" * 9, "é" * 5, "x" * 7 + "\ud800x"], ids=["ASCII", "two bytes", "surrogate"])
 def test_a_call_too_large(fragment: str) -> None:
-    """Name and arguments are counted in bytes, over all fragments; the fragment beyond the limit is not kept."""
-    assembler = _assembler(incremental=True, max_bytes=10)
+    """Arguments and twice the name are counted in bytes, over all fragments; the fragment beyond the limit is not kept."""
+    assembler = _assembler(incremental=True, max_bytes=11)
     assembler.receive([_entry(call_id="a", name="f")])
     assembler.receive([_entry("{")])
-    with pytest.raises(ToolCallLimitError, match="tool call 0 is larger than 10 bytes") as raised:
+    with pytest.raises(ToolCallLimitError, match="tool call 0 is larger than 11 bytes") as raised:
         assembler.receive([_entry(fragment)])
     assert raised.value.events == []
     [failed] = assembler.finish(cut=True)
@@ -493,7 +590,7 @@ def test_a_call_too_large(fragment: str) -> None:
 
 def test_a_call_of_just_the_limit() -> None:
     """The limit itself is allowed."""
-    assembler = _assembler(max_bytes=10)
+    assembler = _assembler(max_bytes=11)
     assembler.receive([_entry('{"x": 10}', call_id="a", name="f")])
     assert assembler.finish(cut=False) == [_ok('{"x": 10}')]
 
@@ -503,7 +600,7 @@ def test_a_call_of_just_the_limit() -> None:
 _ENTRIES = st.builds(
     ToolEntry,
     index=st.none() | st.integers(-1, 3),
-    id=st.none() | st.sampled_from(["", "a", "b", "c", "<minted-0>"]),
+    id=st.none() | st.sampled_from(["", "a", "b", "c", "<generated-0>"]),
     function=st.none()
     | st.builds(
         Function,
@@ -563,7 +660,7 @@ def test_whatever_comes_every_call_is_judged_once(entries: list[list[ToolEntry]]
 @settings(max_examples=120, deadline=None, derandomize=True)
 @given(st.lists(st.lists(_ENTRIES, max_size=3), max_size=8), st.booleans())
 def test_assembled_and_incremental_give_the_same_verdicts(entries: list[list[ToolEntry]], cut: bool) -> None:
-    """Whether pieces are told changes no verdict, no id and no order; assembled, nothing else is told."""
+    """Whether pieces are returned changes no verdict, no id and no order; assembled, nothing else is returned."""
     told, assembled = _told(entries, incremental=False, cut=cut)
     _, incremental = _told(entries, incremental=True, cut=cut)
     assert told == []
@@ -591,7 +688,7 @@ _CALLS = st.lists(
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(_CALLS, st.sampled_from(["index", "id", "both"]), st.data())
 def test_interleaved_calls_stay_apart(written: list[tuple[str, list[str]]], keyed: str, data: st.DataObject) -> None:
-    """Calls whose fragments are mixed in any way come out whole, told apart by index, by id, or by both."""
+    """Calls whose fragments are mixed in any way come out whole, distinguished by index, by id, or by both."""
     queues = []
     for number, (name, fragments) in enumerate(written):
         index = number if keyed != "id" else None

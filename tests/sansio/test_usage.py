@@ -32,7 +32,7 @@ def test_the_exact_account_replaces_what_was_known() -> None:
 
 
 def test_the_exact_account_names_cached_and_reasoning_tokens() -> None:
-    """What the engine says in detail is told; zero is a figure too."""
+    """The engine's details are returned; zero is a figure too."""
     account = chunk(usage=figures(7, 3, cached=0, reasoning=2))
     assert _usage(text("a", finish="stop"), account, DONE) == Usage(3, Provenance.EXACT, 7, 0, 2)
     account = chunk(usage={**figures(7, 3), "prompt_tokens_details": None, "completion_tokens_details": None})
@@ -41,10 +41,50 @@ def test_the_exact_account_names_cached_and_reasoning_tokens() -> None:
     assert _usage(text("a", finish="stop"), account, DONE) == Usage(3, Provenance.EXACT, 7, None, None)
 
 
-def test_a_null_count_is_none() -> None:
-    """An account for a prompt alone may leave the completion null."""
-    account = chunk(usage={"prompt_tokens": 7, "completion_tokens": None})
-    assert _usage(text("", finish="stop"), account, DONE) == Usage(0, Provenance.EXACT, 7)
+BROKEN: list[object] = [None, -1, 2**31, 3.0, "3", {}, True]
+
+
+@pytest.mark.parametrize("count", BROKEN)
+def test_an_account_without_a_count_is_not_exact(count: object) -> None:
+    """The count is absent, or what else is known of it; the answer is whole all the same."""
+    words = text("a"), text("b", finish="stop")
+    running = chunk(part({"content": "c"}), usage=figures(7, 2))
+    completion, prompt, both = (
+        chunk(usage={**figures(7, 3), **dict.fromkeys(names, count)})
+        for names in (["completion_tokens"], ["prompt_tokens"], ["prompt_tokens", "completion_tokens"])
+    )
+    assert _usage(*words, completion, DONE) == Usage(2, Provenance.LOWER_BOUND, 7)
+    assert _usage(*words, prompt, DONE) == Usage(3, Provenance.LOWER_BOUND)
+    assert _usage(*words, both, DONE) == Usage(2, Provenance.ESTIMATED)
+    assert _usage(running, *words, completion, DONE) == Usage(2, Provenance.LOWER_BOUND, 7)
+    assert _usage(running, *words, prompt, DONE) == Usage(3, Provenance.LOWER_BOUND, 7)
+    assert _usage(running, *words, both, DONE) == Usage(2, Provenance.LOWER_BOUND, 7)
+    reading = reader()
+    reading.receive(text("a", finish="stop") + both)
+    assert reading.ended
+    assert reading.anomalies["usage account without a count"] == 1
+
+
+def test_details_without_a_usable_count_are_absent() -> None:
+    """They may be left out, so the account is exact without them."""
+    account = chunk(usage=figures(7, 3, cached=-1, reasoning=-1))
+    assert _usage(text("a", finish="stop"), account, DONE) == Usage(3, Provenance.EXACT, 7)
+
+
+def test_running_figures_without_a_count() -> None:
+    """What one of them lacks is known from another."""
+    lacking = chunk(part({"content": "x"}), usage={"prompt_tokens": 7, "completion_tokens": None})
+    assert _usage(lacking) == Usage(1, Provenance.LOWER_BOUND, 7)
+    assert _usage(lacking, chunk(part({"content": "y"}), usage={"completion_tokens": 2})) == Usage(
+        2, Provenance.LOWER_BOUND
+    )
+
+
+def test_a_sum_of_figures_is_what_the_api_can_hold() -> None:
+    """Two choices that each claim the most there can be do not overflow."""
+    most = 2**31 - 1
+    claims = [chunk(part({"content": "x"}, choice=choice), usage=figures(7, most, reasoning=most)) for choice in (0, 1)]
+    assert _usage(*claims, choice_count=2) == Usage(most, Provenance.LOWER_BOUND, 7, None, most)
 
 
 def test_the_exact_account_is_kept_though_a_fault_follows() -> None:
@@ -172,13 +212,13 @@ def test_usage_is_known_at_any_time() -> None:
 
 
 @pytest.mark.parametrize("last", [[error()], [b"data: nonsense\n\n"], [b"data: [DONE]\n\n"], []])
-def test_usage_is_told_whatever_ends_the_answer(last: list[bytes]) -> None:
+def test_usage_is_there_whatever_ends_the_answer(last: list[bytes]) -> None:
     """A fault costs no figure that came before it."""
     assert _usage(chunk(part({"content": "a"}), usage=figures(7, 2)), *last) == Usage(2, Provenance.LOWER_BOUND, 7)
 
 
-def test_usage_is_told_when_the_reader_gives_up() -> None:
-    """A silence or a time limit tells what is known so far."""
+def test_usage_is_there_when_the_reader_gives_up() -> None:
+    """After a silence or a time limit, usage is what is known so far."""
     reading = reader()
     reading.receive(chunk(part({"content": "a"}), usage=figures(7, 2)))
     last = reading.finish(TIMEOUT)[-1]

@@ -37,7 +37,7 @@ class _Mask:
         self._masked: dict[str, str] = {}
 
     def call_id(self, call_id: str) -> str:
-        if call_id.startswith("<minted-"):
+        if call_id.startswith("<generated-"):
             return call_id
         return self._masked.setdefault(call_id, f"<call-{len(self._masked)}>")
 

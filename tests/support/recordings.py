@@ -23,7 +23,7 @@ class Asked(TypedDict):
     """What a reader must know of the request."""
 
     choice_count: int
-    offered_tools: list[str]
+    offered_tools: dict[str, str]
     stop: list[str]
     stop_token_ids: list[int]
 
@@ -50,7 +50,9 @@ class Recording:
             tools = []
         return Asked(
             choice_count=self.request.get("n") or 1,
-            offered_tools=[tool["function"]["name"] for tool in tools],
+            offered_tools={
+                tool["function"]["name"]: json.dumps(tool["function"].get("parameters") or {}) for tool in tools
+            },
             stop=[stop] if isinstance(stop, str) else stop,
             stop_token_ids=self.request.get("stop_token_ids") or [],
         )
@@ -60,7 +62,7 @@ class Recording:
     ) -> list[Event]:
         """The events that its bytes give, in these pieces or else whole, up to the end of the body."""
         reader = CompletionReader(
-            **self.asked, incremental=incremental, keep_logprobs=keep_logprobs, mint=counting_mint()
+            **self.asked, incremental=incremental, keep_logprobs=keep_logprobs, generate_id=counting_ids()
         )
         events: list[Event] = []
         for piece in [self.data] if pieces is None else pieces:
@@ -69,10 +71,10 @@ class Recording:
         return events
 
 
-def counting_mint() -> Callable[[], str]:
+def counting_ids() -> Callable[[], str]:
     """Makes call ids that are the same in every run."""
     numbers = itertools.count()
-    return lambda: f"<minted-{next(numbers)}>"
+    return lambda: f"<generated-{next(numbers)}>"
 
 
 @cache

@@ -1,10 +1,12 @@
-"""What a completion means: bytes of vLLM's event stream in, events out.
+"""What a completion means: the bytes of vLLM's event stream in, events out.
 
-The law of this folder: no I/O, no clock, no event loop, no threads, no gRPC, no protobuf. Everything is a function of the
-content of the bytes, so the same stream gives the same events however its bytes are cut. An import contract keeps it.
+The rule of this package: no I/O, no clock, no event loop, no threads, no gRPC, no protobuf. Everything is a function of the
+content of the bytes, so the same stream gives the same events however its bytes are cut. An import contract enforces it.
 
-    bytes ──sse──▶ payloads ──chunks──▶ Chunk ──completion──▶ events ──coalesce──▶ fewer, larger events
-                                                  └── tool_calls: fragments in, judged calls out
+    bytes ──sse──▶ payloads ──decode──▶ chunks ──completion──▶ events ──coalesce──▶ fewer, larger events
 
-Everywhere two verbs: `receive(x) -> list` takes the next piece, `finish(...) -> list` says that there is no more.
+`completion` uses `tool_calls` (fragments in, verdicts out), `usage` (accounts in, the best figure out), `characters` (halves of
+characters joined over chunks), `pieces` (no event too large for a message) and `empty_arguments` (may a call have none?).
+
+Two verbs everywhere: `receive(x)` takes the next piece and returns what it gives, `finish(...)` says that there is no more.
 """

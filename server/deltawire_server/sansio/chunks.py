@@ -1,35 +1,46 @@
-"""The JSON of one event: a chunk of the answer, or an error.
+"""One event of the stream, decoded: a chunk of the answer, an error, or a marker. `decode` makes them.
 
-Only the fields that mean something here are decoded; what a vLLM may leave out, send as null or add is no error. What
-has another type than the chat API gives it is.
+Only the fields that mean something here are decoded. What a vLLM may leave out, send as null or add is no error.
 """
 
 from __future__ import annotations
 
+import enum
 from typing import Annotated, Any
 
 import msgspec
 
-DONE = b"[DONE]"
-"""The payload of the last event of a stream."""
-
+MAX_COUNT = 2**31 - 1
+"""The largest count of tokens, and the largest number of a token, that the API can hold."""
 
 Byte = Annotated[int, msgspec.Meta(ge=0, le=255)]
 """One of a token's bytes."""
 
-Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
-"""Tokens; what is passed on holds 31 bits."""
+Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
+"""Tokens."""
 
-TokenId = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
-"""A token; what is passed on holds 32 bits."""
+TokenId = Annotated[int, msgspec.Meta(ge=-MAX_COUNT - 1, le=MAX_COUNT)]
+"""A token's number in the vocabulary."""
 
 
 class MalformedChunkError(ValueError):
-    """An event's payload is not a chunk."""
+    """An event's payload is not a chunk, or what it says has no meaning: the answer cannot be read on."""
+
+
+class Marker(enum.Enum):
+    """An event that is no JSON."""
+
+    NOTHING = enum.auto()
+    """No data: relays send such events to keep a connection open."""
+    DONE = enum.auto()
+    """`[DONE]`, the last event of a stream."""
 
 
 class _Part(msgspec.Struct, frozen=True, gc=False):
-    """A decoded JSON object."""
+    """A decoded JSON object.
+
+    A field of type `None` is one that belongs elsewhere: if it holds anything, `decode` takes its slow path and puts it there.
+    """
 
 
 class Function(_Part, frozen=True):
@@ -45,6 +56,8 @@ class ToolEntry(_Part, frozen=True):
     index: int | None = None
     id: str | None = None
     function: Function | None = None
+    name: None = None
+    arguments: None = None
 
 
 class Delta(_Part, frozen=True):
@@ -54,13 +67,14 @@ class Delta(_Part, frozen=True):
     reasoning: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[ToolEntry] | None = None
+    function_call: None = None
 
 
 class TopLogprob(_Part, frozen=True):
-    """A likely token."""
+    """A likely token. vLLM sends null for a probability that it could not compute."""
 
     token: str
-    logprob: float
+    logprob: float | None = None
     bytes: list[Byte] | None = None
 
 
@@ -68,7 +82,7 @@ class LogprobEntry(_Part, frozen=True):
     """A generated token."""
 
     token: str
-    logprob: float
+    logprob: float | None = None
     bytes: list[Byte] | None = None
     top_logprobs: list[TopLogprob] | None = None
 
@@ -87,6 +101,7 @@ class Choice(_Part, frozen=True):
     logprobs: Logprobs | None = None
     finish_reason: str | None = None
     stop_reason: TokenId | str | None = None
+    message: None = None
 
 
 class PromptDetails(_Part, frozen=True):
@@ -102,27 +117,21 @@ class CompletionDetails(_Part, frozen=True):
 
 
 class UsageFigures(_Part, frozen=True):
-    """Tokens used: of one choice so far, or in the chunk without choices of all."""
+    """Tokens used: of one choice so far, or in the chunk without choices of all. `None` where no usable count came."""
 
-    prompt_tokens: Count = 0
-    completion_tokens: Count | None = 0
+    prompt_tokens: Count | None = None
+    completion_tokens: Count | None = None
     prompt_tokens_details: PromptDetails | None = None
     completion_tokens_details: CompletionDetails | None = None
 
 
 class ErrorBody(_Part, frozen=True):
-    """An error in vLLM's words."""
+    """An error in the engine's words: empty, or 0, where it gives none. `code` is an HTTP status."""
 
-    message: str | None = None
-    type: str | None = None
-    param: Any = None
-    code: Any = None
-
-
-class _BareError(ErrorBody, frozen=True):
-    """An error event as vLLM sent it before 0.10: the error's fields at the top, beside `object: "error"`."""
-
-    object: str | None = None
+    message: str = ""
+    type: str = ""
+    param: str = ""
+    code: int = 0
 
 
 class Chunk(_Part, frozen=True):
@@ -132,34 +141,11 @@ class Chunk(_Part, frozen=True):
     usage: UsageFigures | None = None
     id: str | None = None
     model: str | None = None
-    error: ErrorBody | str | None = None
+    error: Any = None
 
 
-_decoder = msgspec.json.Decoder(Chunk)
-_bare_error_decoder = msgspec.json.Decoder(_BareError)
+class LooseChunk(Chunk, frozen=True):
+    """A chunk in an unusual form. Its text, reasoning, names and arguments may hold halves of surrogate pairs."""
 
-
-def decode_chunk(payload: bytes) -> Chunk | ErrorBody:
-    """Decode an event's payload.
-
-    Args:
-        payload: The event's data, not `DONE`.
-
-    Returns:
-        The chunk, or the error that the event is.
-
-    Raises:
-        MalformedChunkError: It is not JSON, not an object, neither chunk nor error, or a field has another type than it should.
-    """
-    try:
-        chunk = _decoder.decode(payload)
-        if chunk.error is not None:
-            return ErrorBody(message=chunk.error) if isinstance(chunk.error, str) else chunk.error
-        if chunk.choices is not None or chunk.usage is not None:
-            return chunk
-        error = _bare_error_decoder.decode(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as problem:
-        raise MalformedChunkError(f"an event is not a chunk: {problem}") from problem
-    if error.object != "error":
-        raise MalformedChunkError("an event is neither a chunk nor an error: it has no choices")
-    return error
+    anomalies: dict[str, int] = {}
+    """What was wrong with it and did not matter, with counts."""

@@ -1,10 +1,11 @@
-"""Joining what waits: neighbouring deltas of one kind and choice become one when the caller is slower than the engine.
+"""Merging queued deltas: neighboring deltas of one kind and choice become one when the caller is slower than the engine.
 
-A gRPC message costs the same whatever is in it, so fewer messages are what saves work under load. Nothing is held back:
-`take` gives all that waits, and whoever writes calls it as soon as the last write is done. At low load nothing ever
-waits, and every token goes out alone.
+A gRPC message costs the same whatever is in it, so fewer messages save work under load. Nothing is held back: `take` returns
+all that is queued, and the writer calls it as soon as its last write is done. At low load nothing is queued, and every token
+is sent alone.
 
-Joined are texts, reasoning, and the argument pieces of one call; never across another event, so the order stays.
+Texts, reasoning, and the argument fragments of one call are merged; never across another event, so the order stays, and never
+into a delta of more than `PIECE_CHARACTERS`, so every message stays below a client's receive limit.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from deltawire_server.sansio.events import (
     ToolCallFailed,
     ToolCallSucceeded,
 )
+from deltawire_server.sansio.pieces import PIECE_CHARACTERS, logprobs_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,9 +37,9 @@ _TEXTS = (TextDelta, ReasoningDelta)
 
 
 class Coalescer:
-    """A queue of events that joins what it can.
+    """A queue of events that merges what it can.
 
-    `size` is what waits, in bytes, for whoever bounds it; text is weighed by its characters, which is exact for ASCII.
+    `size` is what is queued, in bytes, for a caller that bounds it; text is weighed by its characters, which is exact for ASCII.
     """
 
     def __init__(self) -> None:
@@ -45,16 +47,16 @@ class Coalescer:
         self.size = 0
 
     def __len__(self) -> int:
-        """How many events wait, not yet joined."""
+        """How many events are queued, not yet merged."""
         return len(self._events)
 
     def receive(self, events: Sequence[StreamEvent]) -> None:
-        """Let events wait."""
+        """Queue events."""
         self._events.extend(events)
         self.size += sum(map(weight, events))
 
     def take(self) -> list[StreamEvent]:
-        """All that waits, joined where that may be; then nothing waits. Write it, in order, then come again."""
+        """All that is queued, merged where that is allowed; then the queue is empty. Write it, in order, then come again."""
         waiting, self._events, self.size = self._events, [], 0
         if len(waiting) < 2:
             return waiting
@@ -66,17 +68,25 @@ class Coalescer:
             if isinstance(first, _TEXTS):
                 kind, choice = type(first), first.choice
                 run: list[TextDelta | ReasoningDelta] = [first]
+                size = _piece_size(first)
                 while end < len(waiting) and isinstance(other := waiting[end], kind) and other.choice == choice:
+                    size += _piece_size(other)
+                    if size > PIECE_CHARACTERS:
+                        break
                     run.append(other)
                     end += 1
                 joined.append(first if len(run) == 1 else _join_texts(run))
             elif isinstance(first, ToolCallArguments):
                 fragments = [first.fragment]
+                size = len(first.fragment)
                 while (
                     end < len(waiting)
                     and isinstance(piece := waiting[end], ToolCallArguments)
                     and (piece.choice, piece.index) == (first.choice, first.index)
                 ):
+                    size += len(piece.fragment)
+                    if size > PIECE_CHARACTERS:
+                        break
                     fragments.append(piece.fragment)
                     end += 1
                 joined.append(ToolCallArguments(first.choice, first.index, first.call_id, "".join(fragments)))
@@ -84,6 +94,10 @@ class Coalescer:
                 joined.append(first)
             position = end
         return joined
+
+
+def _piece_size(delta: TextDelta | ReasoningDelta) -> int:
+    return len(delta.text) + logprobs_size(delta.logprobs) if delta.logprobs else len(delta.text)
 
 
 def _join_texts(run: list[TextDelta | ReasoningDelta]) -> TextDelta | ReasoningDelta:

@@ -1,23 +1,55 @@
-"""One answer: the bytes of vLLM's event stream in, its events out, to the last one.
+"""One answer: the bytes of the engine's event stream in, its events out, to the last one.
 
-    WAITING ── a chunk with a choice ──▶ OPEN ── [DONE], an error, or `finish` ──▶ ENDED: Completed
-       └────── an error, [DONE], nonsense, or `finish` ───────────────────────────▶ ENDED: Refused
+**Phases.** An answer is whole at its *true end*, and not before. The engine says twice that a choice has ended: with a finish
+reason, after which some engines and relays still send output of that choice, and with the true end of the answer: an account
+of usage without choices that comes when every choice has a finish reason, `[DONE]`, or the end of the body. So verdicts on tool
+calls and `ChoiceFinished` wait for the true end, and what comes until then is part of its choice.
 
-What decides that an answer is whole is a finish reason for every choice that was asked for: neither HTTP's 200 nor
-`[DONE]` says so, since vLLM sends both around its errors too. A chunk without choices carries usage wherever it comes, and
-never begins or ends anything. Within a chunk the order is reasoning, text, tool calls, finish.
+    WAITING   no choice has come
+    OPEN      a choice has come, and one that was asked for lacks a finish reason
+    TAIL      every choice that was asked for has a finish reason; the true end has not come
+    ENDED     `Refused` or `Completed` was returned
+
+**Inputs and transitions** (`TRANSITIONS` decides; a pair without an entry raises `TransitionError`):
+
+    input                                           WAITING     OPEN       TAIL
+    CHOICES    a chunk with choices                 OPEN        OPEN       TAIL
+    FINISHED   the last finish reason came with it  -           TAIL       -
+    ACCOUNT    a chunk with usage, without choices  WAITING     OPEN       WHOLE
+    NOTHING    a chunk with neither                 WAITING     OPEN       TAIL
+    DONE       `[DONE]`                             REFUSED     FAULTED    WHOLE
+    BROKEN     an error event, or an event that     REFUSED     FAULTED    FAULTED
+               cannot be read
+    END        `finish()`: the body has ended       REFUSED     FAULTED    WHOLE
+    FAULT      `finish(fault)`: silence, a reset,   REFUSED     FAULTED    WHOLE
+               a time limit, a shutdown
+    STOP       `stop(reason)`                       STOPPED     STOPPED    WHOLE
+
+REFUSED, FAULTED, WHOLE and STOPPED lead to ENDED, where nothing is possible: further data is an anomaly, and `finish` and `stop`
+return nothing. REFUSED is one `Refused`. The others end in `Completed`: FAULTED with the fault, WHOLE and STOPPED without
+one, unless the engine gave "abort" or "error" as a choice's finish reason.
+
+This class has no clock. While `in_tail` is true the engine may send nothing more, so the code that reads the body waits only
+for a short time and then calls `finish`.
+
+**Order.** Within a chunk: reasoning, text, tool calls. At the end, for each choice by ascending index: what is left of its
+text, its verdicts by ascending index, `ChoiceFinished`; then `Completed`.
 """
 
 from __future__ import annotations
 
 import enum
-import re
+import functools
 from collections import Counter
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from deltawire_server.errors import Reason
-from deltawire_server.sansio import chunks, sse, tool_calls
+from deltawire_server.sansio import pieces, sse, tool_calls
+from deltawire_server.sansio.characters import Halves
+from deltawire_server.sansio.chunks import Chunk, Delta, ErrorBody, LooseChunk, MalformedChunkError, Marker
+from deltawire_server.sansio.decode import DONE, decode_chunk
+from deltawire_server.sansio.empty_arguments import allows_empty_object
 from deltawire_server.sansio.events import (
     Alternative,
     ChoiceFinished,
@@ -25,7 +57,6 @@ from deltawire_server.sansio.events import (
     Event,
     Fault,
     FinishedChoice,
-    Provenance,
     ReasoningDelta,
     Refused,
     Started,
@@ -36,9 +67,12 @@ from deltawire_server.sansio.events import (
     ToolCallSucceeded,
     Usage,
 )
+from deltawire_server.sansio.usage import UsageMeter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
+
+    from deltawire_server.sansio import chunks
 
 ENDED_BY_ITSELF = frozenset({"stop", "tool_calls"})
 """The engine's words for an end that the model chose; only then may its calls be executed."""
@@ -46,7 +80,7 @@ ENDED_BY_ITSELF = frozenset({"stop", "tool_calls"})
 STOP_REASONS: Mapping[str, StopReason] = MappingProxyType(
     {
         "stop": StopReason.END_OF_TURN,
-        "tool_calls": StopReason.END_OF_TURN,  # END_OF_MESSAGE if there is a call; vLLM has said it without one
+        "tool_calls": StopReason.END_OF_TURN,  # END_OF_MESSAGE if there is a call; vLLM has sent it without one
         "length": StopReason.OUT_OF_TOKENS,
         "content_filter": StopReason.CONTENT_FILTER,
         "repetition": StopReason.REPETITION,
@@ -55,6 +89,14 @@ STOP_REASONS: Mapping[str, StopReason] = MappingProxyType(
     }
 )
 """What each of the engine's finish reasons means. A word that is not here is kept, counted, and taken for END_OF_TURN."""
+
+ENGINE_FAULTS: Mapping[str, Fault] = MappingProxyType(
+    {
+        "abort": Fault(Reason.UPSTREAM_ABORTED, "the provider aborted the request"),
+        "error": Fault(Reason.UPSTREAM_ERROR, "the provider ended the answer with an error"),
+    }
+)
+"""The finish reasons that are themselves a failure."""
 
 FAULT_STOP_REASONS: Mapping[Reason, StopReason] = MappingProxyType(
     {
@@ -65,9 +107,15 @@ FAULT_STOP_REASONS: Mapping[Reason, StopReason] = MappingProxyType(
 )
 """How a choice ended that a fault cut off; every other fault is ERROR."""
 
+MAX_WORD_BYTES = 256
+"""Of a finish reason: real ones are one word. The rest is cut off."""
 
-_STATUS = re.compile(r"[1-5][0-9]{2}")
-"""What an error's code has to be: an HTTP status. Any other is as good as none."""
+MAX_MATCHED_BYTES = 4096
+"""Of the stop text that the engine names. With 128 choices, `Completed` still fits into a message."""
+
+
+LATE = "event after the end"
+"""What an anomaly of this kind is called."""
 
 
 class Phase(enum.Enum):
@@ -75,11 +123,71 @@ class Phase(enum.Enum):
 
     WAITING = enum.auto()
     OPEN = enum.auto()
+    TAIL = enum.auto()
     ENDED = enum.auto()
 
 
-_NO_DELTA = chunks.Delta()
+class Input(enum.Enum):
+    """What can happen to an answer."""
+
+    CHOICES = enum.auto()
+    FINISHED = enum.auto()
+    ACCOUNT = enum.auto()
+    NOTHING = enum.auto()
+    DONE = enum.auto()
+    BROKEN = enum.auto()
+    END = enum.auto()
+    FAULT = enum.auto()
+    STOP = enum.auto()
+
+
+class Ending(enum.Enum):
+    """How an answer ends; each leads to `Phase.ENDED`."""
+
+    REFUSED = enum.auto()
+    FAULTED = enum.auto()
+    WHOLE = enum.auto()
+    STOPPED = enum.auto()
+
+
+TRANSITIONS: Mapping[tuple[Phase, Input], Phase | Ending] = MappingProxyType(
+    {
+        (Phase.WAITING, Input.CHOICES): Phase.OPEN,
+        (Phase.WAITING, Input.ACCOUNT): Phase.WAITING,
+        (Phase.WAITING, Input.NOTHING): Phase.WAITING,
+        (Phase.WAITING, Input.DONE): Ending.REFUSED,
+        (Phase.WAITING, Input.BROKEN): Ending.REFUSED,
+        (Phase.WAITING, Input.END): Ending.REFUSED,
+        (Phase.WAITING, Input.FAULT): Ending.REFUSED,
+        (Phase.WAITING, Input.STOP): Ending.STOPPED,
+        (Phase.OPEN, Input.CHOICES): Phase.OPEN,
+        (Phase.OPEN, Input.FINISHED): Phase.TAIL,
+        (Phase.OPEN, Input.ACCOUNT): Phase.OPEN,
+        (Phase.OPEN, Input.NOTHING): Phase.OPEN,
+        (Phase.OPEN, Input.DONE): Ending.FAULTED,
+        (Phase.OPEN, Input.BROKEN): Ending.FAULTED,
+        (Phase.OPEN, Input.END): Ending.FAULTED,
+        (Phase.OPEN, Input.FAULT): Ending.FAULTED,
+        (Phase.OPEN, Input.STOP): Ending.STOPPED,
+        (Phase.TAIL, Input.CHOICES): Phase.TAIL,
+        (Phase.TAIL, Input.ACCOUNT): Ending.WHOLE,
+        (Phase.TAIL, Input.NOTHING): Phase.TAIL,
+        (Phase.TAIL, Input.DONE): Ending.WHOLE,
+        (Phase.TAIL, Input.BROKEN): Ending.FAULTED,
+        (Phase.TAIL, Input.END): Ending.WHOLE,
+        (Phase.TAIL, Input.FAULT): Ending.WHOLE,
+        (Phase.TAIL, Input.STOP): Ending.WHOLE,
+    }
+)
+"""Where each input leads from each phase; what is not here is impossible."""
+
+_TRUE_ENDS = frozenset({Input.ACCOUNT, Input.DONE, Input.END})
+_NO_DELTA = Delta()
 _ENDED: Phase = Phase.ENDED  # not a literal, so that a type checker sees that methods change `phase`
+
+
+class TransitionError(RuntimeError):
+    """An input came in a phase in which it is impossible: a defect of this program, not of the engine."""
 
 
 class Limits:
@@ -88,7 +196,7 @@ class Limits:
     Args:
         max_event_bytes: One event of the stream.
         max_calls: Tool calls of one choice.
-        max_call_bytes: Name and arguments of one call.
+        max_call_bytes: One call: its arguments, and its name twice. At most `tool_calls.MAX_CALL_BYTES`; more has no effect.
     """
 
     __slots__ = ("max_call_bytes", "max_calls", "max_event_bytes")
@@ -102,11 +210,13 @@ class Limits:
     ) -> None:
         self.max_event_bytes = max_event_bytes
         self.max_calls = max_calls
-        self.max_call_bytes = max_call_bytes
+        self.max_call_bytes = min(max_call_bytes, tool_calls.MAX_CALL_BYTES)
 
 
 class _Choice:
     """One choice while it is being generated."""
+
+    __slots__ = ("calls", "index", "late_calls", "logprobs", "matched", "reasoning", "text", "word")
 
     def __init__(self, index: int, calls: tool_calls.ToolCallAssembler) -> None:
         self.index = index
@@ -114,10 +224,9 @@ class _Choice:
         self.text: list[str] = []
         self.reasoning: list[str] = []
         self.logprobs: list[TokenLogprob] = []
-        self.succeeded: list[ToolCallSucceeded] = []
-        self.failed: list[ToolCallFailed] = []
-        self.finished: ChoiceFinished | None = None
-        self.figures: chunks.UsageFigures | None = None  # the running ones with the most tokens
+        self.word = ""  # the last finish reason
+        self.matched: str | int | None = None  # the stop reason beside it
+        self.late_calls = False  # whether tool entries came after it
 
 
 class CompletionReader:
@@ -125,49 +234,51 @@ class CompletionReader:
 
     Args:
         choice_count: How many choices were asked for.
-        offered_tools: The names of the tools that the model was given.
+        offered_tools: The tools that the model was given: by name the JSON Schema of the arguments, as JSON text; empty for none.
         stop: The caller's stop texts.
         stop_token_ids: The caller's stop tokens.
-        incremental: Whether to tell of tool calls while they are written.
-        argument_checks: By the tool's name, what a call's arguments have to pass; see `ToolCallAssembler`.
+        incremental: Whether to return events of tool calls while they are written.
+        argument_checks: By the tool's name, the check for a call's arguments; see `ToolCallAssembler`.
         keep_logprobs: Whether `Completed` repeats the log-probabilities; costs their memory.
         limits: What the answer may take.
-        mint: Makes ids for calls that have none.
+        generate_id: Makes ids for calls that have none.
     """
 
     def __init__(
         self,
         *,
         choice_count: int = 1,
-        offered_tools: Collection[str] = (),
+        offered_tools: Mapping[str, str] = MappingProxyType({}),
         stop: Collection[str] = (),
         stop_token_ids: Collection[int] = (),
         incremental: bool = False,
         argument_checks: Mapping[str, tool_calls.Check] | None = None,
         keep_logprobs: bool = False,
         limits: Limits | None = None,
-        mint: Callable[[], str] = tool_calls.mint_call_id,
+        generate_id: Callable[[], str] = tool_calls.generate_call_id,
     ) -> None:
         self._choice_count = choice_count
-        self._offered_tools = frozenset(offered_tools)
+        self._unfinished = choice_count
+        self._offered_tools = offered_tools
+        self._allows_empty = functools.cache(lambda name: allows_empty_object(offered_tools[name]))
         self._stops: frozenset[str | int] = frozenset(stop) | frozenset(stop_token_ids)
         self._incremental = incremental
         self._argument_checks = argument_checks
         self._keep_logprobs = keep_logprobs
         self._limits = limits or Limits()
         self._sse = sse.SSEDecoder(max_event_bytes=self._limits.max_event_bytes)
-        self._call_ids = tool_calls.CallIds(mint)
+        self._call_ids = tool_calls.CallIds(generate_id)
         self._choices: dict[int, _Choice] = {}
-        self._exact: chunks.UsageFigures | None = None
-        self._overtaken: chunks.UsageFigures | None = None  # the largest account that more output followed
-        self._output_chunks = 0
-        self._pending_fault: Fault | None = None
+        self._reads_on = True  # whether further events matter, after a true end only to be counted
+        self._awaits_done = False  # whether the answer ended with an account, which `[DONE]` usually follows
         self.phase = Phase.WAITING
         """How far the answer has come; once ENDED, there is nothing more to read."""
         self.event_count = 0
-        """Data events read so far, `[DONE]` included; comments are none."""
-        self.oddities: Counter[str] = Counter()
-        """What came that no vLLM should send and that was got over, for the log."""
+        """Events with data read up to the end; comments and events without data are not counted."""
+        self.anomalies: Counter[str] = Counter()
+        """What no engine should send and did not matter, with counts, for the log. Complete when the body has ended."""
+        self._usage = UsageMeter(self.anomalies)
+        self._halves = Halves(self.anomalies)
 
     def receive(self, data: bytes) -> list[Event]:
         """Take the next bytes of the body.
@@ -176,126 +287,157 @@ class CompletionReader:
             What happened, in order; ends with `Refused` or `Completed` if the answer ended. Nothing after that.
         """
         events: list[Event] = []
-        if self.ended:
+        if not self._reads_on:
             return events
-        too_large: sse.EventTooLargeError | None = None
         try:
             payloads = self._sse.receive(data)
         except sse.EventTooLargeError as error:
-            payloads, too_large = error.payloads, error
-        try:
-            for payload in payloads:
-                self.event_count += 1
-                if payload == chunks.DONE:
-                    self._end(self._verdict_of_done(), events)
-                else:
-                    self._receive_chunk(chunks.decode_chunk(payload), events)
-                if self.phase is _ENDED:
-                    break
-        except (chunks.MalformedChunkError, tool_calls.ToolCallLimitError) as error:
-            self._end(Fault(Reason.UPSTREAM_MALFORMED, str(error)), events)
-        if too_large is not None and not self.ended:
-            self._end(Fault(Reason.UPSTREAM_MALFORMED, str(too_large)), events)
+            self._take(error.payloads, events)
+            if self.phase is _ENDED:
+                self.anomalies[LATE] += 1
+            else:
+                self._advance(Input.BROKEN, events, Fault(Reason.UPSTREAM_MALFORMED, str(error)))
+            self._reads_on = False
+        else:
+            self._take(payloads, events)
         return events
 
     def finish(self, fault: Fault | None = None) -> list[Event]:
         """Say that no more bytes come.
 
         Args:
-            fault: Why, if whoever read gave up: a silence, a time limit. `None` if the body ended, in whatever way; an
-                answer is whole all the same if every choice has finished.
+            fault: Why, if reading stopped before the end of the body: a reset, a silence, a time limit, a shutdown. In TAIL it
+                has no effect: the answer is whole.
 
         Returns:
-            What is left to tell, ending with `Refused` or `Completed`; nothing if the answer had ended already.
+            The remaining events, ending with `Refused` or `Completed`; nothing if the answer had ended already.
         """
         events: list[Event] = []
-        if not self.ended:
-            self._end(fault or self._verdict_of_end(), events)
+        if self.phase is not _ENDED:
+            # The blank line after the last event may be missing. An event that was cut off is not JSON.
+            self._take([payload for payload in self._sse.finish() if _is_complete(payload)], events)
+        if self.phase is not _ENDED:
+            self._advance(Input.END if fault is None else Input.FAULT, events, fault)
+        self._reads_on = False
         return events
 
     def stop(self, reason: StopReason) -> list[Event]:
-        """Say that whoever asked wants no more: what has come is the answer, and that is no fault.
+        """Say that the caller wants no more: what has come is the answer, and that is no fault.
 
         Args:
-            reason: How the choices ended that the engine has not finished. All that were asked for are told, also those of
-                which nothing came.
+            reason: How the choices ended that have no finish reason. In OPEN and WAITING, all choices that were asked for are
+                in the answer, also those of which nothing came.
 
         Returns:
-            What is left to tell, ending with `Completed`; nothing if the answer had ended already.
+            The remaining events, ending with `Completed`; nothing if the answer had ended already.
         """
         events: list[Event] = []
-        if self.ended:
-            return events
-        if self.phase is Phase.WAITING:
-            self.phase = Phase.OPEN
-            events.append(Started("", ""))
-        for index in range(self._choice_count):
-            choice = self._choices.get(index) or self._begin_choice(index)
-            if choice.finished is None:
-                self._cut_choice(choice, reason, events)
-        self._end(None, events)
+        if self.phase is not _ENDED:
+            self._advance(Input.STOP, events, cut_as=reason)
+        self._reads_on = False
         return events
 
     @property
     def ended(self) -> bool:
-        """Whether `Refused` or `Completed` was told."""
+        """Whether `Refused` or `Completed` was returned."""
         return self.phase is Phase.ENDED
+
+    @property
+    def in_tail(self) -> bool:
+        """Whether only the true end is missing: wait for it a short time, then call `finish`."""
+        return self.phase is Phase.TAIL
 
     @property
     def usage(self) -> Usage:
         """What is known of the tokens used so far."""
-        running = [choice.figures for choice in self._choices.values() if choice.figures is not None]
-        accounts = [account for account in (self._overtaken, *running, self._exact) if account is not None]
-        if not accounts:
-            return Usage(self._output_chunks, Provenance.ESTIMATED)
-        cached = [count for count in map(_cached_tokens, accounts) if count is not None]
-        if self._exact is not None:
-            return Usage(
-                self._exact.completion_tokens or 0,
-                Provenance.EXACT,
-                self._exact.prompt_tokens,
-                cached[-1] if cached else None,
-                _reasoning_tokens(self._exact),
-            )
-        reasoning = [count for count in map(_reasoning_tokens, running) if count is not None]
-        floor = self._overtaken.completion_tokens or 0 if self._overtaken is not None else 0
-        return Usage(
-            max(floor, sum(account.completion_tokens or 0 for account in running)),
-            Provenance.LOWER_BOUND,
-            max(account.prompt_tokens for account in accounts),
-            cached[-1] if cached else None,
-            sum(reasoning) if reasoning else None,
-        )
+        return self._usage.usage
 
-    def _receive_chunk(self, chunk: chunks.Chunk | chunks.ErrorBody, events: list[Event]) -> None:
-        if isinstance(chunk, chunks.ErrorBody):
-            self._end(_fault_of(chunk), events)
-        elif chunk.choices:
+    def _take(self, payloads: Iterable[bytes], events: list[Event]) -> None:
+        try:
+            for payload in payloads:
+                if self.phase is _ENDED:
+                    if self._reads_on:
+                        self._count_late(payload.strip())
+                elif len(payload) > pieces.PIECE_CHARACTERS:
+                    self._receive_large(payload, events)
+                else:
+                    self._receive_payload(payload, events)
+        except (MalformedChunkError, tool_calls.ToolCallLimitError) as error:
+            self._advance(Input.BROKEN, events, Fault(Reason.UPSTREAM_MALFORMED, str(error)))
+
+    def _count_late(self, payload: bytes) -> None:
+        if payload == DONE and self._awaits_done:
+            self._awaits_done = False
+        elif payload:
+            self.anomalies[LATE] += 1
+
+    def _receive_large(self, payload: bytes, events: list[Event]) -> None:
+        """An event that can hold more than fits into a message, as a smaller one cannot."""
+        large: list[Event] = []
+        try:
+            self._receive_payload(payload, large)
+        finally:
+            events.extend(pieces.divide(large))
+
+    def _receive_payload(self, payload: bytes, events: list[Event]) -> None:
+        """One event of the stream. Once per token."""
+        chunk = decode_chunk(payload)
+        if not isinstance(chunk, Chunk):
+            self._receive_other(chunk, events)
+            return
+        self.event_count += 1
+        loose = bool(self._halves.pending)
+        if isinstance(chunk, LooseChunk):
+            loose = True
+            self.anomalies.update(chunk.anomalies)
+        if chunk.choices:
+            # In OPEN and TAIL the phase stays, so there is no look-up: this runs once per token.
             if self.phase is Phase.WAITING:
-                self.phase = Phase.OPEN
+                self._advance(Input.CHOICES, events)
                 events.append(Started(chunk.id or "", chunk.model or ""))
-            if self._exact is not None:
-                # More output follows, so that account was not the final one: at least that much was used.
-                if self._overtaken is None or _exceeds(self._exact, self._overtaken):
-                    self._overtaken = self._exact
-                self._exact = None
+            if self._usage.final is not None:
+                self._usage.continue_after_account()
             for part in chunk.choices:
-                self._receive_part(part, chunk.usage, events)
+                self._receive_part(part, chunk.usage, events, loose)
+            if not self._unfinished and self.phase is Phase.OPEN:
+                self._advance(Input.FINISHED, events)
         elif chunk.usage is not None:
-            self._exact = chunk.usage
+            self._usage.receive_account(chunk.usage)
+            self._advance(Input.ACCOUNT, events)
         else:
-            self.oddities["chunk without choices or usage"] += 1
+            self.anomalies["chunk without choices or usage"] += 1
+            self._advance(Input.NOTHING, events)
 
-    def _receive_part(self, part: chunks.Choice, usage: chunks.UsageFigures | None, events: list[Event]) -> None:
-        """One choice's share of a chunk: figures, reasoning, text, tool calls, finish. Once per token."""
+    def _receive_other(self, event: ErrorBody | Marker, events: list[Event]) -> None:
+        if event is Marker.NOTHING:
+            return
+        self.event_count += 1
+        if isinstance(event, ErrorBody):
+            message = event.message or "the provider reported an error"
+            fault = Fault(Reason.UPSTREAM_ERROR, message, event.code, event.type, event.param)
+            self._advance(Input.BROKEN, events, fault)
+        else:
+            self._advance(Input.DONE, events)
+
+    def _receive_part(
+        self,
+        part: chunks.Choice,
+        usage: chunks.UsageFigures | None,
+        events: list[Event],
+        loose: bool,
+    ) -> None:
+        """One choice's share of a chunk: figures, reasoning, text, tool calls, finish reason. Once per token."""
         choice = self._choices.get(part.index or 0) or self._begin_choice(part.index or 0)
-        if usage is not None and (choice.figures is None or _exceeds(usage, choice.figures)):
-            choice.figures = usage
+        if usage is not None:
+            self._usage.receive_running(choice.index, usage)
         delta = part.delta or _NO_DELTA
         reasoning = delta.reasoning or delta.reasoning_content
         text = delta.content
         if reasoning or text or delta.tool_calls:
-            self._output_chunks += 1
+            self._usage.output_chunks += 1
+        if loose:
+            reasoning = self._halves.receive((choice.index, ReasoningDelta), reasoning or "")
+            text = self._halves.receive((choice.index, TextDelta), text or "")
         tokens: tuple[TokenLogprob, ...] = ()
         if part.logprobs is not None:
             tokens = _tokens(part.logprobs)
@@ -309,12 +451,10 @@ class CompletionReader:
             choice.text.append(text or "")
             events.append(TextDelta(choice.index, text or "", tokens))
         if delta.tool_calls:
+            choice.late_calls = bool(choice.word)
             self._receive_entries(choice, delta.tool_calls, events)
         if part.finish_reason:
-            if choice.finished is None:
-                self._finish_choice(choice, part.finish_reason, part.stop_reason, events)
-            else:
-                self.oddities["second finish reason"] += 1
+            self._receive_finish(choice, part.finish_reason, part.stop_reason)
 
     def _receive_entries(self, choice: _Choice, entries: list[chunks.ToolEntry], events: list[Event]) -> None:
         try:
@@ -323,13 +463,24 @@ class CompletionReader:
             events.extend(error.events)
             raise
 
+    def _receive_finish(self, choice: _Choice, word: str, matched: str | int | None) -> None:
+        """The last finish reason is the one that counts, with the stop reason beside it."""
+        if not choice.word:
+            self._unfinished -= 1
+        elif word != choice.word:
+            self.anomalies["second finish reason"] += 1
+        choice.word, choice.matched, choice.late_calls = word, matched, False
+
     def _begin_choice(self, index: int) -> _Choice:
         if not 0 <= index < self._choice_count:
-            raise chunks.MalformedChunkError(f"choice {index} came in an answer of {self._choice_count}")
+            raise MalformedChunkError(f"choice {index} came in an answer of {self._choice_count}")
         calls = tool_calls.ToolCallAssembler(
             index,
             self._offered_tools,
             self._call_ids,
+            self._halves,
+            self.anomalies,
+            allows_empty=self._allows_empty,
             checks=self._argument_checks,
             incremental=self._incremental,
             max_calls=self._limits.max_calls,
@@ -338,109 +489,130 @@ class CompletionReader:
         choice = self._choices[index] = _Choice(index, calls)
         return choice
 
-    def _finish_choice(self, choice: _Choice, word: str, matched: str | int | None, events: list[Event]) -> None:
-        """A choice ended with a finish reason of the engine's."""
-        reason = STOP_REASONS.get(word)
-        if reason is None:
-            self.oddities[f"finish reason {word!r}"] += 1
-            reason = StopReason.END_OF_TURN
-        self._judge_calls(choice, events, cut=word not in ENDED_BY_ITSELF and word in STOP_REASONS)
-        if word in ENDED_BY_ITSELF:
-            if choice.succeeded or choice.failed:
-                reason = StopReason.END_OF_MESSAGE
-            elif matched is not None and matched in self._stops:
-                reason = StopReason.STOP_SEQUENCE
-        if word == "abort":
-            self._pending_fault = Fault(Reason.UPSTREAM_ABORTED, "the provider aborted the request")
-        elif word == "error":
-            self._pending_fault = Fault(Reason.UPSTREAM_ERROR, "the provider ended the answer with an error")
-        executable = word in ENDED_BY_ITSELF and bool(choice.succeeded) and not choice.failed
-        choice.finished = ChoiceFinished(choice.index, reason, word, executable, matched)
-        events.append(choice.finished)
+    def _advance(
+        self,
+        what: Input,
+        events: list[Event],
+        fault: Fault | None = None,
+        cut_as: StopReason = StopReason.ERROR,
+    ) -> None:
+        """Do what the table says.
 
-    def _cut_choice(self, choice: _Choice, reason: StopReason, events: list[Event]) -> ChoiceFinished:
-        """A choice ended without a finish reason of the engine's."""
-        self._judge_calls(choice, events, cut=True)
-        choice.finished = ChoiceFinished(choice.index, reason, "")
-        events.append(choice.finished)
-        return choice.finished
-
-    def _judge_calls(self, choice: _Choice, events: list[Event], *, cut: bool) -> None:
-        for event in choice.calls.finish(cut=cut):
-            if isinstance(event, ToolCallSucceeded):
-                choice.succeeded.append(event)
-            elif isinstance(event, ToolCallFailed):
-                choice.failed.append(event)
-            events.append(event)
-
-    def _verdict_of_done(self) -> Fault | None:
-        if self.phase is Phase.WAITING:
-            return Fault(Reason.UPSTREAM_MALFORMED, "the stream ended without a choice")
-        return self._verdict_of_end()
-
-    def _verdict_of_end(self) -> Fault | None:
-        """What is wrong with an answer that ends here."""
-        if self.phase is Phase.WAITING:
-            return Fault(Reason.UPSTREAM_UNAVAILABLE, "the provider closed the connection before it answered")
-        finished = sum(choice.finished is not None for choice in self._choices.values())
-        if finished < self._choice_count:
-            missing = self._choice_count - finished
-            return Fault(
-                Reason.UPSTREAM_INCOMPLETE,
-                f"the stream ended without a finish reason for {missing} of {self._choice_count} choices",
-            )
-        return self._pending_fault
-
-    def _end(self, fault: Fault | None, events: list[Event]) -> None:
-        if self.phase is Phase.WAITING and fault is not None:
-            events.append(Refused(fault))
+        Args:
+            what: What happened.
+            events: Takes the last events if this ends the answer.
+            fault: What is wrong; by default an answer that ends too early is incomplete.
+            cut_as: How the choices ended that have no finish reason, if there is no fault.
+        """
+        target = TRANSITIONS.get((self.phase, what))
+        if target is None:
+            raise TransitionError(f"{what.name} is impossible in phase {self.phase.name}")
+        if isinstance(target, Phase):
+            self.phase = target
+            return
+        if target is Ending.REFUSED:
+            events.append(Refused(fault or self._incomplete(what)))
         else:
-            stop_reason = FAULT_STOP_REASONS.get(fault.reason, StopReason.ERROR) if fault else StopReason.ERROR
-            whole: list[FinishedChoice] = []
-            for _, choice in sorted(self._choices.items()):
-                finished = choice.finished or self._cut_choice(choice, stop_reason, events)
-                whole.append(_whole(choice, finished))
-                if choice.calls.late_entries:
-                    self.oddities["tool entry after the finish"] += choice.calls.late_entries
-            events.append(Completed(self.usage, tuple(whole), fault))
+            if target is Ending.FAULTED:
+                fault = fault or self._incomplete(what)
+                cut_as = FAULT_STOP_REASONS.get(fault.reason, StopReason.ERROR)
+            else:
+                fault = None
+            self._complete(target, events, fault, cut_as, trusted=target is Ending.WHOLE and what in _TRUE_ENDS)
         self.phase = Phase.ENDED
+        self._reads_on = target is Ending.WHOLE
+        self._awaits_done = what is Input.ACCOUNT
+
+    def _incomplete(self, what: Input) -> Fault:
+        """What is wrong with an answer that ends before every choice has a finish reason."""
+        if self.phase is Phase.WAITING:
+            if what is Input.DONE:
+                return Fault(Reason.UPSTREAM_MALFORMED, "the stream ended without a choice")
+            return Fault(Reason.UPSTREAM_UNAVAILABLE, "the provider closed the connection before it answered")
+        missing = f"{self._unfinished} of {self._choice_count}"
+        return Fault(Reason.UPSTREAM_INCOMPLETE, f"the stream ended without a finish reason for {missing} choices")
+
+    def _complete(
+        self, ending: Ending, events: list[Event], fault: Fault | None, cut_as: StopReason, *, trusted: bool
+    ) -> None:
+        """End every choice, and with them the answer."""
+        if self.phase is Phase.WAITING:
+            events.append(Started("", ""))
+        if ending is Ending.STOPPED:
+            for index in range(self._choice_count):
+                if index not in self._choices:
+                    self._begin_choice(index)
+        choices = [choice for _, choice in sorted(self._choices.items())]
+        if fault is None:
+            fault = next((ENGINE_FAULTS[choice.word] for choice in choices if choice.word in ENGINE_FAULTS), None)
+        whole = [self._finish_choice(choice, events, cut_as, trusted=trusted, ok=fault is None) for choice in choices]
+        events.append(Completed(self.usage, tuple(whole), fault))
+
+    def _finish_choice(
+        self, choice: _Choice, events: list[Event], cut_as: StopReason, *, trusted: bool, ok: bool
+    ) -> FinishedChoice:
+        """The rest of a choice's text, its verdicts, its end.
+
+        Args:
+            choice: Which one.
+            events: Takes the events.
+            cut_as: How it ended if it has no finish reason.
+            trusted: Whether this is the true end, so that tool entries after the finish reason are complete too.
+            ok: Whether the answer ends without a fault; else no call may be executed.
+        """
+        if rest := self._halves.finish((choice.index, ReasoningDelta)):
+            choice.reasoning.append(rest)
+            events.append(ReasoningDelta(choice.index, rest))
+        if rest := self._halves.finish((choice.index, TextDelta)):
+            choice.text.append(rest)
+            events.append(TextDelta(choice.index, rest))
+        word = choice.word
+        by_itself = word in ENDED_BY_ITSELF
+        cut = not word or (word in STOP_REASONS and not by_itself) or (choice.late_calls and not trusted)
+        verdicts = choice.calls.finish(cut=cut)
+        events.extend(verdicts)
+        succeeded = tuple(event for event in verdicts if isinstance(event, ToolCallSucceeded))
+        failed = tuple(event for event in verdicts if isinstance(event, ToolCallFailed))
+        matched = choice.matched
+        reason = STOP_REASONS.get(word, StopReason.END_OF_TURN) if word else cut_as
+        if by_itself and (succeeded or failed):
+            reason = StopReason.END_OF_MESSAGE
+        elif by_itself and matched is not None and matched in self._stops:
+            reason = StopReason.STOP_SEQUENCE
+        shown = _cut(word, MAX_WORD_BYTES)
+        if word and word not in STOP_REASONS:
+            self.anomalies[f"finish reason {shown!r}"] += 1
+        if isinstance(matched, str) and matched != _cut(matched, MAX_MATCHED_BYTES):
+            self.anomalies["stop reason too long"] += 1
+            matched = None
+        executable = ok and by_itself and bool(succeeded) and not failed
+        events.append(ChoiceFinished(choice.index, reason, shown, executable, matched))
+        return FinishedChoice(
+            choice.index,
+            "".join(choice.text),
+            "".join(choice.reasoning),
+            succeeded,
+            failed,
+            reason,
+            shown,
+            executable,
+            matched,
+            tuple(choice.logprobs),
+        )
 
 
-def _fault_of(error: chunks.ErrorBody) -> Fault:
-    text = str(error.code)
-    code = int(text) if _STATUS.fullmatch(text) else 0
-    param = error.param if isinstance(error.param, str) else ""
-    return Fault(
-        Reason.UPSTREAM_ERROR, error.message or "the provider reported an error", code, error.type or "", param
-    )
+def _cut(text: str, limit: int) -> str:
+    """The beginning of a text, at most so many bytes in UTF-8."""
+    return text.encode()[:limit].decode(errors="ignore")
 
 
-def _whole(choice: _Choice, finished: ChoiceFinished) -> FinishedChoice:
-    return FinishedChoice(
-        choice.index,
-        "".join(choice.text),
-        "".join(choice.reasoning),
-        tuple(choice.succeeded),
-        tuple(choice.failed),
-        finished.stop_reason,
-        finished.engine_finish_reason,
-        finished.tool_calls_executable,
-        finished.matched_stop,
-        tuple(choice.logprobs),
-    )
-
-
-def _exceeds(figures: chunks.UsageFigures, others: chunks.UsageFigures) -> bool:
-    """Whether figures are at least as large as earlier ones; for every token, so nothing more than it takes."""
-    return (figures.completion_tokens or 0) >= (others.completion_tokens or 0)
-
-
-def _reasoning_tokens(usage: chunks.UsageFigures) -> int | None:
-    return usage.completion_tokens_details.reasoning_tokens if usage.completion_tokens_details else None
-
-
-def _cached_tokens(usage: chunks.UsageFigures) -> int | None:
-    return usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else None
+def _is_complete(payload: bytes) -> bool:
+    """Whether an event whose blank line is missing is there to its end."""
+    try:
+        decode_chunk(payload)
+    except MalformedChunkError:
+        return False
+    return True
 
 
 def _tokens(logprobs: chunks.Logprobs) -> tuple[TokenLogprob, ...]:

@@ -1,10 +1,12 @@
-"""What happened, as frozen values: the vocabulary between the machine and everything above it.
+"""What happened, as frozen values: what this package returns and everything above it uses.
 
 The events of one answer come in this order, where `{x}` may come any number of times:
 
     Refused
-    Started {TextDelta | ReasoningDelta | ToolCallStarted | ToolCallArguments
-             | ToolCallSucceeded | ToolCallFailed | ChoiceFinished} Completed
+    Started {TextDelta | ReasoningDelta | ToolCallStarted | ToolCallArguments} {end of a choice} Completed
+
+The end of a choice is `{ToolCallStarted | ToolCallArguments | ToolCallSucceeded | ToolCallFailed} ChoiceFinished`, after
+what is left of its text. Nothing of a choice comes after its `ChoiceFinished`.
 
 `choice` is the choice's index, `index` a tool call's index within its choice.
 """
@@ -57,24 +59,24 @@ class _Value(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
 
 
 class Alternative(_Value, frozen=True):
-    """A likely token: its text, the natural logarithm of its probability, its bytes."""
+    """A likely token: its text, the natural logarithm of its probability (`None` if not known), its bytes."""
 
     token: str
-    logprob: float
+    logprob: float | None
     raw_bytes: bytes = b""
 
 
 class TokenLogprob(_Value, frozen=True):
-    """A generated token, and the likeliest ones at its place."""
+    """A generated token, and the likeliest ones at its place. `logprob` is `None` if the engine could not compute it."""
 
     token: str
-    logprob: float
+    logprob: float | None
     raw_bytes: bytes = b""
     alternatives: tuple[Alternative, ...] = ()
 
 
 class Fault(_Value, frozen=True):
-    """What ended an answer that should have gone on.
+    """What ended an answer before its end.
 
     Attributes:
         reason: In one word.
@@ -106,7 +108,7 @@ class _Event(_Value, frozen=True, tag_field="event"):
 
 
 class Refused(_Event, frozen=True, tag="refused"):
-    """The engine did not begin; no other event comes before or after."""
+    """The engine did not begin to answer; there is no other event."""
 
     fault: Fault
 
@@ -257,4 +259,4 @@ class Heartbeat(_Event, frozen=True, tag="heartbeat"):
 
 
 StreamEvent = Event | UsageUpdate | Notice | Heartbeat
-"""What a stream tells: an answer's events, and what whoever passes them on has to say."""
+"""What a stream consists of: an answer's events, and what the gateway adds."""

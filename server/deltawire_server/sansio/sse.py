@@ -1,8 +1,9 @@
 """Server-sent events: bytes cut anywhere in, the `data` of each event out.
 
 Follows the WHATWG specification of event streams: lines end in LF, CRLF or CR; a blank line ends an event; several
-`data` lines are joined by LF; a line that begins with a colon is a comment; an event that the end of the stream cuts off
-is dropped. Other fields (`event`, `id`, `retry`) carry nothing for a chat stream and are passed over.
+`data` lines are joined by LF; a line that begins with a colon is a comment. Other fields (`event`, `id`, `retry`) mean nothing
+in a chat stream and are ignored. Unlike the specification, `finish` returns an event whose blank line is missing: some
+servers close the connection without it, and only the reader of the payload can see whether the event is complete.
 
 Each byte is copied a bounded number of times: an event in many pieces is kept in a list and joined once, when the blank
 line that ends it comes. So the work is linear however the bytes are cut.
@@ -80,6 +81,16 @@ class SSEDecoder:
         self._after_lf = False
         self._keep(rest, payloads)
         return payloads
+
+    def finish(self) -> list[bytes]:
+        """Say that the stream has ended.
+
+        Returns:
+            The payload of the last event if its blank line is missing; it may be cut off anywhere.
+        """
+        event = b"".join(self._pieces).removesuffix(b"\n")
+        self._pieces.clear()
+        return _payload(event)
 
     def _payloads(self, events: list[bytes]) -> list[bytes]:
         payloads: list[bytes] = []
