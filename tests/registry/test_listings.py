@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from deltawire_server.errors import CallerError
+from deltawire_server.errors import CallerError, ProviderError, Reason
 from deltawire_server.registry.model import Model, ModelSource, ModelState
 from deltawire_server.registry.registry import ModelRegistry
 from deltawire_server.registry.store import Store
@@ -63,9 +63,35 @@ async def test_a_hundred_misses_at_once_ask_once(url: str, alpha: FakeProvider) 
     await registry.close()
 
 
-async def test_a_defect_is_not_taken_for_an_absence(registry: ModelRegistry, alpha: FakeProvider) -> None:
-    """Whatever is no failure of a call goes up as it is."""
-    alpha.gate = asyncio.Event()
-    alpha.gate.wait = None  # type: ignore[method-assign, assignment]
-    with pytest.raises(TypeError):
-        await registry.get("llama")
+DEFECTS = (
+    ValueError("odd"),
+    RecursionError("too deep"),
+    UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+    UnicodeError("label too long"),
+    KeyError("data"),
+    AttributeError("x"),
+    ExceptionGroup("several", [OSError()]),
+)
+
+
+@pytest.mark.parametrize("defect", DEFECTS, ids=repr)
+async def test_one_provider_that_fails_in_any_way(
+    registry: ModelRegistry, alpha: FakeProvider, beta: FakeProvider, defect: Exception
+) -> None:
+    """Lists, refreshes and bare names of the others work as before; the one is reported with its reason."""
+    healthy = (await registry.get("beta/mistral")).id
+    alpha.failure = defect  # type: ignore[assignment]
+    models, _, unreachable = await registry.list()
+    assert healthy in [model.id for model in models]
+    assert [*unreachable] in ([], ["alpha"])
+    refreshed = await registry.refresh("", None)
+    assert refreshed["beta"] == len(beta.served)
+    failure = refreshed["alpha"]
+    assert isinstance(failure, ProviderError)
+    assert (failure.reason, failure.metadata) == (Reason.UPSTREAM_MALFORMED, {"provider": "alpha"})
+    assert f"provider 'alpha' cannot be listed: {type(defect).__name__}" in failure.message
+    assert (await registry.get("mistral")).id == healthy
+    assert (await registry.register("mine", "beta", "mistral")).id == "mine"
+    absent = await failure_of(registry.get("nowhere"))
+    assert (absent.reason, "without an answer: alpha" in absent.message) == (Reason.MODEL_NOT_FOUND, True)
+    assert (await failure_of(registry.get("alpha/nowhere"))).reason is Reason.UPSTREAM_MALFORMED

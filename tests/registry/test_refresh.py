@@ -149,13 +149,15 @@ async def test_one_that_fails_is_not_asked_more_often_than_others() -> None:
 
 
 async def test_a_defect_is_survived(lines: Lines) -> None:
-    """It is logged with its trace; what was known stays, the next turn comes, and the others never notice."""
+    """It is logged with its trace; what was known stays, the next turn comes, and the others are listed as before."""
     alpha, beta = Counted("alpha", "a", interval=0.001), Counted("beta", "b", interval=0.001)
     async with refreshing(alpha, beta) as kit:
         await until(lambda: kit.names("alpha") == ["a"])
         alpha.defect = TypeError("odd")
-        entry = await lines.find("a provider cannot be refreshed", provider="alpha")
+        entry = await lines.find("a provider's listing failed in an unexpected way", provider="alpha")
         assert "TypeError: odd" in str(entry)
+        entry = await lines.find("provider not listed", provider="alpha")
+        assert entry["error"] == "provider 'alpha' cannot be listed: TypeError: odd"
         assert kit.names("alpha") == ["a"]
         listings = beta.listings
         await beta.listed(listings + 3)

@@ -20,6 +20,8 @@ HI = ChatRequest("asked", (ChatMessage(Role.USER, ("hi",)),))
 CALL = CallContext("request-1")
 CHAT = "/v1/chat/completions"
 MODELS = "/v1/models"
+CHUNK = b'data: {"choices":[{"index":0,"delta":{}}]}\n\n'
+"""A first event, as vLLM's role chunk."""
 OPERATORS = "operators-secret"
 CALLERS = "callers-secret"
 

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
-from deltawire_server.errors import CallerError, Code, Reason
+from deltawire_server.errors import CallerError, Code, ProviderError, Reason
 from deltawire_server.fake_vllm import FakeVllm, Script
+from deltawire_server.fake_vllm.described import openapi
 from deltawire_server.sansio.events import Notice, NoticeKind
+from deltawire_server.upstream.engine import EngineKind
 from deltawire_server.upstream.request import ToolSpec
 from deltawire_server.upstream.vllm import MAX_DOCUMENT_BYTES, VllmProvider
 from tests.upstream.plain import plain
-from tests.upstream.support import CALL, CHAT, HI, OPERATORS, provider, refusal_of
+from tests.upstream.support import CALL, CHAT, CHUNK, HI, OPERATORS, provider, refusal_of
 
 if TYPE_CHECKING:
     from deltawire_server.upstream.request import ChatRequest
+    from tests.support.gateway import Lines
 
 SALTED = replace(HI, cache_salt="s")
+FIRST = ["/version", "/openapi.json", "/health"]
+SERVER = "\r\nserver: uvicorn"
+VLLM = {
+    "/version": (f"200 OK{SERVER}", b'{"version":"1"}'),
+    "/health": (f"200 OK{SERVER}", b""),
+    CHAT: ("200 OK\r\ncontent-type: text/event-stream", CHUNK + b"data: [DONE]\n\n"),
+}
+"""What a vLLM answers whose `/openapi.json` does not say anything."""
 
 
 async def notices_of(p: VllmProvider, request: ChatRequest = SALTED) -> tuple[tuple[Notice, ...], int]:
@@ -47,7 +59,7 @@ async def test_the_fields_that_a_vllm_knows_are_read_once(vllm: FakeVllm) -> Non
         for notices, tried in await asyncio.gather(*(notices_of(p) for _ in range(5))):
             assert (notices, tried) == ((), 1)
         await notices_of(p)
-    assert paths(vllm) == ["/version", "/openapi.json", *[CHAT] * 6]
+    assert paths(vllm) == [*FIRST, *[CHAT] * 6]
     assert vllm.requests[1].headers["authorization"] == f"Bearer {OPERATORS}"
 
 
@@ -64,33 +76,102 @@ async def test_a_field_that_a_vllm_does_not_know_is_refused(vllm: FakeVllm) -> N
 
 
 @pytest.mark.parametrize(
-    "answers",
+    ("answer", "why"),
     [
-        {},
-        {"/openapi.json": ("200 OK", b"{}")},
-        {"/openapi.json": ("200 OK", b"<html>")},
-        {"/openapi.json": ("", b"")},
-        {"/openapi.json": ("200 OK\r\ncontent-length: 99", b"{")},
-        {"/openapi.json": ("200 OK", b" " * (MAX_DOCUMENT_BYTES + 1))},
+        ((f"404 Not Found{SERVER}", b'{"detail":"Not Found"}'), "HTTP 404"),
+        ((f"200 OK{SERVER}", b"{}"), "has the title ''"),
+        ((f"200 OK{SERVER}", b"<html>"), "has the title ''"),
+        ((f"200 OK{SERVER}", b"[" * 100_000), "has the title ''"),
+        ((f"200 OK{SERVER}", b'{"x":"\xff"}'), "has the title ''"),
+        (("", b""), "cannot be reached"),
+        ((f"200 OK{SERVER}\r\ncontent-length: 99", b"{"), "cannot be reached"),
+        ((f"200 OK{SERVER}", b" " * (MAX_DOCUMENT_BYTES + 1)), f"more than {MAX_DOCUMENT_BYTES} bytes"),
     ],
-    ids=["not there", "of something else", "no JSON", "breaks off", "cut", "endless"],
+    ids=["not there", "of something else", "no JSON", "nested", "no UTF-8", "breaks off", "cut", "endless"],
 )
-async def test_fields_that_cannot_be_checked_are_told(answers: dict[str, tuple[str, bytes]]) -> None:
-    """The request is sent, the caller knows which field may be ignored, and nothing is read again for a while."""
-    answers = {**answers, CHAT: ("200 OK\r\ncontent-type: text/event-stream", b"data: [DONE]\n\n")}
-    async with plain(answers) as server, provider(f"http://127.0.0.1:{server.port}") as p:
+async def test_fields_that_cannot_be_checked_are_told(answer: tuple[str, bytes], why: str, lines: Lines) -> None:
+    """The request is sent, the caller knows which field may be ignored, and the log says why, once."""
+    async with plain({**VLLM, "/openapi.json": answer}) as server, provider(f"http://127.0.0.1:{server.port}") as p:
         for _ in range(2):
             (notice,), tried = await notices_of(p)
             assert (notice.kind, notice.field, tried) == (NoticeKind.FIELDS_NOT_CHECKED, "chat.cache_salt", 1)
             assert "cache_salt" in notice.message
         assert await notices_of(p, HI) == ((), 1)
-    # The transport asks once more by itself where a connection that it used before breaks.
-    assert [*dict.fromkeys(server.paths)] == ["/version", "/openapi.json", CHAT]
+        assert why in p.engine.detail
+    assert sorted(server.paths[:3]) == sorted(FIRST)
     assert server.paths[-3:] == [CHAT] * 3
+    (entry,) = [entry for entry in lines.entries if entry["event"] == "request fields are not checked"]
+    assert (entry["level"], entry["provider"], entry["base_url"]) == ("warning", "p", p.base_urls[0])
+
+
+async def test_a_document_that_drips_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte now and then does not extend the time of the whole document, of whichever kind."""
+    monkeypatch.setattr("deltawire_server.upstream.vllm.CONTROL_SECONDS", 0.3)
+
+    async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            status = "500 Oops" if CHAT in head else "200 OK"
+            writer.write(f"HTTP/1.1 {status}\r\nserver: uvicorn\r\ncontent-length: 10000\r\n\r\n".encode())
+            while not writer.is_closing():
+                writer.write(b"[")
+                await writer.drain()
+                await asyncio.sleep(0.02)
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
+
+    listener = await asyncio.start_server(drip, "127.0.0.1", 0)
+    async with listener, provider(f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}") as p:
+        began = asyncio.get_running_loop().time()
+        error = await refusal_of(p)
+        assert (error.reason, error.message[:25]) == (Reason.UPSTREAM_ERROR, "provider 'p' failed: [[[[["[:25])
+        with pytest.raises(ProviderError, match=r"did not answer within 0\.3 seconds"):
+            await p.list_models()
+        assert "did not answer within" in (await p.check_health()).message
+        assert (await p._engines[p._replicas.all[0]].known()).kind is EngineKind.UNKNOWN
+        assert asyncio.get_running_loop().time() - began < 2.0
+
+
+async def test_fields_are_read_when_a_provider_is_listed(vllm: FakeVllm, lines: Lines) -> None:
+    """So at the start of the gateway, before any call needs them; a slow start is not the last word."""
+    vllm.without_fields, vllm.version = ("cache_salt",), "0.8.5"
+    async with provider(vllm.base_url) as p:
+        await p.list_models()
+        entry = await lines.find("request fields are checked")
+        assert (entry["engine"], entry["version"], entry["level"]) == ("vllm", "0.8.5", "info")
+        with pytest.raises(CallerError):
+            await notices_of(p)
+    assert {*paths(vllm)} == {*FIRST, "/v1/models"}
+    assert (p.engine.kind, p.engine.version, p.engine.detail) == (EngineKind.VLLM, "0.8.5", "")
+
+
+@pytest.mark.parametrize(
+    ("engine", "refused"), [(None, False), (EngineKind.PROXY, False), (EngineKind.VLLM, True)], ids=repr
+)
+async def test_behind_a_proxy_no_field_is_refused(engine: EngineKind | None, refused: bool) -> None:
+    """What its document says may be another's; only an operator can know that it drops nothing."""
+    document = json.dumps(openapi("1", ("cache_salt",))).encode()
+    answers = {
+        "/version": ("200 OK\r\nserver: nginx", b'{"version":"1"}'),
+        "/openapi.json": ("200 OK\r\nserver: nginx", document),
+        "/health": ("200 OK\r\nserver: nginx", b""),
+        CHAT: VLLM[CHAT],
+    }
+    async with plain(answers) as server, provider(f"http://127.0.0.1:{server.port}", engine=engine) as p:
+        for request in (SALTED, replace(HI, priority=1)):
+            if refused and request is SALTED:
+                with pytest.raises(CallerError):
+                    await notices_of(p, request)
+                continue
+            notices, _ = await notices_of(p, request)
+            assert [notice.kind for notice in notices] == ([] if refused else [NoticeKind.FIELDS_NOT_CHECKED])
+        assert p.engine.strict_is_enforced is refused
 
 
 async def test_a_replica_that_was_away_may_be_another_version(vllm: FakeVllm) -> None:
-    """After it was set aside its version is asked for again, and if it is another one, its fields."""
+    """After it failed its version is read again, and if it is another one, its fields."""
     async with provider(vllm.base_url) as p:
         await notices_of(p)
         await vllm.crash()
@@ -99,7 +180,7 @@ async def test_a_replica_that_was_away_may_be_another_version(vllm: FakeVllm) ->
         await vllm.start_listening()
         with pytest.raises(CallerError, match="does not know cache_salt"):
             await notices_of(p)
-    assert paths(vllm) == ["/version", "/openapi.json", CHAT, "/version", "/openapi.json"]
+    assert paths(vllm) == [*FIRST, CHAT, "/version", "/health", "/openapi.json"]
 
 
 async def test_another_replica_is_told(vllm: FakeVllm) -> None:

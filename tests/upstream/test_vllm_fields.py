@@ -1,8 +1,7 @@
-"""What a vLLM says that it knows: how it is read, how long it is good for, and what becomes of a request then."""
+"""Which fields a vLLM lists in its document, and what becomes of a request then."""
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import json
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 from deltawire_server.errors import CallerError, Code, Reason
 from deltawire_server.fake_vllm.described import CHAT_FIELDS, openapi
 from deltawire_server.sansio.events import NoticeKind
+from deltawire_server.upstream.engine import Engine, EngineKind
 from deltawire_server.upstream.request import (
     ChatMessage,
     ChatRequest,
@@ -26,10 +26,7 @@ from deltawire_server.upstream.request import (
 from deltawire_server.upstream.vllm_fields import (
     CORE,
     FIELDS,
-    FRESH_SECONDS,
     STRICT,
-    FieldReader,
-    KnownFields,
     check,
     field_names,
     fields_to_check,
@@ -98,13 +95,13 @@ def test_the_core_is_made_of_fields() -> None:
     assert {*FIELDS} | CORE <= {*CHAT_FIELDS}
 
 
-ALL = KnownFields("0.32.0", frozenset({*CHAT_FIELDS, STRICT}))
+ALL = Engine(EngineKind.VLLM, "0.32.0", fields=frozenset({*CHAT_FIELDS, STRICT}))
 
 
 def test_what_is_known_passes() -> None:
     """Without a word."""
     assert check({"priority": "chat.priority", STRICT: "chat.tools[0].strict"}, ALL, "p") == ()
-    assert check({}, None, "p") == ()
+    assert check({}, Engine(EngineKind.UNKNOWN), "p") == ()
 
 
 @pytest.mark.parametrize(("version", "said"), [("0.8.5", "vLLM 0.8.5"), ("", "a vLLM")])
@@ -112,7 +109,7 @@ def test_what_is_not_known_is_refused(version: str, said: str) -> None:
     """All of it at once, each by the caller's name and vLLM's, with what to do."""
     asked = {"priority": "chat.priority", "cache_salt": "chat.cache_salt", "echo": "chat.extra_body.echo"}
     with pytest.raises(CallerError) as caught:
-        check(asked, KnownFields(version, frozenset({"echo"})), "p")
+        check(asked, Engine(EngineKind.VLLM, version, fields=frozenset({"echo"})), "p")
     error = caught.value
     assert (error.reason, error.code) == (Reason.FIELD_NOT_SUPPORTED, Code.INVALID_ARGUMENT)
     assert error.message == (
@@ -125,7 +122,9 @@ def test_what_is_not_known_is_refused(version: str, said: str) -> None:
 
 def test_what_cannot_be_checked_is_told() -> None:
     """A notice for each field."""
-    notices = check({"priority": "chat.priority", "cache_salt": "chat.cache_salt"}, None, "p")
+    engine = Engine(EngineKind.PROXY, detail="it is a router")
+    notices = check({"priority": "chat.priority", "cache_salt": "chat.cache_salt"}, engine, "p")
+    assert all("it is a router" in notice.message for notice in notices)
     assert [(notice.kind, notice.field) for notice in notices] == [
         (NoticeKind.FIELDS_NOT_CHECKED, "chat.cache_salt"),
         (NoticeKind.FIELDS_NOT_CHECKED, "chat.priority"),
@@ -169,6 +168,12 @@ SCHEMAS = ("components", "schemas")
         changed(*SCHEMAS, "ChatCompletionRequest", to={"$ref": "#/components/schemas/ChatCompletionRequest"}),
         changed(*SCHEMAS, "ChatCompletionRequest", to={"$ref": 5}),
         changed(*SCHEMAS, "ChatCompletionRequest", to="text"),
+        changed(*SCHEMAS, "ChatCompletionRequest", to={"anyOf": 5}),
+        changed(
+            *SCHEMAS,
+            "ChatCompletionRequest",
+            to={"anyOf": [{"$ref": "#/components/schemas/ChatCompletionRequest"}] * 50},
+        ),
     ],
 )
 def test_a_document_that_does_not_say(document: object) -> None:
@@ -185,104 +190,3 @@ def test_what_is_no_document(text: bytes | None) -> None:
 def test_a_document_that_does_not_tell_of_functions() -> None:
     """Then a tool's fields are not held against it."""
     assert STRICT in names_of(changed(*SCHEMAS, "FunctionDefinition", to={"type": "object"}))
-
-
-class Said:
-    """A vLLM's words, the paths that were read, and a clock."""
-
-    def __init__(self) -> None:
-        self.answers: dict[str, bytes | None] = {}
-        self.asked: list[str] = []
-        self.now = 0.0
-        self.gate: asyncio.Event | None = None
-        self.reader = FieldReader(self.read, lambda: self.now)
-        self.become("0.32.0")
-
-    def become(self, version: str, *without: str) -> None:
-        """Be this version from now on."""
-        self.answers = {
-            "/version": json.dumps({"version": version}).encode(),
-            "/openapi.json": json.dumps(openapi(version, without)).encode(),
-        }
-
-    async def read(self, path: str) -> bytes | None:
-        """What a path says."""
-        self.asked.append(path)
-        if self.gate is not None:
-            await self.gate.wait()
-        return self.answers.get(path)
-
-
-BOTH = ["/version", "/openapi.json"]
-
-
-async def test_it_is_read_once() -> None:
-    """And known from then on."""
-    said = Said()
-    for _ in range(3):
-        assert await said.reader.known() == ALL
-    said.now = FRESH_SECONDS - 1
-    assert await said.reader.known() == ALL
-    assert said.asked == BOTH
-
-
-async def test_those_who_come_meanwhile_wait_for_one_reading() -> None:
-    """And if whoever reads it leaves, the next one does."""
-    said = Said()
-    said.gate = asyncio.Event()
-    first, *others = (asyncio.create_task(said.reader.known()) for _ in range(4))
-    await asyncio.sleep(0)
-    first.cancel()
-    await asyncio.wait([first])
-    said.gate.set()
-    assert await asyncio.gather(*others) == [ALL] * 3
-    assert said.asked == ["/version", *BOTH]
-
-
-async def test_an_old_one_is_read_again_only_if_the_version_is_another() -> None:
-    """The version alone is asked for, which costs nothing."""
-    said = Said()
-    first = await said.reader.known()
-    said.now = FRESH_SECONDS
-    assert await said.reader.known() is first
-    said.become("0.8.5", "priority")
-    assert await said.reader.known() is first
-    said.now = 2 * FRESH_SECONDS
-    assert await said.reader.known() == KnownFields("0.8.5", ALL.names - {"priority"})
-    assert said.asked == [*BOTH, "/version", *BOTH]
-
-
-async def test_a_failure_is_a_reason_to_look_again() -> None:
-    """For what comes back may be another version."""
-    said = Said()
-    await said.reader.known(0)
-    said.become("0.8.5", "priority")
-    known = await said.reader.known(1)
-    assert known is not None
-    assert known.version == "0.8.5"
-    assert await said.reader.known(1) is known
-    assert said.asked == BOTH * 2
-
-
-async def test_what_does_not_say_is_asked_again_later() -> None:
-    """Not with every request."""
-    said = Said()
-    said.answers = {}
-    for _ in range(2):
-        assert await said.reader.known() is None
-    said.become("0.32.0")
-    assert await said.reader.known() is None
-    said.now = FRESH_SECONDS
-    assert await said.reader.known() == ALL
-    assert said.asked == BOTH * 2
-
-
-@pytest.mark.parametrize("version", [None, b"{}", b'{"version":5}', b'{"version":""}'])
-async def test_without_a_version_the_fields_are_read_each_time(version: bytes | None) -> None:
-    """Since nothing says whether they are still the same."""
-    said = Said()
-    said.answers["/version"] = version
-    for turn in range(2):
-        said.now = turn * FRESH_SECONDS
-        assert await said.reader.known() == KnownFields("", ALL.names)
-    assert said.asked == BOTH * 2

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from contextlib import AbstractAsyncContextManager
 
-    from deltawire_server.sansio.events import Notice
+    from deltawire_server.errors import Reason
+    from deltawire_server.sansio.events import Fault, Notice
+    from deltawire_server.upstream.engine import Engine
     from deltawire_server.upstream.request import ChatRequest
 
 
@@ -84,19 +86,35 @@ class Patience:
     silence: float = 300.0
 
 
+class BrokenBodyError(Exception):
+    """The body of an answer is broken: what arrived before was yielded, and more cannot be read.
+
+    Attributes:
+        fault: What is wrong with it, unless the answer was whole before.
+    """
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(fault.message)
+        self.fault = fault
+
+
 @dataclass(frozen=True, slots=True)
 class Answering:
     """A provider that answers a chat request.
 
     Attributes:
-        body: The body of its event stream as it arrives, cut anywhere; it ends where the body ends or the connection breaks.
+        body: The body of its event stream as it arrives, cut anywhere; it ends where the body ends or the connection breaks,
+            and raises `BrokenBodyError` where the provider violates HTTP.
         notices: What the caller should know of how it came about.
-        replicas_tried: How many were asked: those that were passed over, and the one that answers.
+        replicas_tried: How many were asked: those that failed, and the one that answers.
+        failed: Call it if the answer ends with a fault of the provider's, with its reason: for UPSTREAM_TIMEOUT and others, the
+            replica gets no calls for a while. Never raises.
     """
 
     body: AsyncIterator[bytes]
     notices: tuple[Notice, ...] = ()
     replicas_tried: int = 1
+    failed: Callable[[Reason], None] = lambda _: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +154,12 @@ class Provider(Protocol):
         """Whether the operator configured a token; then what it lists is the same for every caller."""
 
     @property
+    def engine(self) -> Engine:
+        """What answers at its addresses, as far as it is known: a vLLM itself, or a proxy."""
+
+    @property
     def patience(self) -> Patience:
-        """How long its answers may take; for whoever reads them to hold."""
+        """How long its answers may take. `stream_chat` applies `first_event`; the reader of an answer applies `silence`."""
 
     @property
     def refresh_interval(self) -> float:
@@ -146,18 +168,24 @@ class Provider(Protocol):
     def stream_chat(
         self, request: ChatRequest, model: str, call: CallContext
     ) -> AbstractAsyncContextManager[Answering]:
-        """Ask for a completion; entering yields the answer as it arrives.
+        """Ask for a completion; entering yields the answer as it arrives, once its first event has come.
 
-        Entering raises for whatever the provider refuses with an HTTP status, if none of its replicas can be reached,
-        FIELD_NOT_SUPPORTED for fields that its version does not know, INVALID_REQUEST for extra fields that the operator
-        does not allow, and MODEL_NOT_SERVED for such a model; the request has to change then. Iterating the body ends where
-        the body ends or the connection breaks: what is missing is to be told from the events. Leaving closes the connection
-        unless the body was read to its end, so that the provider stops generating.
+        If a replica fails before that, one other may be asked; see `policy`. Both together have `patience.first_event` seconds.
+
+        Iterating the body ends where the body ends or the connection breaks; what is missing shows in the events. Leaving closes
+        the connection unless the body was read to its end, so that the provider stops generating.
 
         Args:
             request: What to ask.
             model: The provider's own name of the model.
             call: The caller's metadata.
+
+        Raises:
+            CallerError: The provider refuses the request, by an HTTP status or by an error event that comes first;
+                FIELD_NOT_SUPPORTED for fields that its version does not know; INVALID_REQUEST for extra fields that the
+                operator does not allow. The request has to change.
+            ProviderError: No replica that was asked answers; UPSTREAM_TIMEOUT if no event came in time; MODEL_NOT_SERVED for a
+                model that the operator does not allow.
         """
 
     async def count_tokens(self, request: ChatRequest, model: str, call: CallContext) -> TokenCount:

@@ -17,12 +17,16 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from deltawire_server.errors import CallerError, Reason
+from deltawire_server.errors import CallerError, DeltawireError, ProviderError, Reason
+from deltawire_server.telemetry import get_logger
+from deltawire_server.upstream.failures import excerpt
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from deltawire_server.upstream.base import Health, Provider, ServedModel
+
+_log = get_logger(__name__)
 
 LISTING_SECONDS = 5.0
 
@@ -164,9 +168,14 @@ class Providers:
         try:
             with self.held(provider):
                 models = await provider.list_models(token)
-        except BaseException:
+        except BaseException as error:
             self._listings.pop(key, None)
-            raise
+            if isinstance(error, DeltawireError) or not isinstance(error, Exception):
+                raise
+            # Whatever it is, it must not take the listings of other providers with it.
+            _log.exception("a provider's listing failed in an unexpected way", provider=provider.id)
+            message = f"provider {provider.id!r} cannot be listed: {type(error).__name__}: {excerpt(str(error))}"
+            raise ProviderError(Reason.UPSTREAM_MALFORMED, message, metadata={"provider": provider.id}) from error
         if self._providers.get(provider.id) is not provider:
             return models  # for those who asked before it was retired
         now = time.monotonic()

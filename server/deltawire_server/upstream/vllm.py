@@ -1,11 +1,12 @@
 """A vLLM server over HTTP, or several alike: one pooled client for as long as the provider is configured.
 
-httpx over aiohttp's transport: aiohttp's C parser hands over all that has arrived at once, where httpx's own gives one
-chunk at a time. What its mapping of exceptions calls a timeout may be a refused connection, so nothing here decides by
-the exception's type: only by whether the answer had begun.
+httpx over a transport of our own, whose exceptions say who broke what: a provider that cannot be reached is unavailable
+unless someone has to change a setting, one that violates HTTP is malformed, and a body that ends early just ends, since
+what is missing shows in its events.
 
-As long as it had not, the next replica may be asked. The one before may have taken the request all the same, and generate
-for nobody: calls are at-least-once on the engine, as they are for callers that try again.
+Until the first event of the answer has come, one other replica may be asked; `policy` says after which failures. The first
+one may have taken the request all the same and generate for no reader: calls are at-least-once on the engine, as they are
+for callers that try again.
 """
 
 from __future__ import annotations
@@ -16,19 +17,18 @@ import functools
 import secrets
 from fnmatch import fnmatchcase
 from http.cookiejar import CookieJar, DefaultCookiePolicy
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-import aiohttp
 import httpx
 import msgspec
-from httpx_aiohttp import AiohttpTransport
 
 from deltawire_server.errors import DeltawireError, ProviderError, Reason, Violation, invalid_request
-from deltawire_server.sansio.events import Notice, NoticeKind
+from deltawire_server.sansio.events import Fault, Notice, NoticeKind
 from deltawire_server.telemetry import get_logger
 from deltawire_server.upstream import vllm_fields
 from deltawire_server.upstream.base import (
     Answering,
+    BrokenBodyError,
     CallContext,
     Health,
     HealthStatus,
@@ -36,25 +36,25 @@ from deltawire_server.upstream.base import (
     ServedModel,
     TokenCount,
 )
+from deltawire_server.upstream.engine import Document, Engine, EngineKind, EngineReader, joined
 from deltawire_server.upstream.extra_body import allowed_extra
-from deltawire_server.upstream.refusals import RETRY_SECONDS, Refusal, error_of
-from deltawire_server.upstream.replicas import Replica, Replicas
+from deltawire_server.upstream.failures import NOT_JSON, RETRY_SECONDS, UpstreamError, excerpt, failure_of, read_error
+from deltawire_server.upstream.opening import read_opening
+from deltawire_server.upstream.policy import ACTIONS, MAX_ATTEMPTS
+from deltawire_server.upstream.replicas import Attempt, Replica, Replicas
+from deltawire_server.upstream.transport.client import Transport
+from deltawire_server.upstream.transport.errors import ProtocolViolationError
+from deltawire_server.upstream.unreachable import reason_of
 from deltawire_server.upstream.vllm_request import chat_body, count_body
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
     from deltawire_server.upstream.request import ChatRequest
 
-KEEPALIVE_SECONDS = 4.0
-"""uvicorn, which serves vLLM, closes idle connections after five; ours go first, or a request may meet a closing one."""
-
 CONTROL_SECONDS = 5.0
 """For listings and health: an engine's API server answers them without the engine, so a slow one is not well."""
-
-READ_BUFFER_BYTES = 128 * 1024
-"""Of each connection, half of what may wait in it: with less, a busy stream stops and starts its socket all the time."""
 
 COUNT_SECONDS = 60.0
 """For a count of tokens: the API server renders and counts by itself, for a long prompt and between others' for seconds."""
@@ -70,10 +70,13 @@ TOKENIZE = "/tokenize"
 MAX_ERROR_BYTES = 1024 * 1024
 """Of an error's body: vLLM quotes the request in some, and a cut one cannot be read; a wrong URL may answer with anything."""
 
+T = TypeVar("T")
+D = TypeVar("D")
+
 _log = get_logger(__name__)
 
-_BROKEN = (httpx.TransportError, aiohttp.ClientError, OSError)
-"""What the transport may raise; not all of aiohttp's errors come translated."""
+_BROKEN = (httpx.TransportError, httpx.InvalidURL)
+"""What the transport raises, and httpx for an address that cannot be one, such as 256.1.1.1."""
 
 
 def root_url(base_url: str) -> str:
@@ -101,7 +104,8 @@ class VllmProvider:
         connect_timeout: Seconds to reach it.
         patience: How long its answers may take.
         refresh_interval: Seconds between two listings.
-        user_agent: How it is told who asks.
+        user_agent: The User-Agent header of every request.
+        engine: What the operator says that answers at the addresses; `None` to find out.
     """
 
     kind = "vllm"
@@ -121,6 +125,7 @@ class VllmProvider:
         patience: Patience | None = None,
         refresh_interval: float = 30.0,
         user_agent: str = "deltawire",
+        engine: EngineKind | None = None,
     ) -> None:
         self.id = provider_id
         self._replicas = Replicas([root_url(base_url) for base_url in base_urls])
@@ -128,23 +133,23 @@ class VllmProvider:
         self._api_token = api_token
         self._allowed_models = tuple(allowed_models)
         self._allowed_extra_fields = tuple(allowed_extra_fields)
-        self._field_readers = {
-            replica: vllm_fields.FieldReader(functools.partial(self._document, replica))
+        self._engines = {
+            replica: EngineReader(
+                functools.partial(self._engine_document, replica),
+                functools.partial(getattr, replica, "failures"),
+                engine,
+                functools.partial(self._log_engine, replica),
+            )
             for replica in self._replicas.all
         }
         self._counting = asyncio.Semaphore(COUNTS_AT_ONCE)
         self.default_max_tokens = default_max_tokens
         self.patience = patience or Patience()
         self.refresh_interval = refresh_interval
-        self._tls = tls
-        self._max_connections = max_connections
-        # No time limit on reads: silence is counted from the answer's events, by whoever reads them.
-        self._chat_timeout = httpx.Timeout(None, connect=connect_timeout)
-        self._count_timeout = httpx.Timeout(COUNT_SECONDS, connect=connect_timeout)
-        self._control_timeout = httpx.Timeout(CONTROL_SECONDS, connect=connect_timeout)
+        # No time limit on reads: those of answers are counted from events, and those of documents over all of it.
+        self._timeout = httpx.Timeout(None, connect=connect_timeout)
         self._client = httpx.AsyncClient(
-            # Given to the client, `verify` and `limits` would be ignored beside a transport of one's own.
-            transport=AiohttpTransport(verify=tls, trust_env=False, client=self._session),
+            transport=Transport(tls, max_connections),
             headers={**(headers or {}), "user-agent": user_agent, "accept-encoding": "identity"},
             # One caller's must not travel with another's request; by its policy, since the client copies other forms.
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
@@ -161,6 +166,11 @@ class VllmProvider:
         """Without the token: this lands in logs."""
         return f"VllmProvider({', '.join(map(repr, (self.id, *self.base_urls)))})"
 
+    @property
+    def engine(self) -> Engine:
+        """What answers; see `Provider.engine`."""
+        return joined({replica.base_url: reader.engine for replica, reader in self._engines.items()})
+
     @contextlib.asynccontextmanager
     async def stream_chat(self, request: ChatRequest, model: str, call: CallContext) -> AsyncIterator[Answering]:
         """Ask for a completion; see `Provider.stream_chat`."""
@@ -168,26 +178,22 @@ class VllmProvider:
         body = chat_body(request, model, allowed_extra(request.extra_body, self._allowed_extra_fields, self.id))
         to_check = vllm_fields.fields_to_check(body, request)
         content = msgspec.json.encode(body)
-        failures: list[ProviderError] = []
-        for replica in self._replicas.by_load():
-            with replica.stream():
-                unchecked = await self._check_fields(replica, to_check)
-                try:
-                    response = await self._ask(replica, content, request.model, call)
-                except ProviderError as error:
-                    self._pass_over(replica, error)
-                    failures.append(error)
-                    continue
-                self._replicas.answered(replica)
-                notices = (*self._passed_over(failures), *unchecked)
-                try:
-                    async with contextlib.aclosing(_body(response)) as pieces:
-                        yield Answering(pieces, notices, len(failures) + 1)
-                finally:
-                    # Closing the socket is what makes vLLM stop; a cancelled call must not get away before that is done.
-                    await asyncio.shield(_close(response))
-                return
-        raise self._none_answers(failures)
+
+        async def ask(replica: Replica) -> tuple[httpx.Response, AsyncGenerator[bytes], tuple[Notice, ...]]:
+            unchecked = await self._check_fields(replica, to_check)
+            return (*await self._open(replica, content, request.model, call), unchecked)
+
+        with contextlib.ExitStack() as held:
+            attempt, answer, failures = await self._first_answer(held, ask, self.patience.first_event)
+            response, pieces, unchecked = answer
+            try:
+                async with contextlib.aclosing(pieces):
+                    notices = (*self._passed_over(failures), *unchecked)
+                    failed = functools.partial(self._failed_after_start, attempt)
+                    yield Answering(pieces, notices, len(failures) + 1, failed)
+            finally:
+                # Closing the socket is what makes vLLM stop; a cancelled call must not return before that is done.
+                await asyncio.shield(_close(response))
 
     async def count_tokens(self, request: ChatRequest, model: str, call: CallContext) -> TokenCount:
         """How many tokens a prompt has; see `Provider.count_tokens`."""
@@ -195,58 +201,42 @@ class VllmProvider:
         _require_text(request)
         extra = allowed_extra(request.extra_body, self._allowed_extra_fields, self.id)
         content = msgspec.json.encode(count_body(request, model, extra))
-        failures: list[ProviderError] = []
         async with self._counting:
-            for replica in self._replicas.by_load():
-                try:
-                    count = await self._count(replica, content, request.model, call)
-                except ProviderError as error:
-                    self._pass_over(replica, error)
-                    failures.append(error)
-                else:
-                    self._replicas.answered(replica)
-                    return count
-        raise self._none_answers(failures)
+            with contextlib.ExitStack() as held:
+                ask = functools.partial(self._count, content=content, name=request.model, call=call)
+                _, count, _ = await self._first_answer(held, ask, COUNT_SECONDS)
+                return count
 
     async def list_models(self, token: str | None = None) -> tuple[ServedModel, ...]:
-        """What it serves now; see `Provider.list_models`. An entry without an id is passed over."""
-        failures: list[ProviderError] = []
+        """What it serves now; see `Provider.list_models`. An entry without an id is left out."""
+        for reader in self._engines.values():
+            reader.start()
+        failures: list[DeltawireError] = []
         for replica in self._replicas.in_order():
             try:
                 served = await self._listing(replica, token)
             except ProviderError as error:
-                self._pass_over(replica, error)
                 failures.append(error)
             else:
-                self._replicas.answered(replica)
                 return tuple(model for model in served if self._allows(model.id))
-        raise self._none_answers(failures)
+        raise self._failure_of_all(failures)
 
     async def check_health(self) -> Health:
-        """How it is; see `Provider.check_health`. An engine that is asleep is not well, though its `/health` says so."""
-        ailments = await asyncio.gather(*map(self._ailment, self._replicas.all))
-        unwell = {base_url: ailment for base_url, ailment in zip(self.base_urls, ailments, strict=True) if ailment}
-        if not unwell:
+        """How it is; see `Provider.check_health`. An engine that is asleep is unhealthy, though its `/health` is 200."""
+        problems = await asyncio.gather(*map(self._problem, self._replicas.all))
+        unhealthy = {base_url: problem for base_url, problem in zip(self.base_urls, problems, strict=True) if problem}
+        if not unhealthy:
             return Health(HealthStatus.OK)
-        if len(ailments) == 1:
-            return Health(HealthStatus.ERROR, f"Health check failed: {ailments[0]}")
-        each = "; ".join(f"{base_url}: {ailment}" for base_url, ailment in unwell.items())
-        message = f"Health check failed at {len(unwell)} of {len(ailments)} addresses: {each}"
+        if len(problems) == 1:
+            return Health(HealthStatus.ERROR, f"Health check failed: {problems[0]}")
+        each = "; ".join(f"{base_url}: {problem}" for base_url, problem in unhealthy.items())
+        message = f"Health check failed at {len(unhealthy)} of {len(problems)} addresses: {each}"
         return Health(HealthStatus.ERROR, message)
 
     async def close(self) -> None:
         """Close its connections; calls under way fail."""
+        await asyncio.gather(*(reader.close() for reader in self._engines.values()))
         await self._client.aclose()
-
-    def _session(self) -> aiohttp.ClientSession:
-        """The transport's session, made by the first request since it belongs to the running loop."""
-        connector = aiohttp.TCPConnector(
-            ssl=self._tls, limit=self._max_connections, keepalive_timeout=KEEPALIVE_SECONDS
-        )
-        # aiohttp keeps cookies too; a load balancer's would tie every caller to one replica.
-        return aiohttp.ClientSession(
-            connector=connector, cookie_jar=aiohttp.DummyCookieJar(), read_bufsize=READ_BUFFER_BYTES
-        )
 
     def _headers(self, token: str | None) -> dict[str, str]:
         chosen = token or self._api_token
@@ -276,166 +266,274 @@ class VllmProvider:
             headers["tracestate"] = call.tracestate
         return headers
 
+    async def _first_answer(
+        self, held: contextlib.ExitStack, ask: Callable[[Replica], Awaitable[T]], seconds: float
+    ) -> tuple[Attempt, T, list[DeltawireError]]:
+        """Have a replica answer; if it fails, and `policy` allows it, one other.
+
+        Args:
+            held: What the replica that answers is counted in, as busy with a call.
+            ask: Asks a replica.
+            seconds: How long it may take, all together.
+
+        Returns:
+            The attempt that succeeded, what `ask` returned, and the failures before it.
+
+        Raises:
+            DeltawireError: No replica that was asked answered.
+        """
+        failures: dict[Replica, DeltawireError] = {}
+        deadline = asyncio.get_running_loop().time() + seconds
+        while True:
+            replica = self._replicas.choose(tuple(failures))
+            with contextlib.ExitStack() as holding:
+                attempt = holding.enter_context(self._replicas.attempt(replica))
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        answer = await ask(replica)
+                except TimeoutError:
+                    failures[replica] = self._silence(seconds)
+                except DeltawireError as error:
+                    failures[replica] = error
+                else:
+                    attempt.answered()
+                    held.push(holding.pop_all())
+                    return attempt, answer, list(failures.values())
+                self._failed(attempt, failures[replica])
+            asked = len(failures)
+            if not ACTIONS[failures[replica].reason].repeat or asked == min(MAX_ATTEMPTS, len(self._replicas.all)):
+                raise self._failure_of_all(list(failures.values()))
+
+    def _failed(self, attempt: Attempt, error: DeltawireError) -> None:
+        if ACTIONS[error.reason].eject:
+            self._eject(attempt, error.reason, error.message)
+        elif ACTIONS[error.reason].answer:
+            attempt.answered()
+
+    def _failed_after_start(self, attempt: Attempt, reason: Reason) -> None:
+        if ACTIONS[reason].eject_after_start:
+            self._eject(attempt, reason, "an answer that had begun failed")
+
+    def _eject(self, attempt: Attempt, reason: Reason, message: str) -> None:
+        seconds = attempt.failed()
+        if seconds:
+            replica = attempt.replica
+            _log.warning(
+                "replica ejected",
+                provider=self.id,
+                base_url=replica.base_url,
+                seconds=seconds,
+                reason=reason.name,
+                error=message,
+            )
+
+    def _silence(self, seconds: float) -> ProviderError:
+        return ProviderError(
+            Reason.UPSTREAM_TIMEOUT,
+            f"provider {self.id!r} did not begin its answer within {seconds:g} seconds",
+            metadata={"provider": self.id, "limit_seconds": f"{seconds:g}"},
+        )
+
+    def _failure_of_all(self, failures: Sequence[DeltawireError]) -> DeltawireError:
+        """The failure of a call: the last one's; but if all of them could be repeated, what a later call helps most."""
+        *_, last = failures
+        if len(failures) == 1 or not ACTIONS[last.reason].repeat:
+            return last
+        waits = [failure.retry_after for failure in failures if failure.retry_after is not None]
+        return ProviderError(
+            min((failure.reason for failure in failures), key=_MOST_TEMPORARY.index),
+            f"none of the {len(failures)} replicas that were asked took the request: "
+            + "; ".join(failure.message for failure in failures),
+            metadata={name: value for failure in failures for name, value in failure.metadata.items()},
+            retry_after=min(waits, default=None),
+        )
+
     async def _check_fields(self, replica: Replica, to_check: Mapping[str, str]) -> tuple[Notice, ...]:
-        """Refuse fields that a replica would ignore; what could not be checked is told."""
+        """Refuse fields that a replica would ignore; a notice for each that could not be checked."""
         if not to_check:
             return ()
-        known = await self._field_readers[replica].known(replica.failures)
-        return vllm_fields.check(to_check, known, self.id)
+        return vllm_fields.check(to_check, await self._engines[replica].known(), self.id)
 
-    async def _document(self, replica: Replica, path: str) -> bytes | None:
-        """What a replica says of itself at a path that needs no key; `None` if that cannot be had."""
-        with contextlib.suppress(*_BROKEN):
-            async with asyncio.timeout(CONTROL_SECONDS):
-                request = self._client.build_request("GET", f"{replica.root}{path}", headers=self._headers(None))
-                response = await self._client.send(request, stream=True)
-                try:
-                    if response.status_code == httpx.codes.OK:
-                        return await _read(response, MAX_DOCUMENT_BYTES)
-                finally:
-                    await asyncio.shield(_close(response))
-        return None
+    async def _engine_document(self, replica: Replica, path: str) -> Document | str:
+        """What a replica says of itself at a path that needs no key; why not, if that cannot be read."""
+        try:
+            return await self._get(replica, f"{replica.root}{path}", self._headers(None))
+        except DeltawireError as error:
+            return error.message
 
-    def _passed_over(self, failures: Sequence[ProviderError]) -> tuple[Notice, ...]:
+    def _log_engine(self, replica: Replica, engine: Engine) -> None:
+        known = {"provider": self.id, "base_url": replica.base_url, "engine": engine.kind.name.lower()}
+        if engine.fields is None:
+            _log.warning("request fields are not checked", **known, version=engine.version, detail=engine.detail)
+        else:
+            _log.info("request fields are checked", **known, version=engine.version)
+
+    def _passed_over(self, failures: Sequence[DeltawireError]) -> tuple[Notice, ...]:
         if not failures:
             return ()
         message = f"another replica of provider {self.id!r} answers: " + "; ".join(error.message for error in failures)
         return (Notice(NoticeKind.ANOTHER_REPLICA, message),)
 
-    async def _count(self, replica: Replica, content: bytes, name: str, call: CallContext) -> TokenCount:
+    async def _count(self, replica: Replica, *, content: bytes, name: str, call: CallContext) -> TokenCount:
         """Have a replica count; `name` is what the caller calls the model."""
         url = f"{replica.root}{TOKENIZE}"
         headers = self._call_headers(call)
-        request = self._client.build_request("POST", url, content=content, headers=headers, timeout=self._count_timeout)
-        response = await self._send(replica, request)
-        try:
-            if response.status_code != httpx.codes.OK:
-                raise self._not_counted(await _refusal(response), name, callers_token=call.token is not None)
-            counted = msgspec.json.decode(await response.aread(), type=_Counted)
-            return TokenCount(counted.count, counted.max_model_len)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            message = (
-                f"provider {self.id!r} answered {TOKENIZE} with something else than a count: is its base URL right?"
-            )
-            raise ProviderError(Reason.UPSTREAM_MALFORMED, message, metadata={"provider": self.id}) from error
-        except _BROKEN as error:
-            raise self._unreachable(replica, error) from error
-        finally:
-            await asyncio.shield(_close(response))
+        document = await self._document(replica, "POST", url, headers, COUNT_SECONDS, content)
+        if document.status != httpx.codes.OK:
+            raise self._not_counted(document, name, callers_token=call.token is not None)
+        counted = self._decoded(document, _Counted, f"{TOKENIZE} with something else than a count")
+        return TokenCount(counted.count, counted.max_model_len)
 
-    def _not_counted(self, refusal: Refusal, name: str, *, callers_token: bool) -> DeltawireError:
-        error = error_of(refusal, self.id, callers_token=callers_token, model=name)
-        # The key of `/v1` is not asked for here: whoever forbids it forbids the endpoint.
-        if refusal.status not in _NOT_OFFERED or error.reason is Reason.MODEL_NOT_FOUND:
+    def _not_counted(self, document: Document, name: str, *, callers_token: bool) -> DeltawireError:
+        error = failure_of(_error_in(document), self.id, callers_token=callers_token, model=name)
+        # The key of `/v1` is not asked for here: who forbids it forbids the endpoint.
+        if document.status not in _NOT_OFFERED or error.reason is Reason.MODEL_NOT_FOUND:
             return error
         return ProviderError(
             Reason.ENDPOINT_NOT_SUPPORTED,
-            f"provider {self.id!r} does not count tokens: it answered HTTP {refusal.status} at {TOKENIZE}, which is beside"
+            f"provider {self.id!r} does not count tokens: it answered HTTP {document.status} at {TOKENIZE}, which is beside"
             " /v1; the operator can let it through to vLLM",
             metadata={"provider": self.id, "endpoint": TOKENIZE},
         )
 
-    async def _ask(self, replica: Replica, content: bytes, name: str, call: CallContext) -> httpx.Response:
-        """Send a chat request; the response is an event stream that has begun, and the caller's to close.
+    async def _open(
+        self, replica: Replica, content: bytes, name: str, call: CallContext
+    ) -> tuple[httpx.Response, AsyncGenerator[bytes]]:
+        """Send a chat request, and read up to the first event of the answer.
 
         Args:
-            replica: Whom to ask.
+            replica: Which one to ask.
             content: The request's body.
             name: What the caller calls the model.
             call: The caller's metadata.
+
+        Returns:
+            The response, which the caller has to close, and its whole body.
         """
         headers = {**self._call_headers(call), "accept": "text/event-stream"}
         url = f"{replica.base_url}/chat/completions"
-        outgoing = self._client.build_request("POST", url, content=content, headers=headers, timeout=self._chat_timeout)
-        response = await self._send(replica, outgoing)
+        fail = functools.partial(failure_of, provider_id=self.id, callers_token=call.token is not None, model=name)
+        response = await self._send(replica, "POST", url, headers, content)
         try:
             if response.status_code != httpx.codes.OK:
-                refusal = await _refusal(response)
-                raise error_of(refusal, self.id, callers_token=call.token is not None, model=name)
+                raise fail(await _read_error(response))
             content_type = response.headers.get("content-type", "")
             if not content_type.startswith("text/event-stream"):
                 message = (
                     f"provider {self.id!r} answered with {content_type or 'no content type'} instead of an event stream"
                 )
-                raise ProviderError(Reason.UPSTREAM_MALFORMED, message, metadata={"provider": self.id})
+                said = (await _read_error(response)).message
+                raise ProviderError(
+                    Reason.UPSTREAM_MALFORMED,
+                    f"{message}: {excerpt(said)}" if said else message,
+                    metadata={"provider": self.id},
+                )
+            pieces = response.aiter_raw()
+            opening = await read_opening(functools.partial(_next, pieces), self.id, fail)
+        except ProtocolViolationError as error:
+            await asyncio.shield(_close(response))
+            raise self._unreachable(replica, error) from error
         except BaseException:
             await asyncio.shield(_close(response))
             raise
-        return response
+        return response, _body(opening, pieces)
 
     async def _listing(self, replica: Replica, token: str | None) -> tuple[ServedModel, ...]:
         headers = self._headers(None if self._api_token else token)
-        url = f"{replica.base_url}/models"
-        request = self._client.build_request("GET", url, headers=headers, timeout=self._control_timeout)
-        response = await self._send(replica, request)
-        try:
-            if response.status_code != httpx.codes.OK:
-                callers_token = token is not None and not self._api_token
-                raise error_of(await _refusal(response), self.id, callers_token=callers_token)
-            cards = msgspec.json.decode(await response.aread(), type=_Listing).data
-            return tuple(_served_model(card) for card in cards if isinstance(card, dict) and card.get("id"))
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            message = f"provider {self.id!r} answered its list of models with something else: is its base URL right?"
-            raise ProviderError(Reason.UPSTREAM_MALFORMED, message, metadata={"provider": self.id}) from error
-        except _BROKEN as error:
-            raise self._unreachable(replica, error) from error
-        finally:
-            await asyncio.shield(_close(response))
+        document = await self._get(replica, f"{replica.base_url}/models", headers)
+        if document.status != httpx.codes.OK:
+            callers_token = token is not None and not self._api_token
+            raise failure_of(_error_in(document), self.id, callers_token=callers_token)
+        cards = self._decoded(document, _Listing, "its list of models with something else").data
+        return tuple(_served_model(card) for card in cards if isinstance(card, dict) and card.get("id"))
 
-    async def _ailment(self, replica: Replica) -> str:
-        """What ails a replica; empty if it is well."""
+    async def _problem(self, replica: Replica) -> str:
+        """What is wrong with a replica; empty if it is healthy."""
+        headers = self._headers(None)
         try:
-            response = await self._get(replica, "/health")
-            if not response.is_success:
-                return f"HTTP {response.status_code}"
-            response = await self._get(replica, "/is_sleeping")
-            if response.is_success and _says_asleep(response.content):
+            document = await self._get(replica, f"{replica.root}/health", headers)
+            if not 200 <= document.status < 300:
+                return f"HTTP {document.status}"
+            document = await self._get(replica, f"{replica.root}/is_sleeping", headers)
+            if document.status == httpx.codes.OK and _says_asleep(document.body):
                 return "the engine is asleep"
-            # vLLM's /health asks for no key: a wrong one would look well, and every call would fail.
-            if self.has_token and (await self._get(replica, "/v1/models")).status_code in (401, 403):
+            # vLLM's /health asks for no key: a wrong one would seem healthy, and every call would fail.
+            if self.has_token and (await self._get(replica, f"{replica.base_url}/models", headers)).status in (
+                401,
+                403,
+            ):
                 return "it refuses the token in the gateway's settings"
-        except _BROKEN as error:
-            return _describe(error)
+        except DeltawireError as error:
+            said = error.message.removeprefix(f"provider {self.id!r} at {replica.base_url} ")
+            return said.removeprefix("cannot be reached: ")
         return ""
 
-    async def _get(self, replica: Replica, path: str) -> httpx.Response:
-        url = f"{replica.root}{path}"
-        return await self._client.get(url, headers=self._headers(None), timeout=self._control_timeout)
+    async def _get(self, replica: Replica, url: str, headers: Mapping[str, str]) -> Document:
+        return await self._document(replica, "GET", url, headers, CONTROL_SECONDS)
 
-    async def _send(self, replica: Replica, request: httpx.Request) -> httpx.Response:
+    async def _document(
+        self,
+        replica: Replica,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        seconds: float,
+        content: bytes | None = None,
+    ) -> Document:
+        """Send a request and read all of the answer, whatever its status.
+
+        Raises:
+            ProviderError: UPSTREAM_UNAVAILABLE: it is away, or all of it took longer than `seconds`; PROVIDER_MISCONFIGURED: its
+                certificate or its name is wrong; UPSTREAM_MALFORMED: it violates HTTP, or has more than `MAX_DOCUMENT_BYTES`.
+        """
+        body = bytearray()
         try:
+            async with asyncio.timeout(seconds):
+                response = await self._send(replica, method, url, headers, content)
+                try:
+                    await _read(response, body, MAX_DOCUMENT_BYTES)
+                finally:
+                    await asyncio.shield(_close(response))
+        except TimeoutError as error:
+            raise self._unavailable(replica, f"did not answer within {seconds:g} seconds") from error
+        except _BROKEN as error:
+            raise self._unreachable(replica, error) from error
+        if len(body) > MAX_DOCUMENT_BYTES:
+            raise ProviderError(
+                Reason.UPSTREAM_MALFORMED,
+                f"provider {self.id!r} at {replica.base_url} sent more than {MAX_DOCUMENT_BYTES} bytes at {response.url.path}",
+                metadata={"provider": self.id},
+            )
+        return Document(response.status_code, dict(response.headers), bytes(body))
+
+    def _decoded(self, document: Document, kind: type[D], instead: str) -> D:
+        try:
+            return msgspec.json.decode(document.body, type=kind)
+        except NOT_JSON as error:
+            message = f"provider {self.id!r} answered {instead}: is its base URL right?"
+            raise ProviderError(Reason.UPSTREAM_MALFORMED, message, metadata={"provider": self.id}) from error
+
+    async def _send(
+        self, replica: Replica, method: str, url: str, headers: Mapping[str, str], content: bytes | None = None
+    ) -> httpx.Response:
+        """Send a request; the response has begun, and is the caller's to close."""
+        try:
+            request = self._client.build_request(method, url, content=content, headers=headers, timeout=self._timeout)
             return await self._client.send(request, stream=True)
         except _BROKEN as error:
             raise self._unreachable(replica, error) from error
 
-    def _pass_over(self, replica: Replica, error: ProviderError) -> None:
-        """Set a replica aside that was away or had no room, so that the next is asked; raise what any would answer."""
-        said = error.metadata.get("http_status")
-        if error.reason is not Reason.UPSTREAM_UNAVAILABLE or said not in (None, "503"):
-            raise error
-        # Also one that said 503: it has the fewest streams because it takes none, and would be asked first every time.
-        self._replicas.failed(replica)
-        if len(self._replicas.all) > 1:  # else the caller hears of it, and whoever logs the call
-            _log.warning("replica set aside", provider=self.id, base_url=replica.base_url, error=error.message)
-
-    def _none_answers(self, failures: Sequence[ProviderError]) -> ProviderError:
-        """The failure of a call for which each replica was passed over: that of a single one is told as it is."""
-        if len(failures) == 1:
-            return failures[0]
-        return ProviderError(
-            Reason.UPSTREAM_UNAVAILABLE,
-            f"none of the {len(failures)} replicas took the request: "
-            + "; ".join(failure.message for failure in failures),
-            metadata={name: value for failure in failures for name, value in failure.metadata.items()},
-            retry_after=min(failure.retry_after or 0.0 for failure in failures),
-        )
-
     def _unreachable(self, replica: Replica, error: Exception) -> ProviderError:
+        reason, said = reason_of(error)
+        problem = "sent a broken response" if reason is Reason.UPSTREAM_MALFORMED else "cannot be reached"
+        return self._unavailable(replica, f"{problem}: {said}", reason)
+
+    def _unavailable(self, replica: Replica, what: str, reason: Reason = Reason.UPSTREAM_UNAVAILABLE) -> ProviderError:
         return ProviderError(
-            Reason.UPSTREAM_UNAVAILABLE,
-            f"provider {self.id!r} at {replica.base_url} cannot be reached: {_describe(error)}",
+            reason,
+            f"provider {self.id!r} at {replica.base_url} {what}",
             metadata={"provider": self.id},
-            retry_after=RETRY_SECONDS,
+            retry_after=RETRY_SECONDS if reason is Reason.UPSTREAM_UNAVAILABLE else None,
         )
 
 
@@ -451,6 +549,14 @@ class _Counted(msgspec.Struct):
     count: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
     max_model_len: Annotated[int, msgspec.Meta(gt=0, le=2**31 - 1)] | None = None
 
+
+_MOST_TEMPORARY = (
+    Reason.UPSTREAM_UNAVAILABLE,
+    Reason.UPSTREAM_OVERLOADED,
+    Reason.UPSTREAM_MALFORMED,
+    Reason.PROVIDER_MISCONFIGURED,
+)
+"""The reasons for which another replica is asked, beginning with what passes soonest."""
 
 _NOT_OFFERED = frozenset({403, 404, 405, 501})
 """The statuses of an endpoint that is not there, or not for us."""
@@ -470,21 +576,48 @@ def _require_text(request: ChatRequest) -> None:
         raise invalid_request(violations)
 
 
-async def _read(response: httpx.Response, most: int) -> bytes | None:
-    """A whole body; `None` if it has more than `most` bytes."""
-    body = bytearray()
+async def _read(response: httpx.Response, body: bytearray, most: int) -> None:
+    """Read a body to its end, or until there is more than `most` bytes of it."""
     async for data in response.aiter_raw():
         body += data
         if len(body) > most:
-            return None
-    return bytes(body)
+            break
 
 
-async def _body(response: httpx.Response) -> AsyncGenerator[bytes]:
-    """The body up to its end or to where the connection broke: for what the answer is, both are the same."""
-    with contextlib.suppress(*_BROKEN):
-        async for data in response.aiter_raw():
+async def _read_error(response: httpx.Response) -> UpstreamError:
+    """What an error response says, as far as it comes in time."""
+    body = bytearray()
+    with contextlib.suppress(TimeoutError, *_BROKEN):
+        async with asyncio.timeout(CONTROL_SECONDS):
+            await _read(response, body, MAX_ERROR_BYTES)
+    return _error_in(Document(response.status_code, dict(response.headers), bytes(body)))
+
+
+async def _next(pieces: AsyncIterator[bytes]) -> bytes | None:
+    """The next piece of a body; `None` at its end, or where the connection was lost."""
+    try:
+        return await anext(pieces)
+    except ProtocolViolationError:
+        raise
+    except (StopAsyncIteration, *_BROKEN):
+        return None
+
+
+async def _body(opening: Sequence[bytes], pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
+    """The body up to its end or to where the connection was lost: for what the answer is, both are the same.
+
+    Raises:
+        BrokenBodyError: The provider violated HTTP; all bytes before that were yielded.
+    """
+    for data in opening:
+        yield data
+    try:
+        async for data in pieces:
             yield data
+    except ProtocolViolationError as error:
+        raise BrokenBodyError(Fault(Reason.UPSTREAM_MALFORMED, str(error))) from error
+    except _BROKEN:
+        return
 
 
 async def _close(response: httpx.Response) -> None:
@@ -492,28 +625,8 @@ async def _close(response: httpx.Response) -> None:
         await response.aclose()
 
 
-async def _refusal(response: httpx.Response) -> Refusal:
-    """What an error response says, in any of the four shapes that vLLM gives it, or none."""
-    body = bytearray()
-    with contextlib.suppress(*_BROKEN):
-        async for data in response.aiter_raw():
-            body += data[: MAX_ERROR_BYTES - len(body)]
-            if len(body) >= MAX_ERROR_BYTES:
-                break
-    try:
-        said: Any = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        said = None
-    error = said.get("error", said.get("detail", said)) if isinstance(said, dict) else None
-    fields = error if isinstance(error, dict) else {"message": error}
-    retry_after = response.headers.get("retry-after", "")
-    return Refusal(
-        status=response.status_code,
-        message=_text(fields.get("message")),
-        type=_text(fields.get("type")),
-        param=_text(fields.get("param")),
-        retry_after=float(retry_after) if retry_after.isdecimal() else None,
-    )
+def _error_in(document: Document) -> UpstreamError:
+    return read_error(document.body[:MAX_ERROR_BYTES], document.status, document.headers.get("retry-after", ""))
 
 
 def _text(value: object) -> str:
@@ -533,11 +646,6 @@ def _served_model(card: dict[str, Any]) -> ServedModel:
 def _says_asleep(body: bytes) -> bool:
     try:
         said = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except NOT_JSON:
         return False
     return isinstance(said, dict) and said.get("is_sleeping") is True
-
-
-def _describe(error: Exception) -> str:
-    # aiohttp says "ssl:default" of plain HTTP too, which leads astray.
-    return str(error).replace(" ssl:default", "") or type(error).__name__
