@@ -32,6 +32,7 @@ from tests.support.gateway import (
     settings_of,
     text_of,
     until,
+    until_refused,
 )
 
 if TYPE_CHECKING:
@@ -88,9 +89,7 @@ async def test_a_signal_drains(serving: Any, vllm: FakeVllm, tmp_path: Path, lin
         await anext(messages)
         served.signal(number)
         await lines.find("draining")
-        while (failure := (await read(served.running.stream()))[1]) is None:
-            pass
-        assert failure.reason == "DRAINING"
+        await until_refused(served.running)
         assert not served.task.done()
         gate.set()
         assert kinds([event async for event in messages])[-1] == "completed"
@@ -159,6 +158,7 @@ async def test_settings_reach_the_parts(vllm: FakeVllm, tmp_path: Path, monkeypa
         stream={
             "queue_bytes": 1313,
             "slow_caller_timeout": 14,
+            "tail_timeout": 15,
             "max_tool_calls": 15,
             "max_tool_call_bytes": 1616,
             "max_event_bytes": 1717,
@@ -180,7 +180,7 @@ async def test_settings_reach_the_parts(vllm: FakeVllm, tmp_path: Path, monkeypa
     assert limits is not None
     answer = limits.completion.answer
     assert (limits.max_streams, limits.completion.max_duration) == (11, 12)
-    assert (limits.completion.queue_bytes, limits.completion.slow_caller_timeout) == (1313, 14)
+    assert (limits.completion.queue_bytes, limits.completion.tail) == (1313, 15)
     assert (answer.max_calls, answer.max_call_bytes, answer.max_event_bytes) == (15, 1616, 1717)
     (provider,) = gateway._providers.all()
     assert (provider.id, provider.default_max_tokens, provider.patience) == ("vllm", 18, Patience(19, 20))
@@ -188,8 +188,8 @@ async def test_settings_reach_the_parts(vllm: FakeVllm, tmp_path: Path, monkeypa
     assert provider._allowed_models == ("m*",)  # type: ignore[attr-defined]
     assert provider._allowed_extra_fields == ("return_*",)  # type: ignore[attr-defined]
     assert provider._client.headers["x-team"] == "search"  # type: ignore[attr-defined]
-    assert provider._max_connections == 11 + SPARE_CONNECTIONS  # type: ignore[attr-defined]
-    assert provider._chat_timeout.connect == 21  # type: ignore[attr-defined]
+    assert provider._client._transport._max_connections == 11 + SPARE_CONNECTIONS  # type: ignore[attr-defined]
+    assert provider._timeout.connect == 21  # type: ignore[attr-defined]
 
 
 async def test_tls_to_the_provider(start_gateway: StartGateway, certificates: Certificates) -> None:
@@ -202,7 +202,7 @@ async def test_tls_to_the_provider(start_gateway: StartGateway, certificates: Ce
                 await read_well(gateway.stream())
         async with start_gateway(base_url=vllm.base_url) as gateway:
             failure = await failure_of(gateway.create())
-    assert failure.code is grpc.StatusCode.UNAVAILABLE
+    assert (failure.code, failure.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "PROVIDER_MISCONFIGURED")
     assert "certificate" in failure.message
 
 
@@ -306,13 +306,13 @@ async def test_a_reload_leaves_alone_what_did_not_change(vllm: FakeVllm, other: 
     """The provider and its connection, whatever happens to others."""
     async with running(settings_with(tmp_path, a=before(vllm, api_token="same"))) as gateway:
         await read_well(gateway.stream())
-        kept = gateway.gateway._providers.get("a")
+        kept, connections = gateway.gateway._providers.get("a"), vllm.connections
         await gateway.gateway.reload(
             settings_with(tmp_path, a=before(vllm, api_token="same"), b=before(other, max_tokens=9))
         )
         assert gateway.gateway._providers.get("a") is kept
         await read_well(gateway.stream())
-        assert vllm.connections == 1
+        assert vllm.connections == connections
         await read_well(gateway.stream(ask(model="other")))
         assert other.chats[0].body["max_tokens"] == 9
 

@@ -264,7 +264,7 @@ async def test_a_cancel_is_a_normal_end(make_worker: MakeWorker, vllm: FakeVllm,
     assert (choice.text, choice.stop_reason) == ("so far" if begun else "", StopReason.CANCELLED)
     assert last_of(events).usage.provenance is (Provenance.LOWER_BOUND if begun else Provenance.ESTIMATED)
     record = worker.record(CALLER, "c")
-    assert (record.ended, record.ending, record.usage) == (True, None, last_of(events).usage)
+    assert (record.ended, record.outcome, record.usage) == (True, None, last_of(events).usage)
 
 
 async def test_a_cancel_before_the_model_was_found(make_worker: MakeWorker) -> None:
@@ -362,8 +362,8 @@ async def test_what_is_known_of_a_call_that_was_given_up(make_worker: MakeWorker
             call.cancel()
             await asyncio.wait([call])
             record = worker.record(CALLER, "c")
-        assert record.ending is not None
-        assert (record.ending.code.name, record.ending.reason) == (code, None)
+        assert record.outcome is not None
+        assert (record.outcome.code.name, record.outcome.reason) == (code, None)
         assert (record.usage.completion_tokens, record.begun, record.ended) == (5, True, True)
 
 
@@ -380,10 +380,10 @@ async def test_what_is_known_of_a_failed_completion(make_worker: MakeWorker, vll
         with pytest.raises(ProviderError):
             await events_of(worker, ask(completion_id="c"))
         record = worker.record(CALLER, "c")
-        assert record.ending is not None
-        assert (record.ending.reason, record.begun) == (Reason.UPSTREAM_ERROR, False)
+        assert record.outcome is not None
+        assert (record.outcome.reason, record.begun) == (Reason.UPSTREAM_ERROR, False)
         with pytest.raises(CallerError):
             await events_of(worker, replace(ask(completion_id="c"), model="other"))
         record = worker.record(CALLER, "c")
-    assert record.ending is not None
-    assert (record.ending.reason, record.head) == (Reason.MODEL_NOT_FOUND, None)
+    assert record.outcome is not None
+    assert (record.outcome.reason, record.head) == (Reason.MODEL_NOT_FOUND, None)

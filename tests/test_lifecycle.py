@@ -14,13 +14,25 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
+from deltawire import AsyncClient
 from deltawire.v1 import error_reason_pb2, model_registry_pb2
 from deltawire_server.app import SERVICES, Gateway
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
 from deltawire_server.lifecycle import Lifecycle, ListenError, State, _options, plaintext_addresses
 from deltawire_server.rpc.interceptors import CallInterceptor
 from deltawire_server.settings import ServerSettings
-from tests.support.gateway import WAIT, Lines, Running, kinds, read, read_badly, read_well, settings_of, until
+from tests.support.gateway import (
+    WAIT,
+    Lines,
+    Running,
+    kinds,
+    read,
+    read_badly,
+    read_well,
+    settings_of,
+    until,
+    until_refused,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -201,6 +213,9 @@ def test_options() -> None:
     assert options["grpc.http2.min_ping_interval_without_data_ms"] == 1
     assert options["grpc.keepalive_permit_without_calls"] == 1
     assert options["grpc.so_reuseport"] == 0
+    assert (
+        options["grpc.server.max_pending_requests"] == options["grpc.server.max_pending_requests_hard_limit"] > 100_000
+    )
 
 
 async def test_a_client_that_pings_often_is_served_on(start_gateway: StartGateway, vllm: FakeVllm) -> None:
@@ -259,10 +274,10 @@ async def test_a_caller_that_vanished_is_noticed(start_gateway: StartGateway, vl
 
 
 async def test_a_drain(start_gateway: StartGateway, vllm: FakeVllm) -> None:
-    """Health turns first; what is under way ends well; then nobody answers. A health watch holds nothing up."""
+    """Health turns first, then no call is taken; what is under way ends well. A health watch holds nothing up."""
     gate = asyncio.Event()
     vllm.play(Script.chunks([CHUNKS.role(), gate, CHUNKS.text("whole"), CHUNKS.finish()]))
-    async with start_gateway() as gateway:
+    async with start_gateway(server={"drain_delay": 0.5}) as gateway:
         watch: Any = health_pb2_grpc.HealthStub(gateway.channel).Watch(health_pb2.HealthCheckRequest())
         statuses = aiter(watch)
         assert (await anext(statuses)).status == SERVING
@@ -272,13 +287,58 @@ async def test_a_drain(start_gateway: StartGateway, vllm: FakeVllm) -> None:
         assert (await anext(statuses)).status == NOT_SERVING
         for service in SERVICES:
             assert await health_of(gateway.channel, service) == NOT_SERVING
-        while (failure := (await read(gateway.stream()))[1]) is None:
-            pass
-        assert (failure.code, failure.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
-        assert failure.retry_seconds == 0.0
+        await until_refused(gateway)
         assert not drained.done()
         gate.set()
         assert kinds([event async for event in messages]) == ["text_delta", "choice_finished", "completed"]
+        await drained
+
+
+async def test_a_drain_sends_goaway_first(start_gateway: StartGateway, vllm: FakeVllm, tmp_path: Path) -> None:
+    """A client that keeps its connection is sent elsewhere at once, and not only when the grace of another's call is over."""
+    gate = asyncio.Event()
+    vllm.play(Script.chunks([CHUNKS.role(), gate, CHUNKS.finish()]))
+    addresses = [f"unix:{tmp_path}/{name}.sock" for name in "ab"]
+    async with start_gateway(server={"listen": addresses[0]}) as first, start_gateway(server={"listen": addresses[1]}):
+        messages = aiter(first.stream())
+        await anext(messages)
+        # Balanced by gRPC itself: of two addresses it stays with the one that it connected to first.
+        async with aio.insecure_channel(f"unix:{tmp_path}/pinned.sock") as pinned:
+            (tmp_path / "pinned.sock").symlink_to(tmp_path / "a.sock")
+            await read_well(Running(first.gateway, pinned).stream())
+            (tmp_path / "pinned.sock").unlink()
+            (tmp_path / "pinned.sock").symlink_to(tmp_path / "b.sock")
+            drained = asyncio.create_task(first.gateway.drain())
+            await until(lambda: pinned.get_state() is not grpc.ChannelConnectivity.READY)
+            await read_well(Running(first.gateway, pinned).stream())
+            assert not drained.done()
+        gate.set()
+        assert kinds([event async for event in messages])[-1] == "completed"
+        await drained
+
+
+async def test_a_client_gets_through_a_drain(start_gateway: StartGateway, vllm: FakeVllm, tmp_path: Path) -> None:
+    """Its retries find another gateway; none of its calls fails, in whichever moment of the drain it is made."""
+    gate = asyncio.Event()
+    vllm.play(Script.chunks([CHUNKS.role(), gate, CHUNKS.finish()]))
+    sockets = {name: tmp_path / f"{name}.sock" for name in ("first", "second", "any")}
+    async with (
+        start_gateway(server={"listen": f"unix:{sockets['first']}"}) as first,
+        start_gateway(server={"listen": f"unix:{sockets['second']}"}),
+    ):
+        messages = aiter(first.stream())
+        await anext(messages)
+        sockets["any"].symlink_to(sockets["first"])
+        async with AsyncClient(f"unix:{sockets['any']}") as client:
+            await client.providers.list()
+            sockets["any"].unlink()
+            sockets["any"].symlink_to(sockets["second"])
+            drained = asyncio.create_task(first.gateway.drain())
+            for _ in range(300):
+                await client.providers.list()
+        assert not drained.done()
+        gate.set()
+        assert kinds([event async for event in messages])[-1] == "completed"
         await drained
 
 

@@ -211,3 +211,35 @@ def test_a_ca_file_without_certificates(capfd: pytest.CaptureFixture[str], tmp_p
     file.write_text("no certificate")
     assert main(["--vllm-url", "https://127.0.0.1:1", "--set", f"providers.vllm.tls_verify={file}"]) == 2
     assert f"deltawire-server: providers.vllm.tls_verify: {file} cannot be used" in capfd.readouterr().err
+
+
+EARLY = """
+import os, runpy, signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1]:
+            for number in sys.argv[2].split():
+                os.kill(os.getpid(), int(number))
+        return None
+
+sys.meta_path.insert(0, Finder())
+from deltawire_server.__main__ import main
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+@pytest.mark.parametrize(
+    "module", ["uvloop", "grpc", "deltawire_server.worker", "sqlalchemy.dialects.sqlite.aiosqlite"]
+)
+async def test_signals_before_it_serves(module: str) -> None:
+    """SIGHUP does not end a process that is starting, and SIGTERM ends it as one that had served."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", EARLY, module, f"{signal.SIGHUP.value} {signal.SIGTERM.value}"),
+        *("--vllm-url", URL, "--listen", "127.0.0.1:0", "--set", "server.drain_delay=0"),
+        stderr=asyncio.subprocess.PIPE,
+    )
+    async with asyncio.timeout(WAIT):
+        _, lines = await process.communicate()
+    assert process.returncode == 0, lines.decode()
+    assert "stopped" in json.loads(lines.splitlines()[-1])["event"]

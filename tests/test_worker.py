@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from deltawire_server.completions.retention import RetainedStream
-from deltawire_server.errors import CallerError, GatewayError, ProviderError, Reason
+from deltawire_server.errors import CallerError, Code, GatewayError, ProviderError, Reason
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
 from deltawire_server.sansio.events import ChoiceFinished, Completed, Provenance, Started, StreamEvent, TextDelta
 from deltawire_server.stream_options import StreamOptions
@@ -59,7 +60,7 @@ async def test_a_completion(make_worker: MakeWorker, vllm: FakeVllm) -> None:
             events = [event async for batch in completion.batches() for event in batch]
             assert completion.failure is None
             assert completion.usage.provenance is Provenance.EXACT
-            assert completion.oddities == {}
+            assert completion.anomalies == {}
             assert completion.head.sampling == Sampling(seed=1)
             assert completion.timings.first_event is not None
             assert 0 < completion.timings.first_event <= completion.timings.total
@@ -100,14 +101,14 @@ async def test_reading_stops_at_the_limit_and_with_it_the_provider(make_worker: 
     """What waits for a caller that takes nothing is bounded; when it comes back, all goes on and nothing is lost."""
     vllm.play(Script.generated(tokens=60_000, chunks_per_write=100))
     async with (
-        make_worker(queue_bytes=4096, slow_caller_timeout=LONG) as worker,
+        make_worker(queue_bytes=4096) as worker,
         worker.completion(ask(), CALLER) as completion,
     ):
         batches = completion.batches()
         events = await anext(batches)
         await until(lambda: not writable(vllm))
-        assert completion._handover.full
-        assert completion._handover._waiting.size < 200_000
+        assert completion._queue.full
+        assert completion._queue._waiting.size < 200_000
         async for batch in batches:
             events += batch
     last = events[-1]
@@ -116,48 +117,11 @@ async def test_reading_stops_at_the_limit_and_with_it_the_provider(make_worker: 
     assert "".join(event.text for event in events if isinstance(event, TextDelta)) == last.choices[0].text
 
 
-async def test_a_caller_that_takes_nothing_loses_its_upstream(make_worker: MakeWorker, vllm: FakeVllm) -> None:
-    """SLOW_CALLER comes out of whatever it was doing, and the provider stops."""
-    vllm.play(NEVER_ENDING)
-    async with make_worker(queue_bytes=1024, slow_caller_timeout=0.05) as worker:
-        with pytest.raises(GatewayError) as caught:
-            await take_one_and_get_stuck(worker)
-        assert worker.active == 0
-        await vllm.chats[0].closed_early.wait()
-        task = asyncio.current_task()
-        assert task is not None
-        assert task.cancelling() == 0
-    assert caught.value.reason is Reason.SLOW_CALLER
-    assert caught.value.metadata == {"limit_seconds": "0.05"}
-
-
-async def test_a_caller_that_does_not_take_the_end_loses_it(make_worker: MakeWorker, vllm: FakeVllm) -> None:
-    """Also when all is said and there is little of it: a caller that is stuck must not hold its place for ever."""
-    async with make_worker(slow_caller_timeout=0.05) as worker:
-        with pytest.raises(GatewayError) as caught:
-            await take_one_and_get_stuck(worker)
-        assert worker.active == 0
-    assert caught.value.reason is Reason.SLOW_CALLER
-    assert vllm.running == 0
-
-
-async def test_a_caller_that_is_stuck_when_its_time_is_up(make_worker: MakeWorker, vllm: FakeVllm) -> None:
-    """The limit on a call's duration stops the provider at once, and the caller that does not read after it as well."""
-    vllm.play(Script.chunks([CHUNKS.role(), asyncio.Event()]))
-    async with make_worker(slow_caller_timeout=0.05, max_duration=0.2) as worker:
-        with pytest.raises(GatewayError) as caught:
-            await take_one_and_get_stuck(worker)
-        await vllm.chats[0].closed_early.wait()
-    assert caught.value.reason is Reason.SLOW_CALLER
-
-
 async def test_while_we_do_not_read_the_provider_is_not_silent(make_worker: MakeWorker, vllm: FakeVllm) -> None:
     """Its clock stands while a full queue waits for the caller."""
     vllm.play(Script.generated(tokens=20_000, chunks_per_write=100))
     async with (
-        make_worker(
-            queue_bytes=1024, slow_caller_timeout=LONG, patience=Patience(first_event=LONG, silence=0.5)
-        ) as worker,
+        make_worker(queue_bytes=1024, patience=Patience(first_event=LONG, silence=0.5)) as worker,
         worker.completion(ask(), CALLER) as completion,
     ):
         batches = completion.batches()
@@ -173,7 +137,7 @@ async def test_a_time_limit_while_the_queue_is_full(make_worker: MakeWorker, vll
     """Ends the answer as it does any other, and what waited is still told."""
     vllm.play(NEVER_ENDING)
     async with (
-        make_worker(queue_bytes=1024, slow_caller_timeout=LONG, max_duration=0.3) as worker,
+        make_worker(queue_bytes=1024, max_duration=0.3) as worker,
         worker.completion(ask(), CALLER) as completion,
     ):
         batches = completion.batches()
@@ -194,11 +158,11 @@ async def test_comments_do_not_keep_a_silent_provider(make_worker: MakeWorker, v
         Script.chunks([CHUNKS.role(), never], keep_alive=0.01),
     )
     async with make_worker(patience=Patience(first_event=0.1, silence=0.1)) as worker:
-        for begun in (False, True):
+        for _ in range(2):
             with pytest.raises(ProviderError) as caught:
                 await events_of(worker)
             assert caught.value.reason is Reason.UPSTREAM_TIMEOUT
-            assert caught.value.retry_after == (None if begun else 1.0)
+            assert caught.value.retry_after is None
             await vllm.chats[-1].closed_early.wait()
 
 
@@ -274,7 +238,7 @@ async def test_admission(make_worker: MakeWorker) -> None:
 
 
 async def test_a_defect_ends_the_call(make_worker: MakeWorker) -> None:
-    """What nobody thought of is INTERNAL, with its cause kept for the log; a call does not hang in it."""
+    """It is INTERNAL, with its cause kept for the log, and what came before it is reported; a call does not hang in it."""
 
     class Defective(FakeProvider):
         async def _body(self) -> AsyncIterator[bytes]:
@@ -288,7 +252,7 @@ async def test_a_defect_ends_the_call(make_worker: MakeWorker) -> None:
                 await rest_of(completion.batches(), events)
     assert caught.value.reason is Reason.INTERNAL
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
-    assert [type(event) for event in events] == [Started, TextDelta]
+    assert [type(event) for event in events] == [Started, TextDelta, ChoiceFinished, Completed]
 
 
 async def test_the_operators_limit_is_for_requests_without_one(make_worker: MakeWorker, vllm: FakeVllm) -> None:
@@ -300,13 +264,13 @@ async def test_the_operators_limit_is_for_requests_without_one(make_worker: Make
                 assert completion.head.sampling == Sampling(max_tokens=sent, seed=1)
 
 
-async def test_oddities_are_counted(make_worker: MakeWorker, vllm: FakeVllm) -> None:
+async def test_anomalies_are_counted(make_worker: MakeWorker, vllm: FakeVllm) -> None:
     """What was got over is there for the log."""
     vllm.play(Script.chunks([CHUNKS.role(), CHUNKS.finish("because")]))
     async with make_worker() as worker, worker.completion(ask(), CALLER) as completion:
         async for _ in completion.batches():
             pass
-        assert completion.oddities == {"finish reason 'because'": 1}
+        assert completion.anomalies == {"finish reason 'because'": 1}
 
 
 async def test_a_provider_that_is_replaced_before_it_is_asked(make_worker: MakeWorker) -> None:
@@ -322,58 +286,95 @@ async def test_a_provider_that_is_replaced_before_it_is_asked(make_worker: MakeW
         await until(lambda: provider._client.is_closed)  # type: ignore[attr-defined]
 
 
-async def test_another_attempt_at_a_retained_completion(make_worker: MakeWorker, vllm: FakeVllm) -> None:
-    """It finds what an earlier one began, under way or ended; but not what another request, caller or id began."""
+async def test_another_attempt_finds_the_same_stream(make_worker: MakeWorker, vllm: FakeVllm) -> None:
+    """An equal request with the same id, under way or retained; not another request's, caller's or id's."""
     options = StreamOptions(retention=LONG)
     async with make_worker() as worker:
 
-        async def begin(fingerprint: bytes, *, caller: Caller = CALLER, retried: bool = True) -> RetainedStream:
-            request = ask(completion_id="c")
-            return await worker.retained(request, caller, options, fingerprint=fingerprint, retried=retried)
+        def begin(fingerprint: bytes, caller: Caller = CALLER) -> RetainedStream:
+            return worker.open(ask(completion_id="c"), caller, options, fingerprint=fingerprint)
 
-        first = await begin(b"a")
-        assert await begin(b"a") is first
-        for fingerprint, retried in ((b"b", True), (b"a", False)):
-            with pytest.raises(CallerError) as caught:
-                await begin(fingerprint, retried=retried)
-            assert caught.value.reason is Reason.COMPLETION_ALREADY_EXISTS
-        assert await begin(b"a", caller=replace(CALLER, name="other")) is not first
-        await until(lambda: first.closed)
-        assert await begin(b"a") is first
+        first = begin(b"a")
+        assert begin(b"a") is first
+        with pytest.raises(CallerError) as caught:
+            begin(b"b")
+        assert caught.value.reason is Reason.COMPLETION_ALREADY_EXISTS
+        other = begin(b"a", replace(CALLER, name="other"))
+        assert other is not first
+        await until(lambda: first.closed and other.closed)
+        assert begin(b"a") is first
         first.drop()
-        assert await begin(b"a") is not first
-        assert len(vllm.chats) == 2
-        await worker.close()
-    assert worker._begun.keys() <= {("", "c"), ("other", "c")}
+        second = begin(b"a")
+        assert second is not first
+        await until(lambda: second.closed)
+        assert len(vllm.chats) == 3
 
 
-async def test_attempts_wait_for_the_same_beginning(make_worker: MakeWorker) -> None:
-    """Each hears of its failure; one that has gone meanwhile takes nothing from the others, and a later one begins anew."""
+async def test_readers_wait_for_the_same_beginning(make_worker: MakeWorker) -> None:
+    """Each gets its failure; one that has left takes nothing from the others, and a later attempt begins anew."""
     provider = FakeProvider(served=["other"])
     provider.gate = asyncio.Event()
-    options = StreamOptions(retention=LONG)
     async with make_worker(provider=provider) as worker:
-        attempts = [
-            asyncio.create_task(
-                worker.retained(ask(completion_id="c"), CALLER, options, fingerprint=b"a", retried=True)
-            )
-            for _ in range(3)
-        ]
+
+        async def attempt() -> None:
+            stream = worker.open(ask(completion_id="c"), CALLER, StreamOptions(retention=LONG), fingerprint=b"a")
+            with stream.read(CALLER.left) as reader:
+                async for _ in reader.follow():
+                    pass
+
+        attempts = [asyncio.create_task(attempt()) for _ in range(3)]
         await provider.asked.wait()
         attempts[0].cancel()
         provider.gate.set()
         results = await asyncio.gather(*attempts, return_exceptions=True)
         assert isinstance(results[0], asyncio.CancelledError)
         assert [type(result) for result in results[1:]] == [CallerError, CallerError]
-        assert worker._begun == {}
+        assert worker.active == 0
+        assert worker.record(CALLER, "c").outcome is not None
 
 
-async def test_a_defect_of_a_retained_completion(make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stream_that_is_not_retained_stops_with_its_reader(make_worker: MakeWorker, vllm: FakeVllm) -> None:
+    """At any time, also before its task has begun; the record says how the reader left, and its id can be used again."""
+    vllm.play(NEVER_ENDING)
+    async with make_worker() as worker:
+        for events in (0, 1):
+            stream = worker.open(ask(completion_id="c"), CALLER, fingerprint=b"a")
+            reading = asyncio.create_task(take(stream, events))
+            await asyncio.wait([reading], timeout=None if events else 0)
+            reading.cancel()
+            await asyncio.wait([reading])
+            await until(lambda: worker.active == 0)
+            outcome = worker.record(CALLER, "c").outcome
+            assert outcome is not None
+            assert (outcome.code, outcome.reason) == (Code.CANCELLED, None)
+        await until(lambda: vllm.running == 0)
+
+
+async def take(stream: RetainedStream, batches: int) -> None:
+    """Read so many batches, and then be cancelled."""
+    with stream.read(CALLER.left) as reader:
+        async with aclosing(reader.follow()) as numbered:
+            for _ in range(batches):
+                await anext(numbered)
+            raise asyncio.CancelledError
+
+
+async def test_a_defect_of_a_completion_with_a_stream(make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its readers get INTERNAL, and wait for nothing."""
     monkeypatch.setattr(RetainedStream, "put", lambda *_: 1 / 0)
     async with make_worker() as worker:
-        stream = await worker.retained(ask(completion_id="c"), CALLER, StreamOptions(retention=LONG))
+        stream = worker.open(ask(completion_id="c"), CALLER, StreamOptions(retention=LONG), fingerprint=b"a")
         with pytest.raises(GatewayError) as caught:
-            await anext(stream.follow())
+            await take(stream, 1)
         assert caught.value.reason is Reason.INTERNAL
         assert worker.active == 0
+
+
+async def test_a_completion_that_is_left_without_an_end_is_a_defect(make_worker: MakeWorker) -> None:
+    """Nothing recorded is never success: the record says INTERNAL."""
+    async with make_worker() as worker:
+        async with worker.completion(ask(completion_id="c"), CALLER):
+            pass
+        outcome = worker.record(CALLER, "c").outcome
+    assert outcome is not None
+    assert outcome.reason is Reason.INTERNAL

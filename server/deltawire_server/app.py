@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 import ssl
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from deltawire._version import __version__
 from deltawire.v1 import chat_completion_pb2, chat_completion_pb2_grpc, model_registry_pb2, model_registry_pb2_grpc
+from deltawire_server import signals
 from deltawire_server.access import Access
 from deltawire_server.completion import CompletionLimits
 from deltawire_server.completions.retention import RetentionLimits
@@ -24,6 +24,7 @@ from deltawire_server.sansio.completion import Limits
 from deltawire_server.settings import SettingsError, is_local
 from deltawire_server.telemetry import configure_logging, get_logger
 from deltawire_server.upstream.base import Patience
+from deltawire_server.upstream.engine import EngineKind
 from deltawire_server.upstream.images.load import Images
 from deltawire_server.upstream.images.policy import Policy
 from deltawire_server.upstream.providers import Providers
@@ -48,6 +49,8 @@ SERVICES = (
 )
 
 _USER_AGENT = f"deltawire/{__version__}"
+
+_ENGINES = {"auto": None, "vllm": EngineKind.VLLM, "proxy": EngineKind.PROXY}
 
 _log = get_logger(__name__)
 
@@ -216,10 +219,12 @@ async def serve(settings: Settings, reload: Callable[[], Settings]) -> None:
     insisted = asyncio.Event()
     hung_up = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in signals.STOP:
         loop.add_signal_handler(number, lambda: (insisted if asked.is_set() else asked).set())
-    # From the start, or one that comes too early ends the process.
-    loop.add_signal_handler(signal.SIGHUP, hung_up.set)
+    loop.add_signal_handler(signals.RELOAD, hung_up.set)
+    if set(signals.STOP) & set(signals.taken()):  # the settings are new, so an early SIGHUP asks for nothing
+        _log.info("stopped before serving")
+        return
     async with Gateway(settings) as gateway:
         reloading = asyncio.create_task(_reload_on(hung_up, gateway, reload))
         await asked.wait()
@@ -273,6 +278,7 @@ def _provider(provider_id: str, settings: ProviderSettings, connections: int) ->
         patience=Patience(settings.first_event_timeout, settings.silence_timeout),
         refresh_interval=settings.refresh_interval,
         user_agent=_USER_AGENT,
+        engine=_ENGINES[settings.engine],
     )
 
 
@@ -306,7 +312,7 @@ def _worker_limits(settings: Settings) -> WorkerLimits:
         completion=CompletionLimits(
             max_duration=settings.server.max_duration,
             queue_bytes=stream.queue_bytes,
-            slow_caller_timeout=stream.slow_caller_timeout,
+            tail=stream.tail_timeout,
             answer=Limits(
                 max_event_bytes=stream.max_event_bytes,
                 max_calls=stream.max_tool_calls,

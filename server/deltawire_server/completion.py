@@ -1,26 +1,27 @@
-"""One completion, from the request to the last event: the one place that tells the whole story.
+"""One completion, from the request to the last event.
 
     Completion.batches:   reader task  provider ──bytes──▶ CompletionReader ──events──▶ Handover ─┐
-                          the caller   writes a batch, comes back for the next  ◀──── joined ─────┘
+                          the caller   writes a batch, comes back for the next  ◀──── merged ─────┘
 
-One task reads and runs the machine while the caller writes what it got, so a slow write costs no reading, and what comes
-meanwhile is joined. The handover is bounded: at its limit reading stops, and with it, through the socket, whoever sends;
-vLLM itself generates on, so a caller that takes nothing for too long loses its upstream.
+One task reads the provider's answer while the caller writes what it got, so a slow write does not block reading, and queued
+deltas are merged. The queue is bounded: at its limit reading stops, and with it, through the socket, the sender.
 
-Four things end it: the answer's own end, a fault, a soft end that the caller asked for (`stop`, or its time limit), after which
-all is told as after the answer's own, and the caller's going away, after which nothing can be told. Whichever it is, `close`
-closes the upstream connection; that is what makes vLLM stop.
+`completions.state` has the states and everything that can happen. An end is decided in one place, `_end`, at the moment at which
+its cause is seen (an event, a clock, a call to `stop` or `end`, an exception) and without waiting for anything, so no two causes
+can race. What comes later, such as the cancellation that stops the reading, changes nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from deltawire_server.completions.records import Head, Timings
-from deltawire_server.errors import Code, DeltawireError, GatewayError, ProviderError, Reason
+from deltawire_server.completions.state import Cause, State, advance
+from deltawire_server.errors import Code, DeltawireError, GatewayError, ProviderError, Reason, internal_error
 from deltawire_server.handover import Handover
 from deltawire_server.sansio.completion import CompletionReader, Limits
 from deltawire_server.sansio.events import (
@@ -35,10 +36,13 @@ from deltawire_server.sansio.events import (
     Usage,
     UsageUpdate,
 )
-from deltawire_server.upstream.refusals import RETRY_SECONDS, Refusal, error_of
+from deltawire_server.schemas.strict import argument_checks
+from deltawire_server.telemetry import get_logger
+from deltawire_server.upstream.base import BrokenBodyError
+from deltawire_server.upstream.failures import RETRY_SECONDS, UpstreamError, failure_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
     from deltawire_server.registry.registry import Resolution
     from deltawire_server.stream_options import StreamOptions
@@ -46,11 +50,15 @@ if TYPE_CHECKING:
     from deltawire_server.upstream.images.load import Images
     from deltawire_server.upstream.request import ChatRequest
 
-_OURS = frozenset({Reason.DURATION_LIMIT_EXCEEDED, Reason.DRAINING})
+_OURS = frozenset({Reason.DURATION_LIMIT_EXCEEDED, Reason.DRAINING, Reason.SLOW_CALLER})
 """The faults that are this process's and not the provider's."""
 
-TAIL_SECONDS = 0.25
-"""How long the end of a body may take after the last event. Read to its end, the connection can be used again."""
+DRAIN_SECONDS = 0.25
+"""How long the end of a body may take after the answer's. Read to its end, the connection can be used again."""
+
+_ENDED: State = State.ENDED  # not a literal, so that a type checker sees that methods change `state`
+
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +68,13 @@ class CompletionLimits:
     Attributes:
         max_duration: Seconds that it may run.
         queue_bytes: What may wait for its caller before reading stops.
-        slow_caller_timeout: Seconds that the caller may take nothing while that much waits.
+        tail: Seconds that the usage and the end of an answer may take after the last finish reason; then it is whole without.
         answer: What the answer may hold.
     """
 
     max_duration: float = 3600.0
     queue_bytes: int = 256 * 1024
-    slow_caller_timeout: float = 30.0
+    tail: float = 2.0
     answer: Limits = field(default_factory=Limits)
 
 
@@ -78,7 +86,7 @@ class Completion:
         request: What to ask.
         call: The caller's metadata.
         resolution: Which model and provider, and the alias that was used.
-        options: How the answer is told.
+        options: How the answer is sent.
         images: Puts images in the place of their addresses.
         limits: What it may take.
         accepted: When the call was accepted, on the monotonic clock.
@@ -87,9 +95,9 @@ class Completion:
     Attributes:
         head: What is settled of it.
         resolution: Which model and provider, and the alias that was used.
-        failure: Why it did not end by itself; set before the batch with `Completed` is given, or instead of it.
+        state: Where it is.
+        failure: Why it did not end by itself; set when it ends.
         attempts: How many replicas of the provider were asked.
-        gave_up_on_caller: Whether the caller was cancelled because it took nothing for too long.
     """
 
     def __init__(
@@ -115,9 +123,9 @@ class Completion:
             time.time(),
             self._request.sampling,
         )
+        self.state = State.QUEUED
         self.failure: DeltawireError | None = None
         self.attempts = 0
-        self.gave_up_on_caller = False
         self._call = call
         self._options = options
         self._images = images
@@ -127,26 +135,23 @@ class Completion:
         self._asked: float | None = None
         self._ended: float | None = None
         self._gaps = _Gaps()
-        self._silence = 0.0  # how long the provider may be silent now
-        self._limit_passed: float | None = None
-        self._clock: asyncio.Timeout | None = None  # while the provider's answer is read
-        self._end_by = float("inf")  # on the loop's clock
-        self._end_as: Fault | StopReason | None = None  # what happens then; None is the gateway's own limit
         self._notices: Sequence[Notice] = ()
-        self._told_usage: Usage | None = None
-        self._handover = Handover(limits.queue_bytes, options.max_coalesce_delay)
+        self._provider_failed: Callable[[Reason], None] = lambda _: None
+        self._sent_usage: Usage | None = None
+        self._queue = Handover(limits.queue_bytes, options.max_coalesce_delay)
         self._reader = CompletionReader(
             choice_count=self._request.choice_count,
-            offered_tools=[tool.name for tool in self._request.offered_tools],
+            offered_tools={tool.name: tool.input_schema for tool in self._request.offered_tools},
             stop=self._request.sampling.stop,
             stop_token_ids=self._request.sampling.stop_token_ids,
             incremental=self._request.incremental_tool_calls,
-            argument_checks=self._request.argument_checks,
+            argument_checks=argument_checks(self._request, resolution.provider.engine),
             keep_logprobs=keep_logprobs,
             limits=limits.answer,
         )
         self._task: asyncio.Task[None] | None = None
-        self._consumer: asyncio.Task[object] | None = None
+        self._reading: asyncio.Timeout | None = None  # while the provider's answer is read; never expires by itself
+        self._clock = _Clock(self._time_out)
 
     @property
     def begun(self) -> bool:
@@ -159,9 +164,9 @@ class Completion:
         return self._reader.usage
 
     @property
-    def oddities(self) -> Mapping[str, int]:
-        """What the engine sent that no vLLM should, and that was got over, with counts."""
-        return self._reader.oddities
+    def anomalies(self) -> Mapping[str, int]:
+        """What the engine sent that no vLLM should, and that did no harm, with counts."""
+        return self._reader.anomalies
 
     @property
     def timings(self) -> Timings:
@@ -175,227 +180,331 @@ class Completion:
         )
 
     async def batches(self) -> AsyncGenerator[list[StreamEvent]]:
-        """The answer's events in order, each time all that wait, joined.
+        """The answer's events in order, each time all that are queued, merged.
 
-        Write a batch, then come back: what comes meanwhile waits. The last batch ends with `Completed`.
+        Write a batch, then come back: what comes meanwhile is queued. The last batch ends with `Completed`, and then the call has
+        succeeded if this ends without raising.
 
         Raises:
             DeltawireError: The answer did not begin: nothing was given but heartbeats. Or it ended with a fault: raised after
                 the batch with `Completed`, the same as `failure`.
         """
-        self._consumer = asyncio.current_task()
-        self._task = asyncio.create_task(self._read(), name=self.head.completion_id)
-        while batch := await self._batch():
+        self._task = asyncio.create_task(self._run(), name=self.head.completion_id)
+        whole = False
+        while not whole and (batch := await self._batch()):
             yield batch
+            whole = isinstance(batch[-1], Completed)
         await self._task
         if self.failure is not None:
             raise self.failure
+        if not whole:
+            raise internal_error("a completion ended without an answer or a failure")
 
     def stop(self, reason: StopReason) -> None:
-        """End it now, as it is: `batches` gives what is left, as after the answer's own end."""
-        self._end_now(reason)
+        """End it now: what came is the answer, and `batches` gives what is left of it. After its end, nothing changes."""
+        if self.state is not State.ENDED:
+            self._take(self._reader.stop(reason), soft=True)
 
-    def end(self, fault: Fault) -> None:
-        """End it now, with a fault of our own: `batches` gives what is left, as after any other."""
-        self._end_now(fault)
+    def end(self, fault: Fault, limit_seconds: float | None = None) -> None:
+        """End it now, with a fault that no event brought: `batches` gives what is left. After its end, nothing changes.
+
+        Args:
+            fault: What happened.
+            limit_seconds: The limit that was passed, if that is what happened.
+        """
+        if self.state is not State.ENDED:
+            self._take(self._reader.finish(fault), limit_seconds=limit_seconds)
 
     async def close(self) -> None:
         """Stop reading and close the upstream connection, if that has not happened yet; then it is done."""
+        if self.state is not State.ENDED:
+            self._end(Cause.CALLER)
         if self._task is not None and not self._task.done():
             self._task.cancel()
-            # Only waits for the connection to be closed: what the task raises now interests nobody.
+            # Only waits for the connection to be closed: the end is decided.
             await asyncio.wait([self._task])
-        self._ended = self._ended or time.monotonic()
 
     async def _batch(self) -> list[StreamEvent]:
-        """What is told next; empty after the end."""
+        """What is sent next; empty if nothing comes any more."""
         interval = self._options.heartbeat_interval
         if interval is None or not (self.begun or self._options.early_heartbeats):
-            events = await self._handover.take()
+            events = await self._queue.take()
         else:
             try:
                 async with asyncio.timeout(interval):
-                    events = await self._handover.take()
+                    events = await self._queue.take()
             except TimeoutError:
                 return [Heartbeat()]
         if self._options.usage_updates and events and not isinstance(events[-1], Completed):
             usage = self.usage
-            if usage != self._told_usage:
-                self._told_usage = usage
+            if usage != self._sent_usage:
+                self._sent_usage = usage
                 events.append(UsageUpdate(usage))
         return events
 
-    def _end_now(self, how: Fault | StopReason) -> None:
-        loop = asyncio.get_running_loop()
-        if self._end_by > loop.time():  # else it is ending already
-            self._end_as = how
-            self._end_by = loop.time()
-            if self._clock is not None and not self._clock.expired():
-                self._clock.reschedule(self._end_by)
-
-    async def _read(self) -> None:
-        """The reader task: to the end of the body, whatever that is, and then the handover is closed."""
+    async def _run(self) -> None:
+        """The reader task: to the end of the body, or until the completion has ended otherwise."""
         try:
-            try:
-                await self._receive_all()
-            finally:
-                self._handover.close()
-            await self._wait_until_taken()
-        except DeltawireError as error:
-            self.failure = error
-        except Exception as error:  # noqa: BLE001 (a defect must end the call, not hang it)
-            self.failure = GatewayError(Reason.INTERNAL, "the gateway failed; report this with the request id")
-            self.failure.__cause__ = error
+            if self.state is State.QUEUED:
+                self._start_clock()
+            if self.state is State.QUEUED:
+                await self._read()
+            if self.state is not State.ENDED:
+                raise internal_error("reading an answer ended without an end of the completion")
+        except BrokenBodyError as error:
+            self.end(error.fault)
+        except DeltawireError as failure:
+            self._fail(failure)
+        except Exception as defect:  # noqa: BLE001 (a defect must end the call, not hang it)
+            reported = internal_error(cause=defect)
+            self._fail(reported)
+            if self.failure is not reported:
+                # Else the call's own log line has it.
+                _log.exception("a defect after a completion's end", completion_id=self.head.completion_id)
 
     def _start_clock(self) -> None:
-        """Settle when it has to end at the latest, and as what, unless it was ended before it began."""
-        now = asyncio.get_running_loop().time()
-        spent = time.monotonic() - self._accepted
-        self._end_by = min(self._end_by, now + self._limits.max_duration)
-        soft = self._request.soft_time_limit
-        if soft is not None and now + soft - spent < self._end_by:
-            self._end_by = now + soft - spent
-            self._end_as = StopReason.TIME_LIMIT
-
-    async def _receive_all(self) -> None:
-        """Ask, and read to the end, within the times that are given."""
+        """Settle when it has to end at the latest, counted from when the call was accepted; that may be now."""
         loop = asyncio.get_running_loop()
-        self._start_clock()
-        if self._end_by <= loop.time():  # ended before it began: nobody need be asked
-            self._pass_on(self._give_up(overdue=True))
-            return
-        clock = self._clock = asyncio.timeout_at(self._end_by)
+        accepted = loop.time() - (time.monotonic() - self._accepted)
+        self._clock.end_by = accepted + min(
+            self._limits.max_duration,
+            float("inf") if self._request.soft_time_limit is None else self._request.soft_time_limit,
+        )
+        self._clock.check()
+
+    async def _read(self) -> None:
+        """Ask, and read to the end; leaves early once the completion has ended."""
         try:
-            async with clock:
-                await self._ask(clock)
+            async with asyncio.timeout(None) as self._reading:
+                await self._ask()
         except TimeoutError:
-            if not self._reader.ended:
-                self._pass_on(self._give_up(overdue=clock.when() == self._end_by))
+            if self.state is not State.ENDED:
+                raise  # not from leaving early
         finally:
-            self._clock = None
+            self._reading = None
 
-    async def _ask(self, clock: asyncio.Timeout) -> None:
-        loop = asyncio.get_running_loop()
-        patience = self.resolution.provider.patience
+    async def _ask(self) -> None:
+        timeouts = self.resolution.provider.patience
         model = self.resolution.model.provider_model_id
-        self._silence = patience.first_event
-        clock.reschedule(min(self._end_by, loop.time() + self._silence))
+        self.state = advance(self.state, Cause.ASKED)
+        self._clock.allow(timeouts.first_event)
         request = await self._images.load(self._request)
+        # From here to the first event the provider keeps the time: it knows which of its replicas is silent.
+        self._clock.pause()
         self._asked = time.monotonic()
         async with self.resolution.provider.stream_chat(request, model, self._call) as answering:
+            self._clock.allow(timeouts.first_event)
+            self._provider_failed = answering.failed
             self._notices = answering.notices
             self.attempts = answering.replicas_tried
             async for data in answering.body:
-                if self._reader.ended:
+                if self.state is _ENDED:
+                    # Read to its end, the connection can be used again; what comes is counted as an anomaly.
+                    self._reader.receive(data)
                     continue
-                count = self._reader.event_count
-                events = self._reader.receive(data)
-                if self._reader.event_count > count:
-                    self._gaps.receive(self._reader.event_count - count, time.monotonic())
-                self._pass_on(events)
-                if self._reader.ended:
-                    if self.failure is not None:
-                        return
-                    self._handover.close()
-                    clock.reschedule(loop.time() + TAIL_SECONDS)
-                    continue
-                if self._reader.event_count == count and not self._handover.full:
-                    continue  # only comments: the clock goes on
-                self._silence = patience.silence
-                if self._handover.full:
-                    clock.reschedule(self._end_by)  # while we do not read, the provider is not silent
-                    await self._wait_for_room()
-                clock.reschedule(min(self._end_by, loop.time() + self._silence))
-            self._pass_on(self._reader.finish())
+                self._receive(data, timeouts.silence)
+                if self.failure is not None:
+                    return
+                if self._queue.full and self.state is not _ENDED:
+                    self._clock.pause()  # while we do not read, the provider is not silent
+                    await self._queue.room()
+                    self._clock.allow(timeouts.silence)
+            if self.state is not _ENDED:
+                self._take(self._reader.finish())
 
-    def _give_up(self, *, overdue: bool) -> list[Event]:
-        """What is left to tell when the clock has run out: the provider's for its silence, or the completion's own."""
-        if not overdue:
-            self._limit_passed = self._silence
-            message = f"the provider sent no event for {self._silence:g} seconds"
-            return self._reader.finish(Fault(Reason.UPSTREAM_TIMEOUT, message))
-        if isinstance(self._end_as, StopReason):
-            return self._reader.stop(self._end_as)
-        if self._end_as is not None:
-            return self._reader.finish(self._end_as)
-        limit = self._limit_passed = self._limits.max_duration
-        message = f"the call ran for {limit:g} seconds, as long as this gateway allows"
-        return self._reader.finish(Fault(Reason.DURATION_LIMIT_EXCEEDED, message))
+    def _receive(self, data: bytes, silence: float) -> None:
+        """Take bytes of the answer."""
+        count = self._reader.event_count
+        events = self._reader.receive(data)
+        if self._reader.event_count == count and not events:
+            return  # only comments: the clock goes on
+        if self._reader.event_count > count:
+            self._gaps.receive(self._reader.event_count - count, time.monotonic())
+        if events:
+            self._take(events)
+        if self.state is not State.ENDED:
+            if self._reader.in_tail and self.state is State.STREAMING:
+                self.state = advance(self.state, Cause.FINISHED)
+            self._clock.allow(self._limits.tail if self.state is State.TAIL else silence)
 
-    def _pass_on(self, events: list[Event]) -> None:
-        """Hand events over; a fault among them becomes this completion's failure."""
-        if not events:
-            return
+    def _time_out(self) -> None:
+        """A limit has passed: the provider's for its silence, or the completion's own."""
+        if not self._clock.is_over:
+            self._silent()
+        elif (soft := self._request.soft_time_limit) is not None and soft <= self._limits.max_duration:
+            self.stop(StopReason.TIME_LIMIT)
+        else:
+            limit = self._limits.max_duration
+            message = f"the call ran for {limit:g} seconds, as long as this gateway allows"
+            self.end(Fault(Reason.DURATION_LIMIT_EXCEEDED, message), limit)
+
+    def _silent(self) -> None:
+        if self.state is State.TAIL:
+            self._take(self._reader.finish())
+        else:
+            limit = self._clock.allowed
+            self.end(Fault(Reason.UPSTREAM_TIMEOUT, f"the provider sent no event for {limit:g} seconds"), limit)
+
+    def _take(
+        self,
+        events: list[Event],
+        *,
+        soft: bool = False,
+        limit_seconds: float | None = None,
+        failure: DeltawireError | None = None,
+    ) -> None:
+        """Queue events; the last of an answer ends the completion.
+
+        Args:
+            events: At least one.
+            soft: Whether they are the end that the caller asked for.
+            limit_seconds: The limit that was passed, if a fault is that.
+            failure: What the fault is to the caller, if that is known already.
+        """
         last = events[-1]
         if isinstance(last, Refused):
-            raise self._error_before_start(last.fault)
-        if isinstance(last, Completed):
-            self._ended = time.monotonic()
-            if last.fault is not None:
-                self.failure = self._error_after_start(last.fault)
+            self._end(Cause.FAULT, self._failure_of(last.fault, limit_seconds))
+            return
         if not self._begun:
             self._begun = True
+            if self.state is State.ASKING and not soft:
+                self.state = advance(self.state, Cause.BEGUN)
             started, *events = events
-            self._handover.put([started, *self._notices])
-        self._handover.put(events)
+            self._queue.put([started, *self._notices])
+        self._queue.put(events)
+        if not isinstance(last, Completed):
+            return
+        if last.fault is not None:
+            self._end(Cause.FAULT, failure or self._failure_of(last.fault, limit_seconds))
+        else:
+            self._end(Cause.SOFT_END if soft and self.state is not State.TAIL else Cause.ANSWER)
 
-    async def _wait_until_taken(self) -> None:
-        """The answer has ended: a caller that does not read it must not hold its place for ever."""
-        while not self._handover.exhausted:
-            await self._wait_for_room()
+    def _fail(self, error: DeltawireError) -> None:
+        """End it with a failure that is not of the answer: it was refused, or cannot be read on."""
+        if self.state is State.ENDED:
+            return
+        events: list[Event] = []
+        if self._begun:
+            # What came is reported; unless the defect is where that is known.
+            with contextlib.suppress(Exception):
+                events = self._reader.finish(Fault(error.reason, error.message))
+        if events:
+            self._take(events, failure=error)
+        else:
+            self._end(Cause.FAULT, error)
 
-    async def _wait_for_room(self) -> None:
-        try:
-            async with asyncio.timeout(self._limits.slow_caller_timeout):
-                await self._handover.room()
-        except TimeoutError:
-            limit = self._limits.slow_caller_timeout
-            self.failure = GatewayError(
-                Reason.SLOW_CALLER,
-                f"the caller read nothing for {limit:g} seconds while its answer waited",
-                metadata={"limit_seconds": f"{limit:g}"},
-            )
-            if self._consumer is not None:
-                # It is stuck in a write: nothing else gets it out of there.
-                self.gave_up_on_caller = True
-                self._consumer.cancel()
-            raise self.failure from None
+    def _end(self, cause: Cause, failure: DeltawireError | None = None) -> None:
+        """The one place where a completion ends."""
+        self.state = advance(self.state, cause)
+        self.failure = failure
+        self._ended = time.monotonic()
+        self._clock.stop()
+        self._queue.close()
+        if isinstance(failure, ProviderError):
+            self._provider_failed(failure.reason)
+        if self._reading is None or self._reading.expired():
+            return
+        now = asyncio.get_running_loop().time()
+        if asyncio.current_task() is not self._task:
+            self._reading.reschedule(now)
+        elif failure is None:
+            self._reading.reschedule(now + DRAIN_SECONDS)
 
-    def _error_before_start(self, fault: Fault) -> DeltawireError:
+    def _failure_of(self, fault: Fault, limit_seconds: float | None) -> DeltawireError:
+        """What a fault is to the caller. After the first event all that is the provider's is ABORTED: start again from the top."""
         provider_id = self.resolution.provider.id
+        metadata = self._metadata(limit_seconds)
         if fault.reason is Reason.UPSTREAM_ERROR:
-            refusal = Refusal(fault.upstream_code, fault.message, fault.upstream_type, fault.upstream_param)
-            callers_token = self._call.token is not None
-            return error_of(refusal, provider_id, callers_token=callers_token, model=self._request.model)
+            return failure_of(
+                UpstreamError(fault.upstream_code, fault.message, fault.upstream_type, fault.upstream_param),
+                provider_id,
+                callers_token=self._call.token is not None,
+                model=self._request.model,
+                begun=self._begun,
+                metadata=metadata if self._begun else None,
+            )
         if fault.reason in _OURS:
-            return GatewayError(fault.reason, fault.message, metadata=self._metadata(fault))
+            code = Code.ABORTED if fault.reason is Reason.DRAINING and self._begun else None
+            return GatewayError(fault.reason, fault.message, code=code, metadata=metadata)
         return ProviderError(
             fault.reason,
             f"provider {provider_id!r}: {fault.message}",
-            metadata=self._metadata(fault),
-            retry_after=RETRY_SECONDS if fault.reason is Reason.UPSTREAM_UNAVAILABLE else None,
+            code=Code.ABORTED if self._begun else None,
+            metadata=metadata,
+            retry_after=RETRY_SECONDS if fault.reason is Reason.UPSTREAM_UNAVAILABLE and not self._begun else None,
         )
 
-    def _error_after_start(self, fault: Fault) -> DeltawireError:
-        if fault.reason in _OURS:
-            code = Code.ABORTED if fault.reason is Reason.DRAINING else None
-            return GatewayError(fault.reason, fault.message, code=code, metadata=self._metadata(fault))
-        # Whatever is the provider's fault now: start again from the top.
-        message = f"provider {self.resolution.provider.id!r}: {fault.message}"
-        return ProviderError(fault.reason, message, code=Code.ABORTED, metadata=self._metadata(fault))
-
-    def _metadata(self, fault: Fault) -> dict[str, str]:
+    def _metadata(self, limit_seconds: float | None) -> dict[str, str]:
         metadata = {"provider": self.resolution.provider.id, "completion_id": self.head.completion_id}
-        if self._limit_passed is not None:
-            metadata["limit_seconds"] = f"{self._limit_passed:g}"
-        if fault.upstream_code:
-            metadata["upstream_code"] = str(fault.upstream_code)
+        if limit_seconds is not None:
+            metadata["limit_seconds"] = f"{limit_seconds:g}"
         usage = self.usage
         metadata["completion_tokens"] = str(usage.completion_tokens)
         if usage.prompt_tokens is not None:
             metadata["prompt_tokens"] = str(usage.prompt_tokens)
         metadata["usage_provenance"] = usage.provenance.name
         return metadata
+
+
+class _Clock:
+    """The two limits of one completion, its own and that of the provider's silence, on one timer of the loop.
+
+    Moving the silence's limit costs no timer: one that fires too early is set anew.
+
+    Args:
+        time_out: Called once, when a limit has passed.
+
+    Attributes:
+        end_by: When the completion has to end, on the loop's clock.
+        allowed: Seconds of silence that are allowed now.
+    """
+
+    def __init__(self, time_out: Callable[[], None]) -> None:
+        self.end_by = float("inf")
+        self.allowed = float("inf")
+        self._quiet_until = float("inf")
+        self._time_out = time_out
+        self._timer: asyncio.TimerHandle | None = None
+        self._stopped = False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the completion's own limit has passed."""
+        return asyncio.get_running_loop().time() >= self.end_by
+
+    def allow(self, seconds: float) -> None:
+        """Allow so much silence from now on."""
+        if self._stopped:
+            return
+        self.allowed = seconds
+        self._quiet_until = asyncio.get_running_loop().time() + seconds
+        if self._timer is None or self._timer.when() > self._quiet_until:
+            self._set()
+
+    def pause(self) -> None:
+        """Allow any silence until the next `allow`."""
+        self._quiet_until = float("inf")
+
+    def check(self) -> None:
+        """Time out if a limit has passed, else wait for that."""
+        self._timer = None
+        if asyncio.get_running_loop().time() >= min(self.end_by, self._quiet_until):
+            self._time_out()
+        elif not self._stopped:
+            self._set()
+
+    def stop(self) -> None:
+        """No limit counts any more."""
+        self._stopped = True
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _set(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        due = min(self.end_by, self._quiet_until)
+        if due < float("inf"):
+            self._timer = asyncio.get_running_loop().call_at(due, self.check)
 
 
 class _Gaps:

@@ -196,6 +196,18 @@ class GatewayError(DeltawireError):
     """This process does not do it: not for this caller, or not now, being full, draining, or defective."""
 
 
+def internal_error(what: str = "", *, cause: BaseException | None = None) -> GatewayError:
+    """The failure of a call that met a defect of this program. The caller sees no details; the log has them.
+
+    Args:
+        what: The defect in words, for the log, if there is no exception.
+        cause: The exception, if there is one.
+    """
+    error = GatewayError(Reason.INTERNAL, "the gateway failed; report this with the request id")
+    error.__cause__ = RuntimeError(what) if cause is None else cause
+    return error
+
+
 def invalid_request(violations: Sequence[Violation]) -> CallerError:
     """The failure of a request that breaks rules: one message that lists them all.
 

@@ -33,8 +33,6 @@ class Handover:
         self._due = 0.0  # on the loop's clock, when what waits must not be held back any longer
         self._waiting = Coalescer()
         self._closed = False
-        self.exhausted = False
-        """Whether the caller has been told that nothing more comes."""
         self._something = asyncio.Event()
         self._pressing = asyncio.Event()
         self._room = asyncio.Event()
@@ -74,7 +72,6 @@ class Handover:
         if not self._closed:
             self._pressing.clear()
         events = self._waiting.take()
-        self.exhausted = not events
         self._room.set()
         return events
 

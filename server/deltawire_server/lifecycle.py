@@ -2,9 +2,9 @@
 
     STARTING ── start ──▶ SERVING ── stop ──▶ DRAINING ──▶ STOPPED
 
-Draining is for balancers: health turns NOT_SERVING first, calls are taken on until the balancers have noticed, then new
-ones are refused and those under way may end. Health says whether *this process* takes calls: a dead provider is not its
-affair, or all replicas would leave the mesh at once.
+Draining is for balancers and clients: health turns NOT_SERVING first, and calls are taken on until the balancers have noticed;
+then every connection gets a GOAWAY, so that clients connect elsewhere, and the calls under way may end. Health says whether *this
+process* takes calls: a dead provider does not change it, or all replicas would leave the mesh at once.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 
 FAREWELL_SECONDS = 1.0
 """What calls that are ended get to tell their callers; one whose caller does not read is cancelled then."""
+
+MAX_PENDING_REQUESTS = 1_000_000
+"""Calls that wait until Python takes them; more than any machine's connections carry at once."""
 
 FLUSH_SECONDS = 0.2
 """What the last words get to leave this process."""
@@ -79,6 +82,7 @@ class Lifecycle:
         self._health = health.aio.HealthServicer()
         self._server = aio.server(interceptors=interceptors, options=_options(settings))
         self._stopping: asyncio.Task[None] | None = None
+        self._going_away: asyncio.Task[None] | None = None
         self.state = State.STARTING
         self.addresses: tuple[str, ...] = ()
         """What it listens on, once started; with the port that was given for port 0."""
@@ -129,7 +133,9 @@ class Lifecycle:
                 await asyncio.sleep(settings.drain_delay)
             self._calls.refuse_new_calls()
             if not at_once:
-                # Not by the server's own grace: an open health watch would use it up.
+                # Sends GOAWAY now. Its grace only has to be longer than ours, which an open health watch would use up.
+                grace = settings.drain_grace + 2 * FAREWELL_SECONDS
+                self._going_away = asyncio.create_task(self._server.stop(grace), name="goaway")
                 try:
                     async with asyncio.timeout(settings.drain_grace):
                         await self._calls.wait_idle()
@@ -140,6 +146,8 @@ class Lifecycle:
                 async with asyncio.timeout(FAREWELL_SECONDS):
                     await self._calls.wait_idle()
         await self._server.stop(FLUSH_SECONDS)
+        if self._going_away is not None:
+            await self._going_away
         self.state = State.STOPPED
 
     def _listen(self, address: str, credentials: grpc.ServerCredentials | None) -> str:
@@ -185,6 +193,9 @@ def _options(settings: ServerSettings) -> list[tuple[str, int]]:
         # Else a second process on the same port starts silently and takes half of the connections.
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", settings.max_receive_bytes),
+        # By default grpc itself cancels calls of a burst, without a reason: admission is the service's.
+        ("grpc.server.max_pending_requests", MAX_PENDING_REQUESTS),
+        ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_REQUESTS),
         ("grpc.keepalive_time_ms", _milliseconds(settings.keepalive_time)),
         # The one that decides when a peer that vanished is noticed; grpc.keepalive_timeout_ms has no effect.
         ("grpc.http2.ping_timeout_ms", _milliseconds(settings.ping_timeout)),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from deltawire_server.completions.records import NOTHING_YET, Ending, Head, Record, Records, Timings
+from deltawire_server.completions.records import NOTHING_YET, Head, Outcome, Record, Records, Timings
 from deltawire_server.errors import CallerError, Code, DeltawireError, GatewayError, Reason
 from deltawire_server.sansio.events import Provenance, StopReason, Usage
 from deltawire_server.upstream.request import Sampling
@@ -22,6 +22,7 @@ class FakeRunning:
     def __init__(self, completion_id: str = "c") -> None:
         self.head = Head(completion_id, "m", "", "p", 1.0, Sampling())
         self.begun = True
+        self.attempts = 1
         self.usage = Usage(3, Provenance.LOWER_BOUND, 7)
         self.timings = Timings(1.0)
         self.failure: DeltawireError | None = None
@@ -95,11 +96,11 @@ def test_what_is_remembered_of_an_ended_completion() -> None:
     running = FakeRunning()
     record.run(running)
     assert (record.ended, record.begun, record.usage) == (False, False, NOTHING_YET)
-    ending = Ending(Code.CANCELLED, None, "gone")
-    records.end(record, ending)
+    outcome = Outcome(Code.CANCELLED, None, "gone")
+    records.end(record, outcome)
     assert records.find("me", "c") is record
     assert record.running is None
-    assert (record.ended, record.begun, record.ending) == (True, True, ending)
+    assert (record.ended, record.begun, record.outcome) == (True, True, outcome)
     assert record.usage is running.usage
     assert record.head is running.head
 
@@ -109,8 +110,8 @@ def test_a_completion_that_never_ran_can_be_looked_up() -> None:
     records = Records()
     record = records.begin("me", "c")
     failure = CallerError(Reason.MODEL_NOT_FOUND, "no such model")
-    records.end(record, Ending.of(failure))
-    assert records.find("me", "c").ending == Ending(Code.NOT_FOUND, Reason.MODEL_NOT_FOUND, "no such model")
+    records.end(record, Outcome.of(failure))
+    assert records.find("me", "c").outcome == Outcome(Code.NOT_FOUND, Reason.MODEL_NOT_FOUND, "no such model")
     assert (record.head, record.begun, record.usage) == (None, False, NOTHING_YET)
 
 
@@ -150,6 +151,21 @@ def test_a_stream_released_before_the_end_leaves_the_completion_under_way() -> N
     assert records.find("me", "c").ended
 
 
+def test_an_abandoned_completion_gives_its_id_free() -> None:
+    """Its stream had its last reader, so another attempt begins anew, also before the generation of the first has stopped."""
+    records = Records()
+    first = records.begin("me", "c", b"request")
+    first.stream = object()  # type: ignore[assignment]
+    with pytest.raises(CallerError, match="is under way"):
+        records.begin("me", "c", b"request")
+    records.released(first)
+    second = records.begin("me", "c", b"request")
+    records.end(first, Outcome(Code.CANCELLED, None, "gone"))
+    assert records.find("me", "c") is second
+    records.end(second, None)
+    assert records.find("me", "c") is second
+
+
 def test_cancel() -> None:
     """It ends what runs, waits for what does not run yet, and changes nothing of what has ended."""
     records = Records()
@@ -165,4 +181,4 @@ def test_cancel() -> None:
     assert running.stopped == [StopReason.CANCELLED]
     records.end(over, None)
     over.cancel()
-    assert records.find("me", "c").ending is None
+    assert records.find("me", "c").outcome is None

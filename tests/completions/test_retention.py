@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING
 
 import pytest
 
 from deltawire_server.completions import retention
+from deltawire_server.completions.records import NOTHING_YET, Outcome
 from deltawire_server.completions.retention import STREAM_BYTES, RetainedStream, Retention, RetentionLimits
-from deltawire_server.errors import CallerError, DeltawireError, GatewayError, ProviderError, Reason
+from deltawire_server.errors import CallerError, Code, DeltawireError, GatewayError, ProviderError, Reason
 from deltawire_server.sansio.coalesce import EVENT_BYTES, weight
 from deltawire_server.sansio.events import (
     Completed,
@@ -28,7 +29,7 @@ from tests.completions.test_records import FakeRunning
 from tests.support.gateway import WAIT, until
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
 LONG = 3600.0
 STARTED = Started("up", "m")
@@ -51,7 +52,8 @@ class Kept:
         self.retention = kept_by or Retention()
         self.running = FakeRunning()
         self.dropped = 0
-        self.stream = self.retention.open(self.running, retention, self._drop)
+        self.stream = self.retention.open(retention, self._drop)
+        self.stream.run(self.running)
 
     def _drop(self) -> None:
         self.dropped += 1
@@ -63,10 +65,30 @@ class Kept:
         return self
 
 
+GONE = Outcome(Code.CANCELLED, None, "gone")
+
+
+@asynccontextmanager
+async def reading(
+    stream: RetainedStream, after: int | None = None
+) -> AsyncIterator[AsyncGenerator[list[tuple[int, StreamEvent]]]]:
+    """A reader at this place, until left."""
+    with stream.read(lambda: GONE, after) as reader:
+        async with aclosing(reader.follow()) as batches:
+            yield batches
+
+
 async def followed(stream: RetainedStream, after: int | None = None) -> list[tuple[int, StreamEvent]]:
     """All that a reader gets, to the end."""
-    async with asyncio.timeout(WAIT):
-        return [numbered async for batch in stream.follow(after) for numbered in batch]
+    async with asyncio.timeout(WAIT), reading(stream, after) as batches:
+        return [numbered async for batch in batches for numbered in batch]
+
+
+async def take_all(stream: RetainedStream, numbered: list[tuple[int, StreamEvent]]) -> None:
+    """Take all that comes, and fail as it fails."""
+    async with reading(stream) as batches:
+        async for batch in batches:
+            numbered += batch
 
 
 async def refused(stream: RetainedStream, after: int | None = None) -> DeltawireError:
@@ -107,10 +129,10 @@ async def test_a_failure_comes_after_the_last_message_for_every_reader() -> None
     kept.stream.close(failure)
     caught = []
     for _ in range(2):
-        batches = kept.stream.follow()
-        assert await anext(batches) == list(enumerate(ANSWER))
+        numbered: list[tuple[int, StreamEvent]] = []
         with pytest.raises(ProviderError) as raised:
-            await anext(batches)
+            await take_all(kept.stream, numbered)
+        assert numbered == list(enumerate(ANSWER))
         caught.append(raised.value)
     assert caught[0] is not caught[1]
     assert {(each.reason, each.message, each.code) for each in caught} == {
@@ -167,7 +189,8 @@ async def test_the_newest_message_is_kept_however_large() -> None:
     kept = Kept(Retention(RetentionLimits(max_stream_bytes=1, max_bytes=1)))
     kept.stream.put([STARTED, TEXT])
     kept.stream.put([TEXT])
-    assert await anext(kept.stream.follow(1)) == [(2, TEXT)]
+    async with reading(kept.stream, 1) as batches:
+        assert await anext(batches) == [(2, TEXT)]
     assert kept.retention.size == STREAM_BYTES + weight(TEXT)
 
 
@@ -176,7 +199,7 @@ async def test_a_reader_that_falls_behind_is_slow() -> None:
     """It had its place in the stream, and what comes next for it was dropped."""
     kept = Kept(Retention(RetentionLimits(max_stream_bytes=STREAM_BYTES + 2 * weight(TEXT))))
     kept.stream.put([TEXT])
-    async with aclosing(kept.stream.follow()) as batches:
+    async with reading(kept.stream) as batches:
         await anext(batches)
         for _ in range(5):
             kept.stream.put([TEXT])
@@ -233,6 +256,8 @@ async def test_a_stream_nobody_reads_expires() -> None:
     """While it is generated: its completion is stopped, and what still comes is not kept."""
     kept = Kept(retention=0.01)
     kept.stream.put(ANSWER[:2])
+    async with reading(kept.stream):
+        pass
     await until(lambda: kept.dropped == 1)
     assert kept.running.stopped == [StopReason.CANCELLED]
     kept.stream.put(ANSWER[2:])
@@ -246,6 +271,7 @@ async def test_a_stream_nobody_reads_expires() -> None:
 async def test_an_ended_stream_expires() -> None:
     """Nothing is left to stop."""
     kept = Kept(retention=0.01).finish()
+    assert len(await followed(kept.stream)) == len(ANSWER)
     await until(lambda: kept.dropped == 1)
     assert kept.running.stopped == []
     assert (await refused(kept.stream, 1)).reason is Reason.COMPLETION_GONE
@@ -254,18 +280,15 @@ async def test_an_ended_stream_expires() -> None:
 async def test_a_stream_that_is_read_does_not_expire() -> None:
     """By however many; its time begins when the last has left."""
     kept = Kept(retention=0.02)
-    assert kept.stream.expire_time is not None
-    with kept.stream.read():
-        with kept.stream.read():
+    assert kept.stream.expire_time is None
+    with kept.stream.read(lambda: GONE):
+        with kept.stream.read(lambda: GONE):
             assert kept.stream.expire_time is None
         await asyncio.sleep(0.06)
         assert kept.stream.expire_time is None
         assert kept.dropped == 0
     assert kept.stream.expire_time is not None
     await until(lambda: kept.dropped == 1)
-    assert kept.stream.expire_time is None
-    with kept.stream.read():
-        pass
     assert kept.stream.expire_time is None
 
 
@@ -296,7 +319,7 @@ async def test_a_reader_that_keeps_up_gets_all_whatever_the_limits() -> None:
     """They bound what can be resumed; who reads has nothing to do with them. What it has taken is not kept for it."""
     kept = Kept(Retention(RetentionLimits(max_stream_bytes=1, max_bytes=1)))
     numbers = []
-    async with aclosing(kept.stream.follow()) as batches:
+    async with reading(kept.stream) as batches:
         for _ in range(300):
             kept.stream.put([TEXT])
             numbers += [number for number, _ in await anext(batches)]
@@ -307,23 +330,10 @@ async def test_a_reader_that_keeps_up_gets_all_whatever_the_limits() -> None:
     assert numbers == list(range(300))
 
 
-async def test_the_first_reader_is_waited_for_with_what_comes_before_it() -> None:
-    """Whoever asked for the stream is on its way; it finds the beginning, unless too much has come."""
-    kept = Kept(Retention(RetentionLimits(max_stream_bytes=1)))
-    fits = retention.UNREAD_BYTES // weight(TEXT)
-    for _ in range(fits):
-        kept.stream.put([TEXT])
-    assert len(await anext(kept.stream.follow())) == fits
-    kept = Kept(Retention(RetentionLimits(max_stream_bytes=1)))
-    for _ in range(fits + 1):
-        kept.stream.put([TEXT])
-    assert (await refused(kept.stream)).reason is Reason.COMPLETION_GONE
-
-
 async def test_the_slowest_of_several_readers_is_kept_for() -> None:
     """As long as it is not too far behind; then it is slow, and the others go on."""
     kept = Kept(Retention(RetentionLimits(max_stream_bytes=1)))
-    async with aclosing(kept.stream.follow()) as quick, aclosing(kept.stream.follow()) as slow:
+    async with reading(kept.stream) as quick, reading(kept.stream) as slow:
         kept.stream.put([TEXT])
         assert [await anext(quick), await anext(slow)] == [[(0, TEXT)]] * 2
         for number in range(1, 10):
@@ -341,13 +351,16 @@ async def test_the_slowest_of_several_readers_is_kept_for() -> None:
 async def test_a_stream_that_was_dropped_under_way_does_not_end_well() -> None:
     """Whoever still looks at it is told that its end is missing, rather than that all is well."""
     kept = Kept(retention=0.01)
+    kept.stream.put(ANSWER[:1])
+    async with reading(kept.stream):
+        pass
     await until(lambda: kept.dropped == 1)
     kept.stream.put(ANSWER)
     kept.stream.close()
-    error = await refused(kept.stream)
+    error = await refused(kept.stream, 0)
     assert (error.reason, error.message) == (
         Reason.COMPLETION_GONE,
-        "completion 'c' cannot be resumed there: it was dropped before its end",
+        "completion 'c' cannot be resumed there: it is no longer kept",
     )
 
 
@@ -355,3 +368,42 @@ async def test_a_number_beyond_an_ended_stream() -> None:
     """It will never come."""
     error = await refused(Kept().finish().stream, 9)
     assert error.message == "completion 'c' cannot be resumed there: it has no message 9"
+
+
+async def test_a_stream_that_is_not_retained_ends_with_its_last_reader() -> None:
+    """Its generation is abandoned, with how that reader left; one that has ended is only dropped."""
+    kept = Kept(retention=0.0)
+    abandoned: list[Outcome | None] = []
+    kept.stream.abandoned = lambda: abandoned.append(kept.stream.left)
+    kept.stream.put(ANSWER[:1])
+    first, second = (asyncio.create_task(followed(kept.stream)) for _ in range(2))
+    await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.wait([first])
+    assert (abandoned, kept.dropped) == ([], 0)
+    second.cancel()
+    await asyncio.wait([second])
+    assert (abandoned, kept.dropped) == ([GONE], 1)
+    ended = Kept(retention=0.0).finish()
+    assert len(await followed(ended.stream)) == len(ANSWER)
+    assert (ended.dropped, ended.stream.left) == (1, None)
+
+
+async def test_a_reader_that_was_too_slow_leaves_with_that() -> None:
+    """It is what became of a completion that had no other reader."""
+    kept = Kept(retention=0.0)
+    with pytest.raises(GatewayError), kept.stream.read(lambda: GONE):
+        raise GatewayError(Reason.SLOW_CALLER, "slow")
+    assert kept.stream.left == Outcome(Code.RESOURCE_EXHAUSTED, Reason.SLOW_CALLER, "slow")
+
+
+async def test_before_its_model_is_found_a_stream_knows_nothing() -> None:
+    """No head, no cost; a reader may wait already."""
+    stream = Retention().open(LONG, lambda: None)
+    assert (stream.usage, stream.attempts, stream.failure) == (NOTHING_YET, 0, None)
+    with pytest.raises(LookupError):
+        _ = stream.head
+    waiting = asyncio.create_task(refused(stream))
+    await asyncio.sleep(0)
+    stream.close(CallerError(Reason.MODEL_NOT_FOUND, "no such model"))
+    assert (await waiting).reason is Reason.MODEL_NOT_FOUND

@@ -166,7 +166,7 @@ async def test_a_slow_caller_gets_all_in_fewer_messages(start_gateway: StartGate
     ],
 )
 async def test_request_ids(served: Running, vllm: FakeVllm, lines: Lines, given: str | None, adopted: bool) -> None:
-    """A usable one is adopted, else one is minted; the same comes back, goes on to vLLM, and is logged."""
+    """A usable one is adopted, else one is generated; the same comes back, goes on to vLLM, and is logged."""
     metadata = () if given is None else (("x-request-id", given),)
     call = served.stream(metadata=metadata)
     used = dict(await call.initial_metadata())["x-request-id"]
@@ -246,12 +246,12 @@ async def test_the_log_line_of_another_call(served: Running, lines: Lines) -> No
     assert entry["code"] == "OK"
 
 
-async def test_oddities_are_logged(served: Running, vllm: FakeVllm, lines: Lines) -> None:
+async def test_anomalies_are_logged(served: Running, vllm: FakeVllm, lines: Lines) -> None:
     """What was got over, for whoever looks after the provider."""
     vllm.play(Script.chunks([CHUNKS.role(), CHUNKS.finish("because")]))
     events = await read_well(served.stream())
-    entry = await lines.find("the provider's answer was odd")
-    assert entry["oddities"] == {"finish reason 'because'": 1}
+    entry = await lines.find("the provider's answer had anomalies")
+    assert entry["anomalies"] == {"finish reason 'because'": 1}
     assert (entry["provider"], entry["completion_id"]) == ("vllm", events[0].started.completion_id)
 
 
@@ -297,7 +297,7 @@ async def test_a_defect_in_the_middle_of_an_answer(
         raise ZeroDivisionError("the secret cause")
 
     monkeypatch.setattr("deltawire_server.rpc.convert._choice_finished", defective)
-    vllm.play(Script.chunks([CHUNKS.role(), CHUNKS.text("a"), CHUNKS.finish(), asyncio.Event()]))
+    vllm.play(Script.chunks([CHUNKS.role(), CHUNKS.text("a"), CHUNKS.finish(), b"data: [DONE]\n\n", asyncio.Event()]))
     events, failure = await read_badly(served.stream())
     assert kinds(events) in (["started", "text_delta"], ["started"])
     assert failure.reason == "INTERNAL"
@@ -360,7 +360,7 @@ async def test_draining_refuses_new_calls() -> None:
                 await echo(b"second")
             failure = taken_apart(caught.value)
             assert (failure.code, failure.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
-            assert (failure.retry_seconds, failure.initial) == (0.0, {})
+            assert (failure.retry_seconds, failure.initial) == (0.1, {})
             assert not idle.done()
             release.set()
             assert await first == b"first"
@@ -374,3 +374,92 @@ async def test_what_a_caller_sends_does_not_fill_the_log(served: Running, lines:
     await failure_of(served.create(ask(model="x" * 1_000_000)))
     line = await lines.find("call", code="NOT_FOUND")
     assert len(json.dumps(line)) < 8192
+
+
+NOT_MESSAGES = {
+    "not protobuf": b"\xff\xff\xff",
+    "text that is not UTF-8": b"\x0a\x03\x0a\x01\xff",
+    "cut off": b"\x0a\x7f",
+}
+
+
+@pytest.mark.parametrize("method", ["CreateChatCompletion", "StreamChatCompletion", "CountTokens"])
+@pytest.mark.parametrize("data", NOT_MESSAGES.values(), ids=NOT_MESSAGES)
+async def test_a_request_that_is_no_message(served: Running, lines: Lines, data: bytes, method: str) -> None:
+    """INVALID_ARGUMENT with our reason, and one line in the log, without a traceback: clients in some languages can send these."""
+    kind: Any = served.channel.unary_stream if method.startswith("Stream") else served.channel.unary_unary
+    call = kind(f"/deltawire.v1.ChatCompletion/{method}")(data)
+    with pytest.raises(aio.AioRpcError) as caught:
+        await (call if method != "StreamChatCompletion" else anext(aiter(call)))
+    failure = taken_apart(caught.value)
+    assert (failure.code, failure.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
+    assert "UTF-8" in failure.message
+    entry = await lines.find("call", reason="INVALID_REQUEST")
+    assert entry["level"] == "info"
+    assert "Traceback" not in lines.getvalue()
+
+
+async def test_a_stream_that_is_asked_for_again_meets_itself(served: Running, vllm: FakeVllm) -> None:
+    """A retry that nothing marks as one, with the same id and request, reads the same generation from its beginning."""
+    gate = asyncio.Event()
+    vllm.play(Script.chunks([CHUNKS.role(), CHUNKS.text("whole"), gate, CHUNKS.finish()]))
+    first = served.stream(ask(completion_id="again"))
+    events = [await anext(aiter(first))]
+    second = asyncio.create_task(read_well(served.stream(ask(completion_id="again"))))
+    await asyncio.sleep(0.05)
+    gate.set()
+    events += [event async for event in first]
+    assert [each.SerializeToString() for each in events] == [each.SerializeToString() for each in await second]
+    assert len(vllm.chats) == 1
+
+
+async def test_an_answer_that_is_asked_for_again_meets_itself(served: Running, vllm: FakeVllm) -> None:
+    """The same for a whole answer; as a stream it would be another request."""
+    gate = asyncio.Event()
+    vllm.play(Script.chunks([CHUNKS.role(), CHUNKS.text("whole"), gate, CHUNKS.finish()]))
+    first = asyncio.create_task(served.create(ask(completion_id="again")))
+    await vllm.received()
+    second = asyncio.create_task(served.create(ask(completion_id="again")))
+    await asyncio.sleep(0.05)
+    assert (await read_badly(served.stream(ask(completion_id="again"))))[1].reason == "COMPLETION_ALREADY_EXISTS"
+    gate.set()
+    answers = await asyncio.gather(first, second)
+    assert [answer.completed.choices[0].message.text for answer in answers] == ["whole"] * 2
+    assert answers[0].started == answers[1].started
+    assert len(vllm.chats) == 1
+
+
+async def test_an_attempt_that_was_lost_before_it_began(served: Running, vllm: FakeVllm) -> None:
+    """The later attempt takes its place when its connection goes: one generation, and the engine is not asked again."""
+    gate = asyncio.Event()
+    vllm.play(Script.chunks([gate, CHUNKS.role(), CHUNKS.text("whole"), CHUNKS.finish()]))
+    request = ask(completion_id="lost")
+    first = served.stream(request)
+    await vllm.received()
+    second = asyncio.create_task(read_well(served.stream(request)))
+    await asyncio.sleep(0.05)
+    first.cancel()
+    await asyncio.sleep(0.05)
+    gate.set()
+    assert kinds(await second)[-1] == "completed"
+    assert len(vllm.chats) == 1
+
+
+async def test_a_call_of_the_callers_own_id_ends_with_its_caller(served: Running, vllm: FakeVllm) -> None:
+    """As one without: the engine stops, the look-up says why, and the id can be used again."""
+    vllm.play(NEVER_ENDING)
+    call = served.stream(ask(completion_id="mine"))
+    await anext(aiter(call))
+    call.cancel()
+    await vllm.chats[0].closed_early.wait()
+    state = await served.look_up("mine")
+    assert (state.state, state.error.code) == (chat_pb.COMPLETION_STATE_FAILED, grpc.StatusCode.CANCELLED.value[0])
+    await read_well(served.stream(ask(completion_id="mine")))
+
+
+async def test_a_burst(served: Running) -> None:
+    """More calls at once than grpc keeps waiting by default: each is answered by us."""
+    request = model_registry_pb2.ListProvidersRequest()
+    calls = [served.models.ListProviders(request) for _ in range(1500)]
+    answers = await asyncio.gather(*calls)
+    assert all(answer.providers for answer in answers)

@@ -82,7 +82,9 @@ def held(events: Events) -> None:
 
 def offered(name: str) -> list[tool_pb2.Tool]:
     """The tools that a recorded request offered."""
-    return [tool(called) for called in recordings.load(name).asked["offered_tools"]]
+    return [
+        tool(called, input_schema=schema) for called, schema in recordings.load(name).asked["offered_tools"].items()
+    ]
 
 
 async def test_recordings_keep_the_contract(served: Running, vllm: FakeVllm) -> None:
@@ -419,11 +421,13 @@ async def test_messages_are_left_out_above_the_limit(
 
 async def test_calls_one_after_the_other_use_one_connection(served: Running, vllm: FakeVllm) -> None:
     """Whether streamed or not: the end of each body is read."""
+    await read_well(served.stream())
+    connections = vllm.connections  # with those of the listing and of what the engine is
     for _ in range(3):
         await read_well(served.stream())
         await served.create()
-    assert len(vllm.chats) == 6
-    assert vllm.connections == 1
+    assert len(vllm.chats) == 7
+    assert vllm.connections <= connections
 
 
 async def test_headers_of_a_call_reach_vllm(served: Running, vllm: FakeVllm) -> None:

@@ -15,12 +15,14 @@ from deltawire_server.registry.model import ModelSource, ModelState, ModelType
 from deltawire_server.registry.store import ChangeKind
 from deltawire_server.rpc.model_registry import (
     CHANGES,
+    ENGINE_KINDS,
     HEALTH_STATUSES,
     MODEL_SOURCES,
     MODEL_STATES,
     MODEL_TYPES,
 )
 from deltawire_server.upstream.base import HealthStatus, ServedModel
+from deltawire_server.upstream.engine import Engine, EngineKind
 from tests.rpc.support import STATES, Served, serving
 from tests.support.fake_provider import FakeProvider
 from tests.support.gateway import Failure, failure_of
@@ -662,12 +664,17 @@ async def test_the_callers_token_goes_to_the_provider(
     assert alpha.tokens == ["mine"] * 7
 
 
+VLLM = pb.Engine(kind=pb.Engine.KIND_VLLM, version="0.32.0")
+PROXY = pb.Engine(kind=pb.Engine.KIND_PROXY, detail="it is a router")
+
+
 async def test_providers_and_their_health(stub: pb_grpc.ModelRegistryAsyncStub, beta: FakeProvider) -> None:
-    """All that are configured, by id; one that is down is an answer and no failure."""
+    """All that are configured, by id, with what answers there; one that is down is an answer and no failure."""
+    beta.engine_known = Engine(EngineKind.PROXY, detail="it is a router")
     assert await stub.ListProviders(pb.ListProvidersRequest()) == pb.ListProvidersResponse(
         providers=[
-            pb.Provider(id="alpha", kind="fake", base_urls=["http://alpha.localhost/v1"]),
-            pb.Provider(id="beta", kind="fake", base_urls=["http://beta.localhost/v1"]),
+            pb.Provider(id="alpha", kind="fake", base_urls=["http://alpha.localhost/v1"], engine=VLLM),
+            pb.Provider(id="beta", kind="fake", base_urls=["http://beta.localhost/v1"], engine=PROXY),
         ]
     )
     first = await stub.ListProviders(pb.ListProvidersRequest(page_size=1))
@@ -680,11 +687,13 @@ async def test_providers_and_their_health(stub: pb_grpc.ModelRegistryAsyncStub, 
     beta.go_down()
     assert await stub.CheckProviderHealth(
         pb.CheckProviderHealthRequest(provider_id="alpha")
-    ) == pb.CheckProviderHealthResponse(status=pb.HEALTH_STATUS_OK)
+    ) == pb.CheckProviderHealthResponse(status=pb.HEALTH_STATUS_OK, engine=VLLM)
     assert await stub.CheckProviderHealth(
         pb.CheckProviderHealthRequest(provider_id="beta")
     ) == pb.CheckProviderHealthResponse(
-        status=pb.HEALTH_STATUS_ERROR, message="Health check failed: provider 'beta' cannot be reached"
+        status=pb.HEALTH_STATUS_ERROR,
+        message="Health check failed: provider 'beta' cannot be reached",
+        engine=PROXY,
     )
 
 
@@ -696,6 +705,7 @@ async def test_providers_and_their_health(stub: pb_grpc.ModelRegistryAsyncStub, 
         (MODEL_STATES, ModelState),
         (CHANGES, ChangeKind),
         (HEALTH_STATUSES, HealthStatus),
+        (ENGINE_KINDS, EngineKind),
     ],
 )
 def test_the_tables_are_whole(table: Mapping[object, int], members: type[enum.Enum]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -107,11 +108,14 @@ async def test_a_chat_that_finds_the_provider_gone(served: Running, vllm: FakeVl
         await until_shown(call, "bookmark")
         await served.models.RefreshModels(pb.RefreshModelsRequest())
         if begun:
-            vllm.play(Script.chunks([CHUNKS.role(), CHUNKS.text("so far")], end="reset"))
-            await vllm.stop_listening()
+            vllm.play(Script.chunks([CHUNKS.role(), CHUNKS.text("so far"), asyncio.Event()]))
+            call_to_crash = served.stream(ask(model="sql"))
+            await vllm.received()
+            await asyncio.sleep(0.1)
         else:
-            await vllm.crash()
-        _, failure = await read_badly(served.stream(ask(model="sql")))
+            call_to_crash = served.stream(ask(model="sql"))
+        await vllm.crash()
+        _, failure = await read_badly(call_to_crash)
         assert failure.reason == ("UPSTREAM_INCOMPLETE" if begun else "UPSTREAM_UNAVAILABLE")
         await until_shown(call, "MODIFIED vllm/sql UNAVAILABLE")
         _, failure = await read_badly(served.stream(ask(model="sql")))

@@ -159,15 +159,20 @@ async def test_a_model_that_is_not_there(served: Running) -> None:
 
 
 async def test_an_id_that_is_taken(served: Running, vllm: FakeVllm) -> None:
-    """While it is generated, and as long as it is retained."""
+    """With another request, options and kind of call included: while it is generated, and as long as it is retained."""
     gate = asyncio.Event()
     vllm.play(counting(gate))
     call = served.stream(ask(completion_id="c"), options=KEPT)
     first = await read_until(call, "0 1 2 3 ")
-    for options in (KEPT, None):
-        _, failure = await read_badly(served.stream(ask(completion_id="c"), options=options))
+    for again in (
+        served.stream(ask("other", completion_id="c"), options=KEPT),
+        served.stream(ask(completion_id="c")),
+    ):
+        _, failure = await read_badly(again)
         assert (failure.code, failure.reason) == (grpc.StatusCode.ALREADY_EXISTS, "COMPLETION_ALREADY_EXISTS")
         assert failure.metadata["completion_id"] == "c"
+    failure = await failure_of(served.create(ask(completion_id="c")))
+    assert failure.reason == "COMPLETION_ALREADY_EXISTS"
     gate.set()
     whole(first, [event async for event in call])
     _, failure = await read_badly(served.stream(ask(completion_id="c")))
@@ -205,7 +210,7 @@ async def test_a_stream_that_nobody_comes_back_to(served: Running, vllm: FakeVll
     await read_until(call, "a")
     call.cancel()
     await vllm.chats[0].closed_early.wait()
-    line = await lines.find("retained completion ended", completion_id="c")
+    line = await lines.find("completion ended", completion_id="c")
     assert (line["usage"], line["reason"]) == ("ESTIMATED", None)
     state = await served.look_up("c")
     assert (state.state, state.HasField("completed"), state.HasField("expire_time")) == (ENDED, False, False)

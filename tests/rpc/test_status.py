@@ -58,6 +58,7 @@ def test_every_reason_is_told_in_details_and_trailers(reason: Reason) -> None:
     assert trailers_of(error, "r") == (
         ("deltawire-reason", reason.name),
         ("x-request-id", "r"),
+        ("grpc-retry-pushback-ms", "-1"),
         ("grpc-status-details-bin", status.SerializeToString()),
     )
 

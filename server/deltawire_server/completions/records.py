@@ -16,11 +16,12 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from deltawire_server.errors import CallerError, Code, DeltawireError, GatewayError, Reason
+from deltawire_server.errors import CallerError, DeltawireError, GatewayError, Reason
 from deltawire_server.sansio.events import Provenance, StopReason, Usage
 
 if TYPE_CHECKING:
     from deltawire_server.completions.retention import RetainedStream
+    from deltawire_server.errors import Code
     from deltawire_server.upstream.request import Sampling
 
 MAX_REMEMBERED = 10_000
@@ -68,15 +69,15 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
-    """Why a completion failed; `reason` is `None` if the caller's own cancel or deadline was it."""
+class Outcome:
+    """How a completion failed; `reason` is `None` if the caller's own cancel or deadline was it."""
 
     code: Code
     reason: Reason | None
     message: str
 
     @classmethod
-    def of(cls, error: DeltawireError) -> Ending:
+    def of(cls, error: DeltawireError) -> Outcome:
         """What is to be remembered of a failure: no trace, which would keep the whole call in memory."""
         return cls(error.code, error.reason, error.message)
 
@@ -105,6 +106,10 @@ class Running(Told, Protocol):
         """Whether its engine has begun."""
 
     @property
+    def attempts(self) -> int:
+        """How many replicas of the provider were asked."""
+
+    @property
     def usage(self) -> Usage:
         """What it has cost so far."""
 
@@ -114,36 +119,45 @@ class Running(Told, Protocol):
 
 @dataclass(slots=True)
 class Record:
-    """One completion, for whoever asks by its id.
+    """One completion: all that is known of it by its id.
 
     Attributes:
         caller: Whose it is; empty where callers are not told apart.
         completion_id: Unique among the caller's.
+        fingerprint: The same for equal requests; empty if the id was made here, so that no request can have it again.
         running: While it is under way and its model has been found.
         begun: Whether the engine ever began, once it has ended.
         head: Once its model was found.
         usage: What it has cost in all, once it has ended.
-        ending: Why it failed, if it did.
+        outcome: Why it failed, if it did.
         ended: Whether it has ended.
-        stream: Its messages, if they are retained.
+        stream: Its messages, if they are kept.
     """
 
     caller: str
     completion_id: str
+    fingerprint: bytes = b""
     running: Running | None = None
     head: Head | None = None
     begun: bool = False
     usage: Usage = NOTHING_YET
-    ending: Ending | None = None
+    outcome: Outcome | None = None
     ended: bool = False
     stream: RetainedStream | None = None
     _stop_asked: bool = False
     _ended_at: float = field(default=0.0, repr=False)
 
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether its stream had its last reader and its generation is being stopped: its id is free for another attempt."""
+        return bool(self.fingerprint) and self.stream is None and not self.ended
+
     def run(self, running: Running) -> None:
         """It is under way from now on; a cancel that came earlier takes effect."""
         self.running = running
         self.head = running.head
+        if self.stream is not None:
+            self.stream.run(running)
         if self._stop_asked:
             running.stop(StopReason.CANCELLED)
 
@@ -175,39 +189,45 @@ class Records:
         self._kept: dict[tuple[str, str], Record] = {}  # running or retained
         self._remembered: OrderedDict[tuple[str, str], Record] = OrderedDict()  # oldest end first
 
-    def begin(self, caller: str, completion_id: str = "") -> Record:
+    def current(self, caller: str, completion_id: str) -> Record | None:
+        """The caller's completion of this id that is under way or retained."""
+        return self._kept.get((caller, completion_id))
+
+    def begin(self, caller: str, completion_id: str = "", fingerprint: bytes = b"") -> Record:
         """A new completion.
 
         Args:
             caller: Whose it is.
             completion_id: The caller's own; empty to mint one: "cmpl-", 32 hexadecimal digits that nobody can guess, "-", and
                 eight that say which process made it.
+            fingerprint: The same for equal requests.
 
         Raises:
             CallerError: COMPLETION_ALREADY_EXISTS: the caller has one of this id under way or retained.
         """
         key = (caller, completion_id or f"cmpl-{secrets.token_hex(16)}-{self._owner}")
-        if key in self._kept:
-            state = "is retained" if self._kept[key].ended else "is under way"
+        taken = self._kept.get(key)
+        if taken is not None and not taken.is_abandoned:
+            state = "is retained" if taken.ended else "is under way"
             raise CallerError(
                 Reason.COMPLETION_ALREADY_EXISTS,
-                f"completion {completion_id!r} {state}: choose another completion_id, or resume that one",
+                f"completion {completion_id!r} {state}, with another request: choose another completion_id, or resume that one",
                 metadata={"completion_id": completion_id},
             )
         self._remembered.pop(key, None)
-        record = self._kept[key] = Record(*key)
+        record = self._kept[key] = Record(*key, fingerprint)
         return record
 
-    def end(self, record: Record, ending: Ending | None) -> None:
+    def end(self, record: Record, outcome: Outcome | None) -> None:
         """It has ended; without a retained stream it is only remembered from now on.
 
         Args:
             record: Which.
-            ending: Why it failed; `None` if it did not.
+            outcome: Why it failed; `None` if it did not.
         """
         record.note()
         record.running = None
-        record.ending = ending
+        record.outcome = outcome
         record.ended = True
         if record.stream is None:
             self._remember(record)
@@ -244,8 +264,10 @@ class Records:
 
     def _remember(self, record: Record) -> None:
         key = (record.caller, record.completion_id)
-        self._kept.pop(key, None)
+        if self._kept.get(key) is record:
+            del self._kept[key]
         record._ended_at = time.monotonic()
+        self._remembered.pop(key, None)
         self._remembered[key] = record
         self._forget()
 

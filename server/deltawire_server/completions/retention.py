@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from deltawire_server.completions.records import NOTHING_YET, Outcome, Timings
 from deltawire_server.errors import CallerError, DeltawireError, GatewayError, Reason
 from deltawire_server.sansio.coalesce import weight
 from deltawire_server.sansio.events import Completed, StopReason
@@ -29,7 +30,7 @@ from deltawire_server.sansio.events import Completed, StopReason
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 
-    from deltawire_server.completions.records import Running, Timings
+    from deltawire_server.completions.records import Head, Running
     from deltawire_server.sansio.events import StreamEvent, Usage
 
 UNREAD_BYTES = 256 * 1024
@@ -57,40 +58,61 @@ class RetentionLimits:
     max_completed_bytes: int = 1 * MIB
 
 
-_FIRST_READER = "the first reader"
-
-
 class RetainedStream:
-    """One stream. Made by `Retention.open`; whoever generates calls `put`, then `close`; readers `follow`.
+    """One stream. Made by `Retention.open`; the generating task calls `run`, `put` and `close`; readers `follow` within `read`.
 
     Attributes:
-        head: What is settled of its completion.
-        expire_time: Unix time at which it will be dropped; `None` while somebody reads it.
+        expire_time: Unix time at which it will be dropped; `None` while it is being read.
         size: Bytes that are kept of it.
+        abandoned: Called if its last reader has left before its end and it is not to be kept: there is no one to generate for.
+        left: How the last reader left then.
     """
 
-    def __init__(self, retention: Retention, running: Running, retain_for: float, dropped: Callable[[], None]) -> None:
-        self.head = running.head
+    def __init__(self, retention: Retention, retain_for: float, dropped: Callable[[], None], *, whole: bool) -> None:
         self.expire_time: float | None = None
         self.size = STREAM_BYTES
+        self.abandoned: Callable[[], object] = lambda: None
+        self.left: Outcome | None = None
         self._retention = retention
-        self._running: Running | None = running  # until it is closed; it holds the whole answer
-        self._usage = running.usage
-        self._timings = running.timings
+        self._head: Head | None = None
+        self._running: Running | None = None  # until it is closed; it holds the whole answer
+        self._attempts = 0
+        self._usage = NOTHING_YET
+        self._timings = Timings(0.0)
         self._failure: DeltawireError | None = None
         self._retain_for = retain_for
-        self._tell_dropped = dropped
+        self._on_dropped = dropped
+        self._whole_end = whole
         self._messages: list[StreamEvent] = []
         self._first = 0  # the sequence of the first of them
         self._closed = False
         self._dropped = False
-        self._readers = 0
-        # Where each reader is: the sequence of what it takes next. Whoever asked for the stream begins with the first.
-        self._places: dict[object, int] = {_FIRST_READER: 0}
+        # Where each reader is: the sequence of what it takes next.
+        self._places: dict[object, int] = {}
         self._whole = False  # whether its last message was put
         self._timer: asyncio.TimerHandle | None = None
         self._news = asyncio.Event()
-        self._expire_later()
+
+    @property
+    def head(self) -> Head:
+        """What is settled of its completion.
+
+        Raises:
+            LookupError: Its model has not been found.
+        """
+        if self._head is None:
+            raise LookupError("the completion's model has not been found")
+        return self._head
+
+    @property
+    def is_retained(self) -> bool:
+        """Whether it outlives its readers."""
+        return self._retain_for > 0
+
+    @property
+    def attempts(self) -> int:
+        """How many replicas of the provider were asked, to its end or so far."""
+        return self._attempts if self._running is None else self._running.attempts
 
     @property
     def usage(self) -> Usage:
@@ -123,11 +145,16 @@ class RetainedStream:
         last = self._messages[-1] if self._messages else None
         return last if isinstance(last, Completed) else None
 
+    def run(self, running: Running) -> None:
+        """Its completion is under way."""
+        self._running = running
+        self._head = running.head
+
     def put(self, events: Sequence[StreamEvent]) -> None:
         """Number these and keep them, as far as the limits allow. Nothing after `close`."""
         if self._dropped:
             return  # nobody reads it, and its completion is about to end
-        kept = [self._retention.fitted(event) for event in events]
+        kept = list(events) if self._whole_end else [self._retention.fitted(event) for event in events]
         self._messages += kept
         self._whole = isinstance(kept[-1], Completed)
         self._grow(sum(map(weight, kept)))
@@ -135,9 +162,11 @@ class RetainedStream:
 
     def close(self, failure: DeltawireError | None = None) -> None:
         """Nothing more comes; readers that have read all end, with the failure if there was one."""
-        self._closed = True
+        if not self._closed:
+            self._closed, self._failure = True, failure
         if self._running is not None:
-            self._timings, self._usage, self._failure = self._running.timings, self._running.usage, failure
+            self._timings, self._usage = self._running.timings, self._running.usage
+            self._attempts = self._running.attempts
             self._running = None
         if not self._messages:
             self.drop()  # the answer did not begin: there is nothing to resume
@@ -146,54 +175,63 @@ class RetainedStream:
         self._tell()
 
     @contextmanager
-    def read(self) -> Iterator[None]:
-        """Be a reader: the stream does not expire meanwhile."""
-        self._readers += 1
-        self._stop_expiring()
-        try:
-            yield
-        finally:
-            self._readers -= 1
-            if not self._readers:
-                self._expire_later()
-
-    async def follow(self, after: int | None = None) -> AsyncGenerator[list[tuple[int, StreamEvent]]]:
-        """The messages after a number, or all of them, each with its own; at the end of what there is, waits for more.
+    def read(self, left: Callable[[], Outcome], after: int | None = None) -> Iterator[Reader]:
+        """Be a reader, who `follow`s; the stream does not expire meanwhile.
 
         Args:
+            left: Asked how the reader left, if it was cancelled.
             after: The sequence of the last message that the reader has; `None` if it has none.
 
         Raises:
             CallerError: COMPLETION_GONE: what comes next for this reader was dropped, or has never been.
-            GatewayError: SLOW_CALLER: the reader was so slow that its next message was dropped.
-            DeltawireError: The completion failed; raised after its last message.
         """
-        position = 0 if after is None else after + 1
-        if position > self._first + len(self._messages):
-            raise self._missing(f"it has no message {after}" + ("" if self._closed else " yet"))
-        if self._dropped and self._first:
-            raise self._missing("it is no longer kept")
-        if position < self._first:
-            raise self._missing(f"messages before {self._first} are no longer kept")
-        reader = object()
-        self._places.pop(_FIRST_READER, None)
+        reader = Reader(self, 0 if after is None else after + 1)
+        self._check_place(reader.position, after)
+        self._places[reader] = reader.position
+        self._stop_expiring()
+        outcome: Outcome | None = None
         try:
-            while True:
-                if position < self._first:
-                    message = "the caller was slower than what is retained of its stream lasts"
-                    raise GatewayError(Reason.SLOW_CALLER, message)
-                news = self._news
-                fresh = self._messages[position - self._first :]
-                first, position = position, position + len(fresh)
-                self._places[reader] = position
-                if fresh:
-                    yield list(enumerate(fresh, first))
-                elif self._closed:
-                    break
-                else:
-                    await news.wait()
+            yield reader
+        except DeltawireError as error:
+            outcome = Outcome.of(error)
+            raise
+        except asyncio.CancelledError:
+            outcome = left()
+            raise
         finally:
-            self._places.pop(reader, None)
+            del self._places[reader]
+            if not self._places:
+                self._leave(outcome)
+
+    def moved(self, reader: Reader, position: int) -> None:
+        """A reader has taken what comes before this sequence."""
+        self._places[reader] = position
+
+    def since(self, position: int) -> list[StreamEvent]:
+        """The messages from this sequence on; empty if there is none yet.
+
+        Raises:
+            GatewayError: SLOW_CALLER: that one was dropped.
+        """
+        if position < self._first:
+            message = "the caller was slower than what is retained of its stream lasts"
+            raise GatewayError(Reason.SLOW_CALLER, message)
+        return self._messages[position - self._first :]
+
+    async def news(self) -> bool:
+        """Wait for more; whether there may be."""
+        if self._closed:
+            return False
+        await self._news.wait()
+        return True
+
+    def finish(self) -> None:
+        """Check that a reader that has read all has read a whole stream.
+
+        Raises:
+            CallerError: COMPLETION_GONE: it was dropped before its end.
+            DeltawireError: The completion failed.
+        """
         if self._failure is not None:
             raise self._failure.again()
         if not self._whole:
@@ -224,7 +262,7 @@ class RetainedStream:
         self._messages.clear()
         self.size = 0
         self._tell()
-        self._tell_dropped()
+        self._on_dropped()
 
     def _grow(self, size: int) -> None:
         self.size += size
@@ -238,6 +276,14 @@ class RetainedStream:
         news, self._news = self._news, asyncio.Event()
         news.set()
 
+    def _check_place(self, position: int, after: int | None) -> None:
+        if position > self._first + len(self._messages):
+            raise self._missing(f"it has no message {after}" + ("" if self._closed else " yet"))
+        if self._dropped and self._first:
+            raise self._missing("it is no longer kept")
+        if position < self._first:
+            raise self._missing(f"messages before {self._first} are no longer kept")
+
     def _missing(self, what: str) -> CallerError:
         metadata = {"completion_id": self.head.completion_id}
         if self._messages:
@@ -248,10 +294,18 @@ class RetainedStream:
             metadata=metadata,
         )
 
-    def _expire_later(self) -> None:
-        if not self._dropped:
+    def _leave(self, outcome: Outcome | None) -> None:
+        """The last reader has left."""
+        if self._dropped:
+            return
+        if self._retain_for:
             self.expire_time = time.time() + self._retain_for
             self._timer = asyncio.get_running_loop().call_later(self._retain_for, self._expire)
+            return
+        if not self._closed:
+            self.left = outcome
+            self.abandoned()
+        self.drop()
 
     def _stop_expiring(self) -> None:
         self.expire_time = None
@@ -263,6 +317,38 @@ class RetainedStream:
         if self._running is not None:
             self._running.stop(StopReason.CANCELLED)
         self.drop()
+
+
+class Reader:
+    """A reader of a stream, made by `RetainedStream.read`; `follow` from where it is.
+
+    Args:
+        stream: What it reads.
+        position: The sequence of the first message that it wants.
+    """
+
+    def __init__(self, stream: RetainedStream, position: int) -> None:
+        self._stream = stream
+        self.position = position
+
+    async def follow(self) -> AsyncGenerator[list[tuple[int, StreamEvent]]]:
+        """The messages from here on, each with its sequence; at the end of what there is, waits for more.
+
+        Raises:
+            GatewayError: SLOW_CALLER: the reader was so slow that its next message was dropped.
+            CallerError: COMPLETION_GONE: the stream was dropped before its end.
+            DeltawireError: The completion failed; raised after its last message.
+        """
+        while True:
+            fresh = self._stream.since(self.position)
+            if fresh:
+                first = self.position
+                self.position += len(fresh)
+                self._stream.moved(self, self.position)
+                yield list(enumerate(fresh, first))
+            elif not await self._stream.news():
+                break
+        self._stream.finish()
 
 
 class Retention:
@@ -282,15 +368,16 @@ class Retention:
         """Bytes that are kept now."""
         return self._size
 
-    def open(self, running: Running, retain_for: float, dropped: Callable[[], None]) -> RetainedStream:
-        """Keep a stream from now on.
+    def open(self, retain_for: float, dropped: Callable[[], None], *, whole: bool = False) -> RetainedStream:
+        """Keep a stream from now on. `read` it at once: until its first reader it does not expire.
 
         Args:
-            running: Its completion, which is stopped if nobody reads it for so long before its end.
-            retain_for: Seconds that it is kept while nobody reads it.
+            retain_for: Seconds that it is kept without a reader, and for which its completion is under way without one; with 0
+                it ends with its last reader.
             dropped: Called once, when nothing of it is kept any more.
+            whole: Whether its last message is kept whole, however large it is.
         """
-        stream = RetainedStream(self, running, retain_for, dropped)
+        stream = RetainedStream(self, retain_for, dropped, whole=whole)
         self.grown(stream, stream.size)
         return stream
 

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import chat_completion_pb2_grpc
 from deltawire_server.errors import GatewayError, Reason, Violation, invalid_request
 from deltawire_server.rpc import convert, validate, validate_options
-from deltawire_server.rpc.interceptors import REQUEST_ID, call_record, deadline_passed
+from deltawire_server.rpc.interceptors import call_record, deadline_passed
+from deltawire_server.rpc.writer import StreamWriter
 from deltawire_server.sansio.events import Completed
 from deltawire_server.worker import Caller
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from grpc import aio
 
     from deltawire_server.completion import Completion
-    from deltawire_server.completions.records import Head, Record, Timings
+    from deltawire_server.completions.records import Record, Told
     from deltawire_server.completions.retention import RetainedStream
     from deltawire_server.rpc.interceptors import CallRecord
     from deltawire_server.rpc.validate_content import ContentLimits
-    from deltawire_server.sansio.events import Usage
+    from deltawire_server.sansio.events import StreamEvent
     from deltawire_server.worker import Worker
 
     _Context = aio.ServicerContext[Any, Any]
@@ -42,7 +44,7 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         worker: Runs them.
         max_completed_bytes: Above this, `Completed` leaves out the messages, which the stream has said already.
         max_retention: The longest time that a caller may ask a stream to be kept, in seconds; 0 for no retention.
-        slow_caller_timeout: How long one message of a retained stream may wait for its reader, in seconds.
+        slow_caller_timeout: How long one message of a stream may wait for its caller, in seconds.
         content_limits: What a request's messages may hold.
     """
 
@@ -68,18 +70,21 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         if not request.HasField("chat"):
             raise invalid_request([Violation("chat", "is required")])
         record = call_record(context)
+        caller = _caller(record, context)
         chat = validate.chat_request(request.chat, self._content_limits)
         response = chat_pb.CreateChatCompletionResponse()
-        async with self._worker.completion(chat, _caller(record, context), keep_logprobs=True) as completion:
-            try:
+        if chat.completion_id:
+            stream = self._worker.open(chat, caller, fingerprint=_fingerprint(request), keep_logprobs=True)
+            with stream.read(caller.left) as reader, _noted(record, stream):
+                async with aclosing(reader.follow()) as batches:
+                    async for numbered in batches:
+                        _fill(response, stream, numbered[-1][1])
+            return response
+        async with self._worker.completion(chat, caller, keep_logprobs=True) as completion:
+            with _noted(record, completion):
                 async with aclosing(completion.batches()) as batches:
                     async for events in batches:
-                        last = events[-1]
-                        if isinstance(last, Completed):
-                            response.started.CopyFrom(convert.started(completion.head))
-                            response.completed.CopyFrom(convert.completed(completion, last))
-            finally:
-                _note(record, completion)
+                        _fill(response, completion, events[-1])
         return response
 
     async def StreamChatCompletion(  # type: ignore[override]  # noqa: N802 (written to, which is cheaper than yielding)
@@ -93,33 +98,24 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
             raise invalid_request([Violation("start", "is required: set chat or resume")])
         if start == "resume":
             completion_id, after = validate_options.resume(request)
-            await self._follow(self._worker.resume(caller, completion_id), after, record, context)
+            await self._follow(self._worker.resume(caller, completion_id), after, caller, record, context)
             return
         chat = validate.chat_request(request.chat, self._content_limits)
         options = validate_options.stream_options(request.options, self._max_retention)
-        if options.retention is not None:
-            stream = await self._worker.retained(
-                chat,
-                caller,
-                options,
-                fingerprint=hashlib.sha256(request.SerializeToString(deterministic=True)).digest(),
-                retried=record.retried,
-            )
-            await self._follow(stream, None, record, context)
+        if chat.completion_id or options.retention is not None:
+            stream = self._worker.open(chat, caller, options, fingerprint=_fingerprint(request))
+            await self._follow(stream, None, caller, record, context)
             return
         async with self._worker.completion(chat, caller, options) as completion:
-            writer = convert.ResponseWriter(completion, self._max_completed_bytes)
+            messages = convert.ResponseWriter(completion, self._max_completed_bytes)
+            writer = self._writer(context, record, _slow_caller)
             sequence = 0
-            try:
+            with _noted(record, completion):
                 async with aclosing(completion.batches()) as batches:
                     async for events in batches:
-                        if not sequence:
-                            await _begin(record, context)
                         for event in events:
-                            await context.write(writer.message(sequence, event))
+                            await writer.write(messages.message(sequence, event), last=_is_whole(event))
                             sequence += 1
-            finally:
-                _note(record, completion)
 
     async def CancelChatCompletion(  # noqa: N802 (the RPC's name)
         self, request: chat_pb.CancelChatCompletionRequest, context: _Context
@@ -170,51 +166,73 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         completion.note()
         return completion
 
-    async def _follow(self, stream: RetainedStream, after: int | None, record: CallRecord, context: _Context) -> None:
-        """Write a retained stream from where this caller is, to its end."""
-        writer = convert.ResponseWriter(stream, self._max_completed_bytes)
-        first = True
-        try:
-            with stream.read():
-                async with aclosing(stream.follow(after)) as batches:
-                    async for numbered in batches:
-                        if first:
-                            await _begin(record, context)
-                            first = False
-                        for sequence, event in numbered:
-                            async with asyncio.timeout(self._slow_caller_timeout):
-                                await context.write(writer.message(sequence, event))
-        except TimeoutError:
-            limit = f"{self._slow_caller_timeout:g}"
-            message = f"the caller read nothing for {limit} seconds; the stream is retained and can be resumed"
-            raise GatewayError(Reason.SLOW_CALLER, message, metadata={"limit_seconds": limit}) from None
-        finally:
-            _note_values(record, stream.head, stream.usage, stream.timings)
+    async def _follow(
+        self, stream: RetainedStream, after: int | None, caller: Caller, record: CallRecord, context: _Context
+    ) -> None:
+        """Write a stream from where this caller is, to its end."""
+        messages = convert.ResponseWriter(stream, self._max_completed_bytes)
+        writer = self._writer(context, record, _slow_reader if stream.is_retained else _slow_caller)
+        with stream.read(caller.left, after) as reader, _noted(record, stream):
+            async with aclosing(reader.follow()) as batches:
+                async for numbered in batches:
+                    for sequence, event in numbered:
+                        await writer.write(messages.message(sequence, event), last=_is_whole(event))
+        if not record.latch.succeeded:
+            record.latch.succeed()  # it had the last message before, and that was without a fault
+
+    def _writer(self, context: _Context, record: CallRecord, slow: Callable[[float], GatewayError]) -> StreamWriter:
+        return StreamWriter(context, record, self._slow_caller_timeout, slow)
 
 
-async def _begin(record: CallRecord, context: _Context) -> None:
-    # Not before the engine has begun: once these are out, no proxy can retry.
-    await context.send_initial_metadata(((REQUEST_ID, record.call.request_id),))
+def _is_whole(event: StreamEvent) -> bool:
+    """Whether an event ends a stream without a fault."""
+    return isinstance(event, Completed) and event.fault is None
+
+
+def _slow_caller(limit: float) -> GatewayError:
+    message = f"the caller did not take a message for {limit:g} seconds"
+    return GatewayError(Reason.SLOW_CALLER, message, metadata={"limit_seconds": f"{limit:g}"})
+
+
+def _slow_reader(limit: float) -> GatewayError:
+    message = f"the caller did not take a message for {limit:g} seconds; the stream is retained and can be resumed"
+    return GatewayError(Reason.SLOW_CALLER, message, metadata={"limit_seconds": f"{limit:g}"})
+
+
+def _fill(response: chat_pb.CreateChatCompletionResponse, completion: Told, event: StreamEvent) -> None:
+    """Make the response from the last event of an answer."""
+    if isinstance(event, Completed):
+        response.started.CopyFrom(convert.started(completion.head))
+        response.completed.CopyFrom(convert.completed(completion, event))
+
+
+def _fingerprint(request: chat_pb.CreateChatCompletionRequest | chat_pb.StreamChatCompletionRequest) -> bytes:
+    """The same for equal requests of one method: such a one is the same call, sent again."""
+    digest = hashlib.sha256(request.DESCRIPTOR.name.encode())
+    digest.update(request.SerializeToString(deterministic=True))
+    return digest.digest()
 
 
 def _caller(record: CallRecord, context: _Context) -> Caller:
     return Caller(record.call, record.caller, lambda: deadline_passed(context))
 
 
-def _note(record: CallRecord, completion: Completion) -> None:
-    """What the log line says of a completion, whatever its end."""
-    _note_values(record, completion.head, completion.usage, completion.timings)
-    record.values["attempts"] = completion.attempts
-
-
-def _note_values(record: CallRecord, head: Head, usage: Usage, timings: Timings) -> None:
-    record.values.update(
-        completion_id=head.completion_id,
-        model=head.model,
-        alias=head.alias,
-        provider=head.provider_id,
-        prompt_tokens=usage.prompt_tokens,
-        completion_tokens=usage.completion_tokens,
-        usage=usage.provenance.name,
-        seconds_to_first_event=None if timings.first_event is None else round(timings.first_event, 6),
-    )
+@contextmanager
+def _noted(record: CallRecord, completion: Completion | RetainedStream) -> Iterator[None]:
+    """Have the log line say what became of a completion, whatever its end."""
+    try:
+        yield
+    finally:
+        with suppress(LookupError):  # its model was not found
+            head, usage, timings = completion.head, completion.usage, completion.timings
+            record.values.update(
+                completion_id=head.completion_id,
+                model=head.model,
+                alias=head.alias,
+                provider=head.provider_id,
+                prompt_tokens=usage.prompt_tokens,
+                completion_tokens=usage.completion_tokens,
+                usage=usage.provenance.name,
+                seconds_to_first_event=None if timings.first_event is None else round(timings.first_event, 6),
+                attempts=completion.attempts,
+            )

@@ -8,7 +8,7 @@ from google.protobuf import duration_pb2, timestamp_pb2
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import error_reason_pb2, message_pb2, tool_pb2
-from deltawire_server.completions.records import Ending
+from deltawire_server.completions.records import Outcome
 from deltawire_server.rpc.status import MAX_MESSAGE, shorten
 from deltawire_server.sansio.events import (
     ChoiceFinished,
@@ -125,7 +125,7 @@ def completed(completion: Told, event: Completed) -> chat_pb.Completed:
         choices=[_choice(choice) for choice in event.choices],
     )
     if completion.failure is not None:
-        message.error.CopyFrom(_error(Ending.of(completion.failure)))
+        message.error.CopyFrom(_error(Outcome.of(completion.failure)))
     if event.messages_omitted:
         _omit_messages(message)
     return message
@@ -138,8 +138,8 @@ def get_response(record: Record) -> chat_pb.GetChatCompletionResponse:
     )
     if record.head is not None and record.begun:
         response.started.CopyFrom(started(record.head))
-    if record.ending is not None:
-        response.error.CopyFrom(_error(record.ending))
+    if record.outcome is not None:
+        response.error.CopyFrom(_error(record.outcome))
     stream = record.stream
     if stream is not None:
         if stream.completed is not None:
@@ -155,14 +155,14 @@ def state(record: Record) -> chat_pb.CompletionState.ValueType:
     """How far a completion has come."""
     if not record.ended:
         return chat_pb.COMPLETION_STATE_RUNNING
-    return chat_pb.COMPLETION_STATE_COMPLETED if record.ending is None else chat_pb.COMPLETION_STATE_FAILED
+    return chat_pb.COMPLETION_STATE_COMPLETED if record.outcome is None else chat_pb.COMPLETION_STATE_FAILED
 
 
-def _error(ending: Ending) -> chat_pb.Completed.Error:
+def _error(outcome: Outcome) -> chat_pb.Completed.Error:
     return chat_pb.Completed.Error(
-        code=ending.code.value,
-        reason=error_reason_pb2.ErrorReason.ValueType(0 if ending.reason is None else ending.reason.value),
-        message=shorten(ending.message, MAX_MESSAGE),
+        code=outcome.code.value,
+        reason=error_reason_pb2.ErrorReason.ValueType(0 if outcome.reason is None else outcome.reason.value),
+        message=shorten(outcome.message, MAX_MESSAGE),
     )
 
 

@@ -14,10 +14,12 @@ import time
 from typing import TYPE_CHECKING, Any, cast
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc import aio
 
 from deltawire_server.access import Access, bearer_key
-from deltawire_server.errors import DeltawireError, GatewayError, Reason
+from deltawire_server.errors import CallerError, DeltawireError, GatewayError, Reason, internal_error
+from deltawire_server.rpc.latch import Latch
 from deltawire_server.rpc.status import MAX_MESSAGE, grpc_code, shorten, trailers_of
 from deltawire_server.telemetry import get_logger
 from deltawire_server.upstream.base import CallContext
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
 
 REQUEST_ID = "x-request-id"
 AUTHORIZATION = "authorization"
-PREVIOUS_ATTEMPTS = "grpc-previous-rpc-attempts"
-"""With a number; gRPC's own retries have it."""
 PROVIDER_TOKEN = "x-vllm-api-token"  # noqa: S105 (the name of a header, not a token)
 MAX_REQUEST_ID = 128
 OUR_METHODS = "/deltawire.v1."
@@ -37,6 +37,9 @@ DEADLINE_SLACK = 0.1
 
 MAX_LOGGED = 4096
 """Bytes of an error in a log line: it may quote the request, and what a caller sends must not fill a disk."""
+
+DRAINING_RETRY_SECONDS = 0.1
+"""When to retry a call that met the end of this process: on a new connection, which its client has to make first."""
 
 UNREAD_SECONDS = 0.5
 """How long a call that has failed is under way until its caller has the status."""
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
     _Context = aio.ServicerContext[Any, Any]
     _Handler = grpc.RpcMethodHandler[Any, Any]
     _Behaviour = Callable[[object, _Context], Awaitable[object]]
+    _Parser = Callable[[bytes], object]
 
 
 class CallRecord:
@@ -56,14 +60,14 @@ class CallRecord:
         call: What of the caller's metadata goes on.
         caller: Who calls: the principal, or where anybody may call, the name in a verified certificate; empty if neither
             is known.
-        retried: Whether gRPC has sent the call before, and got no answer that it could pass on.
-        values: What the handler has to say in the log line: model, usage and the like.
+        latch: How it ends.
+        values: What the handler adds to the log line: model, usage and the like.
     """
 
     def __init__(self, call: CallContext) -> None:
         self.call = call
         self.caller = ""
-        self.retried = False
+        self.latch = Latch()
         self.values: dict[str, object] = {}
 
 
@@ -131,18 +135,19 @@ class CallInterceptor(aio.ServerInterceptor):
             return cast("_Handler", handler)  # grpc takes None for an unknown method; its types do not say so
         behaviour = cast("_Behaviour", handler.unary_stream if handler.response_streaming else handler.unary_unary)
 
-        async def wrapped(request: object, context: _Context) -> object:
-            return await self._run(method, behaviour, request, context)
+        parse = cast("_Parser", handler.request_deserializer or bytes)
+
+        async def wrapped(data: bytes, context: _Context) -> object:
+            return await self._run(method, behaviour, parse, data, context)
 
         make = (
             grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
         )
-        return cast("_Handler", cast("Any", make)(wrapped, handler.request_deserializer, handler.response_serializer))
+        return cast("_Handler", cast("Any", make)(wrapped, None, handler.response_serializer))
 
-    async def _run(self, method: str, behaviour: _Behaviour, request: object, context: _Context) -> object:
+    async def _run(self, method: str, behaviour: _Behaviour, parse: _Parser, data: bytes, context: _Context) -> object:
         metadata = _metadata(context)
         record = CallRecord(_call_context(metadata))
-        record.retried = PREVIOUS_ATTEMPTS in metadata
         with contextlib.ExitStack() as counted:
             counted.enter_context(self._counted())
             with _entered(record), _logged(method, record, context, metadata) as outcome:
@@ -150,18 +155,24 @@ class CallInterceptor(aio.ServerInterceptor):
                     self._authorize(method, record, context)
                     if self._draining:
                         message = "this process is shutting down; another one serves"
-                        raise GatewayError(Reason.DRAINING, message, retry_after=0.0)
+                        raise GatewayError(Reason.DRAINING, message, retry_after=DRAINING_RETRY_SECONDS)
+                    request = _parsed(parse, data)
+                    del data
                     with _gone_is_cancelled():
                         response = await behaviour(request, context)
-                        if response is not None:  # a stream has told its id with its first message
+                        if response is not None:  # a stream has sent its id with its first message
                             await context.send_initial_metadata(((REQUEST_ID, record.call.request_id),))
+                            record.latch.succeed()
+                        record.latch.check_succeeded()
                         return response
                 except DeltawireError as failure:
                     error = failure
-                except Exception as defect:  # noqa: BLE001 (whatever it is, the caller gets a status and the log the cause)
-                    error = GatewayError(Reason.INTERNAL, "the gateway failed; report this with the request id")
-                    error.__cause__ = defect
+                except Exception as defect:  # noqa: BLE001 (the caller gets a status and the log the cause)
+                    error = internal_error(cause=defect)
                 outcome.fail(error)
+                if record.latch.succeeded:
+                    return None  # the caller has the whole answer; what failed after it is for the log
+                record.latch.fail()
             message = shorten(error.message, MAX_MESSAGE)
             # Until the status is out. It waits behind what the caller does not read, which a drain must not wait for.
             unread = asyncio.get_running_loop().call_later(UNREAD_SECONDS, counted.close)
@@ -257,6 +268,21 @@ def _logged(method: str, record: CallRecord, context: _Context, metadata: Mappin
             **outcome.values,
             exc_info=outcome.defect,
         )
+
+
+def _parsed(parse: _Parser, data: bytes) -> object:
+    """The request's message. Not left to gRPC, which calls a message that cannot be parsed UNKNOWN and logs a traceback.
+
+    Raises:
+        CallerError: INVALID_REQUEST.
+    """
+    try:
+        return parse(data)
+    except DecodeError as error:
+        message = (
+            "the request is not a message of this method: its bytes are not protobuf, or a text in it is not UTF-8"
+        )
+        raise CallerError(Reason.INVALID_REQUEST, message) from error
 
 
 def deadline_passed(context: _Context) -> bool:

@@ -8,7 +8,6 @@ Failures are raised as they come from below; whoever serves this turns them into
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import aclosing
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,9 +22,11 @@ from deltawire_server.registry.messages import quoted
 from deltawire_server.registry.model import ModelSource, ModelState, ModelType
 from deltawire_server.registry.registry import Filter
 from deltawire_server.registry.store import ChangeKind
-from deltawire_server.rpc.interceptors import REQUEST_ID, call_context, call_record
+from deltawire_server.rpc.interceptors import call_context, call_record
 from deltawire_server.rpc.status import MAX_MESSAGE, shorten
+from deltawire_server.rpc.writer import StreamWriter
 from deltawire_server.upstream.base import HealthStatus
+from deltawire_server.upstream.engine import EngineKind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from deltawire_server.registry.feed import Step
     from deltawire_server.registry.model import Model
     from deltawire_server.registry.registry import ModelRegistry
+    from deltawire_server.upstream.engine import Engine
     from deltawire_server.upstream.providers import Providers
 
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -65,6 +67,13 @@ CHANGES: Mapping[ChangeKind, pb.WatchModelsResponse.Change.ValueType] = MappingP
         ChangeKind.ADDED: pb.WatchModelsResponse.CHANGE_ADDED,
         ChangeKind.MODIFIED: pb.WatchModelsResponse.CHANGE_MODIFIED,
         ChangeKind.REMOVED: pb.WatchModelsResponse.CHANGE_REMOVED,
+    }
+)
+ENGINE_KINDS: Mapping[EngineKind, pb.Engine.Kind.ValueType] = MappingProxyType(
+    {
+        EngineKind.UNKNOWN: pb.Engine.KIND_UNKNOWN,
+        EngineKind.VLLM: pb.Engine.KIND_VLLM,
+        EngineKind.PROXY: pb.Engine.KIND_PROXY,
     }
 )
 HEALTH_STATUSES: Mapping[HealthStatus, pb.HealthStatus.ValueType] = MappingProxyType(
@@ -99,16 +108,14 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
         self._providers = providers
         self._slow_watcher_seconds = slow_watcher_seconds
         self._watches_ended = False
-        self._writes: set[asyncio.Timeout] = set()  # of watches, under way
+        self._watches: set[StreamWriter] = set()
 
     def end_watches(self) -> None:
         """End all watches with DRAINING: this process stops. One that is not read is not waited for."""
         self._watches_ended = True
         self._registry.stop_watches()
-        end_by = asyncio.get_running_loop().time() + FAREWELL_SECONDS
-        for clock in self._writes:
-            if not clock.expired():
-                clock.reschedule(end_by)
+        for writer in self._watches:
+            writer.hasten(FAREWELL_SECONDS)
 
     async def RegisterModel(self, request: pb.RegisterModelRequest, context: Context) -> pb.RegisterModelResponse:
         """Give a served model an id and aliases."""
@@ -166,35 +173,26 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
         self, request: pb.WatchModelsRequest, context: Context
     ) -> None:
         """All models, and then every change to them."""
-        first = True
-        async with aclosing(self._registry.watch(request.revision)) as steps:
-            async for step in steps:
-                if first:
-                    await context.send_initial_metadata(((REQUEST_ID, call_context(context).request_id),))
-                    first = False
-                await self._write(step_message(step), context)
-
-    async def _write(self, message: pb.WatchModelsResponse, context: Context) -> None:
-        """Write a step of a watch; a caller that does not read it holds its place only for so long.
-
-        Raises:
-            GatewayError: SLOW_WATCHER.
-        """
-        clock = asyncio.timeout(FAREWELL_SECONDS if self._watches_ended else self._slow_watcher_seconds)
-        self._writes.add(clock)
+        writer = StreamWriter(context, call_record(context), self._slow_watcher_seconds, self._slow)
+        self._watches.add(writer)
+        if self._watches_ended:
+            writer.hasten(FAREWELL_SECONDS)
         try:
-            async with clock:
-                await context.write(message)
-        except TimeoutError:
-            if self._watches_ended:
-                return  # and the next step says so
-            raise GatewayError(
-                Reason.SLOW_WATCHER,
-                f"this watch was not read for {self._slow_watcher_seconds:g} seconds; watch again from the last revision",
-                metadata={"limit_seconds": f"{self._slow_watcher_seconds:g}"},
-            ) from None
+            async with aclosing(self._registry.watch(request.revision)) as steps:
+                async for step in steps:
+                    await writer.write(step_message(step))
         finally:
-            self._writes.discard(clock)
+            self._watches.discard(writer)
+
+    def _slow(self, limit: float) -> GatewayError:
+        """The failure of a watcher that does not read."""
+        if self._watches_ended:
+            return GatewayError(Reason.DRAINING, "this process is shutting down; watch another one", retry_after=0.0)
+        return GatewayError(
+            Reason.SLOW_WATCHER,
+            f"this watch was not read for {limit:g} seconds; watch again from the last revision",
+            metadata={"limit_seconds": f"{limit:g}"},
+        )
 
     async def RefreshModels(self, request: pb.RefreshModelsRequest, context: Context) -> pb.RefreshModelsResponse:
         """What the providers list now."""
@@ -211,7 +209,12 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
         """A page of the configured providers."""
         page = pages.asked_for(request.page_size, request.page_token, "providers")
         providers = {
-            provider.id: pb.Provider(id=provider.id, kind=provider.kind, base_urls=provider.base_urls)
+            provider.id: pb.Provider(
+                id=provider.id,
+                kind=provider.kind,
+                base_urls=provider.base_urls,
+                engine=engine_message(provider.engine),
+            )
             for provider in self._providers.all()
         }
         shown, next_page_token = pages.page_of(providers, page, pb.Provider.ByteSize)
@@ -224,8 +227,13 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
     ) -> pb.CheckProviderHealthResponse:
         """How a provider is; one that is down is an answer."""
         _require("provider_id", request.provider_id)
-        health = await self._providers.check_health(request.provider_id)
-        return pb.CheckProviderHealthResponse(status=HEALTH_STATUSES[health.status], message=health.message)
+        provider = self._providers.get(request.provider_id)
+        health = await self._providers.check_health(provider.id)
+        return pb.CheckProviderHealthResponse(
+            status=HEALTH_STATUSES[health.status],
+            message=shorten(health.message, MAX_MESSAGE),
+            engine=engine_message(provider.engine),
+        )
 
 
 def changes_of(request: pb.UpdateModelRequest) -> dict[str, object]:
@@ -289,6 +297,11 @@ def model_message(model: Model) -> pb.Model:
         embedding_dimension=model.embedding_dimension,
         owner=model.owner,
     )
+
+
+def engine_message(engine: Engine) -> pb.Engine:
+    """What answers at a provider's addresses, as it goes over the wire."""
+    return pb.Engine(kind=ENGINE_KINDS[engine.kind], version=engine.version, detail=shorten(engine.detail, MAX_MESSAGE))
 
 
 def _timestamp(time: datetime | None) -> Timestamp | None:

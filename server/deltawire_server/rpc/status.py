@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 DOMAIN = "deltawire.dev"
 REASON_TRAILER = "deltawire-reason"
 DETAILS_TRAILER = "grpc-status-details-bin"
+PUSHBACK_TRAILER = "grpc-retry-pushback-ms"
+"""When to retry, for gRPC's own retries, which do not read RetryInfo; below 0 is never."""
 
 MAX_MESSAGE = 1024
 """Bytes of a message; in a header each may take three, since gRPC escapes what is not ASCII."""
@@ -94,5 +96,6 @@ def trailers_of(error: DeltawireError, request_id: str) -> tuple[tuple[str, str 
     return (
         (REASON_TRAILER, error.reason.name),
         ("x-request-id", request_id),
+        (PUSHBACK_TRAILER, "-1" if error.retry_after is None else str(round(error.retry_after * 1000))),
         (DETAILS_TRAILER, status_of(error, request_id).SerializeToString()),
     )

@@ -289,9 +289,16 @@ class StreamSettings(Section):
     slow_caller_timeout: Seconds = Field(
         default=30.0,
         description=(
-            "Seconds that a full queue waits for its caller to take something; then generation is stopped and the "
+            "Seconds that one message waits for its caller to take it; then generation is stopped and the "
             "call ends with RESOURCE_EXHAUSTED (SLOW_CALLER). A provider generates on whether read or not, hence a "
-            "limit. Also how long a watch of models may go unread (SLOW_WATCHER)."
+            "limit. The same for a message of a watch of models (SLOW_WATCHER)."
+        ),
+    )
+    tail_timeout: Seconds = Field(
+        default=2.0,
+        description=(
+            "Seconds that the usage and the end of an answer may take after the last finish reason. The answer is whole "
+            "then: it ends with what is known of its usage. A vLLM sends both within milliseconds."
         ),
     )
     max_tool_calls: Whole = Field(
@@ -304,10 +311,12 @@ class StreamSettings(Section):
         ),
     )
     max_tool_call_bytes: Bytes = Field(
-        default=4 * MIB,
+        default=4 * MIB - 64 * KIB,
+        le=4 * MIB - 64 * KIB,
         description=(
-            "Bytes of one tool call's arguments; more end the answer with an error. The default holds any file a "
-            "model writes in one call."
+            "Bytes of one tool call's arguments, its name counted twice; more end the answer with an error. The default "
+            "holds any file a model writes in one call, and is the most that fits into one message of 4 MiB, which is what "
+            "gRPC clients receive unless told otherwise."
         ),
     )
     max_event_bytes: Bytes = Field(
@@ -526,6 +535,14 @@ class ProviderSettings(Section):
         description=(
             "Seconds between two events of an answer; comments do not count. The default allows for a server that "
             "preempts a request to serve others."
+        ),
+    )
+    engine: Annotated[Literal["auto", "vllm", "proxy"], BeforeValidator(values.lower)] = Field(
+        default="auto",
+        description=(
+            "What answers at base_url. With vllm, the server itself or a proxy that changes nothing, request fields that its "
+            "version does not know are refused. With proxy none is refused, and the arguments of strict tools are checked "
+            "by the gateway, since proxies drop fields. The default, auto, finds out; deltawire health shows it."
         ),
     )
     refresh_interval: Seconds = Field(

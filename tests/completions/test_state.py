@@ -1,0 +1,141 @@
+"""The life of a completion: every state meets every cause, and every way out is walked with a real completion."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from typing import TYPE_CHECKING
+
+import pytest
+
+from deltawire_server.completions.state import TRANSITIONS, Cause, IllegalTransitionError, State, advance
+from deltawire_server.errors import DeltawireError, Reason
+from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
+from deltawire_server.sansio.events import Completed, Fault, StopReason
+from tests.support.gateway import until
+from tests.support.workers import CALLER, MakeWorker, ask
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from deltawire_server.completion import Completion
+    from deltawire_server.worker import Worker
+
+CHUNKS = Chunks()
+ENDS = (Cause.ANSWER, Cause.FAULT, Cause.SOFT_END, Cause.CALLER)
+
+
+@pytest.mark.parametrize(("state", "cause"), [*itertools.product(State, Cause)])
+def test_every_state_meets_every_cause(state: State, cause: Cause) -> None:
+    """It leads where the table says, or it is named and raised."""
+    if (state, cause) in TRANSITIONS:
+        after = advance(state, cause)
+        assert (after is State.ENDED) == (cause in ENDS)
+    else:
+        with pytest.raises(IllegalTransitionError, match=f"^{cause.name} cannot come in state {state.name}$"):
+            advance(state, cause)
+
+
+def test_an_end_is_an_end() -> None:
+    """Nothing leads out of it, and every state leads to it by a fault and by the caller."""
+    assert not [state for state, _ in TRANSITIONS if state is State.ENDED]
+    for state in (State.QUEUED, State.ASKING, State.STREAMING, State.TAIL):
+        assert {Cause.FAULT, Cause.CALLER} <= {cause for each, cause in TRANSITIONS if each is state}
+
+
+SENT = {
+    State.QUEUED: [],
+    State.ASKING: [],
+    State.STREAMING: [CHUNKS.role(), CHUNKS.text("a")],
+    State.TAIL: [CHUNKS.role(), CHUNKS.text("a"), CHUNKS.finish()],
+}
+"""What an engine sends before it falls silent, to bring a completion into a state and keep it there."""
+
+FAULT = Fault(Reason.DRAINING, "the process stops")
+CAUSES: dict[Cause, Callable[[Completion], None]] = {
+    Cause.FAULT: lambda completion: completion.end(FAULT),
+    Cause.SOFT_END: lambda completion: completion.stop(StopReason.CANCELLED),
+}
+
+
+async def drained(completion: Completion) -> list[object]:
+    """All that a completion sends, and how it ends: the types of events, then the reason of the failure or None."""
+    seen: list[object] = []
+    try:
+        async for batch in completion.batches():
+            seen += map(type, batch)
+    except DeltawireError as error:
+        seen.append(error.reason)
+    else:
+        seen.append(None)
+    return seen
+
+
+@pytest.mark.parametrize("cause", [Cause.FAULT, Cause.SOFT_END, Cause.CALLER])
+@pytest.mark.parametrize("state", [*SENT])
+async def test_every_way_out(make_worker: MakeWorker, vllm: FakeVllm, state: State, cause: Cause) -> None:
+    """From each state by each cause: one end, whose first cause counts, and the provider stops.
+
+    In TAIL the answer is whole: a soft end or a fault of our own ends it as the answer that it is.
+    """
+    vllm.play(Script.chunks([*SENT[state], asyncio.Event()]))
+    async with make_worker() as worker, worker.completion(ask(completion_id="c"), CALLER) as completion:
+        if state is State.QUEUED:
+            if cause is not Cause.CALLER:
+                CAUSES[cause](completion)
+                assert completion.state is State.ENDED
+                assert (await drained(completion))[-1] is (Reason.DRAINING if cause is Cause.FAULT else None)
+            assert not vllm.chats
+            return
+        draining = asyncio.create_task(drained(completion))
+        await until(lambda: completion.state is state)
+        if cause is Cause.CALLER:
+            draining.cancel()
+            await asyncio.wait([draining])
+            await completion.close()
+        else:
+            CAUSES[cause](completion)
+            assert completion.state is State.ENDED
+            # What comes after the end changes nothing.
+            completion.stop(StopReason.TIME_LIMIT)
+            completion.end(Fault(Reason.SLOW_CALLER, "late"))
+            seen = await draining
+            failed = cause is Cause.FAULT and state is not State.TAIL
+            assert seen[-1] is (Reason.DRAINING if failed else None)
+            assert (Completed in seen) == (not failed or state is not State.ASKING)
+            assert (completion.failure is None) == (not failed)
+        assert completion.state is State.ENDED
+        await vllm.chats[0].closed_early.wait()
+
+
+async def test_an_answer_whose_end_never_comes_is_whole_after_the_tail(make_worker: MakeWorker, vllm: FakeVllm) -> None:
+    """With what is known of its usage; the rest of the silence limit is not waited for."""
+    vllm.play(Script.chunks([*SENT[State.TAIL], asyncio.Event()]))
+    async with make_worker(tail=0.05) as worker, worker.completion(ask(), CALLER) as completion:
+        seen = await drained(completion)
+        assert seen[-2:] == [Completed, None]
+        assert completion.usage.provenance.name == "ESTIMATED"
+
+
+async def test_a_limit_and_a_refusal_in_the_same_moment(make_worker: MakeWorker, vllm: FakeVllm) -> None:
+    """Whichever is seen first, the call fails: it never ends well with nothing in it."""
+    for number in range(40):
+        vllm.play(Script.error(500, "failed", headers_delay=0.02))
+        async with make_worker() as worker:
+            reasons = await failures(worker, soft_time_limit=0.02 + number * 0.0002)
+        # A soft limit that comes first ends an empty answer normally, and says so in its choice.
+        assert reasons <= {Reason.UPSTREAM_ERROR, StopReason.TIME_LIMIT}
+
+
+async def failures(worker: Worker, **fields: float) -> set[object]:
+    """How completions of this request end: the reasons of failures, and the stop reasons of whole answers."""
+    seen: set[object] = set()
+    async with worker.completion(ask(**fields), CALLER) as completion:
+        try:
+            events = [event async for batch in completion.batches() for event in batch]
+        except DeltawireError as error:
+            return {error.reason}
+        last = events[-1]
+        assert isinstance(last, Completed)
+        seen.update(choice.stop_reason for choice in last.choices)
+    return seen
