@@ -9,14 +9,23 @@ import ipaddress
 import json
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import grpc
 
 from deltawire._errors import CallError, error_for
-from deltawire._failure import REQUEST_ID, FailedCall, Failure, Metadata, failure_of, metadata_of, metadata_text
+from deltawire._failure import (
+    REQUEST_ID,
+    ClosedCall,
+    FailedCall,
+    Failure,
+    Metadata,
+    failure_of,
+    metadata_of,
+    metadata_text,
+)
 from deltawire._version import __version__
 
 if TYPE_CHECKING:
@@ -44,7 +53,9 @@ SERVICE_CONFIG = json.dumps(
                     "initialBackoff": "0.2s",
                     "maxBackoff": "2s",
                     "backoffMultiplier": 2,
-                    "retryableStatusCodes": ["UNAVAILABLE"],
+                    # CANCELLED is what a call gets that arrives as a gateway closes its connections; a caller's own cancel ends
+                    # the call whatever stands here.
+                    "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
                 },
             },
             # A watch begins again by itself, for more than this.
@@ -114,8 +125,16 @@ class Endpoint:
     options: tuple[tuple[str, Any], ...]
 
     @property
+    def apart(self) -> Endpoint:
+        """The same endpoint for a channel with connections of its own.
+
+        gRPC otherwise shares one connection among all channels with the same target, credentials and options.
+        """
+        return replace(self, options=(*self.options, ("grpc.use_local_subchannel_pool", 1)))
+
+    @property
     def keeps_secrets(self) -> bool:
-        """Whether nobody on the way can read a token."""
+        """Whether a token can be sent without others on the network reading it."""
         return self.credentials is not None or is_local(self.target)
 
 
@@ -129,7 +148,7 @@ def connection(target: str, options: ConnectOptions, *, own_channel: bool) -> tu
     """
     _known(options, CONNECT_OPTIONS, "a client")
     if own_channel and (surplus := options.keys() & CHANNEL_OPTIONS):
-        message = f"a channel of your own is used as it is: leave out {', '.join(sorted(surplus))}"
+        message = f"a channel of your own is used unchanged: leave out {', '.join(sorted(surplus))}"
         raise ValueError(message)
     if not own_channel:
         _check_target(target)
@@ -198,12 +217,23 @@ class Outgoing:
         self.info.trailing_metadata = metadata_of(trailing)
 
     def failure(self, call: FailedCall) -> Failure:
-        """What a failed call tells; the headers of a stream that had begun are known already."""
+        """What a failed call says; the headers of a stream that had begun are known already."""
         failure = failure_of(call, self.info.request_id)
         self.info.request_id = failure.request_id
         self.info.initial_metadata = failure.initial_metadata or self.info.initial_metadata
         self.info.trailing_metadata = failure.trailing_metadata
         return failure
+
+    def cancelled(self, *, is_closed: bool) -> Failure:
+        """The end of a stream that this program cancelled, or whose client it closed."""
+        if is_closed:
+            return self.failure(ClosedCall())
+        return Failure(
+            grpc.StatusCode.CANCELLED,
+            "cancelled by the caller",
+            request_id=self.info.request_id,
+            initial_metadata=self.info.initial_metadata,
+        )
 
     def aside(self, timeout: float | None) -> Outgoing:
         """Another call about this one: with the same metadata, and so with the same request id."""
@@ -317,7 +347,7 @@ def _options(target: str, max_receive_bytes: int) -> list[tuple[str, Any]]:
     options: list[tuple[str, Any]] = [
         ("grpc.service_config", SERVICE_CONFIG),
         ("grpc.max_receive_message_length", max_receive_bytes),
-        # A stream can be silent for minutes while a long prompt is read; pings find out that the other side is gone,
+        # A stream can be silent for minutes while a long prompt is read; pings detect that the other side is gone,
         # and keep proxies from closing the connection. 0 means that they go on however long nothing else is sent.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),

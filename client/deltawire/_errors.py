@@ -22,7 +22,7 @@
         │   ├── CompletionAlreadyExistsError
         │   ├── CompletionNotFoundError
         │   ├── CompletionGoneError
-        │   ├── WrongReplicaError
+        │   ├── WrongReplicaError            (this one may pass on another connection; the client has tried some)
         │   └── ProviderNotFoundError
         ├── ProviderError                    the provider did not do its part; most of it passes: ask again
         │   ├── ProviderMisconfiguredError   (this does not: the operator has to act)
@@ -43,9 +43,10 @@
         │   └── InternalError
         ├── StreamInterrupted                the stream broke off after it had begun: what came is in `answer`
         ├── CallCancelledError               the caller cancelled it
+        │   └── ClientClosedError            the client was closed, before the call or during it
         ├── DeadlineExceededError            the caller's timeout passed
         │   └── DurationLimitExceededError   the gateway's own limit for calls without a timeout passed
-        ├── UnavailableError                 the gateway cannot be reached; nobody gave a reason
+        ├── UnavailableError                 the gateway cannot be reached, and gave no reason
         ├── UnauthenticatedError             the gateway does not know the caller: the token is missing or wrong
         └── PermissionDeniedError            the gateway knows the caller and says no
 
@@ -97,7 +98,7 @@ class CallError(DeltawireError):
         code: The gRPC status code.
         message: For people; it can change from version to version.
         reason: Why, in one word: a value of `ErrorReason` without its prefix, "" if the gateway gave none. A word that
-            this version does not know stays as it is.
+            this version does not know is kept verbatim.
         metadata: The values that belong to the reason, for example `{"model": "gpt-5"}`.
         violations: Every field of the request that breaks a rule.
         retry_after: How long to wait before trying again, in seconds; None if nothing was said.
@@ -130,7 +131,7 @@ class CallError(DeltawireError):
 
 
 class RequestError(CallError):
-    """The request has to change; sent again as it is, it fails again."""
+    """The request has to change; sent again unchanged, it fails again."""
 
 
 class InvalidRequestError(RequestError):
@@ -170,7 +171,7 @@ class ModelNotServedError(RequestError):
 
 
 class ModelDiscoveredError(RequestError):
-    """The model was discovered, not registered: it is there for as long as it is served."""
+    """The model was discovered, not registered: it exists for as long as it is served."""
 
 
 class EtagMismatchError(RequestError):
@@ -206,7 +207,11 @@ class CompletionGoneError(RequestError):
 
 
 class WrongReplicaError(RequestError):
-    """Another gateway process made this completion id, and only that one has the completion."""
+    """Another gateway process made this completion id, and only that one has the completion.
+
+    The client has tried several new connections and none reached that process, or it cannot make one because it was given
+    a channel. Try later, or connect to that process without the balancer.
+    """
 
 
 class ProviderNotFoundError(RequestError):
@@ -230,7 +235,11 @@ class UpstreamOverloadedError(ProviderError):
 
 
 class UpstreamTimeoutError(ProviderError):
-    """The provider was silent for longer than the gateway waits."""
+    """The provider sent nothing for longer than the gateway waits; your own `timeout` has not passed.
+
+    `code` is DEADLINE_EXCEEDED before the first event, and ABORTED after it. The provider may still be working on the
+    request, so do not repeat it at once.
+    """
 
 
 class UpstreamError(ProviderError):
@@ -282,15 +291,19 @@ class InternalError(GatewayError):
 
 
 class StreamInterrupted(CallError):  # noqa: N818 -- it says what happened better without the suffix
-    """The stream ended without its last event, after it had begun: the gateway, or a proxy on the way, is gone.
+    """The stream ended without its last event, after it had begun: the gateway, or a proxy on the way, closed the connection.
 
-    `code` may be anything; it is UNKNOWN if the status said OK. What came is in `answer`; its usage is what was told last.
+    `code` may be anything; it is UNKNOWN if the status said OK. What came is in `answer`, with the latest usage received.
     Start again from the top. A stream that was asked with `retention` has tried to go on: `reason` says why it could not.
     """
 
 
 class CallCancelledError(CallError):
     """The caller cancelled the call: by `cancel()`, by leaving the `with` block, or by closing the client."""
+
+
+class ClientClosedError(CallCancelledError):
+    """The client, or the channel that it was given, was closed: before the call or during it. Make another client."""
 
 
 class DeadlineExceededError(CallError):
@@ -372,6 +385,8 @@ _STATUS_CODES: Mapping[int, grpc.StatusCode] = {code.value[0]: code for code in 
 
 def error_for(failure: Failure) -> CallError:
     """The error to raise for this failure: by its reason, else by its code."""
+    if failure.is_closed:
+        return ClientClosedError(failure)
     reason = PREFIX + failure.reason
     if reason in ErrorReason.keys():  # noqa: SIM118 -- the enum's wrapper is no mapping
         by_reason = REASONS.get(ErrorReason.Value(reason))
@@ -386,7 +401,7 @@ def status_code(number: int) -> grpc.StatusCode:
 
 
 def with_fault(failure: Failure, code: int, reason: ErrorReason.ValueType, message: str) -> Failure:
-    """The failure as `Completed.error` tells it, for when a proxy lost the status that should have said so.
+    """The failure with the fault of `Completed.error`, for when a proxy lost the status that should have said so.
 
     The number of a reason that this version does not know has no name here: the code alone decides then.
     """

@@ -1,12 +1,12 @@
-"""What a failed call tells: its status, the details in its trailers, and its metadata, read into one `Failure`.
+"""A failed call as one `Failure`: its status, the details in its trailers, and its metadata.
 
-Which error it becomes is said in `_errors`.
+`_errors` maps it to an exception.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -24,6 +24,8 @@ DOMAIN = "deltawire.dev"
 DETAILS_TRAILER = "grpc-status-details-bin"
 REASON_TRAILER = "deltawire-reason"
 REQUEST_ID = "x-request-id"
+# The status message of a call that gRPC ends because this program closes the channel.
+_CHANNEL_CLOSED = "Channel closed!"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,10 @@ class FieldViolation:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """All that is known of a failed call; its error shows the same fields."""
+    """All that is known of a failed call; its error shows the same fields.
+
+    `is_closed` says that this program closed the client or its channel; the gateway did not end the call.
+    """
 
     code: grpc.StatusCode
     message: str
@@ -49,10 +54,11 @@ class Failure:
     trailing_metadata: Metadata = ()
     status: Any = None
     answer: Answer | None = None
+    is_closed: bool = False
 
 
 class FailedCall(Protocol):
-    """What a gRPC exception of either kind, blocking or asynchronous, tells at once."""
+    """What a gRPC exception of either kind, blocking or asyncio, says without waiting."""
 
     def code(self) -> grpc.StatusCode | None:
         """The status code."""
@@ -67,6 +73,47 @@ class FailedCall(Protocol):
         """The trailers, if any came."""
 
 
+class ClosedCall:
+    """A `FailedCall` that gRPC did not make, or ended, because this program closed the channel."""
+
+    def code(self) -> grpc.StatusCode:
+        """CANCELLED, as gRPC says of a call that was active when its channel was closed."""
+        return grpc.StatusCode.CANCELLED
+
+    def details(self) -> str:
+        """The status message of such a call."""
+        return _CHANNEL_CLOSED
+
+    def initial_metadata(self) -> Metadata:
+        """Empty."""
+        return ()
+
+    def trailing_metadata(self) -> Metadata:
+        """Empty."""
+        return ()
+
+
+def failed_call(error: Exception) -> FailedCall:
+    """What a gRPC exception says of its call.
+
+    Args:
+        error: An `RpcError`, or what gRPC raises for a call on a closed channel: ValueError from the blocking kind,
+            UsageError from the asyncio kind.
+
+    Raises:
+        Exception: The same one, if it is neither, for example an interceptor's own ValueError.
+    """
+    if isinstance(error, grpc.RpcError):
+        # Frames of its traceback refer to the call. A connection stays open until its calls are freed, even if it was
+        # closed, so an error that is kept must not refer to one.
+        # The blocking kind's exception is the call itself, which its type does not say.
+        return cast("FailedCall", error.with_traceback(None))
+    text = str(error).lower()
+    if "channel" in text and ("closed" in text or "closing" in text):
+        return ClosedCall()
+    raise error
+
+
 def metadata_of(pairs: Iterable[tuple[str, str | bytes]] | None) -> Metadata:
     """Metadata of either kind of call as plain pairs of name and value."""
     return tuple((name, value) for name, value in pairs or ())
@@ -78,7 +125,7 @@ def metadata_text(metadata: Metadata, name: str) -> str:
 
 
 def failure_of(call: FailedCall, request_id: str) -> Failure:
-    """Read all that a failed call tells.
+    """Read everything that a failed call says.
 
     Args:
         call: The gRPC exception.
@@ -87,14 +134,17 @@ def failure_of(call: FailedCall, request_id: str) -> Failure:
     What comes back is for `_errors.error_for`.
     """
     initial, trailing = metadata_of(call.initial_metadata()), metadata_of(call.trailing_metadata())
+    code, message = call.code() or grpc.StatusCode.UNKNOWN, call.details() or ""
+    is_closed = code is grpc.StatusCode.CANCELLED and _CHANNEL_CLOSED in message
     failure = Failure(
-        code=call.code() or grpc.StatusCode.UNKNOWN,
-        message=call.details() or "",
+        code=code,
+        message="the client was closed, or the channel that it was given" if is_closed else message,
         reason=metadata_text(trailing, REASON_TRAILER),
         request_id=metadata_text(initial, REQUEST_ID) or metadata_text(trailing, REQUEST_ID) or request_id,
         initial_metadata=initial,
         trailing_metadata=trailing,
         status=_status(trailing),
+        is_closed=is_closed,
     )
     return failure if failure.status is None else _with_details(failure)
 

@@ -38,10 +38,13 @@ from deltawire.v1.message_pb2 import ChatMessage
 from deltawire.v1.model_registry_pb2 import (
     ListModelsRequest,
     ListModelsResponse,
+    ListProvidersRequest,
+    ListProvidersResponse,
     Model,
     ModelSource,
     ModelState,
     ModelType,
+    Provider,
     RegisterModelRequest,
     UpdateModelRequest,
 )
@@ -74,16 +77,16 @@ class SamplingOptions(TypedDict, total=False):
 class PlainChatOptions(SamplingOptions, total=False):
     """What a chat request holds besides its messages and tools. None is the same as not given.
 
-    `tool_choice` is "auto", "required", "none", the name of
-    a tool, or a `ToolChoice` (which can also name a tool called "auto"). `sampling` is where the single sampling
+    `model` can be left out if the gateway serves exactly one chat model. `tool_choice` is "auto", "required", "none", the
+    name of a tool, or a `ToolChoice` (which can also name a tool called "auto"). `sampling` is where the single sampling
     arguments are laid over. `response_format` is a `ResponseFormat`, see `json_schema`, `regex`, `choice`, `grammar` and
     `structural_tag`, or "json_object". `logprobs` True asks for the chosen tokens' log-probabilities, a number for that
     many alternatives as well. `choice_count` is how many answers to generate.
 
     `allowed_tools` are the names of those of the `tools` that the model gets to see this time. `incremental_tool_calls`
-    has calls told while they are written; `validate_schema` has their arguments checked against the tools' schemas.
+    sends calls while they are written; `validate_schema` has their arguments checked against the tools' schemas.
     `reasoning` is how hard to think, "none", "minimal", "low", "medium", "high", "xhigh" or "max", or a `Reasoning`;
-    `reasoning_token_budget` the most tokens of it; `include_reasoning` False keeps it from being told.
+    `reasoning_token_budget` the most tokens of it; `include_reasoning` False leaves it out of the answer.
 
     `soft_time_limit` (seconds, or a `timedelta`) ends generation normally, with what came by then. `completion_id` is an
     id of your own to cancel, look up and resume by; make it unguessable. `priority`: lower goes earlier.
@@ -114,10 +117,10 @@ class PlainChatOptions(SamplingOptions, total=False):
 
 
 class TellingOptions(TypedDict, total=False):
-    """How a stream is told; see `StreamOptions` in the API. None is the same as not given.
+    """How a stream is sent; see `StreamOptions` in the API. None is the same as not given.
 
-    Times are in seconds, or a `timedelta`. `usage_updates` tells the usage while the answer is generated: `stream.usage`.
-    `max_coalesce_delay` lets deltas be held back for that long to be joined. `heartbeat_interval` has something told at
+    Times are in seconds, or a `timedelta`. `usage_updates` sends the usage while the answer is generated: `stream.usage`.
+    `max_coalesce_delay` lets deltas be held back for that long to be joined. `heartbeat_interval` sends something at
     least that often, with `early_heartbeats` also before the answer begins, which gives up gRPC's retries.
     `retention` keeps the stream, so that it goes on over a lost connection: see `Chat.stream`. `stream_options` is where
     these are laid over.
@@ -191,7 +194,7 @@ class UpdateOptions(RegisterOptions, total=False):
     """What to change of a registered model; what is not given stays.
 
     A list or mapping replaces the one that was; an empty one takes all of it away, as None does with
-    `embedding_dimension`. With an `etag` the change is made only if nobody has changed the model since it had that; a
+    `embedding_dimension`. With an `etag` the change is made only if the model has not changed since it had that; a
     `Model` brings its own, and "" makes the change in any case.
     """
 
@@ -274,7 +277,7 @@ def split_arguments(messages: Messages | ChatRequest, arguments: ChatArguments) 
 def split_streaming(
     messages: Messages | ChatRequest, arguments: StreamArguments
 ) -> tuple[StreamChatCompletionRequest, CallOptions]:
-    """Part the arguments of `stream` into what is asked, how it is told, and how the call is made.
+    """Split the arguments of `stream` into what is asked, how it is sent, and how the call is made.
 
     Raises:
         TypeError: A whole `ChatRequest` came with arguments of its own kind; set its fields instead.
@@ -391,6 +394,19 @@ class ModelPages:
             self._request.page_token = page.next_page_token
             if not page.next_page_token:
                 self._request = None
+
+
+class ProviderPages:
+    """What both kinds of listing of providers share: `request` asks for the next page, and is None after the last."""
+
+    def __init__(self) -> None:
+        self.request: ListProvidersRequest | None = ListProvidersRequest()
+        self.providers: list[Provider] = []
+
+    def receive(self, page: ListProvidersResponse) -> None:
+        """Take a page."""
+        self.providers.extend(page.providers)
+        self.request = ListProvidersRequest(page_token=page.next_page_token) if page.next_page_token else None
 
 
 def _registration(options: RegisterOptions) -> dict[str, Any]:

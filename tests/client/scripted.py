@@ -144,10 +144,32 @@ UNARY = {
 }  # fmt: skip
 
 
+class Replica(Gateway):
+    """One of several gateway processes: it plays scripts for the completions that it knows, and refuses others.
+
+    Args:
+        known: The ids of its completions.
+        refusal: What calls about other completions get.
+    """
+
+    def __init__(self, *known: str, refusal: Fail | None = None) -> None:
+        super().__init__()
+        self.known = set(known)
+        self._refusal = refusal or Fail(grpc.StatusCode.FAILED_PRECONDITION, "WRONG_REPLICA", "another process has it")
+
+    def _play(self, method: str, request: Any, context: Any) -> Iterator[Any]:  # noqa: ANN401
+        about = getattr(request, "resume", request)
+        if getattr(about, "completion_id", "") and about.completion_id not in self.known:
+            self._scripts.appendleft([self._refusal])
+        yield from super()._play(method, request, context)
+
+
 @contextlib.contextmanager
-def serve(address: str = "127.0.0.1:0", credentials: grpc.ServerCredentials | None = None) -> Iterator[Gateway]:
+def serve(
+    address: str = "127.0.0.1:0", credentials: grpc.ServerCredentials | None = None, gateway: Gateway | None = None
+) -> Iterator[Gateway]:
     """Serve a scripted gateway."""
-    gateway = Gateway()
+    gateway = gateway or Gateway()
     server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
     chat_grpc.add_ChatCompletionServicer_to_server(cast("Any", gateway), server)
     registry_grpc.add_ModelRegistryServicer_to_server(cast("Any", gateway), server)

@@ -309,7 +309,8 @@ async def test_models_and_providers(gateway: Gateway, async_client: AsyncClient)
     gateway.will(UpdateModelResponse(model=llama))
     gateway.will(UnregisterModelResponse())
     gateway.will(RefreshModelsResponse(providers=[RefreshModelsResponse.Provider(provider_id="vllm", model_count=1)]))
-    gateway.will(ListProvidersResponse(providers=[vllm]))
+    gateway.will(ListProvidersResponse(providers=[vllm], next_page_token="2"))
+    gateway.will(ListProvidersResponse(providers=[Provider(id="w")]))
     gateway.will(CheckProviderHealthResponse(status=HEALTH_STATUS_OK))
     info = CallInfo()
     assert await async_client.models.get("llama", info=info, request_id="mine") == llama
@@ -322,7 +323,8 @@ async def test_models_and_providers(gateway: Gateway, async_client: AsyncClient)
     assert gateway.last.request == UnregisterModelRequest(model_id="l", etag="r2")
     assert [each.model_count for each in await async_client.models.refresh("vllm")] == [1]
     assert gateway.last.request.provider_id == "vllm"
-    assert list(await async_client.providers.list()) == [vllm]
+    assert list(await async_client.providers.list()) == [vllm, Provider(id="w")]
+    assert gateway.last.request.page_token == "2"
     assert (await async_client.providers.health("vllm")).status == HEALTH_STATUS_OK
 
 

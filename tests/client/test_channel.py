@@ -91,10 +91,10 @@ def test_the_callers_channel_options_win() -> None:
     assert options["grpc.max_receive_message_length"] == 7
 
 
-def test_only_unavailable_is_retried() -> None:
+def test_what_is_retried() -> None:
     """At most four attempts, on both services; a watch tries again by itself, so gRPC does not."""
     config, watch = json.loads(SERVICE_CONFIG)["methodConfig"]
-    assert config["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE"]
+    assert config["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE", "CANCELLED"]
     assert config["retryPolicy"]["maxAttempts"] == 4
     assert {each["service"] for each in config["name"]} == {"deltawire.v1.ChatCompletion", "deltawire.v1.ModelRegistry"}
     assert watch == {"name": [{"service": "deltawire.v1.ModelRegistry", "method": "WatchModels"}]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from deltawire import (
     UnavailableError,
     UpstreamIncompleteError,
     UpstreamOverloadedError,
+    UpstreamTimeoutError,
     chat_request,
     tls_credentials,
     tool,
@@ -288,6 +290,44 @@ def test_nothing_else_is_tried_again(gateway: Gateway, client: Client, fail: Fai
     assert len(gateway.calls) == 1
 
 
+@pytest.mark.parametrize("way", ["create", "stream"])
+@pytest.mark.parametrize("pushback", ["-1", "400"])
+def test_the_gateway_says_when_to_try_again(gateway: Gateway, client: Client, way: str, pushback: str) -> None:
+    """A pushback of -1 ends gRPC's own retries at once; another one is the pause before the next attempt."""
+    refused = Fail(STATUS.UNAVAILABLE, message="draining", trailers=(("grpc-retry-pushback-ms", pushback),))
+    gateway.will(refused)
+    if pushback != "-1":
+        gateway.will(*([whole("Hello")] if way == "create" else saying("Hello")))
+    began = time.monotonic()
+
+    def ask() -> str:
+        if way == "create":
+            return client.chat.create("hi", model="llama").text
+        with client.chat.stream("hi", model="llama") as stream:
+            return stream.final().text
+
+    if pushback == "-1":
+        with pytest.raises(UnavailableError):
+            ask()
+        assert len(gateway.calls) == 1
+    else:
+        assert ask() == "Hello"
+        assert time.monotonic() - began >= 0.4
+        assert len(gateway.calls) == 2
+
+
+@pytest.mark.parametrize("way", ["create", "stream"])
+def test_a_silent_provider_is_not_the_callers_timeout(gateway: Gateway, client: Client, way: str) -> None:
+    """The status is the same, DEADLINE_EXCEEDED: the reason says which of the two it was, and nothing is tried again."""
+    gateway.will(Fail(STATUS.DEADLINE_EXCEEDED, "UPSTREAM_TIMEOUT", metadata={"limit_seconds": "600"}))
+    stream = client.chat.stream("hi", model="llama", timeout=60, retention=60) if way == "stream" else None
+    with pytest.raises(UpstreamTimeoutError) as caught:
+        stream.final() if stream else client.chat.create("hi", model="llama", timeout=60)
+    assert not isinstance(caught.value, DeadlineExceededError)
+    assert (caught.value.code, caught.value.answer) == (STATUS.DEADLINE_EXCEEDED, None)
+    assert len(gateway.calls) == 1
+
+
 def free_port() -> int:
     """A port on which nobody listens."""
     with socket.socket() as listener:
@@ -396,6 +436,15 @@ def test_refresh(gateway: Gateway, client: Client) -> None:
     assert gateway.last.request.provider_id == ""
     assert list(client.models.refresh("a")) == answers[:1]
     assert gateway.last.request.provider_id == "a"
+
+
+def test_providers_come_in_pages(gateway: Gateway, client: Client) -> None:
+    """All of them are returned, whatever size a page has."""
+    gateway.will(ListProvidersResponse(providers=[Provider(id="a")], next_page_token="2"))
+    gateway.will(ListProvidersResponse(providers=[Provider(id="b")], next_page_token="3"))
+    gateway.will(ListProvidersResponse(providers=[Provider(id="c")]))
+    assert [each.id for each in client.providers.list(timeout=60)] == ["a", "b", "c"]
+    assert [call.request.page_token for call in gateway.calls] == ["", "2", "3"]
 
 
 def test_providers(gateway: Gateway, client: Client) -> None:

@@ -168,8 +168,9 @@ async def test_left_and_taken_up(client: AsyncClient, vllm: FakeVllm) -> None:
     async with client.chat.stream("count", model="fake", retention=60, completion_id="mine") as stream:
         steps[0].set()
         assert await anext(stream.text) == WORDS[0]
+    # The same request would read the same completion: gRPC repeats a call whose first attempt was lost.
     with pytest.raises(CompletionAlreadyExistsError):
-        await client.chat.stream("count", model="fake", completion_id="mine", retention=60).final()
+        await client.chat.stream("another", model="fake", completion_id="mine", retention=60).final()
     for gate in steps:
         gate.set()
     async with client.chat.resume("mine", stream.last_sequence) as rest:

@@ -11,7 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 from grpc import aio
 
 from deltawire import AsyncClient, CompletionNotFoundError, StreamChatCompletionResponse, chat_request
-from deltawire._completion import resumption
+from deltawire._completion import elsewhere
 from deltawire.v1.chat_completion_pb2 import ChatRequest, StreamChatCompletionRequest, StreamOptions
 from deltawire.v1.chat_completion_pb2_grpc import ChatCompletionStub
 from deltawire_server.fake_vllm import Script
@@ -34,7 +34,7 @@ POINTS = 200
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next call is made at once."""
-    monkeypatch.setattr(resumption, "MAX_PAUSE", 0.0)
+    monkeypatch.setattr(elsewhere, "MAX_PAUSE", 0.0)
 
 
 def answers() -> list[str]:
@@ -102,7 +102,7 @@ class Answers:
             "hi",
             model="fake",
             choice_count=asked["choice_count"],
-            tools=[tool(called) for called in asked["offered_tools"]],
+            tools=[tool(called, input_schema=schema) for called, schema in asked["offered_tools"].items()],
             incremental_tool_calls=True,
             completion_id=f"asked-{self._asked}",
         )

@@ -29,7 +29,7 @@ from deltawire import (
     UpstreamUnavailableError,
     user,
 )
-from deltawire._completion import resumption
+from deltawire._completion import elsewhere
 from deltawire.v1.chat_completion_pb2 import (
     COMPLETION_STATE_RUNNING,
     CancelChatCompletionResponse,
@@ -79,14 +79,14 @@ Outcome: TypeAlias = tuple[list[Event], "Answer | DeltawireError", "ChatStream |
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next call is made at once."""
-    monkeypatch.setattr(resumption, "MAX_PAUSE", 0.0)
+    monkeypatch.setattr(elsewhere, "MAX_PAUSE", 0.0)
 
 
 @pytest.fixture
 def pausing(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """The next call would not be made in a test's time; set once a stream waits for it."""
-    monkeypatch.setattr(resumption, "MIN_PAUSE", 1000.0)
-    monkeypatch.setattr(resumption, "MAX_PAUSE", 1000.0)
+    monkeypatch.setattr(elsewhere, "MIN_PAUSE", 1000.0)
+    monkeypatch.setattr(elsewhere, "MAX_PAUSE", 1000.0)
     waits = threading.Event()
 
     def note(_: logging.LogRecord) -> bool:
@@ -245,14 +245,22 @@ def test_a_whole_answer_is_whole(gateway: Gateway, read: Read) -> None:
     assert (stream.resumed, len(gateway.calls)) == (0, 2)
 
 
-@pytest.mark.parametrize("end", [MISSING, GONE, Fail(STATUS.FAILED_PRECONDITION, "WRONG_REPLICA")])
-def test_an_answer_that_is_gone(gateway: Gateway, read: Read, end: Fail) -> None:
-    """It is interrupted: the error says why it could not go on, and has what came."""
-    play(gateway, [*EVENTS[:2], LOST], [end])
+@pytest.mark.parametrize(
+    ("end", "calls"),
+    [(GONE, 1), (MISSING, 9), (Fail(STATUS.FAILED_PRECONDITION, "WRONG_REPLICA"), 9)],
+    ids=lambda each: each.reason if isinstance(each, Fail) else str(each),
+)
+def test_an_answer_that_is_gone(gateway: Gateway, read: Read, end: Fail, calls: int) -> None:
+    """It is interrupted: the error says why it could not go on, and has what came.
+
+    What another process may have is looked for on eight more connections.
+    """
+    play(gateway, [*EVENTS[:2], LOST], *[[end]] * calls)
     events, error, _ = read(retention=60, model="llama")
     assert events == EVENTS[:2]
     assert type(error) is StreamInterrupted
     assert (error.code, error.reason) == (end.code, end.reason)
+    assert len(gateway.calls) == 1 + calls
     assert isinstance(error.__cause__, grpc.RpcError)
     assert error.answer is not None
     assert error.answer.text == "Hel"
@@ -307,8 +315,8 @@ def test_a_failure_of_the_completion_itself(gateway: Gateway, read: Read) -> Non
 
 def test_patience(gateway: Gateway, read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing new would come in time, it is interrupted as ever."""
-    monkeypatch.setattr(resumption, "MAX_PAUSE", 1000.0)
-    monkeypatch.setattr(resumption, "MIN_PAUSE", 1000.0)
+    monkeypatch.setattr(elsewhere, "MAX_PAUSE", 1000.0)
+    monkeypatch.setattr(elsewhere, "MIN_PAUSE", 1000.0)
     play(gateway, [*EVENTS[:2], LOST])
     _, error, _ = read(retention=60, model="llama")
     assert type(error) is StreamInterrupted

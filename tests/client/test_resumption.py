@@ -10,7 +10,8 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from deltawire._completion import Resumption
-from deltawire._completion.resumption import LOST_CODES, MAX_PAUSE, MAX_STARTS, MIN_PAUSE, REASONS, End, end_of
+from deltawire._completion.elsewhere import MAX_CONNECTIONS, MAX_PAUSE, MIN_PAUSE
+from deltawire._completion.resumption import LOST_CODES, MAX_STARTS, REASONS, End, end_of
 from deltawire._failure import Failure
 from deltawire.v1.chat_completion_pb2 import (
     ChatRequest,
@@ -48,6 +49,7 @@ LOST = failed()
 MISSING = failed("COMPLETION_NOT_FOUND", STATUS.NOT_FOUND)
 EXISTS = failed("COMPLETION_ALREADY_EXISTS", STATUS.ALREADY_EXISTS)
 FULL = failed("TOO_MANY_STREAMS", STATUS.RESOURCE_EXHAUSTED)
+ELSEWHERE = failed("WRONG_REPLICA", STATUS.FAILED_PRECONDITION)
 GONE = failed("COMPLETION_GONE", STATUS.OUT_OF_RANGE)
 
 
@@ -71,6 +73,7 @@ def test_what_goes_on() -> None:
     assert {end: names for end, names in meanings.items() if end is not End.OVER} == {
         End.LOST: {"DRAINING", "SLOW_CALLER"},
         End.REFUSED: {"TOO_MANY_STREAMS", "STORE_UNAVAILABLE"},
+        End.ELSEWHERE: {"WRONG_REPLICA"},
         End.MISSING: {"COMPLETION_NOT_FOUND"},
         End.EXISTS: {"COMPLETION_ALREADY_EXISTS"},
     }
@@ -159,11 +162,40 @@ def test_heartbeats_alone_are_started_again_from_0() -> None:
 
 
 def test_an_answer_that_had_begun_is_never_started_again() -> None:
-    """What was read would not fit what came then."""
+    """What was read would not fit what came then; it is only looked for on other connections."""
     state = retained("mine")
     state.begin(0)
     assert next_request(state, LOST, has_begun=True) == "resume"
+    assert not state.moves
+    for _ in range(MAX_CONNECTIONS):
+        assert next_request(state, MISSING, has_begun=True) == "resume"
+        assert state.moves
     assert next_request(state, MISSING, has_begun=True) is None
+
+
+def test_another_process_has_it() -> None:
+    """It is resumed on a new connection, so often and no more, until something new comes; a lost one keeps its connection."""
+    state = Resumption(StreamChatCompletionRequest(resume=ResumePoint(completion_id="mine")), 10 * PATIENCE)
+    state.begin(0)
+    for _ in range(2):
+        for _ in range(MAX_CONNECTIONS):
+            assert (next_request(state, ELSEWHERE), state.moves) == ("resume", True)
+            assert (next_request(state, LOST), state.moves) == ("resume", False)
+        state.received(0, 0)
+    for _ in range(MAX_CONNECTIONS):
+        assert next_request(state, ELSEWHERE) == "resume"
+    assert (next_request(state, ELSEWHERE), state.moves) == (None, False)
+
+
+def test_another_process_cannot_be_reached() -> None:
+    """Nothing can be resumed that has not begun, and a channel of the caller's own is the only connection."""
+    state = retained()
+    state.begin(0)
+    assert next_request(state, ELSEWHERE) is None
+    resume = StreamChatCompletionRequest(resume=ResumePoint(completion_id="mine"))
+    state = Resumption(resume, PATIENCE, connections=0)
+    state.begin(0)
+    assert (next_request(state, ELSEWHERE), state.moves) == (None, False)
 
 
 def test_what_somebody_else_asked_cannot_be_started_again() -> None:
@@ -203,7 +235,10 @@ def test_a_gateway_that_is_full() -> None:
     assert next_request(state, FULL) == "resume"
 
 
-@pytest.mark.parametrize("end", [GONE, failed("WRONG_REPLICA"), failed("UPSTREAM_UNAVAILABLE"), failed("INTERNAL")])
+@pytest.mark.parametrize(
+    "end",
+    [GONE, failed("UPSTREAM_UNAVAILABLE"), failed("INTERNAL"), Failure(STATUS.CANCELLED, "closed", is_closed=True)],
+)
 @pytest.mark.parametrize("has_begun", [False, True])
 def test_what_trying_again_does_not_mend(end: Failure, has_begun: bool) -> None:
     """Neither on the first call nor on one that resumes."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING, TypeVar
 
-import grpc
 from grpc import aio
 
-from deltawire._errors import CallCancelledError
-from deltawire._failure import Failure
+from deltawire._failure import ClosedCall, failed_call
 
 if TYPE_CHECKING:
     from deltawire._channel import Outgoing
@@ -24,16 +23,20 @@ async def invoke(method: aio.UnaryUnaryMultiCallable[Q, R], request: Q, outgoing
     Raises:
         CallError: It failed.
     """
-    call = method(request, **outgoing.arguments)
     try:
-        response = await call
-    except aio.AioRpcError as error:
-        raise outgoing.error(error) from error
+        return await _answer(method, request, outgoing)
+    except (aio.AioRpcError, aio.UsageError) as error:
+        raise outgoing.error(failed_call(error)) from error
     except asyncio.CancelledError:
         if task_is_cancelled():
             raise
-        failure = Failure(grpc.StatusCode.CANCELLED, "the client was closed", request_id=outgoing.info.request_id)
-        raise CallCancelledError(failure) from None
+        raise outgoing.error(ClosedCall()) from None
+
+
+async def _answer(method: aio.UnaryUnaryMultiCallable[Q, R], request: Q, outgoing: Outgoing) -> R:
+    """Make a call. Its frame is not that of the error that is raised for it; see `failed_call`."""
+    call = method(request, **outgoing.arguments)
+    response = await call
     outgoing.began(await call.initial_metadata())
     outgoing.ended(await call.trailing_metadata())
     return response
@@ -43,3 +46,10 @@ def task_is_cancelled() -> bool:
     """Whether it is this task that is being cancelled, and not only its call: gRPC raises the same for both."""
     task = asyncio.current_task()
     return task is None or task.cancelling() > 0
+
+
+async def pause(seconds: float, ended: asyncio.Event) -> None:
+    """Wait so long, or until the event is set."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await ended.wait()

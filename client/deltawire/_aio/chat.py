@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 import inspect
 from typing import TYPE_CHECKING, Self, Unpack, cast
-from weakref import WeakSet
 
 from grpc import aio
 
-from deltawire._aio.call import invoke, task_is_cancelled
+from deltawire._aio.call import invoke, pause, task_is_cancelled
 from deltawire._completion import Answer, Resumption, StreamCalls, answer_of, text_of_event
-from deltawire._errors import ProtocolError
+from deltawire._errors import ClientClosedError
+from deltawire._failure import failed_call
 from deltawire._fields import made
 from deltawire._requests import (
     ChatArguments,
@@ -35,6 +35,7 @@ from deltawire.v1.chat_completion_pb2 import (
     CreateChatCompletionRequest,
     GetChatCompletionRequest,
     GetChatCompletionResponse,
+    StreamChatCompletionRequest,
     StreamChatCompletionResponse,
 )
 
@@ -42,19 +43,19 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
     from types import TracebackType
 
+    from deltawire._aio.connections import Connections
     from deltawire._channel import CallOptions, Defaults
     from deltawire._failure import FailedCall
     from deltawire._tools.loop import OnError, ToolLike, ToolRun
-    from deltawire.v1.chat_completion_pb2_grpc import ChatCompletionAsyncStub
 
 
 class AsyncChat:
     """Chats with a model."""
 
-    def __init__(self, stub: ChatCompletionAsyncStub, defaults: Defaults) -> None:
-        self._stub = stub
+    def __init__(self, connections: Connections, defaults: Defaults) -> None:
+        self._connections = connections
+        self._stub = connections.main.chat
         self._defaults = defaults
-        self._streams: WeakSet[AsyncChatStream] = WeakSet()
 
     async def create(self, messages: Messages | ChatRequest, **arguments: Unpack[ChatArguments]) -> Answer:
         """Ask, and wait for the whole answer; see `Chat.create`. Cancelling the task cancels the call."""
@@ -70,7 +71,7 @@ class AsyncChat:
         does not.
         """
         request, options = split_streaming(messages, arguments)
-        return self._going_on(AsyncChatStream(self._stub, self._defaults, Resumption(request), options))
+        return AsyncChatStream(self._connections, self._defaults, request, None, options)
 
     def resume(
         self,
@@ -82,17 +83,19 @@ class AsyncChat:
     ) -> AsyncChatStream:
         """Read a stream that was asked for with `retention`, replayed and then live; see `Chat.resume`. No `await` here."""
         request, patience = resume_request(completion_id, last_sequence, retention)
-        return self._going_on(AsyncChatStream(self._stub, self._defaults, Resumption(request, patience), options))
+        return AsyncChatStream(self._connections, self._defaults, request, patience, options)
 
     async def cancel(self, completion_id: str, **options: Unpack[CallOptions]) -> CancelChatCompletionResponse:
         """End a completion softly; see `Chat.cancel`."""
         request = made(CancelChatCompletionRequest, {"completion_id": completion_id})
-        return await invoke(self._stub.CancelChatCompletion, request, self._defaults.outgoing(options))
+        outgoing = self._defaults.outgoing(options)
+        return await self._connections.find(lambda stub: stub.CancelChatCompletion, request, outgoing)
 
     async def get(self, completion_id: str, **options: Unpack[CallOptions]) -> GetChatCompletionResponse:
         """How far a completion has come, and its result if that is retained; see `Chat.get`."""
         request = made(GetChatCompletionRequest, {"completion_id": completion_id})
-        return await invoke(self._stub.GetChatCompletion, request, self._defaults.outgoing(options))
+        outgoing = self._defaults.outgoing(options)
+        return await self._connections.find(lambda stub: stub.GetChatCompletion, request, outgoing)
 
     async def count_tokens(
         self, messages: Messages | ChatRequest, **arguments: Unpack[ChatArguments]
@@ -101,12 +104,6 @@ class AsyncChat:
         chat, options = split_arguments(messages, arguments)
         outgoing = self._defaults.outgoing(options)
         return await invoke(self._stub.CountTokens, CountTokensRequest(chat=chat), outgoing)
-
-    def _going_on(self, stream: AsyncChatStream) -> AsyncChatStream:
-        """Take note of a stream that goes on by itself: closing the client ends it."""
-        if stream._resumption.is_retained:
-            self._streams.add(stream)
-        return stream
 
     async def run_tools(
         self,
@@ -144,28 +141,39 @@ class AsyncChatStream(StreamCalls):
     """
 
     def __init__(
-        self, stub: ChatCompletionAsyncStub, defaults: Defaults, resumption: Resumption, options: CallOptions
+        self,
+        connections: Connections,
+        defaults: Defaults,
+        request: StreamChatCompletionRequest,
+        patience: float | None,
+        options: CallOptions,
     ) -> None:
-        super().__init__(defaults, resumption, options)
-        self._stub = stub
+        super().__init__(defaults, Resumption(request, patience, connections.limit), options)
+        self._connections = connections
+        self._connection = connections.main
         self._stopped = asyncio.Event()
+        # None once the stream has ended: a call that is kept keeps its connection open, even if that was closed.
+        self._rpc: aio.UnaryStreamCall[StreamChatCompletionRequest, StreamChatCompletionResponse] | None = None
         self._call()
+        connections.add(self)
 
     def __aiter__(self) -> AsyncIterator[StreamChatCompletionResponse]:
         return self
 
     async def __anext__(self) -> StreamChatCompletionResponse:
         """The next event; see `ChatStream.__next__`. Cancelling the task cancels the call."""
-        while self._outcome is None:
+        while self._outcome is None and self._rpc is not None:
             try:
-                event = await self._read()
+                event = await self._read(self._rpc)
             except asyncio.CancelledError:
-                self._cancelled()
+                # gRPC raises this too for a call that it ends because its channel is closed.
+                self._stop(is_closed=not task_is_cancelled())
                 if task_is_cancelled():
                     raise
             else:
                 if event is not None:
                     return event
+        self._leave()
         self._result()
         raise StopAsyncIteration
 
@@ -182,14 +190,19 @@ class AsyncChatStream(StreamCalls):
 
     def cancel(self) -> None:
         """End the call now, on both sides; see `ChatStream.cancel`."""
-        self._cancelled()
-        self._stopped.set()
-        self._rpc.cancel()
+        self._stop(is_closed=False)
 
     async def cancel_softly(self) -> CancelChatCompletionResponse:
         """End generation now, and let the stream end normally; see `ChatStream.cancel_softly`."""
         request, outgoing = self._softly()
-        return await invoke(self._stub.CancelChatCompletion, request, outgoing)
+        first = self._connection
+        try:
+            return await self._connections.find(lambda stub: stub.CancelChatCompletion, request, outgoing, first)
+        except ClientClosedError:
+            if first is self._connections.main:
+                raise
+        # The stream has ended meanwhile, and closed the connection that it had for itself.
+        return await self._connections.find(lambda stub: stub.CancelChatCompletion, request, outgoing)
 
     async def __aenter__(self) -> Self:
         return self
@@ -200,47 +213,77 @@ class AsyncChatStream(StreamCalls):
         self.cancel()
 
     def _call(self) -> None:
-        """Make a call."""
-        self._rpc = self._stub.StreamChatCompletion(self._begin(), **self._outgoing.arguments)
-        self._events = self._rpc.__aiter__()
+        """Make a call.
 
-    async def _read(self) -> StreamChatCompletionResponse | None:
-        """Wait for an event, or for the next call; None if there is no event to hand on."""
+        Raises:
+            ClientClosedError: There is no channel for it; reading raises the same error.
+        """
+        request = self._begin()
         try:
-            event = await anext(self._events)
+            self._rpc = self._connection.chat.StreamChatCompletion(request, **self._outgoing.arguments)
+        except aio.UsageError as error:
+            self._end(failed_call(error))
+            self._result()
+
+    async def _read(
+        self, rpc: aio.UnaryStreamCall[StreamChatCompletionRequest, StreamChatCompletionResponse]
+    ) -> StreamChatCompletionResponse | None:
+        """Wait for an event, or for the next call; None if there is no event to return."""
+        try:
+            event = await anext(aiter(rpc))
         except StopAsyncIteration:
-            self._outgoing.ended(await self._rpc.trailing_metadata())
+            self._outgoing.ended(await rpc.trailing_metadata())
             await self._go_on(None)
-        except aio.AioRpcError as error:
-            await self._go_on(error)
+        except (aio.AioRpcError, aio.UsageError) as error:
+            await self._go_on(failed_call(error))
         else:
-            if await self._take(event):
+            if await self._take(rpc, event):
                 return event
         return None
 
     async def _go_on(self, failed: FailedCall | None) -> None:
         """Make the next call when it is time, unless the stream is over."""
-        pause = self._end(failed)
-        if pause is None:
+        seconds = self._end(failed)
+        if seconds is None:
             return
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(pause):
-                await self._stopped.wait()
+        await pause(seconds, self._stopped)
         if self._stopped.is_set():
             return
-        try:
+        if self._resumption.moves:
+            self._leave()
+            self._connection = self._connections.another()
+        with contextlib.suppress(ClientClosedError):
             self._call()
-        except aio.UsageError:
-            # A channel of the caller's own, which has been closed meanwhile.
-            self._cancelled()
 
-    async def _take(self, event: StreamChatCompletionResponse) -> bool:
-        """Take note of an event; whether it is to be handed on."""
+    def _close(self) -> None:
+        """End the call because the client is closed."""
+        self._stop(is_closed=True)
+
+    def _stop(self, *, is_closed: bool) -> None:
+        """End the stream and its call."""
+        self._cancelled(is_closed=is_closed)
+        self._stopped.set()
+        if self._rpc is not None:
+            self._rpc.cancel()
+        self._leave()
+
+    def _leave(self) -> None:
+        """Close the connection that this stream has for itself, if it has one."""
+        rpc, self._rpc = self._rpc, None
+        connection, self._connection = self._connection, self._connections.main
+        if connection is not self._connections.main:
+            connection.close(None if rpc is None else aiter(rpc))
+
+    async def _take(
+        self,
+        rpc: aio.UnaryStreamCall[StreamChatCompletionRequest, StreamChatCompletionResponse],
+        event: StreamChatCompletionResponse,
+    ) -> bool:
+        """Take an event; False if it is not to be returned to the caller."""
         if not self._begun:
             self._begun = True
-            self._outgoing.began(await self._rpc.initial_metadata())
-        try:
-            return self._receive(event)
-        except ProtocolError:
-            self._rpc.cancel()
-            raise
+            self._outgoing.began(await rpc.initial_metadata())
+        is_new = self._receive(event)
+        if self._outcome is not None:
+            rpc.cancel()
+        return is_new

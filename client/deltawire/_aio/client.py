@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Self, Unpack
 
-from grpc import aio
-
 from deltawire._aio.chat import AsyncChat
+from deltawire._aio.connections import Connections
 from deltawire._aio.models import AsyncModels, AsyncProviders
 from deltawire._channel import DEFAULT_TARGET, ConnectOptions, connection
-from deltawire.v1.chat_completion_pb2_grpc import ChatCompletionStub
-from deltawire.v1.model_registry_pb2_grpc import ModelRegistryStub
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
+
+    from grpc import aio
 
 
 class AsyncClient:
@@ -26,8 +25,8 @@ class AsyncClient:
 
     Args:
         target: A gRPC target: "host:port", "unix:/path", "dns:///name:port".
-        channel: A `grpc.aio` channel of your own, used as it is; the client does not close it, and its retries, limits,
-            interceptors and TLS are up to you.
+        channel: A `grpc.aio` channel of your own, used unchanged. The client does not close it; you configure its retries,
+            limits, interceptors and TLS. The client cannot make new connections then: WrongReplicaError is raised at once.
         interceptors: grpc.aio's own kind; the first is the outermost.
         options: See `ConnectOptions`.
 
@@ -48,30 +47,17 @@ class AsyncClient:
     ) -> None:
         asyncio.get_running_loop()
         end, defaults = connection(target, options, own_channel=channel is not None)
-        self._owned: aio.Channel | None = None
-        if channel is None:
-            if end.credentials is None:
-                channel = aio.insecure_channel(end.target, end.options, interceptors=interceptors)
-            else:
-                channel = aio.secure_channel(end.target, end.credentials, end.options, interceptors=interceptors)
-            self._owned = channel
-        elif interceptors:
+        if channel is not None and interceptors:
             message = "grpc.aio takes interceptors when a channel is made: give them to yours"
             raise ValueError(message)
-        registry = ModelRegistryStub(channel)
-        self.chat = AsyncChat(ChatCompletionStub(channel), defaults)
-        self.models = AsyncModels(registry, defaults)
-        self.providers = AsyncProviders(registry, defaults)
+        self._connections = Connections(end, channel, interceptors)
+        self.chat = AsyncChat(self._connections, defaults)
+        self.models = AsyncModels(self._connections, defaults)
+        self.providers = AsyncProviders(self._connections, defaults)
 
     async def close(self) -> None:
-        """Close the channel, unless it is your own. Calls that still run end as cancelled."""
-        if self._owned is not None:
-            # Those that pause between two calls would otherwise make the next one on a closed channel.
-            for watch in tuple(self.models._watches):
-                watch.cancel()
-            for stream in tuple(self.chat._streams):
-                stream.cancel()
-            await self._owned.close()
+        """Close the channel, unless it is your own. Active and later calls raise `ClientClosedError`."""
+        await self._connections.close()
 
     async def __aenter__(self) -> Self:
         return self

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Self, Unpack
-from weakref import WeakSet
 
 from grpc import aio
 
-from deltawire._aio.call import invoke, task_is_cancelled
+from deltawire._aio.call import invoke, pause, task_is_cancelled
+from deltawire._errors import ClientClosedError
+from deltawire._failure import failed_call
 from deltawire._requests import (
     ListArguments,
     ModelPages,
+    ProviderPages,
     RegisterArguments,
     UpdateArguments,
     split_listing,
@@ -25,7 +27,6 @@ from deltawire.v1.model_registry_pb2 import (
     CheckProviderHealthResponse,
     GetModelRequest,
     ListModelsRequest,
-    ListProvidersRequest,
     Model,
     Provider,
     RefreshModelsRequest,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Sequence
     from types import TracebackType
 
+    from deltawire._aio.connections import Connections
     from deltawire._channel import CallOptions, Defaults
     from deltawire._failure import FailedCall
     from deltawire.v1.model_registry_pb2_grpc import ModelRegistryAsyncStub
@@ -47,10 +49,10 @@ if TYPE_CHECKING:
 class AsyncModels:
     """Which models can be called, under which names."""
 
-    def __init__(self, stub: ModelRegistryAsyncStub, defaults: Defaults) -> None:
-        self._stub = stub
+    def __init__(self, connections: Connections, defaults: Defaults) -> None:
+        self._connections = connections
+        self._stub = connections.main.registry
         self._defaults = defaults
-        self._watches: WeakSet[AsyncModelWatch] = WeakSet()
 
     def list(self, **arguments: Unpack[ListArguments]) -> AsyncModelList:
         """All models by ascending id, or those that pass, for `async for`; see `Models.list`. No `await` here."""
@@ -88,13 +90,13 @@ class AsyncModels:
     def watch(
         self, revision: str = "", *, known: Iterable[Model] | None = None, **options: Unpack[CallOptions]
     ) -> AsyncModelWatch:
-        """All models, and then every change to them as it happens, each told once; see `Models.watch`. No `await` here.
+        """All models, and then every change to them as it happens, each once; see `Models.watch`. No `await` here.
 
         Use the watch in an `async with` block: leaving it ends the call on both sides, which leaving an `async for` does
         not.
         """
         watch = AsyncModelWatch(self._stub, self._defaults, WatchState(revision, known), revision, options)
-        self._watches.add(watch)
+        self._connections.add(watch)
         return watch
 
 
@@ -141,16 +143,15 @@ class AsyncModelWatch(WatchCalls):
             while self._error is None and not self._events:
                 await self._read()
         except asyncio.CancelledError:
-            self.cancel()
+            # gRPC raises this too for a call that it ends because its channel is closed.
+            self._stop(is_closed=not task_is_cancelled())
             if task_is_cancelled():
                 raise
         return self._event()
 
     def cancel(self) -> None:
         """End the watch now, on both sides. Reading on raises `CallCancelledError`, unless it was over before."""
-        self._cancelled()
-        self._stopped.set()
-        self._rpc.cancel()
+        self._stop(is_closed=False)
 
     async def __aenter__(self) -> Self:
         return self
@@ -160,10 +161,29 @@ class AsyncModelWatch(WatchCalls):
     ) -> None:
         self.cancel()
 
+    def _close(self) -> None:
+        """End the call because the client is closed."""
+        self._stop(is_closed=True)
+
+    def _stop(self, *, is_closed: bool) -> None:
+        """End the watch and its call."""
+        self._cancelled(is_closed=is_closed)
+        self._stopped.set()
+        self._rpc.cancel()
+
     def _call(self) -> None:
-        """Make a call."""
-        self._rpc = self._stub.WatchModels(self._begin(), **self._outgoing.arguments)
-        self._messages = self._rpc.__aiter__()
+        """Make a call.
+
+        Raises:
+            ClientClosedError: There is no channel for it; reading raises the same error.
+        """
+        request = self._begin()
+        try:
+            self._rpc = self._stub.WatchModels(request, **self._outgoing.arguments)
+            self._messages = self._rpc.__aiter__()
+        except aio.UsageError as error:
+            self._end(failed_call(error))
+            self._event()
 
     async def _read(self) -> None:
         """Wait for a message, or for the next call."""
@@ -171,8 +191,8 @@ class AsyncModelWatch(WatchCalls):
             message = await anext(self._messages)
         except StopAsyncIteration:
             await self._go_on(None)
-        except aio.AioRpcError as error:
-            await self._go_on(error)
+        except (aio.AioRpcError, aio.UsageError) as error:
+            await self._go_on(failed_call(error))
         else:
             if not self._begun:
                 self._begun = True
@@ -181,27 +201,28 @@ class AsyncModelWatch(WatchCalls):
 
     async def _go_on(self, failed: FailedCall | None) -> None:
         """Make the next call when it is time, unless the watch is over."""
-        pause = self._end(failed)
-        if pause is None:
+        seconds = self._end(failed)
+        if seconds is None:
             return
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(pause):
-                await self._stopped.wait()
+        await pause(seconds, self._stopped)
         if not self._stopped.is_set():
-            self._call()
+            with contextlib.suppress(ClientClosedError):
+                self._call()
 
 
 class AsyncProviders:
     """The servers of models that the gateway's operator configured."""
 
-    def __init__(self, stub: ModelRegistryAsyncStub, defaults: Defaults) -> None:
-        self._stub = stub
+    def __init__(self, connections: Connections, defaults: Defaults) -> None:
+        self._stub = connections.main.registry
         self._defaults = defaults
 
     async def list(self, **options: Unpack[CallOptions]) -> Sequence[Provider]:
-        """All of them, by ascending id."""
-        outgoing = self._defaults.outgoing(options)
-        return tuple((await invoke(self._stub.ListProviders, ListProvidersRequest(), outgoing)).providers)
+        """All of them, by ascending id, from as many pages as there are; see `Providers.list`."""
+        pages = ProviderPages()
+        while pages.request is not None:
+            pages.receive(await invoke(self._stub.ListProviders, pages.request, self._defaults.outgoing(options)))
+        return tuple(pages.providers)
 
     async def health(self, provider_id: str, **options: Unpack[CallOptions]) -> CheckProviderHealthResponse:
         """How a provider is; see `Providers.health`."""

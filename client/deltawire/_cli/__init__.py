@@ -11,10 +11,9 @@ A command's way through the folder, in the order of the files one needs to read:
     chat          `chat`, `count-tokens`                    completions   `cancel`, `get` and `resume`
                                                             registry      `models`, `providers` and `health`
     request       options and files in, a ChatRequest out   files         the text of a file or of standard input
-    model         which one, if none is named               interrupt     Ctrl-C while an answer comes
-    follow        one answer, from its stream to the end    answer        prints an answer while it comes
-    output        JSON lines, tables, notes, errors         terminal      text in pieces, harmless to a terminal
-    status        exit statuses, and the errors that stand for them
+    follow        one answer, from its stream to the end    interrupt     Ctrl-C while a stream is read
+    answer        prints an answer while it comes           terminal      text in pieces, harmless to a terminal
+    output        JSON lines, tables, notes, errors         status        exit statuses, and their errors
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_text(options)
         with client_of(options) as client:
             status = run(client, options)
-            # Here, where a reader that has gone can still be dealt with, and not at exit.
+            # Here, and not at exit, so that a closed pipe can be handled.
             sys.stdout.flush()
             return status
     except KeyboardInterrupt:
@@ -69,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_error(error)
         return FAILED
     except OSError as error:
-        # If whoever read the answer has had enough, there is nothing to say.
+        # If the reader closed the pipe, there is nothing to report.
         if not isinstance(error, BrokenPipeError):
             say(f"error: input or output failed: {error.strerror or error}")
         # What is still in the buffer must not fail once more at exit.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from deltawire._cli.answer import print_answer
-from deltawire._cli.interrupt import SoftInterrupt
+from deltawire._cli.interrupt import Interrupt, end_softly
 from deltawire._cli.output import log_on_stderr, print_json, say
 from deltawire._errors import CallCancelledError, DeadlineExceededError, StreamInterrupted
 
@@ -23,7 +24,8 @@ def follow(stream: ChatStream, options: argparse.Namespace) -> Answer:
         KeyboardInterrupt: Ctrl-C ended it; what came is printed.
         DeltawireError: See `ChatStream`.
     """
-    with stream, log_on_stderr(), SoftInterrupt(stream) as interrupt:
+    ends = (functools.partial(end_softly, stream), stream.cancel)
+    with stream, log_on_stderr(), Interrupt(*ends) as interrupt:
         try:
             if options.json:
                 for event in stream:
@@ -31,15 +33,16 @@ def follow(stream: ChatStream, options: argparse.Namespace) -> Answer:
             else:
                 print_answer(stream)
             answer = stream.final()
-        except CallCancelledError:
-            if interrupt.pressed:
-                # It could not be ended softly.
-                raise KeyboardInterrupt from None
-            raise
-        except (StreamInterrupted, DeadlineExceededError, KeyboardInterrupt):
+        except (CallCancelledError, StreamInterrupted, DeadlineExceededError, KeyboardInterrupt) as error:
+            cancelled = isinstance(error, CallCancelledError)
+            if cancelled and not interrupt.pressed:
+                raise
             if options.retention is not None:
                 last = "" if stream.last_sequence is None else f" --after {stream.last_sequence}"
                 say(f"note: for the rest: deltawire resume {stream.completion_id}{last}")
+            if cancelled:
+                # It could not be ended softly, or not soon enough.
+                raise KeyboardInterrupt from None
             raise
         if interrupt.pressed:
             say(f"note: it had {answer.usage.completion_tokens} tokens")

@@ -1,4 +1,4 @@
-"""Ctrl-C while an answer comes: the first ends it softly, the second at once."""
+"""Ctrl-C while a stream is read: it ends the call, and the command ends when reading does."""
 
 from __future__ import annotations
 
@@ -9,21 +9,28 @@ from typing import TYPE_CHECKING, Self
 from deltawire._errors import DeltawireError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import FrameType, TracebackType
 
     from deltawire._client import ChatStream
 
 
-class SoftInterrupt:
-    """Lets Ctrl-C end an answer softly, so that its end and its usage still come; a second one is KeyboardInterrupt.
+class Interrupt:
+    """Lets each Ctrl-C end a call in its own way, from another thread; one more than there are ways is KeyboardInterrupt.
 
-    Use it in a `with` block around reading; `pressed` says afterwards that the end was asked for. Where Ctrl-C does
-    something else already, or nothing, it stays so.
+    KeyboardInterrupt in the middle of gRPC's code can lose track of an operation. Then gRPC's thread waits for its end,
+    and fails on standard error once the channel is closed.
+
+    Args:
+        ends: What each Ctrl-C does, the first one first.
+
+    Use it in a `with` block around reading. `pressed` says afterwards whether there was a Ctrl-C: reading has ended with
+    what came of it, and the caller raises KeyboardInterrupt. If SIGINT is ignored or has another handler, that remains.
     """
 
-    def __init__(self, stream: ChatStream) -> None:
+    def __init__(self, *ends: Callable[[], object]) -> None:
         self.pressed = False
-        self._stream = stream
+        self._ends = list(ends)
         self._installed = False
 
     def __enter__(self) -> Self:
@@ -40,15 +47,16 @@ class SoftInterrupt:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _press(self, _: int, __: FrameType | None) -> None:
-        """Take a Ctrl-C. The reader is in the middle of a call, which an exception would leave unusable."""
-        if self.pressed:
-            raise KeyboardInterrupt
+        """Take a Ctrl-C."""
         self.pressed = True
-        threading.Thread(target=self._end, daemon=True).start()
+        if not self._ends:
+            raise KeyboardInterrupt
+        threading.Thread(target=self._ends.pop(0), daemon=True).start()
 
-    def _end(self) -> None:
-        """End the answer: softly if that can be done, else at once."""
-        try:
-            self._stream.cancel_softly()
-        except (DeltawireError, RuntimeError):
-            self._stream.cancel()
+
+def end_softly(stream: ChatStream) -> None:
+    """End an answer: softly if that can be done, else at once."""
+    try:
+        stream.cancel_softly()
+    except (DeltawireError, RuntimeError):
+        stream.cancel()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NoReturn, cast
 from google.protobuf.json_format import MessageToDict
 
 from deltawire._cli.connection import call_options
+from deltawire._cli.interrupt import Interrupt
 from deltawire._cli.output import (
     log_on_stderr,
     note_unreachable,
@@ -19,8 +20,10 @@ from deltawire._cli.output import (
     word,
 )
 from deltawire._cli.status import FAILED, OK, UsageError
+from deltawire._errors import CallCancelledError
 from deltawire._watch import ModelChange
 from deltawire.v1.model_registry_pb2 import (
+    Engine,
     HealthStatus,
     Model,
     ModelSource,
@@ -145,9 +148,14 @@ def watch_models(client: Client, options: argparse.Namespace) -> NoReturn:
     # The client's own does not limit a watch.
     call["timeout"] = options.timeout
     watch = client.models.watch(options.revision, **call)
-    with log_on_stderr(), watch:
-        while True:
-            _print_event(next(watch), options)
+    with log_on_stderr(), watch, Interrupt(watch.cancel) as interrupt:
+        try:
+            while True:
+                _print_event(next(watch), options)
+        except CallCancelledError:
+            if interrupt.pressed:
+                raise KeyboardInterrupt from None
+            raise
 
 
 def list_providers(client: Client, options: argparse.Namespace) -> int:
@@ -157,7 +165,8 @@ def list_providers(client: Client, options: argparse.Namespace) -> int:
         for provider in providers:
             print_json(provider)
     else:
-        print_table(("ID", "KIND", "URLS"), [(each.id, each.kind, ", ".join(each.base_urls)) for each in providers])
+        rows = [(each.id, each.kind, _engine(each.engine), ", ".join(each.base_urls)) for each in providers]
+        print_table(("ID", "KIND", "ENGINE", "URLS"), rows)
     return OK
 
 
@@ -170,13 +179,21 @@ def check_health(client: Client, options: argparse.Namespace) -> int:
         for provider_id, health in answers:
             print(json.dumps({"providerId": provider_id, **MessageToDict(health)}), flush=True)
     else:
-        rows = [(each, word(HealthStatus, health.status, "HEALTH_STATUS_"), health.message) for each, health in answers]
-        print_table(("PROVIDER", "STATUS", "MESSAGE"), rows)
+        rows = [
+            (
+                each,
+                word(HealthStatus, health.status, "HEALTH_STATUS_"),
+                _engine(health.engine),
+                health.message or health.engine.detail,
+            )
+            for each, health in answers
+        ]
+        print_table(("PROVIDER", "STATUS", "ENGINE", "MESSAGE"), rows)
     return FAILED if any(health.status == HealthStatus.HEALTH_STATUS_ERROR for _, health in answers) else OK
 
 
 def _print_event(event: WatchEvent, options: argparse.Namespace) -> None:
-    """What a watch tells; what is no change only in JSON, for its revision."""
+    """Print an event of a watch; a bookmark only as JSON, for its revision."""
     if isinstance(event, ModelChange):
         if options.json:
             change = WatchModelsResponse.Change.Value(f"CHANGE_{event.change}")
@@ -236,3 +253,10 @@ def _print_model(model: Model, options: argparse.Namespace) -> None:
     for name, value in facts.items():
         if value:
             print_line(f"{name + ':':<13}{value}")
+
+
+def _engine(engine: Engine) -> str:
+    """What answers at a provider's addresses, in one or two words, such as "VLLM 0.32.0"; "-" from an older gateway."""
+    if not engine.kind:
+        return "-"
+    return f"{word(Engine.Kind, engine.kind, 'KIND_')} {engine.version}".rstrip()

@@ -29,7 +29,7 @@ _LONGEST = 10**9
 def add_request_options(parser: argparse.ArgumentParser) -> None:
     """What is asked."""
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help='what to say; "-" reads standard input')
-    parser.add_argument("--model", help="id or alias (default: the only one there is)")
+    parser.add_argument("--model", help="id or alias (default: the only chat model that the gateway serves)")
     parser.add_argument("--system", metavar="TEXT", help="instructions for the model")
     parser.add_argument(
         "--image",

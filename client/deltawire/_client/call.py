@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 
+from deltawire._failure import failed_call
+
 if TYPE_CHECKING:
     from deltawire._channel import Outgoing
-    from deltawire._failure import FailedCall
 
 Q = TypeVar("Q")
 R = TypeVar("R")
@@ -22,9 +23,8 @@ def invoke(method: grpc.UnaryUnaryMultiCallable[Q, R], request: Q, outgoing: Out
     """
     try:
         response, call = method.with_call(request, **outgoing.arguments)
-    except grpc.RpcError as error:
-        # gRPC's exception is the call itself, which its type does not say.
-        raise outgoing.error(cast("FailedCall", error)) from error
+    except (grpc.RpcError, ValueError) as error:
+        raise outgoing.error(failed_call(error)) from error
     outgoing.began(call.initial_metadata())
     outgoing.ended(call.trailing_metadata())
     return response

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import TYPE_CHECKING, Self, Unpack, cast
-from weakref import WeakSet
 
 import grpc
 
 from deltawire._client.call import invoke
 from deltawire._completion import Answer, Resumption, StreamCalls, answer_of, text_of_event
-from deltawire._errors import ProtocolError
+from deltawire._errors import ClientClosedError
+from deltawire._failure import failed_call
 from deltawire._fields import made
 from deltawire._requests import (
     ChatArguments,
@@ -33,6 +34,7 @@ from deltawire.v1.chat_completion_pb2 import (
     CreateChatCompletionRequest,
     GetChatCompletionRequest,
     GetChatCompletionResponse,
+    StreamChatCompletionRequest,
     StreamChatCompletionResponse,
 )
 
@@ -43,18 +45,18 @@ if TYPE_CHECKING:
     from grpc import _CallIterator
 
     from deltawire._channel import CallOptions, Defaults
+    from deltawire._client.connections import Connections
     from deltawire._failure import FailedCall
     from deltawire._tools.loop import OnError, ToolLike, ToolRun
-    from deltawire.v1.chat_completion_pb2_grpc import ChatCompletionStub
 
 
 class Chat:
     """Chats with a model."""
 
-    def __init__(self, stub: ChatCompletionStub, defaults: Defaults) -> None:
-        self._stub = stub
+    def __init__(self, connections: Connections, defaults: Defaults) -> None:
+        self._connections = connections
+        self._stub = connections.main.chat
         self._defaults = defaults
-        self._streams: WeakSet[ChatStream] = WeakSet()
 
     def create(self, messages: Messages | ChatRequest, **arguments: Unpack[ChatArguments]) -> Answer:
         """Ask, and wait for the whole answer.
@@ -75,7 +77,7 @@ class Chat:
         return answer_of(response, outgoing.info)
 
     def stream(self, messages: Messages | ChatRequest, **arguments: Unpack[StreamArguments]) -> ChatStream:
-        """Ask, and read the answer while it is generated. It takes what `create` takes, and how the stream is told.
+        """Ask, and read the answer while it is generated. It takes what `create` takes, and the options of the stream.
 
         Args:
             messages: The conversation, or a whole `ChatRequest`.
@@ -89,11 +91,11 @@ class Chat:
 
         With `retention` the gateway keeps the stream, and it goes on by itself, each event once, if the connection is
         lost, until nothing new has come for that long. Generation then ends by itself, by `soft_time_limit`, by
-        `cancel_softly`, or when nobody has read for `retention`: leaving the block ends the call alone, and
-        `resume` takes the stream up again. Without a `completion_id` one is made up, which nobody can guess.
+        `cancel_softly`, or when no client has read for `retention`. Leaving the block ends only the call; `resume` reads the
+        stream again. Without a `completion_id` the client generates an unguessable one.
         """
         request, options = split_streaming(messages, arguments)
-        return self._going_on(ChatStream(self._stub, self._defaults, Resumption(request), options))
+        return ChatStream(self._connections, self._defaults, request, None, options)
 
     def resume(
         self,
@@ -118,32 +120,35 @@ class Chat:
         From the middle, `final()` gives what `completed` says of the answer; if its `messages_omitted` is set, only what
         came here. After the last event of an ended stream nothing comes: `final()` gives an answer without text whose
         stop reason is STOP_REASON_UNSPECIFIED, and `get` says how it ended.
-        From reading come CompletionNotFoundError, CompletionGoneError and WrongReplicaError.
+        Reading raises CompletionNotFoundError, CompletionGoneError, and WrongReplicaError if no new connection reaches
+        the process that has the stream.
         """
         request, patience = resume_request(completion_id, last_sequence, retention)
-        return self._going_on(ChatStream(self._stub, self._defaults, Resumption(request, patience), options))
+        return ChatStream(self._connections, self._defaults, request, patience, options)
 
     def cancel(self, completion_id: str, **options: Unpack[CallOptions]) -> CancelChatCompletionResponse:
-        """End a completion softly: whoever reads it gets a normal end, with the text so far, and the usage.
+        """End a completion softly: its stream ends normally, with the text so far and the usage.
 
         Raises:
             CompletionNotFoundError: There is none of this id.
-            WrongReplicaError: Another gateway process has it.
+            WrongReplicaError: Another gateway process has it, and no new connection reached that one.
 
         The `state` that comes back is the one before: one that had ended already is no error.
         """
         request = made(CancelChatCompletionRequest, {"completion_id": completion_id})
-        return invoke(self._stub.CancelChatCompletion, request, self._defaults.outgoing(options))
+        outgoing = self._defaults.outgoing(options)
+        return self._connections.find(lambda stub: stub.CancelChatCompletion, request, outgoing)
 
     def get(self, completion_id: str, **options: Unpack[CallOptions]) -> GetChatCompletionResponse:
         """How far a completion has come, what it has cost, and its result if that is retained.
 
         Raises:
             CompletionNotFoundError: There is none of this id, or it ended long ago.
-            WrongReplicaError: Another gateway process has it.
+            WrongReplicaError: Another gateway process has it, and no new connection reached that one.
         """
         request = made(GetChatCompletionRequest, {"completion_id": completion_id})
-        return invoke(self._stub.GetChatCompletion, request, self._defaults.outgoing(options))
+        outgoing = self._defaults.outgoing(options)
+        return self._connections.find(lambda stub: stub.GetChatCompletion, request, outgoing)
 
     def count_tokens(self, messages: Messages | ChatRequest, **arguments: Unpack[ChatArguments]) -> CountTokensResponse:
         """How many tokens the prompt has that `create` would send; nothing is generated. It takes what `create` takes.
@@ -156,12 +161,6 @@ class Chat:
         chat, options = split_arguments(messages, arguments)
         return invoke(self._stub.CountTokens, CountTokensRequest(chat=chat), self._defaults.outgoing(options))
 
-    def _going_on(self, stream: ChatStream) -> ChatStream:
-        """Take note of a stream that goes on by itself: closing the client ends it."""
-        if stream._resumption.is_retained:
-            self._streams.add(stream)
-        return stream
-
     def run_tools(
         self,
         messages: Messages | ChatRequest,
@@ -172,9 +171,9 @@ class Chat:
         on_event: Callable[[StreamChatCompletionResponse], object] | None = None,
         **arguments: Unpack[ToolRunArguments],
     ) -> ToolRun:
-        """Ask, run the functions that the model calls, tell it the results, and ask again, until it answers.
+        """Ask, run the functions that the model calls, send it the results, and ask again, until it answers.
 
-        A turn's calls are run only if all of them can be: else the model is told what was wrong with each, and none is run.
+        A turn's calls are run only if all of them can be: else none is run, and the model gets what was wrong with each.
         The run also ends with an answer that was cut off, and with a call of a tool that is no function: then the calls in
         `run.answer` are yours to look at.
 
@@ -182,8 +181,8 @@ class Chat:
             messages: The conversation, or a whole `ChatRequest`.
             tools: Functions, see `function_tool`; definitions alone are offered too.
             max_rounds: How often to ask.
-            on_error: "raise" lets an exception in a function through; "tell" tells the model its type and message. A
-                result that cannot be sent to the model is the same: "raise" names the tool, "tell" tells what is wrong.
+            on_error: "raise" lets an exception in a function through; "tell" sends the model its type and message. A
+                result that cannot be sent to the model is treated the same; the exception that is raised names the tool.
             on_event: Is called with every event of every answer as it comes.
             arguments: See `PlainChatOptions` and `CallOptions`. `timeout` is for each answer. A `tool_choice` that makes the
                 model call is for the first round only: it would never answer.
@@ -214,12 +213,20 @@ class ChatStream(StreamCalls):
     """
 
     def __init__(
-        self, stub: ChatCompletionStub, defaults: Defaults, resumption: Resumption, options: CallOptions
+        self,
+        connections: Connections,
+        defaults: Defaults,
+        request: StreamChatCompletionRequest,
+        patience: float | None,
+        options: CallOptions,
     ) -> None:
-        super().__init__(defaults, resumption, options)
-        self._stub = stub
+        super().__init__(defaults, Resumption(request, patience, connections.limit), options)
+        self._connections = connections
+        self._connection = connections.main
         self._stopped = threading.Event()
-        self._rpc = self._call()
+        self._rpc: _CallIterator[StreamChatCompletionResponse]
+        self._call()
+        connections.add(self)
 
     def __iter__(self) -> Iterator[StreamChatCompletionResponse]:
         return self
@@ -227,10 +234,10 @@ class ChatStream(StreamCalls):
     def __next__(self) -> StreamChatCompletionResponse:
         """The next event; branch on `event.WhichOneof("event")` and skip None, an event of a later version.
 
-        Lost connections of a retained stream are waited out and noted in the log `deltawire`.
+        A retained stream waits out lost connections, and logs each to `deltawire`.
 
         Raises:
-            CallError: The call failed. After a fault this comes after the `completed` event, which tells the same.
+            CallError: The call failed. After a fault this comes after the `completed` event, which has the same error.
             ProtocolError: The gateway broke the rules of the stream; the call is cancelled.
         """
         while self._outcome is None:
@@ -239,11 +246,12 @@ class ChatStream(StreamCalls):
             except StopIteration:
                 self._outgoing.ended(self._rpc.trailing_metadata())
                 self._go_on(None)
-            except grpc.RpcError as error:
-                self._go_on(cast("FailedCall", error))
+            except (grpc.RpcError, ValueError) as error:
+                self._go_on(failed_call(error))
             else:
                 if self._take(event):
                     return event
+        self._leave()
         self._result()
         raise StopIteration
 
@@ -269,9 +277,7 @@ class ChatStream(StreamCalls):
 
         With `retention` the gateway goes on all the same: `cancel_softly` ends that, `Chat.resume` reads it.
         """
-        self._cancelled()
-        self._stopped.set()
-        self._rpc.cancel()
+        self._stop(is_closed=False)
 
     def cancel_softly(self) -> CancelChatCompletionResponse:
         """End generation now. Reading on gives the normal end: the text so far, STOP_REASON_CANCELLED, and the usage.
@@ -286,7 +292,14 @@ class ChatStream(StreamCalls):
         What comes back says what it met, and what the completion had cost by then.
         """
         request, outgoing = self._softly()
-        return invoke(self._stub.CancelChatCompletion, request, outgoing)
+        first = self._connection
+        try:
+            return self._connections.find(lambda stub: stub.CancelChatCompletion, request, outgoing, first)
+        except ClientClosedError:
+            if first is self._connections.main:
+                raise
+        # The stream has ended meanwhile, and closed the connection that it had for itself.
+        return self._connections.find(lambda stub: stub.CancelChatCompletion, request, outgoing)
 
     def __enter__(self) -> Self:
         return self
@@ -296,32 +309,57 @@ class ChatStream(StreamCalls):
     ) -> None:
         self.cancel()
 
-    def _call(self) -> _CallIterator[StreamChatCompletionResponse]:
-        """Make a call."""
-        return self._stub.StreamChatCompletion(self._begin(), **self._outgoing.arguments)
+    def _call(self) -> None:
+        """Make a call.
+
+        Raises:
+            ClientClosedError: There is no channel for it; reading raises the same error.
+        """
+        request = self._begin()
+        try:
+            self._rpc = self._connection.chat.StreamChatCompletion(request, **self._outgoing.arguments)
+        except ValueError as error:
+            self._end(failed_call(error))
+            self._result()
 
     def _go_on(self, failed: FailedCall | None) -> None:
         """Make the next call when it is time, unless the stream is over."""
         pause = self._end(failed)
         if pause is None or self._stopped.wait(pause):
             return
-        try:
-            self._rpc = self._call()
-        except ValueError:
-            # A channel of the caller's own, which has been closed meanwhile.
-            self._cancelled()
-            return
-        # Another thread may have cancelled the call before.
+        if self._resumption.moves:
+            self._leave()
+            self._connection = self._connections.another()
+        with contextlib.suppress(ClientClosedError):
+            self._call()
+        # Another thread may have cancelled the previous call instead of this one.
         if self._stopped.is_set():
             self._rpc.cancel()
+            self._leave()
+
+    def _close(self) -> None:
+        """End the call because the client is closed."""
+        self._stop(is_closed=True)
+
+    def _stop(self, *, is_closed: bool) -> None:
+        """End the stream and its call, from any thread."""
+        self._cancelled(is_closed=is_closed)
+        self._stopped.set()
+        self._rpc.cancel()
+        self._leave()
+
+    def _leave(self) -> None:
+        """Close the connection that this stream has for itself, if it has one."""
+        connection, self._connection = self._connection, self._connections.main
+        if connection is not self._connections.main:
+            connection.close()
 
     def _take(self, event: StreamChatCompletionResponse) -> bool:
-        """Take note of an event; whether it is to be handed on."""
+        """Take an event; False if it is not to be returned to the caller."""
         if not self._begun:
             self._begun = True
             self._outgoing.began(self._rpc.initial_metadata())
-        try:
-            return self._receive(event)
-        except ProtocolError:
+        is_new = self._receive(event)
+        if self._outcome is not None:
             self._rpc.cancel()
-            raise
+        return is_new

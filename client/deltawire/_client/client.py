@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self, TypeAlias, Unpack
-
-import grpc
+from typing import TYPE_CHECKING, Self, Unpack
 
 from deltawire._channel import DEFAULT_TARGET, ConnectOptions, connection
 from deltawire._client.chat import Chat
+from deltawire._client.connections import Connections
 from deltawire._client.models import Models, Providers
-from deltawire.v1.chat_completion_pb2_grpc import ChatCompletionStub
-from deltawire.v1.model_registry_pb2_grpc import ModelRegistryStub
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
 
+    import grpc
 
-Interceptor: TypeAlias = grpc.UnaryUnaryClientInterceptor | grpc.UnaryStreamClientInterceptor
+    from deltawire._client.connections import Interceptor
 
 
 class Client:
@@ -28,8 +26,8 @@ class Client:
 
     Args:
         target: A gRPC target: "host:port", "unix:/path", "dns:///name:port".
-        channel: A channel of your own, used as it is; the client does not close it, and its retries, limits and TLS are
-            up to you.
+        channel: A channel of your own, used unchanged. The client does not close it; you configure its retries, limits
+            and TLS. The client cannot make new connections then: WrongReplicaError is raised at once.
         interceptors: gRPC's own kind; the first is the outermost.
         options: See `ConnectOptions`.
 
@@ -48,29 +46,14 @@ class Client:
         **options: Unpack[ConnectOptions],
     ) -> None:
         end, defaults = connection(target, options, own_channel=channel is not None)
-        self._owned: grpc.Channel | None = None
-        if channel is None:
-            if end.credentials is None:
-                channel = grpc.insecure_channel(end.target, end.options)
-            else:
-                channel = grpc.secure_channel(end.target, end.credentials, end.options)
-            self._owned = channel
-        if interceptors:
-            channel = grpc.intercept_channel(channel, *interceptors)
-        registry = ModelRegistryStub(channel)
-        self.chat = Chat(ChatCompletionStub(channel), defaults)
-        self.models = Models(registry, defaults)
-        self.providers = Providers(registry, defaults)
+        self._connections = Connections(end, channel, interceptors)
+        self.chat = Chat(self._connections, defaults)
+        self.models = Models(self._connections, defaults)
+        self.providers = Providers(self._connections, defaults)
 
     def close(self) -> None:
-        """Close the channel, unless it is your own. Calls that still run end as cancelled."""
-        if self._owned is not None:
-            # Those that pause between two calls would otherwise make the next one on a closed channel.
-            for watch in tuple(self.models._watches):
-                watch.cancel()
-            for stream in tuple(self.chat._streams):
-                stream.cancel()
-            self._owned.close()
+        """Close the channel, unless it is your own. Active and later calls raise `ClientClosedError`."""
+        self._connections.close()
 
     def __enter__(self) -> Self:
         return self

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from typing import TYPE_CHECKING, Self, Unpack, cast
-from weakref import WeakSet
+from typing import TYPE_CHECKING, Self, Unpack
 
 import grpc
 
 from deltawire._client.call import invoke
+from deltawire._errors import ClientClosedError
+from deltawire._failure import failed_call
 from deltawire._requests import (
     ListArguments,
     ModelPages,
+    ProviderPages,
     RegisterArguments,
     UpdateArguments,
     split_listing,
@@ -24,7 +27,6 @@ from deltawire.v1.model_registry_pb2 import (
     CheckProviderHealthResponse,
     GetModelRequest,
     ListModelsRequest,
-    ListProvidersRequest,
     Model,
     Provider,
     RefreshModelsRequest,
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from grpc import _CallIterator
 
     from deltawire._channel import CallOptions, Defaults
+    from deltawire._client.connections import Connections
     from deltawire._failure import FailedCall
     from deltawire.v1.model_registry_pb2_grpc import ModelRegistryStub
 
@@ -49,10 +52,10 @@ if TYPE_CHECKING:
 class Models:
     """Which models can be called, under which names."""
 
-    def __init__(self, stub: ModelRegistryStub, defaults: Defaults) -> None:
-        self._stub = stub
+    def __init__(self, connections: Connections, defaults: Defaults) -> None:
+        self._connections = connections
+        self._stub = connections.main.registry
         self._defaults = defaults
-        self._watches: WeakSet[ModelWatch] = WeakSet()
 
     def list(self, **arguments: Unpack[ListArguments]) -> ModelList:
         """All models by ascending id, or those that pass every filter, fetched page by page while you iterate.
@@ -98,8 +101,8 @@ class Models:
         """Change a registered model. What is not given stays, and calls under way are not touched.
 
         Args:
-            model: Its id or an alias, to change it in any case; the `Model` as it was read, to change it only if nobody
-                else has since; or a whole request.
+            model: Its id or an alias, to change it in any case; the `Model` as it was read, to change it only if it
+                has not changed since; or a whole request.
             arguments: See `UpdateOptions` and `CallOptions`.
 
         Raises:
@@ -111,17 +114,17 @@ class Models:
             ModelNotServedError: The provider does not serve what it is to lead to.
             TypeError: Nothing is to be changed.
 
-        The model comes back as it is now, with the `etag` for the next change.
+        Returns the model after the change, with the `etag` for the next one.
         """
         request, options = split_update(model, arguments)
         return invoke(self._stub.UpdateModel, request, self._defaults.outgoing(options)).model
 
     def unregister(self, model_id: str, *, etag: str = "", **options: Unpack[CallOptions]) -> None:
-        """Forget a registered model, by id or alias; with the `etag` that it had, only if nobody has changed it since.
+        """Unregister a model, by id or alias; with the `etag` that it had, only if it has not changed since.
 
         Raises:
-            EtagMismatchError: Somebody has; read it again, then decide again.
-            ModelNotFoundError: There is none; after a lost connection that may be because it is gone already.
+            EtagMismatchError: It has; read it again, then decide again.
+            ModelNotFoundError: There is none; after a lost connection, the first attempt may have unregistered it.
             ModelDiscoveredError: It was never registered: a provider serves it.
         """
         request = UnregisterModelRequest(model_id=model_id, etag=etag)
@@ -143,19 +146,19 @@ class Models:
     def watch(
         self, revision: str = "", *, known: Iterable[Model] | None = None, **options: Unpack[CallOptions]
     ) -> ModelWatch:
-        """All models, and then every change to them as it happens, across lost connections, each told once.
+        """All models, and then every change to them as it happens, across lost connections, each once.
 
         Args:
             revision: Go on after this revision of an earlier watch; "" begins with the models that there are.
-            known: The models that you know from that watch. What has become of them is told as changes if the revision
-                turns out to be gone, which ends the watch otherwise.
+            known: The models that you know from that watch. If the gateway no longer has the revision, the watch
+                returns how they differ from now as changes; without `known` it ends then.
             options: See `CallOptions`. `timeout` is for the whole watch; None, also as the client's own, lets it go on.
 
         The request is on its way when this returns; its errors come from reading. Use the watch in a `with` block:
         leaving it ends the call on both sides.
         """
         watch = ModelWatch(self._stub, self._defaults, WatchState(revision, known), revision, options)
-        self._watches.add(watch)
+        self._connections.add(watch)
         return watch
 
 
@@ -190,29 +193,30 @@ class ModelWatch(WatchCalls):
         super().__init__(defaults, state, revision, options)
         self._stub = stub
         self._stopped = threading.Event()
-        self._rpc = self._call()
+        self._rpc: _CallIterator[WatchModelsResponse]
+        self._call()
 
     def __iter__(self) -> Iterator[WatchEvent]:
         return self
 
     def __next__(self) -> WatchEvent:
-        """The next event, whenever it comes; lost connections are waited out and noted in the log `deltawire`.
+        """The next event, whenever it comes. A watch waits out lost connections, and logs each to `deltawire`.
 
         Raises:
-            RevisionGoneError: The revision that `watch` was given is gone, and it was not told what is `known`. Watch
-                again without one; what the new watch does not tell is gone.
-            UnauthenticatedError, PermissionDeniedError, RequestError: Trying again would not mend it.
+            RevisionGoneError: The gateway no longer has the revision, and `known` was not given. Watch
+                again without one; models that the new watch does not return no longer exist.
+            UnauthenticatedError, PermissionDeniedError, RequestError: Trying again would fail in the same way.
             InternalError: A defect of the gateway.
             DeadlineExceededError: The watch's own `timeout` passed.
-            CallCancelledError: It was cancelled, or the client closed.
+            CallCancelledError: It was cancelled; ClientClosedError if by closing the client.
         """
         while self._error is None and not self._events:
             try:
                 message = next(self._rpc)
             except StopIteration:
                 self._go_on(None)
-            except grpc.RpcError as error:
-                self._go_on(cast("FailedCall", error))
+            except (grpc.RpcError, ValueError) as error:
+                self._go_on(failed_call(error))
             else:
                 if not self._begun:
                     self._begun = True
@@ -222,9 +226,7 @@ class ModelWatch(WatchCalls):
 
     def cancel(self) -> None:
         """End the watch now, on both sides. Reading on raises `CallCancelledError`, unless it was over before."""
-        self._cancelled()
-        self._stopped.set()
-        self._rpc.cancel()
+        self._stop(is_closed=False)
 
     def __enter__(self) -> Self:
         return self
@@ -234,16 +236,36 @@ class ModelWatch(WatchCalls):
     ) -> None:
         self.cancel()
 
-    def _call(self) -> _CallIterator[WatchModelsResponse]:
-        """Make a call."""
-        return self._stub.WatchModels(self._begin(), **self._outgoing.arguments)
+    def _close(self) -> None:
+        """End the call because the client is closed."""
+        self._stop(is_closed=True)
+
+    def _stop(self, *, is_closed: bool) -> None:
+        """End the watch and its call, from any thread."""
+        self._cancelled(is_closed=is_closed)
+        self._stopped.set()
+        self._rpc.cancel()
+
+    def _call(self) -> None:
+        """Make a call.
+
+        Raises:
+            ClientClosedError: There is no channel for it; reading raises the same error.
+        """
+        request = self._begin()
+        try:
+            self._rpc = self._stub.WatchModels(request, **self._outgoing.arguments)
+        except ValueError as error:
+            self._end(failed_call(error))
+            self._event()
 
     def _go_on(self, failed: FailedCall | None) -> None:
         """Make the next call when it is time, unless the watch is over."""
         pause = self._end(failed)
         if pause is not None and not self._stopped.wait(pause):
-            self._rpc = self._call()
-            # Another thread may have cancelled the call before.
+            with contextlib.suppress(ClientClosedError):
+                self._call()
+            # Another thread may have cancelled the previous call instead of this one.
             if self._stopped.is_set():
                 self._rpc.cancel()
 
@@ -251,14 +273,16 @@ class ModelWatch(WatchCalls):
 class Providers:
     """The servers of models that the gateway's operator configured."""
 
-    def __init__(self, stub: ModelRegistryStub, defaults: Defaults) -> None:
-        self._stub = stub
+    def __init__(self, connections: Connections, defaults: Defaults) -> None:
+        self._stub = connections.main.registry
         self._defaults = defaults
 
     def list(self, **options: Unpack[CallOptions]) -> Sequence[Provider]:
-        """All of them, by ascending id."""
-        outgoing = self._defaults.outgoing(options)
-        return tuple(invoke(self._stub.ListProviders, ListProvidersRequest(), outgoing).providers)
+        """All of them, by ascending id, from as many pages as there are; `timeout` is for each page."""
+        pages = ProviderPages()
+        while pages.request is not None:
+            pages.receive(invoke(self._stub.ListProviders, pages.request, self._defaults.outgoing(options)))
+        return tuple(pages.providers)
 
     def health(self, provider_id: str, **options: Unpack[CallOptions]) -> CheckProviderHealthResponse:
         """How a provider is; one that is down is an answer, `HEALTH_STATUS_ERROR`, and no error.

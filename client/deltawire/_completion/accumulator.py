@@ -6,7 +6,7 @@ there is another call before that is decided in `resumption`. What decides:
     Completed came   its error   the call ended with      finish gives
     yes              no          anything                 the answer: it is whole, whatever happened to the status
     yes              yes         a status with a reason   that reason's error
-    yes              yes         anything else            the error that `Completed.error` tells
+    yes              yes         anything else            the error in `Completed.error`
     no               -           CANCELLED,               the error of that code: the caller's own doing
                                  DEADLINE_EXCEEDED
     no               -           another, before          the error of that status
@@ -74,10 +74,10 @@ class Accumulator:
 
     Args:
         completion_id: The stream's id, for the answer if `started` is not seen.
-        last_sequence: The last event that somebody else has read already; None reads the stream from its first. Read from
+        last_sequence: The last event that was read already; None reads the stream from its first. Read from
             the middle, the answer is what `completed` says of it, and incomplete if that leaves the messages out.
 
-    `usage` is what the answer has cost, as far as it was told; `notices` are those that came, in order.
+    `usage` is the latest that was received; `notices` are those that came, in order.
     """
 
     def __init__(self, completion_id: str = "", last_sequence: int | None = None) -> None:
@@ -92,7 +92,7 @@ class Accumulator:
 
     @property
     def completion_id(self) -> str:
-        """The stream's id; "" as long as nobody has said it."""
+        """The stream's id; "" until `started`, unless one was given."""
         return self._completion_id if self._started is None else self._started.completion_id
 
     @property

@@ -30,7 +30,7 @@ class Choice:
 
     `message` is the model's turn, ready to be sent back; its tool calls are those that can be executed.
     `failed_tool_calls` are the others, with all that the model said. `matched_stop` and `matched_token_id` say what made
-    the engine stop, if it told. `logprobs` are those of all tokens, if asked for.
+    the engine stop, if it said so. `logprobs` are those of all tokens, if asked for.
     """
 
     index: int
@@ -50,7 +50,7 @@ class Choice:
 
     @property
     def reasoning(self) -> str:
-        """What the model thought before it answered; "" if the engine does not tell it apart."""
+        """What the model thought before it answered; "" if the engine does not separate it."""
         return self.message.assistant.reasoning
 
     @property
@@ -64,7 +64,7 @@ class Answer:
     """A whole answer. `text`, `message` and the like are those of choice 0; `choices` holds all, by ascending index.
 
     In an error's `answer` it is what had come by then: the stop reason of a choice that did not end is
-    STOP_REASON_UNSPECIFIED, and `completed` may hold no more than the usage as it was told last, if it was.
+    STOP_REASON_UNSPECIFIED, and `completed` may hold no more than the usage as it was received last, if it was.
 
     `notices` are what the gateway had to say beside the answer; a call that gives the answer whole has none.
 

@@ -8,13 +8,19 @@ event. What was asked with `retention` goes on:
     was cut and not the completion
     it was refused for now                    a resuming call          resume, after the last event that came
                                               a starting call          give up: there is nothing to resume
+    another gateway process has it            a resuming call          resume on a new connection, which may reach that
+                                                                       process, if fewer than MAX_CONNECTIONS were made
+                                                                       since the last event
+                                              a starting call          give up: there is nothing to resume
     there is no such completion               a resuming call, before  start again with the same id, if there is a request,
                                               the answer has begun     and it was not started MAX_STARTS times
-                                              any other                give up
+                                              a resuming call, after   as if another process has it: an id that a caller
+                                              the answer has begun     made does not say which process that is
+                                              a starting call          give up
     there is such a completion already        a starting call, if the  resume: it is our own, whose beginning was lost
                                               id was made here, or it
                                               was started before
-                                              any other                give up: it is somebody else's
+                                              any other                give up: another call began it
     anything else                             any call                 give up: trying again does not mend it
 
 Between two calls there is a pause, longer each time until something new comes. What was not asked with `retention`, and
@@ -32,6 +38,7 @@ from typing import TYPE_CHECKING, assert_never
 
 import grpc
 
+from deltawire._completion.elsewhere import MAX_CONNECTIONS, Pauses
 from deltawire.v1.chat_completion_pb2 import ResumePoint, StreamChatCompletionRequest
 from deltawire.v1.error_reason_pb2 import ErrorReason
 
@@ -42,9 +49,6 @@ if TYPE_CHECKING:
 
 # How often a completion is started in all, as gRPC's own retries do.
 MAX_STARTS = 4
-# Seconds between calls. The longest that may be drawn doubles each time, the shortest is half of it: clients that were cut
-# off together do not come back together.
-MIN_PAUSE, MAX_PAUSE = 0.1, 2.0
 
 
 class End(enum.Enum):
@@ -54,6 +58,8 @@ class End(enum.Enum):
     LOST = "lost"
     # The gateway cannot take this call now.
     REFUSED = "refused"
+    # Another gateway process has the completion.
+    ELSEWHERE = "elsewhere"
     # There is no such completion.
     MISSING = "missing"
     # There is a completion of this id already.
@@ -73,9 +79,9 @@ REASONS: Mapping[ErrorReason.ValueType, End] = MappingProxyType(
         ErrorReason.ERROR_REASON_STORE_UNAVAILABLE: End.REFUSED,
         ErrorReason.ERROR_REASON_COMPLETION_NOT_FOUND: End.MISSING,
         ErrorReason.ERROR_REASON_COMPLETION_ALREADY_EXISTS: End.EXISTS,
-        # What is needed to go on is gone, or elsewhere.
+        ErrorReason.ERROR_REASON_WRONG_REPLICA: End.ELSEWHERE,
+        # What is needed to go on is no longer kept.
         ErrorReason.ERROR_REASON_COMPLETION_GONE: End.OVER,
-        ErrorReason.ERROR_REASON_WRONG_REPLICA: End.OVER,
         # The completion itself has failed, and would have to be generated anew.
         ErrorReason.ERROR_REASON_UPSTREAM_UNAVAILABLE: End.OVER,
         ErrorReason.ERROR_REASON_UPSTREAM_OVERLOADED: End.OVER,
@@ -86,7 +92,7 @@ REASONS: Mapping[ErrorReason.ValueType, End] = MappingProxyType(
         ErrorReason.ERROR_REASON_UPSTREAM_ABORTED: End.OVER,
         ErrorReason.ERROR_REASON_DURATION_LIMIT_EXCEEDED: End.OVER,
         ErrorReason.ERROR_REASON_INTERNAL: End.OVER,
-        # The request has to change, or somebody has to act.
+        # The request has to change, or the operator has to act.
         ErrorReason.ERROR_REASON_INVALID_REQUEST: End.OVER,
         ErrorReason.ERROR_REASON_CONTEXT_LENGTH_EXCEEDED: End.OVER,
         ErrorReason.ERROR_REASON_UPSTREAM_REJECTED: End.OVER,
@@ -134,23 +140,27 @@ class Resumption:
             `completion_id` gets an unguessable one, so that it can be resumed before it has begun.
         patience: For how many seconds without anything new to go on. None takes `retention` of the request's options;
             if that is absent too, nothing goes on.
+        connections: How many new connections can be made to find the process that has the completion; 0 for a client on a
+            channel that it was given.
         draw: Draws a number between two, for the pauses.
 
-    `completion_id` is "" if nobody has said it: then nothing can go on.
+    `completion_id` is "" if none was given or generated; the stream cannot go on then.
     """
 
     def __init__(
         self,
         request: StreamChatCompletionRequest,
         patience: float | None = None,
+        connections: int = MAX_CONNECTIONS,
         draw: Callable[[float, float], float] = random.uniform,
     ) -> None:
         if patience is None and request.options.HasField("retention"):
             patience = request.options.retention.ToTimedelta().total_seconds()
         self._patience = patience
-        self._draw = draw
         self._request = request
-        self._longest = MIN_PAUSE / 2
+        self._pauses = Pauses(draw)
+        self._connections = self._connections_left = connections
+        self._moves = False
         self._starts = 0
         self._calls = 0
         self._since: float | None = None
@@ -177,6 +187,11 @@ class Resumption:
         return self._after
 
     @property
+    def moves(self) -> bool:
+        """Whether the next call needs a new connection."""
+        return self._moves
+
+    @property
     def calls(self) -> int:
         """How many calls have begun."""
         return self._calls
@@ -200,7 +215,8 @@ class Resumption:
         """Take note of an event that had not come before."""
         self._after = sequence
         self._since = now
-        self._longest = MIN_PAUSE / 2
+        self._pauses.reset()
+        self._connections_left = self._connections
 
     def ended(self, failure: Failure | None, *, has_begun: bool, now: float) -> float | None:
         """Decide what is next after a call has ended without the stream's last event.
@@ -210,11 +226,12 @@ class Resumption:
             has_begun: Whether the answer has begun, in this call or before.
             now: The time, by the clock of `begin`.
 
-        Seconds to wait before the next call come back; None gives up: tell the caller how the call ended.
+        Returns seconds to wait before the next call, or None to give up: how the call ended is the outcome.
         """
+        self._moves = False
         if self._patience is None or not self._goes_on(end_of(failure), has_begun=has_begun):
             return None
-        pause = max(self._next_pause(), (failure and failure.retry_after) or 0.0)
+        pause = max(self._pauses.next(), (failure and failure.retry_after) or 0.0)
         waited = 0.0 if self._since is None else now - self._since
         return None if waited + pause > self._patience else pause
 
@@ -226,8 +243,12 @@ class Resumption:
                 return True
             case End.REFUSED:
                 return self._resuming
+            case End.ELSEWHERE:
+                return self._goes_elsewhere()
+            case End.MISSING if has_begun:
+                return self._goes_elsewhere()
             case End.MISSING:
-                if not self._resuming or has_begun or not 0 < self._starts < MAX_STARTS:
+                if not self._resuming or not 0 < self._starts < MAX_STARTS:
                     return False
                 self._resuming = False
                 return True
@@ -241,16 +262,19 @@ class Resumption:
             case _:
                 assert_never(end)
 
-    def _next_pause(self) -> float:
-        """Seconds to wait: more each time, until something new comes."""
-        self._longest = min(MAX_PAUSE, 2 * self._longest)
-        return self._draw(self._longest / 2, self._longest)
+    def _goes_elsewhere(self) -> bool:
+        """Whether the next call resumes on a new connection."""
+        self._moves = self._resuming and self._connections_left > 0
+        self._connections_left -= 1
+        return self._moves
 
 
 def end_of(failure: Failure | None) -> End:
     """What the end of a call says about its completion; None is a status of OK, without the stream's last event."""
     if failure is None:
         return End.LOST
+    if failure.is_closed:
+        return End.OVER
     reason = f"ERROR_REASON_{failure.reason}"
     if reason in ErrorReason.keys():  # noqa: SIM118 -- the enum's wrapper is no mapping
         return REASONS.get(ErrorReason.Value(reason), End.OVER)

@@ -68,7 +68,7 @@ class StreamCalls:
 
     @property
     def usage(self) -> Usage:
-        """What the answer has cost, as it was told last: at its end, and before with `usage_updates`."""
+        """The latest usage: complete at the end of the answer, and earlier with `usage_updates`."""
         return self._accumulator.usage
 
     @property
@@ -92,10 +92,10 @@ class StreamCalls:
         return request
 
     def _receive(self, event: StreamChatCompletionResponse) -> bool:
-        """Take an event. Whether it is news comes back: what was replayed after a lost connection may have come before.
+        """Take an event. False if it is not to be returned to the caller.
 
-        Raises:
-            ProtocolError: See `Accumulator.receive`; the stream is over then.
+        That is an event that was replayed after a lost connection, and one that breaks the rules of `Accumulator.receive`:
+        then the outcome is a ProtocolError.
         """
         if self.resumed and event.sequence < self._accumulator.expected:
             return False
@@ -103,8 +103,8 @@ class StreamCalls:
             self._accumulator.receive(event)
         except ProtocolError as error:
             error.request_id = self.request_id
-            self._outcome = error
-            raise
+            self._outcome = error.with_traceback(None)
+            return False
         self._resumption.received(event.sequence, time.monotonic())
         return True
 
@@ -142,18 +142,10 @@ class StreamCalls:
         message = f"the stream's timeout passed; its last call ended with {error_for(failure)}"
         return replace(failure, code=code, message=message, reason="")
 
-    def _cancelled(self) -> None:
-        """Take note that the caller gave up, unless the stream had ended before."""
+    def _cancelled(self, *, is_closed: bool = False) -> None:
+        """Record that this program cancelled the stream, or closed its client, unless the stream has ended already."""
         if self._outcome is None:
-            info = self._outgoing.info
-            self._settle(
-                Failure(
-                    grpc.StatusCode.CANCELLED,
-                    "cancelled by the caller",
-                    request_id=info.request_id,
-                    initial_metadata=info.initial_metadata,
-                )
-            )
+            self._settle(self._outgoing.cancelled(is_closed=is_closed))
 
     def _softly(self) -> tuple[CancelChatCompletionRequest, Outgoing]:
         """A soft cancel of this completion, and the call for it.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from deltawire._channel import checked_timeout
-from deltawire._errors import CallCancelledError, CallError, DeadlineExceededError, error_for
+from deltawire._errors import CallError, DeadlineExceededError, error_for
 from deltawire._failure import FailedCall, Failure
 
 if TYPE_CHECKING:
@@ -88,11 +88,10 @@ class WatchCalls:
         logger.warning("the watch broke off and goes on in %.1f s: %s", pause, error)
         return pause if remaining is None else min(pause, remaining)
 
-    def _cancelled(self) -> None:
-        """Take note that the caller gave up, unless the watch was over before."""
+    def _cancelled(self, *, is_closed: bool = False) -> None:
+        """Record that this program cancelled the watch, or closed its client, unless the watch has ended already."""
         if self._error is None:
-            failure = Failure(grpc.StatusCode.CANCELLED, "cancelled by the caller", request_id=self.request_id)
-            self._error = CallCancelledError(failure)
+            self._error = error_for(self._outgoing.cancelled(is_closed=is_closed))
 
     def _event(self) -> WatchEvent:
         """The next event that waits.

@@ -1,4 +1,4 @@
-"""Ctrl-C while an answer comes, without a process of its own: what it does to the stream, and when it is not soft."""
+"""Ctrl-C while a stream is read, without a process of its own: what it does to the stream, and when it is not soft."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from deltawire import CallCancelledError, UnavailableError
-from deltawire._cli import follow
-from deltawire._cli.interrupt import SoftInterrupt
+from deltawire._cli import follow, registry
+from deltawire._cli.interrupt import Interrupt, end_softly
 from deltawire._failure import Failure
-from tests.client.scripted import WAIT, Gateway, choice, completed, finished, numbered, started, text
+from tests.client.scripted import WAIT, Fail, Gateway, choice, completed, finished, numbered, started, text
 from tests.client.test_client import STATUS
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def test_the_first_one(error: Exception | None, ends: list[str]) -> None:
     """Softly if that can be done, else at once; afterwards Ctrl-C is what it was."""
     stream = Stream(error)
     before = signal.getsignal(signal.SIGINT)
-    with SoftInterrupt(cast("ChatStream", stream)) as interrupt:
+    with Interrupt(lambda: end_softly(cast("ChatStream", stream))) as interrupt:
         assert not interrupt.pressed
         signal.raise_signal(signal.SIGINT)
         assert stream.over.wait(10)
@@ -63,17 +63,19 @@ def test_the_first_one(error: Exception | None, ends: list[str]) -> None:
 
 
 def test_the_second_one() -> None:
-    """It does not wait; the first one is not repeated."""
+    """It ends the call at once, and raises nothing where it is pressed: gRPC would not take that well. A third one does."""
     stream = Stream()
-    with SoftInterrupt(cast("ChatStream", stream)):
+    with Interrupt(lambda: None, stream.cancel) as interrupt:
         signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert stream.over.wait(10)
+        assert stream.ends == ["at once"]
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    assert stream.over.wait(10)
-    assert stream.ends == ["softly"]
+    assert interrupt.pressed
 
 
-class Pressed(SoftInterrupt):
+class Pressed(Interrupt):
     """A Ctrl-C as soon as the answer is waited for, which `way` then ends."""
 
     way = "cancel"
@@ -82,20 +84,43 @@ class Pressed(SoftInterrupt):
         """Press it."""
         self.pressed = True
         if self.way == "cancel":
-            self._stream.cancel()
+            self._ends[-1]()
         return self
 
 
 def test_an_answer_that_was_ended_at_once(gateway: Gateway, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Status 130, with what came; here nothing."""
-    monkeypatch.setattr(follow, "SoftInterrupt", Pressed)
+    monkeypatch.setattr(follow, "Interrupt", Pressed)
     gateway.will(WAIT)
     assert run("chat", "--model", "llama", "hi") == (130, "", "interrupted\n")
 
 
+def test_a_retained_answer_that_was_ended_at_once(gateway: Gateway, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gateway goes on with it, so it is said how to read the rest."""
+    monkeypatch.setattr(follow, "Interrupt", Pressed)
+    gateway.will(WAIT)
+    status, out, err = run("chat", "--model", "llama", "--retention", "60", "--completion-id", "mine", "hi")
+    assert (status, out, err) == (130, "", "note: for the rest: deltawire resume mine\ninterrupted\n")
+
+
+def test_a_watch_that_is_cancelled(gateway: Gateway, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C is how it ends: status 130, and no error."""
+    monkeypatch.setattr(registry, "Interrupt", Pressed)
+    gateway.will(WAIT)
+    assert run("models", "watch", "--json") == (130, "", "interrupted\n")
+
+
+def test_a_watch_that_nobody_pressed_to_cancel(gateway: Gateway, run: Run) -> None:
+    """It is an error like others."""
+    gateway.will(Fail(STATUS.CANCELLED, message="a proxy did it", trailers=()))
+    status, out, err = run("models", "watch", "--json")
+    assert (status, out) == (1, "")
+    assert err.startswith("error: CANCELLED: a proxy did it")
+
+
 def test_an_answer_that_was_ended_softly(gateway: Gateway, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Status 130 as well, with the end and what it cost."""
-    monkeypatch.setattr(follow, "SoftInterrupt", Pressed)
+    monkeypatch.setattr(follow, "Interrupt", Pressed)
     monkeypatch.setattr(Pressed, "way", "softly")
     end = completed(choice(said="Hel", reason="CANCELLED"))
     gateway.will(*numbered(started(), text("Hel"), finished(reason="CANCELLED"), end))

@@ -216,22 +216,42 @@ def test_models_watch_with_a_timeout(gateway: Gateway, run: Run) -> None:
 def test_providers(gateway: Gateway, run: Run) -> None:
     """A table with every replica's address, or a provider on each line."""
     vllm = registry.Provider(id="vllm", kind="vllm", base_urls=["http://gpu1:8000/v1", "http://gpu2:8000/v1"])
+    vllm.engine.kind, vllm.engine.version = registry.Engine.KIND_VLLM, "0.32.0"
     gateway.will(registry.ListProvidersResponse(providers=[vllm]))
-    assert run("providers")[1] == "ID    KIND  URLS\nvllm  vllm  http://gpu1:8000/v1, http://gpu2:8000/v1\n"
+    assert run("providers")[1] == (
+        "ID    KIND  ENGINE       URLS\nvllm  vllm  VLLM 0.32.0  http://gpu1:8000/v1, http://gpu2:8000/v1\n"
+    )
     gateway.will(registry.ListProvidersResponse(providers=[vllm]))
     assert Parse(run("providers", "--json")[1], registry.Provider()) == vllm
 
 
+def test_providers_in_pages(gateway: Gateway, run: Run) -> None:
+    """The table has all of them."""
+    gateway.will(registry.ListProvidersResponse(providers=[registry.Provider(id="a")], next_page_token="2"))
+    gateway.will(registry.ListProvidersResponse(providers=[registry.Provider(id="b")]))
+    assert [line.split() for line in run("providers")[1].splitlines()] == [
+        ["ID", "KIND", "ENGINE", "URLS"],
+        ["a", "-"],
+        ["b", "-"],
+    ]
+
+
 def test_health(gateway: Gateway, run: Run) -> None:
-    """Of all providers; one that is down makes the status 1."""
-    well = registry.CheckProviderHealthResponse(status=registry.HEALTH_STATUS_OK)
+    """Of all providers, with what answers there; one that is down makes the status 1."""
+    engine = registry.Engine(kind=registry.Engine.KIND_PROXY, detail="it is a router")
+    well = registry.CheckProviderHealthResponse(status=registry.HEALTH_STATUS_OK, engine=engine)
     down = registry.CheckProviderHealthResponse(status=registry.HEALTH_STATUS_ERROR, message="HTTP 503")
-    gateway.will(registry.ListProvidersResponse(providers=[registry.Provider(id="a"), registry.Provider(id="b")]))
+    gateway.will(registry.ListProvidersResponse(providers=[registry.Provider(id="a")], next_page_token="2"))
+    gateway.will(registry.ListProvidersResponse(providers=[registry.Provider(id="b")]))
     gateway.will(well)
     gateway.will(down)
     status, out, _ = run("health")
     assert status == 1
-    assert out == "PROVIDER  STATUS  MESSAGE\na         OK\nb         ERROR   HTTP 503\n"
+    assert out == (
+        "PROVIDER  STATUS  ENGINE  MESSAGE\n"
+        "a         OK      PROXY   it is a router\n"
+        "b         ERROR   -       HTTP 503\n"
+    )
 
 
 def test_health_of_one(gateway: Gateway, run: Run) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from deltawire import ToolCall
-from deltawire._completion import resumption
+from deltawire._completion import elsewhere
 from deltawire.v1.chat_completion_pb2 import GetChatCompletionResponse, Started
 from deltawire.v1.model_registry_pb2 import GetModelResponse, ListModelsResponse
 from tests.client.cli.support import Run, Terminal
@@ -75,7 +75,7 @@ TAME = "X␛[31m \ufffdY \ufffdZ"
 
 def test_errors_and_notes_do_not_steer_it_either(gateway: Gateway, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever comes from the gateway is on one line, its control characters shown, in a file too."""
-    monkeypatch.setattr(resumption, "MAX_PAUSE", 0.0)
+    monkeypatch.setattr(elsewhere, "MAX_PAUSE", 0.0)
     ask = ("chat", "--model", "llama", "--request-id", "mine", "hi")
     gateway.will(Fail(STATUS.INVALID_ARGUMENT, "INVALID_REQUEST", WILD, violations=[(WILD, WILD), ("a", WILD + "b")]))
     assert run(*ask)[2].splitlines() == [
@@ -87,7 +87,8 @@ def test_errors_and_notes_do_not_steer_it_either(gateway: Gateway, run: Run, mon
     gateway.will(*numbered(started(), notice("X\x1b", WILD), finished(), completed(choice(said="hi"))))
     assert run(*ask)[2] == f"note: X␛ ({TAME})\n"
     gateway.will(*numbered(started(WILD)), Fail(STATUS.INTERNAL, trailers=(), message=WILD))
-    gateway.will(Fail(STATUS.FAILED_PRECONDITION, "WRONG_REPLICA", WILD))
+    for _ in range(1 + elsewhere.MAX_CONNECTIONS):
+        gateway.will(Fail(STATUS.FAILED_PRECONDITION, "WRONG_REPLICA", WILD))
     err = run(*ask, "--retention", "60")[2]
     assert f"note: stream {TAME} broke off and goes on in 0.0 s: INTERNAL: {TAME}\n" in err
     assert f"note: for the rest: deltawire resume {TAME} --after 0\n" in err
