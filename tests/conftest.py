@@ -15,6 +15,7 @@ import structlog
 from deltawire_server.completion import CompletionLimits
 from deltawire_server.completions.retention import RetentionLimits
 from deltawire_server.fake_vllm import FakeVllm
+from deltawire_server.lifecycle import Lifecycle
 from deltawire_server.registry.registry import ModelRegistry
 from deltawire_server.registry.store import Store
 from deltawire_server.telemetry import configure_logging
@@ -22,12 +23,15 @@ from deltawire_server.upstream.providers import Providers
 from deltawire_server.upstream.vllm import VllmProvider
 from deltawire_server.worker import Worker, WorkerLimits
 from tests.support.gateway import WAIT, Lines, Running, running, settings_of
+from tests.support.recorder import Recorder
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Mapping
+    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
+    from deltawire_server.lifecycle import Calls
+    from deltawire_server.settings import ServerSettings
     from deltawire_server.upstream.base import Patience, Provider
     from tests.support.postgres import PostgresServer
     from tests.support.workers import MakeWorker
@@ -83,6 +87,19 @@ def _signed(folder: Path, name: str, alternative_names: str) -> tuple[Path, Path
     signing = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", f"{name}.extensions")
     _openssl(folder, "x509", "-req", "-in", f"{name}.csr", "-out", f"{name}.pem", *signing)
     return folder / f"{name}.pem", folder / f"{name}.key"
+
+
+@pytest.fixture(autouse=True)
+def contract_is_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
+    """Check every completion of every gateway that a test runs in this process, whoever calls it."""
+    recorder, begin = Recorder(), Lifecycle.__init__
+
+    def recorded(self: Lifecycle, settings: ServerSettings, interceptors: Sequence[Any], calls: Calls) -> None:
+        begin(self, settings, [recorder, *interceptors], calls)
+
+    monkeypatch.setattr(Lifecycle, "__init__", recorded)
+    yield recorder
+    assert not recorder.broken, "\n".join(recorder.broken)
 
 
 @pytest.fixture

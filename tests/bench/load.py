@@ -7,11 +7,12 @@ import json
 import time
 from typing import Self
 
-import aiohttp
+import httpx
 from grpc import aio
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import chat_completion_pb2_grpc, message_pb2, tool_pb2
+from deltawire_server.upstream.transport.client import Transport
 from tests.bench.servers import MODEL, Server
 
 CHANNELS = 4
@@ -87,15 +88,14 @@ class HttpLoad:
     def __init__(self, server: Server) -> None:
         self._server = server
         self._url = f"http://127.0.0.1:{server.port}/v1/chat/completions"
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=STREAM_SECONDS)
-        )
+        transport = Transport(tls=False, max_connections=10_000)
+        self._client = httpx.AsyncClient(transport=transport, timeout=httpx.Timeout(STREAM_SECONDS), trust_env=False)
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._session.close()
+        await self._client.aclose()
 
     async def run(self, streams: int, tokens: int) -> list[float]:
         """Run streams at once and check that each had its chunks.
@@ -114,9 +114,9 @@ class HttpLoad:
             begin = time.perf_counter()
             first = None
             events = 0
-            async with self._session.post(self._url, json=body) as response:
+            async with self._client.stream("POST", self._url, json=body) as response:
                 response.raise_for_status()
-                async for data in response.content.iter_any():
+                async for data in response.aiter_raw():
                     first = first or time.perf_counter() - begin
                     events += data.count(b"data: ")
             if first is None or events < tokens:

@@ -29,10 +29,11 @@ from deltawire_server import settings
 from deltawire_server.app import Gateway
 from deltawire_server.fake_vllm.described import CHAT_FIELDS
 from deltawire_server.upstream.base import CallContext
+from deltawire_server.upstream.engine import EngineKind
 from deltawire_server.upstream.request import ChatMessage, Reasoning, Role, Sampling, ToolSpec
 from deltawire_server.upstream.request import ChatRequest as PlainRequest
 from deltawire_server.upstream.vllm import VllmProvider
-from deltawire_server.upstream.vllm_fields import STRICT, field_names
+from deltawire_server.upstream.vllm_fields import STRICT
 from tests.e2e.support import CALL_SECONDS, LIGHT, MODEL, SEA, WEATHER, call_text, forced
 
 if TYPE_CHECKING:
@@ -341,6 +342,7 @@ async def test_every_field_is_one_that_vllm_knows(provider: VllmProvider) -> Non
     async with provider.stream_chat(request, MODEL, CallContext("r")) as answering:
         assert answering.notices == ()
         assert b'"error"' not in b"".join([data async for data in answering.body])
-    replica = provider._replicas.all[0]
-    document = await provider._document(replica, "/openapi.json")
-    assert field_names(document) == {*CHAT_FIELDS, STRICT}
+    (reader,) = provider._engines.values()
+    engine = await reader.known()
+    assert (engine.kind, engine.detail) == (EngineKind.VLLM, "")
+    assert engine.fields == frozenset({*CHAT_FIELDS, STRICT})

@@ -164,6 +164,7 @@ def test_effective_is_toml_without_secrets(read: Parse) -> None:
         "connect_timeout": 5.0,
         "first_event_timeout": 600.0,
         "silence_timeout": 300.0,
+        "engine": "auto",
         "refresh_interval": 30.0,
     }
     assert tables["registry"]["database_url"] == "postgresql+psycopg://u:***@h/d"

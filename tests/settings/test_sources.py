@@ -36,6 +36,7 @@ SAMPLES = {
     "urls": "pass",
     "allowed_hosts": "a.example,*.b.example:8443",
     "schemes": "https,http",
+    "engine": "proxy",
     "max_images": "2",
     "max_redirects": "2",
     "base_url": "https://elsewhere/v1",

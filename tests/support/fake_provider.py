@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from deltawire_server.errors import ProviderError, Reason
 from deltawire_server.upstream.base import Answering, Health, HealthStatus, Patience, ServedModel, TokenCount
+from deltawire_server.upstream.engine import Engine, EngineKind
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
@@ -37,6 +38,7 @@ class FakeProvider:
         notices: What `stream_chat` has the caller know.
         replicas_tried: How many replicas `stream_chat` says it took.
         token_count: What `count_tokens` gives.
+        engine_known: What is known of what answers; a vLLM itself.
         requests: What `stream_chat` and `count_tokens` were asked, in order.
     """
 
@@ -53,6 +55,7 @@ class FakeProvider:
         self.notices: tuple[Notice, ...] = ()
         self.replicas_tried = 1
         self.token_count = TokenCount(7, 4096)
+        self.engine_known = Engine(EngineKind.VLLM, "0.32.0")
         self.requests: list[tuple[ChatRequest, str, CallContext]] = []
         self.closed = False
 
@@ -75,6 +78,11 @@ class FakeProvider:
     def default_max_tokens(self) -> int | None:
         """None."""
         return None
+
+    @property
+    def engine(self) -> Engine:
+        """What it says that it is."""
+        return self.engine_known
 
     @property
     def patience(self) -> Patience:

@@ -9,11 +9,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import grpc
 from google.rpc import error_details_pb2, status_pb2
 from grpc import aio
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
-from deltawire.v1 import chat_completion_pb2_grpc, message_pb2, model_registry_pb2_grpc, tool_pb2
+from deltawire.v1 import chat_completion_pb2_grpc, message_pb2, model_registry_pb2, model_registry_pb2_grpc, tool_pb2
 from deltawire_server.app import Gateway
 from deltawire_server.settings import (
     AccessSettings,
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
     from pathlib import Path
 
-    import grpc
     from google.protobuf.message import Message
 
 WAIT = 30.0
@@ -295,3 +295,14 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(WAIT):
         while not condition():  # noqa: ASYNC110 (nothing announces it)
             await asyncio.sleep(0.005)
+
+
+async def until_refused(gateway: Running) -> None:
+    """Call until a call is refused: by us with DRAINING, or by grpc, which closes the connection in that moment."""
+    code = grpc.StatusCode.OK
+    while code is grpc.StatusCode.OK:
+        try:
+            await gateway.models.ListProviders(model_registry_pb2.ListProvidersRequest())
+        except aio.AioRpcError as error:
+            code = error.code()
+    assert code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
