@@ -96,6 +96,7 @@ class Completion:
         head: What is settled of it.
         resolution: Which model and provider, and the alias that was used.
         state: Where it is.
+        ended_by: What ended it; `None` until then.
         failure: Why it did not end by itself; set when it ends.
         attempts: How many replicas of the provider were asked.
     """
@@ -124,6 +125,7 @@ class Completion:
             self._request.sampling,
         )
         self.state = State.QUEUED
+        self.ended_by: Cause | None = None
         self.failure: DeltawireError | None = None
         self.attempts = 0
         self._call = call
@@ -298,12 +300,13 @@ class Completion:
             self._notices = answering.notices
             self.attempts = answering.replicas_tried
             async for data in answering.body:
-                if self.state is _ENDED:
+                if self.ended_by is Cause.ANSWER:
                     # Read to its end, the connection can be used again; what comes is counted as an anomaly.
                     self._reader.receive(data)
                     continue
-                self._receive(data, timeouts.silence)
-                if self.failure is not None:
+                if self.ended_by is None:
+                    self._receive(data, timeouts.silence)
+                if self.ended_by not in (None, Cause.ANSWER):
                     return
                 if self._queue.full and self.state is not _ENDED:
                     self._clock.pause()  # while we do not read, the provider is not silent
@@ -396,6 +399,7 @@ class Completion:
     def _end(self, cause: Cause, failure: DeltawireError | None = None) -> None:
         """The one place where a completion ends."""
         self.state = advance(self.state, cause)
+        self.ended_by = cause
         self.failure = failure
         self._ended = time.monotonic()
         self._clock.stop()

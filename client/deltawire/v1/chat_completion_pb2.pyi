@@ -115,7 +115,7 @@ class _StopReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StopReason
     STOP_REASON_REPETITION: _StopReason.ValueType  # 6
     """The engine found the model repeating itself."""
     STOP_REASON_CANCELLED: _StopReason.ValueType  # 7
-    """CancelChatCompletion ended it, or nobody read a retained stream for its whole `retention`."""
+    """CancelChatCompletion ended it, or a retained stream had no reader for its whole `retention`."""
     STOP_REASON_TIME_LIMIT: _StopReason.ValueType  # 8
     """`soft_time_limit` passed; or, with Completed.error, the longest time that the gateway allows."""
     STOP_REASON_UPSTREAM_INCOMPLETE: _StopReason.ValueType  # 9
@@ -143,7 +143,7 @@ STOP_REASON_CONTENT_FILTER: StopReason.ValueType  # 5
 STOP_REASON_REPETITION: StopReason.ValueType  # 6
 """The engine found the model repeating itself."""
 STOP_REASON_CANCELLED: StopReason.ValueType  # 7
-"""CancelChatCompletion ended it, or nobody read a retained stream for its whole `retention`."""
+"""CancelChatCompletion ended it, or a retained stream had no reader for its whole `retention`."""
 STOP_REASON_TIME_LIMIT: StopReason.ValueType  # 8
 """`soft_time_limit` passed; or, with Completed.error, the longest time that the gateway allows."""
 STOP_REASON_UPSTREAM_INCOMPLETE: StopReason.ValueType  # 9
