@@ -192,7 +192,10 @@ async def _check_end(lab: Lab, cell: CallerCell, plan: Plan, request_id: str, se
     while (state := await _state(lab, request_id)) == "RUNNING":  # noqa: ASYNC110 (nothing announces it)
         await asyncio.sleep(POLL_SECONDS)
     expected = {"COMPLETED"} if goes_on or soft else {"COMPLETED", "FAILED"} if cell.ending else {"FAILED"}
-    if state not in expected and plan.requests:
+    if cell.action is Action.DEADLINE and not plan.requests:
+        # On a busy machine a deadline can pass before the gateway knows the call.
+        return
+    if state not in expected:
         problems.append(f"GetChatCompletion says {state}")
     if goes_on:
         problems.extend(await _not_retained(lab, request_id, seen))

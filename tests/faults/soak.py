@@ -138,7 +138,8 @@ async def _main(seconds: float, calls: int, seed: int) -> int:
     for outcome, count in sorted(soaked.outcomes.items()):
         print(f"  {count:8} {outcome}")
     sizes = [size for _, size in soaked.memory]
-    print(f"memory {sizes[0]:.1f} to {max(sizes):.1f} MiB, {soaked.slope:+.2f} MiB per minute over the second half")
+    quarters = " ".join(f"{sizes[(len(sizes) - 1) * quarter // 4]:.1f}" for quarter in range(5))
+    print(f"memory {quarters} MiB at each quarter, {soaked.slope:+.2f} MiB per minute over the second half")
     print(f"{len(soaked.problems)} violations")
     for problem in soaked.problems[:SHOWN]:
         print(f"  {problem}")
