@@ -237,3 +237,19 @@ async def test_another_attempt_of_grpcs_finds_what_the_first_began(
     assert (answer.text, answer.completion_id, stream.resumed) == ("hi", "mine", 0)
     assert len(vllm.chats) == 1
     assert served.gateway._worker.active == 0
+
+
+async def test_an_id_is_free_again_after_the_end(client: AsyncClient, vllm: FakeVllm) -> None:
+    """As soon as the answer has come, also for another request."""
+    for number in range(5):
+        steps = gates()
+        vllm.play(in_steps(*steps))
+        async with client.chat.stream("count", model="fake", completion_id="twice") as stream:
+            steps[0].set()
+            assert await anext(stream.text) == WORDS[0]
+            with pytest.raises(CompletionAlreadyExistsError):
+                await client.chat.create("another", model="fake", completion_id="twice")
+            await stream.cancel_softly()
+            await stream.final()
+        vllm.play(in_steps(*gates(opened=True)))
+        assert (await client.chat.create(f"{number}", model="fake", completion_id="twice")).text == TEXT

@@ -65,6 +65,9 @@ async def test_fields_without_an_effect_on_the_count(served: Running, vllm: Fake
             continue
         failure = await failure_of(served.chat.CountTokens(counting(chat)))
         assert (failure.reason, failure.fields) == ("INVALID_REQUEST", [f"chat.{field.name}"])
+    thinking = chat_pb.Reasoning(effort=chat_pb.REASONING_EFFORT_LOW, token_budget=5, include=True)
+    failure = await failure_of(served.chat.CountTokens(counting(ask(reasoning=thinking))))
+    assert failure.fields == ["chat.reasoning.token_budget", "chat.reasoning.include"]
     assert not [request for request in vllm.requests if request.path == "/tokenize"]
 
 

@@ -1739,8 +1739,8 @@ class CountTokensRequest(_message.Message):
     CHAT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def chat(self) -> Global___ChatRequest:
-        """Required. Counted are `messages`, `tools` as `tool_choice` and `allowed_tools` leave them, and `chat_template_kwargs`. Every
-        other field but `model` has no effect on the count and must be left out: INVALID_ARGUMENT lists those that are set. Images
+        """Required. Counted are `messages`, `tools` as `tool_choice` and `allowed_tools` leave them, `reasoning.effort` and
+        `chat_template_kwargs`. Every other field but `model` has no effect on the count and must be left out: INVALID_ARGUMENT lists those that are set. Images
         cannot be counted without being computed: INVALID_ARGUMENT.
         """
 

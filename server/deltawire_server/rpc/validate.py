@@ -93,8 +93,8 @@ def chat_request(message: chat_pb.ChatRequest, limits: ContentLimits | None = No
     return _ChatReader(limits or ContentLimits()).read(message)
 
 
-COUNTED = frozenset({"model", "messages", "tools", "tool_choice", "allowed_tools", "chat_template_kwargs"})
-"""The fields of a chat request that have an effect on the number of its prompt's tokens."""
+COUNTED = frozenset({"model", "messages", "tools", "tool_choice", "allowed_tools", "reasoning", "chat_template_kwargs"})
+"""The fields of a chat request that have an effect on the number of its prompt's tokens; of `reasoning`, its effort."""
 
 
 def count_request(message: chat_pb.ChatRequest, limits: ContentLimits | None = None) -> ChatRequest:
@@ -104,6 +104,7 @@ def count_request(message: chat_pb.ChatRequest, limits: ContentLimits | None = N
         CallerError: INVALID_REQUEST with every violated field.
     """
     ignored = [field.name for field, _ in message.ListFields() if field.name not in COUNTED]
+    ignored += [f"reasoning.{field.name}" for field, _ in message.reasoning.ListFields() if field.name != "effort"]
     if ignored:
         raise invalid_request(
             [Violation(f"chat.{name}", "has no effect on the number of tokens: leave it out") for name in ignored]
