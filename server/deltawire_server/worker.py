@@ -146,7 +146,7 @@ class Worker:
             DeltawireError: COMPLETION_NOT_FOUND or WRONG_REPLICA; COMPLETION_GONE: it is not retained, or no longer.
         """
         stream = self.record(caller, completion_id).stream
-        if stream is None:
+        if stream is None or not stream.is_retained:
             raise CallerError(
                 Reason.COMPLETION_GONE,
                 f"completion {completion_id!r} is not retained, or no longer: GetChatCompletion says how it ended",

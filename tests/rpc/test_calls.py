@@ -446,10 +446,14 @@ async def test_an_attempt_that_was_lost_before_it_began(served: Running, vllm: F
 
 
 async def test_a_call_of_the_callers_own_id_ends_with_its_caller(served: Running, vllm: FakeVllm) -> None:
-    """As one without: the engine stops, the look-up says why, and the id can be used again."""
+    """As one without: nothing is retained, the engine stops, the look-up says why, and the id can be used again."""
     vllm.play(NEVER_ENDING)
     call = served.stream(ask(completion_id="mine"))
     await anext(aiter(call))
+    under_way = await served.look_up("mine")
+    assert not under_way.HasField("last_sequence")
+    assert not under_way.HasField("expire_time")
+    assert (await read_badly(served.resume("mine")))[1].reason == "COMPLETION_GONE"
     call.cancel()
     await vllm.chats[0].closed_early.wait()
     state = await served.look_up("mine")

@@ -141,7 +141,7 @@ def get_response(record: Record) -> chat_pb.GetChatCompletionResponse:
     if record.outcome is not None:
         response.error.CopyFrom(_error(record.outcome))
     stream = record.stream
-    if stream is not None:
+    if stream is not None and stream.is_retained:
         if stream.completed is not None:
             response.completed.CopyFrom(completed(stream, stream.completed))
         if stream.last_sequence is not None:
