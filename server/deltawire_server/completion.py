@@ -56,6 +56,9 @@ _OURS = frozenset({Reason.DURATION_LIMIT_EXCEEDED, Reason.DRAINING, Reason.SLOW_
 DRAIN_SECONDS = 0.25
 """How long the end of a body may take after the answer's. Read to its end, the connection can be used again."""
 
+DRAIN_BYTES = 64 * 1024
+"""What is read of a body after the answer's end: `[DONE]` and a little more. A connection with more than that is closed."""
+
 _ENDED: State = State.ENDED  # not a literal, so that a type checker sees that methods change `state`
 
 _log = get_logger(__name__)
@@ -294,6 +297,7 @@ class Completion:
         # From here to the first event the provider keeps the time: it knows which of its replicas is silent.
         self._clock.pause()
         self._asked = time.monotonic()
+        drained = 0
         async with self.resolution.provider.stream_chat(request, model, self._call) as answering:
             self._clock.allow(timeouts.first_event)
             self._provider_failed = answering.failed
@@ -303,6 +307,9 @@ class Completion:
                 if self.ended_by is Cause.ANSWER:
                     # Read to its end, the connection can be used again; what comes is counted as an anomaly.
                     self._reader.receive(data)
+                    drained += len(data)
+                    if drained > DRAIN_BYTES:
+                        return
                     continue
                 if self.ended_by is None:
                     self._receive(data, timeouts.silence)

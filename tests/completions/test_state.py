@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from deltawire_server.completion import DRAIN_BYTES
 from deltawire_server.completions.state import TRANSITIONS, Cause, IllegalTransitionError, State, advance
 from deltawire_server.errors import DeltawireError, Reason
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
 from deltawire_server.sansio.events import Completed, Fault, StopReason
+from tests.support.fake_provider import FakeProvider
 from tests.support.gateway import until
 from tests.support.workers import CALLER, MakeWorker, ask
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
     from deltawire_server.completion import Completion
     from deltawire_server.worker import Worker
@@ -139,3 +141,21 @@ async def failures(worker: Worker, **fields: float) -> set[object]:
         assert isinstance(last, Completed)
         seen.update(choice.stop_reason for choice in last.choices)
     return seen
+
+
+async def test_what_follows_the_end_is_bounded(make_worker: MakeWorker) -> None:
+    """An endless body is not read for as long as the clock allows: the answer is whole, and its connection is closed."""
+    taken = 0
+
+    class Endless(FakeProvider):
+        async def _body(self) -> AsyncIterator[bytes]:
+            nonlocal taken
+            yield b'data: {"choices":[{"index":0,"delta":{"content":"a"},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
+            while True:
+                taken += 16 * 1024
+                yield b": more\n" + b"x" * (16 * 1024 - 7)
+
+    async with make_worker(provider=Endless(served=["fake"])) as worker, worker.completion(ask(), CALLER) as completion:
+        seen = await drained(completion)
+    assert seen[-2:] == [Completed, None]
+    assert DRAIN_BYTES < taken <= DRAIN_BYTES + 2 * 16 * 1024
