@@ -116,6 +116,10 @@ MINUTES ?= 10
 soak: install ## MINUTES at saturation with a fault a second: no violation, flat memory
 	@$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
 
+.PHONY: hostile
+hostile: install ## Hostile inputs against a real gateway process: clock and memory; writes tests/hostile/README.md; minutes
+	@$(BIN)/python -m tests.hostile
+
 .PHONY: e2e
 e2e: install ## The main path on a real vLLM, set up on the CPU
 	@$(BIN)/python -m tests.support.vllm_cpu setup

@@ -6,6 +6,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tests.support.generated import write_part
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
@@ -13,8 +15,8 @@ if TYPE_CHECKING:
 
 README = Path(__file__).with_name("README.md")
 
-MARKS = ("<!-- {name}: written by make faults -->", "<!-- end of {name} -->")
-"""Around each generated part."""
+COMMAND = "make faults"
+"""Writes the generated parts."""
 
 Row = tuple[str, str, "Result[Any]"]
 """What went wrong, where, and what came of it."""
@@ -40,11 +42,7 @@ class Tally:
     def write(self, complete: Collection[str]) -> None:
         """Write the part, if everything that it is about was counted; a run of single tests changes nothing."""
         if set(self._counts) == set(complete):
-            begin, end = (mark.format(name=self._name) for mark in MARKS)
-            whole = README.read_text()
-            before, _, rest = whole.partition(begin)
-            _, _, after = rest.partition(end)
-            README.write_text(f"{before}{begin}\n{self._table()}{end}{after}")
+            write_part(README, self._name, COMMAND, self._table())
 
     def _table(self) -> str:
         totals: Counter[str] = Counter()

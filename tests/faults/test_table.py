@@ -7,13 +7,14 @@ import pytest
 from tests.faults.callers import Action, caller_cells, unread_cells
 from tests.faults.faults import FAULTS
 from tests.faults.races import LIMITS, races
-from tests.faults.table import MARKS, README
+from tests.faults.table import COMMAND, README
+from tests.support.generated import part
 
 
 def _rows(name: str) -> set[tuple[str, str]]:
-    begin, end = (mark.format(name=name) for mark in MARKS)
-    part = README.read_text().partition(begin)[2].partition(end)[0]
-    rows = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("| ")][2:]
+    rows = [
+        line.strip("| ").split(" | ") for line in part(README, name, COMMAND).splitlines() if line.startswith("| ")
+    ][2:]
     return {(what, where) for what, wheres, _ in rows for where in wheres.split(", ")}
 
 

@@ -1,0 +1,1 @@
+"""Hostile inputs against a real gateway process: what others feel of them, and what they leave behind."""

@@ -1,0 +1,9 @@
+"""Every attack, by area."""
+
+from tests.hostile.attacks.doors import DOORS
+from tests.hostile.attacks.requests import REQUESTS
+from tests.hostile.attacks.schemas import SCHEMAS
+
+ATTACKS = (*SCHEMAS, *REQUESTS, *DOORS)
+
+__all__ = ["ATTACKS"]

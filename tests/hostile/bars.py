@@ -1,0 +1,35 @@
+"""What one request may do to the gateway, whoever sends it and whatever answers it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Bars:
+    """The bars of one attack.
+
+    Attributes:
+        delay: Seconds that another caller's health check may take.
+        growth: Bytes by which the process may grow for a while.
+        kept: Bytes by which it may have grown afterwards.
+    """
+
+    delay: float
+    growth: int
+    kept: int
+
+
+def bars(size: int, *, keyed: bool) -> Bars:
+    """The bars for a caller with an access key or without one.
+
+    Args:
+        size: Bytes of the requests that are sent at once.
+        keyed: Whether they have a key.
+    """
+    if not keyed:
+        return Bars(delay=0.020, growth=4 * MIB, kept=4 * MIB)
+    # The allocator of the C library keeps some of what was freed; what is kept for good adds up over the repetitions.
+    return Bars(delay=0.100, growth=max(64 * MIB, 3 * size), kept=16 * MIB)
