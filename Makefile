@@ -20,6 +20,9 @@ NODE := client/examples/node
 # The TypeScript programs of the tests; the same.
 TYPESCRIPT := tests/polyglot/languages/typescript
 
+# Processes for the fast tests: many of them wait, so that there may be more than cores.
+WORKERS ?= $(shell echo $$(( $$(nproc) * 3 / 2 )))
+
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -41,8 +44,8 @@ run: install ## Gateway and model (VLLM_URL, or a small real vLLM on the CPU); s
 	@$(BIN)/python -m tests.support.run
 
 .PHONY: test
-test: install ## Every test that needs no vLLM
-	@$(BIN)/python -m pytest
+test: install ## Every test that needs no vLLM, in WORKERS processes
+	@$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal
 
 .PHONY: lint
 lint: install ## Style, types, layers, protos and what in them would break clients
@@ -55,7 +58,7 @@ lint: install ## Style, types, layers, protos and what in them would break clien
 
 .PHONY: cover
 cover: install ## The fast tests with branch coverage: 100 % of sansio/, 90 % overall
-	@$(BIN)/python -m pytest --cov --cov-report=
+	@$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal --cov --cov-report=
 	@$(BIN)/coverage report --fail-under=90
 	@$(BIN)/coverage report --include='*/sansio/*' --fail-under=100
 

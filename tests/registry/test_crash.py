@@ -46,15 +46,15 @@ def writer(url: str) -> Iterator[subprocess.Popen[str]]:
         assert process.wait() == 0
 
 
-def kill_one(writer: subprocess.Popen[str], seconds: float) -> list[Change]:
-    """Start a writer, kill it so long after its first write, or its start if that is negative; what it said it did."""
+def kill_one(writer: subprocess.Popen[str], writes: int, seconds: float) -> list[Change]:
+    """Start a writer, kill it so long after so many writes; what it said it did."""
     assert writer.stdin is not None
     assert writer.stdout is not None
     writer.stdin.write("\n")
     writer.stdin.flush()
     process = int(writer.stdout.readline())
-    lines = [] if seconds < 0 else [writer.stdout.readline()]
-    time.sleep(abs(seconds))  # not for something to happen: any moment is as good as any other
+    lines = [writer.stdout.readline() for _ in range(writes)]
+    time.sleep(seconds)  # not for something to happen: any moment is as good as any other
     os.kill(process, signal.SIGKILL)
     while (line := writer.stdout.readline()) != "ended\n":
         lines.append(line)
@@ -78,7 +78,7 @@ async def test_killed_at_any_moment(url: str, writer: subprocess.Popen[str]) -> 
     said = 0
     for number in range(KILLS):
         # The first ones before anything is written, with the tables half made.
-        changes = kill_one(writer, -moments.uniform(0, 0.04) if number < 5 else moments.uniform(0, 0.04))
+        changes = kill_one(writer, 0 if number < 5 else moments.randint(1, 4), moments.uniform(0, 0.04))
         said += len(changes)
         await until(lambda: is_alone(url))
         store = Store(url)

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
     from sqlalchemy.pool import ConnectionPoolEntry
 
-BUSY_SECONDS = 5.0
-"""How long a write waits for another process's: a thousand times what one takes, and still short for a caller."""
+BUSY_SECONDS = 10.0
+"""How long a write waits for those of other processes: SQLite gives its lock in no order, so that one that waits while another
+process writes without a pause may be passed over many times."""
 
 POLL_SECONDS = 0.2
 """How often an SQLite file is looked at for what other processes changed: a tenth of a millisecond's work, and changes are
