@@ -19,6 +19,7 @@ from grpc import aio
 
 from deltawire_server.access import Access, bearer_key
 from deltawire_server.errors import CallerError, DeltawireError, GatewayError, Reason, internal_error
+from deltawire_server.rpc import wire
 from deltawire_server.rpc.latch import Latch
 from deltawire_server.rpc.status import MAX_MESSAGE, grpc_code, shorten, trailers_of
 from deltawire_server.telemetry import get_logger
@@ -156,6 +157,7 @@ class CallInterceptor(aio.ServerInterceptor):
                     if self._draining:
                         message = "this process is shutting down; another one serves"
                         raise GatewayError(Reason.DRAINING, message, retry_after=DRAINING_RETRY_SECONDS)
+                    await wire.check(data, method)
                     request = _parsed(parse, data)
                     del data
                     with _gone_is_cancelled():
@@ -279,10 +281,7 @@ def _parsed(parse: _Parser, data: bytes) -> object:
     try:
         return parse(data)
     except DecodeError as error:
-        message = (
-            "the request is not a message of this method: its bytes are not protobuf, or a text in it is not UTF-8"
-        )
-        raise CallerError(Reason.INVALID_REQUEST, message) from error
+        raise CallerError(Reason.INVALID_REQUEST, wire.NOT_A_MESSAGE) from error
 
 
 def deadline_passed(context: _Context) -> bool:
