@@ -213,6 +213,7 @@ def test_options() -> None:
     assert options["grpc.http2.min_ping_interval_without_data_ms"] == 1
     assert options["grpc.keepalive_permit_without_calls"] == 1
     assert options["grpc.so_reuseport"] == 0
+    assert options["grpc.compression_enabled_algorithms_bitset"] == 1
     assert (
         options["grpc.server.max_pending_requests"] == options["grpc.server.max_pending_requests_hard_limit"] > 100_000
     )

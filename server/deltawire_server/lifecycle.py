@@ -193,6 +193,9 @@ def _options(settings: ServerSettings) -> list[tuple[str, int]]:
         # Else a second process on the same port starts silently and takes half of the connections.
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", settings.max_receive_bytes),
+        # Only the first algorithm, "identity": a compressed request is refused by its headers. Else 30 KiB from a caller that
+        # is not known yet become 32 MiB here, and most of a request's bytes, images, gain nothing by compression.
+        ("grpc.compression_enabled_algorithms_bitset", 1),
         # By default grpc itself cancels calls of a burst, without a reason: admission is the service's.
         ("grpc.server.max_pending_requests", MAX_PENDING_REQUESTS),
         ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_REQUESTS),

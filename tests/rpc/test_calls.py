@@ -321,6 +321,15 @@ async def test_a_message_that_is_too_large(start_gateway: StartGateway) -> None:
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+@pytest.mark.parametrize("compression", [grpc.Compression.Gzip, grpc.Compression.Deflate])
+async def test_a_compressed_request(served: Running, compression: grpc.Compression) -> None:
+    """It is refused by its headers, with the algorithm's name: gRPC never decompresses it."""
+    request = chat_pb.CreateChatCompletionRequest(chat=ask("hi" * 1000))
+    with pytest.raises(aio.AioRpcError, match=rf"'{compression.name.lower()}' is disabled") as caught:
+        await served.chat.CreateChatCompletion(request, compression=compression)
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
 async def test_without_an_interceptor_there_is_a_record_all_the_same() -> None:
     """A service that is served by itself still knows its caller's token and request id."""
 

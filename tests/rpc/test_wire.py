@@ -62,7 +62,7 @@ def sampling(data: bytes) -> bytes:
 
 def total(data: bytes) -> int:
     """How many fields are counted in all."""
-    return list(wire.scan(data, REQUEST.DESCRIPTOR))[-1]
+    return list(wire.scan(data, REQUEST.DESCRIPTOR))[-1][0]
 
 
 HOSTILE: dict[str, Callable[[int], bytes]] = {
@@ -97,7 +97,7 @@ async def test_too_many_fields_are_refused_after_bounded_work(name: str) -> None
 
 def test_the_scan_returns_after_each_step() -> None:
     """So that other calls get their turn: between two steps there are as many fields as a step has, and no more."""
-    counts = list(wire.scan(HOSTILE["empty messages"](MIB), REQUEST.DESCRIPTOR))
+    counts = [count for count, _ in wire.scan(HOSTILE["empty messages"](MIB), REQUEST.DESCRIPTOR)]
     steps = [after - before for before, after in zip([0, *counts], counts, strict=False)]
     assert max(steps) == wire.STEP
     assert counts[-1] == 1 + MIB // 2
@@ -109,7 +109,8 @@ def test_texts_and_bytes_are_skipped_without_a_look() -> None:
     text = message_pb2.ContentPart(text="\x12\x00" * (4 * MIB))
     messages = [message_pb2.ChatMessage(user=message_pb2.UserMessage(content=[image, text]))]
     data = Watched(REQUEST(chat=ask(messages=messages)).SerializeToString())
-    assert list(wire.scan(data, REQUEST.DESCRIPTOR)) == [1 + 1 + 2 + 3 + 2]  # chat, model, message and role, parts
+    # Chat, model, message and role, parts.
+    assert list(wire.scan(data, REQUEST.DESCRIPTOR)) == [(1 + 1 + 2 + 3 + 2, 16 * MIB)]
     assert data.reads < 100
 
 
@@ -125,6 +126,38 @@ async def test_an_honest_heavy_user_is_let_through() -> None:
     assert len(data) > wire.SCANNED_BYTES
     await wire.check(data, METHOD)
     assert total(data) < wire.MAX_FIELDS * 2 / 3
+
+
+@pytest.mark.parametrize(
+    "big",
+    [
+        {"messages": [message_pb2.ChatMessage(user=message_pb2.UserMessage(text="x" * wire.MAX_BYTES))]},
+        {"tools": [tool(input_schema="x" * (wire.MAX_BYTES // 8))] * 8},
+        {"extra_body": "x" * wire.MAX_BYTES},
+        {"sampling": chat_pb.Sampling(stop=["x" * wire.MAX_BYTES])},
+    ],
+    ids=lambda big: next(iter(big)),
+)
+async def test_bytes_besides_images_are_bounded(big: dict[str, Any]) -> None:
+    """All texts and all JSON of a request together."""
+    with pytest.raises(CallerError, match=r"bytes besides its images, at most 8388608 .*shorter messages") as caught:
+        await wire.check(REQUEST(chat=ask(**big)).SerializeToString(), METHOD)
+    assert caught.value.reason is Reason.INVALID_REQUEST
+
+
+@pytest.mark.parametrize("source", [{"data": b"x" * (12 * MIB)}, {"url": "data:image/png;base64," + "x" * (12 * MIB)}])
+async def test_images_may_be_larger(source: dict[str, Any]) -> None:
+    """As bytes and as `data:` URLs, beside documents of a MiB."""
+    parts = [message_pb2.ContentPart(text="x" * MIB)] * 7
+    parts += [message_pb2.ContentPart(image=message_pb2.Image(**source))] * 2
+    chat = ask(messages=[message_pb2.ChatMessage(user=message_pb2.UserMessage(content=parts))])
+    await wire.check(REQUEST(chat=chat).SerializeToString(), METHOD)
+
+
+async def test_unknown_bytes_count() -> None:
+    """They are kept by the parser."""
+    with pytest.raises(CallerError, match="besides its images"):
+        await wire.check(field(200, bytes(wire.MAX_BYTES)), METHOD)
 
 
 async def test_a_short_request_is_not_scanned() -> None:

@@ -1,4 +1,4 @@
-"""A bound on how many fields a request has, checked on its bytes before they are parsed.
+"""Bounds on a request's fields and on its bytes besides images, checked on the bytes before they are parsed.
 
 The parser takes up to 20 times a message's bytes and a second per 40 MiB if the message consists of empty fields, and it
 cannot be interrupted. This scan reads the tags only: it skips texts and bytes without a look at them, so a request with
@@ -8,6 +8,7 @@ large images costs as little as one without.
 from __future__ import annotations
 
 import asyncio
+import enum
 import re
 from functools import cache
 from typing import TYPE_CHECKING
@@ -25,6 +26,13 @@ MAX_FIELDS = 100_000
 """Fields of one request, those of its nested messages included; to parse them takes about 10 ms and 5 MiB. A conversation
 of 10,000 messages, the most that is allowed, has about 50,000."""
 
+MAX_BYTES = 8 * 1024 * 1024
+"""Bytes of a request besides its images. Texts and JSON are validated, copied and encoded in pieces that cannot be
+interrupted, which takes up to 10 ms per MiB. This is about two million tokens, more than models have context."""
+
+IMAGES = frozenset({"deltawire.v1.Image.data", "deltawire.v1.Image.url"})
+"""What does not count for that: images have limits of their own, and an image may be a `data:` URL."""
+
 SCANNED_BYTES = 256 * 1024
 """Shorter requests are not scanned: at two bytes each they have about as many fields as are allowed."""
 
@@ -37,25 +45,33 @@ _VARINT, _LENGTH, _GROUP, _GROUP_END = 0, 2, 3, 4
 _VARINT_BYTES = re.compile(rb"[\x80-\xff]{0,9}[\x00-\x7f]")
 _FIXED = {1: 8, 5: 4}
 """Bytes of the wire types of fixed size."""
-_UNKNOWN: dict[int, Descriptor | None] = {}
+_UNKNOWN: dict[int, Descriptor | _Kind] = {}
 """The table of a type whose fields are unknown."""
 
 
+class _Kind(enum.Enum):
+    """What a length-delimited field holds, if not a message, and not a text or bytes that are skipped."""
+
+    IMAGE = enum.auto()
+    NUMBERS = enum.auto()
+
+
 async def check(data: bytes, method: str) -> None:
-    """Refuse a request with too many fields. Other calls get their turn during the scan.
+    """Refuse a request with too many fields, or with too many bytes besides images. Other calls get their turn meanwhile.
 
     Args:
         data: The request's bytes.
         method: The method's path, such as ``/deltawire.v1.ChatCompletion/CountTokens``; it must exist.
 
     Raises:
-        CallerError: INVALID_REQUEST: more than `MAX_FIELDS` fields, or bytes that are not protobuf. Otherwise parse the
-            request.
+        CallerError: INVALID_REQUEST: more than `MAX_FIELDS` fields or `MAX_BYTES` bytes, or bytes that are not protobuf.
+            Otherwise parse the request.
     """
     if len(data) <= SCANNED_BYTES:
         return
     described = descriptor_pool.Default().FindMethodByName(method[1:].replace("/", "."))
-    for count in scan(data, described.input_type):
+    images = 0
+    for count, images in scan(data, described.input_type):  # noqa: B007 (its last value is used)
         if count > MAX_FIELDS:
             raise CallerError(
                 Reason.INVALID_REQUEST,
@@ -63,11 +79,17 @@ async def check(data: bytes, method: str) -> None:
                 " messages, parts or list entries",
             )
         await asyncio.sleep(0)
+    if len(data) - images > MAX_BYTES:
+        raise CallerError(
+            Reason.INVALID_REQUEST,
+            f"the request has {len(data) - images} bytes besides its images, at most {MAX_BYTES} are allowed: send fewer or"
+            " shorter messages, tools and schemas",
+        )
 
 
 def scan(  # noqa: C901 (one flat loop: a call for each field would double the time)
     data: bytes, message: Descriptor
-) -> Iterator[int]:
+) -> Iterator[tuple[int, int]]:
     """Count the fields of a message, those of nested messages included; a packed list counts each of its bytes.
 
     Args:
@@ -75,16 +97,17 @@ def scan(  # noqa: C901 (one flat loop: a call for each field would double the t
         message: Its type.
 
     Yields:
-        The count so far, every `STEP` fields, and at the end. Stop iterating when it is too high.
+        The count and the bytes of images so far, every `STEP` fields, and at the end. Stop iterating when the count is too
+        high.
 
     Raises:
-        CallerError: INVALID_REQUEST: the bytes are not protobuf. What the parser would refuse too, such as an end of a
-            group that has none, need not be found here.
+        CallerError: INVALID_REQUEST: the bytes are not protobuf. What only the parser refuses, such as a text that is not
+            UTF-8, is not found here.
     """
-    count, due = 0, STEP
+    count, images, due = 0, 0, STEP
     at, end = 0, len(data)
     nested = _nested(message)
-    outer: list[tuple[int, Mapping[int, Descriptor | None]]] = []
+    outer: list[tuple[int, Mapping[int, Descriptor | _Kind]]] = []
     groups = 0  # open ones, and around them the table to go back to: in a group, which proto3 lacks, no field is known
     around = nested
     try:
@@ -93,7 +116,7 @@ def scan(  # noqa: C901 (one flat loop: a call for each field would double the t
                 if groups:
                     raise _MalformedError
                 if not outer:
-                    yield count
+                    yield count, images
                     return
                 end, nested = outer.pop()
             # Varints of one byte are read in place: nearly all are, and a call each would double the time.
@@ -112,7 +135,10 @@ def scan(  # noqa: C901 (one flat loop: a call for each field would double the t
                     raise _MalformedError
                 if tag not in nested:
                     at += size
-                elif (inner := nested[tag]) is None:
+                elif (inner := nested[tag]) is _Kind.IMAGE:
+                    images += size
+                    at += size
+                elif inner is _Kind.NUMBERS:
                     count += size
                     at += size
                 else:
@@ -140,7 +166,7 @@ def scan(  # noqa: C901 (one flat loop: a call for each field would double the t
             if at > end:
                 raise _MalformedError
             if count >= due:
-                yield count
+                yield count, images
                 due = count + STEP
     except (_MalformedError, IndexError):
         raise CallerError(Reason.INVALID_REQUEST, NOT_A_MESSAGE) from None
@@ -163,10 +189,15 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 @cache
-def _nested(message: Descriptor) -> Mapping[int, Descriptor | None]:
-    """The fields whose bytes hold more fields, by their tag: their type, or `None` for packed numbers."""
-    return {
-        field.number << 3 | _LENGTH: field.message_type  # `None` unless it is a message
-        for field in message.fields
-        if field.type not in (field.TYPE_STRING, field.TYPE_BYTES)
-    }
+def _nested(message: Descriptor) -> Mapping[int, Descriptor | _Kind]:
+    """The fields whose bytes count, by their tag: those of images, messages with their type, and packed numbers."""
+    table: dict[int, Descriptor | _Kind] = {}
+    for field in message.fields:
+        tag = field.number << 3 | _LENGTH
+        if field.full_name in IMAGES:
+            table[tag] = _Kind.IMAGE
+        elif field.message_type is not None:
+            table[tag] = field.message_type
+        elif field.type not in (field.TYPE_STRING, field.TYPE_BYTES):
+            table[tag] = _Kind.NUMBERS
+    return table
