@@ -14,12 +14,13 @@ from deltawire_server.rpc import validate
 from deltawire_server.rpc.complaints import MAX_COMPLAINTS, MAX_FIELD, Complaints
 from deltawire_server.rpc.status import MAX_MESSAGE
 from tests.support.gateway import ask, user
+from tests.support.turns import chat_request
 
 
 def refused(chat: chat_pb.ChatRequest) -> tuple[Violation, ...]:
     """What a request is refused for."""
     with pytest.raises(CallerError) as caught:
-        validate.chat_request(chat)
+        chat_request(chat)
     return caught.value.violations
 
 
@@ -49,7 +50,7 @@ def test_complaints_are_bounded() -> None:
 
 def test_a_complaint_does_not_repeat_all_that_there_is() -> None:
     """Names of tools are listed up to twenty, and cut: each complaint has them."""
-    tools = [tool_pb2.Tool(name=f"{number}" + "n" * 2000) for number in range(25)]
+    tools = [tool_pb2.Tool(name=f"{number}" + "n" * 1000) for number in range(25)]
     violations = refused(ask(tools=tools, allowed_tools=["x"] * 100))
     assert len(violations) == MAX_COMPLAINTS
     assert violations[0].description.startswith("'x' is not one of the tools: 0nnn")
@@ -70,6 +71,7 @@ TOO_LONG: dict[str, tuple[chat_pb.ChatRequest, str]] = {
         ),
         "chat.messages",
     ),
+    "parts of one message": (ask(messages=[user("x"), user(*["x"] * (validate.MAX_PARTS + 1))]), "chat.messages[1]"),
     "calls": (
         ask(
             messages=[
@@ -91,16 +93,16 @@ TOO_LONG: dict[str, tuple[chat_pb.ChatRequest, str]] = {
     **{
         name: (ask(sampling=chat_pb.Sampling(**{name: values})), f"chat.sampling.{name}")  # type: ignore[arg-type]
         for name, values in {
-            "stop": ["x"] * (validate.MAX_VALUES + 1),
-            "stop_token_ids": [1] * (validate.MAX_VALUES + 1),
-            "bad_words": ["x"] * (validate.MAX_VALUES + 1),
-            "logit_bias": dict.fromkeys(range(validate.MAX_VALUES + 1), 1.0),
+            "stop": ["x"] * (validate.MAX_SAMPLING_VALUES + 1),
+            "stop_token_ids": [1] * (validate.MAX_SAMPLING_VALUES + 1),
+            "bad_words": ["x"] * (validate.MAX_SAMPLING_VALUES + 1),
+            "logit_bias": dict.fromkeys(range(validate.MAX_SAMPLING_VALUES + 1), 1.0),
         }.items()
     },
     "choice": (
         ask(
             response_format=chat_pb.ResponseFormat(
-                choice=chat_pb.ResponseFormat.Choice(values=["x"] * (validate.MAX_VALUES + 1))
+                choice=chat_pb.ResponseFormat.Choice(values=["x"] * (validate.MAX_CHOICE_VALUES + 1))
             )
         ),
         "chat.response_format.choice.values",
@@ -117,17 +119,13 @@ def test_what_is_too_long_to_be_read(name: str) -> None:
     assert "at most" in violation.description
 
 
-def test_schemas_that_are_too_much_to_check() -> None:
-    """Together, and only where arguments are to be checked against them."""
+def test_schemas_that_are_too_much_together() -> None:
+    """It is said once, however many tools there are."""
     schema = '{"type": "object", "description": "' + "x" * 200_000 + '"}'
-    tools = [tool_pb2.Tool(name=f"t{number}", input_schema=schema) for number in range(6)]
-    policy = chat_pb.ToolCallPolicy(validate_schema=True)
-    (violation,) = refused(ask(tools=tools, tool_call_policy=policy))
+    tools = [tool_pb2.Tool(name=f"t{number}", input_schema=schema) for number in range(100)]
+    (violation,) = refused(ask(tools=tools))
     assert violation.field == "chat.tools"
-    assert len(validate.chat_request(ask(tools=tools)).tools) == 6
-    assert (
-        len(validate.chat_request(ask(tools=tools, allowed_tools=["t1"], tool_call_policy=policy)).argument_checks) == 1
-    )
+    assert len(chat_request(ask(tools=tools[:5])).tools) == 5
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import message_pb2, tool_pb2
 from deltawire_server.errors import CallerError, Reason, Violation
-from deltawire_server.rpc.validate import MAX_CACHE_SALT, MAX_CHOICES, MAX_TOOLS, chat_request
+from deltawire_server.rpc.validate import MAX_CACHE_SALT, MAX_CHOICES, MAX_TOOLS
 from deltawire_server.upstream.request import (
     ChatMessage,
     ChatRequest,
@@ -29,10 +29,11 @@ from deltawire_server.upstream.request import (
 )
 from deltawire_server.upstream.vllm_request import request_body
 from tests.support.gateway import ask, tool, user
+from tests.support.turns import chat_request
 
 FORMAT = "chat.response_format"
 CALL = {"call_id": "c", "tool_name": "t", "arguments": "{}"}
-BROKEN_JSON = ["{", "nope", "{} {}", '{"a":NaN}', '{"a":Infinity}', '{"a":1e999}', '{"a":"\\ud800"}', "[" * 100_000]
+BROKEN_JSON = ["{", "nope", "{} {}", '{"a":NaN}', '{"a":Infinity}', '{"a":"\\ud800"}', '{"a":' * 100_000]
 NOT_OBJECTS = ["[]", "5", "null", '"{}"', "true"]
 
 
@@ -219,7 +220,7 @@ def test_json_that_is_none(text: str) -> None:
 
 
 def test_all_that_is_wrong_is_told_at_once() -> None:
-    """In the order of the message."""
+    """First of the messages, then of the rest."""
     chat = chat_pb.ChatRequest(
         messages=[user(), message(), message(tool={})],
         tools=[tool(""), tool("a", input_schema="{")],
@@ -229,11 +230,11 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
         response_format=chat_pb.ResponseFormat(regex=""),
     )
     assert complaints(chat) == [
-        "chat.choice_count",
         "chat.messages[0].user",
         "chat.messages[1]",
         "chat.messages[2].tool.call_id",
         "chat.messages[2].tool",
+        "chat.choice_count",
         "chat.tools[0].name",
         "chat.tools[1].input_schema",
         "chat.tool_choice.tool_name",

@@ -10,11 +10,11 @@ import pytest
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import message_pb2
 from deltawire_server.errors import CallerError, Reason, Violation
-from deltawire_server.rpc.validate import chat_request
 from deltawire_server.rpc.validate_content import ContentLimits
 from deltawire_server.upstream.request import Content, ImageData, ImageUrl
 from tests.support.gateway import ask
 from tests.support.images import IMAGES, NO_IMAGES, PNG
+from tests.support.turns import chat_request
 
 FIELD = "chat.messages[0].user.content[0].image"
 ADDRESS = "https://images.example/a.png"

@@ -10,9 +10,9 @@ import pytest
 from google.protobuf.json_format import ParseDict
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
-from deltawire_server.rpc.validate import chat_request
 from deltawire_server.upstream.extra_body import allowed_extra
 from deltawire_server.upstream.vllm_request import chat_body
+from tests.support.turns import chat_request
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,7 +6,10 @@ are those of the message, with indexes: ``chat.messages[2].tool.call_id``.
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import math
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +19,7 @@ from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import message_pb2, tool_pb2
 from deltawire_server.errors import Violation, invalid_request
 from deltawire_server.rpc import validate_options
-from deltawire_server.rpc.complaints import Complaints
+from deltawire_server.rpc.complaints import MAX_FIELD, Complaints
 from deltawire_server.rpc.status import shorten
 from deltawire_server.rpc.validate_content import ContentLimits, ContentReader
 from deltawire_server.schemas import SchemaError, argument_check
@@ -34,9 +37,11 @@ from deltawire_server.upstream.request import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Iterator
 
     from deltawire_server.upstream.request import ArgumentCheck
+
+KIB = 1024
 
 MAX_CHOICES = 128
 """As many as the chat API takes."""
@@ -46,10 +51,29 @@ MAX_MESSAGES = 10_000
 """Far beyond any conversation; each costs time to read, in which other calls wait."""
 MAX_ENTRIES = 20_000
 """Parts and tool calls of all messages, for the same reason."""
-MAX_VALUES = 65_536
-"""Of a list of texts or tokens; more than most models have tokens, and read at once."""
-MAX_CHECKED_SCHEMAS = 1024 * 1024
-"""Characters of all schemas that arguments are checked against: compiling them takes time, in which other calls wait."""
+MAX_PARTS = 4096
+"""Parts and tool calls of one message, which are read in one go: about 20 ms at most."""
+STEP = 256
+"""Messages that are read before other calls get their turn: about 5 ms, unless one of them has thousands of parts."""
+MAX_CHOICE_VALUES = 65_536
+"""Texts that an answer may be one of: passed on as one list, and not kept."""
+MAX_SAMPLING_VALUES = 4096
+"""Entries of each list of texts or tokens in the sampling, which is kept as long as the completion runs and sent back in
+`started`. vLLM's newer engine takes 1,024 entries of `logit_bias` and 128 of `stop_token_ids`."""
+MAX_SAMPLING_BYTES = 64 * KIB
+"""Of all `stop` and `bad_words` together, for the same reason; vLLM takes four stop texts."""
+MAX_NAME_BYTES = 1024
+"""Of a model's or a tool's name, and of `user`: a served model may be called by its path; errors and logs repeat names."""
+MAX_JSON_BYTES = 1024 * KIB
+"""Of `chat_template_kwargs` and of `extra_body`, which may hold documents for a template. A field of a body of this size
+has up to 100,000 names, which take 50 ms to read."""
+MAX_SCHEMA_BYTES = 256 * KIB
+"""Of one schema or structural tag; real ones have up to some tens of KiB. The Python standard library takes 10 ms to
+decode this much, which is done when a call comes without arguments."""
+MAX_SCHEMAS_BYTES = 1024 * KIB
+"""Of the `input_schema` of all tools together, which makes 8 KiB for each of 128: one answer may call all of them."""
+MAX_ARGUMENTS_BYTES = 4096 * KIB
+"""Of one past tool call's arguments: `stream.max_tool_call_bytes` lets no longer ones come from a model."""
 MAX_EXTRA_FIELDS = 128
 """Of `extra_body`: a vLLM's whole request has fewer, and each is judged by itself, in more than one place."""
 MAX_CACHE_SALT = 1024
@@ -77,8 +101,16 @@ _RANGES: dict[str, tuple[float, float, str]] = {
 _SCALARS = (*_RANGES, "seed", "ignore_eos")
 
 
-def chat_request(message: chat_pb.ChatRequest, limits: ContentLimits | None = None) -> ChatRequest:
-    """Check a chat request.
+class _JsonObject(msgspec.Struct):
+    """Any JSON object. Its fields are skipped, not built: that a text is JSON is all that is asked here."""
+
+
+_json_object = msgspec.json.Decoder(_JsonObject)
+_EMPTY_OBJECT = re.compile(r"[ \t\n\r]*\{[ \t\n\r]*\}[ \t\n\r]*")
+
+
+async def chat_request(message: chat_pb.ChatRequest, limits: ContentLimits | None = None) -> ChatRequest:
+    """Check a chat request. Other calls get their turn during a long one.
 
     Args:
         message: The request.
@@ -90,14 +122,19 @@ def chat_request(message: chat_pb.ChatRequest, limits: ContentLimits | None = No
     Raises:
         CallerError: INVALID_REQUEST with every violated field.
     """
-    return _ChatReader(limits or ContentLimits()).read(message)
+    reader = _ChatReader(limits or ContentLimits())
+    messages: list[ChatMessage] = []
+    for read in reader.messages(message):
+        messages += read
+        await asyncio.sleep(0)
+    return reader.read(message, tuple(messages))
 
 
 COUNTED = frozenset({"model", "messages", "tools", "tool_choice", "allowed_tools", "reasoning", "chat_template_kwargs"})
 """The fields of a chat request that have an effect on the number of its prompt's tokens; of `reasoning`, its effort."""
 
 
-def count_request(message: chat_pb.ChatRequest, limits: ContentLimits | None = None) -> ChatRequest:
+async def count_request(message: chat_pb.ChatRequest, limits: ContentLimits | None = None) -> ChatRequest:
     """Check a chat request whose tokens are to be counted: as `chat_request`, and without the fields that would be ignored.
 
     Raises:
@@ -109,7 +146,7 @@ def count_request(message: chat_pb.ChatRequest, limits: ContentLimits | None = N
         raise invalid_request(
             [Violation(f"chat.{name}", "has no effect on the number of tokens: leave it out") for name in ignored]
         )
-    return chat_request(message, limits)
+    return await chat_request(message, limits)
 
 
 class _ChatReader:
@@ -119,21 +156,33 @@ class _ChatReader:
         self._complain = Complaints()
         self._content = ContentReader(self._complain, limits)
 
-    def read(self, chat: chat_pb.ChatRequest) -> ChatRequest:
+    def messages(self, chat: chat_pb.ChatRequest) -> Iterator[list[ChatMessage]]:
+        """Read the messages, `STEP` at a time; before them what makes reading long is bounded."""
         if not chat.messages:
             self._complain("chat.messages", "needs at least one message")
         self._bound("chat.messages", len(chat.messages), MAX_MESSAGES)
         self._bound("chat.tools", len(chat.tools), MAX_TOOLS)
         self._bound("chat.allowed_tools", len(chat.allowed_tools), MAX_TOOLS)
-        self._bound("chat.messages", sum(map(_entries, chat.messages)), MAX_ENTRIES, "parts and tool calls")
+        entries = [_entries(message) for message in chat.messages]
+        self._bound("chat.messages", sum(entries), MAX_ENTRIES, "parts and tool calls")
+        most = max(entries, default=0)
+        self._bound(f"chat.messages[{entries.index(most) if most else 0}]", most, MAX_PARTS, "parts and tool calls")
+        for start in range(0, len(chat.messages), STEP):
+            some = enumerate(chat.messages[start : start + STEP], start)
+            yield [self._message(f"chat.messages[{index}]", message) for index, message in some]
+
+    def read(self, chat: chat_pb.ChatRequest, messages: tuple[ChatMessage, ...]) -> ChatRequest:
+        """Read everything else."""
         choice_count = chat.choice_count if chat.HasField("choice_count") else 1
         if not 1 <= choice_count <= MAX_CHOICES:
             self._complain("chat.choice_count", f"must be between 1 and {MAX_CHOICES}")
         if len(chat.cache_salt) > MAX_CACHE_SALT:
             self._complain("chat.cache_salt", f"must have at most {MAX_CACHE_SALT} characters")
+        self._fits("chat.model", chat.model, MAX_NAME_BYTES)
+        self._fits("chat.user", chat.user, MAX_NAME_BYTES)
         request = ChatRequest(
             model=chat.model,
-            messages=tuple(self._message(f"chat.messages[{i}]", item) for i, item in enumerate(chat.messages)),
+            messages=messages,
             tools=self._tools(chat.tools),
             allowed_tools=self._allowed_tools(chat),
             tool_choice=self._tool_choice(chat),
@@ -149,11 +198,9 @@ class _ChatReader:
             priority=chat.priority if chat.HasField("priority") else None,
             cache_salt=chat.cache_salt,
             chat_template_kwargs=self._json_object(
-                "chat.chat_template_kwargs", chat.chat_template_kwargs, empty_allowed=True
+                "chat.chat_template_kwargs", chat.chat_template_kwargs, MAX_JSON_BYTES, empty_allowed=True
             ),
-            extra_body=self._json_object(
-                "chat.extra_body", chat.extra_body, empty_allowed=True, max_fields=MAX_EXTRA_FIELDS
-            ),
+            extra_body=self._extra_body(chat.extra_body),
             user=chat.user,
         )
         if chat.tool_call_policy.validate_schema:
@@ -195,7 +242,7 @@ class _ChatReader:
                 self._complain(f"{here}.call_id", "is required")
             if not call.tool_name:
                 self._complain(f"{here}.tool_name", "is required")
-            arguments = self._json_object(f"{here}.arguments", call.arguments, empty_allowed=True)
+            arguments = self._json_object(f"{here}.arguments", call.arguments, MAX_ARGUMENTS_BYTES, empty_allowed=True)
             calls.append(PastCall(call.call_id, call.tool_name, arguments or "{}"))
         # What is left of a turn may be nothing, if it was cut or its calls failed; it goes back all the same.
         content = self._content.read(path, message, required=False)
@@ -204,36 +251,38 @@ class _ChatReader:
     def _tools(self, tools: Iterable[tool_pb2.Tool]) -> tuple[ToolSpec, ...]:
         specs: list[ToolSpec] = []
         seen: set[str] = set()
+        left = MAX_SCHEMAS_BYTES
         for index, tool in enumerate(tools):
             path = f"chat.tools[{index}]"
             if not tool.name:
                 self._complain(f"{path}.name", "is required")
+            elif not self._fits(f"{path}.name", tool.name, MAX_NAME_BYTES):
+                pass
             elif tool.name in seen:
                 self._complain(f"{path}.name", f"{tool.name!r} is used twice")
             seen.add(tool.name)
-            schema = self._json_object(f"{path}.input_schema", tool.input_schema, empty_allowed=True)
-            self._json_object(f"{path}.output_schema", tool.output_schema, empty_allowed=True)
+            schema = self._json_object(f"{path}.input_schema", tool.input_schema, MAX_SCHEMA_BYTES, empty_allowed=True)
+            self._json_object(f"{path}.output_schema", tool.output_schema, MAX_SCHEMA_BYTES, empty_allowed=True)
+            left -= len(schema.encode())
+            if left < 0:
+                self._complain("chat.tools", f"have more than {MAX_SCHEMAS_BYTES} bytes of input_schema: offer fewer")
+                self._complain.settle()
             strict = tool.strict if tool.HasField("strict") else None
             specs.append(ToolSpec(tool.name, tool.description, schema, strict))
         return tuple(specs)
 
     def _allowed_tools(self, chat: chat_pb.ChatRequest) -> frozenset[str]:
-        names = [tool.name for tool in chat.tools]
-        for index, name in enumerate(chat.allowed_tools):
-            if name not in names:
-                self._complain(f"chat.allowed_tools[{index}]", f"{name!r} is not one of the tools: {_listed(names)}")
+        names = {tool.name: None for tool in chat.tools}  # (in their order)
+        unknown = [index for index, name in enumerate(chat.allowed_tools) if name not in names]
+        tools = _listed(names) if unknown else ""
+        for index in unknown:
+            complaint = f"{_quoted(chat.allowed_tools[index])} is not one of the tools: {tools}"
+            self._complain(f"chat.allowed_tools[{index}]", complaint)
         return frozenset(chat.allowed_tools)
 
     def _argument_checks(self, request: ChatRequest) -> dict[str, ArgumentCheck]:
         """By the name of each offered tool that has a schema; without one any object will do, so there is nothing to check."""
         checks: dict[str, ArgumentCheck] = {}
-        size = sum(len(tool.input_schema) for tool in request.offered_tools)
-        if size > MAX_CHECKED_SCHEMAS:
-            complaint = (
-                f"their schemas have {size} characters; with validate_schema at most {MAX_CHECKED_SCHEMAS} are read"
-            )
-            self._complain("chat.tools", complaint)
-            return checks
         for tool in request.offered_tools:
             if tool.input_schema:
                 try:
@@ -247,11 +296,11 @@ class _ChatReader:
             return None
         choice = chat.tool_choice
         allowed = frozenset(chat.allowed_tools)
-        names = [tool.name for tool in chat.tools if not allowed or tool.name in allowed]
+        names = {tool.name: None for tool in chat.tools if not allowed or tool.name in allowed}
         kind = "allowed tools" if allowed else "tools"
         if choice.WhichOneof("choice") == "tool_name":
             if choice.tool_name not in names:
-                complaint = f"{choice.tool_name!r} is not one of the {kind}: {_listed(names)}"
+                complaint = f"{_quoted(choice.tool_name)} is not one of the {kind}: {_listed(names)}"
                 self._complain("chat.tool_choice.tool_name", complaint)
             return NamedTool(choice.tool_name)
         mode = _MODES.get(choice.mode)
@@ -269,11 +318,14 @@ class _ChatReader:
             if sampling.HasField(name) and not (lowest <= value <= highest and math.isfinite(value)):  # type: ignore[arg-type]
                 self._complain(f"chat.sampling.{name}", complaint)
         for name in ("stop", "stop_token_ids", "logit_bias", "bad_words"):
-            self._bound(f"chat.sampling.{name}", len(getattr(sampling, name)), MAX_VALUES)
+            self._bound(f"chat.sampling.{name}", len(getattr(sampling, name)), MAX_SAMPLING_VALUES)
+        size = 0
         for name in ("stop", "bad_words"):
             for index, text in enumerate(getattr(sampling, name)):
                 if not text:
                     self._complain(f"chat.sampling.{name}[{index}]", "must not be empty")
+                size += len(text.encode())
+        self._bound("chat.sampling", size, MAX_SAMPLING_BYTES, "bytes of stop and bad_words")
         self._check_token_ids(sampling)
         scalars: dict[str, Any] = {
             name: getattr(sampling, name)
@@ -306,7 +358,8 @@ class _ChatReader:
             case "json_object":
                 return TextFormat(FormatKind.JSON_OBJECT)
             case "json_schema":
-                schema = self._json_object(f"{path}.json_schema.schema", form.json_schema.schema)
+                self._fits(f"{path}.json_schema.name", form.json_schema.name, MAX_NAME_BYTES)
+                schema = self._json_object(f"{path}.json_schema.schema", form.json_schema.schema, MAX_SCHEMA_BYTES)
                 strict = form.json_schema.strict if form.json_schema.HasField("strict") else None
                 return TextFormat(FormatKind.JSON_SCHEMA, schema or "{}", form.json_schema.name or "response", strict)
             case "grammar":
@@ -316,10 +369,10 @@ class _ChatReader:
             case "choice":
                 if not form.choice.values:
                     self._complain(f"{path}.choice.values", "needs at least one text")
-                self._bound(f"{path}.choice.values", len(form.choice.values), MAX_VALUES)
+                self._bound(f"{path}.choice.values", len(form.choice.values), MAX_CHOICE_VALUES)
                 return TextFormat(FormatKind.CHOICE, tuple(form.choice.values))
             case "structural_tag":
-                self._json_object(f"{path}.structural_tag", form.structural_tag)
+                self._json_object(f"{path}.structural_tag", form.structural_tag, MAX_SCHEMA_BYTES)
                 return TextFormat(FormatKind.STRUCTURAL_TAG, form.structural_tag)
             case None:
                 self._complain(path, "is empty: set one of its forms, or leave it out for free text")
@@ -336,25 +389,43 @@ class _ChatReader:
             self._complain(path, "must not be empty")
         return text
 
-    def _json_object(self, path: str, text: str, *, empty_allowed: bool = False, max_fields: int | None = None) -> str:
-        """The text of a JSON object, to be passed on as it is; empty for `{}`, or with a complaint if it is none."""
+    def _fits(self, path: str, text: str, max_bytes: int) -> bool:
+        """Whether a text has at most so many bytes of UTF-8; else a complaint says so."""
+        size = len(text.encode())
+        if size > max_bytes:
+            self._complain(path, f"has {size} bytes; at most {max_bytes} are allowed")
+        return size <= max_bytes
+
+    def _json_object(self, path: str, text: str, max_bytes: int, *, empty_allowed: bool = False) -> str:
+        """The text of a JSON object, to be passed on unchanged; empty for `{}`, or with a complaint if it is invalid."""
+        if not self._fits(path, text, max_bytes):
+            return ""
         if not text.strip():
             if not empty_allowed:
                 self._complain(path, "is required: the JSON text of an object")
             return ""
         try:
-            value = msgspec.json.decode(text)
+            _json_object.decode(text)
+        except msgspec.ValidationError:
+            self._complain(path, "must be the JSON text of an object")
+            return ""
         except msgspec.DecodeError as error:
             self._complain(path, f"is not JSON that can be read: {error}")
             return ""
         except RecursionError:
             self._complain(path, "is nested too deeply to be read")
             return ""
-        if not isinstance(value, dict):
-            self._complain(path, "must be the JSON text of an object")
-        elif max_fields is not None:
-            self._bound(path, len(value), max_fields, "fields")
-        return text if value else ""
+        return "" if _EMPTY_OBJECT.fullmatch(text) else text
+
+    def _extra_body(self, text: str) -> str:
+        """As `_json_object`, and with few fields of short names: each of them is checked by itself."""
+        path = "chat.extra_body"
+        text = self._json_object(path, text, MAX_JSON_BYTES, empty_allowed=True)
+        fields = msgspec.json.decode(text, type=dict[str, msgspec.Raw]) if text else {}
+        self._bound(path, len(fields), MAX_EXTRA_FIELDS, "fields")
+        for name in fields:
+            self._fits(f"{path}.{shorten(name, MAX_FIELD)}", name, MAX_NAME_BYTES)
+        return text
 
 
 def _entries(message: message_pb2.ChatMessage) -> int:
@@ -368,8 +439,13 @@ def _entries(message: message_pb2.ChatMessage) -> int:
             return len(getattr(message, role).content)
 
 
-def _listed(names: Sequence[str]) -> str:
-    """Some names, none of them whole if it is long: each complaint repeats them."""
-    shown = [shorten(name, 64) for name in names[:20]]
+def _quoted(name: str) -> str:
+    """A name, cut if it is long, in quotes."""
+    return repr(shorten(name, 64))
+
+
+def _listed(names: Collection[str]) -> str:
+    """Some names, each cut if it is long: each complaint repeats them, so list them once."""
+    shown = [shorten(name, 64) for name in itertools.islice(names, 20)]
     more = f" and {len(names) - 20} more" if len(names) > 20 else ""
     return (", ".join(shown) or "none") + more

@@ -1,0 +1,33 @@
+"""What gives other calls their turn in between, run at once and without an event loop."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+from deltawire_server.rpc import validate
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from deltawire.v1 import chat_completion_pb2 as chat_pb
+    from deltawire_server.rpc.validate_content import ContentLimits
+    from deltawire_server.upstream.request import ChatRequest
+
+T = TypeVar("T")
+
+
+def at_once(work: Coroutine[object, None, T]) -> tuple[T, int]:
+    """The result of work that waits for nothing but its next turn, and how often it gave others theirs."""
+    turns = 0
+    try:
+        while True:
+            work.send(None)
+            turns += 1
+    except StopIteration as end:
+        result: T = end.value
+        return result, turns
+
+
+def chat_request(message: chat_pb.ChatRequest, limits: ContentLimits | None = None) -> ChatRequest:
+    """`validate.chat_request`, at once."""
+    return at_once(validate.chat_request(message, limits))[0]
