@@ -380,8 +380,8 @@ async def test_draining_refuses_new_calls() -> None:
 
 async def test_what_a_caller_sends_does_not_fill_the_log(served: Running, lines: Lines) -> None:
     """An error may quote the request; its line is short all the same."""
-    await failure_of(served.create(ask(model="x" * 1_000_000)))
-    line = await lines.find("call", code="NOT_FOUND")
+    await failure_of(served.create(ask(allowed_tools=["x" * 1_000_000])))
+    line = await lines.find("call", code="INVALID_ARGUMENT")
     assert len(json.dumps(line)) < 8192
 
 

@@ -37,7 +37,7 @@ from deltawire_server.upstream.request import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Collection, Iterable
 
     from deltawire_server.upstream.request import ArgumentCheck
 
@@ -122,12 +122,7 @@ async def chat_request(message: chat_pb.ChatRequest, limits: ContentLimits | Non
     Raises:
         CallerError: INVALID_REQUEST with every violated field.
     """
-    reader = _ChatReader(limits or ContentLimits())
-    messages: list[ChatMessage] = []
-    for read in reader.messages(message):
-        messages += read
-        await asyncio.sleep(0)
-    return reader.read(message, tuple(messages))
+    return await _ChatReader(limits or ContentLimits()).read(message)
 
 
 COUNTED = frozenset({"model", "messages", "tools", "tool_choice", "allowed_tools", "reasoning", "chat_template_kwargs"})
@@ -156,23 +151,8 @@ class _ChatReader:
         self._complain = Complaints()
         self._content = ContentReader(self._complain, limits)
 
-    def messages(self, chat: chat_pb.ChatRequest) -> Iterator[list[ChatMessage]]:
-        """Read the messages, `STEP` at a time; before them what makes reading long is bounded."""
-        if not chat.messages:
-            self._complain("chat.messages", "needs at least one message")
-        self._bound("chat.messages", len(chat.messages), MAX_MESSAGES)
-        self._bound("chat.tools", len(chat.tools), MAX_TOOLS)
-        self._bound("chat.allowed_tools", len(chat.allowed_tools), MAX_TOOLS)
-        entries = [_entries(message) for message in chat.messages]
-        self._bound("chat.messages", sum(entries), MAX_ENTRIES, "parts and tool calls")
-        most = max(entries, default=0)
-        self._bound(f"chat.messages[{entries.index(most) if most else 0}]", most, MAX_PARTS, "parts and tool calls")
-        for start in range(0, len(chat.messages), STEP):
-            some = enumerate(chat.messages[start : start + STEP], start)
-            yield [self._message(f"chat.messages[{index}]", message) for index, message in some]
-
-    def read(self, chat: chat_pb.ChatRequest, messages: tuple[ChatMessage, ...]) -> ChatRequest:
-        """Read everything else."""
+    async def read(self, chat: chat_pb.ChatRequest) -> ChatRequest:
+        messages = await self._messages(chat)
         choice_count = chat.choice_count if chat.HasField("choice_count") else 1
         if not 1 <= choice_count <= MAX_CHOICES:
             self._complain("chat.choice_count", f"must be between 1 and {MAX_CHOICES}")
@@ -208,6 +188,24 @@ class _ChatReader:
         self._complain.settle()
         return request
 
+    async def _messages(self, chat: chat_pb.ChatRequest) -> tuple[ChatMessage, ...]:
+        """The messages; before they are read, what makes reading long is bounded."""
+        if not chat.messages:
+            self._complain("chat.messages", "needs at least one message")
+        self._bound("chat.messages", len(chat.messages), MAX_MESSAGES)
+        self._bound("chat.tools", len(chat.tools), MAX_TOOLS)
+        self._bound("chat.allowed_tools", len(chat.allowed_tools), MAX_TOOLS)
+        entries = [_entries(message) for message in chat.messages]
+        self._bound("chat.messages", sum(entries), MAX_ENTRIES, "parts and tool calls")
+        most = max(entries, default=0)
+        self._bound(f"chat.messages[{entries.index(most) if most else 0}]", most, MAX_PARTS, "parts and tool calls")
+        messages: list[ChatMessage] = []
+        for index, message in enumerate(chat.messages):
+            if index % STEP == STEP - 1:
+                await asyncio.sleep(0)
+            messages.append(await self._message(f"chat.messages[{index}]", message))
+        return tuple(messages)
+
     def _top_logprobs(self, chat: chat_pb.ChatRequest) -> int | None:
         if not chat.HasField("logprobs"):
             return None
@@ -215,26 +213,26 @@ class _ChatReader:
             self._complain("chat.logprobs.top_k", "must be 0 or more")
         return chat.logprobs.top_k
 
-    def _message(self, path: str, message: message_pb2.ChatMessage) -> ChatMessage:
+    async def _message(self, path: str, message: message_pb2.ChatMessage) -> ChatMessage:
         match message.WhichOneof("role"):
             case "system":
-                return ChatMessage(Role.SYSTEM, self._content.read(f"{path}.system", message.system))
+                return ChatMessage(Role.SYSTEM, await self._content.read(f"{path}.system", message.system))
             case "developer":
-                return ChatMessage(Role.DEVELOPER, self._content.read(f"{path}.developer", message.developer))
+                return ChatMessage(Role.DEVELOPER, await self._content.read(f"{path}.developer", message.developer))
             case "user":
-                return ChatMessage(Role.USER, self._content.read(f"{path}.user", message.user))
+                return ChatMessage(Role.USER, await self._content.read(f"{path}.user", message.user))
             case "assistant":
-                return self._assistant(f"{path}.assistant", message.assistant)
+                return await self._assistant(f"{path}.assistant", message.assistant)
             case "tool":
                 if not message.tool.call_id:
                     self._complain(f"{path}.tool.call_id", "is required: which call does this answer?")
-                content = self._content.read(f"{path}.tool", message.tool)
+                content = await self._content.read(f"{path}.tool", message.tool)
                 return ChatMessage(Role.TOOL, content, call_id=message.tool.call_id)
             case None:
                 self._complain(path, "needs a role: system, developer, user, assistant or tool")
                 return ChatMessage(Role.USER)
 
-    def _assistant(self, path: str, message: message_pb2.AssistantMessage) -> ChatMessage:
+    async def _assistant(self, path: str, message: message_pb2.AssistantMessage) -> ChatMessage:
         calls: list[PastCall] = []
         for index, call in enumerate(message.tool_calls):
             here = f"{path}.tool_calls[{index}]"
@@ -245,7 +243,7 @@ class _ChatReader:
             arguments = self._json_object(f"{here}.arguments", call.arguments, MAX_ARGUMENTS_BYTES, empty_allowed=True)
             calls.append(PastCall(call.call_id, call.tool_name, arguments or "{}"))
         # What is left of a turn may be nothing, if it was cut or its calls failed; it goes back all the same.
-        content = self._content.read(path, message, required=False)
+        content = await self._content.read(path, message, required=False)
         return ChatMessage(Role.ASSISTANT, content, reasoning=message.reasoning, tool_calls=tuple(calls))
 
     def _tools(self, tools: Iterable[tool_pb2.Tool]) -> tuple[ToolSpec, ...]:

@@ -62,8 +62,8 @@ class ContentReader:
         self._limits = limits
         self._image_count = 0
 
-    def read(self, path: str, turn: Turn, *, required: bool = True) -> tuple[Content, ...]:
-        """Read one message's content, in either of its forms.
+    async def read(self, path: str, turn: Turn, *, required: bool = True) -> tuple[Content, ...]:
+        """Read one message's content, in either of its forms. Other calls get their turn while images are decoded.
 
         Args:
             path: Of the message, such as ``chat.messages[0].user``.
@@ -81,7 +81,7 @@ class ContentReader:
                 case "text":
                     contents.append(part.text)
                 case "image":
-                    contents.append(self._image(f"{here}.image", part.image))
+                    contents.append(await self._image(f"{here}.image", part.image))
                 case None:
                     self._complain(here, "is empty: set text or image")
                     contents.append("")
@@ -89,7 +89,7 @@ class ContentReader:
             self._complain(path, "needs text, or at least one part of content")
         return tuple(contents)
 
-    def _image(self, path: str, image: message_pb2.Image) -> Content:
+    async def _image(self, path: str, image: message_pb2.Image) -> Content:
         self._image_count += 1
         if self._image_count > self._limits.max_images:
             if self._image_count == self._limits.max_images + 1:
@@ -99,15 +99,15 @@ class ContentReader:
             case "data":
                 return self._data(f"{path}.data", image.data)
             case "url":
-                return self._url(f"{path}.url", image.url)
+                return await self._url(f"{path}.url", image.url)
             case None:
                 self._complain(path, "is empty: set url or data")
                 return ""
 
-    def _url(self, path: str, url: str) -> Content:
+    async def _url(self, path: str, url: str) -> Content:
         try:
             if is_data_url(url):
-                return self._data(path, data_of(url, self._limits.max_image_bytes))
+                return self._data(path, await data_of(url, self._limits.max_image_bytes))
             return ImageUrl(str(web_address(url)), path)
         except (DataUrlError, UrlError) as error:
             self._complain(path, str(error))

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import tracemalloc
+from typing import TYPE_CHECKING
 
 import pytest
 
-from deltawire_server.upstream.images.data_urls import DataUrlError, data_of, is_data_url
+from deltawire_server.upstream.images.data_urls import PIECE_BYTES, DataUrlError, is_data_url
+from deltawire_server.upstream.images.data_urls import data_of as data_of_url
+from tests.support.turns import at_once
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MIB = 1 << 20
 DATA = b"\x89PNG?>\xff\xfe"
 BASE64 = base64.b64encode(DATA).decode()
 ESCAPED = "".join(f"%{byte:02x}" for byte in DATA)
@@ -41,6 +50,11 @@ NOT_READ = {
     "no hexadecimal digits": "data:image/png;base64,%xx",
     "a control character": "data:image/png,\x00",
 }
+
+
+def data_of(url: str, max_bytes: int) -> bytes:
+    """`data_of`, at once."""
+    return at_once(data_of_url(url, max_bytes))[0]
 
 
 @pytest.mark.parametrize("name", READ)
@@ -77,3 +91,82 @@ def test_size(size: int, escaped: bool) -> None:
         data_of(url, size - 1)
     with pytest.raises(DataUrlError, match="more than 100 bytes"):
         data_of("data:;base64," + "!" * 1000, 100)
+
+
+LONG = bytes(range(256)) * (PIECE_BYTES // 170)
+LONG_BASE64 = base64.b64encode(LONG).decode()
+
+
+FORMS: dict[str, Callable[[bytes], str]] = {
+    "base64": lambda data: f"data:;base64,{base64.b64encode(data).decode()}",
+    "escaped base64": lambda data: f"data:;base64,{base64.b64encode(data).decode().replace('/', '%2F')}",
+    "escaped": lambda data: f"data:,%{data.hex('%')}",
+    "partly escaped": lambda data: (
+        f"data:,%{data.hex('%').replace('%41', 'A').replace('%42', 'B').replace('%3d', '=')}"
+    ),
+}
+
+
+@pytest.mark.parametrize("shift", range(4))
+@pytest.mark.parametrize("form", FORMS)
+def test_longer_than_a_piece(form: str, shift: int) -> None:
+    """Wherever a piece ends: within an escape, or within four characters of base64."""
+    data = LONG[shift:] + b"x" * shift
+    url = FORMS[form](data)
+    assert data_of(url, len(data)) == data
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["AA==" + LONG_BASE64, LONG_BASE64[: PIECE_BYTES - 4] + "AA==" + "AAAA", LONG_BASE64[: PIECE_BYTES - 4] + "AA=="],
+    ids=["early", "after the first piece", "none"],
+)
+def test_padding_that_is_not_at_the_end(body: str) -> None:
+    """Also where a piece ends with it."""
+    if body.endswith("AA=="):
+        data_of(f"data:;base64,{body}", len(LONG))
+        return
+    with pytest.raises(DataUrlError, match="is not base64"):
+        data_of(f"data:;base64,{body}", 2 * len(LONG))
+
+
+HOSTILE = {
+    "base64": "data:image/png;base64," + "A" * (8 * MIB),
+    "not base64": "data:image/png;base64," + "!" * (8 * MIB),
+    "not base64 at its end": "data:image/png;base64," + "A" * (8 * MIB - 4) + "AAA!",
+    "escapes": "data:image/png," + "%41" * (8 * MIB // 3),
+    "escapes of base64": "data:image/png;base64," + "%41" * (8 * MIB // 3),
+    "escapes of percent signs": "data:image/png," + "%25" * (8 * MIB // 3),
+    "percent signs": "data:image/png," + "%" * (8 * MIB),
+    "equals signs": "data:image/png," + "=" * (8 * MIB),
+    "line ends": "data:image/png," + "\n" * (8 * MIB),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_memory_and_steps(name: str) -> None:
+    """The peak is at most twice the URL and a few pieces, and there is a turn for others after each piece."""
+    url = HOSTILE[name]
+    turns = 0
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(DataUrlError):
+            _, turns = at_once(data_of_url(url, 16 * MIB))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * len(url) + 6 * PIECE_BYTES
+    assert turns in (0, 8, 9)
+
+
+def test_what_is_too_long_is_not_decoded() -> None:
+    """Its size is known from the number of escapes."""
+    for url in ("data:," + "%41" * (3 * MIB), "data:;base64," + "%41" * (4 * MIB), "data:;base64," + "!" * (4 * MIB)):
+        tracemalloc.start()
+        try:
+            with pytest.raises(DataUrlError, match=f"more than {2 * MIB} bytes"):
+                data_of(url, 2 * MIB)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < MIB
