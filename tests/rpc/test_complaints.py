@@ -6,12 +6,14 @@ import json
 from typing import Any
 
 import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
-from deltawire.v1 import message_pb2, tool_pb2
+from deltawire.v1 import message_pb2, model_registry_pb2, tool_pb2
 from deltawire_server.errors import CallerError, Violation
 from deltawire_server.rpc import validate
 from deltawire_server.rpc.complaints import MAX_COMPLAINTS, MAX_FIELD, Complaints
+from deltawire_server.rpc.model_registry import changes_of
 from deltawire_server.rpc.status import MAX_MESSAGE
 from tests.support.gateway import ask, user
 from tests.support.turns import chat_request
@@ -149,3 +151,11 @@ def test_a_mode_of_a_later_version() -> None:
     choice.mode = 50  # type: ignore[assignment]
     (violation,) = refused(ask(tools=[tool_pb2.Tool(name="t")], tool_choice=choice))
     assert violation.description.endswith("mode 50 is not known here")
+
+
+def test_an_update_mask_is_read_no_further_than_anybody_reads() -> None:
+    """However many paths it has that cannot be changed."""
+    mask = FieldMask(paths=["x" * 1000] * 20_000)
+    with pytest.raises(CallerError) as caught:
+        changes_of(model_registry_pb2.UpdateModelRequest(update_mask=mask))
+    assert len(caught.value.violations) == MAX_COMPLAINTS

@@ -12,7 +12,7 @@ from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import message_pb2, tool_pb2
 from deltawire_server.completions.records import Head, Timings
 from deltawire_server.errors import Code, GatewayError, ProviderError, Reason
-from deltawire_server.rpc.convert import ResponseWriter, completed
+from deltawire_server.rpc.convert import MAX_PATH_BYTES, ResponseWriter, completed
 from deltawire_server.rpc.status import MAX_MESSAGE
 from deltawire_server.sansio.events import (
     ChoiceFinished,
@@ -283,3 +283,16 @@ def test_enums_are_the_protos(ours: type[enum.Enum], theirs: Any, prefix: str) -
     assert {f"{prefix}{member.name}": member.value for member in ours} | {f"{prefix}UNSPECIFIED": 0} == dict(
         theirs.items()
     )
+
+
+def test_a_verdict_fits_into_a_message() -> None:
+    """A path made of the model's own keys is left out where it is as long as they are."""
+
+    def path_of(path: str) -> tuple[bool, str]:
+        failed = ToolCallFailed(0, 0, "c", "t", FailureReason.SCHEMA_MISMATCH, "why", "{}", None, path)
+        failure = ResponseWriter(Answered(), 1 << 20).message(1, failed).tool_call_delta.failure
+        return failure.HasField("instance_path"), failure.instance_path
+
+    assert path_of("") == (True, "")
+    assert path_of("/a/0") == (True, "/a/0")
+    assert path_of("/" + "ß" * (MAX_PATH_BYTES // 2)) == (False, "")

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from deltawire_server.completions.records import Head, Record, Timings, Told
     from deltawire_server.upstream.request import Sampling
 
+MAX_PATH_BYTES = 16 * 1024
+"""Of a JSON Pointer, whose steps are keys that the model wrote; it stands beside arguments of nearly 4 MiB."""
+
 
 class ResponseWriter:
     """Turns the events of one completion into numbered messages; the same number and event always give the same message.
@@ -245,7 +248,7 @@ def _verdict(event: ToolCallSucceeded | ToolCallFailed) -> tool_pb2.ToolCallDelt
     message.failure.raw_arguments = event.raw_arguments
     if event.byte_offset is not None:
         message.failure.byte_offset = event.byte_offset
-    if event.instance_path is not None:
+    if event.instance_path is not None and len(event.instance_path.encode()) <= MAX_PATH_BYTES:
         message.failure.instance_path = event.instance_path
     return message
 

@@ -22,6 +22,7 @@ from deltawire_server.registry.messages import quoted
 from deltawire_server.registry.model import ModelSource, ModelState, ModelType
 from deltawire_server.registry.registry import Filter
 from deltawire_server.registry.store import ChangeKind
+from deltawire_server.rpc.complaints import Complaints
 from deltawire_server.rpc.interceptors import call_context, call_record
 from deltawire_server.rpc.status import MAX_MESSAGE, shorten
 from deltawire_server.rpc.writer import StreamWriter
@@ -248,17 +249,14 @@ def changes_of(request: pb.UpdateModelRequest) -> dict[str, object]:
     ]
     if paths == ["*"]:
         paths = list(rules.UPDATABLE)
-    violations = [
-        Violation("update_mask", f"{quoted(path)} cannot be changed; what can: {', '.join(rules.UPDATABLE)}")
-        for path in paths
-        if path not in rules.UPDATABLE
-    ]
+    complain = Complaints()
+    known = ", ".join(rules.UPDATABLE)
+    for path in paths:
+        if path not in rules.UPDATABLE:
+            complain("update_mask", f"{quoted(path)} cannot be changed; what can: {known}")
     if not paths:
-        violations.append(
-            Violation("update_mask", f"names nothing to change; set some of {', '.join(rules.UPDATABLE)}")
-        )
-    if violations:
-        raise invalid_request(violations)
+        complain("update_mask", f"names nothing to change; set some of {known}")
+    complain.settle()
     values: dict[str, object] = {
         "provider_id": given.provider_id,
         "provider_model_id": given.provider_model_id,
