@@ -29,7 +29,7 @@ from deltawire_server.upstream.request import (
 )
 from deltawire_server.upstream.vllm_request import request_body
 from tests.support.gateway import ask, tool, user
-from tests.support.turns import chat_request
+from tests.support.turns import at_once, chat_request
 
 FORMAT = "chat.response_format"
 CALL = {"call_id": "c", "tool_name": "t", "arguments": "{}"}
@@ -534,7 +534,7 @@ def test_any_request_is_refused_or_can_be_sent(chat: chat_pb.ChatRequest) -> Non
     """Whatever comes over the wire: a `CallerError` that names fields, or a body for vLLM. Nothing else is raised."""
     refused: tuple[Violation, ...] = ()
     try:
-        assert request_body(chat_request(chat), "m").startswith(b"{")
+        assert at_once(request_body(chat_request(chat), "m"))[0].startswith(b"{")
     except CallerError as error:
         refused = error.violations
         assert refused

@@ -34,6 +34,7 @@ from deltawire_server.upstream.request import (
 )
 from deltawire_server.upstream.vllm_request import request_body
 from tests.support.recordings import TRANSCRIPTS
+from tests.support.turns import at_once
 from tests.support.vllm_cpu import ServerError, SetupError, VllmServer, set_up
 
 if TYPE_CHECKING:
@@ -250,7 +251,7 @@ def _record(server: VllmServer, name: str, scenario: Scenario, ids: tuple[int, i
     if scenario.forced:
         grammar = TextFormat(FormatKind.GRAMMAR, _grammar(scenario.forced, ids))
         request = replace(request, response_format=grammar)
-    body = request_body(request, server.model_name)
+    body = at_once(request_body(request, server.model_name))[0]
     flags = _flags(server)
     wire = _exchange(server, body, scenario.kill_after)
     status_line, *headers = wire.head()

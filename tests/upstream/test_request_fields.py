@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import pytest
 from google.protobuf.json_format import ParseDict
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire_server.upstream.extra_body import allowed_extra
-from deltawire_server.upstream.vllm_request import chat_body
-from tests.support.turns import chat_request
+from deltawire_server.upstream.vllm_request import chat_body, encode_body
+from tests.support.turns import at_once, chat_request
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -201,7 +200,8 @@ Nothing is added for what is the gateway's own affair. An image's fields are in 
 def body_text(fields: Json) -> bytes:
     """The body that a request with these fields becomes."""
     request = chat_request(ParseDict(BASE | fields, chat_pb.ChatRequest()))
-    return msgspec.json.encode(chat_body(request, "served", allowed_extra(request.extra_body, ["x_*"], "p")))
+    body = chat_body(request, "served", allowed_extra(request.extra_body, ["x_*"], "p"))
+    return at_once(encode_body(body, request.messages))[0]
 
 
 @pytest.mark.parametrize("path", FIELDS)

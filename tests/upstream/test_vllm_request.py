@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from dataclasses import replace
 from typing import Any
@@ -24,7 +25,8 @@ from deltawire_server.upstream.request import (
     ToolMode,
     ToolSpec,
 )
-from deltawire_server.upstream.vllm_request import count_body, request_body
+from deltawire_server.upstream.vllm_request import STEP_BYTES, count_body, encode_body, request_body
+from tests.support.turns import at_once
 
 Json = dict[str, Any]
 
@@ -40,9 +42,14 @@ WEATHER = ToolSpec("get_weather", input_schema=json.dumps(SCHEMA))
 WEATHER_SENT: Json = {"type": "function", "function": {"name": "get_weather", "parameters": SCHEMA}}
 
 
+def sent(request: ChatRequest) -> bytes:
+    """The text of a request's body."""
+    return at_once(request_body(request, "served"))[0]
+
+
 def body_of(*messages: ChatMessage, **fields: Any) -> Json:  # noqa: ANN401 (whatever the request takes)
     """The body of a request with these messages and fields."""
-    body: Json = json.loads(request_body(ChatRequest("asked", messages or (HI,), **fields), "served"))
+    body: Json = json.loads(sent(ChatRequest("asked", messages or (HI,), **fields)))
     return body
 
 
@@ -273,7 +280,7 @@ def test_schemas_are_equal_to_what_was_given(schema: Json) -> None:
 def test_a_schema_goes_through_to_the_letter() -> None:
     """What decoding and encoding would lose stays: order, equal keys, numbers of any size, and depth."""
     text = '{"b": 1.0, "a": 100000000000000000000000000000001, "b": 2, "deep": ' + "[" * 990 + "]" * 990 + "}"
-    body = request_body(ChatRequest("m", (HI,), tools=(ToolSpec("t", input_schema=text),)), "served")
+    body = sent(ChatRequest("m", (HI,), tools=(ToolSpec("t", input_schema=text),)))
     assert text.encode() in body
 
 
@@ -342,11 +349,52 @@ COUNTED: Json = {"model": "served", "messages": ALWAYS["messages"]}
 def test_what_is_counted(fields: Json, extra: dict[str, str], added: Json) -> None:
     """All that a chat request would put into the prompt, and nothing else of it."""
     raw = {name: msgspec.Raw(value.encode()) for name, value in extra.items()}
-    body = msgspec.json.encode(count_body(replace(BARE, **fields), "served", raw))
+    body = at_once(encode_body(count_body(replace(BARE, **fields), "served", raw), BARE.messages))[0]
     assert json.loads(body) == COUNTED | added
 
 
 def test_template_arguments_are_counted_to_the_letter() -> None:
     """As they are sent to the model."""
     request = replace(BARE, chat_template_kwargs='{"a": {"big": 100000000000000000000000000000001, "exact": 1.10}}')
-    assert b'{"big": 100000000000000000000000000000001, "exact": 1.10}' in msgspec.json.encode(count_body(request, "m"))
+    (body, _) = at_once(encode_body(count_body(request, "m"), request.messages))
+    assert b'{"big": 100000000000000000000000000000001, "exact": 1.10}' in body
+
+
+AWKWARD = '\0"\\\n\u2028é漢😀/' * 7
+LARGE = AWKWARD * (STEP_BYTES // 20)
+IMAGE = ImageData(b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * (STEP_BYTES // 100), "image/png")
+CALLS = tuple(PastCall(f"c{number}", "t", json.dumps({"a": AWKWARD * 100})) for number in range(500))
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [ChatMessage(Role.USER, (LARGE,))],
+        [ChatMessage(Role.USER, (AWKWARD, IMAGE, LARGE, IMAGE, AWKWARD))],
+        [ChatMessage(Role.USER, (AWKWARD,) * 4000)],
+        [ChatMessage(Role.ASSISTANT, (LARGE, "x"), reasoning=LARGE, tool_calls=CALLS), HI],
+        [ChatMessage(Role.TOOL, (LARGE, AWKWARD), call_id="c"), HI, ChatMessage(Role.SYSTEM, (LARGE,))],
+        [HI] * 3000,
+        [ChatMessage(Role.USER, (AWKWARD * 10,))] * 2000,
+    ],
+    ids=["text", "images", "parts", "calls", "messages", "short messages", "messages together"],
+)
+def test_a_large_body_is_encoded_in_steps(messages: list[ChatMessage]) -> None:
+    """It is the same JSON, character by character, and other calls get their turn after about each step."""
+    body, turns = at_once(request_body(ChatRequest("m", tuple(messages)), "served"))
+    assert turns >= len(body) // (7 * STEP_BYTES)
+    assert turns >= 1
+    read = json.loads(body)["messages"]
+    assert len(read) == len(messages)
+    for got, message in zip(read, messages, strict=True):
+        assert got["role"] == message.role.value
+        contents = got["content"] if isinstance(got["content"], list) else [{"type": "text", "text": got["content"]}]
+        for part, content in zip(contents, message.content, strict=True):
+            if isinstance(content, ImageData):
+                encoded = base64.b64encode(content.data).decode()
+                assert part["image_url"]["url"] == f"data:{content.media_type};base64,{encoded}"
+            else:
+                assert part["text"] == content
+        assert got.get("reasoning", "") == message.reasoning
+        arguments = [call["function"]["arguments"] for call in got.get("tool_calls", ())]
+        assert arguments == [call.arguments for call in message.tool_calls]

@@ -45,7 +45,7 @@ from deltawire_server.upstream.replicas import Attempt, Replica, Replicas
 from deltawire_server.upstream.transport.client import Transport
 from deltawire_server.upstream.transport.errors import ProtocolViolationError
 from deltawire_server.upstream.unreachable import reason_of
-from deltawire_server.upstream.vllm_request import chat_body, count_body
+from deltawire_server.upstream.vllm_request import chat_body, count_body, encode_body
 
 if TYPE_CHECKING:
     import ssl
@@ -177,7 +177,7 @@ class VllmProvider:
         self._require_allowed(model)
         body = chat_body(request, model, allowed_extra(request.extra_body, self._allowed_extra_fields, self.id))
         to_check = vllm_fields.fields_to_check(body, request)
-        content = msgspec.json.encode(body)
+        content = await encode_body(body, request.messages)
 
         async def ask(replica: Replica) -> tuple[httpx.Response, AsyncGenerator[bytes], tuple[Notice, ...]]:
             unchecked = await self._check_fields(replica, to_check)
@@ -200,7 +200,7 @@ class VllmProvider:
         self._require_allowed(model)
         _require_text(request)
         extra = allowed_extra(request.extra_body, self._allowed_extra_fields, self.id)
-        content = msgspec.json.encode(count_body(request, model, extra))
+        content = await encode_body(count_body(request, model, extra), request.messages)
         async with self._counting:
             with contextlib.ExitStack() as held:
                 ask = functools.partial(self._count, content=content, name=request.model, call=call)

@@ -12,7 +12,8 @@ What is absent is left out, so that the model's own defaults apply. Where vLLM's
 
 from __future__ import annotations
 
-import base64
+import asyncio
+import binascii
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -22,6 +23,7 @@ from deltawire_server.upstream.request import (
     ChatRequest,
     Content,
     FormatKind,
+    ImageData,
     ImageUrl,
     NamedTool,
     Reasoning,
@@ -33,7 +35,17 @@ from deltawire_server.upstream.request import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator, Mapping
+
+STEP_BYTES = 3 * 128 * 1024
+"""What is encoded in one go: 1 to 10 ms. A multiple of 3, so that the base64 of pieces is that of the whole."""
+
+_MESSAGE_BYTES = 2048
+"""As how many bytes a message counts besides its own: what it takes to encode a short one."""
+
+_PLACE_BYTES = b"\0"
+_PLACE = msgspec.Raw(_PLACE_BYTES)
+"""Stands for what is encoded by itself. No JSON text has this byte, which is escaped in strings."""
 
 _NO_ARGUMENTS = '{"type": "object", "properties": {}}'
 
@@ -69,13 +81,13 @@ _PROMPT_FIELDS = (
 """What else of a chat request's body changes its prompt, under the same names in a request to count it."""
 
 
-def request_body(request: ChatRequest, model: str) -> bytes:
-    """The JSON body of a streamed chat request, without `extra_body`; see `chat_body`."""
-    return msgspec.json.encode(chat_body(request, model))
+async def request_body(request: ChatRequest, model: str) -> bytes:
+    """The JSON body of a streamed chat request, without `extra_body`; see `chat_body` and `encode_body`."""
+    return await encode_body(chat_body(request, model), request.messages)
 
 
 def chat_body(request: ChatRequest, model: str, extra: Mapping[str, msgspec.Raw] | None = None) -> dict[str, Any]:
-    """The body of a streamed chat request.
+    """The body of a streamed chat request, but for its messages.
 
     Args:
         request: What to ask.
@@ -83,11 +95,11 @@ def chat_body(request: ChatRequest, model: str, extra: Mapping[str, msgspec.Raw]
         extra: Further fields of the body, checked already.
 
     Returns:
-        The body; POST it, encoded by msgspec, to `/v1/chat/completions`.
+        The body; POST it, encoded by `encode_body`, to `/v1/chat/completions`.
     """
     body: dict[str, Any] = {
         "model": model,
-        "messages": [_message(message) for message in request.messages],
+        "messages": _PLACE,
         "stream": True,
         # The running figures are what is left of the usage if the answer breaks off.
         "stream_options": {"include_usage": True, "continuous_usage_stats": True},
@@ -115,7 +127,7 @@ def chat_body(request: ChatRequest, model: str, extra: Mapping[str, msgspec.Raw]
 
 
 def count_body(request: ChatRequest, model: str, extra: Mapping[str, msgspec.Raw] | None = None) -> dict[str, Any]:
-    """The body that has vLLM count the prompt that `chat_body` would make.
+    """The body, but for its messages, that has vLLM count the prompt that `chat_body` would make.
 
     vLLM's count takes no part of a chat request that only some templates look at; a chat request hands those to the
     template as arguments, and so does this.
@@ -126,9 +138,9 @@ def count_body(request: ChatRequest, model: str, extra: Mapping[str, msgspec.Raw
         extra: Further fields of the chat request's body, checked already.
 
     Returns:
-        The body; POST it, encoded by msgspec, to `/tokenize`.
+        The body; POST it, encoded by `encode_body`, to `/tokenize`.
     """
-    body: dict[str, Any] = {"model": model, "messages": [_message(message) for message in request.messages]}
+    body: dict[str, Any] = {"model": model, "messages": _PLACE}
     if request.offered_tools:
         body["tools"] = [_tool(tool) for tool in request.offered_tools]
     given = request.chat_template_kwargs or "{}"
@@ -146,36 +158,103 @@ def count_body(request: ChatRequest, model: str, extra: Mapping[str, msgspec.Raw
     return body
 
 
-def _message(message: ChatMessage) -> dict[str, Any]:
-    body: dict[str, Any] = {"role": message.role.value, "content": _content(message)}
+async def encode_body(body: Mapping[str, Any], messages: Iterable[ChatMessage]) -> bytes:
+    """Encode a body with its messages as JSON. Other calls get their turn after about each `STEP_BYTES`.
+
+    Args:
+        body: From `chat_body` or `count_body`.
+        messages: The request's.
+
+    Returns:
+        The JSON text.
+    """
+    head, tail = msgspec.json.encode(body).split(_PLACE_BYTES)
+    encoded = [head, b"["]
+    left = STEP_BYTES
+    for message in messages:
+        large = _Large()
+        first, *others = msgspec.json.encode(_message(message, large)).split(_PLACE_BYTES)
+        encoded.append(first if len(encoded) == 2 else b"," + first)
+        left -= len(first) + _MESSAGE_BYTES
+        for content, after in zip(large.contents, others, strict=True):
+            for piece in _pieces(content):
+                encoded.append(piece)
+                left -= len(piece)
+                if left < 0:
+                    await asyncio.sleep(0)
+                    left = STEP_BYTES
+            encoded.append(after)
+        if left < 0:
+            await asyncio.sleep(0)
+            left = STEP_BYTES
+    return b"".join([*encoded, b"]", tail])
+
+
+class _Large:
+    """The contents of a message that are encoded in pieces: images, and texts once those before have `STEP_BYTES`."""
+
+    def __init__(self) -> None:
+        self.contents: list[str | ImageData] = []
+        self._left = STEP_BYTES
+
+    def text(self, text: str) -> str | msgspec.Raw:
+        """The text, or a place for it."""
+        self._left -= len(text)
+        return text if self._left >= 0 else self.add(text)
+
+    def add(self, content: str | ImageData) -> msgspec.Raw:
+        """A place for what is encoded in pieces."""
+        self.contents.append(content)
+        return _PLACE
+
+
+def _pieces(content: str | ImageData) -> Iterator[bytes]:
+    """The pieces of a JSON string."""
+    if isinstance(content, str):
+        yield b'"'
+        for start in range(0, len(content), STEP_BYTES):
+            yield msgspec.json.encode(content[start : start + STEP_BYTES])[1:-1]
+    else:
+        yield f'"data:{content.media_type};base64,'.encode()
+        for start in range(0, len(content.data), STEP_BYTES):
+            yield binascii.b2a_base64(content.data[start : start + STEP_BYTES], newline=False)
+    yield b'"'
+
+
+def _message(message: ChatMessage, large: _Large) -> dict[str, Any]:
+    # Places are in the order in which their contents are added: each value is made where it stands.
+    body: dict[str, Any] = {"role": message.role.value, "content": _content(message, large)}
     if message.role is Role.TOOL:
         body["tool_call_id"] = message.call_id
     if message.reasoning:
-        body["reasoning"] = message.reasoning
+        body["reasoning"] = large.text(message.reasoning)
     if message.tool_calls:
         body["tool_calls"] = [
-            {"id": call.call_id, "type": "function", "function": {"name": call.tool_name, "arguments": call.arguments}}
+            {
+                "id": call.call_id,
+                "type": "function",
+                "function": {"name": call.tool_name, "arguments": large.text(call.arguments)},
+            }
             for call in message.tool_calls
         ]
     return body
 
 
-def _content(message: ChatMessage) -> str | list[dict[str, Any]] | None:
+def _content(message: ChatMessage, large: _Large) -> str | msgspec.Raw | list[dict[str, Any]] | None:
     """One text as a plain string, since many chat templates concatenate it; several as a list; none beside calls as null."""
     if len(message.content) == 1 and isinstance(text := message.content[0], str):
-        return text
+        return large.text(text)
     if message.content:
-        return [_part(part) for part in message.content]
+        return [_part(part, large) for part in message.content]
     return None if message.tool_calls else ""
 
 
-def _part(part: Content) -> dict[str, Any]:
+def _part(part: Content, large: _Large) -> dict[str, Any]:
     if isinstance(part, str):
-        return {"type": "text", "text": part}
+        return {"type": "text", "text": large.text(part)}
     if isinstance(part, ImageUrl):
         return {"type": "image_url", "image_url": {"url": part.url}}
-    data = base64.b64encode(part.data).decode()
-    return {"type": "image_url", "image_url": {"url": f"data:{part.media_type};base64,{data}"}}
+    return {"type": "image_url", "image_url": {"url": large.add(part)}}
 
 
 def _tool(tool: ToolSpec) -> dict[str, Any]:
