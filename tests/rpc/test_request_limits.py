@@ -110,6 +110,29 @@ def test_names_are_bounded_in_bytes(field: str) -> None:
     assert violation == Violation(field, "has 1025 bytes; at most 1024 are allowed")
 
 
+@pytest.mark.parametrize("field", ["grammar", "regex", "choice.values"])
+def test_forms_are_bounded_in_bytes(field: str) -> None:
+    """Several texts together."""
+    forms: dict[str, Callable[[int], Any]] = {
+        "grammar": lambda size: {"grammar": "x" * size},
+        "regex": lambda size: {"regex": "x" * size},
+        "choice.values": lambda size: {"choice": {"values": ["x" * (size // 2), "x" * (size - size // 2)]}},
+    }
+    chat_request(ask(response_format=forms[field](validate.MAX_FORM_BYTES)))
+    (violation,) = refused(ask(response_format=forms[field](validate.MAX_FORM_BYTES + 1)))
+    assert violation.field == f"chat.response_format.{field}"
+    assert "at most 1048576" in violation.description
+
+
+def test_tools_are_bounded_together() -> None:
+    """Their descriptions and schemas; 128 real ones are let through."""
+    honest = [tool(f"tool_{number}", description="Does something. " * 100) for number in range(validate.MAX_TOOLS)]
+    assert len(chat_request(ask(tools=honest)).tools) == validate.MAX_TOOLS
+    (violation,) = refused(ask(tools=[tool("t", description="x" * validate.MAX_TOOLS_BYTES)]))
+    assert violation.field == "chat.tools"
+    assert "description and input_schema" in violation.description
+
+
 def test_the_texts_of_sampling_are_bounded_together() -> None:
     """In bytes, however they are divided."""
     half = "ß" * (validate.MAX_SAMPLING_BYTES // 4)
@@ -138,11 +161,16 @@ def test_started_fits_into_any_clients_message() -> None:
     assert convert.started(head).ByteSize() < MESSAGE_LIMIT / 16
 
 
-def test_a_long_conversation_gives_other_calls_their_turn() -> None:
-    """Every few messages."""
-    request, turns = at_once(validate.chat_request(ask(messages=[user("hi")] * validate.MAX_MESSAGES)))
-    assert len(request.messages) == validate.MAX_MESSAGES
-    assert turns == validate.MAX_MESSAGES // validate.STEP
+@pytest.mark.parametrize(
+    "messages",
+    [[user("hi")] * validate.MAX_MESSAGES, [user(*["hi"] * 100)] * 200],
+    ids=["many messages", "many parts"],
+)
+def test_a_long_conversation_gives_other_calls_their_turn(messages: list[message_pb2.ChatMessage]) -> None:
+    """After as many messages, parts and calls as a step has."""
+    request, turns = at_once(validate.chat_request(ask(messages=messages)))
+    assert len(request.messages) == len(messages)
+    assert turns >= validate.MAX_ENTRIES // validate.STEP - 1
 
 
 def test_the_names_of_tools_are_listed_once(monkeypatch: pytest.MonkeyPatch) -> None:

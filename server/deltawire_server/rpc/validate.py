@@ -53,8 +53,8 @@ MAX_ENTRIES = 20_000
 """Parts and tool calls of all messages, for the same reason."""
 MAX_PARTS = 4096
 """Parts and tool calls of one message, which are read in one go: about 20 ms at most."""
-STEP = 256
-"""Messages that are read before other calls get their turn: about 5 ms, unless one of them has thousands of parts."""
+STEP = 1024
+"""Messages, parts and tool calls that are read before other calls get their turn: 5 to 10 ms."""
 MAX_CHOICE_VALUES = 65_536
 """Texts that an answer may be one of: passed on as one list, and not kept."""
 MAX_SAMPLING_VALUES = 4096
@@ -70,8 +70,11 @@ has up to 100,000 names, which take 50 ms to read."""
 MAX_SCHEMA_BYTES = 256 * KIB
 """Of one schema or structural tag; real ones have up to some tens of KiB. The Python standard library takes 10 ms to
 decode this much, which is done when a call comes without arguments."""
-MAX_SCHEMAS_BYTES = 1024 * KIB
-"""Of the `input_schema` of all tools together, which makes 8 KiB for each of 128: one answer may call all of them."""
+MAX_TOOLS_BYTES = 1024 * KIB
+"""Of the descriptions and `input_schema` of all tools together, which makes 8 KiB for each of 128: they are encoded in one
+go, and one answer may call all of them."""
+MAX_FORM_BYTES = 1024 * KIB
+"""Of a grammar, a regular expression, or all texts that an answer may be one of; they are encoded in one go, too."""
 MAX_ARGUMENTS_BYTES = 4096 * KIB
 """Of one past tool call's arguments: `stream.max_tool_call_bytes` lets no longer ones come from a model."""
 MAX_EXTRA_FIELDS = 128
@@ -200,9 +203,12 @@ class _ChatReader:
         most = max(entries, default=0)
         self._bound(f"chat.messages[{entries.index(most) if most else 0}]", most, MAX_PARTS, "parts and tool calls")
         messages: list[ChatMessage] = []
+        left = STEP
         for index, message in enumerate(chat.messages):
-            if index % STEP == STEP - 1:
+            left -= 1 + entries[index]
+            if left < 0:
                 await asyncio.sleep(0)
+                left = STEP
             messages.append(await self._message(f"chat.messages[{index}]", message))
         return tuple(messages)
 
@@ -249,7 +255,7 @@ class _ChatReader:
     def _tools(self, tools: Iterable[tool_pb2.Tool]) -> tuple[ToolSpec, ...]:
         specs: list[ToolSpec] = []
         seen: set[str] = set()
-        left = MAX_SCHEMAS_BYTES
+        left = MAX_TOOLS_BYTES
         for index, tool in enumerate(tools):
             path = f"chat.tools[{index}]"
             if not tool.name:
@@ -261,9 +267,10 @@ class _ChatReader:
             seen.add(tool.name)
             schema = self._json_object(f"{path}.input_schema", tool.input_schema, MAX_SCHEMA_BYTES, empty_allowed=True)
             self._json_object(f"{path}.output_schema", tool.output_schema, MAX_SCHEMA_BYTES, empty_allowed=True)
-            left -= len(schema.encode())
+            left -= len(schema.encode()) + len(tool.description.encode())
             if left < 0:
-                self._complain("chat.tools", f"have more than {MAX_SCHEMAS_BYTES} bytes of input_schema: offer fewer")
+                what = f"have more than {MAX_TOOLS_BYTES} bytes of description and input_schema: offer fewer"
+                self._complain("chat.tools", what)
                 self._complain.settle()
             strict = tool.strict if tool.HasField("strict") else None
             specs.append(ToolSpec(tool.name, tool.description, schema, strict))
@@ -368,6 +375,8 @@ class _ChatReader:
                 if not form.choice.values:
                     self._complain(f"{path}.choice.values", "needs at least one text")
                 self._bound(f"{path}.choice.values", len(form.choice.values), MAX_CHOICE_VALUES)
+                size = sum(len(value.encode()) for value in form.choice.values)
+                self._bound(f"{path}.choice.values", size, MAX_FORM_BYTES, "bytes")
                 return TextFormat(FormatKind.CHOICE, tuple(form.choice.values))
             case "structural_tag":
                 self._json_object(f"{path}.structural_tag", form.structural_tag, MAX_SCHEMA_BYTES)
@@ -385,6 +394,7 @@ class _ChatReader:
     def _text(self, path: str, text: str) -> str:
         if not text:
             self._complain(path, "must not be empty")
+        self._fits(path, text, MAX_FORM_BYTES)
         return text
 
     def _fits(self, path: str, text: str, max_bytes: int) -> bool:
