@@ -246,6 +246,11 @@ class ChatRequest(_message.Message):
 
     Only what no vLLM can accept is refused here, with every violated field listed; everything else is judged by vLLM, and
     its answer names the field of this message. What is absent is not sent: the model's own defaults apply.
+
+    Sizes are bounded, in bytes of UTF-8: 1 KiB for each name; 256 KiB for each schema; 1 MiB for `chat_template_kwargs`,
+    `extra_body`, a grammar, a regular expression, and for the descriptions and input schemas of all tools together; 4 MiB for the
+    arguments of a past tool call. At most 10,000 messages with 20,000 parts and tool calls, 4,096 of them in one message; 128
+    tools; 65,536 values of a choice.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -524,7 +529,9 @@ class Sampling(_message.Message):
     """Go on past the model's own end-of-sequence token. Absent means false."""
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Texts that end the answer and are not part of it. Not empty; vLLM takes at most four."""
+        """Texts that end the answer and are not part of it. Not empty; vLLM takes at most four. At most 4,096 entries, as in each list
+        of the sampling, and with `bad_words` 64 KiB.
+        """
 
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:

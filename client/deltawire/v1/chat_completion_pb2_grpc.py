@@ -28,6 +28,9 @@ if _version_not_supported:
 class ChatCompletionStub(object):
     """Chat with a model: the answer whole, or as typed events while it is generated.
 
+    Requests must not be compressed: gRPC refuses one with `grpc-encoding: gzip` or `deflate` with UNIMPLEMENTED. A request has at
+    most 100,000 fields, those of nested messages included (a packed list counts its bytes), and at most 8 MiB besides its images.
+
     Metadata that every call takes: `authorization: Bearer ...` the caller's key for this gateway, `x-vllm-api-token` the
     caller's own token for vLLM (it comes before the operator's), `x-request-id` adopted if it is printable ASCII of at
     most 128 characters, else minted; `traceparent` and `tracestate`, passed on. The request id comes back as
@@ -69,6 +72,9 @@ class ChatCompletionStub(object):
 
 class ChatCompletionServicer(object):
     """Chat with a model: the answer whole, or as typed events while it is generated.
+
+    Requests must not be compressed: gRPC refuses one with `grpc-encoding: gzip` or `deflate` with UNIMPLEMENTED. A request has at
+    most 100,000 fields, those of nested messages included (a packed list counts its bytes), and at most 8 MiB besides its images.
 
     Metadata that every call takes: `authorization: Bearer ...` the caller's key for this gateway, `x-vllm-api-token` the
     caller's own token for vLLM (it comes before the operator's), `x-request-id` adopted if it is printable ASCII of at
@@ -155,6 +161,9 @@ def add_ChatCompletionServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class ChatCompletion(object):
     """Chat with a model: the answer whole, or as typed events while it is generated.
+
+    Requests must not be compressed: gRPC refuses one with `grpc-encoding: gzip` or `deflate` with UNIMPLEMENTED. A request has at
+    most 100,000 fields, those of nested messages included (a packed list counts its bytes), and at most 8 MiB besides its images.
 
     Metadata that every call takes: `authorization: Bearer ...` the caller's key for this gateway, `x-vllm-api-token` the
     caller's own token for vLLM (it comes before the operator's), `x-request-id` adopted if it is printable ASCII of at

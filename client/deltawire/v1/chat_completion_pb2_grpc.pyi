@@ -29,6 +29,9 @@ GRPC_VERSION: str
 class ChatCompletionStub:
     """Chat with a model: the answer whole, or as typed events while it is generated.
 
+    Requests must not be compressed: gRPC refuses one with `grpc-encoding: gzip` or `deflate` with UNIMPLEMENTED. A request has at
+    most 100,000 fields, those of nested messages included (a packed list counts its bytes), and at most 8 MiB besides its images.
+
     Metadata that every call takes: `authorization: Bearer ...` the caller's key for this gateway, `x-vllm-api-token` the
     caller's own token for vLLM (it comes before the operator's), `x-request-id` adopted if it is printable ASCII of at
     most 128 characters, else minted; `traceparent` and `tracestate`, passed on. The request id comes back as
@@ -65,6 +68,9 @@ class ChatCompletionStub:
 class ChatCompletionAsyncStub(ChatCompletionStub):
     """Chat with a model: the answer whole, or as typed events while it is generated.
 
+    Requests must not be compressed: gRPC refuses one with `grpc-encoding: gzip` or `deflate` with UNIMPLEMENTED. A request has at
+    most 100,000 fields, those of nested messages included (a packed list counts its bytes), and at most 8 MiB besides its images.
+
     Metadata that every call takes: `authorization: Bearer ...` the caller's key for this gateway, `x-vllm-api-token` the
     caller's own token for vLLM (it comes before the operator's), `x-request-id` adopted if it is printable ASCII of at
     most 128 characters, else minted; `traceparent` and `tracestate`, passed on. The request id comes back as
@@ -96,6 +102,9 @@ class ChatCompletionAsyncStub(ChatCompletionStub):
 
 class ChatCompletionServicer(metaclass=_abc_1.ABCMeta):
     """Chat with a model: the answer whole, or as typed events while it is generated.
+
+    Requests must not be compressed: gRPC refuses one with `grpc-encoding: gzip` or `deflate` with UNIMPLEMENTED. A request has at
+    most 100,000 fields, those of nested messages included (a packed list counts its bytes), and at most 8 MiB besides its images.
 
     Metadata that every call takes: `authorization: Bearer ...` the caller's key for this gateway, `x-vllm-api-token` the
     caller's own token for vLLM (it comes before the operator's), `x-request-id` adopted if it is printable ASCII of at

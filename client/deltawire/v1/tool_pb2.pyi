@@ -248,7 +248,7 @@ class ToolCallFailure(_message.Message):
     """The arguments as the model wrote them."""
     instance_path: _builtins.str
     """With SCHEMA_MISMATCH, which part of the arguments does not follow the schema, as a JSON Pointer; "" is all of them.
-    Example: "/cities/2/name".
+    Example: "/cities/2/name". Absent if it is longer than 16 KiB.
     """
     def __init__(
         self,
