@@ -117,17 +117,18 @@ def test_what_is_too_long_to_be_read(name: str) -> None:
     assert "at most" in violation.description
 
 
-def test_schemas_that_are_too_much_to_check() -> None:
+async def test_schemas_that_are_too_much_to_check() -> None:
     """Together, and only where arguments are to be checked against them."""
     schema = '{"type": "object", "description": "' + "x" * 200_000 + '"}'
     tools = [tool_pb2.Tool(name=f"t{number}", input_schema=schema) for number in range(6)]
     policy = chat_pb.ToolCallPolicy(validate_schema=True)
-    (violation,) = refused(ask(tools=tools, tool_call_policy=policy))
+    with pytest.raises(CallerError) as caught:
+        await validate.checked_chat_request(ask(tools=tools, tool_call_policy=policy))
+    (violation,) = caught.value.violations
     assert violation.field == "chat.tools"
-    assert len(validate.chat_request(ask(tools=tools)).tools) == 6
-    assert (
-        len(validate.chat_request(ask(tools=tools, allowed_tools=["t1"], tool_call_policy=policy)).argument_checks) == 1
-    )
+    assert len((await validate.checked_chat_request(ask(tools=tools))).tools) == 6
+    request = await validate.checked_chat_request(ask(tools=tools, allowed_tools=["t1"], tool_call_policy=policy))
+    assert len(request.argument_checks) == 1
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {

@@ -71,7 +71,7 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
             raise invalid_request([Violation("chat", "is required")])
         record = call_record(context)
         caller = _caller(record, context)
-        chat = validate.chat_request(request.chat, self._content_limits)
+        chat = await validate.checked_chat_request(request.chat, self._content_limits)
         response = chat_pb.CreateChatCompletionResponse()
         if chat.completion_id:
             stream = self._worker.open(chat, caller, fingerprint=_fingerprint(request), keep_logprobs=True)
@@ -100,7 +100,7 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
             completion_id, after = validate_options.resume(request)
             await self._follow(self._worker.resume(caller, completion_id), after, caller, record, context)
             return
-        chat = validate.chat_request(request.chat, self._content_limits)
+        chat = await validate.checked_chat_request(request.chat, self._content_limits)
         options = validate_options.stream_options(request.options, self._max_retention)
         if chat.completion_id or options.retention is not None:
             stream = self._worker.open(chat, caller, options, fingerprint=_fingerprint(request))

@@ -19,7 +19,7 @@ from deltawire_server.rpc import validate_options
 from deltawire_server.rpc.complaints import Complaints
 from deltawire_server.rpc.status import shorten
 from deltawire_server.rpc.validate_content import ContentLimits, ContentReader
-from deltawire_server.schemas import SchemaError, argument_check
+from deltawire_server.schemas import compiled_checks
 from deltawire_server.upstream.request import (
     ChatMessage,
     ChatRequest,
@@ -36,7 +36,6 @@ from deltawire_server.upstream.request import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from deltawire_server.upstream.request import ArgumentCheck
 
 MAX_CHOICES = 128
 """As many as the chat API takes."""
@@ -49,7 +48,7 @@ MAX_ENTRIES = 20_000
 MAX_VALUES = 65_536
 """Of a list of texts or tokens; more than most models have tokens, and read at once."""
 MAX_CHECKED_SCHEMAS = 1024 * 1024
-"""Characters of all schemas that arguments are checked against: compiling them takes time, in which other calls wait."""
+"""Characters of all schemas that arguments are checked against. `schemas.check` limits their objects and arrays, too."""
 MAX_EXTRA_FIELDS = 128
 """Of `extra_body`: a vLLM's whole request has fewer, and each is judged by itself, in more than one place."""
 MAX_CACHE_SALT = 1024
@@ -91,6 +90,34 @@ def chat_request(message: chat_pb.ChatRequest, limits: ContentLimits | None = No
         CallerError: INVALID_REQUEST with every violated field.
     """
     return _ChatReader(limits or ContentLimits()).read(message)
+
+
+async def checked_chat_request(message: chat_pb.ChatRequest, limits: ContentLimits | None = None) -> ChatRequest:
+    """Check a chat request as `chat_request` does, and with `validate_schema` compile the schemas of its tools.
+
+    Other calls run in between, since many schemas take longer than they may wait.
+
+    Raises:
+        CallerError: INVALID_REQUEST with every violated field; of the schemas, only if no other field is.
+    """
+    request = chat_request(message, limits)
+    if not message.tool_call_policy.validate_schema:
+        return request
+    # Without a schema any object will do, so there is nothing to check.
+    tools = {tool.name: tool for tool in request.offered_tools if tool.input_schema}
+    complain = Complaints()
+    size = sum(len(tool.input_schema) for tool in tools.values())
+    if size > MAX_CHECKED_SCHEMAS:
+        complain(
+            "chat.tools",
+            f"their schemas have {size} characters; with validate_schema at most {MAX_CHECKED_SCHEMAS} are read",
+        )
+        complain.settle()
+    checks, errors = await compiled_checks({name: tool.input_schema for name, tool in tools.items()})
+    for name, error in errors.items():
+        complain(f"chat.tools[{request.tools.index(tools[name])}].input_schema", str(error))
+    complain.settle()
+    return replace(request, argument_checks=checks)
 
 
 COUNTED = frozenset({"model", "messages", "tools", "tool_choice", "allowed_tools", "reasoning", "chat_template_kwargs"})
@@ -156,8 +183,6 @@ class _ChatReader:
             ),
             user=chat.user,
         )
-        if chat.tool_call_policy.validate_schema:
-            request = replace(request, argument_checks=self._argument_checks(request))
         self._complain.settle()
         return request
 
@@ -223,24 +248,6 @@ class _ChatReader:
             if name not in names:
                 self._complain(f"chat.allowed_tools[{index}]", f"{name!r} is not one of the tools: {_listed(names)}")
         return frozenset(chat.allowed_tools)
-
-    def _argument_checks(self, request: ChatRequest) -> dict[str, ArgumentCheck]:
-        """By the name of each offered tool that has a schema; without one any object will do, so there is nothing to check."""
-        checks: dict[str, ArgumentCheck] = {}
-        size = sum(len(tool.input_schema) for tool in request.offered_tools)
-        if size > MAX_CHECKED_SCHEMAS:
-            complaint = (
-                f"their schemas have {size} characters; with validate_schema at most {MAX_CHECKED_SCHEMAS} are read"
-            )
-            self._complain("chat.tools", complaint)
-            return checks
-        for tool in request.offered_tools:
-            if tool.input_schema:
-                try:
-                    checks[tool.name] = argument_check(tool.input_schema)
-                except SchemaError as error:
-                    self._complain(f"chat.tools[{request.tools.index(tool)}].input_schema", str(error))
-        return checks
 
     def _tool_choice(self, chat: chat_pb.ChatRequest) -> ToolMode | NamedTool | None:
         if not chat.HasField("tool_choice"):
