@@ -103,11 +103,13 @@ class _Node:
     """A subschema, as far as it takes work. One without subschemas is a leaf; equal leaves are one object."""
 
     __slots__ = (
-        "additional", "alternatives", "bound", "bytes_bound", "bytes_weight", "contains", "every", "factor", "inner", "items",
-        "names", "patterns", "prefix", "properties", "same", "unique", "weight",
+        "additional", "alternatives", "bound", "bytes_bound", "bytes_weight", "contains", "every", "factor", "has_parts",
+        "inner", "is_leaf", "items", "names", "patterns", "prefix", "properties", "same", "unique", "weight",
     )  # fmt: skip
 
-    def __init__(self, weight: int, bytes_weight: int) -> None:
+    def __init__(self, weight: int, bytes_weight: int, *, is_leaf: bool = False) -> None:
+        self.is_leaf = is_leaf
+        self.has_parts = False  # whether any of those below is tried on a part of the value
         self.weight = weight
         self.bytes_weight = bytes_weight
         self.bound = weight
@@ -191,7 +193,7 @@ class Effort:
             return _ANY
         if _PATH_KEYWORDS.isdisjoint(schema) and "uniqueItems" not in schema:
             weights = _weights(schema)
-            return self._leaves.get(weights) or self._leaves.setdefault(weights, _Node(*weights))
+            return self._leaves.get(weights) or self._leaves.setdefault(weights, _Node(*weights, is_leaf=True))
         node = self._nodes.get(id(schema))
         if node is None:
             node = self._nodes[id(schema)] = _Node(*_weights(schema))
@@ -205,7 +207,7 @@ class Effort:
         if self._edges > MAX_EDGES:
             raise SchemaError("has too many references to anchors of the same name")
         node = self._node(schema)
-        if id(schema) in self._nodes:
+        if not node.is_leaf:
             of.inner.append(node)
         return node
 
@@ -219,8 +221,10 @@ class Effort:
                 for part in self._references.targets(value):
                     self._add_same(node, part)
             elif keyword in _OF_OBJECTS:
+                node.has_parts = True
                 self._fill_object(node, keyword, value)
             elif keyword in _OF_ARRAYS:
+                node.has_parts = True
                 self._fill_array(node, keyword, value)
         if "unevaluatedProperties" in schema or "unevaluatedItems" in schema:
             node.factor = _UNEVALUATED_FACTOR
@@ -250,13 +254,11 @@ class Effort:
 
     def _add_same(self, node: _Node, schema: object) -> None:
         part = self._part(node, schema)
-        if id(schema) in self._nodes:
-            node.same.append(part)
-        else:
+        if part.is_leaf:
             node.weight += part.weight
             node.bytes_weight += part.bytes_weight
-            node.bound = node.weight
-            node.bytes_bound = node.bytes_weight
+        else:
+            node.same.append(part)
 
 
 class _Counter:
@@ -396,8 +398,9 @@ def _inside_out(nodes: list[_Node], parts: Callable[[_Node], list[_Node]]) -> tu
     Raises:
         SchemaError: A path is too long.
     """
-    order: list[_Node] = []
-    seen = set[_Node]()
+    # Most have none; they need no path.
+    order = [node for node in nodes if not parts(node)]
+    seen = set(order)
     path = dict[_Node, Iterator[_Node]]()
     cyclic = False
     for first in nodes:
@@ -424,24 +427,20 @@ def _inside_out(nodes: list[_Node], parts: Callable[[_Node], list[_Node]]) -> tu
 
 def _bound(node: _Node) -> None:
     """Set what may be tried along one path into a value, from what is set of the parts. One that is not yet counts by itself."""
-    own = list(node.properties.values())
-    if node.additional is not None:
-        own.append(node.additional)
-    items = list(node.prefix)
-    if node.items is not None:
-        items.append(node.items)
-    every = [*node.same, *node.every, *node.contains]
-    if node.names is not None:
-        every.append(node.names)
     bound, bytes_bound = node.weight, node.bytes_weight
+    every: Iterable[_Node] = node.same
+    if node.has_parts:
+        every = [*node.same, *node.every, *node.contains, *([] if node.names is None else [node.names])]
+        for either, other in ((node.properties.values(), node.additional), (node.prefix, node.items)):
+            parts = [*either, other or _NOTHING]
+            bound += max([part.bound for part in parts])
+            bytes_bound += max([part.bytes_bound for part in parts])
     for part in every:
         bound += part.bound
         bytes_bound += part.bytes_bound
-    for either in (own, items):
-        bound += max([part.bound for part in either], default=0)
-        bytes_bound += max([part.bytes_bound for part in either], default=0)
     node.bound = bound * node.factor
     node.bytes_bound = bytes_bound * node.factor
 
 
-_ANY = _Node(1, 0)
+_NOTHING = _Node(0, 0, is_leaf=True)
+_ANY = _Node(1, 0, is_leaf=True)
