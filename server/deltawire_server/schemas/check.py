@@ -29,7 +29,7 @@ MAX_SCHEMA_NODES = 4000
 """Objects and arrays of one schema; 16 other values count as one. Each takes 5 to 12 us to read and compile, in which other calls
 wait, and 2 KiB. A parameter with a type and a description is one, an optional one that pydantic wrote is four."""
 
-MAX_REQUEST_NODES = 16_000
+MAX_REQUEST_NODES = 20_000
 """Objects and arrays of all schemas of one request: 128 tools with 30 optional parameters each. Other calls run in between."""
 
 MAX_DEPTH = 100
