@@ -488,6 +488,9 @@ def test_the_cache_is_bounded_in_bytes() -> None:
     assert 0 < check._cache.size <= MAX_CACHE_BYTES
     assert argument_check(texts[-1]) is made[-1]
     assert argument_check(texts[0]) is not made[0]
+    size = check._cache.size
+    check._cache.keep(texts[-1], made[-1])
+    assert check._cache.size == size
     check._cache.keep("large", replace(made[0], size=MAX_CACHE_BYTES + 1))
     assert check._cache.get("large") is None
 

@@ -1,4 +1,4 @@
-"""Arguments are held to their schemas, and neither side can make the gateway read, wait or break."""
+"""Arguments are checked against their schemas, and neither side can make the gateway read, wait or break."""
 
 from __future__ import annotations
 
@@ -199,6 +199,8 @@ UNUSABLE: dict[str, tuple[str, str]] = {
     "a number without end": ('{"a": ' + "1" * 1001 + "}", "a number has more than 1000 digits"),
     "a fraction without end": ('{"a": 0.' + "1" * 1001 + "}", "a number has more than 1000 digits"),
     "an exponent beyond all": ('{"a": 1e99999999999999999999}', "the number 1e99999999999999999999 is out of every range"),
+    "a large exponent": ('{"a": 1e1001}', "the number 1e1001 is out of every range"),
+    "a small exponent": ('{"a": 1e-1001}', "the number 1e-1001 is out of every range"),
     "too deep": ('{"a":' * 10_000 + "{}" + "}" * 10_000, "the arguments are nested more than 100 levels deep"),
     "half a character": ('{"a": "\\ud800"}', "the arguments have half of a surrogate pair, which is no character"),
 }  # fmt: skip

@@ -36,10 +36,8 @@ MAX_DEPTH = 100
 """Objects and arrays within each other, in a schema and in arguments; the validator goes down by recursion."""
 
 MAX_NUMBER_LENGTH = 1000
-"""Characters of one number in the arguments. Reading a number takes time by the square of its length."""
-
-MAX_EXPONENT = 400
-"""Powers of ten of one number in the arguments, up or down; `float` ends at 308. The validator writes such numbers out."""
+"""Characters of one number in the arguments, and digits before or after its point if it is written out without an exponent.
+Reading and dividing a number takes time by the square of its length."""
 
 MAX_PATTERNS = 32
 """Of one schema. Each costs up to about a millisecond and `_PATTERN_BYTES`, once."""
@@ -206,8 +204,10 @@ class SchemaCheck:
         """
         budget = budget or CheckBudget(MAX_EFFORT)
         text_effort = _CALL_EFFORT + len(arguments) // _TEXT_BYTES_PER_UNIT
-        measured = shape(arguments, max(0, budget.left - text_effort) // _VALUE_EFFORT)
-        if measured is None or not budget.take(text_effort + measured.values * _VALUE_EFFORT):
+        if not budget.take(text_effort):
+            return "", _TOO_MUCH
+        measured = shape(arguments, budget.left // _VALUE_EFFORT)
+        if measured is None or not budget.take(measured.values * _VALUE_EFFORT):
             return "", _TOO_MUCH
         if measured.depth > MAX_DEPTH:
             return "", f"the arguments are nested more than {MAX_DEPTH} levels deep"
@@ -242,8 +242,8 @@ class SchemaCheck:
         most_steps = min(_MAX_STEPS, budget.left // _STEP_EFFORT)
         try:
             counted = self.effort.count(value, most_steps, budget.left)
-        except TooMuchError:
-            budget.left -= most_steps * _STEP_EFFORT
+        except TooMuchError as error:
+            budget.left -= min(budget.left, error.steps * _STEP_EFFORT)
             return None
         budget.left -= min(budget.left, counted.steps * _STEP_EFFORT)
         return counted
@@ -279,6 +279,8 @@ class _Cache:
     def keep(self, schema_text: str, check: SchemaCheck) -> None:
         if check.size > MAX_CACHE_BYTES:
             return
+        if schema_text in self._checks:  # two requests at once made it
+            self.size -= self._checks[schema_text].size
         self._checks[schema_text] = check
         self.size += check.size
         while self.size > MAX_CACHE_BYTES:
@@ -332,7 +334,7 @@ class _Reading:
             number = Decimal(text)
         except InvalidOperation:
             raise _UnusableError(f"the number {cut(text)} is out of every range") from None
-        if abs(number.adjusted()) > MAX_EXPONENT + MAX_NUMBER_LENGTH:
+        if abs(number.adjusted()) > MAX_NUMBER_LENGTH:
             raise _UnusableError(f"the number {cut(text)} is out of every range")
         self.long_numbers += length_of_number(number)
         return number

@@ -81,7 +81,15 @@ _PATH_KEYWORDS = _SAME_VALUE | _REFERENCES | _OF_OBJECTS | _OF_ARRAYS
 
 
 class TooMuchError(Exception):
-    """Counting takes more steps than it may, or what is counted is more than it may be."""
+    """Counting takes more steps than it may, or what is counted is more than it may be.
+
+    Attributes:
+        steps: Steps of counting.
+    """
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
 
 
 class Counted(NamedTuple):
@@ -185,7 +193,7 @@ class Effort:
         try:
             effort = counter.count(self._root, value)
         except RecursionError:
-            raise TooMuchError from None
+            raise TooMuchError(counter.steps) from None
         return Counted(effort, counter.steps, counter.explanation)
 
     def _node(self, schema: object) -> _Node:
@@ -291,7 +299,7 @@ class _Counter:
             effort += node.weight * length_of_number(value)
         effort *= node.factor
         if self.steps > self._most_steps or effort > self._most:
-            raise TooMuchError
+            raise TooMuchError(self.steps)
         if node.alternatives:
             self.explanation = max(self.explanation, effort * (3 + self._size(value)))
         self._known[key] = effort
