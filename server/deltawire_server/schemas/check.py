@@ -27,7 +27,7 @@ MAX_SCHEMA_BYTES = 256 * 1024
 
 MAX_SCHEMA_NODES = 4000
 """Objects and arrays of one schema; 16 other values count as one. Each takes 5 to 12 us to read and compile, in which other calls
-wait, and 2 KiB. A parameter with a type and a description is one, an optional one that pydantic wrote is four."""
+wait, and up to 1.4 KB. A parameter with a type and a description is one, an optional one that pydantic wrote is four."""
 
 MAX_REQUEST_NODES = 20_000
 """Objects and arrays of all schemas of one request: 128 tools with 30 optional parameters each. Other calls run in between."""
@@ -47,13 +47,14 @@ MAX_EFFORT = 1_000_000
 value. A unit is about 20 ns, so all of them block other calls for 20 to 40 ms."""
 
 MAX_CACHE_BYTES = 12 * 1024 * 1024
-"""Memory of the checks that are kept, estimated: 128 tools with ten parameters each take a third of it."""
+"""Memory of the checks that are kept, estimated: those of 128 tools with ten parameters each take a quarter of it."""
 
 _VALUES_PER_NODE = 16
 _PIECE = 1000  # nodes of schemas after which other tasks run
 _PIECE_CHARACTERS_PER_NODE = 64  # to measure the text
+_PAUSE_SECONDS = 0.005  # a call of another caller takes several turns of the event loop
 _PATTERN_BYTES = 250_000
-_NODE_BYTES = 2048  # of a compiled subschema
+_NODE_BYTES = 1536  # of a compiled subschema, measured: 200 to 1,400
 _TEXT_FACTOR = 4  # bytes for each of the schema's text, in the cache's key, in names and in enumerations
 
 _CALL_EFFORT = 500
@@ -88,7 +89,7 @@ async def compiled_checks(schemas: Mapping[str, str]) -> tuple[dict[str, SchemaC
             if check is None:
                 if piece > _PIECE:
                     piece = 0
-                    await asyncio.sleep(0)
+                    await asyncio.sleep(_PAUSE_SECONDS)
                 piece += len(schema_text) // _PIECE_CHARACTERS_PER_NODE
                 nodes = _count_nodes(schema_text)
             else:
