@@ -168,9 +168,10 @@ def test_what_is_json_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = find_problem(" [" + "1," * MAX_EXPLAINED + "1]")
     assert problem is not None
     assert problem.reason is FailureReason.NOT_AN_OBJECT
-    deep = find_problem('{"a":' * MAX_EXPLAINED)
-    assert deep is not None
-    assert deep.message == "the arguments are nested too deeply to be parsed"
+    for text in ('{"a":' * MAX_EXPLAINED, '{"\ud800":' * MAX_EXPLAINED):
+        deep = find_problem(text)
+        assert deep is not None
+        assert deep.message == "the arguments are nested too deeply to be parsed"
 
 
 @given(

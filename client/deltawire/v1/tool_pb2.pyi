@@ -247,7 +247,8 @@ class ToolCallFailure(_message.Message):
     raw_arguments: _builtins.str
     """The arguments as the model wrote them."""
     instance_path: _builtins.str
-    """With SCHEMA_MISMATCH, which part of the arguments does not follow the schema, as a JSON Pointer; "" is all of them.
+    """With SCHEMA_MISMATCH, which part of the arguments does not follow the schema, as a JSON Pointer; "" is all of them, or a part
+    that would take too much work to find.
     Example: "/cities/2/name".
     """
     def __init__(

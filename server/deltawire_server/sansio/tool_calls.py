@@ -433,9 +433,11 @@ def find_problem(text: str) -> Problem | None:
     """
     try:
         _SYNTAX.decode(text)
-    except (ValueError, RecursionError):
-        # Stricter than the grammar in one thing, halves of surrogate pairs; and what it says is for programmers.
-        problem = _read(text) if len(text) <= MAX_EXPLAINED else _read_large(text)
+    except RecursionError:
+        return _TOO_DEEP
+    except ValueError as error:
+        # It is stricter than the grammar in one thing, halves of surrogate pairs; and what it says is for programmers.
+        problem = _read(text) if len(text) <= MAX_EXPLAINED else _read_large(text, error)
         if problem is not None:
             return problem
     if not text.lstrip(_WHITE).startswith("{"):
@@ -454,21 +456,26 @@ _ESCAPED_HALVES = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 _POSITION = re.compile(r" \(byte (\d+)\)$")
 
 
-def _read_large(text: str) -> Problem | None:
-    # Other characters of the same length, so that places remain.
-    text = _ESCAPED_HALVES.sub(r"\\u0000", _HALVES.sub("\uffff", text))
-    try:
-        _SYNTAX.decode(text)
-    except RecursionError:
-        return _TOO_DEEP
-    except msgspec.DecodeError as error:
-        message = str(error).removeprefix("JSON is malformed: ")
-        position = _POSITION.search(message)
-        offset = int(position[1]) if position else len(text.encode())
-        return Problem(
-            FailureReason.MALFORMED_JSON, f"the arguments are not JSON: {_POSITION.sub('', message)}", offset
-        )
-    return None
+def _read_large(text: str, error: ValueError) -> Problem | None:
+    """What keeps a large text from being JSON, given the error of `_SYNTAX`; `None` if only halves of pairs do."""
+    mended = text
+    if isinstance(error, UnicodeEncodeError):
+        mended = _HALVES.sub("\uffff", mended)
+    if "\\u" in mended:
+        mended = _ESCAPED_HALVES.sub(r"\\u0000", mended)
+    if mended is not text:  # places have not changed: each character has become one of the same length
+        try:
+            _SYNTAX.decode(mended)
+        except RecursionError:
+            return _TOO_DEEP
+        except ValueError as second:
+            error = second
+        else:
+            return None
+    message = str(error).removeprefix("JSON is malformed: ")
+    position = _POSITION.search(message)
+    offset = int(position[1]) if position else len(mended.encode())
+    return Problem(FailureReason.MALFORMED_JSON, f"the arguments are not JSON: {_POSITION.sub('', message)}", offset)
 
 
 def _read(text: str) -> Problem | None:
