@@ -1,4 +1,4 @@
-"""Arguments are held to their schemas, and neither side can make the gateway read, wait or break."""
+"""Arguments are checked against their schemas, and neither side can make the gateway read, wait or break."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from deltawire_server.schemas import SchemaError, argument_check, check
+from deltawire_server.schemas import SchemaError, argument_check
 from deltawire_server.schemas.check import MAX_DEPTH, MAX_NUMBER_LENGTH, MAX_PATTERNS, MAX_SCHEMA_BYTES
 from deltawire_server.schemas.sentences import MAX_MESSAGE
 
@@ -136,9 +136,9 @@ REFUSED: dict[str, tuple[object, str]] = {
     "many patterns of names": (
         {"patternProperties": {f"a{n}": {} for n in range(MAX_PATTERNS + 1)}}, f"has {MAX_PATTERNS + 1} patterns",
     ),
-    "a reference to nothing": (of_a({"$ref": "#/$defs/x"}), "is not a valid schema: Pointer '/$defs/x' does not exist: only"),
-    "a reference through a text": (of_a({"$ref": "#/type/0"}), "is not a valid schema: "),
-    "an anchor that is none": (of_a({"$ref": "#x"}), "is not a valid schema: "),
+    "a reference to nothing": (of_a({"$ref": "#/$defs/x"}), "refers to '#/$defs/x', which does not exist: only"),
+    "a reference through a text": (of_a({"$ref": "#/type/0"}), "refers to '#/type/0', which does not exist: only"),
+    "an anchor that is none": (of_a({"$ref": "#x"}), "refers to '#x', which does not exist: only"),
     "an unknown draft": ({"$schema": "https://example.org/draft"}, "is not a valid schema: Unknown meta-schema"),
     "a draft that is no text": ({"$schema": 5}, 'is not a valid schema: 5 is not of type "string" (at /$schema)'),
     "itself": ({"$ref": "#"}, "refers to itself without end"),
@@ -199,6 +199,8 @@ UNUSABLE: dict[str, tuple[str, str]] = {
     "a number without end": ('{"a": ' + "1" * 1001 + "}", "a number has more than 1000 digits"),
     "a fraction without end": ('{"a": 0.' + "1" * 1001 + "}", "a number has more than 1000 digits"),
     "an exponent beyond all": ('{"a": 1e99999999999999999999}', "the number 1e99999999999999999999 is out of every range"),
+    "a large exponent": ('{"a": 1e1001}', "the number 1e1001 is out of every range"),
+    "a small exponent": ('{"a": 1e-1001}', "the number 1e-1001 is out of every range"),
     "too deep": ('{"a":' * 10_000 + "{}" + "}" * 10_000, "the arguments are nested more than 100 levels deep"),
     "half a character": ('{"a": "\\ud800"}', "the arguments have half of a surrogate pair, which is no character"),
 }  # fmt: skip
@@ -259,19 +261,18 @@ def test_a_tree_of_lists_may_be_as_deep_as_anything() -> None:
     assert path == "/a/0" * (MAX_DEPTH // 2 - 1) + "/a"
 
 
-def test_what_cannot_be_counted_does_not_pass() -> None:
-    """Short chains of references, one in each level, are together too long to be followed for deep arguments."""
+def test_a_path_of_many_references_is_counted() -> None:
+    """Short chains of references, one in each level, are together longer than Python's stack."""
     levels, links = 60, 10
     chain: dict[str, Any] = {
         f"{level}-{link}": {"$ref": f"#/$defs/{level}-{link + 1}"} for level in range(levels) for link in range(links)
     }
     chain |= {f"{level}-{links}": of_a({"$ref": f"#/$defs/{level + 1}-0"}) for level in range(levels)}
-    schema = {"$ref": "#/$defs/0-0", "$defs": chain | {f"{levels}-0": {}}}
-    value: dict[str, Any] = {}
+    schema = {"$ref": "#/$defs/0-0", "$defs": chain | {f"{levels}-0": {"type": "integer"}}}
+    value: Any = 1
     for _ in range(levels):
         value = {"a": value}
-    assert told(schema, {"a": {"a": {}}}) is None
-    assert told(schema, value) == ("", "the arguments are too much work to check against the tool's schema")
+    assert told(schema, value) is None
 
 
 def test_a_choice_of_trees_may_be_only_so_deep() -> None:
@@ -301,7 +302,6 @@ def test_long_values_are_shortened() -> None:
 
 
 def test_checks_are_kept() -> None:
-    """The same text gives the same check without compiling it again; only so many are kept."""
+    """The same text gives the same check without compiling it again."""
     text = json.dumps(of_a({"type": "integer", "title": "kept"}))
     assert argument_check(text) is argument_check(text)
-    assert check._compiled.cache_info().maxsize == 64

@@ -24,27 +24,29 @@ VLLM = Engine(EngineKind.VLLM)
 
 
 @pytest.mark.parametrize("kind", [EngineKind.PROXY, EngineKind.UNKNOWN])
-def test_strict_tools_are_checked_here(kind: EngineKind) -> None:
+async def test_strict_tools_are_checked_here(kind: EngineKind) -> None:
     """Only they, and only if there is a schema that can be checked."""
-    checks = argument_checks(REQUEST, Engine(kind))
+    checks = await argument_checks(REQUEST, Engine(kind))
     assert [*checks] == ["strict"]
     assert checks["strict"]('{"city":"Oslo"}') is None
     assert checks["strict"]('{"city":5}')
 
 
-def test_a_vllm_itself_enforces_it() -> None:
+async def test_a_vllm_itself_enforces_it() -> None:
     """Nothing is checked twice."""
-    assert argument_checks(REQUEST, VLLM) == {}
+    assert await argument_checks(REQUEST, VLLM) == {}
 
 
-def test_what_the_caller_asked_for_comes_first() -> None:
+async def test_what_the_caller_asked_for_comes_first() -> None:
     """With `validate_schema` all tools are checked, whatever answers."""
     request = replace(REQUEST, argument_checks={"free": argument_check(CITY)})
     for engine in (VLLM, Engine(EngineKind.PROXY)):
-        assert argument_checks(request, engine) is request.argument_checks
+        checks = await argument_checks(request, engine)
+        assert [*checks] == ["free"]
+        assert checks["free"]('{"city":5}') == ("/city", '5 is not of type "string"')
 
 
-def test_schemas_that_are_too_large_are_left_to_the_engine() -> None:
+async def test_schemas_that_are_too_large_are_left_to_the_engine() -> None:
     """The caller did not ask for a check, so that it is no reason to refuse the call."""
     large = replace(TOOLS[0], input_schema=CITY[:-1] + " " * MAX_STRICT_SCHEMAS + "}")
-    assert argument_checks(replace(REQUEST, tools=(large,)), Engine(EngineKind.PROXY)) == {}
+    assert await argument_checks(replace(REQUEST, tools=(large,)), Engine(EngineKind.PROXY)) == {}

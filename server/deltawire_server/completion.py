@@ -36,7 +36,6 @@ from deltawire_server.sansio.events import (
     Usage,
     UsageUpdate,
 )
-from deltawire_server.schemas.strict import argument_checks
 from deltawire_server.telemetry import get_logger
 from deltawire_server.upstream.base import BrokenBodyError
 from deltawire_server.upstream.failures import RETRY_SECONDS, UpstreamError, failure_of
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
     from deltawire_server.registry.registry import Resolution
+    from deltawire_server.sansio.tool_calls import Check
     from deltawire_server.stream_options import StreamOptions
     from deltawire_server.upstream.base import CallContext
     from deltawire_server.upstream.images.load import Images
@@ -93,6 +93,7 @@ class Completion:
         images: Puts images in the place of their addresses.
         limits: What it may take.
         accepted: When the call was accepted, on the monotonic clock.
+        checks: The checks of its calls' arguments, by the tool's name.
         keep_logprobs: Whether the last event repeats the log-probabilities.
 
     Attributes:
@@ -115,6 +116,7 @@ class Completion:
         limits: CompletionLimits,
         accepted: float,
         *,
+        checks: Mapping[str, Check],
         keep_logprobs: bool,
     ) -> None:
         self._request = _with_defaults(request, resolution.provider.default_max_tokens)
@@ -150,7 +152,7 @@ class Completion:
             stop=self._request.sampling.stop,
             stop_token_ids=self._request.sampling.stop_token_ids,
             incremental=self._request.incremental_tool_calls,
-            argument_checks=argument_checks(self._request, resolution.provider.engine),
+            argument_checks=checks,
             keep_logprobs=keep_logprobs,
             limits=limits.answer,
         )

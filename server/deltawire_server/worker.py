@@ -26,6 +26,7 @@ from deltawire_server.errors import CallerError, Code, DeltawireError, GatewayEr
 from deltawire_server.registry.model import ModelType
 from deltawire_server.registry.registry import require_type
 from deltawire_server.sansio.events import Fault
+from deltawire_server.schemas.strict import argument_checks
 from deltawire_server.stream_options import StreamOptions
 from deltawire_server.telemetry import get_logger
 from deltawire_server.upstream.failures import RETRY_SECONDS
@@ -241,6 +242,7 @@ class Worker:
                     self._images,
                     self._limits.completion,
                     accepted,
+                    checks=await argument_checks(request, resolution.provider.engine),
                     keep_logprobs=keep_logprobs,
                 )
                 record.run(completion)

@@ -90,7 +90,7 @@ async def test_incremental_calls_are_told_piece_by_piece(make_worker: MakeWorker
 async def test_a_defective_check_is_told_as_our_own_fault(make_worker: MakeWorker, vllm: FakeVllm) -> None:
     """A check that raises ends the call with INTERNAL: no verdict, and no end that looks like one."""
 
-    def broken(arguments: str) -> tuple[str, str] | None:
+    def broken(arguments: str, _: object = None, /) -> tuple[str, str] | None:
         raise ZeroDivisionError(arguments)
 
     play(vllm)

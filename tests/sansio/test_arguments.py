@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltawire_server.sansio.events import FailureReason
-from deltawire_server.sansio.tool_calls import find_problem
+from deltawire_server.sansio.tool_calls import MAX_BRACKETS, MAX_EXPLAINED, _Brackets, find_problem
 
 FINE = {
     "empty": "{}",
@@ -137,3 +138,71 @@ def test_never_raises_and_points_into_the_text(text: str) -> None:
     problem = find_problem(text)
     if problem is not None and problem.byte_offset is not None:
         assert 0 <= problem.byte_offset <= len(text.encode("utf-8", "surrogatepass"))
+
+
+LARGE: dict[str, tuple[str, str, int]] = {
+    "a bare word": ('{"a": "' + "x" * MAX_EXPLAINED + '", "b": y}', "invalid character", MAX_EXPLAINED + 15),
+    "characters of several bytes": ('{"a": "' + "é" * MAX_EXPLAINED + '", "b": y}', "invalid character", 2 * MAX_EXPLAINED + 15),
+    "halves of pairs": ('{"a": "' + "\ud800\\udc00" * MAX_EXPLAINED + '", "b": y}', "invalid character", 9 * MAX_EXPLAINED + 15),
+    "an open array": ('{"a": [' + "[]," * MAX_EXPLAINED, "Input data was truncated", 7 + 3 * MAX_EXPLAINED),
+    "NaN": ('{"a": [' + "[]," * MAX_EXPLAINED + "NaN]}", "invalid character", 7 + 3 * MAX_EXPLAINED),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_texts_are_not_parsed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Objects are made of what is wrong only where it is short; the place is exact all the same."""
+    text, message, offset = LARGE[name]
+    monkeypatch.setattr(json, "loads", lambda *_, **__: pytest.fail("parsed"))
+    problem = find_problem(text)
+    assert problem is not None
+    assert (problem.reason, problem.byte_offset) == (FailureReason.MALFORMED_JSON, offset)
+    assert problem.message == f"the arguments are not JSON: {message}"
+
+
+def test_what_is_json_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is read to its end and nothing is made of it; halves of pairs in large texts are part of JSON."""
+    monkeypatch.setattr(json, "loads", lambda *_, **__: pytest.fail("parsed"))
+    assert find_problem('{"a": [' + "[]," * 1_000_000 + "[]]}") is None
+    assert find_problem('{"a": "' + "\ud800" * MAX_EXPLAINED + r"\ud800\\ud800" + '"}') is None
+    problem = find_problem(" [" + "1," * MAX_EXPLAINED + "1]")
+    assert problem is not None
+    assert problem.reason is FailureReason.NOT_AN_OBJECT
+    for text in ('{"a":' * MAX_EXPLAINED, '{"\ud800":' * MAX_EXPLAINED):
+        deep = find_problem(text)
+        assert deep is not None
+        assert deep.message == "the arguments are nested too deeply to be parsed"
+
+
+@given(
+    st.lists(st.sampled_from(['"', "\\", "{", "}", "[", "]", "a", '\\"', ","]), max_size=30),
+    st.lists(st.integers(0, 30)),
+)
+def test_brackets_are_read_in_any_pieces(tokens: list[str], cuts: list[int]) -> None:
+    """Whether the outermost one has been closed does not depend on where the text is cut."""
+    text = "".join(tokens)
+    depth, quoted, closed, escaped = 0, False, False, False
+    for character in text:
+        if escaped:
+            escaped = False
+        elif character == "\\":
+            escaped = True
+        elif character == '"':
+            quoted = not quoted
+        elif not quoted and character in "{}[]":
+            depth += 1 if character in "{[" else -1
+            closed = closed or depth <= 0
+    brackets = _Brackets()
+    edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    for begin, end in itertools.pairwise(edges):
+        brackets.receive(text[begin:end])
+    assert brackets.closed == closed
+
+
+def test_brackets_are_read_up_to_a_number() -> None:
+    """What has more of them counts as open."""
+    brackets = _Brackets()
+    for piece in ("{", "[]" * MAX_BRACKETS, "}"):
+        brackets.receive(piece)
+    assert not brackets.closed
+    assert brackets._brackets == MAX_BRACKETS

@@ -445,8 +445,9 @@ class ToolCallPolicy(_message.Message):
     """When calls are told."""
     validate_schema: _builtins.bool
     """Whether a call's arguments are checked against the tool's `input_schema` before it counts as SUCCEEDED; else it FAILED with
-    SCHEMA_MISMATCH. A schema that is none is then refused before the engine is asked. References to other documents are not
-    followed.
+    SCHEMA_MISMATCH. An invalid schema is then refused before the engine is asked. References to other documents are not
+    followed. Schemas may have at most 256 KiB and 4,000 objects and arrays each, 1 MiB and 20,000 together. The work of all
+    checks of an answer is limited: a call for which it is not enough FAILED, too, and the message says so.
     """
     def __init__(
         self,

@@ -247,8 +247,9 @@ class ToolCallFailure(_message.Message):
     raw_arguments: _builtins.str
     """The arguments as the model wrote them."""
     instance_path: _builtins.str
-    """With SCHEMA_MISMATCH, which part of the arguments does not follow the schema, as a JSON Pointer; "" is all of them.
-    Example: "/cities/2/name". Absent if it is longer than 16 KiB.
+    """With SCHEMA_MISMATCH, which part of the arguments does not follow the schema, as a JSON Pointer; "" is all of them, or a part
+    that would take too much work to find. Absent if it is longer than 16 KiB.
+    Example: "/cities/2/name".
     """
     def __init__(
         self,

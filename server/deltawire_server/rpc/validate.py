@@ -22,7 +22,7 @@ from deltawire_server.rpc import validate_options
 from deltawire_server.rpc.complaints import MAX_FIELD, Complaints
 from deltawire_server.rpc.status import shorten
 from deltawire_server.rpc.validate_content import ContentLimits, ContentReader
-from deltawire_server.schemas import SchemaError, argument_check
+from deltawire_server.schemas import compiled_checks
 from deltawire_server.upstream.request import (
     ChatMessage,
     ChatRequest,
@@ -39,7 +39,6 @@ from deltawire_server.upstream.request import (
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
-    from deltawire_server.upstream.request import ArgumentCheck
 
 KIB = 1024
 
@@ -123,9 +122,19 @@ async def chat_request(message: chat_pb.ChatRequest, limits: ContentLimits | Non
         The request as a plain value; find its provider and send it.
 
     Raises:
-        CallerError: INVALID_REQUEST with every violated field.
+        CallerError: INVALID_REQUEST with every violated field; of schemas that cannot be checked, only if no other field is.
     """
-    return await _ChatReader(limits or ContentLimits()).read(message)
+    request = await _ChatReader(limits or ContentLimits()).read(message)
+    if not message.tool_call_policy.validate_schema:
+        return request
+    # Without a schema any object will do, so there is nothing to check.
+    tools = {tool.name: tool for tool in request.offered_tools if tool.input_schema}
+    checks, errors = await compiled_checks({name: tool.input_schema for name, tool in tools.items()})
+    complain = Complaints()
+    for name, error in errors.items():
+        complain(f"chat.tools[{request.tools.index(tools[name])}].input_schema", str(error))
+    complain.settle()
+    return replace(request, argument_checks=checks)
 
 
 COUNTED = frozenset({"model", "messages", "tools", "tool_choice", "allowed_tools", "reasoning", "chat_template_kwargs"})
@@ -186,8 +195,6 @@ class _ChatReader:
             extra_body=self._extra_body(chat.extra_body),
             user=chat.user,
         )
-        if chat.tool_call_policy.validate_schema:
-            request = replace(request, argument_checks=self._argument_checks(request))
         self._complain.settle()
         return request
 
@@ -284,17 +291,6 @@ class _ChatReader:
             complaint = f"{_quoted(chat.allowed_tools[index])} is not one of the tools: {tools}"
             self._complain(f"chat.allowed_tools[{index}]", complaint)
         return frozenset(chat.allowed_tools)
-
-    def _argument_checks(self, request: ChatRequest) -> dict[str, ArgumentCheck]:
-        """By the name of each offered tool that has a schema; without one any object will do, so there is nothing to check."""
-        checks: dict[str, ArgumentCheck] = {}
-        for tool in request.offered_tools:
-            if tool.input_schema:
-                try:
-                    checks[tool.name] = argument_check(tool.input_schema)
-                except SchemaError as error:
-                    self._complain(f"chat.tools[{request.tools.index(tool)}].input_schema", str(error))
-        return checks
 
     def _tool_choice(self, chat: chat_pb.ChatRequest) -> ToolMode | NamedTool | None:
         if not chat.HasField("tool_choice"):

@@ -1,153 +1,454 @@
-"""How much work a check may be, counted before it is done."""
+"""How much work a check may be, counted before it is done.
+
+**Units.** One unit is about 20 ns: what the validator takes to try an empty subschema. The weights below are measured.
+
+**Two ways.** `Effort.bound` multiplies the most that may be tried along one path into a value by the number of values. It takes
+no time, but knows nothing of schemas that contain themselves, and far too much of those with many alternatives.
+`Effort.count` goes through the arguments as the validator does and remembers what each pair of a subschema and a value takes. So
+it needs a step for each such pair, however often the validator would come there.
+
+Neither knows where the validator stops early, so both are at least what it does.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
+from collections.abc import Iterator
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deltawire_server.schemas.errors import SchemaError
+from deltawire_server.schemas.references import References
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
-_SAME_VALUE = ("allOf", "anyOf", "oneOf", "not", "if", "then", "else", "dependentSchemas", "dependencies")
+MAX_CHAIN = 1000
+"""Subschemas one within the other or referring to one another, along one path; the validator goes down by recursion."""
+
+MAX_EDGES = 20_000
+"""Pairs of subschemas of which one contains the other or refers to it: an anchor can mean several."""
+
+_SAME_VALUE = frozenset(("allOf", "anyOf", "oneOf", "not", "if", "then", "else", "dependentSchemas", "dependencies"))
 """The keywords whose subschemas are tried on the same value."""
 
-_REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
-
-_WITHIN = (
-    (("properties", "additionalProperties"), max),
-    (("patternProperties", "propertyNames", "unevaluatedProperties"), sum),
-    (("prefixItems", "items", "additionalItems"), max),
-    (("contains", "unevaluatedItems"), sum),
-)
-"""The keywords whose subschemas are tried on a value's parts: of the first kind one is on each part, of the second all."""
+_REFERENCES = frozenset(("$ref", "$dynamicRef", "$recursiveRef"))
 
 _UNEVALUATED_FACTOR = 4
-"""To find what is left over, the validator tries the neighbouring keywords again: two to three times were measured."""
+"""To find what is left over, the validator tries the neighboring keywords again: two to three times were measured."""
+
+_COMPARED_FRACTION = 100  # 2 us
+_COMPARED = 10
+"""To compare a value with one of an enumeration that has not only texts, for each value in that."""
+
+BYTES = 16
+"""The weights of texts are per so many bytes."""
+
+_PATTERN_BYTES_WEIGHT = 12 * BYTES  # 240 ns per byte, where a pattern has too many states for a table of them
+_FORMAT_BYTES_WEIGHT = 2 * BYTES  # idn-hostname; and JSON in a text
+_LENGTH_BYTES_WEIGHT = 1  # counting characters, hashing
+
+_BYTES_WEIGHTS = {
+    "pattern": _PATTERN_BYTES_WEIGHT,
+    "format": _FORMAT_BYTES_WEIGHT,
+    "contentMediaType": _FORMAT_BYTES_WEIGHT,
+    "contentEncoding": _FORMAT_BYTES_WEIGHT,
+    "minLength": _LENGTH_BYTES_WEIGHT,
+    "maxLength": _LENGTH_BYTES_WEIGHT,
+    "uniqueItems": _LENGTH_BYTES_WEIGHT,
+    "enum": _LENGTH_BYTES_WEIGHT,
+    "const": _LENGTH_BYTES_WEIGHT,
+}
+
+_UNIQUE_WEIGHT = 100  # for each value within an array of up to 15, in which each item is compared with each other
+_DIVISION_WEIGHT = 150
+_LONG_DIVISION_WEIGHT = 20_000  # by a number of hundreds of digits
+
+_HEAVY_KEYWORDS = frozenset(
+    (
+        *_BYTES_WEIGHTS, "dependentRequired", "dependentSchemas", "dependencies", "patternProperties", "multipleOf", "divisibleBy",
+        "required",
+    )
+)  # fmt: skip
+"""The keywords that take more than one unit."""
+
+_OF_OBJECTS = frozenset(
+    ("properties", "patternProperties", "additionalProperties", "propertyNames", "unevaluatedProperties")
+)
+_OF_ARRAYS = frozenset(("prefixItems", "items", "additionalItems", "contains", "unevaluatedItems"))
+
+_PATH_KEYWORDS = _SAME_VALUE | _REFERENCES | _OF_OBJECTS | _OF_ARRAYS
+"""The keywords with subschemas."""
+
+
+class TooMuchError(Exception):
+    """Counting takes more steps than it may, or what is counted is more than it may be.
+
+    Attributes:
+        steps: Steps of counting.
+    """
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+
+
+class Counted(NamedTuple):
+    """What a check takes.
+
+    Attributes:
+        effort: Units.
+        steps: Steps of counting.
+        explanation: Units of the largest list of errors that can be made: of an `anyOf` or `oneOf` that fails, the validator
+            keeps all errors of all branches, each with a copy of its value.
+    """
+
+    effort: int
+    steps: int
+    explanation: int
+
+
+class _Node:
+    """A subschema, as far as it takes work. One without subschemas is a leaf; equal leaves are one object."""
+
+    __slots__ = (
+        "additional", "alternatives", "bound", "bytes_bound", "bytes_weight", "contains", "every", "factor", "has_parts",
+        "inner", "is_leaf", "items", "names", "patterns", "prefix", "properties", "same", "unique", "weight",
+    )  # fmt: skip
+
+    def __init__(self, weight: int, bytes_weight: int, *, is_leaf: bool = False) -> None:
+        self.is_leaf = is_leaf
+        self.has_parts = False  # whether any of those below is tried on a part of the value
+        self.weight = weight
+        self.bytes_weight = bytes_weight
+        self.bound = weight
+        self.bytes_bound = bytes_weight
+        self.factor = 1
+        self.unique = False
+        self.alternatives = False
+        self.same: list[_Node] = []  # tried on the same value, without the leaves, which are part of the weight
+        self.properties: dict[str, _Node] = {}
+        self.patterns = 0  # regular expressions tried on each name
+        self.every: list[_Node] = []  # tried on each value of an object
+        self.additional: _Node | None = None  # tried on those without a property of their own
+        self.names: _Node | None = None
+        self.prefix: list[_Node] = []
+        self.items: _Node | None = None  # tried on the items after those of the prefix
+        self.contains: list[_Node] = []  # tried on each item
+        self.inner: list[_Node] = []  # all of these that are not leaves
 
 
 class Effort:
-    """The most subschemas of a schema that may be tried on the parts along one path into a value.
+    """What the checks against one schema take.
 
-    It is counted as a validator goes that remembers nothing: where two parts refer to the same third, that counts twice.
+    Args:
+        schema: The whole schema, parsed. Numbers with a fraction are `float`.
+
+    Raises:
+        SchemaError: It refers to itself without end, has too long a chain of references, or references that are not understood.
+
+    Attributes:
+        patterns: How many regular expressions it has.
+        bound: Units for each value; `None` if the schema contains itself.
+        least: The same, where a schema that contains itself does so only once.
+        bytes_bound: Units for each `BYTES` bytes of the arguments; holds if `bound` is a number.
+        has_alternatives: Whether it has `anyOf` or `oneOf`.
     """
 
-    def __init__(self, schema: object, nodes: Iterable[dict[str, Any]]) -> None:
-        self._root = schema
-        self._anchors: dict[str, list[object]] = {}
-        self._resources: dict[str, list[object]] = {}
-        self._known: dict[tuple[int, int], int] = {}
-        self._under_way: set[tuple[int, int]] = set()
-        for node in nodes:
-            for keyword in ("$anchor", "$dynamicAnchor"):
-                if isinstance(name := node.get(keyword), str):
-                    self._anchors.setdefault(name, []).append(node)
-            for keyword in ("$id", "id"):
-                if isinstance(name := node.get(keyword), str):
-                    self._resources.setdefault(_last_segment(name), []).append(node)
+    def __init__(self, schema: object) -> None:
+        self._references = References(schema)
+        self.patterns = self._references.patterns
+        self._leaves: dict[tuple[int, int], _Node] = {}
+        self._nodes: dict[int, _Node] = {}
+        self._waiting: list[tuple[_Node, dict[str, Any]]] = []
+        self._edges = 0
+        self._root = self._node(schema)
+        while self._waiting:
+            self._fill(*self._waiting.pop())
+        nodes = list(self._nodes.values())
+        _, endless = _inside_out(nodes, lambda node: node.same)
+        if endless:
+            raise SchemaError("refers to itself without end")
+        order, recursive = _inside_out(nodes, lambda node: node.inner)
+        for node in order:
+            _bound(node)
+        self.least = self._root.bound
+        self.bound = None if recursive else self._root.bound
+        self.bytes_bound = self._root.bytes_bound
+        self.has_alternatives = any(node.alternatives for node in nodes)
+        # What is kept has no part of the schema's text but the names of properties.
+        del self._references, self._leaves, self._nodes, self._waiting
 
-    def of(self, depth: int) -> int:
-        """For values of this depth.
+    def count(self, value: object, most_steps: int, most: int) -> Counted:
+        """Count what the check of arguments takes.
+
+        Args:
+            value: The arguments, parsed.
+            most_steps: How many pairs of a subschema and a value to look at; each takes about a microsecond.
+            most: How many units it may be.
 
         Raises:
-            SchemaError: It cannot be counted.
+            TooMuchError: It is more.
         """
-        effort = 0
-        for levels in range(depth + 1):  # in turn, so that what a level within needs is known already
-            effort = self._counted(self._root, levels)
-        return effort
-
-    def require_ends(self, nodes: Iterable[dict[str, Any]]) -> None:
-        """Find references that lead back to where they are without going into the value.
-
-        Raises:
-            SchemaError: There is one.
-        """
-        for node in nodes:
-            self._counted(node, 0)
-
-    def _counted(self, node: object, depth: int) -> int:
+        counter = _Counter(most_steps, most)
         try:
-            return self._of(node, depth)
+            effort = counter.count(self._root, value)
         except RecursionError:
-            raise SchemaError("refers from part to part too often") from None
-        finally:
-            self._under_way.clear()
+            raise TooMuchError(counter.steps) from None
+        return Counted(effort, counter.steps, counter.explanation)
 
-    def _of(self, node: object, depth: int) -> int:
-        if not isinstance(node, dict):
-            return 1
-        key = (id(node), depth)
+    def _node(self, schema: object) -> _Node:
+        if not isinstance(schema, dict):
+            return _ANY
+        if _PATH_KEYWORDS.isdisjoint(schema) and "uniqueItems" not in schema:
+            weights = _weights(schema)
+            return self._leaves.get(weights) or self._leaves.setdefault(weights, _Node(*weights, is_leaf=True))
+        node = self._nodes.get(id(schema))
+        if node is None:
+            node = self._nodes[id(schema)] = _Node(*_weights(schema))
+            node.unique = schema.get("uniqueItems") is True
+            self._waiting.append((node, schema))
+        return node
+
+    def _part(self, of: _Node, schema: object) -> _Node:
+        """A subschema within another."""
+        self._edges += 1
+        if self._edges > MAX_EDGES:
+            raise SchemaError("has too many references to anchors of the same name")
+        node = self._node(schema)
+        if not node.is_leaf:
+            of.inner.append(node)
+        return node
+
+    def _fill(self, node: _Node, schema: dict[str, Any]) -> None:
+        for keyword, value in schema.items():
+            if keyword in _SAME_VALUE:
+                for part in _listed(value, named=keyword.startswith("dependen")):
+                    self._add_same(node, part)
+                node.alternatives |= keyword in ("anyOf", "oneOf")
+            elif keyword in _REFERENCES and isinstance(value, str):
+                for part in self._references.targets(value):
+                    self._add_same(node, part)
+            elif keyword in _OF_OBJECTS:
+                node.has_parts = True
+                self._fill_object(node, keyword, value)
+            elif keyword in _OF_ARRAYS:
+                node.has_parts = True
+                self._fill_array(node, keyword, value)
+        if "unevaluatedProperties" in schema or "unevaluatedItems" in schema:
+            node.factor = _UNEVALUATED_FACTOR
+
+    def _fill_object(self, node: _Node, keyword: str, value: object) -> None:
+        if keyword == "properties":
+            if isinstance(value, dict):
+                node.properties = {name: self._part(node, part) for name, part in value.items()}
+        elif keyword == "patternProperties":
+            if isinstance(value, dict):
+                node.patterns = len(value)
+                node.every.extend([self._part(node, part) for part in value.values()])
+        elif keyword == "unevaluatedProperties":
+            node.every.append(self._part(node, value))
+        elif keyword == "additionalProperties":
+            node.additional = self._part(node, value)
+        else:
+            node.names = self._part(node, value)
+
+    def _fill_array(self, node: _Node, keyword: str, value: object) -> None:
+        if keyword in ("contains", "unevaluatedItems"):
+            node.contains.append(self._part(node, value))
+        elif isinstance(value, list):
+            node.prefix.extend([self._part(node, part) for part in value])
+        else:
+            node.items = self._part(node, value)
+
+    def _add_same(self, node: _Node, schema: object) -> None:
+        part = self._part(node, schema)
+        if part.is_leaf:
+            node.weight += part.weight
+            node.bytes_weight += part.bytes_weight
+        else:
+            node.same.append(part)
+
+
+class _Counter:
+    """Counts what the check of one value takes."""
+
+    def __init__(self, most_steps: int, most: int) -> None:
+        self.steps = 0
+        self.explanation = 0
+        self._most_steps = most_steps
+        self._most = most
+        self._known: dict[tuple[int, int], int] = {}
+        self._sizes: dict[int, int] = {}
+
+    def count(self, node: _Node, value: object) -> int:
+        """The units of trying a subschema on a value."""
+        self.steps += 1
+        key = (id(node), id(value))
         if key in self._known:
             return self._known[key]
-        if key in self._under_way:
-            raise SchemaError("refers to itself without end")
-        self._under_way.add(key)
-        effort = 1 + sum(self._of(part, depth) for part in self._on_the_same_value(node))
-        if depth > 0:
-            for keywords, combined in _WITHIN:
-                efforts = [self._within(node[keyword], depth - 1, keyword) for keyword in keywords if keyword in node]
-                effort += combined(efforts or [0])
-        if "unevaluatedProperties" in node or "unevaluatedItems" in node:
-            effort *= _UNEVALUATED_FACTOR
-        self._under_way.remove(key)
+        effort = node.weight
+        for part in node.same:
+            effort += self.count(part, value)
+        if isinstance(value, dict):
+            effort += self._of_object(node, value)
+        elif isinstance(value, list):
+            effort += self._of_array(node, value)
+        elif isinstance(value, str):
+            effort += node.bytes_weight * len(value.encode("utf-8", "surrogatepass")) // BYTES
+        else:
+            effort += node.weight * length_of_number(value)
+        effort *= node.factor
+        if self.steps > self._most_steps or effort > self._most:
+            raise TooMuchError(self.steps)
+        if node.alternatives:
+            self.explanation = max(self.explanation, effort * (3 + self._size(value)))
         self._known[key] = effort
         return effort
 
-    def _on_the_same_value(self, node: dict[str, Any]) -> Iterator[object]:
-        for keyword in _SAME_VALUE:
-            value = node.get(keyword)
-            if isinstance(value, list):
-                yield from value
-            elif keyword in ("dependentSchemas", "dependencies") and isinstance(value, dict):
-                yield from value.values()
-            elif value is not None:
-                yield value
-        for keyword in _REFERENCES:
-            if isinstance(reference := node.get(keyword), str):
-                yield from self._targets(reference)
+    def _of_object(self, node: _Node, value: dict[str, Any]) -> int:
+        effort = 0
+        for name, part in value.items():
+            own = node.properties.get(name)
+            if own is not None:
+                effort += self.count(own, part)
+            if node.additional is not None:
+                effort += self.count(node.additional, part)
+            for every in node.every:
+                effort += self.count(every, part)
+            if node.names is not None:
+                effort += self.count(node.names, name)
+            if node.patterns:
+                effort += node.patterns * (1 + _PATTERN_BYTES_WEIGHT * 4 * len(name) // BYTES)
+        return effort + len(value)
 
-    def _within(self, value: object, depth: int, keyword: str) -> int:
-        if keyword == "properties" and isinstance(value, dict):
-            return max((self._of(part, depth) for part in value.values()), default=0)
-        if keyword == "patternProperties" and isinstance(value, dict):
-            return sum(self._of(part, depth) for part in value.values())
-        if isinstance(value, list):
-            return max((self._of(part, depth) for part in value), default=0)
-        return self._of(value, depth)
+    def _of_array(self, node: _Node, value: list[Any]) -> int:
+        effort = len(value)
+        for index, part in enumerate(value):
+            if index < len(node.prefix):
+                effort += self.count(node.prefix[index], part)
+            elif node.items is not None:
+                effort += self.count(node.items, part)
+            for every in node.contains:
+                effort += self.count(every, part)
+        if node.unique:
+            effort += _UNIQUE_WEIGHT * self._size(value)
+        return effort
 
-    def _targets(self, reference: str) -> Iterator[object]:
-        """What a reference may mean. Whether it means anything at all is for the validator to say."""
-        document, _, fragment = reference.partition("#")
-        named = self._resources.get(_last_segment(document), [])
-        for start in (
-            named if document else [self._root, *(part for parts in self._resources.values() for part in parts)]
-        ):
-            if not fragment:
-                yield start
-                if not document:
-                    return
-            elif fragment.startswith("/"):
-                target = _at(start, fragment)
-                if target is not None:
-                    yield target
-        if fragment and not fragment.startswith("/"):
-            yield from self._anchors.get(fragment, [])
-
-
-def _last_segment(uri: str) -> str:
-    return uri.rstrip("#").rsplit("/", 1)[-1]
+    def _size(self, value: object) -> int:
+        """Values, and a KiB of text as one more."""
+        if isinstance(value, str):
+            return 1 + len(value) // 1024
+        if not isinstance(value, dict | list):
+            return 1
+        size = self._sizes.get(id(value))
+        if size is None:
+            self.steps += len(value)
+            size = 1 + sum(map(self._size, value.values() if isinstance(value, dict) else value))
+            self._sizes[id(value)] = size
+        return size
 
 
-def _at(value: object, pointer: str) -> object | None:
-    """What stands at a JSON Pointer in a URI's fragment."""
-    for step in unquote(pointer).split("/")[1:]:
-        name = step.replace("~1", "/").replace("~0", "~")
-        if isinstance(value, dict):
-            value = value.get(name)
-        elif isinstance(value, list) and name.isdecimal() and int(name) < len(value):
-            value = value[int(name)]
-        else:
-            return None
-    return value
+def length_of_number(value: object) -> int:
+    """How many times the work of a short number this one takes, beyond the first: it is computed with at each try."""
+    if isinstance(value, Decimal):
+        return (len(value.as_tuple().digits) + abs(value.adjusted())) // 8
+    return value.bit_length() // 32 if isinstance(value, int) else 0
+
+
+def _listed(value: object, *, named: bool) -> Iterable[object]:
+    """The subschemas of a keyword that has one, a list of them, or one for each of several names."""
+    if isinstance(value, list):
+        return value
+    return value.values() if named and isinstance(value, dict) else (value,)
+
+
+def _weights(schema: dict[str, Any]) -> tuple[int, int]:
+    """The units of trying a subschema by itself: on any value, and for `BYTES` bytes of a text."""
+    weight = 1 + len(schema)
+    bytes_weight = 0
+    if _HEAVY_KEYWORDS.isdisjoint(schema):
+        return weight, bytes_weight
+    for keyword, value in schema.items():
+        bytes_weight += _BYTES_WEIGHTS.get(keyword, 0)
+        if keyword in ("enum", "const"):
+            weight += _comparison(value)
+        elif keyword in ("dependentRequired", "dependentSchemas", "dependencies") and isinstance(value, dict):
+            weight += len(value)
+        elif keyword == "patternProperties" and isinstance(value, dict):
+            weight += len(value)
+            bytes_weight += _PATTERN_BYTES_WEIGHT * len(value)
+        elif keyword == "uniqueItems":
+            weight += _UNIQUE_WEIGHT
+        elif keyword in ("multipleOf", "divisibleBy") and isinstance(value, int | float):
+            weight += _DIVISION_WEIGHT if 1e-15 < abs(value) < 1e15 else _LONG_DIVISION_WEIGHT
+        elif keyword == "required":
+            weight += 3
+    return weight, bytes_weight
+
+
+def _comparison(value: object) -> int:
+    """What it takes to compare with each value in a list, or with one: next to nothing if they are texts, which are hashed."""
+    if isinstance(value, str) or (isinstance(value, list) and all(isinstance(part, str) for part in value)):
+        return 1
+    weight = 0
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        weight += _COMPARED_FRACTION if isinstance(part, float) else _COMPARED
+        if isinstance(part, dict | list):
+            waiting.extend(part.values() if isinstance(part, dict) else part)
+    return weight
+
+
+def _inside_out(nodes: list[_Node], parts: Callable[[_Node], list[_Node]]) -> tuple[list[_Node], bool]:
+    """Each node after its parts, and whether a node is part of itself.
+
+    Raises:
+        SchemaError: A path is too long.
+    """
+    # Most have none; they need no path.
+    order = [node for node in nodes if not parts(node)]
+    seen = set(order)
+    path = dict[_Node, Iterator[_Node]]()
+    cyclic = False
+    for first in nodes:
+        if first in seen:
+            continue
+        seen.add(first)
+        path[first] = iter(parts(first))
+        while path:
+            above = next(reversed(path))
+            for node in path[above]:
+                if node in path:
+                    cyclic = True
+                elif node not in seen:
+                    seen.add(node)
+                    path[node] = iter(parts(node))
+                    if len(path) > MAX_CHAIN:
+                        raise SchemaError("refers from part to part too often")
+                    break
+            else:
+                del path[above]
+                order.append(above)
+    return order, cyclic
+
+
+def _bound(node: _Node) -> None:
+    """Set what may be tried along one path into a value, from what is set of the parts. One that is not yet counts by itself."""
+    bound, bytes_bound = node.weight, node.bytes_weight
+    every: Iterable[_Node] = node.same
+    if node.has_parts:
+        every = [*node.same, *node.every, *node.contains, *([] if node.names is None else [node.names])]
+        for either, other in ((node.properties.values(), node.additional), (node.prefix, node.items)):
+            parts = [*either, other or _NOTHING]
+            bound += max([part.bound for part in parts])
+            bytes_bound += max([part.bytes_bound for part in parts])
+    for part in every:
+        bound += part.bound
+        bytes_bound += part.bytes_bound
+    node.bound = bound * node.factor
+    node.bytes_bound = bytes_bound * node.factor
+
+
+_NOTHING = _Node(0, 0, is_leaf=True)
+_ANY = _Node(1, 0, is_leaf=True)

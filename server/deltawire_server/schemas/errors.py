@@ -2,4 +2,4 @@
 
 
 class SchemaError(ValueError):
-    """A text is no schema that arguments can be held to; the message says why, and where if that is known."""
+    """An invalid schema, or one that the gateway does not check; the message says why, and where if that is known."""

@@ -150,11 +150,31 @@ class Sampling:
     bad_words: tuple[str, ...] = ()
 
 
-class ArgumentCheck(Protocol):
-    """Tells whether a call's arguments follow its tool's schema."""
+class CheckBudget:
+    """What the checks of one answer may take, all calls of all choices together.
 
-    def __call__(self, arguments: str) -> tuple[str, str] | None:
-        """What is wrong with the JSON text of an object: a JSON Pointer and a sentence; `None` if it follows."""
+    Attributes:
+        left: Units of work; what a unit is, the checks say.
+    """
+
+    __slots__ = ("left",)
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def take(self, units: int) -> bool:
+        """Use some of it up, if there is as much; whether there was."""
+        if units > self.left:
+            return False
+        self.left -= units
+        return True
+
+
+class ArgumentCheck(Protocol):
+    """Checks a call's arguments against its tool's schema."""
+
+    def __call__(self, arguments: str, budget: CheckBudget | None = None, /) -> tuple[str, str] | None:
+        """What is wrong with the JSON text of an object: a JSON Pointer and a sentence; `None` if it follows the schema."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +203,7 @@ class ChatRequest:
         allowed_tools: The names of those of the tools that the model gets to see; empty for all.
         reasoning: How much to think.
         incremental_tool_calls: Whether calls are told while they are written.
-        argument_checks: By the tool's name, what its calls' arguments have to pass; none for tools whose schema is not held.
+        argument_checks: By the tool's name, the check of its calls' arguments; none for tools whose calls are not checked.
         soft_time_limit: Seconds after which the answer ends as it is; `None` for no limit.
         completion_id: The caller's own; empty for none.
         priority: Lower goes earlier; `None` leaves the engine's default.

@@ -51,7 +51,7 @@ def checked(schema: object, arguments: str) -> Prepared:
     """A completion whose one tool has this schema, checked, and whose answer calls it with these arguments."""
 
     def events() -> list[bytes]:
-        pieces = [arguments[at : at + 1 << 16] for at in range(0, len(arguments), 1 << 16)]
+        pieces = [arguments[at : at + (1 << 16)] for at in range(0, len(arguments), 1 << 16)]
         first = script.call(0, "", call_id="call_a", name="get_weather")
         return script.events_of(
             [script.ROLE, first, *(script.call(0, piece) for piece in pieces), script.FINISH, script.USAGE]
