@@ -168,7 +168,7 @@ def test_what_is_json_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = find_problem(" [" + "1," * MAX_EXPLAINED + "1]")
     assert problem is not None
     assert problem.reason is FailureReason.NOT_AN_OBJECT
-    for text in ('{"a":' * MAX_EXPLAINED, '{"\ud800":' * MAX_EXPLAINED):
+    for text in ('{"a":' * MAX_EXPLAINED, '{"\ud800":' * MAX_EXPLAINED, '{"\ud800":' * 5000):
         deep = find_problem(text)
         assert deep is not None
         assert deep.message == "the arguments are nested too deeply to be parsed"
@@ -183,9 +183,11 @@ def test_brackets_are_read_in_any_pieces(tokens: list[str], cuts: list[int]) -> 
     text = "".join(tokens)
     depth, quoted, closed, escaped = 0, False, False, False
     for character in text:
-        if escaped:
+        if escaped and character in '"\\':
             escaped = False
-        elif character == "\\":
+            continue
+        escaped = False  # outside of strings nothing else is escaped, and within them it does not matter
+        if character == "\\":
             escaped = True
         elif character == '"':
             quoted = not quoted
