@@ -279,6 +279,7 @@ class _Counter:
         self._most = most
         self._known: dict[tuple[int, int], int] = {}
         self._sizes: dict[int, int] = {}
+        self._lengths: dict[int, int] = {}
 
     def count(self, node: _Node, value: object) -> int:
         """The units of trying a subschema on a value."""
@@ -294,7 +295,12 @@ class _Counter:
         elif isinstance(value, list):
             effort += self._of_array(node, value)
         elif isinstance(value, str):
-            effort += node.bytes_weight * len(value.encode("utf-8", "surrogatepass")) // BYTES
+            effort += node.bytes_weight * (len(value) if value.isascii() else 4 * len(value)) // BYTES
+        elif isinstance(value, Decimal):
+            length = self._lengths.get(id(value))
+            if length is None:
+                length = self._lengths[id(value)] = length_of_number(value)
+            effort += node.weight * length
         else:
             effort += node.weight * length_of_number(value)
         effort *= node.factor
