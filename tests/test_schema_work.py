@@ -291,7 +291,7 @@ def test_an_optional_value_is_explained() -> None:
 def test_without_alternatives_everything_is_explained() -> None:
     """Then there is one error, whatever the size."""
     schema = {"properties": {"a": {"items": {"type": "integer"}}}}
-    assert explained(schema, {"a": [*range(15_000), "x"]}) == (1, ("/a/15000", '"x" is not of type "integer"'))
+    assert explained(schema, {"a": [*range(9000), "x"]}) == (1, ("/a/9000", '"x" is not of type "integer"'))
 
 
 def test_an_answer_has_one_budget() -> None:

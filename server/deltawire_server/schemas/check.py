@@ -58,7 +58,7 @@ _NODE_BYTES = 1536  # of a compiled subschema, measured: 200 to 1,400
 _TEXT_FACTOR = 4  # bytes for each of the schema's text, in the cache's key, in names and in enumerations
 
 _CALL_EFFORT = 500
-_VALUE_EFFORT = 25  # to parse it and to hand it to the validator
+_VALUE_EFFORT = 40  # to parse it and to hand it to the validator
 _TEXT_BYTES_PER_UNIT = 16  # of the arguments, for the same
 _STEP_EFFORT = 75  # of `Effort.count`
 _MAX_STEPS = 10_000  # of `Effort.count`, for one call
@@ -238,11 +238,11 @@ class SchemaCheck:
         counted = self._count(value, budget)
         return None if counted is None else counted.effort
 
-    def _count(self, value: object, budget: CheckBudget) -> Counted | None:
+    def _count(self, value: object, budget: CheckBudget, *, explained: bool = False) -> Counted | None:
         """Count the check in steps, which use up some of the budget themselves; `None` if it is more than what is left."""
         most_steps = min(_MAX_STEPS, budget.left // _STEP_EFFORT)
         try:
-            counted = self.effort.count(value, most_steps, budget.left)
+            counted = self.effort.count(value, most_steps, budget.left, explained=explained)
         except TooMuchError as error:
             budget.left -= min(budget.left, error.steps * _STEP_EFFORT)
             return None
@@ -252,7 +252,7 @@ class SchemaCheck:
     def _explain(self, value: object, effort: int, budget: CheckBudget) -> tuple[str, str]:
         """Say what is wrong, if that is cheap: at most the check once more, and a list of errors."""
         if self.effort.has_alternatives:
-            counted = self._count(value, budget)
+            counted = self._count(value, budget, explained=True)
             if counted is None or counted.explanation > _MAX_EXPLANATION:
                 return "", _NO_PLACE
             effort = counted.effort + counted.explanation * _EXPLANATION_EFFORT

@@ -98,8 +98,8 @@ class Counted(NamedTuple):
     Attributes:
         effort: Units.
         steps: Steps of counting.
-        explanation: Units of the largest list of errors that can be made: of an `anyOf` or `oneOf` that fails, the validator
-            keeps all errors of all branches, each with a copy of its value.
+        explanation: If it was asked for, the size of the largest list of errors that can be made, as tries times values: if an
+            `anyOf` or `oneOf` fails, the validator keeps all errors of all branches, each with a copy of its value.
     """
 
     effort: int
@@ -178,18 +178,19 @@ class Effort:
         # What is kept has no part of the schema's text but the names of properties.
         del self._references, self._leaves, self._nodes, self._waiting
 
-    def count(self, value: object, most_steps: int, most: int) -> Counted:
+    def count(self, value: object, most_steps: int, most: int, *, explained: bool = False) -> Counted:
         """Count what the check of arguments takes.
 
         Args:
             value: The arguments, parsed.
             most_steps: How many pairs of a subschema and a value to look at; each takes about a microsecond.
             most: How many units it may be.
+            explained: Whether to count the list of errors, too.
 
         Raises:
             TooMuchError: It is more.
         """
-        counter = _Counter(most_steps, most)
+        counter = _Counter(most_steps, most, explained=explained)
         try:
             effort = counter.count(self._root, value)
         except RecursionError:
@@ -272,8 +273,9 @@ class Effort:
 class _Counter:
     """Counts what the check of one value takes."""
 
-    def __init__(self, most_steps: int, most: int) -> None:
+    def __init__(self, most_steps: int, most: int, *, explained: bool) -> None:
         self.steps = 0
+        self._explained = explained
         self.explanation = 0
         self._most_steps = most_steps
         self._most = most
@@ -306,7 +308,7 @@ class _Counter:
         effort *= node.factor
         if self.steps > self._most_steps or effort > self._most:
             raise TooMuchError(self.steps)
-        if node.alternatives:
+        if node.alternatives and self._explained:
             self.explanation = max(self.explanation, effort * (3 + self._size(value)))
         self._known[key] = effort
         return effort
@@ -349,6 +351,8 @@ class _Counter:
         size = self._sizes.get(id(value))
         if size is None:
             self.steps += len(value)
+            if self.steps > self._most_steps:
+                raise TooMuchError(self.steps)
             size = 1 + sum(map(self._size, value.values() if isinstance(value, dict) else value))
             self._sizes[id(value)] = size
         return size
