@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import grpc
 from grpc import aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
+from deltawire_server.rpc import health
 from deltawire_server.settings import ServerSettings, is_local
 from deltawire_server.telemetry import get_logger
 
@@ -79,7 +79,7 @@ class Lifecycle:
     def __init__(self, settings: ServerSettings, interceptors: Sequence[aio.ServerInterceptor], calls: Calls) -> None:
         self._settings = settings
         self._calls = calls
-        self._health = health.aio.HealthServicer()
+        self._health = health.Health()
         self._server = aio.server(interceptors=interceptors, options=_options(settings))
         self._stopping: asyncio.Task[None] | None = None
         self._going_away: asyncio.Task[None] | None = None
@@ -100,13 +100,12 @@ class Lifecycle:
         Raises:
             ListenError: An address is taken, or is none of this machine's; or the certificate cannot be used.
         """
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._server.add_generic_rpc_handlers((self._health.handler(),))
         if self._settings.reflection:
-            self._add_reflection([*services, health.SERVICE_NAME, reflection.SERVICE_NAME])
+            self._add_reflection([*services, health.SERVICE, reflection.SERVICE_NAME])
         credentials = _credentials(self._settings)
         self.addresses = tuple(self._listen(address, credentials) for address in self._settings.listen)
-        for service in services:
-            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        self._health.start(services)
         await self._server.start()
         self.state = State.SERVING
 
@@ -127,7 +126,7 @@ class Lifecycle:
         settings = self._settings
         if self.state is not State.STARTING:
             self.state = State.DRAINING
-            await self._health.enter_graceful_shutdown()
+            self._health.stop()
             if not at_once:
                 _log.info("draining", delay=settings.drain_delay, grace=settings.drain_grace)
                 await asyncio.sleep(settings.drain_delay)

@@ -119,6 +119,24 @@ class ServerSettings(Section):
         default=32 * MIB,
         description="Bytes of the largest request. The default leaves room for a few images; gRPC's own is 4 MiB.",
     )
+    max_receiving: Whole = Field(
+        default=64,
+        ge=1,
+        le=100_000,
+        description=(
+            "Requests that are received at once, each of at most max_receive_bytes; further calls wait, and nothing of "
+            "theirs is received beyond 64 KiB. A small request takes its turn for less than a millisecond; the default "
+            "is 2 GiB of the largest."
+        ),
+    )
+    receive_timeout: Seconds = Field(
+        default=60.0,
+        description=(
+            "Seconds that a request may take to arrive, with its wait for a turn; then the call ends with DEADLINE_EXCEEDED "
+            "(DURATION_LIMIT_EXCEEDED), or RESOURCE_EXHAUSTED (TOO_MANY_STREAMS) if it had no turn. The default lets 16 MiB "
+            "of images come over 3 Mbit/s."
+        ),
+    )
     max_completed_bytes: Bytes = Field(
         default=1 * MIB,
         description=(
