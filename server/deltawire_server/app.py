@@ -125,6 +125,8 @@ class Gateway:
             addresses=list(self.addresses),
             tls="mutual" if server.tls_client_ca_file else "yes" if server.tls else "no",
             access=self._access.summary,
+            file_descriptors=self._lifecycle.descriptors,
+            max_connections=self._lifecycle.max_connections,
             providers={provider.id: list(provider.base_urls) for provider in self._providers.all()},
         )
         exposed = plaintext_addresses(server)

@@ -20,6 +20,7 @@ import grpc
 from grpc import aio
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
+from deltawire_server import descriptors
 from deltawire_server.rpc import health
 from deltawire_server.settings import ServerSettings, is_local
 from deltawire_server.telemetry import get_logger
@@ -34,6 +35,11 @@ FAREWELL_SECONDS = 1.0
 
 MAX_PENDING_REQUESTS = 1_000_000
 """Calls that wait until Python takes them; more than any machine's connections carry at once."""
+
+MAX_PING_STRIKES = 20
+"""Pings sooner than `min_ping_interval` after the one before that end a connection, with ENHANCE_YOUR_CALM; in gRPC 0 means any
+number. A message that the server sends resets the count. A burst is harmless, such as that of a proxy with several timers;
+a flood has hundreds."""
 
 FLUSH_SECONDS = 0.2
 """What the last words get to leave this process."""
@@ -80,7 +86,11 @@ class Lifecycle:
         self._settings = settings
         self._calls = calls
         self._health = health.Health()
-        self._server = aio.server(interceptors=interceptors, options=_options(settings))
+        self.descriptors = descriptors.raise_limit()
+        """How many files and connections the process may have open."""
+        self.max_connections = descriptors.connections(self.descriptors, settings.max_connections)
+        """How many of them clients may have."""
+        self._server = aio.server(interceptors=interceptors, options=_options(settings, self.max_connections))
         self._stopping: asyncio.Task[None] | None = None
         self._going_away: asyncio.Task[None] | None = None
         self.state = State.STARTING
@@ -187,7 +197,7 @@ def _check_socket(path: str) -> None:
     raise ListenError(f"cannot listen on unix:{path}: another process does")
 
 
-def _options(settings: ServerSettings) -> list[tuple[str, int]]:
+def _options(settings: ServerSettings, connections: int = 1) -> list[tuple[str, int]]:
     return [
         # Else a second process on the same port starts silently and takes half of the connections.
         ("grpc.so_reuseport", 0),
@@ -204,8 +214,11 @@ def _options(settings: ServerSettings) -> list[tuple[str, int]]:
         # This is the name that works; grpc.http2.min_recv_ping_interval_without_data_ms is ignored.
         ("grpc.http2.min_ping_interval_without_data_ms", _milliseconds(settings.min_ping_interval)),
         ("grpc.keepalive_permit_without_calls", 1),
-        # A client that pings too often is not worth its streams.
-        ("grpc.http2.max_ping_strikes", 0),
+        ("grpc.http2.max_ping_strikes", MAX_PING_STRIKES),
+        ("grpc.max_concurrent_streams", settings.max_concurrent_streams),
+        # Of each address, and silent ones too.
+        ("grpc.max_allowed_incoming_connections", max(1, connections // len(settings.listen))),
+        ("grpc.server_handshake_timeout_ms", _milliseconds(settings.handshake_timeout)),
         # Without it the window grows to megabytes for a caller that does not read.
         ("grpc.http2.bdp_probe", 0),
     ]
