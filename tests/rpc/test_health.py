@@ -10,7 +10,7 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
-from deltawire_server.rpc import health, interceptors
+from deltawire_server.rpc import health, reflection
 from tests.support.gateway import until
 from tests.support.raw_http2 import message, raw_client
 
@@ -113,13 +113,15 @@ async def test_reflection_without_a_key_answers_one_request(start_gateway: Start
             assert await client.status(stream) == "16"
             wrong = client.call(REFLECT, body=message(b"\xff"), end=True)
             assert await client.status(wrong) == "3"
+            large = client.call(REFLECT, body=message(bytes(5000)), end=True)
+            assert await client.status(large) == "3"
     async with start_gateway() as gateway:
         assert len([each async for each in reflect(gateway, 3)]) == 3
 
 
 async def test_calls_of_reflection_are_bounded(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """RESOURCE_EXHAUSTED above."""
-    monkeypatch.setattr(interceptors, "MAX_REFLECTIONS", 0)
+    monkeypatch.setattr(reflection, "MAX_CALLS", 0)
     assert await code_of(reflect(served, 1)) is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 

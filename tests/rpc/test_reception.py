@@ -190,8 +190,11 @@ async def test_a_request_without_a_turn() -> None:
             reads += 1
             return await asyncio.get_running_loop().create_future()
 
+    async def check(_: bytes) -> None:
+        raise AssertionError("nothing was read")
+
     context: Any = Context()
-    results = await asyncio.gather(reception.receive(context), reception.receive(context), return_exceptions=True)
+    results = await asyncio.gather(*(reception.receive(context, check) for _ in range(2)), return_exceptions=True)
     assert [each.reason for each in results if isinstance(each, DeltawireError)] == [
         Reason.DURATION_LIMIT_EXCEEDED,
         Reason.TOO_MANY_STREAMS,

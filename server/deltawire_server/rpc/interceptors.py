@@ -25,16 +25,16 @@ from grpc import aio
 from deltawire_server.access import Access, bearer_key
 from deltawire_server.admission import Admission
 from deltawire_server.errors import CallerError, DeltawireError, GatewayError, Reason, internal_error
-from deltawire_server.rpc import wire
+from deltawire_server.rpc import reflection, wire
 from deltawire_server.rpc.latch import Latch
-from deltawire_server.rpc.reception import Reception, arrived
+from deltawire_server.rpc.reception import Reception
 from deltawire_server.rpc.resets import QUICK_SECONDS, Resets
 from deltawire_server.rpc.status import MAX_MESSAGE, grpc_code, shorten, trailers_of
 from deltawire_server.telemetry import get_logger
 from deltawire_server.upstream.base import CallContext
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+    from collections.abc import Awaitable, Callable, Iterator, Mapping
 
     from deltawire_server.admission import Place
 
@@ -43,7 +43,6 @@ AUTHORIZATION = "authorization"
 PROVIDER_TOKEN = "x-vllm-api-token"  # noqa: S105 (the name of a header, not a token)
 MAX_REQUEST_ID = 128
 OUR_METHODS = "/deltawire.v1."
-REFLECTION = "/grpc.reflection."
 STREAM_CHAT = "/deltawire.v1.ChatCompletion/StreamChatCompletion"
 ADMITTED = frozenset(
     {
@@ -53,9 +52,6 @@ ADMITTED = frozenset(
     }
 )
 """The methods that need a place: each of their requests is as large as a chat, and costs an engine."""
-
-MAX_REFLECTIONS = 64
-"""Calls of reflection at once: people make them, with tools, one at a time."""
 
 DEADLINE_SLACK = 0.1
 """Seconds: the caller's clock runs out first, and then its cancel arrives before our own clock says the same."""
@@ -140,7 +136,7 @@ class CallInterceptor(aio.ServerInterceptor):
         self._admission = Admission(sys.maxsize) if admission is None else admission
         self._reception = reception or Reception()
         self._resets = Resets()
-        self._reflections = 0
+        self._reflection = reflection.Reflection(self._is_known)
         self._active = 0
         self._draining = False
         self._idle = asyncio.Event()
@@ -174,8 +170,8 @@ class CallInterceptor(aio.ServerInterceptor):
         # As grpc.RpcMethodHandler names what it holds, by what it takes and what it answers.
         behaviour = cast("_Behaviour", getattr(handler, f"{names[handler.request_streaming]}_{names[streams]}"))
         parse = cast("_Parser", handler.request_deserializer or bytes)
-        if method.startswith(REFLECTION):
-            behaviour = self._reflecting(behaviour, parse)
+        if method.startswith(reflection.SERVICES):
+            behaviour = functools.partial(self._reflect, behaviour, parse)
 
         async def wrapped(messages: object, context: _Context) -> object:
             return await self._run(method, behaviour, parse, messages, context)
@@ -246,46 +242,13 @@ class CallInterceptor(aio.ServerInterceptor):
             if method != STREAM_CHAT:
                 raise
 
-    def _reflecting(self, behaviour: _Behaviour, parse: _Parser) -> _Behaviour:
-        """Reflection for everybody, and within bounds: its library reads requests of any size, for as long as they come.
+    async def _reflect(self, library: Any, parse: _Parser, messages: Any, context: _Context) -> None:  # noqa: ANN401
+        """A call of reflection, in the place of the library's own handler."""
+        await self._reflection.answer(library, functools.partial(_parsed, parse), messages, context)
+        call_record(context).latch.succeed()
 
-        Where callers need a key, one without it may make one request, which is not awaited.
-        """
-
-        async def each(messages: AsyncIterator[bytes]) -> AsyncIterator[object]:
-            async for data in messages:
-                yield _parsed(parse, data)
-
-        async def only(data: bytes) -> AsyncIterator[object]:
-            yield _parsed(parse, data)
-
-        async def reflect(messages: object, context: _Context) -> None:
-            if self._reflections >= MAX_REFLECTIONS:
-                raise GatewayError(
-                    Reason.TOO_MANY_STREAMS,
-                    f"this gateway answers {MAX_REFLECTIONS} calls of reflection at once and no more",
-                    metadata={"limit": str(MAX_REFLECTIONS)},
-                    retry_after=1.0,
-                )
-            self._reflections += 1
-            try:
-                requests = each(cast("AsyncIterator[bytes]", messages))
-                if not self._access.knows(_keys(context), _identities(context)):
-                    data = await arrived(context)
-                    if data is None:
-                        message = (
-                            "without an access key, a request of reflection must be small and come with its call: "
-                            "send a key as `authorization: Bearer …`"
-                        )
-                        raise GatewayError(Reason.UNAUTHENTICATED, message)
-                    requests = only(data)
-                async for response in cast("Any", behaviour)(requests, context):
-                    await context.write(response)
-                call_record(context).latch.succeed()
-            finally:
-                self._reflections -= 1
-
-        return reflect
+    def _is_known(self, context: _Context) -> bool:
+        return self._access.knows(_keys(context), _identities(context))
 
     def _authorize(self, method: str, record: CallRecord, context: _Context) -> None:
         """Let the call in or raise; the log line gets the caller's name, and of one who may not, what is missing."""
