@@ -183,6 +183,18 @@ class Access:
             )
         return principal.name
 
+    def knows(self, authorization: Sequence[str], identities: Iterable[str]) -> bool:
+        """Whether a caller is a principal, whatever it may do; true of every caller if everybody may do everything.
+
+        Args:
+            authorization: As for `bearer_key`.
+            identities: As for `authorize`.
+        """
+        try:
+            return self.open or self._principal(bearer_key(authorization), identities) is not None
+        except GatewayError:
+            return False
+
     def _principal(self, bearer_key: str | None, identities: Iterable[str]) -> Principal:
         if bearer_key is not None:
             principal = self._known.get(Key.of(bearer_key))

@@ -19,6 +19,7 @@ from deltawire_server.registry.store import Store
 from deltawire_server.rpc.chat_completion import ChatCompletionServicer
 from deltawire_server.rpc.interceptors import CallInterceptor
 from deltawire_server.rpc.model_registry import ModelRegistryServicer
+from deltawire_server.rpc.reception import Reception
 from deltawire_server.rpc.validate_content import ContentLimits
 from deltawire_server.sansio.completion import Limits
 from deltawire_server.settings import SettingsError, is_local
@@ -89,7 +90,13 @@ class Gateway:
         models = ModelRegistryServicer(
             self._registry, self._providers, slow_watcher_seconds=settings.stream.slow_caller_timeout
         )
-        calls = CallInterceptor(self._worker.end_all, models.end_watches, self._access)
+        calls = CallInterceptor(
+            self._worker.end_all,
+            models.end_watches,
+            self._access,
+            admission=self._worker.admission,
+            reception=Reception(settings.server.max_receiving, settings.server.receive_timeout),
+        )
         self._lifecycle = Lifecycle(settings.server, [calls], calls)
         self._lifecycle.add_service(
             lambda server: chat_completion_pb2_grpc.add_ChatCompletionServicer_to_server(chat, server)
@@ -118,6 +125,8 @@ class Gateway:
             addresses=list(self.addresses),
             tls="mutual" if server.tls_client_ca_file else "yes" if server.tls else "no",
             access=self._access.summary,
+            file_descriptors=self._lifecycle.descriptors,
+            max_connections=self._lifecycle.max_connections,
             providers={provider.id: list(provider.base_urls) for provider in self._providers.all()},
         )
         exposed = plaintext_addresses(server)

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import grpc
 from grpc import aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
+from deltawire_server import descriptors
+from deltawire_server.rpc import health
 from deltawire_server.settings import ServerSettings, is_local
 from deltawire_server.telemetry import get_logger
 
@@ -34,6 +35,11 @@ FAREWELL_SECONDS = 1.0
 
 MAX_PENDING_REQUESTS = 1_000_000
 """Calls that wait until Python takes them; more than any machine's connections carry at once."""
+
+MAX_PING_STRIKES = 20
+"""Pings sooner than `min_ping_interval` after the one before that end a connection, with ENHANCE_YOUR_CALM; in gRPC 0 means any
+number. A message that the server sends resets the count. A burst is harmless, such as that of a proxy with several timers;
+a flood has hundreds."""
 
 FLUSH_SECONDS = 0.2
 """What the last words get to leave this process."""
@@ -79,8 +85,12 @@ class Lifecycle:
     def __init__(self, settings: ServerSettings, interceptors: Sequence[aio.ServerInterceptor], calls: Calls) -> None:
         self._settings = settings
         self._calls = calls
-        self._health = health.aio.HealthServicer()
-        self._server = aio.server(interceptors=interceptors, options=_options(settings))
+        self._health = health.Health()
+        self.descriptors = descriptors.raise_limit()
+        """How many files and connections the process may have open."""
+        self.max_connections = descriptors.connections(self.descriptors, settings.max_connections)
+        """How many of them clients may have."""
+        self._server = aio.server(interceptors=interceptors, options=_options(settings, self.max_connections))
         self._stopping: asyncio.Task[None] | None = None
         self._going_away: asyncio.Task[None] | None = None
         self.state = State.STARTING
@@ -100,13 +110,12 @@ class Lifecycle:
         Raises:
             ListenError: An address is taken, or is none of this machine's; or the certificate cannot be used.
         """
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._server.add_generic_rpc_handlers((self._health.handler(),))
         if self._settings.reflection:
-            self._add_reflection([*services, health.SERVICE_NAME, reflection.SERVICE_NAME])
+            self._add_reflection([*services, health.SERVICE, reflection.SERVICE_NAME])
         credentials = _credentials(self._settings)
         self.addresses = tuple(self._listen(address, credentials) for address in self._settings.listen)
-        for service in services:
-            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        self._health.start(services)
         await self._server.start()
         self.state = State.SERVING
 
@@ -127,7 +136,7 @@ class Lifecycle:
         settings = self._settings
         if self.state is not State.STARTING:
             self.state = State.DRAINING
-            await self._health.enter_graceful_shutdown()
+            self._health.stop()
             if not at_once:
                 _log.info("draining", delay=settings.drain_delay, grace=settings.drain_grace)
                 await asyncio.sleep(settings.drain_delay)
@@ -188,7 +197,7 @@ def _check_socket(path: str) -> None:
     raise ListenError(f"cannot listen on unix:{path}: another process does")
 
 
-def _options(settings: ServerSettings) -> list[tuple[str, int]]:
+def _options(settings: ServerSettings, connections: int = 1) -> list[tuple[str, int]]:
     return [
         # Else a second process on the same port starts silently and takes half of the connections.
         ("grpc.so_reuseport", 0),
@@ -205,8 +214,11 @@ def _options(settings: ServerSettings) -> list[tuple[str, int]]:
         # This is the name that works; grpc.http2.min_recv_ping_interval_without_data_ms is ignored.
         ("grpc.http2.min_ping_interval_without_data_ms", _milliseconds(settings.min_ping_interval)),
         ("grpc.keepalive_permit_without_calls", 1),
-        # A client that pings too often is not worth its streams.
-        ("grpc.http2.max_ping_strikes", 0),
+        ("grpc.http2.max_ping_strikes", MAX_PING_STRIKES),
+        ("grpc.max_concurrent_streams", settings.max_concurrent_streams),
+        # Of each address, and silent ones too.
+        ("grpc.max_allowed_incoming_connections", max(1, connections // len(settings.listen))),
+        ("grpc.server_handshake_timeout_ms", _milliseconds(settings.handshake_timeout)),
         # Without it the window grows to megabytes for a caller that does not read.
         ("grpc.http2.bdp_probe", 0),
     ]

@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from deltawire_server.admission import Admission
 from deltawire_server.completion import Completion, CompletionLimits
 from deltawire_server.completions.records import Outcome, Records
 from deltawire_server.completions.retention import Retention, RetentionLimits
@@ -29,13 +30,13 @@ from deltawire_server.sansio.events import Fault
 from deltawire_server.schemas.strict import argument_checks
 from deltawire_server.stream_options import StreamOptions
 from deltawire_server.telemetry import get_logger
-from deltawire_server.upstream.failures import RETRY_SECONDS
 from deltawire_server.upstream.images.load import Images
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from contextlib import AbstractAsyncContextManager
 
+    from deltawire_server.admission import Place
     from deltawire_server.completions.records import Record
     from deltawire_server.completions.retention import RetainedStream
     from deltawire_server.registry.registry import ModelRegistry, Resolution
@@ -61,11 +62,13 @@ class Caller:
         call: What of the caller's metadata goes on.
         name: Keeps callers' completions apart; empty where callers are not told apart.
         deadline_passed: Whether the call's deadline has; asked when the call is cancelled.
+        place: The call's own, which its completion takes over; without one the completion takes another.
     """
 
     call: CallContext
     name: str = ""
     deadline_passed: Callable[[], bool] = _no_deadline
+    place: Place | None = None
 
     def left(self) -> Outcome:
         """How a completion ended whose caller has left."""
@@ -110,7 +113,7 @@ class Worker:
         self._providers = providers
         self._limits = limits or WorkerLimits()
         self._images = images or Images()
-        self._active = 0
+        self.admission = Admission(self._limits.max_streams)
         self._completions: set[Completion] = set()
         self._records = Records()
         self._retention = Retention(self._limits.retention)
@@ -118,8 +121,8 @@ class Worker:
 
     @property
     def active(self) -> int:
-        """How many completions are under way."""
-        return self._active
+        """How many completions are under way, with the calls that may become one."""
+        return self.admission.active
 
     def end_all(self) -> None:
         """End every completion now: this process stops. Each sends what came, and then that it was ended."""
@@ -183,18 +186,24 @@ class Worker:
         options = options or StreamOptions()
         earlier = self._records.current(caller.name, request.completion_id)
         if earlier is not None and earlier.stream is not None and earlier.fingerprint == fingerprint:
+            if caller.place is not None:
+                caller.place.release()  # the completion has its own
             return earlier.stream
-        record = self._admit(caller, request.completion_id, fingerprint)
+        record, place = self._admit(caller, request.completion_id, fingerprint)
         stream = record.stream = self._retention.open(
             options.retention or 0.0, functools.partial(self._records.released, record), whole=keep_logprobs
         )
-        running = self._run(record, request, caller, options, keep_logprobs=keep_logprobs)
+        running = self._run(record, place, request, caller, options, keep_logprobs=keep_logprobs)
         task = asyncio.create_task(self._generate(running, stream, caller), name=record.completion_id)
         # Not before the task has begun: one that is cancelled earlier never gets to its end.
         stream.abandoned = functools.partial(asyncio.get_running_loop().call_soon, task.cancel)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return stream
+
+    def is_current(self, caller: Caller, completion_id: str) -> bool:
+        """Whether a completion of the caller's with this id is under way or retained: `open` joins it, or refuses the id."""
+        return self._records.current(caller.name, completion_id) is not None
 
     @contextlib.asynccontextmanager
     async def completion(
@@ -217,14 +226,21 @@ class Worker:
             GatewayError: Too many completions.
             DeltawireError: The model cannot be found or cannot chat, or the completion's id is taken.
         """
-        record = self._admit(caller, request.completion_id)
-        running = self._run(record, request, caller, options or StreamOptions(), keep_logprobs=keep_logprobs)
+        record, place = self._admit(caller, request.completion_id)
+        running = self._run(record, place, request, caller, options or StreamOptions(), keep_logprobs=keep_logprobs)
         async with running as completion:
             yield completion
 
     @contextlib.asynccontextmanager
     async def _run(
-        self, record: Record, request: ChatRequest, caller: Caller, options: StreamOptions, *, keep_logprobs: bool
+        self,
+        record: Record,
+        place: Place,
+        request: ChatRequest,
+        caller: Caller,
+        options: StreamOptions,
+        *,
+        keep_logprobs: bool,
     ) -> AsyncIterator[Completion]:
         """An admitted completion to its end, which its record remembers."""
         accepted = time.monotonic()
@@ -259,7 +275,7 @@ class Worker:
                 outcome = record.stream.left
             raise
         finally:
-            self._active -= 1
+            place.release()
             self._records.end(record, outcome)
 
     @contextlib.asynccontextmanager
@@ -300,23 +316,19 @@ class Worker:
             count = await resolution.provider.count_tokens(request, resolution.model.provider_model_id, call)
         return count, resolution
 
-    def _admit(self, caller: Caller, completion_id: str, fingerprint: bytes = b"") -> Record:
-        """The record of one more completion; it counts as active until `_run` has ended.
+    def _admit(self, caller: Caller, completion_id: str, fingerprint: bytes = b"") -> tuple[Record, Place]:
+        """The record of one more completion, and its place, which `_run` releases at its end.
 
         Raises:
             CallerError: COMPLETION_ALREADY_EXISTS.
             GatewayError: TOO_MANY_STREAMS.
         """
-        if self._active >= self._limits.max_streams:
-            raise GatewayError(
-                Reason.TOO_MANY_STREAMS,
-                f"this gateway serves {self._limits.max_streams} completions at once and no more",
-                metadata={"limit": str(self._limits.max_streams)},
-                retry_after=RETRY_SECONDS,
-            )
-        record = self._records.begin(caller.name, completion_id, fingerprint)
-        self._active += 1
-        return record
+        place = (caller.place or self.admission.place()).hand_over()
+        try:
+            return self._records.begin(caller.name, completion_id, fingerprint), place
+        except DeltawireError:
+            place.release()
+            raise
 
     async def _generate(
         self, running: AbstractAsyncContextManager[Completion], stream: RetainedStream, caller: Caller

@@ -174,7 +174,7 @@ async def test_without_access_nobody_is_asked(
 
 
 async def test_who_may_not_call_learns_nothing_else(start_gateway: StartGateway, vllm: FakeVllm) -> None:
-    """Refused before the request is read, and before admission."""
+    """Access is checked before admission, and admission before the request is received and validated."""
     gate = asyncio.Event()
     vllm.play(Script.chunks([CHUNKS.role(), gate, CHUNKS.finish()]))
     known = bearer(OPS)
@@ -182,7 +182,7 @@ async def test_who_may_not_call_learns_nothing_else(start_gateway: StartGateway,
         messages = aiter(gateway.stream(metadata=known))
         await anext(messages)
         wrong = chat_pb.ChatRequest()
-        assert (await failure_of(gateway.create(wrong, metadata=known))).reason == "INVALID_REQUEST"
+        assert (await failure_of(gateway.create(wrong, metadata=known))).reason == "TOO_MANY_STREAMS"
         assert (await failure_of(gateway.create(wrong))).reason == "UNAUTHENTICATED"
         assert (await failure_of(gateway.create(metadata=known))).reason == "TOO_MANY_STREAMS"
         assert (await failure_of(gateway.create())).reason == "UNAUTHENTICATED"

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _SERVICE = "/deltawire.v1."
 _STREAM = f"{_SERVICE}ChatCompletion/StreamChatCompletion"
 _CREATE = f"{_SERVICE}ChatCompletion/CreateChatCompletion"
+_KINDS = {True: "stream", False: "unary"}
 _Context = aio.ServicerContext[Any, Any]
 
 
@@ -46,13 +47,15 @@ class Recorder(aio.ServerInterceptor):
         method = handler_call_details.method
         if handler is None or not method.startswith(_SERVICE):
             return cast("grpc.RpcMethodHandler[Any, Any]", handler)
-        behaviour = cast("Any", handler.unary_stream if handler.response_streaming else handler.unary_unary)
-        make = (
-            grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
-        )
+        # The gateway reads the one request of a call itself, so to gRPC its methods have a stream of them.
+        kind = f"{_KINDS[handler.request_streaming]}_{_KINDS[handler.response_streaming]}"
+        behaviour = cast("Any", getattr(handler, kind))
+        make = getattr(grpc, f"{kind}_rpc_method_handler")
 
         async def recorded(request: object, context: _Context) -> object:
             recording = _Recording(context)
+            if not handler.request_streaming:
+                recording.request = request
             answer, ended = None, False
             try:
                 # A handler that yields is read here, so that gRPC sees one that writes.
@@ -63,12 +66,12 @@ class Recorder(aio.ServerInterceptor):
                     answer = await behaviour(request, recording)
                 ended = True
             finally:
-                self._check(method, request, recording, answer, recording.ending(ended=ended))
+                self._check(method, recording.request, recording, answer, recording.ending(ended=ended))
             return answer
 
         return cast(
             "grpc.RpcMethodHandler[Any, Any]",
-            cast("Any", make)(recorded, handler.request_deserializer, handler.response_serializer),
+            make(recorded, handler.request_deserializer, handler.response_serializer),
         )
 
     def _check(self, method: str, request: object, recording: _Recording, answer: object, ending: Ending) -> None:
@@ -102,6 +105,7 @@ class _Recording:
     """A call's context that keeps what the handler sends and how it ends the call."""
 
     def __init__(self, context: _Context) -> None:
+        self.request: object = b""
         self.responses: list[Any] = []
         self._context = context
         self._initial: tuple[Any, ...] = ()
@@ -111,6 +115,10 @@ class _Recording:
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 (all that is not recorded)
         return getattr(self._context, name)
+
+    async def read(self) -> object:
+        self.request = await self._context.read()
+        return self.request
 
     async def write(self, message: Any) -> None:  # noqa: ANN401
         # A copy, since a writer may use its message again.

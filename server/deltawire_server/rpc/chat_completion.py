@@ -97,9 +97,14 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         if start is None:
             raise invalid_request([Violation("start", "is required: set chat or resume")])
         if start == "resume":
+            if record.place is not None:
+                record.place.release()  # no new completion
             completion_id, after = validate_options.resume(request)
             await self._follow(self._worker.resume(caller, completion_id), after, caller, record, context)
             return
+        # An id that is in use joins its completion, which has a place, or is refused.
+        if record.place is not None and not self._worker.is_current(caller, request.chat.completion_id):
+            record.place.take()
         chat = await validate.chat_request(request.chat, self._content_limits)
         options = validate_options.stream_options(request.options, self._max_retention)
         if chat.completion_id or options.retention is not None:
@@ -214,7 +219,7 @@ def _fingerprint(request: chat_pb.CreateChatCompletionRequest | chat_pb.StreamCh
 
 
 def _caller(record: CallRecord, context: _Context) -> Caller:
-    return Caller(record.call, record.caller, lambda: deadline_passed(context))
+    return Caller(record.call, record.caller, lambda: deadline_passed(context), record.place)
 
 
 @contextmanager

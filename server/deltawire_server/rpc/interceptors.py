@@ -1,4 +1,7 @@
-"""What every call goes through: a request id, who calls, the drain gate, a status for what failed, and one log line.
+"""What every call goes through: who calls, the drain gate, admission, receiving, a status for what failed, and a log line.
+
+The order is by cost. A call is refused by its headers and certificate before its request is received, and its request is parsed
+and validated only if there is a place for it.
 
 Handlers raise `DeltawireError` and know nothing of statuses. Nothing is sent before a handler sends it: not even initial
 metadata, so that a call that fails before its first event stays retriable for clients and proxies.
@@ -9,7 +12,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import functools
 import secrets
+import sys
 import time
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,9 +23,12 @@ from google.protobuf.message import DecodeError
 from grpc import aio
 
 from deltawire_server.access import Access, bearer_key
+from deltawire_server.admission import Admission
 from deltawire_server.errors import CallerError, DeltawireError, GatewayError, Reason, internal_error
-from deltawire_server.rpc import wire
+from deltawire_server.rpc import reflection, wire
 from deltawire_server.rpc.latch import Latch
+from deltawire_server.rpc.reception import Reception
+from deltawire_server.rpc.resets import QUICK_SECONDS, Resets
 from deltawire_server.rpc.status import MAX_MESSAGE, grpc_code, shorten, trailers_of
 from deltawire_server.telemetry import get_logger
 from deltawire_server.upstream.base import CallContext
@@ -28,11 +36,23 @@ from deltawire_server.upstream.base import CallContext
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping
 
+    from deltawire_server.admission import Place
+
 REQUEST_ID = "x-request-id"
 AUTHORIZATION = "authorization"
 PROVIDER_TOKEN = "x-vllm-api-token"  # noqa: S105 (the name of a header, not a token)
 MAX_REQUEST_ID = 128
 OUR_METHODS = "/deltawire.v1."
+STREAM_CHAT = "/deltawire.v1.ChatCompletion/StreamChatCompletion"
+ADMITTED = frozenset(
+    {
+        "/deltawire.v1.ChatCompletion/CreateChatCompletion",
+        STREAM_CHAT,
+        "/deltawire.v1.ChatCompletion/CountTokens",
+    }
+)
+"""The methods that need a place: each of their requests is as large as a chat, and costs an engine."""
+
 DEADLINE_SLACK = 0.1
 """Seconds: the caller's clock runs out first, and then its cancel arrives before our own clock says the same."""
 
@@ -63,6 +83,7 @@ class CallRecord:
             is known.
         latch: How it ends.
         values: What the handler adds to the log line: model, usage and the like.
+        place: The call's in `Admission`, if its method needs one; taken already, unless the call may resume a completion.
     """
 
     def __init__(self, call: CallContext) -> None:
@@ -70,6 +91,7 @@ class CallRecord:
         self.caller = ""
         self.latch = Latch()
         self.values: dict[str, object] = {}
+        self.place: Place | None = None
 
 
 _record: contextvars.ContextVar[CallRecord] = contextvars.ContextVar("deltawire_call")
@@ -89,12 +111,14 @@ def call_context(context: _Context) -> CallContext:
 
 
 class CallInterceptor(aio.ServerInterceptor):
-    """Wraps every call of our own services. Health and reflection are left alone: they answer to the end.
+    """Wraps every call. Health and reflection answer to the end and wait for no place; their log lines are at level debug.
 
     Args:
         end_calls: Ends the calls under way that can be ended with a word to the caller.
         end_watches: Ends those that would go on for ever.
         access: Who may call; by default everybody.
+        admission: The places of completions; by default without a bound.
+        reception: Receives the requests.
     """
 
     def __init__(
@@ -102,10 +126,17 @@ class CallInterceptor(aio.ServerInterceptor):
         end_calls: Callable[[], None] = lambda: None,
         end_watches: Callable[[], None] = lambda: None,
         access: Access | None = None,
+        *,
+        admission: Admission | None = None,
+        reception: Reception | None = None,
     ) -> None:
         self._end_calls = end_calls
         self._end_watches = end_watches
         self._access = Access() if access is None else access
+        self._admission = Admission(sys.maxsize) if admission is None else admission
+        self._reception = reception or Reception()
+        self._resets = Resets()
+        self._reflection = reflection.Reflection(self._is_known)
         self._active = 0
         self._draining = False
         self._idle = asyncio.Event()
@@ -129,37 +160,48 @@ class CallInterceptor(aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler:
-        """Find the handler and wrap it."""
+        """Find the handler and wrap it in one that receives nothing before the call is let in."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
-        if handler is None or not method.startswith(OUR_METHODS):
+        if handler is None:
             return cast("_Handler", handler)  # grpc takes None for an unknown method; its types do not say so
-        behaviour = cast("_Behaviour", handler.unary_stream if handler.response_streaming else handler.unary_unary)
-
+        streams = handler.response_streaming
+        names = {True: "stream", False: "unary"}
+        # As grpc.RpcMethodHandler names what it holds, by what it takes and what it answers.
+        behaviour = cast("_Behaviour", getattr(handler, f"{names[handler.request_streaming]}_{names[streams]}"))
         parse = cast("_Parser", handler.request_deserializer or bytes)
+        if method.startswith(reflection.SERVICES):
+            behaviour = functools.partial(self._reflect, behaviour, parse)
 
-        async def wrapped(data: bytes, context: _Context) -> object:
-            return await self._run(method, behaviour, parse, data, context)
+        async def wrapped(messages: object, context: _Context) -> object:
+            return await self._run(method, behaviour, parse, messages, context)
 
-        make = (
-            grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
-        )
+        make = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
         return cast("_Handler", cast("Any", make)(wrapped, None, handler.response_serializer))
 
-    async def _run(self, method: str, behaviour: _Behaviour, parse: _Parser, data: bytes, context: _Context) -> object:
+    async def _run(
+        self, method: str, behaviour: _Behaviour, parse: _Parser, messages: object, context: _Context
+    ) -> object:
+        ours = method.startswith(OUR_METHODS)
         metadata = _metadata(context)
         record = CallRecord(_call_context(metadata))
         with contextlib.ExitStack() as counted:
-            counted.enter_context(self._counted())
-            with _entered(record), _logged(method, record, context, metadata) as outcome:
+            if ours:
+                counted.enter_context(self._counted())
+            with (
+                _entered(record),
+                self._logged(method, record, context, metadata) as outcome,
+                self._admission.place() as place,
+            ):
                 try:
-                    self._authorize(method, record, context)
-                    if self._draining:
-                        message = "this process is shutting down; another one serves"
-                        raise GatewayError(Reason.DRAINING, message, retry_after=DRAINING_RETRY_SECONDS)
-                    await wire.check(data, method)
-                    request = _parsed(parse, data)
-                    del data
+                    if ours:
+                        self._authorize(method, record, context)
+                        self._admit(method, record, place)
+                        data = await self._reception.receive(context, functools.partial(wire.check, method=method))
+                        request = _parsed(parse, data)
+                        del data
+                    else:
+                        request = messages
                     with _gone_is_cancelled():
                         response = await behaviour(request, context)
                         if response is not None:  # a stream has sent its id with its first message
@@ -185,18 +227,74 @@ class CallInterceptor(aio.ServerInterceptor):
             finally:
                 unread.cancel()
 
+    def _admit(self, method: str, record: CallRecord, place: Place) -> None:
+        """Refuse the call if this process ends, or if its method needs a place and there is none."""
+        if self._draining:
+            message = "this process is shutting down; another one serves"
+            raise GatewayError(Reason.DRAINING, message, retry_after=DRAINING_RETRY_SECONDS)
+        if method not in ADMITTED:
+            return
+        record.place = place
+        try:
+            place.take()
+        except GatewayError:
+            # It may resume a completion that has a place, which only its request says.
+            if method != STREAM_CHAT:
+                raise
+
+    async def _reflect(self, library: Any, parse: _Parser, messages: Any, context: _Context) -> None:  # noqa: ANN401
+        """A call of reflection, in the place of the library's own handler."""
+        await self._reflection.answer(library, functools.partial(_parsed, parse), messages, context)
+        call_record(context).latch.succeed()
+
+    def _is_known(self, context: _Context) -> bool:
+        return self._access.knows(_keys(context), _identities(context))
+
     def _authorize(self, method: str, record: CallRecord, context: _Context) -> None:
         """Let the call in or raise; the log line gets the caller's name, and of one who may not, what is missing."""
         if self._access.open:
             record.caller = next(iter(_identities(context)), "")
             return  # also those whose authorization header is for somebody else on the way
-        key = bearer_key([value for name, value in _pairs(context) if name == AUTHORIZATION])
+        key = bearer_key(_keys(context))
         try:
             record.caller = self._access.authorize(method, key, _identities(context)) or ""
             record.values["caller"] = record.caller
         except GatewayError as refused:
             record.values.update(refused.metadata)
             raise
+
+    @contextlib.contextmanager
+    def _logged(
+        self, method: str, record: CallRecord, context: _Context, metadata: Mapping[str, str]
+    ) -> Iterator[_Outcome]:
+        """Log the call when it has ended, however that was."""
+        begin = time.monotonic()
+        outcome = _Outcome()
+        # Until something better is known: a caller's cancel and deadline both arrive as a cancelled task.
+        outcome.code = "CANCELLED"
+        try:
+            yield outcome
+            if outcome.code == "CANCELLED":
+                outcome.code = "OK"
+        finally:
+            if outcome.code == "CANCELLED" and deadline_passed(context):
+                outcome.code = "DEADLINE_EXCEEDED"
+            seconds = time.monotonic() - begin
+            if outcome.code != "CANCELLED" or seconds >= QUICK_SECONDS or self._resets.first(context.peer()):
+                ours = method.startswith(OUR_METHODS)
+                log = _log.error if outcome.defect is not None else _log.info if ours else _log.debug
+                log(
+                    "call",
+                    method=method.removeprefix("/"),
+                    code=outcome.code,
+                    request_id=record.call.request_id,
+                    peer=context.peer(),
+                    user_agent=metadata.get("user-agent", ""),
+                    seconds=round(seconds, 6),
+                    **record.values,
+                    **outcome.values,
+                    exc_info=outcome.defect,
+                )
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
@@ -243,35 +341,6 @@ def _entered(record: CallRecord) -> Iterator[None]:
         _record.reset(mark)
 
 
-@contextlib.contextmanager
-def _logged(method: str, record: CallRecord, context: _Context, metadata: Mapping[str, str]) -> Iterator[_Outcome]:
-    """Log the call when it has ended, however that was."""
-    begin = time.monotonic()
-    outcome = _Outcome()
-    # Until something better is known: a caller's cancel and deadline both arrive as a cancelled task.
-    outcome.code = "CANCELLED"
-    try:
-        yield outcome
-        if outcome.code == "CANCELLED":
-            outcome.code = "OK"
-    finally:
-        if outcome.code == "CANCELLED" and deadline_passed(context):
-            outcome.code = "DEADLINE_EXCEEDED"
-        log = _log.error if outcome.defect is not None else _log.info
-        log(
-            "call",
-            method=method.removeprefix("/"),
-            code=outcome.code,
-            request_id=record.call.request_id,
-            peer=context.peer(),
-            user_agent=metadata.get("user-agent", ""),
-            seconds=round(time.monotonic() - begin, 6),
-            **record.values,
-            **outcome.values,
-            exc_info=outcome.defect,
-        )
-
-
 def _parsed(parse: _Parser, data: bytes) -> object:
     """The request's message. Not left to gRPC, which calls a message that cannot be parsed UNKNOWN and logs a traceback.
 
@@ -296,6 +365,11 @@ def _metadata(context: _Context) -> dict[str, str]:
 
 def _pairs(context: _Context) -> Iterator[tuple[str, str]]:
     return ((key, value) for key, value in context.invocation_metadata() or () if isinstance(value, str))
+
+
+def _keys(context: _Context) -> list[str]:
+    """The values of the call's authorization headers."""
+    return [value for name, value in _pairs(context) if name == AUTHORIZATION]
 
 
 def _identities(context: _Context) -> list[str]:

@@ -115,9 +115,55 @@ class ServerSettings(Section):
             "is about what one process forwards at full speed; each takes one connection to a provider."
         ),
     )
+    max_connections: Whole = Field(
+        default=10_000,
+        ge=1,
+        le=1_000_000,
+        description=(
+            "Connections of clients at once, on all addresses together; more are closed as soon as they are accepted. Never "
+            "more than half of the process's file descriptors, whose limit is raised to the hard one at start-up (see `serving` "
+            "in the log). The default is ten times what proxies with a few connections each need; an idle one takes about "
+            "30 KiB."
+        ),
+    )
+    max_concurrent_streams: Whole = Field(
+        default=2000,
+        ge=1,
+        le=100_000,
+        description=(
+            "Calls at once on one connection; a client delays further ones or opens another connection. The default is "
+            "twice that of max_streams, since a proxy may send everything over one connection: do not set it lower than "
+            "max_streams."
+        ),
+    )
+    handshake_timeout: Seconds = Field(
+        default=10.0,
+        description=(
+            "Seconds that a new connection may take until TLS and HTTP/2 are set up; then it is closed. The default "
+            "outlasts a slow mobile network; gRPC's own is 120, in which a silent connection would keep its place."
+        ),
+    )
     max_receive_bytes: Bytes = Field(
         default=32 * MIB,
         description="Bytes of the largest request. The default leaves room for a few images; gRPC's own is 4 MiB.",
+    )
+    max_receiving: Whole = Field(
+        default=64,
+        ge=1,
+        le=100_000,
+        description=(
+            "Requests that are received at once, each of at most max_receive_bytes; further calls wait, and nothing of "
+            "theirs is received beyond 64 KiB. A small request takes its turn for less than a millisecond; the default "
+            "is 2 GiB of the largest."
+        ),
+    )
+    receive_timeout: Seconds = Field(
+        default=60.0,
+        description=(
+            "Seconds that a request may take to arrive, with its wait for a turn; then the call ends with DEADLINE_EXCEEDED "
+            "(DURATION_LIMIT_EXCEEDED), or RESOURCE_EXHAUSTED (TOO_MANY_STREAMS) if it had no turn. The default lets 16 MiB "
+            "of images come over 3 Mbit/s."
+        ),
     )
     max_completed_bytes: Bytes = Field(
         default=1 * MIB,
@@ -156,10 +202,11 @@ class ServerSettings(Section):
         ),
     )
     min_ping_interval: Seconds = Field(
-        default=10.0,
+        default=5.0,
         description=(
-            "Seconds that must lie between two keepalive pings of a client. The default leaves room for the Python "
-            "client's 30 and for proxies that ping more often."
+            "Seconds that must lie between two keepalive pings of a client; after 20 that come sooner its connection is "
+            "closed with ENHANCE_YOUR_CALM. The default is half of the 10 below which gRPC clients do not ping, since "
+            "networks do not deliver them evenly."
         ),
     )
     keepalive_time: Seconds = Field(

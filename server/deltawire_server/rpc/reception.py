@@ -1,0 +1,107 @@
+"""Receiving requests: only after access and admission, a bounded number at a time, within a bounded time.
+
+gRPC receives the request of a unary method before its handler runs. So every handler of ours is registered as one whose
+requests are a stream: gRPC then receives nothing beyond the first 64 KiB (the HTTP/2 window of a stream) until `read` is
+called. On the wire the two are the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from deltawire_server.errors import CallerError, Code, GatewayError, Reason
+from deltawire_server.upstream.failures import RETRY_SECONDS
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from grpc import aio
+
+    _Context = aio.ServicerContext[Any, Any]
+
+ARRIVAL_TURNS = 4
+ARRIVAL_SECONDS = 0.0004
+"""So many times so long a request is awaited where no key is needed: for health and reflection.
+
+Clients send a small request together with the call's headers, or microseconds later: gRPC has it before the handler runs.
+To read it opens the window to all of its message, whatever the size; in this time about 2 MiB arrive from the same machine.
+Several turns of the event loop, so that what arrived while the loop was busy is seen."""
+
+
+class Reception:
+    """Receives requests of callers who may call.
+
+    Args:
+        limit: Requests that are received at once; further calls wait, with at most 64 KiB of theirs in memory.
+        timeout: Seconds that one request may take, with its wait.
+    """
+
+    def __init__(self, limit: int = 64, timeout: float = 60.0) -> None:
+        self._limit = limit
+        self._turns = asyncio.Semaphore(limit)
+        self._timeout = timeout
+
+    async def receive(self, context: _Context, check: Callable[[bytes], Awaitable[None]]) -> bytes:
+        """The bytes of the call's request; parse and validate them next.
+
+        A second message is never received, as by gRPC's own unary handlers: its sender meets a closed window.
+
+        Args:
+            context: The call.
+            check: Checks the bytes while the call still has its turn: no more requests are in memory unchecked than have one.
+
+        Raises:
+            CallerError: What `check` raises; INVALID_REQUEST with UNIMPLEMENTED, which is gRPC's code for it: the call has
+                no request.
+            GatewayError: DURATION_LIMIT_EXCEEDED: the request did not arrive in time. TOO_MANY_STREAMS: other requests
+                arrive too slowly to receive this one in time.
+        """
+        begun = False
+        try:
+            async with asyncio.timeout(self._timeout), self._turns:
+                begun = True
+                data = _message(await context.read())
+                await check(data)
+                return data
+        except TimeoutError:
+            limit = f"{self._timeout:g}"
+            if not begun:
+                raise GatewayError(
+                    Reason.TOO_MANY_STREAMS,
+                    f"this gateway receives {self._limit} requests at once, and had no turn for this one in {limit} seconds",
+                    metadata={"limit": str(self._limit)},
+                    retry_after=RETRY_SECONDS,
+                ) from None
+            raise GatewayError(
+                Reason.DURATION_LIMIT_EXCEEDED,
+                f"the request did not arrive within {limit} seconds: send it faster, or less of it",
+                metadata={"limit_seconds": limit},
+            ) from None
+
+
+async def arrived(context: _Context) -> bytes | None:
+    """The bytes of a request that is already here or arrives at once; else `None`: end the call then, or answer without it.
+
+    Raises:
+        CallerError: INVALID_REQUEST with UNIMPLEMENTED: the call has no request.
+    """
+    reading = asyncio.ensure_future(context.read())
+    try:
+        for _ in range(ARRIVAL_TURNS):
+            done, _ = await asyncio.wait([reading], timeout=ARRIVAL_SECONDS)
+            if done:
+                return _message(reading.result())
+        return None
+    finally:
+        reading.cancel()
+
+
+def _message(read: object) -> bytes:
+    if not isinstance(read, bytes):  # the end of the stream
+        raise CallerError(
+            Reason.INVALID_REQUEST,
+            "the call has no request: send exactly one message, not larger than server.max_receive_bytes",
+            code=Code.UNIMPLEMENTED,
+        )
+    return read

@@ -1,0 +1,202 @@
+"""What is received of a call, and when: nothing before it is let in and has its place. Counted on the wire, in bytes."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+from google.protobuf import duration_pb2
+from grpc import aio
+
+from deltawire.v1 import chat_completion_pb2 as chat_pb
+from deltawire.v1 import model_registry_pb2
+from deltawire_server.errors import DeltawireError, Reason
+from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
+from deltawire_server.rpc import validate
+from deltawire_server.rpc.reception import Reception
+from tests.support.gateway import ask, failure_of, kinds, read_badly, read_well, until
+from tests.support.raw_http2 import WINDOW, RawClient, message, raw_client
+
+if TYPE_CHECKING:
+    from tests.conftest import StartGateway
+
+CHUNKS = Chunks()
+CREATE = "/deltawire.v1.ChatCompletion/CreateChatCompletion"
+STREAM = "/deltawire.v1.ChatCompletion/StreamChatCompletion"
+COUNT = "/deltawire.v1.ChatCompletion/CountTokens"
+LIST = "/deltawire.v1.ModelRegistry/ListModels"
+REGISTER = "/deltawire.v1.ModelRegistry/RegisterModel"
+KEY = "a-key-that-only-tests-know"
+ACCESS = {"keys": f"reader read {KEY}"}
+READER = ("authorization", f"Bearer {KEY}")
+LARGE = 31 * 1024 * 1024
+BEGUN = message(bytes(WINDOW - 5), LARGE)
+"""As much of a large request as a server takes before it asks for more."""
+
+UNIMPLEMENTED, UNAUTHENTICATED, PERMISSION_DENIED, UNAVAILABLE, RESOURCE_EXHAUSTED = "12", "16", "7", "14", "8"
+
+
+async def refused(client: RawClient, method: str, *headers: tuple[str, str]) -> str:
+    """The status of a call with a large request, of which the server must not ask for a byte more than it has."""
+    stream = client.call(method, *headers, body=BEGUN)
+    code = await client.status(stream)
+    assert client.window(stream) == 0
+    return code
+
+
+@pytest.mark.parametrize("method", [CREATE, STREAM, COUNT, LIST, REGISTER])
+async def test_a_caller_without_a_key_is_refused_unreceived(start_gateway: StartGateway, method: str) -> None:
+    """Whatever the method, with a wrong key too, and without the permission."""
+    async with start_gateway(access=ACCESS) as gateway, raw_client(gateway.address) as client:
+        assert await refused(client, method) == UNAUTHENTICATED
+        assert await refused(client, method, ("authorization", "Bearer wrong-wrong-wrong")) == UNAUTHENTICATED
+        if method != LIST:
+            assert await refused(client, method, READER) == PERMISSION_DENIED
+
+
+async def test_an_unknown_method_is_refused_unreceived(start_gateway: StartGateway) -> None:
+    """Of our services and of others."""
+    async with start_gateway() as gateway, raw_client(gateway.address) as client:
+        for method in ("/deltawire.v1.ChatCompletion/Nope", "/nope.Nope/Nope"):
+            assert await refused(client, method) == UNIMPLEMENTED
+
+
+async def test_a_draining_gateway_refuses_unreceived(start_gateway: StartGateway) -> None:
+    """On a connection from before."""
+    async with start_gateway() as gateway, raw_client(gateway.address) as client:
+        gateway.gateway._lifecycle._calls.refuse_new_calls()
+        assert await refused(client, CREATE) == UNAVAILABLE
+
+
+@pytest.mark.parametrize("method", [CREATE, COUNT])
+async def test_a_full_gateway_refuses_unreceived(start_gateway: StartGateway, vllm: FakeVllm, method: str) -> None:
+    """Before a place is free nothing is received; afterwards it is."""
+    gate = asyncio.Event()
+    vllm.play(Script.chunks([CHUNKS.role(), gate, CHUNKS.finish()]))
+    async with start_gateway(server={"max_streams": 1}) as gateway, raw_client(gateway.address) as client:
+        messages = aiter(gateway.stream())
+        await anext(messages)
+        assert await refused(client, method) == RESOURCE_EXHAUSTED
+        gate.set()
+        assert kinds([event async for event in messages])[-1] == "completed"
+        stream = client.call(method, body=BEGUN)
+        await client.until(lambda: client.window(stream) > 0)
+
+
+@pytest.mark.parametrize("method", ["chat_request", "count_request"])
+async def test_a_full_gateway_validates_nothing(
+    start_gateway: StartGateway, vllm: FakeVllm, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Not even of a stream, which is received since it may resume a completion."""
+    gate = asyncio.Event()
+    vllm.play(Script.chunks([CHUNKS.role(), gate, CHUNKS.finish()]))
+    async with start_gateway(server={"max_streams": 1}) as gateway:
+        messages = aiter(gateway.stream())
+        await anext(messages)
+        validated: list[object] = []
+        monkeypatch.setattr(validate, method, lambda *request: validated.append(request))
+        assert (await failure_of(gateway.create(chat_pb.ChatRequest()))).reason == "TOO_MANY_STREAMS"
+        _, failure = await read_badly(gateway.stream(chat_pb.ChatRequest()))
+        assert failure.reason == "TOO_MANY_STREAMS"
+        count = chat_pb.CountTokensRequest(chat=chat_pb.ChatRequest())
+        assert (await failure_of(gateway.chat.CountTokens(count))).reason == "TOO_MANY_STREAMS"
+        assert not validated
+        gate.set()
+        assert kinds([event async for event in messages])[-1] == "completed"
+
+
+async def test_a_full_gateway_resumes_and_joins(start_gateway: StartGateway, vllm: FakeVllm) -> None:
+    """Neither is a new completion, and neither takes a place; a new one with another id is refused."""
+    gate = asyncio.Event()
+    vllm.play(Script.chunks([CHUNKS.role(), gate, CHUNKS.text("whole"), CHUNKS.finish()]))
+    async with start_gateway(server={"max_streams": 1}) as gateway:
+        options = chat_pb.StreamOptions(retention=duration_pb2.Duration(seconds=60))
+        calls = [aiter(gateway.stream(ask(completion_id="c"), options=options)) for _ in range(2)]
+        begun = [await anext(call) for call in calls]
+        calls.append(aiter(gateway.resume("c")))
+        begun.append(await anext(calls[-1]))
+        assert kinds(begun) == ["started"] * 3
+        _, failure = await read_badly(gateway.stream(ask(completion_id="d"), options=options))
+        assert failure.reason == "TOO_MANY_STREAMS"
+        assert gateway.gateway._worker.active == 1
+        gate.set()
+        for call in calls:
+            assert kinds([event async for event in call])[-1] == "completed"
+        await until(lambda: gateway.gateway._worker.active == 0)
+        await read_well(gateway.stream())
+
+
+@pytest.mark.parametrize("method", [CREATE, STREAM, COUNT, LIST])
+async def test_a_refused_request_leaves_its_place(start_gateway: StartGateway, method: str) -> None:
+    """Refused when parsed or validated, empty, or canceled while it is received."""
+    async with start_gateway() as gateway, raw_client(gateway.address) as client:
+        for body in (message(b"\xff\xff"), message(b""), b""):
+            await client.status(client.call(method, body=body, end=True))
+        stream = client.call(method, body=BEGUN)
+        await client.until(lambda: client.window(stream) > 0)
+        client.connection.reset_stream(stream)
+        client.flush()
+        await until(lambda: gateway.gateway._worker.active == 0)
+
+
+async def test_a_call_without_a_request(start_gateway: StartGateway) -> None:
+    """UNIMPLEMENTED, which is gRPC's code for a wrong number of requests."""
+    async with start_gateway() as gateway:
+        for method in (CREATE, STREAM, LIST):
+            call: Any = gateway.channel.stream_stream(method)
+            with pytest.raises(aio.AioRpcError) as caught:
+                _ = [each async for each in call(iter(()))]
+            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+            assert dict(caught.value.trailing_metadata() or ())["deltawire-reason"] == "INVALID_REQUEST"
+
+
+async def test_a_second_request_is_never_received(start_gateway: StartGateway) -> None:
+    """The first is answered."""
+    async with start_gateway() as gateway, raw_client(gateway.address) as client:
+        stream = client.call(LIST, body=message(b"") + message(bytes(50_000), LARGE))
+        assert await client.status(stream) == "0"
+        assert client.window(stream) <= WINDOW
+
+
+async def test_a_request_above_the_limit_is_refused_by_its_header(start_gateway: StartGateway) -> None:
+    """The size in its header is enough: gRPC itself refuses it it receives the message."""
+    async with start_gateway(server={"max_receive_bytes": 1 << 20}) as gateway, raw_client(gateway.address) as client:
+        assert await refused(client, CREATE) == RESOURCE_EXHAUSTED
+
+
+async def test_requests_take_turns(start_gateway: StartGateway) -> None:
+    """Beyond `max_receiving` nothing is received; a request that does not arrive gives its turn back."""
+    server = {"max_receiving": 1, "receive_timeout": 0.5}
+    async with start_gateway(server=server) as gateway, raw_client(gateway.address) as client:
+        stuck = client.call(LIST, body=BEGUN)
+        await client.until(lambda: client.window(stuck) > 0)
+        waits = client.call(LIST, body=BEGUN)
+        assert await client.status(stuck) == "4"
+        assert client.headers(stuck)["deltawire-reason"] == "DURATION_LIMIT_EXCEEDED"
+        assert await client.status(waits) in (RESOURCE_EXHAUSTED, "4")
+        await gateway.models.ListProviders(model_registry_pb2.ListProvidersRequest())
+
+
+async def test_a_request_without_a_turn() -> None:
+    """Nothing of it is read."""
+    reception = Reception(1, 0.05)
+    reads = 0
+
+    class Context:
+        async def read(self) -> object:
+            nonlocal reads
+            reads += 1
+            return await asyncio.get_running_loop().create_future()
+
+    async def check(_: bytes) -> None:
+        raise AssertionError("nothing was read")
+
+    context: Any = Context()
+    results = await asyncio.gather(*(reception.receive(context, check) for _ in range(2)), return_exceptions=True)
+    assert [each.reason for each in results if isinstance(each, DeltawireError)] == [
+        Reason.DURATION_LIMIT_EXCEEDED,
+        Reason.TOO_MANY_STREAMS,
+    ]
+    assert reads == 1
