@@ -214,7 +214,7 @@ def _fingerprint(request: chat_pb.CreateChatCompletionRequest | chat_pb.StreamCh
 
 
 def _caller(record: CallRecord, context: _Context) -> Caller:
-    return Caller(record.call, record.caller, lambda: deadline_passed(context))
+    return Caller(record.call, record.owner, lambda: deadline_passed(context))
 
 
 @contextmanager

@@ -17,9 +17,10 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc import aio
 
-from deltawire_server.access import Access, bearer_key
+from deltawire_server.access import Access, Identity, NameKind, bearer_key
 from deltawire_server.errors import CallerError, DeltawireError, GatewayError, Reason, internal_error
 from deltawire_server.rpc import wire
+from deltawire_server.rpc.admitted import Admitted
 from deltawire_server.rpc.latch import Latch
 from deltawire_server.rpc.status import MAX_MESSAGE, grpc_code, shorten, trailers_of
 from deltawire_server.telemetry import get_logger
@@ -61,6 +62,8 @@ class CallRecord:
         call: What of the caller's metadata goes on.
         caller: Who calls: the principal, or where anybody may call, the name in a verified certificate; empty if neither
             is known.
+        owner: What marks the caller's completions; empty if callers cannot be distinguished. A later caller of the same name
+            with another credential has another one.
         latch: How it ends.
         values: What the handler adds to the log line: model, usage and the like.
     """
@@ -68,6 +71,7 @@ class CallRecord:
     def __init__(self, call: CallContext) -> None:
         self.call = call
         self.caller = ""
+        self.owner = ""
         self.latch = Latch()
         self.values: dict[str, object] = {}
 
@@ -106,6 +110,7 @@ class CallInterceptor(aio.ServerInterceptor):
         self._end_calls = end_calls
         self._end_watches = end_watches
         self._access = Access() if access is None else access
+        self._admitted = Admitted()
         self._active = 0
         self._draining = False
         self._idle = asyncio.Event()
@@ -119,6 +124,10 @@ class CallInterceptor(aio.ServerInterceptor):
     def end_calls(self) -> None:
         """End what is under way, now, and tell its callers. Then `wait_idle` for a moment."""
         self._end_calls()
+
+    def end_revoked(self) -> None:
+        """End the calls under way whose callers are no longer admitted, with ACCESS_CHANGED."""
+        self._admitted.end(self._access.admits)
 
     async def wait_idle(self) -> None:
         """Wait until no call is under way."""
@@ -160,7 +169,7 @@ class CallInterceptor(aio.ServerInterceptor):
                     await wire.check(data, method)
                     request = _parsed(parse, data)
                     del data
-                    with _gone_is_cancelled():
+                    with self._admitted.entered(record.owner, method), _gone_is_cancelled():
                         response = await behaviour(request, context)
                         if response is not None:  # a stream has sent its id with its first message
                             await context.send_initial_metadata(((REQUEST_ID, record.call.request_id),))
@@ -188,11 +197,15 @@ class CallInterceptor(aio.ServerInterceptor):
     def _authorize(self, method: str, record: CallRecord, context: _Context) -> None:
         """Let the call in or raise; the log line gets the caller's name, and of one who may not, what is missing."""
         if self._access.open:
-            record.caller = next(iter(_identities(context)), "")
+            identity = next(iter(_identities(context)), None)
+            if identity is not None:
+                record.caller, record.owner = identity.name, identity.owner
             return  # also those whose authorization header is for somebody else on the way
         key = bearer_key([value for name, value in _pairs(context) if name == AUTHORIZATION])
         try:
-            record.caller = self._access.authorize(method, key, _identities(context)) or ""
+            principal = self._access.authorize(method, key, _identities(context))
+            if principal is not None:
+                record.caller, record.owner = principal.name, principal.owner
             record.values["caller"] = record.caller
         except GatewayError as refused:
             record.values.update(refused.metadata)
@@ -298,15 +311,21 @@ def _pairs(context: _Context) -> Iterator[tuple[str, str]]:
     return ((key, value) for key, value in context.invocation_metadata() or () if isinstance(value, str))
 
 
-def _identities(context: _Context) -> list[str]:
-    """The names in the client certificate that the listener verified; none without one.
+def _identities(context: _Context) -> list[Identity]:
+    """The names in the client certificate that the listener verified, URIs first; none without one.
 
-    The common name only where there is no alternative name, as TLS has it (RFC 6125) and grpc: an authority that vouches for
-    the alternative names may let anybody choose the other.
+    The common name only where there is no alternative name of any kind, as in RFC 6125 and grpc: an authority that verifies
+    the alternative names may let the client choose the common name.
     """
     authenticated = context.auth_context()
-    names = authenticated.get("x509_subject_alternative_name") or authenticated.get("x509_common_name") or ()
-    return [name.decode(errors="backslashreplace") for name in names]
+    properties = {NameKind.URI: "peer_uri", NameKind.DNS: "peer_dns"}
+    if not authenticated.get("x509_subject_alternative_name"):
+        properties = {NameKind.COMMON_NAME: "x509_common_name"}
+    return [
+        Identity(kind, name.decode(errors="backslashreplace"))
+        for kind, key in properties.items()
+        for name in authenticated.get(key, ())
+    ]
 
 
 def _call_context(metadata: Mapping[str, str]) -> CallContext:
