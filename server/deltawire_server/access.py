@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Self
 
 from deltawire_server.errors import GatewayError, Reason
+from deltawire_server.secret import Secret
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -281,7 +282,7 @@ def bearer_key(values: Sequence[str]) -> str | None:
     key = key.strip()
     if scheme.lower() != "bearer" or not key:
         raise _unauthenticated(f"the authorization header is not the word Bearer, a space and a key: {_HOW}")
-    return key
+    return Secret(key)
 
 
 def parse_line(text: str) -> Principal | None:

@@ -23,6 +23,7 @@ from deltawire_server.rpc.interceptors import CallInterceptor
 from deltawire_server.rpc.model_registry import ModelRegistryServicer
 from deltawire_server.rpc.validate_content import ContentLimits
 from deltawire_server.sansio.completion import Limits
+from deltawire_server.secret import Secret
 from deltawire_server.settings import SettingsError, is_local
 from deltawire_server.telemetry import configure_logging, get_logger
 from deltawire_server.upstream.base import Patience
@@ -312,7 +313,7 @@ def _provider(provider_id: str, settings: ProviderSettings, connections: int) ->
         provider_id,
         *settings.base_url,
         api_token=token.get_secret_value() if token is not None else None,
-        headers={name: value.get_secret_value() for name, value in settings.headers.items()},
+        headers={name: Secret(value.get_secret_value()) for name, value in settings.headers.items()},
         allowed_models=settings.allowed_models,
         allowed_extra_fields=settings.allowed_extra_fields,
         tls=_tls(provider_id, settings.tls_verify),

@@ -18,11 +18,20 @@ from google.protobuf.message import DecodeError
 from grpc import aio
 
 from deltawire_server.access import Access, Identity, NameKind, bearer_key
-from deltawire_server.errors import CallerError, DeltawireError, GatewayError, Reason, internal_error
+from deltawire_server.errors import (
+    CallerError,
+    DeltawireError,
+    GatewayError,
+    Reason,
+    Violation,
+    internal_error,
+    invalid_request,
+)
 from deltawire_server.rpc import wire
 from deltawire_server.rpc.admitted import Admitted
 from deltawire_server.rpc.latch import Latch
 from deltawire_server.rpc.status import MAX_MESSAGE, grpc_code, shorten, trailers_of
+from deltawire_server.rpc.trace_context import trace_context
 from deltawire_server.telemetry import get_logger
 from deltawire_server.upstream.base import CallContext
 
@@ -163,6 +172,7 @@ class CallInterceptor(aio.ServerInterceptor):
             with _entered(record), _logged(method, record, context, metadata) as outcome:
                 try:
                     self._authorize(method, record, context)
+                    _check_token(record.call)
                     if self._draining:
                         message = "this process is shutting down; another one serves"
                         raise GatewayError(Reason.DRAINING, message, retry_after=DRAINING_RETRY_SECONDS)
@@ -335,9 +345,17 @@ def _call_context(metadata: Mapping[str, str]) -> CallContext:
         request_id = secrets.token_hex(16)
         if given:
             _log.warning("request id replaced", given=given[:MAX_REQUEST_ID], request_id=request_id)
-    return CallContext(
-        request_id=request_id,
-        token=metadata.get(PROVIDER_TOKEN) or None,
-        traceparent=metadata.get("traceparent"),
-        tracestate=metadata.get("tracestate"),
-    )
+    traceparent, tracestate = trace_context(metadata.get("traceparent", ""), metadata.get("tracestate", ""))
+    return CallContext(request_id, metadata.get(PROVIDER_TOKEN) or None, traceparent, tracestate)
+
+
+def _check_token(call: CallContext) -> None:
+    """Refuse a provider's token that cannot be in a header. Without it the operator's would be sent, which nobody asked for.
+
+    Raises:
+        CallerError: INVALID_REQUEST.
+    """
+    if call.token is not None and not all("!" <= character <= "~" for character in call.token):
+        raise invalid_request(
+            [Violation(PROVIDER_TOKEN, "must be printable ASCII without spaces: send the token alone")]
+        )
