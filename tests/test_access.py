@@ -8,7 +8,18 @@ import traceback
 import pytest
 
 from deltawire.v1 import chat_completion_pb2, model_registry_pb2
-from deltawire_server.access import ALL, NEEDS, Access, Identity, Key, Permission, Principal, bearer_key, parse_line
+from deltawire_server.access import (
+    ALL,
+    NEEDS,
+    Access,
+    Identity,
+    Key,
+    NameKind,
+    Permission,
+    Principal,
+    bearer_key,
+    parse_line,
+)
 from deltawire_server.errors import Code, GatewayError, Reason
 
 CHAT = "/deltawire.v1.ChatCompletion/StreamChatCompletion"
@@ -17,6 +28,8 @@ REGISTER = "/deltawire.v1.ModelRegistry/RegisterModel"
 SECRET = "geheim-geheim-geheim"
 DIGEST = hashlib.sha256(SECRET.encode()).hexdigest()
 MESH = "spiffe://mesh/ns/frontend"
+FRONTEND = Identity(NameKind.URI, MESH)
+BATCH = Identity(NameKind.DNS, "batch.mesh")
 
 
 def principal(line: str) -> Principal:
@@ -26,7 +39,14 @@ def principal(line: str) -> Principal:
     return parsed
 
 
-def refusal(access: Access, method: str, key: str | None = None, *identities: str) -> GatewayError:
+def admitted(access: Access, method: str, key: str | None = None, *identities: Identity) -> str:
+    """As whom a call is let in."""
+    found = access.authorize(method, key, identities)
+    assert found is not None
+    return found.name
+
+
+def refusal(access: Access, method: str, key: str | None = None, *identities: Identity) -> GatewayError:
     """How a call is refused; without the key, whatever else is said."""
     with pytest.raises(GatewayError) as caught:
         access.authorize(method, key, identities)
@@ -61,7 +81,7 @@ def test_without_principals_everybody_may_do_everything() -> None:
     assert access.open
     assert access.summary == "everybody may do everything"
     assert {access.authorize(method, None, []) for method in NEEDS} == {None}
-    assert access.authorize("/deltawire.v1.Test/Echo", SECRET, ["x"]) is None
+    assert access.authorize("/deltawire.v1.Test/Echo", SECRET, [FRONTEND]) is None
 
 
 @pytest.mark.parametrize("line", [f"ci all {SECRET}", f"ci all sha256:{DIGEST}", f"ci all sha256:{DIGEST.upper()}"])
@@ -70,7 +90,7 @@ def test_a_key_is_known_by_its_digest(line: str) -> None:
     access = Access([principal(line)])
     assert not access.open
     assert access.summary == "keys: 1, mTLS identities: 0"
-    assert access.authorize(REGISTER, SECRET, []) == "ci"
+    assert admitted(access, REGISTER, SECRET) == "ci"
     assert refusal(access, REGISTER, SECRET + "x").reason is Reason.UNAUTHENTICATED
     assert refusal(access, REGISTER, DIGEST).reason is Reason.UNAUTHENTICATED
     assert principal(line).credential == Key.of(SECRET)
@@ -83,7 +103,7 @@ def test_a_principal_may_do_what_it_has_the_permission_for(method: str, permissi
     access = Access([Principal("ci", frozenset({permission}), Key.of(SECRET))])
     needs = NEEDS[method]
     if needs is permission:
-        assert access.authorize(method, SECRET, []) == "ci"
+        assert admitted(access, method, SECRET) == "ci"
         return
     error = refusal(access, method, SECRET)
     assert (error.reason, error.code) == (Reason.PERMISSION_DENIED, Code.PERMISSION_DENIED)
@@ -100,41 +120,53 @@ def test_nobody_may_call_what_is_not_in_the_table() -> None:
 
 def test_an_identity() -> None:
     """The first of the certificate's names that is known counts."""
-    access = Access([principal(f"frontend call mtls:{MESH}"), principal("batch read mtls:batch.mesh")])
+    access = Access([principal(f"frontend call mtls:uri:{MESH}"), principal("batch read mtls:dns:batch.mesh")])
     assert access.summary == "keys: 0, mTLS identities: 2"
-    assert access.authorize(CHAT, None, ["other.mesh", MESH]) == "frontend"
-    assert access.authorize(CHAT, None, [MESH, "batch.mesh"]) == "frontend"
-    assert refusal(access, CHAT, None, "batch.mesh", MESH).metadata == {"caller": "batch", "needs": "call"}
+    assert admitted(access, CHAT, None, Identity(NameKind.DNS, "other.mesh"), FRONTEND) == "frontend"
+    assert admitted(access, CHAT, None, FRONTEND, BATCH) == "frontend"
+    assert refusal(access, CHAT, None, BATCH, FRONTEND).metadata == {"caller": "batch", "needs": "call"}
 
 
 def test_a_key_and_an_identity() -> None:
     """The key alone decides: neither a wrong key nor a missing permission is made up for by the certificate."""
-    access = Access([principal(f"ci read {SECRET}"), principal(f"frontend all mtls:{MESH}")])
+    access = Access([principal(f"ci read {SECRET}"), principal(f"frontend all mtls:uri:{MESH}")])
     assert access.summary == "keys: 1, mTLS identities: 1"
-    assert access.authorize(LIST, SECRET, [MESH]) == "ci"
-    assert refusal(access, CHAT, SECRET, MESH).reason is Reason.PERMISSION_DENIED
-    assert refusal(access, LIST, "revoked-revoked-revoked", MESH).reason is Reason.UNAUTHENTICATED
+    assert admitted(access, LIST, SECRET, FRONTEND) == "ci"
+    assert refusal(access, CHAT, SECRET, FRONTEND).reason is Reason.PERMISSION_DENIED
+    assert refusal(access, LIST, "revoked-revoked-revoked", FRONTEND).reason is Reason.UNAUTHENTICATED
 
 
 def test_an_identity_is_no_key() -> None:
     """A name in a certificate is no secret: sent as a key it lets nobody in, and a key as a name neither."""
-    access = Access([principal(f"frontend all mtls:{MESH}"), principal(f"ci all {SECRET}")])
+    access = Access([principal(f"frontend all mtls:uri:{MESH}"), principal(f"ci all {SECRET}")])
     assert refusal(access, CHAT, MESH).reason is Reason.UNAUTHENTICATED
-    assert refusal(access, CHAT, None, SECRET, DIGEST).reason is Reason.UNAUTHENTICATED
+    names = [Identity(kind, name) for kind in NameKind for name in (SECRET, DIGEST)]
+    assert refusal(access, CHAT, None, *names).reason is Reason.UNAUTHENTICATED
+
+
+@pytest.mark.parametrize("known", NameKind)
+@pytest.mark.parametrize("shown", NameKind)
+def test_names_of_different_kinds_never_match(known: NameKind, shown: NameKind) -> None:
+    """Whatever they look like."""
+    access = Access([Principal("frontend", ALL, Identity(known, MESH))])
+    if shown is known:
+        assert admitted(access, CHAT, None, Identity(shown, MESH)) == "frontend"
+    else:
+        assert refusal(access, CHAT, None, Identity(shown, MESH)).reason is Reason.UNAUTHENTICATED
 
 
 def test_refusals_say_the_remedy() -> None:
     """What to send; and certificates only where some are known."""
     keys = Access([principal(f"ci all {SECRET}")])
-    both = Access([principal(f"ci all {SECRET}"), principal(f"frontend all mtls:{MESH}")])
+    both = Access([principal(f"ci all {SECRET}"), principal(f"frontend all mtls:uri:{MESH}")])
     missing = refusal(keys, CHAT)
     assert (missing.code, missing.metadata) == (Code.UNAUTHENTICATED, {})
     assert "send a key as `authorization: Bearer …`" in missing.message
     assert "certificate" not in missing.message
     assert "connect with a client certificate that it knows" in refusal(both, CHAT).message
     assert "does not know the key, or does no longer" in refusal(both, CHAT, "wrong-wrong-wrong").message
-    stranger = refusal(both, CHAT, None, "a.mesh", "b.mesh").message
-    assert "none of the client certificate's names (a.mesh, b.mesh)" in stranger
+    stranger = refusal(both, CHAT, None, Identity(NameKind.URI, "a:b"), BATCH).message
+    assert "none of the client certificate's names (uri:a:b, dns:batch.mesh)" in stranger
 
 
 def test_replaced_principals_count_at_once() -> None:
@@ -142,10 +174,44 @@ def test_replaced_principals_count_at_once() -> None:
     access = Access([principal("old all old-old-old-old-old"), principal(f"ci all {SECRET}")])
     access.replace([principal("new all new-new-new-new-new"), principal(f"ci read {SECRET}")])
     assert refusal(access, CHAT, "old-old-old-old-old").reason is Reason.UNAUTHENTICATED
-    assert access.authorize(CHAT, "new-new-new-new-new", []) == "new"
+    assert admitted(access, CHAT, "new-new-new-new-new") == "new"
     assert refusal(access, CHAT, SECRET).reason is Reason.PERMISSION_DENIED
     access.replace([])
     assert access.open
+
+
+def test_an_owner_is_a_name_with_its_credential() -> None:
+    """The permissions may change; a name that goes to another credential, and a credential under another name, do not own."""
+    lines = [
+        f"ci all {SECRET}",
+        f"cj all {SECRET}",
+        "ci all other-other-other",
+        f"ci all mtls:uri:{MESH}",
+        "ci all mtls:dns:a",
+    ]
+    owners = [principal(line).owner for line in lines]
+    assert len({*owners, FRONTEND.owner, BATCH.owner, ""}) == len(lines) + 3
+    assert principal(f"ci read sha256:{DIGEST}").owner == owners[0]
+    assert not any(DIGEST in owner or owner == "ci" for owner in owners)
+
+
+def test_what_was_let_in_and_is_no_longer_admitted() -> None:
+    """By the line's name and credential and the permission that the method needs; everybody is, where everybody may call."""
+    before = principal(f"ci all {SECRET}")
+    access = Access([before])
+    assert access.admits(before.owner, CHAT)
+    assert not access.admits("", CHAT)
+    for line, admits in [
+        (f"ci call {SECRET}", True),
+        (f"ci read {SECRET}", False),
+        (f"cj all {SECRET}", False),
+        ("ci all other-other-other", False),
+    ]:
+        access.replace([principal(line)])
+        assert access.admits(before.owner, CHAT) is admits
+    access.replace([])
+    assert access.admits(before.owner, CHAT)
+    assert access.admits("", CHAT)
 
 
 def test_no_key_is_kept() -> None:
@@ -207,8 +273,9 @@ def test_lines_without_a_principal(line: str) -> None:
         (f"ci call,read {SECRET}", Principal("ci", frozenset({Permission.CALL, Permission.READ}), Key.of(SECRET))),
         (f"ci call,read,change {SECRET}", Principal("ci", ALL, Key.of(SECRET))),
         (f" ci\tread   sha256:{DIGEST}\r", Principal("ci", frozenset({Permission.READ}), Key.of(SECRET))),
-        (f"frontend call mtls:{MESH}", Principal("frontend", frozenset({Permission.CALL}), Identity(MESH))),
-        ("a.b_c-d@e/f all mtls:x  # since May", Principal("a.b_c-d@e/f", ALL, Identity("x"))),
+        (f"frontend call mtls:uri:{MESH}", Principal("frontend", frozenset({Permission.CALL}), FRONTEND)),
+        ("a.b_c-d@e/f all mtls:cn:x  # since May", Principal("a.b_c-d@e/f", ALL, Identity(NameKind.COMMON_NAME, "x"))),
+        ("b all mtls:dns:batch.mesh", Principal("b", ALL, BATCH)),
         ("ci all has#in-the-middle", Principal("ci", ALL, Key.of("has#in-the-middle"))),
         ("n" * 64 + " all 0123456789abcdef", Principal("n" * 64, ALL, Key.of("0123456789abcdef"))),
     ],
@@ -223,7 +290,7 @@ def test_lines(line: str, made: Principal) -> None:
 def test_the_permissions_of_a_line_are_written_in_order() -> None:
     """And all of them as all."""
     assert principal(f"ci change,call {SECRET}").masked() == "ci call,change sha256:***"
-    assert principal("ci change,call,read mtls:a").masked() == "ci all mtls:a"
+    assert principal("ci change,call,read mtls:dns:a").masked() == "ci all mtls:dns:a"
 
 
 @pytest.mark.parametrize(
@@ -247,7 +314,21 @@ def test_the_permissions_of_a_line_are_written_in_order() -> None:
         ("ci call geheim-geheim-\x7f-geheim", "printable ASCII"),
         ("ci call sha256:geheim", 'followed by 64 hexadecimal digits: `printf %s "$KEY" | sha256sum`'),
         (f"ci call sha256:{DIGEST}0", "followed by 64 hexadecimal digits"),
-        ("ci call mtls:", "followed by a name in the certificate: write mtls:spiffe://"),
+        ("ci call mtls:", "followed by the kind of a name in the certificate, and the name: write mtls:uri:spiffe://"),
+        (
+            "ci call mtls:spiffe://geheim/geheim",
+            "followed by the kind of a name in the certificate, and the name: write",
+        ),
+        (
+            "ci call mtls:geheim.mesh",
+            "write mtls:uri:spiffe://mesh/ns/frontend, mtls:dns:frontend.mesh or mtls:cn:front",
+        ),
+        ("ci call mtls:email:geheim@mesh", "followed by the kind of a name"),
+        ("ci call mtls:URI:spiffe://geheim", "followed by the kind of a name"),
+        ("ci call mtls:uri:", "mtls:uri: must be followed by a name in the certificate"),
+        ("ci call mtls:uri:geheim.mesh", "mtls:uri: must be followed by a URI with its scheme"),
+        ("ci call mtls:dns:spiffe://geheim", "mtls:dns: by a name without colon or slash"),
+        ("ci call mtls:dns:geheim/x", "mtls:dns: by a name without colon or slash"),
         ("ci call mtsl:spiffe://geheim/geheim", "must begin with sha256: or mtls:, or be a key, which has no colon"),
         (f"ci call SHA256:{DIGEST}", "must begin with sha256: or mtls:"),
     ],

@@ -16,7 +16,14 @@ from deltawire_server import app
 from deltawire_server.app import SPARE_CONNECTIONS, Gateway, serve
 from deltawire_server.errors import RegistryError
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
-from deltawire_server.settings import LogSettings, ProviderSettings, RegistrySettings, Settings, SettingsError
+from deltawire_server.settings import (
+    LogSettings,
+    ProviderSettings,
+    RegistrySettings,
+    Settings,
+    SettingsError,
+    parse,
+)
 from deltawire_server.upstream.base import Patience
 from deltawire_server.worker import Worker, WorkerLimits
 from tests.support.gateway import (
@@ -334,6 +341,116 @@ async def test_what_needs_a_restart_is_named(vllm: FakeVllm, tmp_path: Path, lin
     assert [(entry["keys"], entry["level"]) for entry in named] == [
         (["server.max_streams", "server.drain_grace", "log.level"], "warning")
     ] * 2
+
+
+CLOSED = {"keys": "ops all secret-of-ops-itself"}
+
+
+@pytest.mark.parametrize("lost", [{}, {"keys": ""}, {"keys_file": ""}, {"revoke": "finish"}])
+async def test_a_reload_does_not_open_a_closed_gateway(
+    vllm: FakeVllm, tmp_path: Path, lines: Lines, lost: dict[str, str]
+) -> None:
+    """Nothing of such settings takes effect, and the keys count on."""
+    async with running(settings_of(vllm.base_url, tmp_path, access=CLOSED)) as gateway:
+        with pytest.raises(SettingsError, match=r"access: .* everybody .* access\.open = true"):
+            await gateway.gateway.reload(settings_of(vllm.base_url, tmp_path, access=lost, provider={"max_tokens": 7}))
+        assert (await failure_of(gateway.create())).reason == "UNAUTHENTICATED"
+        await gateway.create(metadata=(("authorization", "Bearer secret-of-ops-itself"),))
+    assert "max_tokens" not in vllm.chats[0].body
+    assert not [entry for entry in lines.entries if entry["event"] == "settings reloaded"]
+
+
+async def test_a_reload_opens_a_gateway_that_is_to_be_open(vllm: FakeVllm, tmp_path: Path, lines: Lines) -> None:
+    """By access.open; and an open one may stay so without it, and be closed."""
+    without = settings_of(vllm.base_url, tmp_path)
+    async with running(settings_of(vllm.base_url, tmp_path, access=CLOSED)) as gateway:
+        await gateway.gateway.reload(settings_of(vllm.base_url, tmp_path, access={"open": True}))
+        await gateway.create()
+        await gateway.gateway.reload(without)
+        await gateway.create()
+        await gateway.gateway.reload(settings_of(vllm.base_url, tmp_path, access=CLOSED))
+        assert (await failure_of(gateway.create())).reason == "UNAUTHENTICATED"
+    said = [entry["access"] for entry in lines.entries if entry["event"] == "access loaded"]
+    assert said == [*["everybody may do everything"] * 2, "keys: 1, mTLS identities: 0"]
+
+
+@pytest.mark.parametrize("damage", ["emptied", "removed", "unreadable", "section removed"])
+async def test_a_damaged_access_file_does_not_open_it(
+    serving: Any,  # noqa: ANN401
+    vllm: FakeVllm,
+    tmp_path: Path,
+    lines: Lines,
+    damage: str,
+) -> None:
+    """Read as the process reads it, from the settings file, by SIGHUP."""
+    keys, config = tmp_path / "keys", tmp_path / "deltawire.toml"
+    keys.write_text("ops all secret-of-ops-itself\n")
+    rest = f"""
+        server = {{listen = "127.0.0.1:0", drain_delay = 0}}
+        registry.database_url = "sqlite:///{tmp_path}/registry.db"
+        providers.vllm = {{base_url = "{vllm.base_url}", tls_verify = false}}
+    """
+    config.write_text(f'access.keys_file = "{keys}"\n{rest}')
+
+    def read_anew() -> Settings:
+        return parse(["--config", str(config)], {}).settings
+
+    async with serving(read_anew(), read_anew) as served:
+        match damage:
+            case "emptied":
+                keys.write_text("# nobody\n")
+            case "removed":
+                keys.unlink()
+            case "unreadable":
+                keys.unlink()
+                keys.mkdir()
+            case _:
+                config.write_text(rest)
+        served.signal(signal.SIGHUP)
+        refused = await lines.find("settings refused")
+        assert refused["level"] == "error"
+        assert refused["problems"][0].startswith("access")
+        assert (await failure_of(served.running.create())).reason == "UNAUTHENTICATED"
+        served.signal()
+
+
+async def test_certificates_need_a_restart(
+    vllm: FakeVllm, tmp_path: Path, lines: Lines, certificates: Certificates
+) -> None:
+    """Where the files behind the same settings have changed, a reload names them, each time, and does not claim them."""
+    tls: dict[str, Any] = {}
+    for key, path in {
+        "tls_cert_file": certificates.server,
+        "tls_key_file": certificates.server_key,
+        "tls_client_ca_file": certificates.authority,
+    }.items():
+        tls[key] = tmp_path / key
+        tls[key].write_bytes(path.read_bytes())
+    settings = settings_of(vllm.base_url, tmp_path, server=tls)
+    async with Gateway(settings) as gateway:
+        await gateway.reload(settings)
+        tls["tls_cert_file"].write_bytes(certificates.client.read_bytes())
+        tls["tls_client_ca_file"].unlink()
+        for _ in range(2):
+            await gateway.reload(settings)
+    named = [entry["keys"] for entry in lines.entries if entry["event"] == "changed settings need a restart"]
+    assert named == [["server.tls_cert_file", "server.tls_client_ca_file"]] * 2
+    assert (await lines.find("settings reloaded"))["sections"] == ["access", "providers"]
+
+
+async def test_a_changed_authority_of_a_provider_is_read_again(
+    vllm: FakeVllm, tmp_path: Path, lines: Lines, certificates: Certificates
+) -> None:
+    """The provider counts as changed, though its settings are the same."""
+    authority = tmp_path / "ca.pem"
+    authority.write_bytes(certificates.authority.read_bytes())
+    settings = settings_of(vllm.base_url, tmp_path, provider={"tls_verify": authority})
+    async with Gateway(settings) as gateway:
+        await gateway.reload(settings)
+        authority.write_bytes(certificates.authority.read_bytes() * 2)
+        await gateway.reload(settings)
+    changed = [entry["providers_changed"] for entry in lines.entries if entry["event"] == "settings reloaded"]
+    assert changed == [[], ["vllm"]]
 
 
 async def test_a_reload_that_cannot_be_done_changes_nothing(vllm: FakeVllm, other: FakeVllm, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ A principal is one line, `NAME PERMISSIONS CREDENTIAL`:
 
     ci        call,read  sha256:9f86d0…                  known by its key, of which only the digest is written down
     ops       all        Zm9vYmFyYmF6cXV4                 known by its key, which is hashed here and forgotten
-    frontend  call       mtls:spiffe://mesh/ns/frontend   known by a name in its client certificate
+    frontend  call       mtls:uri:spiffe://mesh/frontend  known by a name in its client certificate
 
 A key that comes is hashed and its digest looked up: no key is kept, and none is compared with another by its content.
 Without any principal everybody may do everything.
@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Self
 
 from deltawire_server.errors import GatewayError, Reason
+from deltawire_server.secret import Secret
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -34,6 +35,7 @@ _HOW = "send a key as `authorization: Bearer …`"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@/-]{0,63}")
 _COMMENT = re.compile(r"(^|\s)#.*")
 _DIGEST = re.compile(r"[0-9A-Fa-f]{64}")
+_MTLS = "mtls:uri:spiffe://mesh/ns/frontend, mtls:dns:frontend.mesh or mtls:cn:frontend"
 _WORDS = 3
 
 
@@ -86,11 +88,40 @@ class Key:
         return cls(hashlib.sha256(key.encode()).digest(), clear)
 
 
+class NameKind(enum.Enum):
+    """Which kind of name in a certificate; the values are the words of a line. Names of different kinds never match.
+
+    There is no kind for e-mail and IP addresses: authorities issue those by other rules than names of services.
+    """
+
+    URI = "uri"
+    """A subject alternative name that is a URI, such as a SPIFFE id."""
+    DNS = "dns"
+    """A subject alternative name that is a DNS name."""
+    COMMON_NAME = "cn"
+    """The subject's common name."""
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A name in a client certificate that the listener has verified: a subject alternative name or the common name."""
+    """A name in a client certificate that the listener has verified.
 
+    Attributes:
+        kind: Where in the certificate the name is.
+        name: Compared byte by byte.
+    """
+
+    kind: NameKind
     name: str
+
+    def __str__(self) -> str:
+        """As a line has it after `mtls:`."""
+        return f"{self.kind.value}:{self.name}"
+
+    @property
+    def owner(self) -> str:
+        """What marks the data of a caller with this certificate where there are no principals."""
+        return _owner("certificate", str(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,19 +138,31 @@ class Principal:
     permissions: frozenset[Permission]
     credential: Key | Identity
 
+    @property
+    def owner(self) -> str:
+        """What marks this principal's data: the same for the same name with the same credential, and for nothing else.
+
+        A later principal of the same name with another credential is somebody else.
+        """
+        return _owner("principal", self.name, self._credential(exact=True))
+
     def line(self) -> str:
         """The line that `parse_line` makes this principal from; with the digest where there was a key."""
-        return self._line(f"sha256:{self.credential.digest.hex()}" if isinstance(self.credential, Key) else "")
+        return self._line(exact=True)
 
     def masked(self) -> str:
         """The line as it may be shown to anybody."""
-        return self._line("sha256:***")
+        return self._line(exact=False)
 
-    def _line(self, key: str) -> str:
+    def _line(self, *, exact: bool) -> str:
         words = [permission.value for permission in Permission if permission in self.permissions]
         permissions = "all" if self.permissions == ALL else ",".join(words)
-        credential = f"mtls:{self.credential.name}" if isinstance(self.credential, Identity) else key
-        return f"{self.name} {permissions} {credential}"
+        return f"{self.name} {permissions} {self._credential(exact=exact)}"
+
+    def _credential(self, *, exact: bool) -> str:
+        if isinstance(self.credential, Identity):
+            return f"mtls:{self.credential}"
+        return f"sha256:{self.credential.digest.hex() if exact else '***'}"
 
 
 class Access:
@@ -131,16 +174,18 @@ class Access:
 
     def __init__(self, principals: Iterable[Principal] = ()) -> None:
         self._known: Mapping[Key | Identity, Principal] = {}
+        self._owners: Mapping[str, Principal] = {}
         self.replace(principals)
 
     def replace(self, principals: Iterable[Principal]) -> None:
-        """Judge calls by these principals from now on; those already let in are not asked again.
+        """Check calls against these principals from now on. For calls that were let in before, ask `admits`.
 
         Args:
             principals: As for the constructor.
         """
         # One assignment: a call is judged by the old ones or by the new ones, never by some of each.
         self._known = {principal.credential: principal for principal in principals}
+        self._owners = {principal.owner: principal for principal in self._known.values()}
 
     @property
     def open(self) -> bool:
@@ -155,7 +200,19 @@ class Access:
         keys = sum(isinstance(credential, Key) for credential in self._known)
         return f"keys: {keys}, mTLS identities: {len(self._known) - keys}"
 
-    def authorize(self, method: str, bearer_key: str | None, identities: Iterable[str]) -> str | None:
+    def admits(self, owner: str, method: str) -> bool:
+        """Whether a call that was let in earlier would be let in now, as the same caller.
+
+        Args:
+            owner: The `owner` of the principal that it was let in as; empty or an identity's if there were no principals.
+            method: As for `authorize`.
+        """
+        if self.open:
+            return True
+        principal = self._owners.get(owner)
+        return principal is not None and NEEDS[method] in principal.permissions
+
+    def authorize(self, method: str, bearer_key: str | None, identities: Iterable[Identity]) -> Principal | None:
         """Let a call in, or refuse it. A key alone decides if there is one: no certificate makes up for a wrong key.
 
         Args:
@@ -164,7 +221,7 @@ class Access:
             identities: The names in the caller's verified certificate; the first that is known counts.
 
         Returns:
-            The principal's name, for the log; `None` if everybody may do everything.
+            The principal; `None` if everybody may do everything.
 
         Raises:
             GatewayError: UNAUTHENTICATED, there is no credential that is known; PERMISSION_DENIED, its principal may not
@@ -181,9 +238,9 @@ class Access:
                 "let the gateway's operator grant it, or call as somebody who has it",
                 metadata={"caller": principal.name, "needs": needs.value},
             )
-        return principal.name
+        return principal
 
-    def knows(self, authorization: Sequence[str], identities: Iterable[str]) -> bool:
+    def knows(self, authorization: Sequence[str], identities: Iterable[Identity]) -> bool:
         """Whether a caller is a principal, whatever it may do; true of every caller if everybody may do everything.
 
         Args:
@@ -195,21 +252,21 @@ class Access:
         except GatewayError:
             return False
 
-    def _principal(self, bearer_key: str | None, identities: Iterable[str]) -> Principal:
+    def _principal(self, bearer_key: str | None, identities: Iterable[Identity]) -> Principal:
         if bearer_key is not None:
             principal = self._known.get(Key.of(bearer_key))
             if principal is None:
                 raise _unauthenticated(f"this gateway does not know the key, or does no longer: {_HOW} that it knows")
             return principal
-        names = [*identities]
-        for name in names:
-            principal = self._known.get(Identity(name))
+        shown = [*identities]
+        for identity in shown:
+            principal = self._known.get(identity)
             if principal is not None:
                 return principal
-        if names:
+        if shown:
             raise _unauthenticated(
-                f"this gateway knows none of the client certificate's names ({', '.join(names)}): let its operator add "
-                f"one, or {_HOW}"
+                f"this gateway knows none of the client certificate's names ({', '.join(map(str, shown))}): let its "
+                f"operator add one, or {_HOW}"
             )
         certificates = any(isinstance(credential, Identity) for credential in self._known)
         other = ", or connect with a client certificate that it knows" if certificates else ""
@@ -237,7 +294,7 @@ def bearer_key(values: Sequence[str]) -> str | None:
     key = key.strip()
     if scheme.lower() != "bearer" or not key:
         raise _unauthenticated(f"the authorization header is not the word Bearer, a space and a key: {_HOW}")
-    return key
+    return Secret(key)
 
 
 def parse_line(text: str) -> Principal | None:
@@ -298,13 +355,29 @@ def _credential(text: str) -> Key | Identity:
             )
         return Key(bytes.fromhex(rest))
     if kind == "mtls":
-        if not rest:
-            raise ValueError(
-                "mtls: must be followed by a name in the certificate: write mtls:spiffe://mesh/ns/frontend"
-            )
-        return Identity(rest)
+        return _identity(rest)
     # A misspelt kind would else be a key that can be guessed.
     raise ValueError("the credential must begin with sha256: or mtls:, or be a key, which has no colon")
+
+
+def _identity(text: str) -> Identity:
+    kind, _, name = text.partition(":")
+    if kind not in {known.value for known in NameKind}:
+        raise ValueError(
+            f"mtls: must be followed by the kind of a name in the certificate, and the name: write {_MTLS}"
+        )
+    if not name:
+        raise ValueError(f"mtls:{kind}: must be followed by a name in the certificate: write {_MTLS}")
+    if (kind == "uri" and ":" not in name) or (kind == "dns" and (":" in name or "/" in name)):
+        raise ValueError(
+            f"mtls:uri: must be followed by a URI with its scheme, mtls:dns: by a name without colon or slash: write {_MTLS}"
+        )
+    return Identity(NameKind(kind), name)
+
+
+def _owner(*parts: str) -> str:
+    # A digest, so that neither a credential nor a name can be read from it; NUL separates, as no part has it.
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def _unauthenticated(message: str) -> GatewayError:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hashlib
 import ssl
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -22,6 +24,7 @@ from deltawire_server.rpc.model_registry import ModelRegistryServicer
 from deltawire_server.rpc.reception import Reception
 from deltawire_server.rpc.validate_content import ContentLimits
 from deltawire_server.sansio.completion import Limits
+from deltawire_server.secret import Secret
 from deltawire_server.settings import SettingsError, is_local
 from deltawire_server.telemetry import configure_logging, get_logger
 from deltawire_server.upstream.base import Patience
@@ -41,6 +44,9 @@ if TYPE_CHECKING:
 SPARE_CONNECTIONS = 32
 """Of each provider's pool, above the completions that are admitted: for listings and health, which must not wait."""
 
+REVOKED_SECONDS = 1.0
+"""What completions whose caller's access is revoked get to send their last message; then the calls themselves are ended."""
+
 RELOADED = frozenset({"providers", "access"})
 """The sections of the settings that `Gateway.reload` takes over; what changes in the others waits for a restart."""
 
@@ -49,6 +55,14 @@ SERVICES = (
     model_registry_pb2.DESCRIPTOR.services_by_name["ModelRegistry"].full_name,
 )
 
+STREAM = "/deltawire.v1.ChatCompletion/StreamChatCompletion"
+"""What every method of completions needs, this one does."""
+
+_CERTIFICATES = ("server.tls_cert_file", "server.tls_key_file", "server.tls_client_ca_file")
+_WOULD_OPEN = (
+    "access: no line says who may call any more, which would let everybody do everything: restore keys_file or keys, or set "
+    "access.open = true (environment DELTAWIRE_ACCESS_OPEN)"
+)
 _USER_AGENT = f"deltawire/{__version__}"
 
 _ENGINES = {"auto": None, "vllm": EngineKind.VLLM, "proxy": EngineKind.PROXY}
@@ -72,6 +86,7 @@ class Gateway:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._files = _digests(settings)
         self._connections = settings.server.max_streams + SPARE_CONNECTIONS
         self._providers = Providers(
             _provider(provider_id, provider, self._connections) for provider_id, provider in settings.providers.items()
@@ -90,14 +105,14 @@ class Gateway:
         models = ModelRegistryServicer(
             self._registry, self._providers, slow_watcher_seconds=settings.stream.slow_caller_timeout
         )
-        calls = CallInterceptor(
+        self._calls = CallInterceptor(
             self._worker.end_all,
             models.end_watches,
             self._access,
             admission=self._worker.admission,
             reception=Reception(settings.server.max_receiving, settings.server.receive_timeout),
         )
-        self._lifecycle = Lifecycle(settings.server, [calls], calls)
+        self._lifecycle = Lifecycle(settings.server, [self._calls], self._calls)
         self._lifecycle.add_service(
             lambda server: chat_completion_pb2_grpc.add_ChatCompletionServicer_to_server(chat, server)
         )
@@ -144,17 +159,26 @@ class Gateway:
         """Take over new settings while serving: all that can be, or nothing if any of it cannot be used.
 
         Providers whose settings are the same stay as they are, with their connections. Others are made anew, and calls
-        under way at the old ones go on to their end. Keys that need a restart are named in the log, and stay as they were.
+        under way at the old ones go on to their end. Keys that need a restart are named in the log, and stay as they were; so
+        are those of certificates, which are read at the start only, if their files have changed.
 
         Args:
             settings: Checked already.
 
         Raises:
-            SettingsError: What a provider's settings name cannot be used; all is as it was.
+            SettingsError: What a provider's settings name cannot be used, or settings that would open a gateway to everybody
+                do not set `access.open`; all is as it was.
         """
+        if not (self._access.open or settings.access.principals or settings.access.open):
+            raise SettingsError([_WOULD_OPEN])
         before, after = self._settings.providers, settings.providers
+        files = _digests(settings)
         changed = {
-            provider_id for provider_id in before.keys() & after.keys() if before[provider_id] != after[provider_id]
+            provider_id
+            for provider_id in before.keys() & after.keys()
+            if before[provider_id] != after[provider_id]
+            or self._files.get(f"providers.{provider_id}.tls_verify")
+            != files.get(f"providers.{provider_id}.tls_verify")
         }
         present = {provider.id: provider for provider in self._providers.all() if provider.id not in changed}
         providers = [
@@ -166,9 +190,12 @@ class Gateway:
         self._registry.providers_changed(changed | (before.keys() ^ after.keys()))
         self._load_access(settings)
         waiting = _changed_keys(self._settings, settings)
+        waiting += [key for key in _CERTIFICATES if key not in waiting and files.get(key) != self._files.get(key)]
+        self._files = files | {key: self._files[key] for key in _CERTIFICATES if key in self._files}
         self._settings = self._settings.model_copy(update={section: getattr(settings, section) for section in RELOADED})
         _log.info(
             "settings reloaded",
+            sections=sorted(RELOADED),
             providers_added=sorted(after.keys() - before.keys()),
             providers_removed=sorted(before.keys() - after.keys()),
             providers_changed=sorted(changed),
@@ -177,10 +204,14 @@ class Gateway:
             _log.warning("changed settings need a restart", keys=waiting)
 
     def _load_access(self, settings: Settings) -> None:
-        """Judge calls from now on by what freshly read settings say of who may call; those under way go on, but watches."""
+        """Check calls from now on by what freshly read settings say of who may call, and end those that they say to end."""
         if settings.access.principals != self._settings.access.principals:
             self._access.replace(settings.access.principals)
             self._registry.interrupt_watches()
+            if settings.access.revoke == "end":
+                self._worker.end_revoked(lambda owner: self._access.admits(owner, STREAM))
+                # Those that are left: what is no completion, and what its caller does not read.
+                asyncio.get_running_loop().call_later(REVOKED_SECONDS, self._calls.end_revoked)
         _log.info("access loaded", access=self._access.summary)
         self._warn_of_access(settings)
 
@@ -260,6 +291,20 @@ async def _reload_on(hung_up: asyncio.Event, gateway: Gateway, reload: Callable[
             _log.exception("settings not reloaded")
 
 
+def _digests(settings: Settings) -> dict[str, bytes]:
+    """The digests of the certificate files that settings name, by their keys; a file that cannot be read has none."""
+    paths: dict[str, object] = {key: getattr(settings.server, key.partition(".")[2]) for key in _CERTIFICATES}
+    paths |= {
+        f"providers.{provider_id}.tls_verify": each.tls_verify for provider_id, each in settings.providers.items()
+    }
+    digests: dict[str, bytes] = {}
+    for key, path in paths.items():
+        if isinstance(path, Path):
+            with contextlib.suppress(OSError):
+                digests[key] = hashlib.sha256(path.read_bytes()).digest()
+    return digests
+
+
 def _changed_keys(before: Settings, after: Settings) -> list[str]:
     """The keys, as `section.key`, that differ in sections that are not reloaded."""
     return [
@@ -277,7 +322,7 @@ def _provider(provider_id: str, settings: ProviderSettings, connections: int) ->
         provider_id,
         *settings.base_url,
         api_token=token.get_secret_value() if token is not None else None,
-        headers={name: value.get_secret_value() for name, value in settings.headers.items()},
+        headers={name: Secret(value.get_secret_value()) for name, value in settings.headers.items()},
         allowed_models=settings.allowed_models,
         allowed_extra_fields=settings.allowed_extra_fields,
         tls=_tls(provider_id, settings.tls_verify),

@@ -42,7 +42,11 @@ def configure_logging(level: str, form: str, *, stream: TextIO | None = None) ->
         renderer = structlog.processors.JSONRenderer()
         shared.append(structlog.processors.format_exc_info)
     else:
-        renderer = structlog.dev.ConsoleRenderer(colors=output.isatty())
+        shared.append(escape_unprintable)
+        # Where rich is installed, structlog's own choice prints the values of local variables: tokens, keys, prompts.
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=output.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
@@ -71,6 +75,14 @@ def mask_secrets(_logger: WrappedLogger, _method: str, event: EventDict) -> Even
     for key in event:
         if key not in _COUNTS and any(word in key.lower() for word in _SECRET_WORDS):
             event[key] = "***"
+    return event
+
+
+def escape_unprintable(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Escape what moves a terminal's cursor or hides text: values come from callers and providers."""
+    for key, value in event.items():
+        if isinstance(value, str) and not value.isprintable():
+            event[key] = repr(value)
     return event
 
 

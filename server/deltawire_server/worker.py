@@ -60,7 +60,7 @@ class Caller:
 
     Attributes:
         call: What of the caller's metadata goes on.
-        name: Keeps callers' completions apart; empty where callers are not told apart.
+        name: Keeps the completions of different callers apart: `CallRecord.owner`; empty if they cannot be distinguished.
         deadline_passed: Whether the call's deadline has; asked when the call is cancelled.
         place: The call's own, which its completion takes over; without one the completion takes another.
     """
@@ -128,6 +128,17 @@ class Worker:
         """End every completion now: this process stops. Each sends what came, and then that it was ended."""
         for completion in tuple(self._completions):
             completion.end(Fault(Reason.DRAINING, "this process is shutting down; start again, another one serves"))
+
+    def end_revoked(self, admits: Callable[[str], bool]) -> None:
+        """End the completions of callers who may no longer call, retained ones included. Each sends what came, and then why.
+
+        Args:
+            admits: Whether the caller of this name may still call.
+        """
+        fault = Fault(Reason.ACCESS_CHANGED, "the access of the caller was revoked or changed")
+        for record in self._records.kept():
+            if not admits(record.caller):
+                record.fail(fault)
 
     async def close(self) -> None:
         """Stop what is generated for nobody's call; what is retained is gone."""

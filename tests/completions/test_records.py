@@ -9,7 +9,7 @@ import pytest
 
 from deltawire_server.completions.records import NOTHING_YET, Head, Outcome, Record, Records, Timings
 from deltawire_server.errors import CallerError, Code, DeltawireError, GatewayError, Reason
-from deltawire_server.sansio.events import Provenance, StopReason, Usage
+from deltawire_server.sansio.events import Fault, Provenance, StopReason, Usage
 from deltawire_server.upstream.request import Sampling
 
 if TYPE_CHECKING:
@@ -27,10 +27,15 @@ class FakeRunning:
         self.timings = Timings(1.0)
         self.failure: DeltawireError | None = None
         self.stopped: list[StopReason] = []
+        self.faults: list[Fault] = []
 
     def stop(self, reason: StopReason) -> None:
         """Note it."""
         self.stopped.append(reason)
+
+    def end(self, fault: Fault) -> None:
+        """Note it."""
+        self.faults.append(fault)
 
 
 def reason_of(records: Records, caller: str, completion_id: str) -> tuple[type[DeltawireError], Reason]:
@@ -182,3 +187,20 @@ def test_cancel() -> None:
     records.end(over, None)
     over.cancel()
     assert records.find("me", "c").outcome is None
+
+
+def test_a_completion_that_is_failed() -> None:
+    """At once where it is under way, else as soon as it is; all that are under way are found."""
+    records = Records()
+    early, late = records.begin("a"), records.begin("b")
+    fault = Fault(Reason.ACCESS_CHANGED, "revoked")
+    running = FakeRunning()
+    early.run(running)
+    for record in records.kept():
+        record.fail(fault)
+    assert running.faults == [fault]
+    running = FakeRunning()
+    late.run(running)
+    assert running.faults == [fault]
+    records.end(early, None)
+    assert records.kept() == (late,)

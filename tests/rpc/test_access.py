@@ -9,19 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
+from google.protobuf import duration_pb2
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
 from deltawire import AsyncClient, Client, ModelChange, PermissionDeniedError, UnauthenticatedError, WatchBookmark
 from deltawire.v1 import chat_completion_pb2 as chat_pb
-from deltawire.v1 import model_registry_pb2
+from deltawire.v1 import error_reason_pb2, model_registry_pb2
 from deltawire_server.access import NEEDS, Permission
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
 from tests.support.gateway import (
     Failure,
     Lines,
     Running,
+    ask,
     failure_of,
     kinds,
     read,
@@ -29,6 +31,7 @@ from tests.support.gateway import (
     read_well,
     settings_of,
     taken_apart,
+    until,
 )
 
 if TYPE_CHECKING:
@@ -227,9 +230,10 @@ def mutual(certificates: Certificates) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("identity", "common_name", "alternative_names"),
     [
-        (MESH, "by-uri", f"URI:{MESH}"),
-        ("frontend.mesh", "by-dns", f"URI:{MESH},DNS:frontend.mesh"),
-        ("by-common-name", "by-common-name", ""),
+        (f"uri:{MESH}", "by-uri", f"URI:{MESH}"),
+        (f"uri:{MESH}", "by-second-uri", f"email:a@b.example,URI:https://other,URI:{MESH}"),
+        ("dns:frontend.mesh", "by-dns", f"URI:{MESH},DNS:frontend.mesh"),
+        ("cn:by-common-name", "by-common-name", ""),
     ],
 )
 async def test_by_certificate(
@@ -259,12 +263,12 @@ async def test_a_certificate_that_is_not_known(
 ) -> None:
     """The authority's signature alone lets nobody in, and the refusal says what names there were."""
     async with (
-        start_gateway(server=mutual(certificates), access={"keys": "frontend call mtls:frontend.mesh"}) as gateway,
+        start_gateway(server=mutual(certificates), access={"keys": "frontend call mtls:dns:frontend.mesh"}) as gateway,
         shown(gateway, certificates, "stranger", alternative_names) as caller,
     ):
         failure = await failure_of(caller.create())
     assert failure.reason == "UNAUTHENTICATED"
-    assert f"certificate's names ({alternative_names.removeprefix('DNS:') or 'stranger'})" in failure.message
+    assert f"certificate's names ({'dns:stranger.mesh' if alternative_names else 'cn:stranger'})" in failure.message
 
 
 async def test_a_common_name_does_not_count_beside_alternative_names(
@@ -272,15 +276,38 @@ async def test_a_common_name_does_not_count_beside_alternative_names(
 ) -> None:
     """Who has one signed for its own alternative name may have written any common name into it."""
     async with (
-        start_gateway(server=mutual(certificates), access={"keys": "frontend call mtls:frontend"}) as gateway,
+        start_gateway(server=mutual(certificates), access={"keys": "frontend call mtls:cn:frontend"}) as gateway,
         shown(gateway, certificates, "frontend", "DNS:stranger.mesh") as caller,
+    ):
+        assert (await failure_of(caller.create())).reason == "UNAUTHENTICATED"
+
+
+@pytest.mark.parametrize(
+    ("identity", "alternative_names"),
+    [
+        ("uri:spiffe://mesh/ns/frontend", "DNS:spiffe://mesh/ns/frontend"),
+        ("uri:spiffe://mesh/ns/frontend", "email:spiffe://mesh/ns/frontend"),
+        ("dns:frontend.mesh", "email:frontend.mesh"),
+        ("dns:frontend.mesh", "URI:frontend.mesh"),
+        ("dns:192.0.2.1", "IP:192.0.2.1"),
+        ("cn:known", "email:frontend@mesh"),
+        ("cn:known", "IP:192.0.2.1"),
+    ],
+)
+async def test_a_name_of_another_kind(
+    start_gateway: StartGateway, certificates: Certificates, identity: str, alternative_names: str
+) -> None:
+    """An authority that lets a client choose its e-mail address or DNS name does not give it a SPIFFE id by that."""
+    async with (
+        start_gateway(server=mutual(certificates), access={"keys": f"frontend call mtls:{identity}"}) as gateway,
+        shown(gateway, certificates, "known", alternative_names) as caller,
     ):
         assert (await failure_of(caller.create())).reason == "UNAUTHENTICATED"
 
 
 async def test_key_and_certificate(start_gateway: StartGateway, certificates: Certificates, lines: Lines) -> None:
     """A key alone decides: it is enough beside an unknown certificate, and no known one makes up for a wrong key."""
-    access = {"keys": f"frontend all mtls:{MESH}; reader read {KEYS[Permission.READ]}"}
+    access = {"keys": f"frontend all mtls:uri:{MESH}; reader read {KEYS[Permission.READ]}"}
     async with start_gateway(server=mutual(certificates), access=access) as gateway:
         async with shown(gateway, certificates, "known", f"URI:{MESH}") as caller:
             await caller.models.ListProviders(LIST, metadata=bearer(KEYS[Permission.READ]))
@@ -300,37 +327,171 @@ async def test_a_unix_socket_has_no_certificates(
 ) -> None:
     """Beside a listener with mutual TLS, a key is what it takes there."""
     listen = {"listen": [f"unix:{tmp_path}/gateway.sock", "127.0.0.1:0"], **mutual(certificates)}
-    async with start_gateway(server=listen, access={"keys": f"frontend all mtls:{MESH}; ops all {OPS}"}) as gateway:
+    async with start_gateway(server=listen, access={"keys": f"frontend all mtls:uri:{MESH}; ops all {OPS}"}) as gateway:
         assert (await failure_of(gateway.create())).reason == "UNAUTHENTICATED"
         await gateway.create(metadata=bearer(OPS))
 
 
 async def test_access_is_loaded_anew(start_gateway: StartGateway, vllm: FakeVllm, tmp_path: Path, lines: Lines) -> None:
-    """From fresh settings, without a restart: a revoked key is refused, a new one taken, calls under way are unharmed."""
-    gate = asyncio.Event()
-    vllm.play(Script.chunks([CHUNKS.role(), gate, CHUNKS.text("whole"), CHUNKS.finish()]))
+    """From fresh settings, without a restart: a revoked key is refused, a new one taken."""
     keys = tmp_path / "keys"
     keys.write_text("old all secret-of-the-old\n")
 
-    def settings() -> Any:  # noqa: ANN401 (Settings)
-        return settings_of(vllm.base_url, tmp_path, access={"keys_file": keys})
-
     async with start_gateway(access={"keys_file": keys}) as gateway:
-        under_way = aiter(gateway.stream(metadata=bearer("secret-of-the-old")))
-        await anext(under_way)
         keys.write_text("new call secret-of-the-new\n")
         assert (await failure_of(gateway.create(metadata=bearer("secret-of-the-new")))).reason == "UNAUTHENTICATED"
 
-        await gateway.gateway.reload(settings())
+        await gateway.gateway.reload(settings_of(vllm.base_url, tmp_path, access={"keys_file": keys}))
 
         assert (await lines.find("access loaded"))["access"] == "keys: 1, mTLS identities: 0"
         revoked = await failure_of(gateway.create(metadata=bearer("secret-of-the-old")))
         assert revoked.reason == "UNAUTHENTICATED"
         assert "or does no longer" in revoked.message
         await gateway.create(metadata=bearer("secret-of-the-new"))
-        gate.set()
-        assert kinds([event async for event in under_way]) == ["text_delta", "choice_finished", "completed"]
     assert "secret-of" not in lines.getvalue()
+
+
+OLD = "secret-of-the-old"
+BEFORE = f"ci all {OLD}; stays all {OPS}"
+CHANGED = {
+    "removed": f"stays all {OPS}",
+    "another credential": f"ci all secret-of-the-new; stays all {OPS}",
+    "another name": f"cj all {OLD}; stays all {OPS}",
+    "without the permission": f"ci read,change {OLD}; stays all {OPS}",
+}
+
+
+@pytest.fixture
+def gate(vllm: FakeVllm) -> asyncio.Event:
+    """What every answer waits for, after its first word."""
+    gate = asyncio.Event()
+    script = Script.chunks([CHUNKS.role(), CHUNKS.text("one "), gate, CHUNKS.text("two"), CHUNKS.finish()])
+    vllm.play(*[script] * 5)
+    return gate
+
+
+async def reload(gateway: Running, vllm: FakeVllm, folder: Path, keys: str, **access: str) -> None:
+    """Have the gateway take over other lines."""
+    await gateway.gateway.reload(settings_of(vllm.base_url, folder, access={"keys": keys, **access}))
+
+
+@pytest.mark.parametrize("change", CHANGED)
+async def test_a_revoked_caller_s_calls_end(
+    start_gateway: StartGateway, vllm: FakeVllm, tmp_path: Path, gate: asyncio.Event, change: str
+) -> None:
+    """Plain and retained streams and whole answers, at once; what the engine generates for them too, but no other caller's."""
+    old, ops = bearer(OLD), bearer(OPS)
+    kept = chat_pb.StreamOptions(retention=duration_pb2.Duration(seconds=60))
+    async with start_gateway(access={"keys": BEFORE}) as gateway:
+        revoked = [
+            gateway.stream(metadata=old),
+            gateway.stream(metadata=old, options=kept),
+            gateway.stream(ask(completion_id="mine"), metadata=old),
+        ]
+        for call in revoked:
+            assert [(await anext(aiter(call))).WhichOneof("event") for _ in range(2)] == ["started", "text_delta"]
+        whole = asyncio.ensure_future(failure_of(gateway.create(metadata=old)))
+        other = gateway.stream(metadata=ops)
+        assert [(await anext(aiter(other))).WhichOneof("event") for _ in range(2)] == ["started", "text_delta"]
+        await until(lambda: vllm.running == 5)
+
+        await reload(gateway, vllm, tmp_path, CHANGED[change])
+
+        for call in revoked:
+            events, failure = await read(call)
+            assert failure is not None
+            assert (failure.code, failure.reason) == (grpc.StatusCode.ABORTED, "ACCESS_CHANGED")
+            assert kinds(events) == ["choice_finished", "completed"]
+            assert events[-1].completed.error.reason == error_reason_pb2.ERROR_REASON_ACCESS_CHANGED
+        assert (await whole).reason == "ACCESS_CHANGED"
+        await until(lambda: vllm.running == 1)
+        gate.set()
+        assert kinds([event async for event in other]) == ["text_delta", "choice_finished", "completed"]
+
+
+async def test_an_abandoned_retained_stream_of_a_revoked_caller_ends(
+    start_gateway: StartGateway, vllm: FakeVllm, tmp_path: Path, gate: asyncio.Event
+) -> None:
+    """Which no call is about any more."""
+    kept = chat_pb.StreamOptions(retention=duration_pb2.Duration(seconds=60))
+    async with start_gateway(access={"keys": BEFORE}) as gateway:
+        call = gateway.stream(ask(completion_id="mine"), metadata=bearer(OLD), options=kept)
+        await anext(aiter(call))
+        call.cancel()
+        await until(lambda: vllm.running == 1)
+        await reload(gateway, vllm, tmp_path, f"stays all {OPS}")
+        await until(lambda: vllm.running == 0)
+        assert not gate.is_set()
+
+
+async def test_a_call_that_waits_for_its_model_ends(
+    start_gateway: StartGateway, vllm: FakeVllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a call waits for, and whether or not a task of its own waits: it is not begun for a revoked caller."""
+    monkeypatch.setattr("deltawire_server.app.REVOKED_SECONDS", 0.05)
+    waits = asyncio.Event()
+
+    async def resolve(*_: object) -> None:
+        waits.set()
+        await asyncio.Event().wait()
+
+    async with start_gateway(access={"keys": BEFORE}) as gateway:
+        monkeypatch.setattr(gateway.gateway._registry, "resolve", resolve)
+        for chat in (ask(), ask(completion_id="mine")):
+            waits.clear()
+            await reload(gateway, vllm, tmp_path, BEFORE)
+            failed = asyncio.ensure_future(failure_of(gateway.create(chat, metadata=bearer(OLD))))
+            await waits.wait()
+            await reload(gateway, vllm, tmp_path, f"stays all {OPS}")
+            failure = await failed
+            assert (failure.code, failure.reason) == (grpc.StatusCode.ABORTED, "ACCESS_CHANGED")
+    assert not vllm.chats
+
+
+async def test_calls_may_finish(
+    start_gateway: StartGateway, vllm: FakeVllm, tmp_path: Path, gate: asyncio.Event
+) -> None:
+    """With access.revoke = "finish", to their good end."""
+    async with start_gateway(access={"keys": BEFORE, "revoke": "finish"}) as gateway:
+        under_way = gateway.stream(metadata=bearer(OLD))
+        await anext(aiter(under_way))
+        await reload(gateway, vllm, tmp_path, f"stays all {OPS}", revoke="finish")
+        gate.set()
+        assert kinds([event async for event in under_way])[-1] == "completed"
+
+
+async def test_a_permission_more_ends_nothing(
+    start_gateway: StartGateway, vllm: FakeVllm, tmp_path: Path, gate: asyncio.Event
+) -> None:
+    """Nor does one less that the call does not need."""
+    async with start_gateway(access={"keys": f"ci call,read {OLD}"}) as gateway:
+        under_way = gateway.stream(metadata=bearer(OLD))
+        await anext(aiter(under_way))
+        await reload(gateway, vllm, tmp_path, f"ci all {OLD}; stays all {OPS}")
+        await reload(gateway, vllm, tmp_path, f"stays all {OPS}; ci call {OLD}")
+        gate.set()
+        assert kinds([event async for event in under_way])[-1] == "completed"
+
+
+async def test_a_name_that_is_given_to_another_credential_inherits_nothing(
+    start_gateway: StartGateway, vllm: FakeVllm, tmp_path: Path
+) -> None:
+    """Neither a retained stream nor what is remembered of a completion nor its id; the credential's own line finds them again."""
+    kept = chat_pb.StreamOptions(retention=duration_pb2.Duration(seconds=60))
+    new = bearer("secret-of-the-new")
+    async with start_gateway(access={"keys": BEFORE}) as gateway:
+        await read_well(gateway.stream(ask(completion_id="kept"), metadata=bearer(OLD), options=kept))
+        await read_well(gateway.stream(ask(completion_id="over"), metadata=bearer(OLD)))
+        await reload(gateway, vllm, tmp_path, CHANGED["another credential"])
+        for completion_id in ("kept", "over"):
+            assert (await failure_of(gateway.look_up(completion_id, metadata=new))).reason == "COMPLETION_NOT_FOUND"
+            _, failure = await read(gateway.resume(completion_id, metadata=new))
+            assert failure is not None
+            assert failure.reason == "COMPLETION_NOT_FOUND"
+        await read_well(gateway.stream(ask("another", completion_id="kept"), metadata=new))
+        await reload(gateway, vllm, tmp_path, BEFORE)
+        await read_well(gateway.resume("kept", metadata=bearer(OLD)))
+        assert (await gateway.look_up("over", metadata=bearer(OLD))).state == chat_pb.COMPLETION_STATE_COMPLETED
 
 
 async def test_a_watch_ends_with_its_key(start_gateway: StartGateway, vllm: FakeVllm, tmp_path: Path) -> None:

@@ -435,7 +435,7 @@ async def test_headers_of_a_call_reach_vllm(served: Running, vllm: FakeVllm) -> 
     metadata = (
         ("x-vllm-api-token", "callers"),
         ("x-request-id", "mine"),
-        ("traceparent", "00-a-b-01"),
+        ("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),
         ("tracestate", "k=v"),
         ("authorization", "Bearer for-the-gateway"),
     )
@@ -443,7 +443,10 @@ async def test_headers_of_a_call_reach_vllm(served: Running, vllm: FakeVllm) -> 
     headers = vllm.chats[0].headers
     assert headers["authorization"] == "Bearer callers"
     assert headers["x-request-id"].startswith("mine-")
-    assert (headers["traceparent"], headers["tracestate"]) == ("00-a-b-01", "k=v")
+    assert (headers["traceparent"], headers["tracestate"]) == (
+        "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+        "k=v",
+    )
     assert headers["user-agent"].startswith("deltawire/")
 
 

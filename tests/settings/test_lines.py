@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from deltawire_server.access import Identity, Key
+from deltawire_server.access import Identity, Key, NameKind
 from deltawire_server.settings import AccessSettings, effective
 from tests.settings.conftest import URL
 
@@ -38,20 +38,20 @@ def test_without_lines_nobody_is_named(read: Parse) -> None:
 def test_both_sources(read: Parse, keys_file: Path, mutual: dict[str, str]) -> None:
     """The file's principals and then the environment's, `;` and line ends alike between them, comments anywhere."""
     keys_file.write_text(f"# who may call\r\n\r\nops all {SECRET}  # since May\r\nci call,read sha256:{'1' * 64}")
-    keys = "mesh call mtls:spiffe://mesh/ns/frontend;; # none\nother read 0123456789abcdef;"
+    keys = "mesh call mtls:uri:spiffe://mesh/ns/frontend;; # none\nother read 0123456789abcdef;"
     access = read(
         VLLM_URL=URL, DELTAWIRE_ACCESS_KEYS_FILE=str(keys_file), DELTAWIRE_ACCESS_KEYS=keys, **mutual
     ).settings.access
     assert [principal.masked() for principal in access.principals] == [
         "ops all sha256:***",
         "ci call,read sha256:***",
-        "mesh call mtls:spiffe://mesh/ns/frontend",
+        "mesh call mtls:uri:spiffe://mesh/ns/frontend",
         "other read sha256:***",
     ]
     assert [principal.credential for principal in access.principals] == [
         Key.of(SECRET),
         Key(bytes.fromhex("1" * 64)),
-        Identity("spiffe://mesh/ns/frontend"),
+        Identity(NameKind.URI, "spiffe://mesh/ns/frontend"),
         Key.of("0123456789abcdef"),
     ]
 
@@ -116,7 +116,7 @@ def test_what_is_there_twice(problems: Problems, keys_file: Path, second: str, w
 
 def test_an_identity_twice(problems: Problems, mutual: dict[str, str]) -> None:
     """Is a credential twice as well."""
-    (line,) = problems(VLLM_URL=URL, DELTAWIRE_ACCESS_KEYS="a call mtls:x;b read mtls:x", **mutual)
+    (line,) = problems(VLLM_URL=URL, DELTAWIRE_ACCESS_KEYS="a call mtls:dns:x;b read mtls:dns:x", **mutual)
     assert "line 2: the credential is that of line 1 again" in line
 
 
@@ -132,13 +132,13 @@ def test_a_file_that_names_nobody(problems: Problems, keys_file: Path, text: str
 
 def test_identities_need_client_certificates(problems: Problems, keys_file: Path, mutual: dict[str, str]) -> None:
     """Every line is named with its place, and the setting that is missing."""
-    keys_file.write_text("frontend call mtls:frontend.mesh\n")
+    keys_file.write_text("frontend call mtls:dns:frontend.mesh\n")
     without_client_ca = {name: value for name, value in mutual.items() if "CLIENT" not in name}
     lines = problems(
         "--access-keys-file",
         str(keys_file),
         VLLM_URL=URL,
-        DELTAWIRE_ACCESS_KEYS="a all mtls:a; b all 0123456789abcdef",
+        DELTAWIRE_ACCESS_KEYS="a all mtls:dns:a; b all 0123456789abcdef",
         **without_client_ca,
     )
     assert len(lines) == 2
@@ -150,7 +150,7 @@ def test_identities_need_client_certificates(problems: Problems, keys_file: Path
 def test_a_wrong_client_ca_is_the_only_error(problems: Problems, mutual: dict[str, str]) -> None:
     """What depends on it is not judged."""
     mutual["DELTAWIRE_SERVER_TLS_CLIENT_CA_FILE"] = "/nowhere/ca.pem"
-    (line,) = problems(VLLM_URL=URL, DELTAWIRE_ACCESS_KEYS="a all mtls:a", **mutual)
+    (line,) = problems(VLLM_URL=URL, DELTAWIRE_ACCESS_KEYS="a all mtls:dns:a", **mutual)
     assert line.startswith("server.tls_client_ca_file")
 
 
@@ -208,7 +208,7 @@ def test_printed_settings_say_who_may_call(read: Parse, keys_file: Path, mutual:
         "--access-keys-file",
         str(keys_file),
         VLLM_URL=URL,
-        DELTAWIRE_ACCESS_KEYS=f"ci call,read sha256:{'1' * 64};mesh call mtls:spiffe://mesh/a",
+        DELTAWIRE_ACCESS_KEYS=f"ci call,read sha256:{'1' * 64};mesh call mtls:uri:spiffe://mesh/a",
         **mutual,
     )
     text = effective(invocation.settings, invocation.origins)
@@ -217,20 +217,22 @@ def test_printed_settings_say_who_may_call(read: Parse, keys_file: Path, mutual:
         "[access]",
         f'keys_file = "{keys_file}"  # flag --access-keys-file',
         'keys = "***"  # environment DELTAWIRE_ACCESS_KEYS',
+        "open = false  # default",
+        'revoke = "end"  # default',
         f"# ops all sha256:***  # keys_file {keys_file} line 2",
         "# ci call,read sha256:***  # keys line 1",
-        "# mesh call mtls:spiffe://mesh/a  # keys line 2",
+        "# mesh call mtls:uri:spiffe://mesh/a  # keys line 2",
     ]
-    assert tomllib.loads(text)["access"] == {"keys_file": str(keys_file), "keys": "***"}
+    rest = {"open": False, "revoke": "end"}
+    assert tomllib.loads(text)["access"] == {"keys_file": str(keys_file), "keys": "***", **rest}
     for secret in (SECRET, DIGEST, "1" * 64):
         assert secret not in text
 
 
 def test_printed_settings_say_that_everybody_may_call(read: Parse) -> None:
     """Where nobody is named."""
-    assert "[access]\n# keys_file is not set\n# keys is not set\n# everybody may do everything\n" in effective(
-        read(VLLM_URL=URL).settings
-    )
+    shown = '# keys_file is not set\n# keys is not set\nopen = false\nrevoke = "end"\n# everybody may do everything\n'
+    assert f"[access]\n{shown}" in effective(read(VLLM_URL=URL).settings)
 
 
 def test_the_mask_is_no_line() -> None:
@@ -243,3 +245,18 @@ def test_keys_of_the_wrong_type_are_not_shown(problems: Problems) -> None:
     """As for every secret."""
     (line,) = problems("--vllm-url", URL, file=f"[access]\nkeys = ['ci all {SECRET}']")
     assert line.endswith("must be a string, in quotes")
+
+
+def test_open_contradicts_lines(problems: Problems) -> None:
+    """Whichever of the two is a mistake, it is not guessed."""
+    (line,) = problems(VLLM_URL=URL, DELTAWIRE_ACCESS_OPEN="true", DELTAWIRE_ACCESS_KEYS=f"a call {SECRET}")
+    assert line.startswith("access.open (from environment DELTAWIRE_ACCESS_OPEN): is true, but there are lines")
+    assert "remove either" in line
+
+
+def test_what_a_revoked_caller_s_calls_do(read: Parse, problems: Problems) -> None:
+    """They end, unless the operator says otherwise."""
+    assert read(VLLM_URL=URL).settings.access.revoke == "end"
+    assert read(VLLM_URL=URL, DELTAWIRE_ACCESS_REVOKE="Finish").settings.access.revoke == "finish"
+    (line,) = problems(VLLM_URL=URL, DELTAWIRE_ACCESS_REVOKE="cut")
+    assert "must be one of end, finish, not 'cut'" in line

@@ -458,6 +458,16 @@ def test_images_by_default() -> None:
     """Nothing is fetched, and nothing needs to be said."""
     images = ImageSettings()
     assert (images.urls, images.allowed_hosts, images.schemes) == ("refuse", (), ("https",))
-    assert ImageSettings.model_validate({"urls": " PASS ", "schemes": "HTTPS, http"}).schemes == ("https", "http")
+    assert ImageSettings.model_validate({"urls": " Refuse ", "schemes": "HTTPS, http"}).schemes == ("https", "http")
     assert "input" not in refusal(ImageSettings, schemes=[])
     assert "https" in refusal(ImageSettings, schemes=["ftp"])
+
+
+@pytest.mark.parametrize("key", ["allowed_hosts", "schemes"])
+def test_limits_that_passing_would_ignore(key: str) -> None:
+    """Who lists hosts expects them to count; the defaults, as printed settings have them, are no such list."""
+    samples = {"allowed_hosts": "a.example", "schemes": "https,http"}
+    message = refusal(ImageSettings, urls="pass", **{key: samples[key]})
+    assert "has no effect with images.urls = pass" in message
+    assert "remove it, or set images.urls = fetch" in message
+    assert ImageSettings(urls="pass", allowed_hosts=(), schemes=("https",)).urls == "pass"

@@ -34,6 +34,8 @@ SAMPLES = {
     "keys": "ci call 0123456789abcdef",
     "reflection": "false",
     "urls": "pass",
+    "open": "true",
+    "revoke": "finish",
     "allowed_hosts": "a.example,*.b.example:8443",
     "schemes": "https,http",
     "engine": "proxy",

@@ -133,8 +133,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     Metadata: {"limit": "4096"} for changes, or {"limit_seconds": "30"}.
     """
     ERROR_REASON_ACCESS_CHANGED: _ErrorReason.ValueType  # 31
-    """ABORTED. Who may call this gateway has changed since the watch began. Watch again from the last revision: the caller is
-    judged anew.
+    """ABORTED. Who may call this gateway has changed since the call began. A watch ends at any such change: watch again from the
+    last revision. Another call ends if its caller's access was revoked or changed: call again with a valid credential.
     """
     ERROR_REASON_IMAGE_UNAVAILABLE: _ErrorReason.ValueType  # 32
     """FAILED_PRECONDITION. An image could not be fetched from its address: it is not there, too large, too slow, or no image.
@@ -286,8 +286,8 @@ it may. Watch again from the last revision, and if that is REVISION_GONE, withou
 Metadata: {"limit": "4096"} for changes, or {"limit_seconds": "30"}.
 """
 ERROR_REASON_ACCESS_CHANGED: ErrorReason.ValueType  # 31
-"""ABORTED. Who may call this gateway has changed since the watch began. Watch again from the last revision: the caller is
-judged anew.
+"""ABORTED. Who may call this gateway has changed since the call began. A watch ends at any such change: watch again from the
+last revision. Another call ends if its caller's access was revoked or changed: call again with a valid credential.
 """
 ERROR_REASON_IMAGE_UNAVAILABLE: ErrorReason.ValueType  # 32
 """FAILED_PRECONDITION. An image could not be fetched from its address: it is not there, too large, too slow, or no image.

@@ -22,6 +22,7 @@ from deltawire_server.sansio.events import Provenance, StopReason, Usage
 if TYPE_CHECKING:
     from deltawire_server.completions.retention import RetainedStream
     from deltawire_server.errors import Code
+    from deltawire_server.sansio.events import Fault
     from deltawire_server.upstream.request import Sampling
 
 MAX_REMEMBERED = 10_000
@@ -116,6 +117,9 @@ class Running(Told, Protocol):
     def stop(self, reason: StopReason) -> None:
         """End it now, as it is: its caller wants no more."""
 
+    def end(self, fault: Fault) -> None:
+        """End it now, with a fault that no event brought."""
+
 
 @dataclass(slots=True)
 class Record:
@@ -145,6 +149,7 @@ class Record:
     ended: bool = False
     stream: RetainedStream | None = None
     _stop_asked: bool = False
+    _fault: Fault | None = None
     _ended_at: float = field(default=0.0, repr=False)
 
     @property
@@ -160,6 +165,14 @@ class Record:
             self.stream.run(running)
         if self._stop_asked:
             running.stop(StopReason.CANCELLED)
+        if self._fault is not None:
+            running.end(self._fault)
+
+    def fail(self, fault: Fault) -> None:
+        """End it with a fault, now or as soon as it is under way; of one that has ended, nothing changes."""
+        self._fault = fault
+        if self.running is not None:
+            self.running.end(fault)
 
     def cancel(self) -> None:
         """End it softly, now or as soon as it is under way; of one that has ended, nothing changes."""
@@ -188,6 +201,10 @@ class Records:
         self._remembered_seconds = remembered_seconds
         self._kept: dict[tuple[str, str], Record] = {}  # running or retained
         self._remembered: OrderedDict[tuple[str, str], Record] = OrderedDict()  # oldest end first
+
+    def kept(self) -> tuple[Record, ...]:
+        """Those that are under way or retained, now."""
+        return tuple(self._kept.values())
 
     def current(self, caller: str, completion_id: str) -> Record | None:
         """The caller's completion of this id that is under way or retained."""

@@ -219,7 +219,7 @@ def _fingerprint(request: chat_pb.CreateChatCompletionRequest | chat_pb.StreamCh
 
 
 def _caller(record: CallRecord, context: _Context) -> Caller:
-    return Caller(record.call, record.caller, lambda: deadline_passed(context), record.place)
+    return Caller(record.call, record.owner, lambda: deadline_passed(context), record.place)
 
 
 @contextmanager

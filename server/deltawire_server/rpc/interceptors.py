@@ -22,14 +22,24 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc import aio
 
-from deltawire_server.access import Access, bearer_key
+from deltawire_server.access import Access, Identity, NameKind, bearer_key
 from deltawire_server.admission import Admission
-from deltawire_server.errors import CallerError, DeltawireError, GatewayError, Reason, internal_error
+from deltawire_server.errors import (
+    CallerError,
+    DeltawireError,
+    GatewayError,
+    Reason,
+    Violation,
+    internal_error,
+    invalid_request,
+)
 from deltawire_server.rpc import reflection, wire
+from deltawire_server.rpc.admitted import Admitted
 from deltawire_server.rpc.latch import Latch
 from deltawire_server.rpc.reception import Reception
 from deltawire_server.rpc.resets import QUICK_SECONDS, Resets
 from deltawire_server.rpc.status import MAX_MESSAGE, grpc_code, shorten, trailers_of
+from deltawire_server.rpc.trace_context import trace_context
 from deltawire_server.telemetry import get_logger
 from deltawire_server.upstream.base import CallContext
 
@@ -81,6 +91,8 @@ class CallRecord:
         call: What of the caller's metadata goes on.
         caller: Who calls: the principal, or where anybody may call, the name in a verified certificate; empty if neither
             is known.
+        owner: What marks the caller's completions; empty if callers cannot be distinguished. A later caller of the same name
+            with another credential has another one.
         latch: How it ends.
         values: What the handler adds to the log line: model, usage and the like.
         place: The call's in `Admission`, if its method needs one; taken already, unless the call may resume a completion.
@@ -89,6 +101,7 @@ class CallRecord:
     def __init__(self, call: CallContext) -> None:
         self.call = call
         self.caller = ""
+        self.owner = ""
         self.latch = Latch()
         self.values: dict[str, object] = {}
         self.place: Place | None = None
@@ -137,6 +150,7 @@ class CallInterceptor(aio.ServerInterceptor):
         self._reception = reception or Reception()
         self._resets = Resets()
         self._reflection = reflection.Reflection(self._is_known)
+        self._admitted = Admitted()
         self._active = 0
         self._draining = False
         self._idle = asyncio.Event()
@@ -150,6 +164,10 @@ class CallInterceptor(aio.ServerInterceptor):
     def end_calls(self) -> None:
         """End what is under way, now, and tell its callers. Then `wait_idle` for a moment."""
         self._end_calls()
+
+    def end_revoked(self) -> None:
+        """End the calls under way whose callers are no longer admitted, with ACCESS_CHANGED."""
+        self._admitted.end(self._access.admits)
 
     async def wait_idle(self) -> None:
         """Wait until no call is under way."""
@@ -194,15 +212,17 @@ class CallInterceptor(aio.ServerInterceptor):
                 self._admission.place() as place,
             ):
                 try:
-                    if ours:
-                        self._authorize(method, record, context)
-                        self._admit(method, record, place)
-                        data = await self._reception.receive(context, functools.partial(wire.check, method=method))
-                        request = _parsed(parse, data)
-                        del data
-                    else:
-                        request = messages
-                    with _gone_is_cancelled():
+                    request = messages
+                    with contextlib.ExitStack() as admitted:
+                        if ours:
+                            self._authorize(method, record, context)
+                            _check_token(record.call)
+                            self._admit(method, record, place)
+                            admitted.enter_context(self._admitted.entered(record.owner, method))
+                            data = await self._reception.receive(context, functools.partial(wire.check, method=method))
+                            request = _parsed(parse, data)
+                            del data
+                        admitted.enter_context(_gone_is_cancelled())
                         response = await behaviour(request, context)
                         if response is not None:  # a stream has sent its id with its first message
                             await context.send_initial_metadata(((REQUEST_ID, record.call.request_id),))
@@ -253,11 +273,15 @@ class CallInterceptor(aio.ServerInterceptor):
     def _authorize(self, method: str, record: CallRecord, context: _Context) -> None:
         """Let the call in or raise; the log line gets the caller's name, and of one who may not, what is missing."""
         if self._access.open:
-            record.caller = next(iter(_identities(context)), "")
+            identity = next(iter(_identities(context)), None)
+            if identity is not None:
+                record.caller, record.owner = identity.name, identity.owner
             return  # also those whose authorization header is for somebody else on the way
         key = bearer_key(_keys(context))
         try:
-            record.caller = self._access.authorize(method, key, _identities(context)) or ""
+            principal = self._access.authorize(method, key, _identities(context))
+            if principal is not None:
+                record.caller, record.owner = principal.name, principal.owner
             record.values["caller"] = record.caller
         except GatewayError as refused:
             record.values.update(refused.metadata)
@@ -372,15 +396,21 @@ def _keys(context: _Context) -> list[str]:
     return [value for name, value in _pairs(context) if name == AUTHORIZATION]
 
 
-def _identities(context: _Context) -> list[str]:
-    """The names in the client certificate that the listener verified; none without one.
+def _identities(context: _Context) -> list[Identity]:
+    """The names in the client certificate that the listener verified, URIs first; none without one.
 
-    The common name only where there is no alternative name, as TLS has it (RFC 6125) and grpc: an authority that vouches for
-    the alternative names may let anybody choose the other.
+    The common name only where there is no alternative name of any kind, as in RFC 6125 and grpc: an authority that verifies
+    the alternative names may let the client choose the common name.
     """
     authenticated = context.auth_context()
-    names = authenticated.get("x509_subject_alternative_name") or authenticated.get("x509_common_name") or ()
-    return [name.decode(errors="backslashreplace") for name in names]
+    properties = {NameKind.URI: "peer_uri", NameKind.DNS: "peer_dns"}
+    if not authenticated.get("x509_subject_alternative_name"):
+        properties = {NameKind.COMMON_NAME: "x509_common_name"}
+    return [
+        Identity(kind, name.decode(errors="backslashreplace"))
+        for kind, key in properties.items()
+        for name in authenticated.get(key, ())
+    ]
 
 
 def _call_context(metadata: Mapping[str, str]) -> CallContext:
@@ -390,9 +420,17 @@ def _call_context(metadata: Mapping[str, str]) -> CallContext:
         request_id = secrets.token_hex(16)
         if given:
             _log.warning("request id replaced", given=given[:MAX_REQUEST_ID], request_id=request_id)
-    return CallContext(
-        request_id=request_id,
-        token=metadata.get(PROVIDER_TOKEN) or None,
-        traceparent=metadata.get("traceparent"),
-        tracestate=metadata.get("tracestate"),
-    )
+    traceparent, tracestate = trace_context(metadata.get("traceparent", ""), metadata.get("tracestate", ""))
+    return CallContext(request_id, metadata.get(PROVIDER_TOKEN) or None, traceparent, tracestate)
+
+
+def _check_token(call: CallContext) -> None:
+    """Refuse a provider's token that cannot be in a header. Without it the operator's would be sent, which nobody asked for.
+
+    Raises:
+        CallerError: INVALID_REQUEST.
+    """
+    if call.token is not None and not all("!" <= character <= "~" for character in call.token):
+        raise invalid_request(
+            [Violation(PROVIDER_TOKEN, "must be printable ASCII without spaces: send the token alone")]
+        )

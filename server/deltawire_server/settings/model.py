@@ -275,9 +275,9 @@ class AccessSettings(Section):
 
     PERMISSIONS are call (completions), read (look at models and providers) and change (models), joined by commas, or all.
     CREDENTIAL is sha256: and the SHA-256 of the caller's key, in hexadecimal digits; or the key itself, at least 16
-    printable ASCII characters without a colon; or mtls: and a name in the caller's certificate: a URI or DNS name, or the
-    common name of one that has no such. `#` begins a comment. Keys come as `authorization: Bearer …`. Without any line
-    everybody may do everything.
+    printable ASCII characters without a colon; or a name in the caller's certificate, by its kind: mtls:uri:, mtls:dns:, or
+    mtls:cn: for the common name of a certificate without alternative names. `#` begins a comment. Keys come as
+    `authorization: Bearer …`. Without any line everybody may do everything.
     """
 
     keys_file: Annotated[
@@ -292,10 +292,26 @@ class AccessSettings(Section):
     )
     keys: Annotated[SecretStr | None, AfterValidator(lines.hashed)] = Field(
         default=None,
-        examples=["ops all sha256:…; frontend call mtls:frontend.mesh"],
+        examples=["ops all sha256:…; frontend call mtls:dns:frontend.mesh"],
         description=(
             "More such lines, with ; or line ends between them; names and credentials are unique over both. Never "
             "printed, and no flag sets it, since flags show in ps."
+        ),
+    )
+    open: bool = Field(
+        default=False,
+        description=(
+            "Let everybody do everything. Only true opens a gateway that has lines when its settings are read again: lines "
+            "that are missing then are taken for a mistake and refused. Contradicts lines, so true with lines is refused."
+        ),
+    )
+    revoke: Annotated[Literal["end", "finish"], BeforeValidator(values.lower)] = Field(
+        default="end",
+        description=(
+            "What becomes of the calls under way when settings are read again and their caller's line is gone, has another "
+            "credential or lacks the permission. The default, end, ends them and generation for retained streams, with "
+            "ACCESS_CHANGED, since a key is revoked because it leaked. With finish they go on to their end. Watches of "
+            "models are ended in either case, by any change of lines."
         ),
     )
     _entries: tuple[lines.Entry, ...] = PrivateAttr(default=())
@@ -320,6 +336,10 @@ class AccessSettings(Section):
     @model_validator(mode="after")
     def _lines_are_read(self) -> Self:
         self._entries, self._warnings = lines.read(self.keys_file, self.keys)
+        if self.open and self._entries:
+            raise lines.LinesError(
+                [("open", "is true, but there are lines that say who may call: remove either this key or all lines")]
+            )
         return self
 
 
@@ -485,6 +505,17 @@ class ImageSettings(Section):
             raise values.DependencyError(
                 "is empty, so nothing could be fetched: list hosts, or write * for any on the public internet",
                 because="urls",
+            )
+        return value
+
+    @field_validator("allowed_hosts", "schemes")
+    @classmethod
+    def _passing_has_no_limits(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        # A default may stand in a file, since printed settings have it.
+        if info.data.get("urls") == "pass" and info.field_name and value != cls.model_fields[info.field_name].default:
+            raise ValueError(
+                "has no effect with images.urls = pass, where the engine fetches from wherever its own "
+                "--allowed-media-domains allows: remove it, or set images.urls = fetch"
             )
         return value
 

@@ -10,6 +10,8 @@ import enum
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from deltawire_server.secret import Secret
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from contextlib import AbstractAsyncContextManager
@@ -26,9 +28,10 @@ class CallContext:
 
     Attributes:
         request_id: Printable ASCII, at most 128 characters.
-        token: The caller's own token for the provider (`x-vllm-api-token`); it comes before the operator's. `None` if it has none.
-        traceparent: As it came; `None` if it did not.
-        tracestate: As it came; `None` if it did not.
+        token: The caller's own token for the provider (`x-vllm-api-token`), fit for a header; it comes before the operator's.
+            `None` if it has none.
+        traceparent: Valid by W3C Trace Context; `None` if there was none, or none that is.
+        tracestate: The same; `None` without a `traceparent`.
     """
 
     request_id: str
@@ -36,9 +39,10 @@ class CallContext:
     traceparent: str | None = None
     tracestate: str | None = None
 
-    def __repr__(self) -> str:
-        """Without the token: this lands in logs."""
-        return f"CallContext(request_id={self.request_id!r}, token={'***' if self.token else None})"
+    def __post_init__(self) -> None:
+        """Keep the token as a secret, whoever made this."""
+        if self.token is not None:
+            object.__setattr__(self, "token", Secret(self.token))
 
 
 @dataclass(frozen=True, slots=True)

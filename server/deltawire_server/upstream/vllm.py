@@ -24,6 +24,7 @@ import msgspec
 
 from deltawire_server.errors import DeltawireError, ProviderError, Reason, Violation, invalid_request
 from deltawire_server.sansio.events import Fault, Notice, NoticeKind
+from deltawire_server.secret import Secret
 from deltawire_server.telemetry import get_logger
 from deltawire_server.upstream import vllm_fields
 from deltawire_server.upstream.base import (
@@ -130,7 +131,7 @@ class VllmProvider:
         self.id = provider_id
         self._replicas = Replicas([root_url(base_url) for base_url in base_urls])
         self.base_urls = tuple(replica.base_url for replica in self._replicas.all)
-        self._api_token = api_token
+        self._api_token = None if api_token is None else Secret(api_token)
         self._allowed_models = tuple(allowed_models)
         self._allowed_extra_fields = tuple(allowed_extra_fields)
         self._engines = {
@@ -240,7 +241,7 @@ class VllmProvider:
 
     def _headers(self, token: str | None) -> dict[str, str]:
         chosen = token or self._api_token
-        return {"authorization": f"Bearer {chosen}"} if chosen else {}
+        return {"authorization": Secret(f"Bearer {chosen}")} if chosen else {}
 
     def _require_allowed(self, model: str) -> None:
         if not self._allows(model):

@@ -1,0 +1,67 @@
+"""The calls under way that access control let in, so that those whose caller loses its access can be ended."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from deltawire_server.errors import GatewayError, Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+REVOKED = (
+    "the access of this caller was revoked or changed while the call was under way: call again with a valid credential"
+)
+"""The message of ACCESS_CHANGED."""
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    owner: str
+    method: str
+    task: asyncio.Task[object] | None
+    ended: bool = False
+
+
+class Admitted:
+    """A set of calls. Each call is `entered` by its task; `end` ends some of them."""
+
+    def __init__(self) -> None:
+        self._calls: set[_Call] = set()
+
+    @contextmanager
+    def entered(self, owner: str, method: str) -> Iterator[None]:
+        """Handle a call within this context.
+
+        Args:
+            owner: What `Access.admits` knows the caller by.
+            method: As gRPC names it.
+
+        Raises:
+            GatewayError: ACCESS_CHANGED: `end` ended the call. Send it to the caller.
+        """
+        call = _Call(owner, method, asyncio.current_task())
+        self._calls.add(call)
+        try:
+            yield
+        except asyncio.CancelledError:
+            # As in asyncio.timeout: another cancel, the client's own, takes precedence.
+            if call.ended and call.task is not None and not call.task.uncancel():
+                raise GatewayError(Reason.ACCESS_CHANGED, REVOKED) from None
+            raise
+        finally:
+            self._calls.discard(call)
+
+    def end(self, admits: Callable[[str, str], bool]) -> None:
+        """End every call that is no longer admitted.
+
+        Args:
+            admits: `Access.admits`.
+        """
+        for call in tuple(self._calls):
+            if not call.ended and call.task is not None and not admits(call.owner, call.method):
+                call.ended = True
+                call.task.cancel()
