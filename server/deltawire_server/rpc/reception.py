@@ -20,13 +20,17 @@ if TYPE_CHECKING:
 
     _Context = aio.ServicerContext[Any, Any]
 
-ARRIVAL_TURNS = 4
-ARRIVAL_SECONDS = 0.0004
+ARRIVAL_TURNS = 3
+ARRIVAL_SECONDS = 0.0003
 """So many times so long a request is awaited where no key is needed: for health and reflection.
 
 Clients send a small request together with the call's headers, or microseconds later: gRPC has it before the handler runs.
-To read it opens the window to all of its message, whatever the size; in this time about 2 MiB arrive from the same machine.
+To read it opens the window to all of its message, whatever the size; in this time one or two MiB arrive from the same machine.
 Several turns of the event loop, so that what arrived while the loop was busy is seen."""
+
+
+_readings: set[asyncio.Task[object]] = set()
+"""Those that have not ended: asyncio itself keeps no task."""
 
 
 class Reception:
@@ -61,7 +65,7 @@ class Reception:
         try:
             async with asyncio.timeout(self._timeout), self._turns:
                 begun = True
-                data = _message(await context.read())
+                data = _message(await asyncio.shield(_reading(context)))
                 await check(data)
                 return data
         except TimeoutError:
@@ -81,20 +85,37 @@ class Reception:
 
 
 async def arrived(context: _Context) -> bytes | None:
-    """The bytes of a request that is already here or arrives at once; else `None`: end the call then, or answer without it.
+    """The bytes of a request that is already here or arrives at once.
+
+    Returns:
+        `None` if it does not: end the call then, since the request is received for as long as the call lasts.
 
     Raises:
         CallerError: INVALID_REQUEST with UNIMPLEMENTED: the call has no request.
     """
+    reading = _reading(context)
+    for _ in range(ARRIVAL_TURNS):
+        done, _ = await asyncio.wait([reading], timeout=ARRIVAL_SECONDS)
+        if done:
+            return _message(reading.result())
+    return None
+
+
+def _reading(context: _Context) -> asyncio.Task[object]:
+    """Begin to read. Never cancel it: gRPC would not free a message that it has received for a reader that is canceled.
+
+    It ends with its call at the latest.
+    """
     reading = asyncio.ensure_future(context.read())
-    try:
-        for _ in range(ARRIVAL_TURNS):
-            done, _ = await asyncio.wait([reading], timeout=ARRIVAL_SECONDS)
-            if done:
-                return _message(reading.result())
-        return None
-    finally:
-        reading.cancel()
+    _readings.add(reading)
+    reading.add_done_callback(_read)
+    return reading
+
+
+def _read(reading: asyncio.Task[object]) -> None:
+    _readings.discard(reading)
+    if not reading.cancelled():
+        reading.exception()  # retrieved, so that asyncio does not log it: the call has ended
 
 
 def _message(read: object) -> bytes:
