@@ -38,7 +38,7 @@ class Reception:
 
     Args:
         limit: Requests that are received at once; further calls wait, with at most 64 KiB of theirs in memory.
-        timeout: Seconds that one request may take, with its wait.
+        timeout: Seconds that one request may wait for its turn, and that it may then take.
     """
 
     def __init__(self, limit: int = 64, timeout: float = 60.0) -> None:
@@ -59,28 +59,39 @@ class Reception:
             CallerError: What `check` raises; INVALID_REQUEST with UNIMPLEMENTED, which is gRPC's code for it: the call has
                 no request.
             GatewayError: DURATION_LIMIT_EXCEEDED: the request did not arrive in time. TOO_MANY_STREAMS: other requests
-                arrive too slowly to receive this one in time.
+                arrive too slowly for this one to get a turn in time.
         """
-        begun = False
+        await self._take_turn()
         try:
-            async with asyncio.timeout(self._timeout), self._turns:
-                begun = True
-                data = _message(await asyncio.shield(_reading(context)))
-                await check(data)
-                return data
-        except TimeoutError:
-            limit = f"{self._timeout:g}"
-            if not begun:
+            reading = _reading(context)
+            done, _ = await asyncio.wait([reading], timeout=self._timeout)
+            if not done:
+                limit = f"{self._timeout:g}"
                 raise GatewayError(
-                    Reason.TOO_MANY_STREAMS,
-                    f"this gateway receives {self._limit} requests at once, and had no turn for this one in {limit} seconds",
-                    metadata={"limit": str(self._limit)},
-                    retry_after=RETRY_SECONDS,
-                ) from None
+                    Reason.DURATION_LIMIT_EXCEEDED,
+                    f"the request did not arrive within {limit} seconds: send it faster, or less of it",
+                    metadata={"limit_seconds": limit},
+                )
+            data = _message(reading.result())
+            await check(data)
+            return data
+        finally:
+            self._turns.release()
+
+    async def _take_turn(self) -> None:
+        if not self._turns.locked():
+            await self._turns.acquire()  # at once
+            return
+        try:
+            async with asyncio.timeout(self._timeout):
+                await self._turns.acquire()
+        except TimeoutError:
             raise GatewayError(
-                Reason.DURATION_LIMIT_EXCEEDED,
-                f"the request did not arrive within {limit} seconds: send it faster, or less of it",
-                metadata={"limit_seconds": limit},
+                Reason.TOO_MANY_STREAMS,
+                f"this gateway receives {self._limit} requests at once, and had no turn for this one in {self._timeout:g} "
+                "seconds",
+                metadata={"limit": str(self._limit)},
+                retry_after=RETRY_SECONDS,
             ) from None
 
 
