@@ -157,7 +157,7 @@ DOORS = (
         keyed=False,
     ),
     Attack("200 KiB of metadata", AREA, large_metadata, frozenset({"RESOURCE_EXHAUSTED"}), keyed=False),
-    Attack("200 calls that are reset at once", AREA, lambda: resets(200), frozenset({"CANCELLED"}), keyed=False),
+    Attack("100 calls that are reset at once", AREA, lambda: resets(100), frozenset({"CANCELLED"}), keyed=False),
     Attack("500 pings", AREA, lambda: pings(500), frozenset({"ENHANCE_YOUR_CALM"}), keyed=False),
     Attack("200 silent connections", AREA, lambda: silent(200), frozenset({"closed"}), keyed=False),
 )
