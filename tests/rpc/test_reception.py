@@ -12,7 +12,7 @@ from grpc import aio
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import model_registry_pb2
-from deltawire_server.errors import DeltawireError, Reason
+from deltawire_server.errors import GatewayError, Reason
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
 from deltawire_server.rpc import validate
 from deltawire_server.rpc.reception import Reception
@@ -181,7 +181,7 @@ async def test_requests_take_turns(start_gateway: StartGateway) -> None:
 
 async def test_a_request_without_a_turn() -> None:
     """Nothing of it is read."""
-    reception = Reception(1, 0.05)
+    reception = Reception(1, 0.02)
     reads = 0
 
     class Context:
@@ -194,9 +194,13 @@ async def test_a_request_without_a_turn() -> None:
         raise AssertionError("nothing was read")
 
     context: Any = Context()
-    results = await asyncio.gather(*(reception.receive(context, check) for _ in range(2)), return_exceptions=True)
-    assert [each.reason for each in results if isinstance(each, DeltawireError)] == [
-        Reason.DURATION_LIMIT_EXCEEDED,
-        Reason.TOO_MANY_STREAMS,
-    ]
-    assert reads == 1
+    await reception._turns.acquire()
+    with pytest.raises(GatewayError) as caught:
+        await reception.receive(context, check)
+    assert (caught.value.reason, reads) == (Reason.TOO_MANY_STREAMS, 0)
+    reception._turns.release()
+    for reads_before in range(2):  # each gives its turn back
+        assert reads == reads_before
+        with pytest.raises(GatewayError) as caught:
+            await reception.receive(context, check)
+        assert caught.value.reason is Reason.DURATION_LIMIT_EXCEEDED

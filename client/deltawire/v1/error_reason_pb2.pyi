@@ -85,7 +85,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_UPSTREAM_ABORTED: _ErrorReason.ValueType  # 16
     """ABORTED. The provider aborted the request, and not because this gateway asked. Metadata: {"provider": "vllm"}."""
     ERROR_REASON_TOO_MANY_STREAMS: _ErrorReason.ValueType  # 17
-    """RESOURCE_EXHAUSTED. This gateway serves as many completions as it may. Wait as RetryInfo says.
+    """RESOURCE_EXHAUSTED. This gateway serves as many completions as it may, or receives as many requests. The request was not
+    validated, and in most cases not received. Wait as RetryInfo says.
     Metadata: {"limit": "1000"}.
     """
     ERROR_REASON_SLOW_CALLER: _ErrorReason.ValueType  # 18
@@ -99,7 +100,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 21
     """INTERNAL. A defect of the gateway. Report it with the request id."""
     ERROR_REASON_DURATION_LIMIT_EXCEEDED: _ErrorReason.ValueType  # 22
-    """DEADLINE_EXCEEDED. A call without a deadline ran for as long as this gateway allows. Metadata: {"limit_seconds": "3600"}."""
+    """DEADLINE_EXCEEDED. A call without a deadline ran for as long as this gateway allows, or its request did not arrive in the
+    time that this gateway waits for one. Metadata: {"limit_seconds": "3600"}.
+    """
     ERROR_REASON_MODEL_AMBIGUOUS: _ErrorReason.ValueType  # 23
     """FAILED_PRECONDITION. Several providers serve a model of this name. Call it as "provider/model".
     Metadata: {"model": "llama", "providers": "a, b"}.
@@ -238,7 +241,8 @@ Metadata: {"provider": "vllm"}.
 ERROR_REASON_UPSTREAM_ABORTED: ErrorReason.ValueType  # 16
 """ABORTED. The provider aborted the request, and not because this gateway asked. Metadata: {"provider": "vllm"}."""
 ERROR_REASON_TOO_MANY_STREAMS: ErrorReason.ValueType  # 17
-"""RESOURCE_EXHAUSTED. This gateway serves as many completions as it may. Wait as RetryInfo says.
+"""RESOURCE_EXHAUSTED. This gateway serves as many completions as it may, or receives as many requests. The request was not
+validated, and in most cases not received. Wait as RetryInfo says.
 Metadata: {"limit": "1000"}.
 """
 ERROR_REASON_SLOW_CALLER: ErrorReason.ValueType  # 18
@@ -252,7 +256,9 @@ new connection: another one serves. ABORTED after the first event of a completio
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 21
 """INTERNAL. A defect of the gateway. Report it with the request id."""
 ERROR_REASON_DURATION_LIMIT_EXCEEDED: ErrorReason.ValueType  # 22
-"""DEADLINE_EXCEEDED. A call without a deadline ran for as long as this gateway allows. Metadata: {"limit_seconds": "3600"}."""
+"""DEADLINE_EXCEEDED. A call without a deadline ran for as long as this gateway allows, or its request did not arrive in the
+time that this gateway waits for one. Metadata: {"limit_seconds": "3600"}.
+"""
 ERROR_REASON_MODEL_AMBIGUOUS: ErrorReason.ValueType  # 23
 """FAILED_PRECONDITION. Several providers serve a model of this name. Call it as "provider/model".
 Metadata: {"model": "llama", "providers": "a, b"}.

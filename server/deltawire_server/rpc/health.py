@@ -1,7 +1,7 @@
 """gRPC's health service, for callers without an access key: what a request may hold and what is kept of it is bounded.
 
-All services have the same health, that of this process. So a request that has not arrived at once is answered for the process,
-and the rest of it is not received, however long the name in it is.
+All services have the same health, that of this process. So a check whose request has not arrived at once is answered for the
+process, and the rest of the request is not received, however long the name in it is.
 """
 
 from __future__ import annotations
@@ -71,7 +71,10 @@ class Health:
             CallerError: NOT_FOUND: there is no such service.
         """
         del requests
-        await self._require_known(context)
+        data = await arrived(context)
+        if data is not None:
+            self._require_known(data)
+        # Else this is the answer for the process, which has the same health as each of its services.
         return health_pb2.HealthCheckResponse(status=self._status())
 
     async def watch(self, requests: object, context: _Context) -> None:
@@ -79,10 +82,20 @@ class Health:
 
         Raises:
             CallerError: NOT_FOUND: there is no such service.
-            GatewayError: TOO_MANY_STREAMS: there are too many watches already.
+            GatewayError: TOO_MANY_STREAMS: there are too many watches already. DURATION_LIMIT_EXCEEDED: the request did not
+                come with its call.
         """
         del requests
-        await self._require_known(context)
+        data = await arrived(context)
+        if data is None:
+            raise GatewayError(
+                Reason.DURATION_LIMIT_EXCEEDED,
+                "a request to watch health must come with its call: watch again",
+                code=Code.UNAVAILABLE,
+                metadata={"limit_seconds": "0"},
+                retry_after=RETRY_SECONDS,
+            )
+        self._require_known(data)
         with self._counted(context.peer()):
             if not self._stopping.is_set():
                 await context.write(health_pb2.HealthCheckResponse(status=SERVING))
@@ -93,10 +106,7 @@ class Health:
     def _status(self) -> health_pb2.HealthCheckResponse.ServingStatus.ValueType:
         return NOT_SERVING if self._stopping.is_set() else SERVING
 
-    async def _require_known(self, context: _Context) -> None:
-        data = await arrived(context)
-        if data is None:
-            return  # answered for the process, which has the same health as each of its services
+    def _require_known(self, data: bytes) -> None:
         try:
             service = health_pb2.HealthCheckRequest.FromString(data).service
         except DecodeError as error:

@@ -72,6 +72,9 @@ MAX_LOGGED = 4096
 DRAINING_RETRY_SECONDS = 0.1
 """When to retry a call that met the end of this process: on a new connection, which its client has to make first."""
 
+RESET_TURNS = 2
+"""Turns of the event loop after which grpc has canceled the handler of a call that was reset before it began."""
+
 UNREAD_SECONDS = 0.5
 """How long a call that has failed is under way until its caller has the status."""
 
@@ -215,9 +218,7 @@ class CallInterceptor(aio.ServerInterceptor):
                     request = messages
                     with contextlib.ExitStack() as admitted:
                         if ours:
-                            self._authorize(method, record, context)
-                            _check_token(record.call)
-                            self._admit(method, record, place)
+                            await self._let_in(method, record, context, place)
                             admitted.enter_context(self._admitted.entered(record.owner, method))
                             data = await self._reception.receive(context, functools.partial(wire.check, method=method))
                             request = _parsed(parse, data)
@@ -246,6 +247,18 @@ class CallInterceptor(aio.ServerInterceptor):
                     return await context.abort(grpc_code(error.code), message, trailers)
             finally:
                 unread.cancel()
+
+    async def _let_in(self, method: str, record: CallRecord, context: _Context, place: Place) -> None:
+        """Check access, the drain gate and admission, or raise."""
+        try:
+            self._authorize(method, record, context)
+            _check_token(record.call)
+            self._admit(method, record, place)
+        except GatewayError:
+            # A refusal with its status and log line costs more than to see whether the caller has reset the call already.
+            for _ in range(RESET_TURNS):
+                await asyncio.sleep(0)
+            raise
 
     def _admit(self, method: str, record: CallRecord, place: Place) -> None:
         """Refuse the call if this process ends, or if its method needs a place and there is none."""

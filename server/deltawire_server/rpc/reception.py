@@ -20,13 +20,17 @@ if TYPE_CHECKING:
 
     _Context = aio.ServicerContext[Any, Any]
 
-ARRIVAL_TURNS = 4
-ARRIVAL_SECONDS = 0.0004
+ARRIVAL_TURNS = 3
+ARRIVAL_SECONDS = 0.0003
 """So many times so long a request is awaited where no key is needed: for health and reflection.
 
 Clients send a small request together with the call's headers, or microseconds later: gRPC has it before the handler runs.
-To read it opens the window to all of its message, whatever the size; in this time about 2 MiB arrive from the same machine.
+To read it opens the window to all of its message, whatever the size; in this time one or two MiB arrive from the same machine.
 Several turns of the event loop, so that what arrived while the loop was busy is seen."""
+
+
+_readings: set[asyncio.Task[object]] = set()
+"""Those that have not ended: asyncio itself keeps no task."""
 
 
 class Reception:
@@ -34,7 +38,7 @@ class Reception:
 
     Args:
         limit: Requests that are received at once; further calls wait, with at most 64 KiB of theirs in memory.
-        timeout: Seconds that one request may take, with its wait.
+        timeout: Seconds that one request may wait for its turn, and that it may then take.
     """
 
     def __init__(self, limit: int = 64, timeout: float = 60.0) -> None:
@@ -55,46 +59,74 @@ class Reception:
             CallerError: What `check` raises; INVALID_REQUEST with UNIMPLEMENTED, which is gRPC's code for it: the call has
                 no request.
             GatewayError: DURATION_LIMIT_EXCEEDED: the request did not arrive in time. TOO_MANY_STREAMS: other requests
-                arrive too slowly to receive this one in time.
+                arrive too slowly for this one to get a turn in time.
         """
-        begun = False
+        await self._take_turn()
         try:
-            async with asyncio.timeout(self._timeout), self._turns:
-                begun = True
-                data = _message(await context.read())
-                await check(data)
-                return data
-        except TimeoutError:
-            limit = f"{self._timeout:g}"
-            if not begun:
+            reading = _reading(context)
+            done, _ = await asyncio.wait([reading], timeout=self._timeout)
+            if not done:
+                limit = f"{self._timeout:g}"
                 raise GatewayError(
-                    Reason.TOO_MANY_STREAMS,
-                    f"this gateway receives {self._limit} requests at once, and had no turn for this one in {limit} seconds",
-                    metadata={"limit": str(self._limit)},
-                    retry_after=RETRY_SECONDS,
-                ) from None
+                    Reason.DURATION_LIMIT_EXCEEDED,
+                    f"the request did not arrive within {limit} seconds: send it faster, or less of it",
+                    metadata={"limit_seconds": limit},
+                )
+            data = _message(reading.result())
+            await check(data)
+            return data
+        finally:
+            self._turns.release()
+
+    async def _take_turn(self) -> None:
+        if not self._turns.locked():
+            await self._turns.acquire()  # at once
+            return
+        try:
+            async with asyncio.timeout(self._timeout):
+                await self._turns.acquire()
+        except TimeoutError:
             raise GatewayError(
-                Reason.DURATION_LIMIT_EXCEEDED,
-                f"the request did not arrive within {limit} seconds: send it faster, or less of it",
-                metadata={"limit_seconds": limit},
+                Reason.TOO_MANY_STREAMS,
+                f"this gateway receives {self._limit} requests at once, and had no turn for this one in {self._timeout:g} "
+                "seconds",
+                metadata={"limit": str(self._limit)},
+                retry_after=RETRY_SECONDS,
             ) from None
 
 
 async def arrived(context: _Context) -> bytes | None:
-    """The bytes of a request that is already here or arrives at once; else `None`: end the call then, or answer without it.
+    """The bytes of a request that is already here or arrives at once.
+
+    Returns:
+        `None` if it does not: end the call then, since the request is received for as long as the call lasts.
 
     Raises:
         CallerError: INVALID_REQUEST with UNIMPLEMENTED: the call has no request.
     """
+    reading = _reading(context)
+    for _ in range(ARRIVAL_TURNS):
+        done, _ = await asyncio.wait([reading], timeout=ARRIVAL_SECONDS)
+        if done:
+            return _message(reading.result())
+    return None
+
+
+def _reading(context: _Context) -> asyncio.Task[object]:
+    """Begin to read. Never cancel it: gRPC would not free a message that it has received for a reader that is canceled.
+
+    It ends with its call at the latest.
+    """
     reading = asyncio.ensure_future(context.read())
-    try:
-        for _ in range(ARRIVAL_TURNS):
-            done, _ = await asyncio.wait([reading], timeout=ARRIVAL_SECONDS)
-            if done:
-                return _message(reading.result())
-        return None
-    finally:
-        reading.cancel()
+    _readings.add(reading)
+    reading.add_done_callback(_read)
+    return reading
+
+
+def _read(reading: asyncio.Task[object]) -> None:
+    _readings.discard(reading)
+    if not reading.cancelled():
+        reading.exception()  # retrieved, so that asyncio does not log it: the call has ended
 
 
 def _message(read: object) -> bytes:

@@ -160,9 +160,9 @@ class ServerSettings(Section):
     receive_timeout: Seconds = Field(
         default=60.0,
         description=(
-            "Seconds that a request may take to arrive, with its wait for a turn; then the call ends with DEADLINE_EXCEEDED "
-            "(DURATION_LIMIT_EXCEEDED), or RESOURCE_EXHAUSTED (TOO_MANY_STREAMS) if it had no turn. The default lets 16 MiB "
-            "of images come over 3 Mbit/s."
+            "Seconds that a request may take to arrive, else its call ends with DEADLINE_EXCEEDED (DURATION_LIMIT_EXCEEDED); "
+            "and that it may wait for its turn before, else with RESOURCE_EXHAUSTED (TOO_MANY_STREAMS). The default lets "
+            "16 MiB of images come over 3 Mbit/s."
         ),
     )
     max_completed_bytes: Bytes = Field(
