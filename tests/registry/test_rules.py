@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from deltawire_server.errors import CallerError, Code, Reason, RegistryError
+from deltawire_server.registry.messages import MAX_NAME_LENGTH
 from deltawire_server.registry.model import Model, ModelSource, ModelState, ModelType
 from deltawire_server.registry.registry import ModelRegistry
 from deltawire_server.registry.store import Store
@@ -279,3 +280,11 @@ async def test_a_scoped_name_stays_with_what_is_served_under_it(registry: ModelR
     assert (await registry.register("beta/free", "alpha", "llama")).id == "beta/free"
     beta.go_down()
     assert await failure_of(registry.register("beta/other", "alpha", "llama")) is beta.failure
+
+
+async def test_a_name_that_is_too_long_is_read_no_further(registry: ModelRegistry) -> None:
+    """What comes after the most that it may have is not looked at."""
+    with pytest.raises(CallerError) as caught:
+        await registry.register("x" * MAX_NAME_LENGTH + "\n" * 1000, "alpha", "llama")
+    (violation,) = caught.value.violations
+    assert violation.description == "has 1256 characters; at most 256 are allowed"

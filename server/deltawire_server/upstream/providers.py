@@ -71,7 +71,7 @@ class Providers:
             known = ", ".join(self._providers) or "none"
             raise CallerError(
                 Reason.PROVIDER_NOT_FOUND,
-                f"provider {provider_id!r} is not configured; configured: {known}",
+                f"provider {excerpt(provider_id)!r} is not configured; configured: {known}",
                 metadata={"provider": provider_id},
             )
         return provider

@@ -71,7 +71,7 @@ def _past_calls() -> Prepared:
     """As many messages and tool calls as a request may have."""
     call = tool_pb2.ToolCall(call_id="c", tool_name="t", arguments='{"a":1}')
     message = message_pb2.ChatMessage(assistant=message_pb2.AssistantMessage(tool_calls=[call, call]))
-    return stream(messages=[message] * 10_000)
+    return stream(messages=[message] * 9_000)
 
 
 def _compressed() -> Prepared:
@@ -97,7 +97,7 @@ REQUESTS = (
     Attack("31 MiB of unknown numbers", "requests", lambda: _chat(b"\xf8\x07\x00" * (31 * MIB // 3)), _REFUSED),
     Attack("31 MiB of groups", "requests", lambda: _chat(b"\xfb\x07\xfc\x07" * (31 * MIB // 4)), _REFUSED),
     Attack("31 MiB of empty messages, compressed", "requests", _compressed, frozenset({"UNIMPLEMENTED"})),
-    Attack("10,000 messages with two tool calls each", "requests", _past_calls, _SEEN_BY_PROVIDER),
+    Attack("9,000 messages with two tool calls each", "requests", _past_calls, _SEEN_BY_PROVIDER),
     Attack(
         "7 MiB of control characters",
         "requests",

@@ -11,7 +11,7 @@ import pytest
 
 from deltawire_server.upstream.transport import client as client_module
 from deltawire_server.upstream.transport import exchange
-from deltawire_server.upstream.transport.connection import Connection
+from deltawire_server.upstream.transport.connection import SLICE_BYTES, Connection
 from deltawire_server.upstream.transport.errors import ConnectionLostError, ProtocolViolationError
 from tests.upstream.transport.peer import CHUNKED, HELLO, OK, Origin, Peer, client, origin
 from tests.upstream.transport.test_exchange import WRONG
@@ -464,3 +464,34 @@ async def test_redirects_and_cookies_are_not_the_transports(server: Origin, http
     asking = asyncio.create_task(http.get(server.url))
     await answered(server, response=b"HTTP/1.1 307 Elsewhere\r\nlocation: /\r\ncontent-length: 0\r\n\r\n")
     assert (await asking).status_code == 307
+
+
+async def test_a_server_that_reads_fast_leaves_others_their_turn(
+    http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After each slice of a large body, also while the socket takes them all."""
+    size = 32 * SLICE_BYTES
+    waits = 0
+    wait = exchange.Exchange.wait
+
+    async def counted(self: exchange.Exchange) -> None:
+        nonlocal waits
+        waits += 1
+        await wait(self)
+
+    monkeypatch.setattr(exchange.Exchange, "wait", counted)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            accepted, _ = listening.accept()
+            with accepted:
+                left = size
+                while left > 0:
+                    left -= len(accepted.recv(1 << 20))
+                accepted.sendall(HELLO)
+
+        serving = asyncio.create_task(asyncio.to_thread(serve))
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/"
+        assert (await http.post(url, content=bytes(size))).status_code == httpx.codes.OK
+        await serving
+    assert waits >= size // SLICE_BYTES - 1

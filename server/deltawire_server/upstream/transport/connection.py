@@ -154,6 +154,11 @@ class Connection(asyncio.Protocol):
         self._transport.write(head + body[:SLICE_BYTES])
         rest = memoryview(body)[SLICE_BYTES:]
         while rest:
+            if not self._full:
+                # A server that reads as fast as this writes would let no other call have its turn. Not after the last slice, when
+                # the response may come at once, and only a request that was sent leaves its connection usable.
+                asyncio.get_running_loop().call_soon(exchange.wake)
+                await exchange.wait()
             # The server has refused the request and will not read the rest of it.
             if exchange.done or exchange.status >= httpx.codes.MULTIPLE_CHOICES:
                 return
