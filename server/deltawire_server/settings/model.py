@@ -577,7 +577,9 @@ class ProviderSettings(Section):
         description=(
             "Names of the server's own request fields that callers may set by extra_body, or shell patterns of them; "
             "none that the API has a field for. Fields can cost the server dearly or change what its answers mean, so "
-            "that, empty, the default allows none. With commas in the environment."
+            "that, empty, the default allows none. Fields that reach outside of the request or change the engine, such as "
+            "chat_template, kv_transfer_params, mm_processor_kwargs, media_io_kwargs and vllm_xargs, are covered by no pattern "
+            "and must be named. With commas in the environment."
         ),
     )
     tls_verify: Annotated[bool | Path, PlainValidator(values.tls_verify)] = Field(
