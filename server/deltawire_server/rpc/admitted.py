@@ -55,8 +55,8 @@ class Admitted:
         finally:
             self._calls.discard(call)
 
-    def end(self, admits: Callable[[str, str], bool]) -> None:
-        """End every call that is no longer admitted.
+    async def end(self, admits: Callable[[str, str], bool]) -> None:
+        """End every call that is no longer admitted; others get their turn in between.
 
         Args:
             admits: `Access.admits`.
@@ -65,3 +65,4 @@ class Admitted:
             if not call.ended and call.task is not None and not admits(call.owner, call.method):
                 call.ended = True
                 call.task.cancel()
+                await asyncio.sleep(0)

@@ -165,9 +165,9 @@ class CallInterceptor(aio.ServerInterceptor):
         """End what is under way, now, and tell its callers. Then `wait_idle` for a moment."""
         self._end_calls()
 
-    def end_revoked(self) -> None:
+    async def end_revoked(self) -> None:
         """End the calls under way whose callers are no longer admitted, with ACCESS_CHANGED."""
-        self._admitted.end(self._access.admits)
+        await self._admitted.end(self._access.admits)
 
     async def wait_idle(self) -> None:
         """Wait until no call is under way."""
