@@ -56,7 +56,7 @@ SERVICES = (
 )
 
 STREAM = "/deltawire.v1.ChatCompletion/StreamChatCompletion"
-"""What every method of completions needs, this one does."""
+"""A caller who may call this method may call every method of completions."""
 
 _CERTIFICATES = ("server.tls_cert_file", "server.tls_key_file", "server.tls_client_ca_file")
 _WOULD_OPEN = (
@@ -217,10 +217,15 @@ class Gateway:
         self._warn_of_access(settings)
 
     async def _end_revoked(self) -> None:
-        await self._worker.end_revoked(lambda owner: self._access.admits(owner, STREAM))
-        # Then those that are left: what is no completion, and what its caller does not read.
+        def admits(owner: str) -> bool:
+            return self._access.admits(owner, STREAM)
+
+        await self._worker.end_revoked(admits)
         await asyncio.sleep(REVOKED_SECONDS)
+        # Then the calls that are left: their request is still received or validated, or they are no completion.
         await self._calls.end_revoked()
+        # Some of them may have begun a completion meanwhile.
+        await self._worker.end_revoked(admits)
 
     async def drain(self) -> None:
         """Turn NOT_SERVING, take calls until balancers have noticed, then let those under way end."""

@@ -131,7 +131,7 @@ async def test_a_failure_shows_no_address(tmp_path: Path, what: str) -> None:
 
 
 async def test_the_failures_of_replicas_show_no_address(tmp_path: Path, lines: Lines) -> None:
-    """Which are told one after the other; the log has the address of each."""
+    """The message lists each of them; the log has their addresses."""
     async with nowhere("http", "127.0.0.1") as one, answering(ANSWERS["status 503"]) as other:
         await check(f"{one},{other}", tmp_path)
         entry = await lines.find("replica failed", base_url=one)

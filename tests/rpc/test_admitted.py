@@ -62,6 +62,20 @@ async def test_a_client_that_cancels_too() -> None:
         await call
 
 
+async def test_a_stream_that_has_begun_is_left_to_its_completion() -> None:
+    """Its last message has to come."""
+    admitted = Admitted()
+
+    async def streaming() -> None:
+        with admitted.entered("gone", "/m", lambda: True):
+            await asyncio.sleep(0.01)
+
+    call = asyncio.create_task(streaming())
+    await asyncio.sleep(0)
+    await admitted.end(lambda *_: False)
+    await call
+
+
 async def test_others_get_their_turn_while_calls_end() -> None:
     """Between any two: what ends at once, ends in one turn of the event loop."""
     admitted = Admitted()

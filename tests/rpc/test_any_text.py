@@ -218,7 +218,7 @@ async def outcome(channel: aio.Channel, method: MethodDescriptor, request: Messa
     return ""
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.sampled_from(PLACES), text=TEXTS)
 async def test_no_text_is_an_internal_error(
     channel: aio.Channel, place: tuple[MethodDescriptor, Path_], text: str

@@ -42,7 +42,7 @@ _SECRETS = re.compile(r"(?i)(\b\w*(?:pass|secret)\w*\s*=\s*|://[^\s/@]*:)(?:'(?:
 """Where a connection string or a URL that a driver quotes has a secret."""
 
 PRIVATE = 0o600
-"""The mode of an SQLite file: what callers register, and their notes, are for nobody else on the machine."""
+"""The mode of an SQLite file: other users of the machine must not read what callers register."""
 
 _log = get_logger(__name__)
 

@@ -93,6 +93,7 @@ class CallRecord:
             is known.
         owner: What marks the caller's completions; empty if callers cannot be distinguished. A later caller of the same name
             with another credential has another one.
+        begun: Whether a message of a stream was sent.
         latch: How it ends.
         values: What the handler adds to the log line: model, usage and the like.
         place: The call's in `Admission`, if its method needs one; taken already, unless the call may resume a completion.
@@ -102,6 +103,7 @@ class CallRecord:
         self.call = call
         self.caller = ""
         self.owner = ""
+        self.begun = False
         self.latch = Latch()
         self.values: dict[str, object] = {}
         self.place: Place | None = None
@@ -166,7 +168,7 @@ class CallInterceptor(aio.ServerInterceptor):
         self._end_calls()
 
     async def end_revoked(self) -> None:
-        """End the calls under way whose callers are no longer admitted, with ACCESS_CHANGED."""
+        """End the calls whose callers are no longer admitted, with ACCESS_CHANGED, but streams that have begun."""
         await self._admitted.end(self._access.admits)
 
     async def wait_idle(self) -> None:
@@ -218,7 +220,7 @@ class CallInterceptor(aio.ServerInterceptor):
                             self._authorize(method, record, context)
                             _check_token(record.call)
                             self._admit(method, record, place)
-                            admitted.enter_context(self._admitted.entered(record.owner, method))
+                            admitted.enter_context(self._admitted.entered(record.owner, method, lambda: record.begun))
                             data = await self._reception.receive(context, functools.partial(wire.check, method=method))
                             request = _parsed(parse, data)
                             del data
@@ -425,7 +427,7 @@ def _call_context(metadata: Mapping[str, str]) -> CallContext:
 
 
 def _check_token(call: CallContext) -> None:
-    """Refuse a provider's token that cannot be in a header. Without it the operator's would be sent, which nobody asked for.
+    """Refuse a provider's token that cannot be in a header. If it were dropped, the operator's token would be sent instead.
 
     Raises:
         CallerError: INVALID_REQUEST.

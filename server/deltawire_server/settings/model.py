@@ -308,7 +308,7 @@ class AccessSettings(Section):
     revoke: Annotated[Literal["end", "finish"], BeforeValidator(values.lower)] = Field(
         default="end",
         description=(
-            "What becomes of the calls under way when settings are read again and their caller's line is gone, has another "
+            "What becomes of the calls under way when settings are read again and their caller's line was removed, has another "
             "credential or lacks the permission. The default, end, ends them and generation for retained streams, with "
             "ACCESS_CHANGED, since a key is revoked because it leaked. With finish they go on to their end. Watches of "
             "models are ended in either case, by any change of lines."
