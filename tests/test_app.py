@@ -398,7 +398,7 @@ async def test_a_damaged_access_file_does_not_open_it(
     async with serving(read_anew(), read_anew) as served:
         match damage:
             case "emptied":
-                keys.write_text("# nobody\n")
+                keys.write_text("# no line\n")
             case "removed":
                 keys.unlink()
             case "unreadable":

@@ -19,6 +19,7 @@ from grpc import aio
 from deltawire_server.__main__ import main
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
 from tests.support.gateway import WAIT, Running, ask, kinds, read_well
+from tests.support.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -151,6 +152,18 @@ def test_a_database_that_cannot_be_used(capfd: pytest.CaptureFixture[str], tmp_p
     url = f"sqlite:///{tmp_path}/file/registry.db"
     assert main(["--vllm-url", URL, "--listen", "127.0.0.1:0", "--database-url", url, "--log-level", "error"]) == 1
     assert "deltawire-server: " in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("url", ["postgresql://u:geheim@{host}/d", "postgresql://u@{host}/d?password=geheim"])
+def test_a_database_that_is_not_there_shows_no_password(capfd: pytest.CaptureFixture[str], url: str) -> None:
+    """In the error, in the log, and in printed settings; the host is shown, to the operator."""
+    host = f"127.0.0.1:{free_port()}"
+    arguments = ["--vllm-url", URL, "--listen", "127.0.0.1:0", "--database-url", url.format(host=host)]
+    assert main([*arguments, "--check-config"]) == 0
+    assert main(arguments) == 1
+    written = "".join(capfd.readouterr())
+    assert f"cannot use the database postgresql+psycopg://u{':***' if 'u:' in url else ''}@{host}/d" in written
+    assert "geheim" not in written
 
 
 @pytest.mark.parametrize("insist", [False, True])

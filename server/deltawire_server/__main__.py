@@ -32,6 +32,7 @@ def _main(arguments: Sequence[str]) -> int:
         from deltawire_server import app, settings
         from deltawire_server.errors import RegistryError
         from deltawire_server.lifecycle import ListenError
+        from deltawire_server.registry.database import said
     except ModuleNotFoundError as error:
         print(
             f"deltawire-server needs the server's libraries ({error.name} is missing): pip install 'deltawire[server]'",
@@ -55,8 +56,8 @@ def _main(arguments: Sequence[str]) -> int:
         return 1
     except RegistryError as error:
         # Its own words are for callers, who have no business with paths; here the operator reads.
-        url = settings.without_password(invocation.settings.registry.database_url)
-        cause = str(error.__cause__ or error).partition("\n")[0]
+        url = settings.shown_database_url(invocation.settings.registry.database_url)
+        cause = said(error.__cause__ or error)
         print(f"deltawire-server: cannot use the database {url}: {cause}", file=sys.stderr)
         return 1
     return 0

@@ -142,7 +142,7 @@ class Principal:
     def owner(self) -> str:
         """What marks this principal's data: the same for the same name with the same credential, and for nothing else.
 
-        A later principal of the same name with another credential is somebody else.
+        A later principal of the same name with another credential is another owner.
         """
         return _owner("principal", self.name, self._credential(exact=True))
 

@@ -56,7 +56,7 @@ SERVICES = (
 )
 
 STREAM = "/deltawire.v1.ChatCompletion/StreamChatCompletion"
-"""What every method of completions needs, this one does."""
+"""A caller who may call this method may call every method of completions."""
 
 _CERTIFICATES = ("server.tls_cert_file", "server.tls_key_file", "server.tls_client_ca_file")
 _WOULD_OPEN = (
@@ -87,6 +87,7 @@ class Gateway:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._files = _digests(settings)
+        self._tasks: set[asyncio.Task[None]] = set()
         self._connections = settings.server.max_streams + SPARE_CONNECTIONS
         self._providers = Providers(
             _provider(provider_id, provider, self._connections) for provider_id, provider in settings.providers.items()
@@ -209,11 +210,22 @@ class Gateway:
             self._access.replace(settings.access.principals)
             self._registry.interrupt_watches()
             if settings.access.revoke == "end":
-                self._worker.end_revoked(lambda owner: self._access.admits(owner, STREAM))
-                # Those that are left: what is no completion, and what its caller does not read.
-                asyncio.get_running_loop().call_later(REVOKED_SECONDS, self._calls.end_revoked)
+                ending = asyncio.create_task(self._end_revoked(), name="end revoked calls")
+                self._tasks.add(ending)
+                ending.add_done_callback(self._tasks.discard)
         _log.info("access loaded", access=self._access.summary)
         self._warn_of_access(settings)
+
+    async def _end_revoked(self) -> None:
+        def admits(owner: str) -> bool:
+            return self._access.admits(owner, STREAM)
+
+        await self._worker.end_revoked(admits)
+        await asyncio.sleep(REVOKED_SECONDS)
+        # Then the calls that are left: their request is still received or validated, or they are no completion.
+        await self._calls.end_revoked()
+        # Some of them may have begun a completion meanwhile.
+        await self._worker.end_revoked(admits)
 
     async def drain(self) -> None:
         """Turn NOT_SERVING, take calls until balancers have noticed, then let those under way end."""
@@ -233,6 +245,8 @@ class Gateway:
             _log.warning("everybody on other machines may do everything", addresses=exposed)
 
     async def _close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
         await self._lifecycle.stop(at_once=True)
         await self._worker.close()
         await self._registry.close()

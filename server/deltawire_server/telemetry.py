@@ -63,11 +63,18 @@ def configure_logging(level: str, form: str, *, stream: TextIO | None = None) ->
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
         )
     )
+    handler.addFilter(_holds_no_header)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    # At INFO, httpx logs a line per request: the call's own line says more.
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    # At INFO, httpx logs a line per request, where the call's own line says more; at DEBUG, aiosqlite what callers write.
+    for name in ("httpx", "aiosqlite"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _holds_no_header(record: logging.LogRecord) -> bool:
+    """Drop what grpc logs of a header that is not UTF-8: its value, which may be a token. The call's own line remains."""
+    return not (record.name.startswith("grpc") and str(record.msg).startswith("Invalid encoding on"))
 
 
 def mask_secrets(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:

@@ -129,8 +129,10 @@ class Worker:
         for completion in tuple(self._completions):
             completion.end(Fault(Reason.DRAINING, "this process is shutting down; start again, another one serves"))
 
-    def end_revoked(self, admits: Callable[[str], bool]) -> None:
+    async def end_revoked(self, admits: Callable[[str], bool]) -> None:
         """End the completions of callers who may no longer call, retained ones included. Each sends what came, and then why.
+
+        Others get their turn in between: a thousand ends at once would take a tenth of a second.
 
         Args:
             admits: Whether the caller of this name may still call.
@@ -139,6 +141,7 @@ class Worker:
         for record in self._records.kept():
             if not admits(record.caller):
                 record.fail(fault)
+                await asyncio.sleep(0)
 
     async def close(self) -> None:
         """Stop what is generated for nobody's call; what is retained is gone."""

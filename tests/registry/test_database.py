@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import sys
 import threading
@@ -17,6 +18,7 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from deltawire_server.errors import Reason, RegistryError
+from deltawire_server.registry.database import said
 from deltawire_server.registry.store import Store
 from tests.registry.databases import LLAMA, engine_of, execute, plain, whole
 from tests.support.gateway import until
@@ -373,3 +375,49 @@ async def test_a_gateway_that_hangs_in_a_write_does_not_keep_the_others_out(post
     assert await store.load() == (2, [kept])
     assert list(whole(url)) == []
     await store.close()
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o022, 0o077])
+async def test_a_new_file_is_this_users_alone(tmp_path: Path, mask: int) -> None:
+    """Whatever the umask, and so are the files beside it, from the first moment on."""
+    before = os.umask(mask)
+    try:
+        store = Store(f"sqlite:///{tmp_path}/new/registry.db")
+        with structlog.testing.capture_logs() as logs:
+            await store.open()
+        await store.insert(LLAMA)
+        modes = {file.name: oct(file.stat().st_mode & 0o777) for file in (tmp_path / "new").iterdir()}
+        await store.close()
+    finally:
+        os.umask(before)
+    assert modes == dict.fromkeys(("registry.db", "registry.db-wal", "registry.db-shm"), "0o600")
+    assert not [entry for entry in logs if entry["log_level"] == "warning"]
+
+
+async def test_a_file_that_others_may_use_is_warned_of(tmp_path: Path) -> None:
+    """With its path and the remedy; it is used all the same."""
+    path = tmp_path / "registry.db"
+    path.touch()
+    path.chmod(0o644)
+    store = Store(f"sqlite:///{path}")
+    with structlog.testing.capture_logs() as logs:
+        await store.open()
+    await store.close()
+    (warning,) = [entry for entry in logs if entry["log_level"] == "warning"]
+    assert (warning["event"], warning["path"]) == ("others on this machine may use the database: chmod 600", str(path))
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ("invalid dsn: host=h password=geheim port=1", "invalid dsn: host=h password=*** port=1"),
+        ("host=h password='ge\\'heim x' sslpassword = geheim", "host=h password=*** sslpassword = ***"),
+        ("cannot parse postgresql://u:geheim@h/d", "cannot parse postgresql://u:***@h/d"),
+        ("password authentication failed for user", "password authentication failed for user"),
+        ("", "no answer in time"),
+        ("first\nsecond", "first"),
+    ],
+)
+def test_what_a_driver_quotes(words: str, shown: str) -> None:
+    """Secrets of a connection string or a URL are masked, wherever its error goes."""
+    assert said(ValueError(words)) == shown

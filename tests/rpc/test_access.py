@@ -33,6 +33,7 @@ from tests.support.gateway import (
     taken_apart,
     until,
 )
+from tests.support.raw_http2 import message, raw_client
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -446,6 +447,41 @@ async def test_a_call_that_waits_for_its_model_ends(
             failure = await failed
             assert (failure.code, failure.reason) == (grpc.StatusCode.ABORTED, "ACCESS_CHANGED")
     assert not vllm.chats
+
+
+async def test_a_request_that_arrives_late_generates_nothing_for_long(
+    start_gateway: StartGateway, vllm: FakeVllm, tmp_path: Path, gate: asyncio.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call that was let in before its caller's access was revoked, and then begins a retained stream."""
+    monkeypatch.setattr("deltawire_server.app.REVOKED_SECONDS", 1.0)
+    kept = chat_pb.StreamOptions(retention=duration_pb2.Duration(seconds=60))
+    request = chat_pb.StreamChatCompletionRequest(chat=ask(completion_id="mine"), options=kept).SerializeToString()
+    async with start_gateway(access={"keys": BEFORE}) as gateway, raw_client(gateway.address) as client:
+        headers = ("authorization", f"Bearer {OLD}")
+        stream = client.call("/deltawire.v1.ChatCompletion/StreamChatCompletion", headers)
+        await until(lambda: len(gateway.gateway._calls._admitted._calls) == 1)
+        await reload(gateway, vllm, tmp_path, f"stays all {OPS}")
+        client.connection.send_data(stream, message(request), end_stream=True)
+        client.flush()
+        await until(lambda: vllm.running == 1)
+        assert await client.status(stream) == str(grpc.StatusCode.ABORTED.value[0])
+        assert client.headers(stream)["deltawire-reason"] == "ACCESS_CHANGED"
+        await until(lambda: vllm.running == 0)
+        assert not gate.is_set()
+
+
+async def test_a_request_that_does_not_arrive_is_not_awaited(
+    start_gateway: StartGateway, vllm: FakeVllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a caller whose access was revoked."""
+    monkeypatch.setattr("deltawire_server.app.REVOKED_SECONDS", 0.05)
+    async with start_gateway(access={"keys": BEFORE}) as gateway, raw_client(gateway.address) as client:
+        headers = ("authorization", f"Bearer {OLD}")
+        stream = client.call("/deltawire.v1.ChatCompletion/StreamChatCompletion", headers)
+        await until(lambda: len(gateway.gateway._calls._admitted._calls) == 1)
+        await reload(gateway, vllm, tmp_path, f"stays all {OPS}")
+        assert await client.status(stream) == str(grpc.StatusCode.ABORTED.value[0])
+        assert client.headers(stream)["deltawire-reason"] == "ACCESS_CHANGED"
 
 
 async def test_calls_may_finish(

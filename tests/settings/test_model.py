@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from deltawire_server.settings import (
     ServerSettings,
     Settings,
     is_local,
-    without_password,
+    shown_database_url,
 )
 from deltawire_server.settings.fields import expectation, field_at, is_secret
 from deltawire_server.settings.model import SECTIONS
@@ -356,6 +357,12 @@ def test_database_urls(given: str, kept: str, monkeypatch: pytest.MonkeyPatch) -
         ("postgresql+asyncpg://u:geheim@h/d", "'postgresql+asyncpg' is not supported: write"),
         ("postgresql://u:geheim@h", "names no database: write postgresql://"),
         ("postgresql://u:***@h/d", "give its own"),
+        ("postgresql://u@h/d?password=***", "give its own"),
+        ("postgresql://u:geheim@geheim/geheim@h/d", "write %40 for @ and %2F for /"),
+        ("postgresql://u:geheim@geheim@h/d", "write %40 for @"),
+        ("postgresql://u/geheim:x@h/d", "write %40 for @ and %2F for /"),
+        ("postgresql://u:geheim/x@h", "names no database"),
+        ("postgresql://u:1@geheim:geheim/d", "is no database URL: write postgresql://user@host:5432/name"),
         ("sqlite://r.db", "names a host"),
         ("sqlite:///~nobody-of-that-name/r.db", "write the whole path"),
     ],
@@ -379,11 +386,23 @@ def test_a_database_whose_client_library_is_missing(monkeypatch: pytest.MonkeyPa
         ("postgresql+psycopg://u:ge:heim@h:5/d", "postgresql+psycopg://u:***@h:5/d"),
         ("postgresql+psycopg://u@h/d", "postgresql+psycopg://u@h/d"),
         ("sqlite+aiosqlite:////a@b.db", "sqlite+aiosqlite:////a@b.db"),
+        ("postgresql+psycopg://u:ge%40he%2Fim@h/d", "postgresql+psycopg://u:***@h/d"),
+        ("postgresql+psycopg://u:geh/eim@h/d", "postgresql+psycopg://u:***@h/d"),
+        ("postgresql+psycopg://u@h/d?password=geheim&a=b", "postgresql+psycopg://u@h/d?a=b&password=***"),
+        ("postgresql+psycopg://u@h/d?PassFile=geheim", "postgresql+psycopg://u@h/d?PassFile=***"),
+        ("postgresql+psycopg://u@h/d?sslpassword=geheim", "postgresql+psycopg://u@h/d?sslpassword=***"),
+        ("postgresql+psycopg://u@h/d?oauth_client_secret=geheim", "postgresql+psycopg://u@h/d?oauth_client_secret=***"),
+        ("postgresql+psycopg://u@h/d?password=geheim&password=geheim", "postgresql+psycopg://u@h/d?password=***"),
+        ("postgresql://u:geheim@geheim:geheim/d", "***"),
+        ("geheim", "***"),
     ],
 )
 def test_a_password_is_not_shown(url: str, shown: str) -> None:
-    """Wherever a URL is printed."""
-    assert without_password(url) == shown
+    """Wherever a URL is printed: neither before the host nor in the query; of what is no URL, nothing."""
+    assert shown_database_url(url) == shown
+    with contextlib.suppress(ValidationError):
+        settings = RegistrySettings(database_url=url)
+        assert "geheim" not in repr(settings) + repr(settings.database_url) + repr(settings.model_dump())
 
 
 def test_default_database(monkeypatch: pytest.MonkeyPatch) -> None:

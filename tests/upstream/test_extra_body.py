@@ -7,6 +7,7 @@ import json
 import pytest
 
 from deltawire_server.errors import CallerError, Reason
+from deltawire_server.fake_vllm.described import CHAT_FIELDS
 from deltawire_server.upstream.extra_body import allowed_extra
 from deltawire_server.upstream.request import ChatMessage, ChatRequest, Role
 from deltawire_server.upstream.vllm_fields import FIELDS
@@ -64,3 +65,47 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
     """In the order in which it came, with what is allowed left out."""
     found = complaints('{"stop": [], "echo": true, "x": 1, "stream": false}', "echo")
     assert [*found] == ["chat.extra_body.stop", "chat.extra_body.x", "chat.extra_body.stream"]
+
+
+REACHING = [
+    *(
+        "chat_template",
+        "chat_template_content_format",
+        "kv_transfer_params",
+        "ec_transfer_params",
+        "mm_processor_kwargs",
+    ),
+    *(
+        "media_io_kwargs",
+        "vllm_xargs",
+        "mm_payload",
+        "return_mm_kwargs",
+        "logits_processors",
+        "a_later_versions_kwargs",
+    ),
+]
+"""Fields with which a caller would have the engine run templates or code, fetch, or send its cache to an address."""
+
+
+@pytest.mark.parametrize("name", REACHING)
+def test_what_no_pattern_covers(name: str) -> None:
+    """Neither all nor a narrow one; the operator has to write the name, and the complaint says so."""
+    text = json.dumps({name: 1, "echo": 1})
+    for pattern in ("*", f"{name[:-1]}*", f"{name[:-1]}?", f"[{name[0]}]{name[1:]}"):
+        found = complaints(text, "echo", pattern)
+        assert found.keys() == {f"chat.extra_body.{name}"}
+        assert "by its name, since no pattern covers" in found[f"chat.extra_body.{name}"]
+    assert allowed_extra(text, ("*", name), "gpu").keys() == {name, "echo"}
+    assert "by its name" not in complaints(text, "echo")[f"chat.extra_body.{name}"]
+
+
+def test_every_field_of_a_vllm_that_reaches_outside() -> None:
+    """Of those that vLLM 0.32 has, these must be named. A new field in the list fails here until it is classified."""
+    others = [
+        name for name in CHAT_FIELDS if name not in FIELDS and name not in {"stream", "stream_options", "request_id"}
+    ]
+    covered = set(others) - {field.rpartition(".")[2] for field in complaints(json.dumps(dict.fromkeys(others)), "*")}
+    assert set(others) - covered == {
+        *("chat_template", "media_io_kwargs", "mm_processor_kwargs", "mm_payload", "return_mm_kwargs"),
+        *("kv_transfer_params", "ec_transfer_params", "vllm_xargs"),
+    }

@@ -32,8 +32,9 @@ class ChatCompletionStub(object):
     most 100,000 fields, those of nested messages included (a packed list counts its bytes), and at most 8 MiB besides its images.
 
     Metadata that every call takes: `authorization: Bearer ...` the caller's key for this gateway, `x-vllm-api-token` the
-    caller's own token for vLLM (it comes before the operator's), `x-request-id` adopted if it is printable ASCII of at
-    most 128 characters, else minted; `traceparent` and `tracestate`, passed on. The request id comes back as
+    caller's own token for vLLM (it comes before the operator's; INVALID_REQUEST if it is not printable ASCII without spaces),
+    `x-request-id` adopted if it is printable ASCII of at most 128 characters, else minted; `traceparent` and `tracestate`,
+    passed on if they are valid by W3C Trace Context, else left out. The request id comes back as
     `x-request-id` in the initial metadata, or in the trailers of a call that failed before its first event.
     """
 
@@ -77,8 +78,9 @@ class ChatCompletionServicer(object):
     most 100,000 fields, those of nested messages included (a packed list counts its bytes), and at most 8 MiB besides its images.
 
     Metadata that every call takes: `authorization: Bearer ...` the caller's key for this gateway, `x-vllm-api-token` the
-    caller's own token for vLLM (it comes before the operator's), `x-request-id` adopted if it is printable ASCII of at
-    most 128 characters, else minted; `traceparent` and `tracestate`, passed on. The request id comes back as
+    caller's own token for vLLM (it comes before the operator's; INVALID_REQUEST if it is not printable ASCII without spaces),
+    `x-request-id` adopted if it is printable ASCII of at most 128 characters, else minted; `traceparent` and `tracestate`,
+    passed on if they are valid by W3C Trace Context, else left out. The request id comes back as
     `x-request-id` in the initial metadata, or in the trailers of a call that failed before its first event.
     """
 
@@ -166,8 +168,9 @@ class ChatCompletion(object):
     most 100,000 fields, those of nested messages included (a packed list counts its bytes), and at most 8 MiB besides its images.
 
     Metadata that every call takes: `authorization: Bearer ...` the caller's key for this gateway, `x-vllm-api-token` the
-    caller's own token for vLLM (it comes before the operator's), `x-request-id` adopted if it is printable ASCII of at
-    most 128 characters, else minted; `traceparent` and `tracestate`, passed on. The request id comes back as
+    caller's own token for vLLM (it comes before the operator's; INVALID_REQUEST if it is not printable ASCII without spaces),
+    `x-request-id` adopted if it is printable ASCII of at most 128 characters, else minted; `traceparent` and `tracestate`,
+    passed on if they are valid by W3C Trace Context, else left out. The request id comes back as
     `x-request-id` in the initial metadata, or in the trailers of a call that failed before its first event.
     """
 

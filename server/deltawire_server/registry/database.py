@@ -8,6 +8,8 @@ PostgreSQL in `postgres`.
 from __future__ import annotations
 
 import asyncio
+import os
+import re
 from abc import ABC, abstractmethod
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -35,6 +37,12 @@ process writes without a pause may be passed over many times."""
 POLL_SECONDS = 0.2
 """How often an SQLite file is looked at for what other processes changed: a tenth of a millisecond's work, and changes are
 known everywhere well within a second."""
+
+_SECRETS = re.compile(r"(?i)(\b\w*(?:pass|secret)\w*\s*=\s*|://[^\s/@]*:)(?:'(?:[^'\\]|\\.)*'|[^\s'@]+)")
+"""Where a connection string or a URL that a driver quotes has a secret."""
+
+PRIVATE = 0o600
+"""The mode of an SQLite file: other users of the machine must not read what callers register."""
 
 _log = get_logger(__name__)
 
@@ -118,9 +126,10 @@ def database_of(url: str, busy_seconds: float = BUSY_SECONDS) -> Database:
     raise ValueError(f"the registry keeps its models in SQLite or PostgreSQL, not in {kind}")
 
 
-def said(error: Exception) -> str:
-    """What a database's failure says, for the log: in its driver's words, which some have none of."""
-    return str(getattr(error, "orig", error)).partition("\n")[0] or "no answer in time"
+def said(error: BaseException) -> str:
+    """What a database's failure says, for the log: the first line of its driver's words, with secrets masked."""
+    words = str(getattr(error, "orig", error)).partition("\n")[0]
+    return _SECRETS.sub(r"\1***", words) or "no answer in time"
 
 
 class SqliteDatabase(Database):
@@ -148,6 +157,7 @@ class SqliteDatabase(Database):
             return
         if self._path is not None:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _make_private(self._path)
         # The asynchronous driver's thread may outlive a connection that fails, and even the event loop, and then it
         # complains. So whether there is a database to connect to is found out without it.
         await asyncio.to_thread(self._probe)
@@ -238,6 +248,21 @@ class SqliteDatabase(Database):
                     _use_log(connection)
         finally:
             engine.dispose()
+
+
+def _make_private(path: Path) -> None:
+    """Create the file for this user alone, or warn of one that others may use. SQLite gives -wal and -shm the same mode.
+
+    Raises:
+        OSError: It cannot be created.
+    """
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, PRIVATE))
+    except FileExistsError:
+        for file in (path, Path(f"{path}-wal"), Path(f"{path}-shm")):
+            with suppress(FileNotFoundError):
+                if file.stat().st_mode & 0o777 & ~PRIVATE:
+                    _log.warning("others on this machine may use the database: chmod 600", path=str(file))
 
 
 def _use_log(connection: Connection) -> None:

@@ -22,6 +22,7 @@ REVOKED = (
 class _Call:
     owner: str
     method: str
+    begun: Callable[[], bool]
     task: asyncio.Task[object] | None
     ended: bool = False
 
@@ -33,17 +34,19 @@ class Admitted:
         self._calls: set[_Call] = set()
 
     @contextmanager
-    def entered(self, owner: str, method: str) -> Iterator[None]:
+    def entered(self, owner: str, method: str, begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
         """Handle a call within this context.
 
         Args:
             owner: What `Access.admits` knows the caller by.
             method: As gRPC names it.
+            begun: Whether a message of its answer was sent. Such a call is not ended here: a stream that has begun ends with
+                its completion, whose last message says why.
 
         Raises:
             GatewayError: ACCESS_CHANGED: `end` ended the call. Send it to the caller.
         """
-        call = _Call(owner, method, asyncio.current_task())
+        call = _Call(owner, method, begun, asyncio.current_task())
         self._calls.add(call)
         try:
             yield
@@ -55,13 +58,15 @@ class Admitted:
         finally:
             self._calls.discard(call)
 
-    def end(self, admits: Callable[[str, str], bool]) -> None:
-        """End every call that is no longer admitted.
+    async def end(self, admits: Callable[[str, str], bool]) -> None:
+        """End every call that is no longer admitted and has not begun; others get their turn in between.
 
         Args:
             admits: `Access.admits`.
         """
         for call in tuple(self._calls):
-            if not call.ended and call.task is not None and not admits(call.owner, call.method):
+            over = call.ended or call.begun() or admits(call.owner, call.method)
+            if call.task is not None and not over:
                 call.ended = True
                 call.task.cancel()
+                await asyncio.sleep(0)

@@ -96,6 +96,7 @@ class CallRecord:
             is known.
         owner: What marks the caller's completions; empty if callers cannot be distinguished. A later caller of the same name
             with another credential has another one.
+        begun: Whether a message of a stream was sent.
         latch: How it ends.
         values: What the handler adds to the log line: model, usage and the like.
         place: The call's in `Admission`, if its method needs one; taken already, unless the call may resume a completion.
@@ -105,6 +106,7 @@ class CallRecord:
         self.call = call
         self.caller = ""
         self.owner = ""
+        self.begun = False
         self.latch = Latch()
         self.values: dict[str, object] = {}
         self.place: Place | None = None
@@ -168,9 +170,9 @@ class CallInterceptor(aio.ServerInterceptor):
         """End what is under way, now, and tell its callers. Then `wait_idle` for a moment."""
         self._end_calls()
 
-    def end_revoked(self) -> None:
-        """End the calls under way whose callers are no longer admitted, with ACCESS_CHANGED."""
-        self._admitted.end(self._access.admits)
+    async def end_revoked(self) -> None:
+        """End the calls whose callers are no longer admitted, with ACCESS_CHANGED, but streams that have begun."""
+        await self._admitted.end(self._access.admits)
 
     async def wait_idle(self) -> None:
         """Wait until no call is under way."""
@@ -218,8 +220,11 @@ class CallInterceptor(aio.ServerInterceptor):
                     request = messages
                     with contextlib.ExitStack() as admitted:
                         if ours:
-                            await self._let_in(method, record, context, place)
-                            admitted.enter_context(self._admitted.entered(record.owner, method))
+from deltawire_server.access import Access, Identity, NameKind, bearer_key
+from deltawire_server.admission import Admission
+from deltawire_server.errors import CallerError, DeltawireError, GatewayError, Reason, internal_error
+from deltawire_server.rpc import reflection, wire
+from deltawire_server.rpc.admitted import Admitted
                             data = await self._reception.receive(context, functools.partial(wire.check, method=method))
                             request = _parsed(parse, data)
                             del data
@@ -442,7 +447,7 @@ def _call_context(metadata: Mapping[str, str]) -> CallContext:
 
 
 def _check_token(call: CallContext) -> None:
-    """Refuse a provider's token that cannot be in a header. Without it the operator's would be sent, which nobody asked for.
+    """Refuse a provider's token that cannot be in a header. If it were dropped, the operator's token would be sent instead.
 
     Raises:
         CallerError: INVALID_REQUEST.

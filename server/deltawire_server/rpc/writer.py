@@ -55,7 +55,7 @@ class StreamWriter:
         """
         self._record.latch.check_open()
         if not self._begun:
-            self._begun = True
+            self._begun = self._record.begun = True
             await self._context.send_initial_metadata(((REQUEST_ID, self._record.call.request_id),))
         try:
             async with asyncio.timeout(self._timeout) as self._clock:

@@ -1,4 +1,4 @@
-"""What the operator says: one TOML file, environment variables over it, flags over both. Only pydantic, no network.
+"""What the operator says: one TOML file, environment variables over it, flags over both. No network.
 
 `parse` gives an `Invocation` whose settings can be served with, or raises `SettingsError` with every problem there is.
 To add a key, add a field with its description to `model`: file, environment, `--set`, `--help` and the printed settings
@@ -18,7 +18,7 @@ from deltawire_server.settings.model import (
     StreamSettings,
 )
 from deltawire_server.settings.sources import SettingsError
-from deltawire_server.settings.values import is_local, without_password
+from deltawire_server.settings.values import is_local, shown_database_url
 
 __all__ = [
     "AccessSettings",
@@ -36,5 +36,5 @@ __all__ = [
     "example",
     "is_local",
     "parse",
-    "without_password",
+    "shown_database_url",
 ]

@@ -17,7 +17,7 @@ from pydantic import SecretStr
 from deltawire_server.settings.fields import KeyPath, expectation, field_at, is_secret, is_table
 from deltawire_server.settings.model import SECTIONS, Section, Settings
 from deltawire_server.settings.sources import SHORT_NAMES, SettingsError, Sources, dotted, in_file_only, variable
-from deltawire_server.settings.values import MASK, without_password
+from deltawire_server.settings.values import MASK, shown_database_url
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -144,7 +144,8 @@ def effective(settings: Settings, origins: Mapping[str, str] | None = None) -> s
                 lines.append(f"# {key} is not set")
                 continue
             origin = f"  # {_one_line(origins.get(dotted((*path, key)), 'default'))}" if origins is not None else ""
-            lines.append(f"{key} = {_toml(value)}{origin}")
+            shown = shown_database_url(value) if key == "database_url" else value
+            lines.append(f"{key} = {_toml(shown)}{origin}")
         lines += [f"# {_one_line(remark)}" for remark in section.remarks()]
         lines.append("")
     return "\n".join(lines)
@@ -278,7 +279,7 @@ def _toml(value: object) -> str:
     if isinstance(value, dict):
         return f"{{{', '.join(f'{_header((key,))} = {_toml(item)}' for key, item in value.items())}}}"
     # JSON's strings are TOML's, but for DEL.
-    return json.dumps(without_password(str(value)), ensure_ascii=False).replace("\x7f", "\\u007f")
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 __all__ = ["FLAGS", "Invocation", "SettingsError", "effective", "example", "parse"]

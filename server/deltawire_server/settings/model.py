@@ -308,7 +308,7 @@ class AccessSettings(Section):
     revoke: Annotated[Literal["end", "finish"], BeforeValidator(values.lower)] = Field(
         default="end",
         description=(
-            "What becomes of the calls under way when settings are read again and their caller's line is gone, has another "
+            "What becomes of the calls under way when settings are read again and their caller's line was removed, has another "
             "credential or lacks the permission. The default, end, ends them and generation for retained streams, with "
             "ACCESS_CHANGED, since a key is revoked because it leaked. With finish they go on to their end. Watches of "
             "models are ended in either case, by any change of lines."
@@ -577,7 +577,9 @@ class ProviderSettings(Section):
         description=(
             "Names of the server's own request fields that callers may set by extra_body, or shell patterns of them; "
             "none that the API has a field for. Fields can cost the server dearly or change what its answers mean, so "
-            "that, empty, the default allows none. With commas in the environment."
+            "that, empty, the default allows none. Fields that reach outside of the request or change the engine, such as "
+            "chat_template, kv_transfer_params, mm_processor_kwargs, media_io_kwargs and vllm_xargs, are covered by no pattern "
+            "and must be named. With commas in the environment."
         ),
     )
     tls_verify: Annotated[bool | Path, PlainValidator(values.tls_verify)] = Field(

@@ -6,21 +6,27 @@ message; pydantic adds which key it was. No message repeats a secret. Files are 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
 from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import quote_plus, urlsplit
 
 from pydantic import SecretStr
 from pydantic_core import PydanticCustomError
+from sqlalchemy import make_url
+from sqlalchemy.exc import SQLAlchemyError
+
+from deltawire_server.secret import Secret
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from pydantic import ValidationInfo
+    from sqlalchemy import URL
 
 MASK = "***"
 """What stands for a secret wherever settings are printed."""
@@ -29,7 +35,8 @@ _ADDRESS_FORMS = "write host:port, [IPv6 address]:port or unix:/path"
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9.])?")
 _IMAGE_HOST = re.compile(r"(\*\.)?(\*|\[[0-9a-f:.]+\]|[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_.])?)(?::([0-9]{1,5}))?")
 _IMAGE_HOST_FORMS = "write images.example.com, *.example.com for all below it, or * for any, each with :port if need be"
-_PASSWORD = re.compile(r"(://[^:/@\s]*:)[^@\s]*@")
+_SECRET_OPTION = re.compile(r"pass|secret|scram", re.IGNORECASE)
+"""In the names of libpq's options: password, passfile, sslpassword, oauth_client_secret, scram_client_key and the like."""
 _HIGHEST_PORT = 65535
 _PORTS = {"http": 80, "https": 443}
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # a token, as RFC 9110 has it
@@ -332,7 +339,7 @@ def database_url(value: str, info: ValidationInfo) -> str:
             "is no database URL: write sqlite:////absolute/path/registry.db or postgresql://user@host/name"
         )
     if scheme.lower() in {"postgresql", "postgres", "postgresql+psycopg"}:
-        return f"postgresql+psycopg://{_postgres(rest)}"
+        return Secret(f"postgresql+psycopg://{_postgres(rest)}")
     if scheme.lower() not in {"sqlite", "sqlite+aiosqlite"}:
         raise ValueError(
             f"{scheme!r} is not supported: write sqlite:////absolute/path/registry.db or postgresql://user@host/name"
@@ -344,16 +351,41 @@ def database_url(value: str, info: ValidationInfo) -> str:
     return f"sqlite+aiosqlite://{rest}"
 
 
-def without_password(url: str) -> str:
-    """A URL as it may be shown: with the mask for a password, if it has one."""
-    return _PASSWORD.sub(rf"\1{MASK}@", url)
+def shown_database_url(url: str) -> str:
+    """A database's URL as it may be printed: with the mask for its password and for secret options in its query.
+
+    Args:
+        url: Any text. If it is no URL, nothing of it is shown: any part may be of a password.
+    """
+    try:
+        parsed = make_url(url)
+    except (SQLAlchemyError, ValueError):
+        return MASK
+    secret = [name for name in parsed.query if _SECRET_OPTION.search(name)]
+    if parsed.password is None and not secret:
+        return url
+    masked = parsed.update_query_dict(dict.fromkeys(secret, MASK)).render_as_string(hide_password=True)
+    return masked.replace(quote_plus(MASK), MASK)
 
 
 def _postgres(rest: str) -> str:
     """Check what follows the scheme of a PostgreSQL URL."""
-    if f":{MASK}@" in rest:
-        raise ValueError(f'has "{MASK}" as its password, which only stands for one in printed settings: give its own')
-    if not urlsplit(f"//{rest}").path.strip("/"):
+    before, _, query = rest.partition("?")
+    if f":{MASK}@" in before or f"={MASK}" in query:
+        raise ValueError(f'has "{MASK}" as a secret, which only stands for one in printed settings: give its own')
+    if before.count("@") > 1 or "/" in before[: max(before.find("@"), 0)].partition(":")[0]:
+        # Else what follows the first @ or / would be taken for the host or the database, and be shown as such.
+        raise ValueError(
+            "has an @ or / in its user name or password: write %40 for @ and %2F for /, or use $PGPASSWORD"
+        )
+    parsed: URL | None = None
+    with contextlib.suppress(SQLAlchemyError, ValueError):  # what they say may repeat a part of the password
+        parsed = make_url(f"postgresql://{rest}")
+    if parsed is None:
+        raise ValueError(
+            "is no database URL: write postgresql://user@host:5432/name, and %40, %3A and %2F in a password"
+        )
+    if not parsed.database:
         raise ValueError("names no database: write postgresql://user@host/name")
     if importlib.util.find_spec("psycopg") is None:
         raise ValueError("needs PostgreSQL's client library: pip install 'deltawire[postgres]'")

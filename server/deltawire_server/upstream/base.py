@@ -40,7 +40,7 @@ class CallContext:
     tracestate: str | None = None
 
     def __post_init__(self) -> None:
-        """Keep the token as a secret, whoever made this."""
+        """Keep the token as a `Secret`, also if a plain text was given."""
         if self.token is not None:
             object.__setattr__(self, "token", Secret(self.token))
 

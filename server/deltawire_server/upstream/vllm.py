@@ -465,7 +465,7 @@ class VllmProvider:
             ):
                 return "it refuses the token in the gateway's settings"
         except DeltawireError as error:
-            said = error.message.removeprefix(f"provider {self.id!r} at {replica.base_url} ")
+            said = error.message.removeprefix(f"provider {self.id!r} ")
             return said.removeprefix("cannot be reached: ")
         return ""
 
@@ -500,11 +500,8 @@ class VllmProvider:
         except _BROKEN as error:
             raise self._unreachable(replica, error) from error
         if len(body) > MAX_DOCUMENT_BYTES:
-            raise ProviderError(
-                Reason.UPSTREAM_MALFORMED,
-                f"provider {self.id!r} at {replica.base_url} sent more than {MAX_DOCUMENT_BYTES} bytes at {response.url.path}",
-                metadata={"provider": self.id},
-            )
+            what = f"sent more than {MAX_DOCUMENT_BYTES} bytes at {url.removeprefix(replica.root)}"
+            raise self._unavailable(replica, what, Reason.UPSTREAM_MALFORMED)
         return Document(response.status_code, dict(response.headers), bytes(body))
 
     def _decoded(self, document: Document, kind: type[D], instead: str) -> D:
@@ -530,9 +527,11 @@ class VllmProvider:
         return self._unavailable(replica, f"{problem}: {said}", reason)
 
     def _unavailable(self, replica: Replica, what: str, reason: Reason = Reason.UPSTREAM_UNAVAILABLE) -> ProviderError:
+        # The address is for the operator: callers have no business with it.
+        _log.info("replica failed", provider=self.id, base_url=replica.base_url, reason=reason.name, error=what)
         return ProviderError(
             reason,
-            f"provider {self.id!r} at {replica.base_url} {what}",
+            f"provider {self.id!r} {what}",
             metadata={"provider": self.id},
             retry_after=RETRY_SECONDS if reason is Reason.UPSTREAM_UNAVAILABLE else None,
         )

@@ -1,9 +1,10 @@
 """Every attack, by area."""
 
+from tests.hostile.attacks.access import ACCESS
 from tests.hostile.attacks.doors import DOORS
 from tests.hostile.attacks.requests import REQUESTS
 from tests.hostile.attacks.schemas import SCHEMAS
 
-ATTACKS = (*SCHEMAS, *REQUESTS, *DOORS)
+ATTACKS = (*SCHEMAS, *REQUESTS, *DOORS, *ACCESS)
 
 __all__ = ["ATTACKS"]
