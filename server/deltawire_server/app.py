@@ -325,6 +325,7 @@ def _provider(provider_id: str, settings: ProviderSettings, connections: int) ->
         headers={name: Secret(value.get_secret_value()) for name, value in settings.headers.items()},
         allowed_models=settings.allowed_models,
         allowed_extra_fields=settings.allowed_extra_fields,
+        accepts_caller_tokens=settings.accept_caller_tokens,
         tls=_tls(provider_id, settings.tls_verify),
         default_max_tokens=settings.max_tokens,
         max_connections=connections,

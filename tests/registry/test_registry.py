@@ -9,7 +9,7 @@ import structlog
 
 from deltawire_server.errors import CallerError, Code, Reason, RegistryError
 from deltawire_server.registry.model import Model, ModelSource, ModelState, ModelType
-from deltawire_server.registry.registry import ModelRegistry, require_type
+from deltawire_server.registry.registry import Filter, ModelRegistry, require_type
 from deltawire_server.registry.store import Store
 from deltawire_server.upstream.providers import Providers
 from tests.registry.helpers import all_ids, failure_of, ids, kept
@@ -59,9 +59,11 @@ async def test_lists_without_a_provider_that_is_away(registry: ModelRegistry, al
     """The rest is listed, what is registered with it too, and the answer names it."""
     await registry.register("mine", "alpha", "llama")
     alpha.go_down()
-    models, _, unreachable = await registry.list(token="token")
-    assert ids(models) == ["beta/mistral", "beta/org/common", "mine"]
+    models, _, unreachable = await registry.list()
+    assert ids(models) == ["alpha/org/common", "beta/mistral", "beta/org/common", "mine"]
     assert unreachable == ("alpha",)
+    models, _, unreachable = await registry.list(token="token", wanted=Filter(provider_id="alpha"))
+    assert (ids(models), unreachable) == (["mine"], ("alpha",))
     assert alpha.tokens[-1] == "token"
 
 
@@ -168,12 +170,14 @@ async def test_an_update_of_what_a_model_leads_to(registry: ModelRegistry, beta:
 
 
 async def test_an_update_does_not_lead_a_scoped_name_elsewhere(registry: ModelRegistry, alpha: FakeProvider) -> None:
-    """Whoever calls what a provider serves by its scoped name gets that, for as long as it is served."""
+    """Whoever calls what a provider serves by its scoped name gets that or nothing, whether it is served now or not."""
     await registry.register("llama", "alpha")
     elsewhere = {"provider_id": "beta", "provider_model_id": "mistral"}
-    assert (await failure_of(registry.update("alpha/llama", elsewhere))).reason is Reason.MODEL_ALREADY_EXISTS
-    alpha.served = ["org/common"]
-    assert (await registry.update("alpha/llama", elsewhere)).target == ("beta", "mistral")
+    for served in (["llama"], ["org/common"]):
+        alpha.served = [*served]
+        failure = await failure_of(registry.update("alpha/llama", elsewhere))
+        assert [violation.field for violation in failure.violations] == ["model.provider_id"]
+        assert "'alpha/llama' is reserved" in failure.message
 
 
 @pytest.mark.parametrize(

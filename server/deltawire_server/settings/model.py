@@ -546,6 +546,15 @@ class ProviderSettings(Section):
             "set, none is sent. Never printed, and no flag sets it, since flags show in ps."
         ),
     )
+    accept_caller_tokens: bool = Field(
+        default=False,
+        description=(
+            "Send callers' own tokens (metadata x-vllm-api-token) to this provider also for calls that do not name it: by a "
+            "bare model name or an alias, or when all providers are listed. By default a token goes only to the provider "
+            "that the call names, as in provider/model, so that no other server learns it. With a single provider every "
+            "call means that one, and this setting changes nothing."
+        ),
+    )
     headers: Annotated[Mapping[str, SecretStr], AfterValidator(values.headers)] = Field(
         default_factory=dict,
         title="a table of names and values, in quotes",

@@ -76,6 +76,23 @@ class Providers:
             )
         return provider
 
+    def token_for(self, provider_id: str, token: str | None, *, named: bool) -> str | None:
+        """The caller's token if a provider may have it, else `None`.
+
+        It may if the call names the provider, if the operator set `accept_caller_tokens` for it, or if it is the only one
+        configured, so that every call means it. A bare model name may lead to any provider that lists such a name: a token
+        sent there would be known to a server that the caller did not choose.
+
+        Args:
+            provider_id: Which provider the token would be sent to.
+            token: As it came with the call; `None` if none came.
+            named: Whether the call names this provider, by "provider/model" or in a field of its own.
+        """
+        provider = self._providers.get(provider_id)
+        if provider is None or not (named or provider.accepts_caller_tokens or len(self._providers) == 1):
+            return None
+        return token
+
     @contextlib.contextmanager
     def held(self, provider: Provider) -> Iterator[None]:
         """Keep a provider open while entered, even if it is retired meanwhile: for a call, from finding it to its end.

@@ -119,6 +119,7 @@ class VllmProvider:
         headers: Mapping[str, str] | None = None,
         allowed_models: Sequence[str] = (),
         allowed_extra_fields: Sequence[str] = (),
+        accepts_caller_tokens: bool = False,
         tls: ssl.SSLContext | bool = True,
         default_max_tokens: int | None = None,
         max_connections: int = 1032,
@@ -144,6 +145,7 @@ class VllmProvider:
             for replica in self._replicas.all
         }
         self._counting = asyncio.Semaphore(COUNTS_AT_ONCE)
+        self.accepts_caller_tokens = accepts_caller_tokens
         self.default_max_tokens = default_max_tokens
         self.patience = patience or Patience()
         self.refresh_interval = refresh_interval
@@ -381,12 +383,18 @@ class VllmProvider:
         headers = self._call_headers(call)
         document = await self._document(replica, "POST", url, headers, COUNT_SECONDS, content)
         if document.status != httpx.codes.OK:
-            raise self._not_counted(document, name, callers_token=call.token is not None)
+            raise self._not_counted(document, name, call)
         counted = self._decoded(document, _Counted, f"{TOKENIZE} with something else than a count")
         return TokenCount(counted.count, counted.max_model_len)
 
-    def _not_counted(self, document: Document, name: str, *, callers_token: bool) -> DeltawireError:
-        error = failure_of(_error_in(document), self.id, callers_token=callers_token, model=name)
+    def _not_counted(self, document: Document, name: str, call: CallContext) -> DeltawireError:
+        error = failure_of(
+            _error_in(document),
+            self.id,
+            callers_token=call.token is not None,
+            token_withheld=call.token_withheld,
+            model=name,
+        )
         # The key of `/v1` is not asked for here: who forbids it forbids the endpoint.
         if document.status not in _NOT_OFFERED or error.reason is Reason.MODEL_NOT_FOUND:
             return error
@@ -413,7 +421,13 @@ class VllmProvider:
         """
         headers = {**self._call_headers(call), "accept": "text/event-stream"}
         url = f"{replica.base_url}/chat/completions"
-        fail = functools.partial(failure_of, provider_id=self.id, callers_token=call.token is not None, model=name)
+        fail = functools.partial(
+            failure_of,
+            provider_id=self.id,
+            callers_token=call.token is not None,
+            token_withheld=call.token_withheld,
+            model=name,
+        )
         response = await self._send(replica, "POST", url, headers, content)
         try:
             if response.status_code != httpx.codes.OK:
