@@ -338,8 +338,10 @@ async def in_database(database_url: str) -> dict[str, pb.Model]:
 async def changes_after(database_url: str, revision: int) -> list[Change]:
     """The database's record of what has changed."""
     async with _open(database_url) as store:
-        changes = await store.changes_after(revision)
-    assert changes is not None
+        changes: list[Change] = []
+        while page := await store.changes_after(revision + len(changes)):
+            changes += page
+    assert page is not None
     return changes
 
 

@@ -22,7 +22,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc import aio
 
-from deltawire_server.access import Access, Identity, NameKind, bearer_key
+from deltawire_server.access import Access, Identity, NameKind, Permission, bearer_key
 from deltawire_server.admission import Admission
 from deltawire_server.errors import (
     CallerError,
@@ -93,6 +93,7 @@ class CallRecord:
             is known.
         owner: What marks the caller's completions; empty if callers cannot be distinguished. A later caller of the same name
             with another credential has another one.
+        may_operate: Whether the caller may change models that others registered.
         latch: How it ends.
         values: What the handler adds to the log line: model, usage and the like.
         place: The call's in `Admission`, if its method needs one; taken already, unless the call may resume a completion.
@@ -102,6 +103,7 @@ class CallRecord:
         self.call = call
         self.caller = ""
         self.owner = ""
+        self.may_operate = True
         self.latch = Latch()
         self.values: dict[str, object] = {}
         self.place: Place | None = None
@@ -282,6 +284,7 @@ class CallInterceptor(aio.ServerInterceptor):
             principal = self._access.authorize(method, key, _identities(context))
             if principal is not None:
                 record.caller, record.owner = principal.name, principal.owner
+                record.may_operate = Permission.OPERATE in principal.permissions
             record.values["caller"] = record.caller
         except GatewayError as refused:
             record.values.update(refused.metadata)
