@@ -7,7 +7,6 @@ answers are never matched on.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from deltawire_server.errors import DeltawireError
@@ -73,7 +72,7 @@ class Listings:
             return None
         # A caller with a token of its own has just seen it.
         state = self._served.state(provider_id, served.id) if self.shared(provider_id) else ModelState.SERVING
-        return replace(discovered(provider_id, served), state=state)
+        return discovered(provider_id, served, state)
 
     def targets(self) -> Iterator[tuple[str, str]]:
         """Provider and served name of everything that is listed, whether registered or not."""

@@ -364,13 +364,18 @@ class ModelRegistry:
         await listings.fetch(each for each in listings.provider_ids if wanted.provider_id in ("", each))
         await self._view.settled()
         own = listings.own()
-        theirs = [] if not own else [model async for model in self._discovered_by(listings, own) if wanted.takes(model)]
+        theirs = {
+            model.id: model
+            async for model in self._discovered_by(listings, own)
+            if wanted.takes(model) and is_new(model, self._known, self._providers.ids)
+        }
+        await asyncio.sleep(0)  # what follows looks at all models once more
         shown = {
             model_id: model
             for model_id, model in self._view.models.items()
             if wanted.takes(model) and not (model.provider_id in own and model.source is ModelSource.DISCOVERED)
         }
-        shown |= {model.id: model for model in theirs if is_new(model, self._known, self._providers.ids)}
+        shown |= theirs
         models_of_page, next_page_token = pages.page_of(shown, page, _bytes_of)
         return models_of_page, next_page_token, tuple(sorted(listings.failures))
 
@@ -421,10 +426,11 @@ class ModelRegistry:
 
     async def _discovered_by(self, listings: Listings, provider_ids: frozenset[str]) -> AsyncGenerator[Model]:
         """What a caller's own token shows at these providers. There may be very many: other tasks run meanwhile."""
-        for count, (provider_id, served_name) in enumerate(listings.targets()):
+        targets = (target for target in listings.targets() if target[0] in provider_ids)
+        for count, target in enumerate(targets):
             if count % LOOKS_AT_ONCE == 0:
                 await asyncio.sleep(0)
-            model = listings.find(provider_id, served_name) if provider_id in provider_ids else None
+            model = listings.find(*target)
             if model is not None:
                 yield model
 

@@ -16,7 +16,7 @@ import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from deltawire_server.registry.model import MAX_CONTEXT_TOKENS, Model, ModelSource, scoped_id
+from deltawire_server.registry.model import MAX_CONTEXT_TOKENS, Model, ModelSource, ModelState, scoped_id
 from deltawire_server.registry.scopes import may_have, registered
 from deltawire_server.registry.store import ChangeKind
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from deltawire_server.upstream.base import ServedModel
 
 
-LOOKS_AT_ONCE = 500
+LOOKS_AT_ONCE = 250
 """Models that are looked at without giving way: some milliseconds of work."""
 
 
@@ -122,7 +122,7 @@ class View:
         if model is None or not may_have(model_id, model, self._served.provider_ids):
             found = self._find_discovered(model_id)
             if found is not None and is_new(found, self._known, self._served.provider_ids):
-                model = found
+                return found
         if model is None:
             return None
         return replace(model, state=self._served.state(*model.target))
@@ -133,27 +133,38 @@ class View:
             if model_id.startswith(scope):
                 served = self._served.find(provider_id, model_id.removeprefix(scope))
                 if served is not None:
-                    return discovered(provider_id, served)
+                    return discovered(provider_id, served, self._served.state(provider_id, served.id))
         return None
 
 
-def discovered(provider_id: str, served: ServedModel) -> Model:
-    """What a provider lists, as a model."""
-    model = Model(scoped_id(provider_id, served.id), provider_id, served.id, source=ModelSource.DISCOVERED)
-    return with_served(model, served)
+def discovered(provider_id: str, served: ServedModel, state: ModelState) -> Model:
+    """What a provider lists, as a model. Made in one step: there may be very many of them."""
+    return Model(
+        scoped_id(provider_id, served.id),
+        provider_id,
+        served.id,
+        source=ModelSource.DISCOVERED,
+        max_context_tokens=_context_tokens(served),
+        engine_root=served.engine_root,
+        base_model=served.base_model,
+        state=state,
+    )
 
 
 def with_served(model: Model, served: ServedModel) -> Model:
-    """A model with what its provider says of it."""
-    tokens = served.max_context_tokens
-    # A number that cannot be is as good as none, and must not fail the call.
-    known = tokens is not None and 0 <= tokens <= MAX_CONTEXT_TOKENS
+    """A registered model with what its provider says of it."""
     return replace(
         model,
-        max_context_tokens=tokens if known else None,
+        max_context_tokens=_context_tokens(served),
         engine_root=served.engine_root,
         base_model=served.base_model,
     )
+
+
+def _context_tokens(served: ServedModel) -> int | None:
+    # A number that cannot be is as good as none, and must not fail the call.
+    tokens = served.max_context_tokens
+    return tokens if tokens is not None and 0 <= tokens <= MAX_CONTEXT_TOKENS else None
 
 
 def is_new(discovered_model: Model, known: Known, provider_ids: Iterable[str]) -> bool:

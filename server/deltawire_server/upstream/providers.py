@@ -30,6 +30,9 @@ _log = get_logger(__name__)
 
 LISTING_SECONDS = 5.0
 
+TOKEN_LISTINGS = 32
+"""Listings by callers' own tokens that are kept at once; the oldest makes room. Each may be a few MiB, and any text is a token."""
+
 _Key = tuple["Provider", "str | None"]
 """A listing: whose, and by which caller's token. Not by the id, which another provider may have the next moment."""
 
@@ -198,9 +201,14 @@ class Providers:
         now = time.monotonic()
         # Callers' tokens come and go; their listings must not stay.
         self._listings = {
-            other: kept for other, kept in self._listings.items() if now - kept[0] < self._listing_seconds
+            other: kept
+            for other, kept in self._listings.items()
+            if other != key and now - kept[0] < self._listing_seconds  # added again below, as the newest
         }
         self._listings[key] = (now, models)
+        own = [other for other in self._listings if other[1] is not None]
+        for oldest in own[: max(0, len(own) - TOKEN_LISTINGS)]:
+            del self._listings[oldest]
         return models
 
     def _fetched(self, key: _Key, fetch: asyncio.Task[tuple[ServedModel, ...]]) -> None:

@@ -66,6 +66,10 @@ COUNTS_AT_ONCE = 16
 MAX_DOCUMENT_BYTES = 2 * 1024 * 1024
 """Of what a server says of itself; vLLM's OpenAPI document has a quarter of that."""
 
+MAX_SERVED_NAME = 1024
+"""Characters of a served model's name; one that is longer is left out. It is far beyond the names of files and repositories, and
+with all else that a listing holds, a model stays below the 4 MiB of a message."""
+
 TOKENIZE = "/tokenize"
 
 MAX_ERROR_BYTES = 1024 * 1024
@@ -211,7 +215,7 @@ class VllmProvider:
                 return count
 
     async def list_models(self, token: str | None = None) -> tuple[ServedModel, ...]:
-        """What it serves now; see `Provider.list_models`. An entry without an id is left out."""
+        """What it serves now; see `Provider.list_models`. An entry without an id, or with a very long one, is left out."""
         for reader in self._engines.values():
             reader.start()
         failures: list[DeltawireError] = []
@@ -460,7 +464,8 @@ class VllmProvider:
             callers_token = token is not None and not self._api_token
             raise failure_of(_error_in(document), self.id, callers_token=callers_token)
         cards = self._decoded(document, _Listing, "its list of models with something else").data
-        return tuple(_served_model(card) for card in cards if isinstance(card, dict) and card.get("id"))
+        models = (_served_model(card) for card in cards if isinstance(card, dict) and card.get("id"))
+        return tuple(model for model in models if len(model.id) <= MAX_SERVED_NAME)
 
     async def _problem(self, replica: Replica) -> str:
         """What is wrong with a replica; empty if it is healthy."""

@@ -1,9 +1,10 @@
 """Every attack, by area."""
 
 from tests.hostile.attacks.doors import DOORS
+from tests.hostile.attacks.registry import REGISTRY
 from tests.hostile.attacks.requests import REQUESTS
 from tests.hostile.attacks.schemas import SCHEMAS
 
-ATTACKS = (*SCHEMAS, *REQUESTS, *DOORS)
+ATTACKS = (*SCHEMAS, *REQUESTS, *REGISTRY, *DOORS)
 
 __all__ = ["ATTACKS"]
