@@ -334,7 +334,7 @@ async def test_two_processes_share_no_revision() -> None:
     assert len({Feed().revision for _ in range(100)}) == 100
 
 
-async def test_who_misses_what_is_forgotten_is_cut_and_nobody_else() -> None:
+async def test_a_watcher_that_misses_dropped_changes_is_cut_and_no_other() -> None:
     """A watcher that takes nothing while very much is removed; one that takes each change loses none of them."""
     feed = Feed(removed_bytes=1)
     async with aclosing(watch(feed)) as slow, aclosing(watch(feed)) as quick:

@@ -178,7 +178,7 @@ async def test_an_update_of_what_a_model_leads_to(registry: ModelRegistry, beta:
 
 
 async def test_an_update_does_not_lead_a_scoped_name_elsewhere(registry: ModelRegistry, alpha: FakeProvider) -> None:
-    """Whoever calls what a provider serves by its scoped name gets that or nothing, whether it is served now or not."""
+    """A scoped name leads to what the provider serves under it or to nothing, whether it is served now or not."""
     await registry.register("llama", "alpha")
     elsewhere = {"provider_id": "beta", "provider_model_id": "mistral"}
     for served in (["llama"], ["org/common"]):

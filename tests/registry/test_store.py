@@ -272,7 +272,7 @@ async def test_how_much_can_be_registered(url: str, limits: StoreLimits, what: s
 
 
 async def test_what_is_beyond_a_lowered_limit_stays_and_can_shrink(url: str, store: Store) -> None:
-    """Whoever lowers a limit loses nothing: only more of what is too much is refused."""
+    """Lowering a limit loses nothing: only a write that adds to what is beyond it is refused."""
     model = await inserted(store, replace(plain("a", "a1", "a2"), annotations={"k": "x" * 1000}))
     tight = Store(url, limits=StoreLimits(max_models=1, max_aliases=1, max_bytes=100))
     await tight.open()

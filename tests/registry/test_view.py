@@ -174,7 +174,7 @@ async def test_a_reserved_name_hides_nothing(kit: Kit) -> None:
 
 
 async def test_very_many_models_are_looked_at_in_parts(kit: Kit) -> None:
-    """Other tasks run meanwhile; whoever waits for all of them sees all, and a registered model's state is never an old one."""
+    """Other tasks run meanwhile; after `settled` the view has all, and a registered model's state is never an old one."""
     names = [f"m{number:05}" for number in range(10 * LOOKS_AT_ONCE)]
     mine = registered("mine", "p", names[-1])
     kit.exchange(None, mine)

@@ -132,7 +132,7 @@ async def test_a_registration_has_an_owner(start_gateway: StartGateway) -> None:
 
 
 async def test_only_its_owner_changes_a_registration_or_an_operator(start_gateway: StartGateway) -> None:
-    """By any of its names, with its etag or without; who may not is told whose it is and what it needs, and nothing changes."""
+    """By any of its names, with its etag or without; the refusal names the owner and the permission, and nothing changes."""
     keys = f"{ACCESS['keys']}; second change secret-of-another-changer"
     mine, second, ops = bearer(KEYS[Permission.CHANGE]), bearer("secret-of-another-changer"), bearer(OPS)
     pb = model_registry_pb2
@@ -162,7 +162,7 @@ async def test_only_its_owner_changes_a_registration_or_an_operator(start_gatewa
         await gateway.models.UnregisterModel(pb.UnregisterModelRequest(model_id="a"), metadata=ops)
 
 
-async def test_a_registration_of_nobody_known_needs_operate(start_gateway: StartGateway) -> None:
+async def test_a_registration_without_an_owner_needs_operate(start_gateway: StartGateway) -> None:
     """As an open gateway makes them, where everybody changes everything: once the gateway is closed, an operator does."""
     pb = model_registry_pb2
     async with start_gateway() as gateway:

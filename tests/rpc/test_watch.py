@@ -201,7 +201,7 @@ async def test_a_watcher_that_does_not_read(alpha: FakeProvider, lines: Lines) -
 
 
 async def test_a_watcher_that_is_overtaken(alpha: FakeProvider) -> None:
-    """More was removed than is kept: it is told so, and only a snapshot helps it."""
+    """More was removed than is kept: the error says so, and only a snapshot helps."""
     async with serving(alpha, feed=Feed(removed_bytes=1), options=SMALL_WINDOW) as served:
         names = [f"model-{number}" for number in range(6)]
         for name in names:
