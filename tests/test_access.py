@@ -271,7 +271,7 @@ def test_lines_without_a_principal(line: str) -> None:
     ("line", "made"),
     [
         (f"ci call,read {SECRET}", Principal("ci", frozenset({Permission.CALL, Permission.READ}), Key.of(SECRET))),
-        (f"ci call,read,change {SECRET}", Principal("ci", ALL, Key.of(SECRET))),
+        (f"ci call,read,change,operate {SECRET}", Principal("ci", ALL, Key.of(SECRET))),
         (f" ci\tread   sha256:{DIGEST}\r", Principal("ci", frozenset({Permission.READ}), Key.of(SECRET))),
         (f"frontend call mtls:uri:{MESH}", Principal("frontend", frozenset({Permission.CALL}), FRONTEND)),
         ("a.b_c-d@e/f all mtls:cn:x  # since May", Principal("a.b_c-d@e/f", ALL, Identity(NameKind.COMMON_NAME, "x"))),
@@ -290,7 +290,7 @@ def test_lines(line: str, made: Principal) -> None:
 def test_the_permissions_of_a_line_are_written_in_order() -> None:
     """And all of them as all."""
     assert principal(f"ci change,call {SECRET}").masked() == "ci call,change sha256:***"
-    assert principal("ci change,call,read mtls:dns:a").masked() == "ci all mtls:dns:a"
+    assert principal("ci operate,change,call,read mtls:dns:a").masked() == "ci all mtls:dns:a"
 
 
 @pytest.mark.parametrize(
@@ -304,11 +304,11 @@ def test_the_permissions_of_a_line_are_written_in_order() -> None:
         (f"{'geheim' * 11} all {SECRET}", "at most 64"),
         (f"-geheim all {SECRET}", "first a letter or digit"),
         (f"gehéim all {SECRET}", "the name must be"),
-        (f"ci {SECRET} call", "some of call, read, change, with commas and no spaces between them, or all"),
-        (f"ci call,geheim {SECRET}", "some of call, read, change"),
-        (f"ci call, {SECRET}", "some of call, read, change"),
-        (f"ci all,call {SECRET}", "some of call, read, change"),
-        (f"ci CALL {SECRET}", "some of call, read, change"),
+        (f"ci {SECRET} call", "some of call, read, change, operate, with commas and no spaces between them, or all"),
+        (f"ci call,geheim {SECRET}", "some of call, read, change, operate"),
+        (f"ci call, {SECRET}", "some of call, read, change, operate"),
+        (f"ci all,call {SECRET}", "some of call, read, change, operate"),
+        (f"ci CALL {SECRET}", "some of call, read, change, operate"),
         ("ci call geheim-geheim-x", "at least 16 characters: make one by `openssl rand -hex 32`"),
         ("ci call geheim-geheim-geheïm", "printable ASCII: a key has to fit into a header"),
         ("ci call geheim-geheim-\x7f-geheim", "printable ASCII"),

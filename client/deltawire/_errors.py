@@ -39,6 +39,7 @@
         │   ├── SlowWatcherError
         │   ├── AccessChangedError
         │   ├── StoreUnavailableError
+        │   ├── RegistryFullError            (this does not pass: unregister models, or the operator has to act)
         │   ├── DrainingError
         │   └── InternalError
         ├── StreamInterrupted                the stream broke off after it had begun: what came is in `answer`
@@ -278,6 +279,10 @@ class AccessChangedError(GatewayError):
     """Who may call has changed since the watch began. Watch again from the last revision; a watch does so by itself."""
 
 
+class RegistryFullError(GatewayError):
+    """There is no room for what would be registered. Unregister models, or have the operator raise the limit in the message."""
+
+
 class StoreUnavailableError(GatewayError):
     """The registry's database cannot be used now; models known already can still be called."""
 
@@ -367,6 +372,7 @@ REASONS: Mapping[ErrorReason.ValueType, type[CallError]] = MappingProxyType(
         ErrorReason.ERROR_REASON_COMPLETION_NOT_FOUND: CompletionNotFoundError,
         ErrorReason.ERROR_REASON_COMPLETION_GONE: CompletionGoneError,
         ErrorReason.ERROR_REASON_WRONG_REPLICA: WrongReplicaError,
+        ErrorReason.ERROR_REASON_REGISTRY_FULL: RegistryFullError,
     }
 )
 

@@ -40,11 +40,16 @@ _WORDS = 3
 
 
 class Permission(enum.Enum):
-    """What a principal may do; the values are the words of a line."""
+    """What a principal may do; the values are the words of a line.
+
+    `CHANGE` lets it register models, and change and unregister those that it registered. `OPERATE` extends that to models that
+    others registered, or that have no known owner. No RPC needs it alone, and without `CHANGE` it has no effect.
+    """
 
     CALL = "call"
     READ = "read"
     CHANGE = "change"
+    OPERATE = "operate"
 
 
 ALL = frozenset(Permission)

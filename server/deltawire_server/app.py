@@ -17,7 +17,7 @@ from deltawire_server.completion import CompletionLimits
 from deltawire_server.completions.retention import RetentionLimits
 from deltawire_server.lifecycle import Lifecycle, plaintext_addresses
 from deltawire_server.registry.registry import ModelRegistry
-from deltawire_server.registry.store import Store
+from deltawire_server.registry.store import Store, StoreLimits
 from deltawire_server.rpc.chat_completion import ChatCompletionServicer
 from deltawire_server.rpc.interceptors import CallInterceptor
 from deltawire_server.rpc.model_registry import ModelRegistryServicer
@@ -92,7 +92,7 @@ class Gateway:
         self._providers = Providers(
             _provider(provider_id, provider, self._connections) for provider_id, provider in settings.providers.items()
         )
-        self._registry = ModelRegistry(Store(settings.registry.database_url), self._providers)
+        self._registry = ModelRegistry(_store(settings), self._providers)
         self._images = Images(_image_policy(settings), user_agent=_USER_AGENT)
         self._worker = Worker(self._registry, self._providers, _worker_limits(settings), self._images)
         self._access = Access(settings.access.principals)
@@ -339,6 +339,7 @@ def _provider(provider_id: str, settings: ProviderSettings, connections: int) ->
         headers={name: Secret(value.get_secret_value()) for name, value in settings.headers.items()},
         allowed_models=settings.allowed_models,
         allowed_extra_fields=settings.allowed_extra_fields,
+        accepts_caller_tokens=settings.accept_caller_tokens,
         tls=_tls(provider_id, settings.tls_verify),
         default_max_tokens=settings.max_tokens,
         max_connections=connections,
@@ -348,6 +349,12 @@ def _provider(provider_id: str, settings: ProviderSettings, connections: int) ->
         user_agent=_USER_AGENT,
         engine=_ENGINES[settings.engine],
     )
+
+
+def _store(settings: Settings) -> Store:
+    registry = settings.registry
+    limits = StoreLimits(registry.max_models, registry.max_aliases, registry.max_bytes)
+    return Store(registry.database_url, limits=limits)
 
 
 def _tls(provider_id: str, verify: bool | Path) -> ssl.SSLContext | bool:

@@ -432,6 +432,7 @@ class Completion:
                 UpstreamError(fault.upstream_code, fault.message, fault.upstream_type, fault.upstream_param),
                 provider_id,
                 callers_token=self._call.token is not None,
+                token_withheld=self._call.token_withheld,
                 model=self._request.model,
                 begun=self._begun,
                 metadata=metadata if self._begun else None,

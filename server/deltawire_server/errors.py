@@ -81,6 +81,7 @@ class Reason(enum.Enum):
     COMPLETION_NOT_FOUND = 36
     COMPLETION_GONE = 37
     WRONG_REPLICA = 38
+    REGISTRY_FULL = 41
 
 
 CODES: Mapping[Reason, Code] = MappingProxyType(
@@ -125,6 +126,7 @@ CODES: Mapping[Reason, Code] = MappingProxyType(
         Reason.COMPLETION_NOT_FOUND: Code.NOT_FOUND,
         Reason.COMPLETION_GONE: Code.OUT_OF_RANGE,
         Reason.WRONG_REPLICA: Code.FAILED_PRECONDITION,
+        Reason.REGISTRY_FULL: Code.RESOURCE_EXHAUSTED,
     }
 )
 """The status code of each reason, as long as the answer has not begun."""

@@ -261,12 +261,13 @@ class Worker:
         outcome: Outcome | None = Outcome.of(internal_error())  # until something better is known
         try:
             resolution = await self._registry.resolve(request.model, caller.call.token)
+            call = caller.call if resolution.sends_token else caller.call.without_token()
             with self._providers.held(resolution.provider):
                 require_type(resolution.model, ModelType.LLM)
                 completion = Completion(
                     record.completion_id,
                     request,
-                    caller.call,
+                    call,
                     resolution,
                     options,
                     self._images,
@@ -325,6 +326,8 @@ class Worker:
             DeltawireError: The model cannot be found or cannot chat, or its provider does not count.
         """
         resolution = await self._registry.resolve(request.model, call.token)
+        if not resolution.sends_token:
+            call = call.without_token()
         with self._providers.held(resolution.provider):
             require_type(resolution.model, ModelType.LLM)
             count = await resolution.provider.count_tokens(request, resolution.model.provider_model_id, call)

@@ -241,11 +241,14 @@ class Judge:
         if call.reason == "ETAG_MISMATCH":
             return bool(call.etag) and owner is not None and owner.etag != call.etag
         if call.reason == "INVALID_REQUEST":
-            return owner is not None and owner.id in _names_of(call)
+            if owner is None:
+                return False
+            led_elsewhere = call.changes.get("provider_model_id", SCOPED.get(owner.id)) != SCOPED.get(owner.id)
+            return owner.id in _names_of(call) or (
+                owner.id in SCOPED and led_elsewhere
+            )  # a provider's name is reserved
         if call.reason == "MODEL_ALREADY_EXISTS":
             model_id = _registered_as(call) if call.kind is ChangeKind.ADDED else owner.id if owner else ""
-            if model_id in SCOPED and call.changes.get("provider_model_id", SCOPED[model_id]) != SCOPED[model_id]:
-                return True  # what a provider serves under its own name leads nowhere else
             owners = [names[each] for each in _names_of(call) if each in names]
             return any(each.id != model_id or not _as_asked(each, call) for each in owners)
         if call.reason:
@@ -335,8 +338,10 @@ async def in_database(database_url: str) -> dict[str, pb.Model]:
 async def changes_after(database_url: str, revision: int) -> list[Change]:
     """The database's record of what has changed."""
     async with _open(database_url) as store:
-        changes = await store.changes_after(revision)
-    assert changes is not None
+        changes: list[Change] = []
+        while page := await store.changes_after(revision + len(changes)):
+            changes += page
+    assert page is not None
     return changes
 
 

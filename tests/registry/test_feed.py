@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from deltawire_server.errors import CallerError, Code, DeltawireError, GatewayError, Reason
-from deltawire_server.registry.feed import Feed, Step
+from deltawire_server.registry.feed import REMOVED_BYTES, SUPERSEDED_BYTES, Feed, Step
 from deltawire_server.registry.model import Model
 from deltawire_server.registry.store import ChangeKind
 from tests.support.gateway import WAIT
@@ -56,8 +59,9 @@ async def test_a_snapshot_a_bookmark_then_changes() -> None:
         assert first == [Step(ADDED, A, ""), Step(ADDED, B, ""), Step(None, None, feed.revision)]
         feed.publish(MODIFIED, A)
         after_one = feed.revision
+        assert await take(steps, 1) == [Step(MODIFIED, A, after_one)]
         feed.publish(REMOVED, B)
-        assert await take(steps, 2) == [Step(MODIFIED, A, after_one), Step(REMOVED, B, feed.revision)]
+        assert await take(steps, 1) == [Step(REMOVED, B, feed.revision)]
         assert len({first[-1].revision, after_one, feed.revision}) == 3
 
 
@@ -131,19 +135,170 @@ async def test_a_resumed_watch_has_its_bookmark_where_it_had_caught_up() -> None
         ]
 
 
-async def test_the_ring_goes_back_exactly_as_far_as_it_is_long() -> None:
-    """With three places: three changes can have been missed, and four cannot."""
-    feed = Feed(ring=3)
+async def test_only_the_last_change_of_a_model_is_kept() -> None:
+    """Three hundred changes of one model are one entry, which a watcher that did not read gets; the others it gets as well."""
+    feed = Feed(superseded_bytes=0)
+    start = feed.revision
+    feed.publish(ADDED, A)
+    between = feed.revision
+    for number in range(300):
+        feed.publish(MODIFIED, replace(B, annotations={"turn": str(number)}))
+    feed.publish(ADDED, C)
+    assert feed.entries == 3
+    last = replace(B, annotations={"turn": "299"})
+    async with aclosing(watch(feed, start)) as steps:
+        assert [(step.kind, step.model) for step in await take(steps, 4)] == [
+            (ADDED, A),
+            (MODIFIED, last),
+            (ADDED, C),
+            (None, None),
+        ]
+    async with aclosing(watch(feed, between)) as steps:
+        assert changes(await take(steps, 3)) == [(MODIFIED, "b"), (ADDED, "c"), (None, "")]
+
+
+async def test_what_was_superseded_leaves_no_memory() -> None:
+    """Neither the models nor entries without them: the log is rewritten, and its places stay."""
+    feed = Feed(superseded_bytes=0)
+    models = [replace(A, annotations={"turn": str(number)}) for number in range(10_000)]
+    async with aclosing(watch(feed)) as steps:
+        await take(steps, 1)
+        feed.publish(ADDED, B)
+        for model in models:
+            feed.publish(MODIFIED, model)
+        assert len(feed._log) < 2000
+        assert await take(steps, 2) == [
+            Step(ADDED, B, feed.revision.partition("-")[0] + "-1"),
+            Step(MODIFIED, models[-1], feed.revision),
+        ]
+
+
+async def test_a_model_that_a_watcher_has_not_seen_is_added() -> None:
+    """Whatever became of it since it was added; one that the watcher has seen is modified."""
+    feed = Feed(superseded_bytes=0)
+    start = feed.revision
+    feed.publish(ADDED, A)
+    seen = feed.revision
+    feed.publish(ADDED, B)
+    feed.publish(MODIFIED, A)
+    feed.publish(MODIFIED, B)
+    async with aclosing(watch(feed, start)) as steps:
+        assert changes(await take(steps, 2)) == [(ADDED, "a"), (ADDED, "b")]
+    async with aclosing(watch(feed, seen)) as steps:
+        assert changes(await take(steps, 2)) == [(MODIFIED, "a"), (ADDED, "b")]
+    feed.publish(REMOVED, B)
+    async with aclosing(watch(feed, seen)) as steps:
+        assert changes(await take(steps, 2)) == [(MODIFIED, "a"), (REMOVED, "b")]
+    feed.publish(ADDED, B)
+    feed.publish(MODIFIED, B)
+    async with aclosing(watch(feed, seen)) as steps:
+        assert changes(await take(steps, 2)) == [(MODIFIED, "a"), (ADDED, "b")]
+
+
+@given(
+    st.lists(st.one_of(st.tuples(st.sampled_from("abc"), st.integers(0, 3)), st.integers(1, 4)), max_size=40),
+    st.sampled_from([0, 1500, 1_000_000]),
+)
+async def test_whatever_is_merged_the_changes_add_up(actions: list[tuple[str, int] | int], superseded: int) -> None:
+    """A watcher that reads now and then, a few steps at a time, knows what there is in the end; what is modified it knew.
+
+    Where nothing was dropped, each change is also news to it.
+    """
+    feed = Feed(superseded_bytes=superseded)
+    exact = superseded > 1500
+    there: dict[str, Model] = {}
+    known: dict[str, Model] = {}
+    revision = feed.revision
+
+    async def read(count: int) -> None:
+        nonlocal revision
+        async with aclosing(watch(feed, revision)) as steps:
+            for _ in range(count):
+                (step,) = await take(steps, 1)
+                revision = step.revision
+                if step.model is None:
+                    return
+                if step.kind is REMOVED:
+                    assert known.pop(step.model.id, None) or not exact
+                    continue
+                assert step.kind is ADDED or step.model.id in known
+                assert not (exact and step.kind is ADDED and step.model.id in known)
+                known[step.model.id] = step.model
+
+    for action in actions:
+        if isinstance(action, int):
+            await read(action)
+            continue
+        name, number = action
+        before = there.pop(name, None)
+        if number:
+            now = there[name] = Model(name, "p", name, annotations={"n": str(number)})
+            if now != before:
+                feed.publish(MODIFIED if before else ADDED, now)
+        elif before is not None:
+            feed.publish(REMOVED, before)
+    await read(len(actions) + 1)
+    assert known == there
+
+
+async def test_a_provider_of_20000_models_that_goes_down_and_away_cuts_no_watcher() -> None:
+    """Every model changes, again and again, while a watcher reads nothing: it gets each once. Then all are removed."""
+    feed = Feed()
+    models = [Model(f"vllm/organization/model-{number:05}", "vllm", f"model-{number:05}") for number in range(20_000)]
+    async with aclosing(watch(feed)) as steps:
+        await take(steps, 1)
+        for kind in (ADDED, MODIFIED, MODIFIED):
+            for model in models:
+                feed.publish(kind, model)
+        kept = feed.entries - len(models)
+        assert 1000 < kept < len(models)
+        assert changes(await take(steps, kept)) == [(ADDED, model.id) for model in models[-kept:]]
+        assert changes(await take(steps, 20_000)) == [(ADDED, model.id) for model in models]
+        for model in models:
+            feed.publish(REMOVED, model)
+        assert changes(await take(steps, 20_000)) == [(REMOVED, model.id) for model in models]
+    assert feed._removed_size < REMOVED_BYTES
+
+
+async def test_superseded_changes_are_kept_by_their_memory() -> None:
+    """Three hundred updates of a model with many notes leave no more than the limit; watchers that read see each."""
+    feed = Feed()
+    notes = [replace(A, annotations={str(turn): chr(97 + turn % 26) * 65_000}) for turn in range(300)]
+    async with aclosing(watch(feed)) as steps:
+        await take(steps, 1)
+        for model in notes:
+            feed.publish(MODIFIED, model)
+            assert [step.model for step in await take(steps, 1)] == [model]
+    assert SUPERSEDED_BYTES - 70_000 < feed._superseded_size <= SUPERSEDED_BYTES
+    assert feed.entries == SUPERSEDED_BYTES // 66_000 + 1
+
+
+async def test_removed_models_are_kept_by_their_memory() -> None:
+    """Up to the limit they can be missed; one more, and the oldest is forgotten: a watch from before it cannot go on."""
+    notes = {"k": "x" * 1000}
+    feed = Feed(removed_bytes=4000)
     revisions = [feed.revision]
     for model in (A, B, C, D):
-        feed.publish(ADDED, model)
+        feed.publish(REMOVED, replace(model, annotations=notes))
         revisions.append(feed.revision)
-    async with aclosing(watch(feed, revisions[1])) as steps:
-        assert changes(await take(steps, 4)) == [(ADDED, "b"), (ADDED, "c"), (ADDED, "d"), (None, "")]
-    rest, failure = await ended(watch(feed, revisions[0]))
+    kept = feed.entries
+    assert kept in (2, 3)
+    async with aclosing(watch(feed, revisions[4 - kept])) as steps:
+        assert changes(await take(steps, kept)) == [(REMOVED, each) for each in "abcd"[4 - kept :]]
+    rest, failure = await ended(watch(feed, revisions[3 - kept]))
     assert (rest, failure.reason, failure.code) == ([], Reason.REVISION_GONE, Code.OUT_OF_RANGE)
     assert isinstance(failure, CallerError)
     assert "without a revision" in failure.message
+
+
+async def test_the_last_removed_model_is_kept_whatever_its_size() -> None:
+    """A watcher that reads is never cut."""
+    feed = Feed(removed_bytes=1)
+    async with aclosing(watch(feed)) as steps:
+        await take(steps, 1)
+        for model in (A, B, C):
+            feed.publish(REMOVED, model)
+            assert changes(await take(steps, 1)) == [(REMOVED, model.id)]
 
 
 @pytest.mark.parametrize(
@@ -158,6 +313,9 @@ async def test_the_ring_goes_back_exactly_as_far_as_it_is_long() -> None:
         pytest.param(lambda feed: feed.revision[:-1] + "1" * 10_000, id="long"),
         pytest.param(lambda feed: feed.revision + " ", id="a blank"),
         pytest.param(lambda _: "nonsense", id="nonsense"),
+        pytest.param(lambda feed: feed.revision + "-2", id="complete after its place"),
+        pytest.param(lambda feed: feed.revision + "-0-0", id="three places"),
+        pytest.param(lambda feed: feed.revision + "-x", id="complete nowhere"),
         pytest.param(lambda _: "-1", id="no epoch"),
     ],
 )
@@ -176,43 +334,33 @@ async def test_two_processes_share_no_revision() -> None:
     assert len({Feed().revision for _ in range(100)}) == 100
 
 
-async def test_who_is_overtaken_is_cut_and_nobody_else() -> None:
-    """A watcher that takes nothing while the ring goes round; one that takes each change loses none of them."""
-    feed = Feed(ring=3)
+async def test_a_watcher_that_misses_dropped_changes_is_cut_and_no_other() -> None:
+    """A watcher that takes nothing while very much is removed; one that takes each change loses none of them."""
+    feed = Feed(removed_bytes=1)
     async with aclosing(watch(feed)) as slow, aclosing(watch(feed)) as quick:
         await take(slow, 1)
         await take(quick, 1)
-        for model in (A, B, C, D):
-            feed.publish(ADDED, model)
-            assert changes(await take(quick, 1)) == [(ADDED, model.id)]
+        for model in (A, B):
+            feed.publish(REMOVED, model)
+            assert changes(await take(quick, 1)) == [(REMOVED, model.id)]
         rest, failure = await ended(slow)
         assert (rest, failure.reason, failure.code) == ([], Reason.SLOW_WATCHER, Code.RESOURCE_EXHAUSTED)
         assert isinstance(failure, GatewayError)
-        assert failure.metadata == {"limit": "3"}
-        assert "more than 3 changes" in failure.message
+        assert failure.metadata == {"limit_bytes": "1"}
+        assert failure.message.startswith("more models were removed since the last message of this watch")
         assert "without a revision" in failure.message
-        feed.publish(REMOVED, D)
-        assert changes(await take(quick, 1)) == [(REMOVED, "d")]
+        feed.publish(ADDED, D)
+        assert changes(await take(quick, 1)) == [(ADDED, "d")]
 
 
-async def test_who_is_nearly_overtaken_gets_everything() -> None:
-    """As many changes as the ring holds may wait."""
-    feed = Feed(ring=3)
-    async with aclosing(watch(feed)) as steps:
-        await take(steps, 1)
-        for model in (A, B, C):
-            feed.publish(ADDED, model)
-        assert changes(await take(steps, 3)) == [(ADDED, "a"), (ADDED, "b"), (ADDED, "c")]
-
-
-async def test_who_is_overtaken_during_its_snapshot_still_gets_it_whole() -> None:
-    """And is cut after it: what it lacks then cannot be told any more."""
-    feed = Feed(ring=1)
+async def test_who_misses_something_during_its_snapshot_still_gets_it_whole() -> None:
+    """And is cut after it: what it lacks then is not known any more."""
+    feed = Feed(removed_bytes=1)
     async with aclosing(watch(feed, there=[A, B])) as steps:
         begun = feed.revision
         await take(steps, 1)
-        feed.publish(ADDED, C)
-        feed.publish(ADDED, D)
+        feed.publish(REMOVED, C)
+        feed.publish(REMOVED, D)
         rest, failure = await ended(steps)
     assert rest == [Step(ADDED, B, ""), Step(None, None, begun)]
     assert failure.reason is Reason.SLOW_WATCHER

@@ -43,9 +43,11 @@ async def test_a_context_that_cannot_be_is_left_out(open_registry: Opener, token
 
 
 async def test_a_miss_asks_each_provider_once(registry: ModelRegistry, alpha: FakeProvider, beta: FakeProvider) -> None:
-    """Also when both readings of the name ask the same one."""
+    """Also when both readings of the name ask the same one; one that the name does not name is not asked."""
     await failure_of(registry.get("alpha/unknown"))
-    assert (len(alpha.tokens), len(beta.tokens)) == (1, 1)
+    assert (len(alpha.tokens), len(beta.tokens)) == (1, 0)
+    await failure_of(registry.get("unknown"))
+    assert (len(alpha.tokens), len(beta.tokens)) == (2, 1)
 
 
 async def test_a_hundred_misses_at_once_ask_once(url: str, alpha: FakeProvider) -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import asyncio
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from deltawire_server.errors import CallerError, Code, ProviderError, Reason
 from deltawire_server.registry.model import ModelSource, ModelState, ModelType
+from deltawire_server.registry.registry import Filter
 from tests.registry.helpers import failure_of, ids
 from tests.support.fake_provider import FakeProvider
 
@@ -46,14 +48,19 @@ async def test_a_registered_name_comes_before_a_served_one(registry: ModelRegist
 
 
 async def test_slashes_on_both_sides(open_registry: Opener) -> None:
-    """A name is split at each provider's id; a served name that looks scoped is found by itself."""
-    one, two = FakeProvider("a", ["b/c", "d"]), FakeProvider("a/b", ["c", "e"])
-    three = FakeProvider("z", ["a/x", "a/"])
+    """A name is split at each provider's id, and is no other provider's; one may serve a name that begins with its own id."""
+    one, two = FakeProvider("a", ["b/c", "d", "a/x"]), FakeProvider("a/b", ["c", "e"])
+    three = FakeProvider("z", ["a/y", "z/"])
     async with open_registry(one, two, three) as registry:
         assert (await registry.get("a/d")).target == ("a", "d")
         assert (await registry.get("a/b/e")).target == ("a/b", "e")
-        assert (await registry.get("a/x")).target == ("z", "a/x")
-        assert (await registry.get("a/")).target == ("z", "a/")
+        assert (await registry.get("a/x")).target == ("a", "a/x")
+        assert (await registry.get("z/")).target == ("z", "z/")
+        assert (await registry.get("z/a/y")).target == ("z", "a/y")
+        missing = await failure_of(registry.get("a/y"))
+        assert missing.reason is Reason.MODEL_NOT_FOUND
+        assert "only provider a is asked for names that begin with its id" in missing.message
+        assert "called as 'provider/a/y'" in missing.message
         failure = await failure_of(registry.get("a/b/c"))
     assert failure.reason is Reason.MODEL_AMBIGUOUS
     assert failure.metadata["providers"] == "a, a/b"
@@ -77,13 +84,91 @@ async def test_a_scoped_name_asks_only_its_provider(
     assert (alpha.tokens, beta.tokens) == (["token"], [])
 
 
-async def test_an_id_is_listed_once(registry: ModelRegistry, alpha: FakeProvider) -> None:
-    """A registered name comes before what is served under it later, here as in look-ups."""
-    mine = await registry.register("alpha/later", "alpha", "llama")
-    alpha.served.append("later")
-    models, _, _ = await registry.list()
-    assert ids(models) == ["alpha/later", "alpha/org/common", "beta/mistral", "beta/org/common"]
-    assert models[0] is mine
+async def test_a_reserved_name_of_a_database_never_shadows(
+    open_registry: Opener, alpha: FakeProvider, beta: FakeProvider
+) -> None:
+    """From before its provider was configured: it leads to what that one serves, or nowhere; the registration can be removed."""
+    async with open_registry(alpha) as registry:
+        await registry.register("beta/adapter", "alpha", "llama")
+        await registry.register("mine", "alpha", "org/common", aliases=["beta/other"])
+        assert (await registry.get("beta/adapter")).target == ("alpha", "llama")
+    async with open_registry(alpha, beta) as registry:
+        for name in ("beta/adapter", "beta/other"):
+            failure = await failure_of(registry.get(name, "token"))
+            assert failure.reason is Reason.MODEL_NOT_FOUND
+            assert "only provider beta is asked" in failure.message
+            assert beta.tokens[-1] == "token"
+        assert "token" not in alpha.tokens
+        beta.served = ["adapter", "other"]
+        for name in ("beta/adapter", "beta/other"):
+            assert (await registry.resolve(name)).model.target == ("beta", name.removeprefix("beta/"))
+        models, _, _ = await registry.list()
+        assert [(model.id, model.provider_id) for model in models] == [
+            ("beta/adapter", "beta"),
+            ("beta/other", "beta"),
+            ("mine", "alpha"),
+        ]
+        assert (await registry.get("mine")).provider_id == "alpha"
+        await registry.update("mine", {"annotations": {"k": "v"}})
+        await registry.unregister("beta/adapter")
+        await registry.update("mine", {"aliases": []})
+        assert (await registry.get("beta/adapter")).provider_id == "beta"
+
+
+async def test_a_bare_name_keeps_the_callers_token(
+    registry: ModelRegistry, alpha: FakeProvider, beta: FakeProvider
+) -> None:
+    """No provider learns it by a look-up, a list or a refresh that does not name the provider; a marked one does."""
+    for name in ("llama", "unknown"):
+        await asyncio.gather(registry.get(name, "token"), return_exceptions=True)
+    await registry.list(token="token")
+    await registry.refresh(token="token")
+    await failure_of(registry.resolve("", "token"))
+    await registry.register("mine", "alpha", "llama", aliases=["a"])
+    for name in ("mine", "a", "llama"):
+        assert not (await registry.resolve(name, "token")).sends_token
+    assert {*alpha.tokens, *beta.tokens} == {None}
+    assert (await registry.resolve("alpha/llama", "token")).sends_token
+    assert (await registry.resolve("beta/mistral", "token")).sends_token
+    assert (alpha.tokens[-1], beta.tokens[-1]) == (None, "token")
+    alpha.accepts_caller_tokens = True
+    await failure_of(registry.get("unknown-to-all", "token"))
+    assert (alpha.tokens[-1], beta.tokens[-1]) == ("token", None)
+    assert (await registry.resolve("mine", "token")).sends_token
+    assert not (await registry.resolve("mistral", "token")).sends_token
+
+
+async def test_the_only_provider_is_meant_by_every_name(open_registry: Opener, alpha: FakeProvider) -> None:
+    """So it may have every caller's token, as far as the operator has none."""
+    async with open_registry(alpha) as registry:
+        assert (await registry.resolve("llama", "token")).sends_token
+        await registry.list(token="token")
+        await registry.register("mine", provider_model_id="llama", token="token")
+        assert (await registry.resolve("mine", "token")).sends_token
+        assert alpha.tokens == ["token"] * 3
+
+
+async def test_a_token_that_was_not_sent_is_explained(
+    registry: ModelRegistry, alpha: FakeProvider, beta: FakeProvider
+) -> None:
+    """Where a provider requires one: the failure says so and what to do; without a token it is the operator's affair."""
+    wants = ProviderError(Reason.PROVIDER_MISCONFIGURED, "HTTP 401", metadata={"provider": "x", "http_status": "401"})
+    alpha.failure = beta.failure = wants
+    failure = await failure_of(registry.get("llama", "token"))
+    assert failure.reason is Reason.UPSTREAM_UNAUTHENTICATED
+    assert "x-vllm-api-token was not sent" in failure.message
+    assert "name the model as 'alpha/…'" in failure.message
+    assert "providers.alpha.accept_caller_tokens" in failure.message
+    assert "token" not in failure.metadata.values()
+    assert await failure_of(registry.get("llama")) is wants
+    assert await failure_of(registry.get("alpha/llama", "token")) is wants
+    beta.failure = None
+    failure = await failure_of(registry.get("llama", "token"))
+    assert failure.reason is Reason.MODEL_NOT_FOUND
+    assert "without an answer: alpha, and a token may help" in failure.message
+    refreshed = await registry.refresh(token="token")
+    assert isinstance(refreshed["alpha"], CallerError)
+    assert refreshed["beta"] == 2
 
 
 async def test_not_found_lists_what_there_is(registry: ModelRegistry, alpha: FakeProvider) -> None:
@@ -172,7 +257,9 @@ async def test_what_was_listed_stays_while_its_provider_is_away(registry: ModelR
 async def test_a_caller_with_a_token_of_its_own_sees_its_own(registry: ModelRegistry, alpha: FakeProvider) -> None:
     """What others were told is not for it, nor what it is told for others."""
     alpha.served = ["secret"]
-    assert (await registry.get("secret", "token")).state is ModelState.SERVING
+    assert (await registry.get("alpha/secret", "token")).state is ModelState.SERVING
+    models, _, _ = await registry.list(token="token", wanted=Filter(provider_id="alpha"))
+    assert ids(models) == ["alpha/secret"]
     alpha.served = []
     assert (await failure_of(registry.get("secret"))).reason is Reason.MODEL_NOT_FOUND
     seen = [step.model async for step in _snapshot(registry)]

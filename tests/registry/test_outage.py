@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from deltawire_server.registry.registry import ModelRegistry
     from tests.support.postgres import PostgresServer
 
-NOTES = {str(number): "x" * 4096 for number in range(64)}
+NOTES = {str(number): "x" * 4096 for number in range(15)}
 """As many as there may be: more than fits into what is free in a file by chance."""
 
 

@@ -40,15 +40,15 @@ async def test_page_sizes(registry: ModelRegistry, alpha: FakeProvider, size: in
 
 async def test_a_page_of_many_notes_is_shorter(registry: ModelRegistry, alpha: FakeProvider) -> None:
     """Other languages' clients receive 4 MiB by default: no page may be beyond that, and none is empty."""
-    notes = {f"{number:0128}": "é" * 4096 for number in range(64)}
-    alpha.served = [f"model-{number}" for number in range(5)]
-    for number in range(5):
+    notes = {f"{number:0128}": "é" * 448 for number in range(64)}
+    alpha.served = [f"model-{number}" for number in range(40)]
+    for number in range(40):
         await registry.register(f"model-{number}", "alpha", annotations=notes)
     pages, token = list[int](), ""
     while not pages or token:
         models, token, _ = await registry.list(page_token=token)
         pages.append(len(models))
-    assert pages == [2, 2, 3]
+    assert pages == [16, 16, 10]
 
 
 async def test_a_full_last_page_has_no_token(registry: ModelRegistry) -> None:

@@ -1,24 +1,32 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 import structlog
 
-from deltawire_server.errors import CallerError, Code, Reason, RegistryError
+from deltawire_server.errors import CallerError, Code, ProviderError, Reason, RegistryError
+from deltawire_server.registry import listings, view
 from deltawire_server.registry.model import Model, ModelSource, ModelState, ModelType
-from deltawire_server.registry.registry import ModelRegistry, require_type
-from deltawire_server.registry.store import Store
+from deltawire_server.registry.registry import Filter, ModelRegistry, require_type
+from deltawire_server.registry.store import ChangeKind, Store
+from deltawire_server.registry.view import discovered
 from deltawire_server.upstream.providers import Providers
 from tests.registry.helpers import all_ids, failure_of, ids, kept
+from tests.support.fake_provider import FakeProvider
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
     from pathlib import Path
 
+    from deltawire_server.registry.feed import Step
+    from deltawire_server.upstream.base import ServedModel
     from tests.registry.conftest import Opener
-    from tests.support.fake_provider import FakeProvider
+
+GONE = ProviderError(Reason.UPSTREAM_UNAVAILABLE, "cannot be reached")
 
 
 @pytest.mark.parametrize("name", ["mine", "a"])
@@ -59,9 +67,11 @@ async def test_lists_without_a_provider_that_is_away(registry: ModelRegistry, al
     """The rest is listed, what is registered with it too, and the answer names it."""
     await registry.register("mine", "alpha", "llama")
     alpha.go_down()
-    models, _, unreachable = await registry.list(token="token")
-    assert ids(models) == ["beta/mistral", "beta/org/common", "mine"]
+    models, _, unreachable = await registry.list()
+    assert ids(models) == ["alpha/org/common", "beta/mistral", "beta/org/common", "mine"]
     assert unreachable == ("alpha",)
+    models, _, unreachable = await registry.list(token="token", wanted=Filter(provider_id="alpha"))
+    assert (ids(models), unreachable) == (["mine"], ("alpha",))
     assert alpha.tokens[-1] == "token"
 
 
@@ -168,12 +178,14 @@ async def test_an_update_of_what_a_model_leads_to(registry: ModelRegistry, beta:
 
 
 async def test_an_update_does_not_lead_a_scoped_name_elsewhere(registry: ModelRegistry, alpha: FakeProvider) -> None:
-    """Whoever calls what a provider serves by its scoped name gets that, for as long as it is served."""
+    """A scoped name leads to what the provider serves under it or to nothing, whether it is served now or not."""
     await registry.register("llama", "alpha")
     elsewhere = {"provider_id": "beta", "provider_model_id": "mistral"}
-    assert (await failure_of(registry.update("alpha/llama", elsewhere))).reason is Reason.MODEL_ALREADY_EXISTS
-    alpha.served = ["org/common"]
-    assert (await registry.update("alpha/llama", elsewhere)).target == ("beta", "mistral")
+    for served in (["llama"], ["org/common"]):
+        alpha.served = [*served]
+        failure = await failure_of(registry.update("alpha/llama", elsewhere))
+        assert [violation.field for violation in failure.violations] == ["model.provider_id"]
+        assert "'alpha/llama' is reserved" in failure.message
 
 
 @pytest.mark.parametrize(
@@ -243,3 +255,84 @@ async def test_updates_without_etags_lose_nothing(open_registry: Opener) -> None
         await two.update("mine", {"aliases": ["a", "b"]})
         model = await two.get("b")
     assert (model.aliases, model.annotations, model.type) == (("a", "b"), {"k": "v"}, ModelType.RERANK)
+
+
+@pytest.mark.parametrize("count", [5000, 20_000])
+async def test_a_large_provider_that_goes_down_cuts_no_watcher(
+    open_registry: Opener, beta: FakeProvider, count: int
+) -> None:
+    """Nor when it is back: a watcher that reads, and one that begins to read afterwards, know all models as they are."""
+    large = FakeProvider("large", [f"organization/model-{number:05}" for number in range(count)])
+
+    async def follow(steps: AsyncGenerator[Step], known: dict[str, Model], state: ModelState) -> None:
+        ready = {model_id for model_id, model in known.items() if model.provider_id == "large" and model.state is state}
+        async for step in steps:
+            if step.model is not None:
+                assert step.kind is ChangeKind.ADDED or step.model.id in known
+                known[step.model.id] = step.model
+                if step.model.provider_id == "large":
+                    (ready.add if step.model.state is state else ready.discard)(step.model.id)
+            if len(ready) == count and len(known) == count + 2:
+                return
+
+    async with (
+        open_registry(large, beta) as registry,
+        aclosing(registry.watch()) as reading,
+        aclosing(registry.watch()) as late,
+    ):
+        await anext(reading)
+        await anext(late)
+        seen: dict[str, Model] = {}
+        seen_late: dict[str, Model] = {}
+        await registry.refresh()
+        await follow(reading, seen, ModelState.SERVING)
+        for failure, state in ((GONE, ModelState.UNAVAILABLE), (None, ModelState.SERVING)):
+            large.failure = failure
+            async with asyncio.TaskGroup() as group:
+                group.create_task(follow(reading, seen, state))
+                await registry.refresh()
+        await follow(late, seen_late, ModelState.SERVING)
+        assert seen == seen_late
+
+
+async def test_calls_build_no_more_models_than_they_show(
+    open_registry: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many a provider lists: a look-up builds one, a miss and a list none; a list of a caller's own gives way."""
+    large = FakeProvider("large", [f"model-{number:04}" for number in range(3000)])
+    built = 0
+
+    def counted(provider_id: str, served: ServedModel, state: ModelState) -> Model:
+        nonlocal built
+        built += 1
+        return discovered(provider_id, served, state)
+
+    async with open_registry(large, FakeProvider("other")) as registry:
+        await registry.list()
+        monkeypatch.setattr(listings, "discovered", counted)
+        monkeypatch.setattr(view, "discovered", counted)
+        for call, expected in (
+            (registry.get("model-0007"), 1),
+            (registry.get("large/model-0007"), 1),
+            (registry.get("large/model-0007", "token"), 1),
+            (registry.get("none"), 0),
+            (registry.resolve(""), 0),
+            (registry.register("mine", "large", "none"), 0),
+            (registry.list(), 0),
+        ):
+            built = 0
+            await asyncio.gather(call, return_exceptions=True)
+            assert built == expected
+        turns = 0
+
+        async def count_turns() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        counting = asyncio.create_task(count_turns())
+        models, _, _ = await registry.list(token="token", wanted=Filter(provider_id="large"))
+        counting.cancel()
+        assert len(models) == 100
+        assert turns >= 3000 / view.LOOKS_AT_ONCE

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import pytest
@@ -8,6 +9,7 @@ from deltawire_server.errors import CallerError, Code, Reason, RegistryError
 from deltawire_server.registry.messages import MAX_NAME_LENGTH
 from deltawire_server.registry.model import Model, ModelSource, ModelState, ModelType
 from deltawire_server.registry.registry import ModelRegistry
+from deltawire_server.registry.rules import MAX_ANNOTATION_BYTES
 from deltawire_server.registry.store import Store
 from deltawire_server.upstream.base import ServedModel
 from deltawire_server.upstream.providers import Providers
@@ -193,6 +195,14 @@ async def test_every_broken_rule_is_listed(registry: ModelRegistry) -> None:
         ({"model_id": "nul\x00"}, "model_id"),
         ({"model_id": "hidden\u202e"}, "model_id"),
         ({"model_id": "no\u00a0break"}, "model_id"),
+        pytest.param({"model_id": "ll\u0430ma"}, "model_id", id="a Cyrillic a"),
+        pytest.param({"model_id": "\u217c\u217cama"}, "model_id", id="Roman numerals"),
+        pytest.param({"model_id": "cafe\u0301"}, "model_id", id="a decomposed letter"),
+        pytest.param({"model_id": "caf\u00e9"}, "model_id", id="a composed letter"),
+        pytest.param({"model_id": "llama\uff0f8b"}, "model_id", id="a full-width slash"),
+        ({"model_id": "llama", "aliases": ["mistra\u13a7"]}, "aliases[0]"),
+        ({"model_id": "llama", "annotations": {f"{n}": "x" * 4096 for n in range(16)}}, "annotations"),
+        ({"model_id": "llama", "annotations": {f"{n}": "\u20ac" * 1400 for n in range(16)}}, "annotations"),
         ({"model_id": "llama", "aliases": ["alpha/llama"]}, "aliases[0]"),
         ({"model_id": "llama", "aliases": [f"alias-{number}" for number in range(33)]}, "aliases"),
         ({"model_id": "llama", "annotations": {str(number): "" for number in range(65)}}, "annotations"),
@@ -207,8 +217,10 @@ async def test_a_broken_rule(registry: ModelRegistry, arguments: dict[str, objec
 
 async def test_the_limits_themselves_are_allowed(registry: ModelRegistry) -> None:
     """The greatest that the rules name is within them."""
-    aliases = [f"{number:02}{'é' * 254}" for number in range(32)]
-    annotations = {f"{number:02}{'k' * 126}": "v" * 4096 for number in range(64)}
+    aliases = [f"{number:02}{'~' * 254}" for number in range(32)]
+    annotations = {f"{number:02}{'k' * 126}": "é" * 448 for number in range(64)}
+    assert sum(len(text.encode()) for text in (*annotations, *annotations.values())) == MAX_ANNOTATION_BYTES
+    await registry.register("long", "alpha", "llama", annotations={"k": "v" * 4096})
     model = await registry.register("x" * 256, "alpha", "llama", aliases=aliases, annotations=annotations)
     assert await registry.get(aliases[-1]) == model
 
@@ -272,19 +284,40 @@ async def test_a_provider_that_is_down(registry: ModelRegistry, alpha: FakeProvi
     assert (await registry.get("llama")).source is ModelSource.DISCOVERED
 
 
-async def test_a_scoped_name_stays_with_what_is_served_under_it(registry: ModelRegistry, beta: FakeProvider) -> None:
-    """Nobody leads the callers of beta/mistral to another model; a name that beta does not serve is free."""
-    failure = await failure_of(registry.register("beta/mistral", "alpha", "llama"))
-    assert failure.reason is Reason.MODEL_ALREADY_EXISTS
-    assert failure.metadata == {"model": "beta/mistral", "name": "beta/mistral"}
-    assert (await registry.register("beta/free", "alpha", "llama")).id == "beta/free"
-    beta.go_down()
-    assert await failure_of(registry.register("beta/other", "alpha", "llama")) is beta.failure
-
-
 async def test_a_name_that_is_too_long_is_read_no_further(registry: ModelRegistry) -> None:
     """What comes after the most that it may have is not looked at."""
     with pytest.raises(CallerError) as caught:
         await registry.register("x" * MAX_NAME_LENGTH + "\n" * 1000, "alpha", "llama")
     (violation,) = caught.value.violations
     assert violation.description == "has 1256 characters; at most 256 are allowed"
+
+
+@pytest.mark.parametrize("name", ["beta/mistral", "beta/free", "beta/", "alpha/other", "alpha/alpha/llama"])
+async def test_names_of_a_provider_are_reserved(registry: ModelRegistry, beta: FakeProvider, name: str) -> None:
+    """Served now or not, for an id and for an alias, of another provider and of the same: it is refused, and beta is not asked."""
+    failure = await failure_of(registry.register(name, "alpha", "llama", aliases=["fine"]))
+    assert (failure.reason, [violation.field for violation in failure.violations]) == (
+        Reason.INVALID_REQUEST,
+        ["model_id"],
+    )
+    assert f"is reserved for what provider {name.partition('/')[0]} serves under that name" in failure.message
+    failure = await failure_of(registry.register("mine", "alpha", "llama", aliases=["fine", name]))
+    assert [violation.field for violation in failure.violations] == ["aliases[1]"]
+    await registry.register("mine", "alpha", "llama")
+    failure = await failure_of(registry.update("mine", {"aliases": [name]}))
+    assert [violation.field for violation in failure.violations] == ["model.aliases[0]"]
+    assert beta.tokens == []
+
+
+async def test_old_names_and_notes_do_not_prevent_changes(registry: ModelRegistry, url: str) -> None:
+    """What an earlier release registered under other rules stays, is called by its names, and can be changed."""
+    notes = {str(number): "x" * 4096 for number in range(64)}
+    store = Store(url)
+    await store.open()
+    now = datetime.now(UTC)
+    old = Model("größe", "alpha", "llama", aliases=("küçük",), annotations=notes, create_time=now, update_time=now)
+    await store.insert(old)
+    await store.close()
+    assert (await registry.update("größe", {"aliases": ["küçük", "small"]})).annotations == notes
+    assert (await registry.get("küçük")).aliases == ("küçük", "small")
+    assert (await registry.update("small", {"type": ModelType.RERANK})).type is ModelType.RERANK

@@ -173,12 +173,12 @@ async def test_a_callers_own_token_tells_nobody_else(kit: Kit) -> None:
     """What it shows is given to that caller; what is known to all stays as it was, also if it is refused."""
     await kit.ask(WANTS_TOKEN)
     kit.alpha.failure, kit.alpha.served = None, ["secret"]
-    assert not kit.served.shared("alpha", "mine")
-    assert await kit.served.listing("alpha", "mine") == (ServedModel("secret"),)
+    assert not kit.served.shared("alpha", "mine", named=True)
+    assert await kit.served.listing("alpha", "mine", named=True) == (ServedModel("secret"),)
     assert (kit.names(), kit.served.state("alpha", "secret")) == ([], UNKNOWN)
     await kit.ask(None, "a")
     kit.alpha.failure = REFUSES_TOKEN
-    assert await failure_of(kit.served.listing("alpha", "mine", fresh=True)) is REFUSES_TOKEN
+    assert await failure_of(kit.served.listing("alpha", "mine", fresh=True, named=True)) is REFUSES_TOKEN
     assert (kit.names(), kit.served.state("alpha", "a")) == (["a"], SERVING)
     assert kit.alpha.tokens == [None, "mine", None, "mine"]
 
@@ -209,7 +209,7 @@ async def test_an_unknown_provider(kit: Kit) -> None:
 async def test_a_provider_that_goes_while_its_listing_is_awaited(kit: Kit) -> None:
     """With a caller's token or without: whoever asked for it among others still hears of the others, and of this one too."""
     kit.alpha.gate = asyncio.Event()
-    callers = [Listings(kit.served, token) for token in (None, "mine")]
+    callers = [Listings(kit.served, token, ["alpha"]) for token in (None, "mine")]
     asking = [asyncio.create_task(caller.fetch(caller.provider_ids)) for caller in callers]
     await until(lambda: len(kit.alpha.tokens) == len(callers))
     kit.providers.replace([kit.beta])
@@ -217,11 +217,11 @@ async def test_a_provider_that_goes_while_its_listing_is_awaited(kit: Kit) -> No
     kit.alpha.gate.set()
     await asyncio.gather(*asking)
     for caller in callers:
-        assert {model.id for model in caller.models()} == {"alpha/a", "beta/b"}
+        assert {*caller.targets()} == {("alpha", "a"), ("beta", "b")}
     assert not kit.served.shared("alpha", "mine")
-    gone = Listings(kit.served, "mine")
+    gone = Listings(kit.served, "mine", ["alpha"])
     await gone.fetch(["alpha", "beta"])
-    assert {model.id for model in gone.models()} == {"beta/b"}
+    assert {*gone.targets()} == {("beta", "b")}
     assert gone.failures["alpha"].reason is Reason.PROVIDER_NOT_FOUND
 
 

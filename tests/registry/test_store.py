@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from itertools import chain, count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import structlog
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import CursorResult
 
+import deltawire_server.registry.store as store_module
+from deltawire_server.errors import Code, Reason, RegistryError
 from deltawire_server.registry.model import Model
-from deltawire_server.registry.store import Change, ChangeKind, Store
+from deltawire_server.registry.store import Change, ChangeKind, Store, StoreLimits
 from tests.registry.databases import LLAMA, VECTORS, execute, plain, whole
 
 if TYPE_CHECKING:
@@ -183,6 +186,118 @@ async def test_only_the_last_changes_are_kept(url: str) -> None:
     assert await models_of(store) == kept
     assert execute(url, "SELECT count(*) FROM changes") == [(3,)]
     await store.close()
+
+
+async def test_the_records_of_changes_are_bounded_in_bytes(url: str) -> None:
+    """Every so often the oldest are dropped, and who missed them reads everything; the models themselves stay."""
+    store = Store(url, changes_bytes=20_000)
+    await store.open()
+    model = await inserted(store, plain("model"))
+    for turn in range(130):
+        changed = await store.update(replace(model, annotations={"k": str(turn) + "x" * 1000}))
+        assert changed is not None
+        model = changed
+    ((rows, size),) = execute(url, "SELECT count(*), sum(length(record)) FROM changes")
+    assert rows < 20_000 / 1000 + 64
+    assert size < 20_000 + 64 * 1400
+    assert await store.changes_after(1) is None
+    assert [change.model for change in await store.changes_after(model.revision - 1) or ()] == [model]
+    assert await models_of(store) == [model]
+    await store.close()
+
+
+async def test_much_is_read_in_pages(url: str, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models with their aliases, and changes: no result has more rows than a page, and nothing is missed or doubled."""
+    monkeypatch.setattr(store_module, "PAGE", 7)
+    start, _ = await store.load()
+    kept = [await inserted(store, plain(f"model-{number:02}", f"a-{number}", f"b-{number}")) for number in range(40)]
+    fetched: list[int] = []
+    fetchall = CursorResult.fetchall
+
+    def counted(result: CursorResult[Any]) -> Any:  # noqa: ANN401 (whatever rows there are)
+        rows = fetchall(result)
+        fetched.append(len(rows))
+        return rows
+
+    monkeypatch.setattr(CursorResult, "fetchall", counted)
+    revision, models = await store.load()
+    assert (revision, models) == (kept[-1].revision, kept)
+    changes: list[Change] = []
+    while page := await store.changes_after(start + len(changes)):
+        assert len(page) <= 7
+        changes += page
+    assert [change.model for change in changes] == kept
+    assert max(fetched, default=0) <= 3 * 7
+    again = {model.id: model for model in kept}
+    other = Store(url)
+    await other.open()
+    changed = await other.update(replace(kept[3], annotations={"k": "v"}))
+    await other.close()
+    _, models = await store.load(again)
+    assert models[3] == changed
+    assert all(model is again[model.id] for model in models if model != changed)
+
+
+@pytest.mark.parametrize(
+    ("limits", "what"),
+    [
+        (StoreLimits(max_models=2), "models"),
+        (StoreLimits(max_aliases=4), "aliases"),
+        (StoreLimits(max_bytes=1000), "bytes"),
+    ],
+)
+async def test_how_much_can_be_registered(url: str, limits: StoreLimits, what: str) -> None:
+    """One more than the limit is refused, by which limit and what to do is said, and nothing of it stays; less is allowed again."""
+    store = Store(url, limits=limits)
+    await store.open()
+    notes = {"k": "x" * 400}
+    first = await inserted(store, replace(plain("a", "a1", "a2"), annotations=notes))
+    second = await inserted(store, replace(plain("b", "b1", "b2"), annotations=notes))
+    with pytest.raises(RegistryError) as failure:
+        await store.insert(replace(plain("c", "c1"), annotations=notes))
+    assert (failure.value.reason, failure.value.code) == (Reason.REGISTRY_FULL, Code.RESOURCE_EXHAUSTED)
+    assert failure.value.metadata["setting"] == f"registry.max_{what}"
+    assert f"have the operator raise registry.max_{what}" in failure.value.message
+    assert await models_of(store) == [first, second]
+    assert list(whole(url)) == []
+    if what != "models":
+        with pytest.raises(RegistryError):
+            await store.update(replace(first, aliases=("a1", "a2", "a3"), annotations={"k": "x" * 900}))
+        assert await models_of(store) == [first, second]
+    smaller = await store.update(replace(first, aliases=(), annotations={}))
+    assert smaller is not None
+    await store.delete("b")
+    await inserted(store, replace(plain("c", "c1"), annotations=notes))
+    await store.close()
+
+
+async def test_what_is_beyond_a_lowered_limit_stays_and_can_shrink(url: str, store: Store) -> None:
+    """Lowering a limit loses nothing: only a write that adds to what is beyond it is refused."""
+    model = await inserted(store, replace(plain("a", "a1", "a2"), annotations={"k": "x" * 1000}))
+    tight = Store(url, limits=StoreLimits(max_models=1, max_aliases=1, max_bytes=100))
+    await tight.open()
+    changed = await tight.update(replace(model, aliases=("a1", "b2")))
+    assert changed is not None
+    with pytest.raises(RegistryError):
+        await tight.update(replace(changed, aliases=("a1", "b2", "c3")))
+    assert await tight.update(replace(changed, annotations={}))
+    await tight.close()
+
+
+async def test_the_limit_is_that_of_all_processes(url: str, store: Store) -> None:
+    """Many that register at once, each with a memory of its own: exactly as many as there is room for succeed."""
+    stores = [Store(url, busy_seconds=60, limits=StoreLimits(max_models=5)) for _ in range(4)]
+    for each in stores:
+        await each.open()
+    results = await asyncio.gather(
+        *(stores[number % 4].insert(plain(f"model-{number}")) for number in range(20)), return_exceptions=True
+    )
+    assert sum(isinstance(result, Model) for result in results) == 5
+    refused = [result for result in results if isinstance(result, RegistryError)]
+    assert [failure.reason for failure in refused] == [Reason.REGISTRY_FULL] * 15
+    assert len(await models_of(store)) == 5
+    for each in stores:
+        await each.close()
 
 
 async def test_a_database_that_is_older_than_its_reader(store: Store) -> None:

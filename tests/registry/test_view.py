@@ -15,7 +15,7 @@ from deltawire_server.registry.known import Known
 from deltawire_server.registry.model import MAX_CONTEXT_TOKENS, Model, ModelSource, ModelState, ModelType
 from deltawire_server.registry.served import Served
 from deltawire_server.registry.store import ChangeKind
-from deltawire_server.registry.view import View
+from deltawire_server.registry.view import LOOKS_AT_ONCE, View
 from deltawire_server.upstream.base import ServedModel
 from deltawire_server.upstream.providers import Providers
 from tests.support.fake_provider import FakeProvider
@@ -154,18 +154,49 @@ async def test_registering_by_the_provider_s_own_name_is_a_change(kit: Kit) -> N
     assert kit.told() == [(MODIFIED, "p/m", SERVING)]
 
 
-async def test_an_alias_hides_what_is_discovered_under_that_name(kit: Kit) -> None:
-    """Whoever asks for the name gets the registered model; so only that one is listed."""
+async def test_a_reserved_name_hides_nothing(kit: Kit) -> None:
+    """Whatever a database has under it: what the provider serves is listed, and a registration of that id gives way to it."""
     await kit.serve("p", "m", "n")
     kit.told()
-    mine = registered("mine", "p", "m", "p/n")
+    mine = registered("mine", "p", "m", "p/n", "q/m")
     kit.exchange(None, mine)
-    assert kit.told() == [(ADDED, "mine", SERVING), (REMOVED, "p/n", SERVING), (REMOVED, "p/m", SERVING)]
-    without = replace(mine, aliases=())
-    kit.exchange(mine, without)
-    assert kit.told() == [(MODIFIED, "mine", SERVING), (ADDED, "p/n", SERVING)]
-    kit.exchange(without, mine)
-    assert kit.told() == [(MODIFIED, "mine", SERVING), (REMOVED, "p/n", SERVING)]
+    assert kit.told() == [(ADDED, "mine", SERVING), (REMOVED, "p/m", SERVING)]
+    await kit.serve("q", "m")
+    assert kit.told() == [(ADDED, "q/m", SERVING)]
+    elsewhere = registered("q/n", "p", "n")
+    kit.exchange(None, elsewhere)
+    assert kit.told() == [(ADDED, "q/n", SERVING), (REMOVED, "p/n", SERVING)]
+    await kit.serve("q", "m", "n")
+    assert kit.view.models["q/n"].target == ("q", "n")
+    assert kit.told() == [(MODIFIED, "q/n", SERVING)]
+    await kit.serve("q", "m")
+    assert kit.view.models["q/n"] == replace(elsewhere, state=SERVING)
+
+
+async def test_very_many_models_are_looked_at_in_parts(kit: Kit) -> None:
+    """Other tasks run meanwhile; after `settled` the view has all, and a registered model's state is never an old one."""
+    names = [f"m{number:05}" for number in range(10 * LOOKS_AT_ONCE)]
+    mine = registered("mine", "p", names[-1])
+    kit.exchange(None, mine)
+    kit.told()
+    await kit.serve("p", *names)
+    turns = 0
+    while len(kit.view.models) < len(names):
+        before = len(kit.events)
+        await asyncio.sleep(0)
+        turns += 1
+        assert len(kit.events) - before <= LOOKS_AT_ONCE
+    assert turns >= 5
+    kit.told()
+    await kit.fail("p")
+    assert 0 < len(kit.events) < len(names)
+    assert kit.view.as_seen(mine).state is UNAVAILABLE
+    await kit.view.settled()
+    assert {model.state for model in kit.view.models.values()} == {UNAVAILABLE}
+    assert len(kit.told()) == len(names)
+    await kit.serve("p", *names)
+    await kit.view.stop()
+    await kit.view.settled()
 
 
 async def test_what_is_hidden_is_not_told_when_it_is_listed(kit: Kit) -> None:
@@ -295,8 +326,10 @@ def expected(
         return SERVING if name in listed[provider_id] else UNAVAILABLE
 
     mine = kit.known.models.values()
-    names = {name for model in mine for name in model.names} | {
-        f"{model.provider_id}/{model.provider_model_id}" for model in mine
+    targets = {f"{model.provider_id}/{model.provider_model_id}" for model in mine}
+    # A configured provider's name leads to what it serves; without that provider it is a name like any other.
+    names = targets | {
+        name for model in mine for name in model.names if name[0] not in kit.fakes or not name.startswith(("p/", "q/"))
     }
     there = {model.id: replace(model, state=state(*model.target)) for model in mine}
     for provider_id, models in listed.items():

@@ -132,6 +132,53 @@ async def test_a_registration_has_an_owner(start_gateway: StartGateway) -> None:
         assert (await gateway.models.GetModel(read, metadata=bearer(OPS))).model.owner == ""
 
 
+async def test_only_its_owner_changes_a_registration_or_an_operator(start_gateway: StartGateway) -> None:
+    """By any of its names, with its etag or without; the refusal names the owner and the permission, and nothing changes."""
+    keys = f"{ACCESS['keys']}; second change secret-of-another-changer"
+    mine, second, ops = bearer(KEYS[Permission.CHANGE]), bearer("secret-of-another-changer"), bearer(OPS)
+    pb = model_registry_pb2
+    async with start_gateway(access={"keys": keys}) as gateway:
+        request = pb.RegisterModelRequest(model_id="mine", provider_model_id="fake", aliases=["a"])
+        model = (await gateway.models.RegisterModel(request, metadata=mine)).model
+        assert (await gateway.models.RegisterModel(request, metadata=second)).model == model
+        notes = {"k": "v"}
+        for name, etag in (("mine", ""), ("a", ""), ("mine", model.etag)):
+            update = pb.UpdateModelRequest(model=pb.Model(id=name, etag=etag, annotations=notes))
+            remove = pb.UnregisterModelRequest(model_id=name, etag=etag)
+            for call in (
+                gateway.models.UpdateModel(update, metadata=second),
+                gateway.models.UnregisterModel(remove, metadata=second),
+            ):
+                failure = await failure_of(call)
+                assert (failure.code, failure.reason) == (grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED")
+                asked = {"caller": "second", "needs": "operate", "model": "mine", "owner": "changeer"}
+                assert failure.metadata.items() >= asked.items()
+                assert "'changeer' registered model 'mine', so second needs the permission operate" in failure.message
+        read = pb.GetModelRequest(model_id="mine")
+        assert (await gateway.models.GetModel(read, metadata=ops)).model == model
+        update = pb.UpdateModelRequest(model=pb.Model(id="mine", annotations=notes))
+        for each in (mine, ops):
+            updated = (await gateway.models.UpdateModel(update, metadata=each)).model
+            assert updated.owner == "changeer"
+        await gateway.models.UnregisterModel(pb.UnregisterModelRequest(model_id="a"), metadata=ops)
+
+
+async def test_a_registration_without_an_owner_needs_operate(start_gateway: StartGateway) -> None:
+    """As an open gateway makes them, where everybody changes everything: once the gateway is closed, an operator does."""
+    pb = model_registry_pb2
+    async with start_gateway() as gateway:
+        for name in ("one", "two"):
+            await gateway.models.RegisterModel(pb.RegisterModelRequest(model_id=name, provider_model_id="fake"))
+        await gateway.models.UnregisterModel(pb.UnregisterModelRequest(model_id="two"))
+    async with start_gateway(access=ACCESS) as gateway:
+        remove = pb.UnregisterModelRequest(model_id="one")
+        failure = await failure_of(gateway.models.UnregisterModel(remove, metadata=bearer(KEYS[Permission.CHANGE])))
+        assert failure.reason == "PERMISSION_DENIED"
+        assert "no known caller registered model 'one'" in failure.message
+        assert failure.metadata["owner"] == ""
+        await gateway.models.UnregisterModel(remove, metadata=bearer(OPS))
+
+
 async def test_who_is_refused_is_logged(start_gateway: StartGateway, lines: Lines) -> None:
     """Like any other failure, with the reason, and the caller if it is known; never with what it sent."""
     async with start_gateway(access=ACCESS) as gateway:

@@ -24,6 +24,8 @@ from tests.support.gateway import (
     read,
     read_badly,
     read_well,
+    running,
+    settings_of,
     text_of,
     tool,
     user,
@@ -31,6 +33,9 @@ from tests.support.gateway import (
 from tests.support.recordings import TRANSCRIPTS
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from deltawire_server.settings import Settings
     from tests.conftest import StartGateway
 
 CHUNKS = Chunks()
@@ -457,6 +462,37 @@ async def test_provider_data_propagation(start_gateway: StartGateway, vllm: Fake
         await gateway.create(metadata=metadata)
         await gateway.create()
     assert [chat.headers["authorization"] for chat in vllm.chats] == ["Bearer test-token-123", "Bearer operators"]
+
+
+async def test_a_callers_token_goes_where_the_call_says(tmp_path: Path, vllm: FakeVllm) -> None:
+    """With two providers: to the one that the model's name begins with, and by a bare name or an alias to none.
+
+    If that provider requires it, the failure says that it was not sent; where the operator marked the provider, it is sent.
+    """
+    metadata = (("x-vllm-api-token", "callers"),)
+
+    def settings(*, marked: bool = False) -> Settings:
+        one = settings_of(vllm.base_url, tmp_path, provider={"accept_caller_tokens": marked})
+        return one.model_copy(update={"providers": dict.fromkeys(("a", "b"), one.providers["vllm"])})
+
+    async with running(settings()) as gateway:
+        register = model_registry_pb2.RegisterModelRequest(model_id="mine", provider_id="a", provider_model_id="fake")
+        await gateway.models.RegisterModel(register)
+        for model, sent in (("a/fake", "Bearer callers"), ("b/fake", "Bearer callers"), ("mine", None)):
+            await gateway.create(chat=ask(model=model), metadata=metadata)
+            assert vllm.chats[-1].headers.get("authorization") == sent
+        for rpc in ("Create", "Stream"):
+            vllm.play(Script.error(401, "Unauthorized"))
+            if rpc == "Create":
+                failure = await failure_of(gateway.create(chat=ask(model="mine"), metadata=metadata))
+            else:
+                _, failure = await read_badly(gateway.stream(chat=ask(model="mine"), metadata=metadata))
+            assert failure.reason == "UPSTREAM_UNAUTHENTICATED"
+            assert "the one in x-vllm-api-token was not sent" in failure.message
+            assert "callers" not in failure.message
+    async with running(settings(marked=True)) as gateway:
+        await gateway.create(chat=ask(model="mine"), metadata=metadata)
+        assert vllm.chats[-1].headers["authorization"] == "Bearer callers"
 
 
 async def test_openai_chat_completion_is_async(served: Running, vllm: FakeVllm) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 WATCH = "deltawire.v1.ModelRegistry/WatchModels"
 SMALL_WINDOW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024))
 """A caller that takes in little before it reads."""
-NOTES = {f"{number:03}": "x" * 4096 for number in range(64)}
+NOTES = {f"{number:03}": "x" * 4096 for number in range(15)}
 """More than such a caller takes in."""
 
 
@@ -146,15 +146,16 @@ async def test_a_revision_of_another_process(alpha: FakeProvider) -> None:
 
 
 async def test_a_revision_that_is_too_old(alpha: FakeProvider) -> None:
-    """One that the ring still reaches is not; one before it is."""
-    async with serving(alpha, feed=Feed(ring=2)) as served:
-        await register(served, "mine")
+    """One from before what is forgotten is; one from after it is not."""
+    async with serving(alpha, feed=Feed(removed_bytes=1)) as served:
+        for model_id in ("mine", "yours", "base"):
+            await register(served, model_id)
         call = watch(served)
-        _, bookmark = await take(call, 2)
-        for turn in range(3):
-            await change(served, "mine", turn=str(turn))
-        first, *_ = await take(call, 3)
-        assert shown(await take(watch(served, first.revision), 3)) == [*["MODIFIED mine SERVING"] * 2, "bookmark"]
+        *_, bookmark = await take(call, 4)
+        for model_id in ("mine", "yours"):
+            await served.stub.UnregisterModel(pb.UnregisterModelRequest(model_id=model_id))
+        first, *_ = await take(call, 2)
+        assert shown(await take(watch(served, first.revision), 2)) == ["REMOVED yours SERVING", "bookmark"]
         _, failure = await failed(watch(served, bookmark.revision))
         assert failure.reason == "REVISION_GONE"
         call.cancel()
@@ -200,17 +201,19 @@ async def test_a_watcher_that_does_not_read(alpha: FakeProvider, lines: Lines) -
 
 
 async def test_a_watcher_that_is_overtaken(alpha: FakeProvider) -> None:
-    """More changes came than are kept: it is told so, and only a snapshot helps it."""
-    async with serving(alpha, feed=Feed(ring=2), options=SMALL_WINDOW) as served:
-        await register(served, "mine")
+    """More was removed than is kept: the error says so, and only a snapshot helps."""
+    async with serving(alpha, feed=Feed(removed_bytes=1), options=SMALL_WINDOW) as served:
+        names = [f"model-{number}" for number in range(6)]
+        for name in names:
+            await register(served, name)
+            await change(served, name, **NOTES)
         slow = watch(served)
-        await take(slow, 2)
-        for turn in range(6):
-            await change(served, "mine", **{**NOTES, "000": str(turn)})
+        for name in names:
+            await served.stub.UnregisterModel(pb.UnregisterModelRequest(model_id=name))
         messages, failure = await failed(slow)
-        assert len(messages) < 4
+        assert len(messages) == len(names) + 1
         assert (failure.code, failure.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "SLOW_WATCHER")
-        assert failure.metadata["limit"] == "2"
+        assert failure.metadata["limit_bytes"] == "1"
         assert "without a revision" in failure.message
         _, failure = await failed(watch(served, messages[-1].revision))
         assert failure.reason == "REVISION_GONE"

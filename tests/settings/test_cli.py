@@ -160,6 +160,7 @@ def test_effective_is_toml_without_secrets(read: Parse) -> None:
         "headers": {"x-team": "***", "x.y": "***"},
         "allowed_models": ["m*"],
         "allowed_extra_fields": [],
+        "accept_caller_tokens": False,
         "tls_verify": False,
         "connect_timeout": 5.0,
         "first_event_timeout": 600.0,

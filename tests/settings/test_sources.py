@@ -30,6 +30,7 @@ SAMPLES = {
     "tls_key_file": "PEM",
     "tls_client_ca_file": "PEM",
     "allow_plaintext": "true",
+    "accept_caller_tokens": "true",
     "keys_file": "KEYS",
     "keys": "ci call 0123456789abcdef",
     "reflection": "false",

@@ -34,6 +34,7 @@ class FakeProvider:
         tokens: The token of each listing, in order: its length is how often it was listed.
         refresh_interval: Seconds between two listings; an hour, since tests refresh when they want to.
         has_token: Whether its operator gave it a token, so that every caller sees the same listing.
+        accepts_caller_tokens: Whether its operator lets it have tokens of calls that do not name it.
         chunks: What `stream_chat` yields.
         notices: What `stream_chat` has the caller know.
         replicas_tried: How many replicas `stream_chat` says it took.
@@ -51,6 +52,7 @@ class FakeProvider:
         self.tokens: list[str | None] = []
         self.refresh_interval = 3600.0
         self.has_token = False
+        self.accepts_caller_tokens = False
         self.chunks: list[bytes] = []
         self.notices: tuple[Notice, ...] = ()
         self.replicas_tried = 1

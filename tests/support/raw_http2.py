@@ -47,15 +47,11 @@ class RawClient:
         """Send what is to be sent."""
         self._writer.write(self.connection.data_to_send())
 
-<<<<<<< HEAD
     async def drain(self) -> None:
         """Wait until the server has read enough of what was sent."""
         await self._writer.drain()
 
-    def call(self, method: str, *headers: tuple[str, str], body: bytes = b"", end: bool = False) -> int:
-=======
     def call(self, method: str, *headers: tuple[str, str | bytes], body: bytes = b"", end: bool = False) -> int:
->>>>>>> access
         """Begin a call, with the first bytes of its body. Returns the stream's number."""
         stream = self.connection.get_next_available_stream_id()
         self.connection.send_headers(

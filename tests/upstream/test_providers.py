@@ -8,7 +8,7 @@ import pytest
 
 from deltawire_server.errors import CallerError, ProviderError, Reason
 from deltawire_server.upstream.base import Health, HealthStatus, ServedModel
-from deltawire_server.upstream.providers import Providers
+from deltawire_server.upstream.providers import TOKEN_LISTINGS, Providers
 from tests.support.fake_provider import FakeProvider
 from tests.support.gateway import until
 
@@ -107,6 +107,41 @@ async def test_what_one_token_may_see_another_need_not(provider: FakeProvider) -
     providers = Providers([provider])
     assert [await providers.listing("p", token) for token in ("a", "b", "a")] == [M] * 3
     assert provider.tokens == ["a", "b"]
+
+
+async def test_listings_by_callers_tokens_are_bounded(provider: FakeProvider) -> None:
+    """Any text is a token: however many there are, the last ones are kept, and the listing that all see stays."""
+    providers = Providers([provider], listing_seconds=3600.0)
+    await providers.listing("p")
+    for number in range(3 * TOKEN_LISTINGS):
+        await providers.listing("p", str(number))
+    assert len(providers._listings) == TOKEN_LISTINGS + 1
+    asked = len(provider.tokens)
+    for token in (None, *map(str, range(2 * TOKEN_LISTINGS, 3 * TOKEN_LISTINGS))):
+        await providers.listing("p", token)
+    assert len(provider.tokens) == asked
+    await providers.listing("p", "0")
+    assert len(provider.tokens) == asked + 1
+
+
+@pytest.mark.parametrize(
+    ("ids", "named", "accepts", "sent"),
+    [
+        (["p"], False, False, True),
+        (["p", "q"], False, False, False),
+        (["p", "q"], True, False, True),
+        (["p", "q"], False, True, True),
+        (["q"], True, True, False),
+    ],
+    ids=["the only one", "one of two", "named", "marked", "not configured"],
+)
+def test_who_may_have_a_callers_token(ids: list[str], *, named: bool, accepts: bool, sent: bool) -> None:
+    """A provider that the call names, that the operator marked, or that every call means."""
+    fakes = [FakeProvider(each) for each in ids]
+    for fake in fakes:
+        fake.accepts_caller_tokens = accepts
+    assert Providers(fakes).token_for("p", "token", named=named) == ("token" if sent else None)
+    assert Providers(fakes).token_for("p", None, named=named) is None
 
 
 async def test_the_operators_token_makes_one_listing_for_all(provider: FakeProvider) -> None:

@@ -13,7 +13,7 @@ from deltawire_server.errors import CallerError, Code, DeltawireError, ProviderE
 from deltawire_server.fake_vllm import FakeVllm, Script
 from deltawire_server.upstream.base import CallContext, Health, HealthStatus, Patience, ServedModel
 from deltawire_server.upstream.failures import MAX_EXCERPT_BYTES
-from deltawire_server.upstream.vllm import MAX_ERROR_BYTES, VllmProvider, root_url
+from deltawire_server.upstream.vllm import MAX_ERROR_BYTES, MAX_SERVED_NAME, VllmProvider, root_url
 from tests.support.recordings import TRANSCRIPTS
 from tests.upstream.plain import plain
 from tests.upstream.support import CALL, CALLERS, CHAT, CHUNK, HI, MODELS, OPERATORS, answer_of, provider, refusal_of
@@ -385,9 +385,12 @@ async def test_served_models() -> None:
 
 
 async def test_entries_that_are_none_are_passed_over() -> None:
-    """One bad entry does not hide the others."""
+    """One bad entry does not hide the others; nor does one whose name alone would fill a message."""
     body = b'{"data":[null,5,"x",{},{"id":""},{"id":null},{"id":"m"}]}'
     assert await listing_of(body) == (ServedModel("m"),)
+    longest = "x" * MAX_SERVED_NAME
+    body = json.dumps({"data": [{"id": "x" * 1_000_000}, {"id": longest}, {"id": f"{longest}x"}]}).encode()
+    assert await listing_of(body) == (ServedModel(longest),)
 
 
 @pytest.mark.parametrize(

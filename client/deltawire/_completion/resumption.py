@@ -114,6 +114,7 @@ REASONS: Mapping[ErrorReason.ValueType, End] = MappingProxyType(
         ErrorReason.ERROR_REASON_ETAG_MISMATCH: End.OVER,
         ErrorReason.ERROR_REASON_REVISION_GONE: End.OVER,
         ErrorReason.ERROR_REASON_SLOW_WATCHER: End.OVER,
+        ErrorReason.ERROR_REASON_REGISTRY_FULL: End.OVER,
         ErrorReason.ERROR_REASON_ACCESS_CHANGED: End.OVER,
     }
 )

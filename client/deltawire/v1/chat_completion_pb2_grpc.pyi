@@ -33,9 +33,10 @@ class ChatCompletionStub:
     most 100,000 fields, those of nested messages included (a packed list counts its bytes), and at most 8 MiB besides its images.
 
     Metadata that every call takes: `authorization: Bearer ...` the caller's key for this gateway, `x-vllm-api-token` the
-    caller's own token for vLLM (it comes before the operator's; INVALID_REQUEST if it is not printable ASCII without spaces),
-    `x-request-id` adopted if it is printable ASCII of at most 128 characters, else minted; `traceparent` and `tracestate`,
-    passed on if they are valid by W3C Trace Context, else left out. The request id comes back as
+    caller's own token for vLLM (it comes before the operator's, and is sent only to the provider that the call names, as in the
+    model "provider/name", or that the operator marked for it, or that is the only one; INVALID_REQUEST if it is not printable
+    ASCII without spaces), `x-request-id` adopted if it is printable ASCII of at most 128 characters, else minted; `traceparent`
+    and `tracestate`, passed on if they are valid by W3C Trace Context, else left out. The request id comes back as
     `x-request-id` in the initial metadata, or in the trailers of a call that failed before its first event.
     """
 
@@ -73,9 +74,10 @@ class ChatCompletionAsyncStub(ChatCompletionStub):
     most 100,000 fields, those of nested messages included (a packed list counts its bytes), and at most 8 MiB besides its images.
 
     Metadata that every call takes: `authorization: Bearer ...` the caller's key for this gateway, `x-vllm-api-token` the
-    caller's own token for vLLM (it comes before the operator's; INVALID_REQUEST if it is not printable ASCII without spaces),
-    `x-request-id` adopted if it is printable ASCII of at most 128 characters, else minted; `traceparent` and `tracestate`,
-    passed on if they are valid by W3C Trace Context, else left out. The request id comes back as
+    caller's own token for vLLM (it comes before the operator's, and is sent only to the provider that the call names, as in the
+    model "provider/name", or that the operator marked for it, or that is the only one; INVALID_REQUEST if it is not printable
+    ASCII without spaces), `x-request-id` adopted if it is printable ASCII of at most 128 characters, else minted; `traceparent`
+    and `tracestate`, passed on if they are valid by W3C Trace Context, else left out. The request id comes back as
     `x-request-id` in the initial metadata, or in the trailers of a call that failed before its first event.
     """
 
@@ -109,9 +111,10 @@ class ChatCompletionServicer(metaclass=_abc_1.ABCMeta):
     most 100,000 fields, those of nested messages included (a packed list counts its bytes), and at most 8 MiB besides its images.
 
     Metadata that every call takes: `authorization: Bearer ...` the caller's key for this gateway, `x-vllm-api-token` the
-    caller's own token for vLLM (it comes before the operator's; INVALID_REQUEST if it is not printable ASCII without spaces),
-    `x-request-id` adopted if it is printable ASCII of at most 128 characters, else minted; `traceparent` and `tracestate`,
-    passed on if they are valid by W3C Trace Context, else left out. The request id comes back as
+    caller's own token for vLLM (it comes before the operator's, and is sent only to the provider that the call names, as in the
+    model "provider/name", or that the operator marked for it, or that is the only one; INVALID_REQUEST if it is not printable
+    ASCII without spaces), `x-request-id` adopted if it is printable ASCII of at most 128 characters, else minted; `traceparent`
+    and `tracestate`, passed on if they are valid by W3C Trace Context, else left out. The request id comes back as
     `x-request-id` in the initial metadata, or in the trailers of a call that failed before its first event.
     """
 

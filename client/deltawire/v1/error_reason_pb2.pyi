@@ -52,7 +52,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     Metadata: {"provider": "vllm", "http_status": "404"}.
     """
     ERROR_REASON_UPSTREAM_UNAUTHENTICATED: _ErrorReason.ValueType  # 8
-    """UNAUTHENTICATED. The provider refused the token that came with the call in `x-vllm-api-token`.
+    """UNAUTHENTICATED. The provider refused the token that came with the call in `x-vllm-api-token`, or it requires one and this
+    was not sent, since the call does not name the provider: the message says which.
     Metadata: {"provider": "vllm", "http_status": "401"}.
     """
     ERROR_REASON_UPSTREAM_REJECTED: _ErrorReason.ValueType  # 9
@@ -131,9 +132,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     again without a revision, for a snapshot.
     """
     ERROR_REASON_SLOW_WATCHER: _ErrorReason.ValueType  # 30
-    """RESOURCE_EXHAUSTED. A watch was not read for too long: more changes waited for it than are kept, or one for longer than
-    it may. Watch again from the last revision, and if that is REVISION_GONE, without one.
-    Metadata: {"limit": "4096"} for changes, or {"limit_seconds": "30"}.
+    """RESOURCE_EXHAUSTED. A watch was not read for too long: a change waited for it longer than it may, or more models were
+    removed than are kept for watches. Watch again from the last revision, and if that is REVISION_GONE, without one.
+    Metadata: {"limit_seconds": "30"}, or {"limit_bytes": "33554432"} for removed models.
     """
     ERROR_REASON_ACCESS_CHANGED: _ErrorReason.ValueType  # 31
     """ABORTED. Who may call this gateway has changed since the call began. A watch ends at any such change: watch again from the
@@ -164,6 +165,11 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_WRONG_REPLICA: _ErrorReason.ValueType  # 38
     """FAILED_PRECONDITION. Another gateway process made this completion id, and only that one has the completion. Retry on a new
     connection, which may reach it. Metadata: {"completion_id": "cmpl-…"}.
+    """
+    ERROR_REASON_REGISTRY_FULL: _ErrorReason.ValueType  # 41
+    """RESOURCE_EXHAUSTED. The registry has no room for what would be registered: for another model, for its aliases, or for the
+    text of all of them. Unregister models, or have the operator raise the limit that the message names. Retrying does not
+    help. Metadata: {"limit": "10000", "setting": "registry.max_models"}.
     """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
@@ -208,7 +214,8 @@ certificate that cannot be trusted. The message says which. Retrying does not he
 Metadata: {"provider": "vllm", "http_status": "404"}.
 """
 ERROR_REASON_UPSTREAM_UNAUTHENTICATED: ErrorReason.ValueType  # 8
-"""UNAUTHENTICATED. The provider refused the token that came with the call in `x-vllm-api-token`.
+"""UNAUTHENTICATED. The provider refused the token that came with the call in `x-vllm-api-token`, or it requires one and this
+was not sent, since the call does not name the provider: the message says which.
 Metadata: {"provider": "vllm", "http_status": "401"}.
 """
 ERROR_REASON_UPSTREAM_REJECTED: ErrorReason.ValueType  # 9
@@ -287,9 +294,9 @@ ERROR_REASON_REVISION_GONE: ErrorReason.ValueType  # 29
 again without a revision, for a snapshot.
 """
 ERROR_REASON_SLOW_WATCHER: ErrorReason.ValueType  # 30
-"""RESOURCE_EXHAUSTED. A watch was not read for too long: more changes waited for it than are kept, or one for longer than
-it may. Watch again from the last revision, and if that is REVISION_GONE, without one.
-Metadata: {"limit": "4096"} for changes, or {"limit_seconds": "30"}.
+"""RESOURCE_EXHAUSTED. A watch was not read for too long: a change waited for it longer than it may, or more models were
+removed than are kept for watches. Watch again from the last revision, and if that is REVISION_GONE, without one.
+Metadata: {"limit_seconds": "30"}, or {"limit_bytes": "33554432"} for removed models.
 """
 ERROR_REASON_ACCESS_CHANGED: ErrorReason.ValueType  # 31
 """ABORTED. Who may call this gateway has changed since the call began. A watch ends at any such change: watch again from the
@@ -320,5 +327,10 @@ Metadata: {"completion_id": "my-1", "first_sequence": "812"} (the oldest message
 ERROR_REASON_WRONG_REPLICA: ErrorReason.ValueType  # 38
 """FAILED_PRECONDITION. Another gateway process made this completion id, and only that one has the completion. Retry on a new
 connection, which may reach it. Metadata: {"completion_id": "cmpl-…"}.
+"""
+ERROR_REASON_REGISTRY_FULL: ErrorReason.ValueType  # 41
+"""RESOURCE_EXHAUSTED. The registry has no room for what would be registered: for another model, for its aliases, or for the
+text of all of them. Unregister models, or have the operator raise the limit that the message names. Retrying does not
+help. Metadata: {"limit": "10000", "setting": "registry.max_models"}.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

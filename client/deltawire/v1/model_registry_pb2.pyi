@@ -192,8 +192,8 @@ class Model(_message.Message):
     embedding_dimension: _builtins.int
     """Numbers in a vector that it makes; only for EMBEDDING, and always there."""
     owner: _builtins.str
-    """Who registered it: the caller's name in the gateway's access list. Set by the gateway; ignored in requests. Empty for
-    discovered models, and where callers are not identified.
+    """Who registered it, and may change it: the caller's name in the gateway's access list. Set by the gateway; ignored in
+    requests. Empty for discovered models, and where callers are not identified; then changing it needs "operate".
     """
     @_builtins.property
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -281,7 +281,8 @@ class RegisterModelRequest(_message.Message):
     EMBEDDING_DIMENSION_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """The id to call it by. Required. If it equals the provider's own name, the id becomes "provider_id/provider_model_id";
-    else it is an alias of that name and becomes the id as it is. At most 256 characters, printable, no white space.
+    else it is an alias of that name and becomes the id as it is. At most 256 characters, printable ASCII, no white space. A name
+    that begins with a provider's id and a slash is reserved for what that provider serves, whether it does so now or not.
     """
     provider_id: _builtins.str
     """Who serves it. Empty means the only provider there is."""
@@ -299,7 +300,7 @@ class RegisterModelRequest(_message.Message):
 
     @_builtins.property
     def annotations(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Free notes. At most 64 entries, keys of 1 to 128 characters, values of at most 4096."""
+        """Free notes. At most 64 entries, keys of 1 to 128 characters, values of at most 4096, and 64 KiB of UTF-8 in all."""
 
     def __init__(
         self,
@@ -453,7 +454,9 @@ class ListModelsResponse(_message.Message):
 
     @_builtins.property
     def unreachable_provider_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Providers that did not answer: of what they serve, this is what they said last, if they ever did."""
+        """Providers that did not answer, or require a token that was not sent: of what they serve, this is what they said last, if
+        they ever did. The caller's own token is sent to the provider in `provider_id`; without one, see `x-vllm-api-token`.
+        """
 
     def __init__(
         self,
@@ -611,11 +614,11 @@ class WatchModelsResponse(_message.Message):
         CHANGE_UNSPECIFIED: WatchModelsResponse._Change.ValueType  # 0
         """Not set; in a bookmark."""
         CHANGE_ADDED: WatchModelsResponse._Change.ValueType  # 1
-        """It is there, since now or, in a snapshot, already."""
+        """It is there, since now or already: in a snapshot, and for a caller that is far behind. Replace what you have of it."""
         CHANGE_MODIFIED: WatchModelsResponse._Change.ValueType  # 2
         """Something of it is different, its state for example."""
         CHANGE_REMOVED: WatchModelsResponse._Change.ValueType  # 3
-        """It is gone; `model` is what it was."""
+        """It is gone; `model` is what it was. A caller that is far behind may never have seen it."""
 
     class Change(_Change, metaclass=_ChangeEnumTypeWrapper):
         """What has become known of a model."""
@@ -623,11 +626,11 @@ class WatchModelsResponse(_message.Message):
     CHANGE_UNSPECIFIED: WatchModelsResponse.Change.ValueType  # 0
     """Not set; in a bookmark."""
     CHANGE_ADDED: WatchModelsResponse.Change.ValueType  # 1
-    """It is there, since now or, in a snapshot, already."""
+    """It is there, since now or already: in a snapshot, and for a caller that is far behind. Replace what you have of it."""
     CHANGE_MODIFIED: WatchModelsResponse.Change.ValueType  # 2
     """Something of it is different, its state for example."""
     CHANGE_REMOVED: WatchModelsResponse.Change.ValueType  # 3
-    """It is gone; `model` is what it was."""
+    """It is gone; `model` is what it was. A caller that is far behind may never have seen it."""
 
     CHANGE_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int

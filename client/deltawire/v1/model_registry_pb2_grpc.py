@@ -88,7 +88,8 @@ class ModelRegistryServicer(object):
 
     def RegisterModel(self, request, context):
         """Give a served model an id and aliases of your own. The provider must serve it now. Registering the same again
-        changes nothing and succeeds; a name that belongs to another model is ALREADY_EXISTS.
+        changes nothing and succeeds; a name that belongs to another model is ALREADY_EXISTS. If the registry is full, that is
+        RESOURCE_EXHAUSTED (REGISTRY_FULL).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -110,7 +111,8 @@ class ModelRegistryServicer(object):
 
     def UpdateModel(self, request, context):
         """Change a registered model. What is not named in the mask stays. If what it leads to changes, the provider must serve
-        that now. Calls under way are not touched.
+        that now. Calls under way are not touched. Where callers are known, only the model's owner may do this, and callers with the
+        permission "operate"; for others it is PERMISSION_DENIED. So it is with UnregisterModel.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -126,7 +128,8 @@ class ModelRegistryServicer(object):
     def WatchModels(self, request, context):
         """All models and then every change to them, as it happens, until the caller has enough: registered, changed,
         unregistered, appearing at a provider, gone from it, or in another state. First a snapshot, then a bookmark, then
-        changes; or, from a revision on, what was missed and then changes.
+        changes; or, from a revision on, what was missed and then changes. For a caller that is thousands of changes behind, the last
+        change of a model stands for those before it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -35,7 +35,8 @@ class ModelRegistryStub:
     def __new__(cls, channel: _aio.Channel) -> ModelRegistryAsyncStub: ...
     RegisterModel: _grpc.UnaryUnaryMultiCallable[_model_registry_pb2.RegisterModelRequest, _model_registry_pb2.RegisterModelResponse]
     """Give a served model an id and aliases of your own. The provider must serve it now. Registering the same again
-    changes nothing and succeeds; a name that belongs to another model is ALREADY_EXISTS.
+    changes nothing and succeeds; a name that belongs to another model is ALREADY_EXISTS. If the registry is full, that is
+    RESOURCE_EXHAUSTED (REGISTRY_FULL).
     """
     GetModel: _grpc.UnaryUnaryMultiCallable[_model_registry_pb2.GetModelRequest, _model_registry_pb2.GetModelResponse]
     """One model, by the same names that a chat request takes."""
@@ -43,14 +44,16 @@ class ModelRegistryStub:
     """All models, registered and discovered, by ascending id, in pages."""
     UpdateModel: _grpc.UnaryUnaryMultiCallable[_model_registry_pb2.UpdateModelRequest, _model_registry_pb2.UpdateModelResponse]
     """Change a registered model. What is not named in the mask stays. If what it leads to changes, the provider must serve
-    that now. Calls under way are not touched.
+    that now. Calls under way are not touched. Where callers are known, only the model's owner may do this, and callers with the
+    permission "operate"; for others it is PERMISSION_DENIED. So it is with UnregisterModel.
     """
     UnregisterModel: _grpc.UnaryUnaryMultiCallable[_model_registry_pb2.UnregisterModelRequest, _model_registry_pb2.UnregisterModelResponse]
     """Forget a registered model. What is served under its provider's own name stays callable by that name."""
     WatchModels: _grpc.UnaryStreamMultiCallable[_model_registry_pb2.WatchModelsRequest, _model_registry_pb2.WatchModelsResponse]
     """All models and then every change to them, as it happens, until the caller has enough: registered, changed,
     unregistered, appearing at a provider, gone from it, or in another state. First a snapshot, then a bookmark, then
-    changes; or, from a revision on, what was missed and then changes.
+    changes; or, from a revision on, what was missed and then changes. For a caller that is thousands of changes behind, the last
+    change of a model stands for those before it.
     """
     RefreshModels: _grpc.UnaryUnaryMultiCallable[_model_registry_pb2.RefreshModelsRequest, _model_registry_pb2.RefreshModelsResponse]
     """List what a provider serves now, without waiting for its next turn; or all of them. One that cannot be listed is an
@@ -68,7 +71,8 @@ class ModelRegistryAsyncStub(ModelRegistryStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     RegisterModel: _aio.UnaryUnaryMultiCallable[_model_registry_pb2.RegisterModelRequest, _model_registry_pb2.RegisterModelResponse]  # type: ignore[assignment]
     """Give a served model an id and aliases of your own. The provider must serve it now. Registering the same again
-    changes nothing and succeeds; a name that belongs to another model is ALREADY_EXISTS.
+    changes nothing and succeeds; a name that belongs to another model is ALREADY_EXISTS. If the registry is full, that is
+    RESOURCE_EXHAUSTED (REGISTRY_FULL).
     """
     GetModel: _aio.UnaryUnaryMultiCallable[_model_registry_pb2.GetModelRequest, _model_registry_pb2.GetModelResponse]  # type: ignore[assignment]
     """One model, by the same names that a chat request takes."""
@@ -76,14 +80,16 @@ class ModelRegistryAsyncStub(ModelRegistryStub):
     """All models, registered and discovered, by ascending id, in pages."""
     UpdateModel: _aio.UnaryUnaryMultiCallable[_model_registry_pb2.UpdateModelRequest, _model_registry_pb2.UpdateModelResponse]  # type: ignore[assignment]
     """Change a registered model. What is not named in the mask stays. If what it leads to changes, the provider must serve
-    that now. Calls under way are not touched.
+    that now. Calls under way are not touched. Where callers are known, only the model's owner may do this, and callers with the
+    permission "operate"; for others it is PERMISSION_DENIED. So it is with UnregisterModel.
     """
     UnregisterModel: _aio.UnaryUnaryMultiCallable[_model_registry_pb2.UnregisterModelRequest, _model_registry_pb2.UnregisterModelResponse]  # type: ignore[assignment]
     """Forget a registered model. What is served under its provider's own name stays callable by that name."""
     WatchModels: _aio.UnaryStreamMultiCallable[_model_registry_pb2.WatchModelsRequest, _model_registry_pb2.WatchModelsResponse]  # type: ignore[assignment]
     """All models and then every change to them, as it happens, until the caller has enough: registered, changed,
     unregistered, appearing at a provider, gone from it, or in another state. First a snapshot, then a bookmark, then
-    changes; or, from a revision on, what was missed and then changes.
+    changes; or, from a revision on, what was missed and then changes. For a caller that is thousands of changes behind, the last
+    change of a model stands for those before it.
     """
     RefreshModels: _aio.UnaryUnaryMultiCallable[_model_registry_pb2.RefreshModelsRequest, _model_registry_pb2.RefreshModelsResponse]  # type: ignore[assignment]
     """List what a provider serves now, without waiting for its next turn; or all of them. One that cannot be listed is an
@@ -104,7 +110,8 @@ class ModelRegistryServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_model_registry_pb2.RegisterModelResponse, _abc.Awaitable[_model_registry_pb2.RegisterModelResponse]]:
         """Give a served model an id and aliases of your own. The provider must serve it now. Registering the same again
-        changes nothing and succeeds; a name that belongs to another model is ALREADY_EXISTS.
+        changes nothing and succeeds; a name that belongs to another model is ALREADY_EXISTS. If the registry is full, that is
+        RESOURCE_EXHAUSTED (REGISTRY_FULL).
         """
 
     @_abc_1.abstractmethod
@@ -130,7 +137,8 @@ class ModelRegistryServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_model_registry_pb2.UpdateModelResponse, _abc.Awaitable[_model_registry_pb2.UpdateModelResponse]]:
         """Change a registered model. What is not named in the mask stays. If what it leads to changes, the provider must serve
-        that now. Calls under way are not touched.
+        that now. Calls under way are not touched. Where callers are known, only the model's owner may do this, and callers with the
+        permission "operate"; for others it is PERMISSION_DENIED. So it is with UnregisterModel.
         """
 
     @_abc_1.abstractmethod
@@ -149,7 +157,8 @@ class ModelRegistryServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_model_registry_pb2.WatchModelsResponse], _abc.AsyncIterator[_model_registry_pb2.WatchModelsResponse]]:
         """All models and then every change to them, as it happens, until the caller has enough: registered, changed,
         unregistered, appearing at a provider, gone from it, or in another state. First a snapshot, then a bookmark, then
-        changes; or, from a revision on, what was missed and then changes.
+        changes; or, from a revision on, what was missed and then changes. For a caller that is thousands of changes behind, the last
+        change of a model stands for those before it.
         """
 
     @_abc_1.abstractmethod

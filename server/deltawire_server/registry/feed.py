@@ -1,35 +1,50 @@
 """The changes of all models in their order, for any number of watchers.
 
-There is one ring of the last changes, and a watcher is only a place in it: a slow one costs no memory and nobody else's
-time, and is cut when the ring has gone round. A revision names a place in this process's ring; another process's is
-unknown here, and so is one from before a restart.
+There is one log, and a watcher is only a place in it: a slow one costs no memory and delays no other. The log always keeps the
+last change of each model that there is, and of earlier ones `SUPERSEDED_BYTES`: a watcher that has not read those when they
+are dropped receives the model as it is now. So whatever happens to all models of a provider at once, a watcher that reads
+misses nothing. Of removed models the log keeps `REMOVED_BYTES`; a watcher that missed more than those has to begin anew.
+
+A revision names a place in this process's log; another process's is unknown here, and so is one from before a restart.
 """
 
 from __future__ import annotations
 
 import asyncio
 import secrets
+import sys
+from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from deltawire_server.errors import CallerError, GatewayError, Reason
+from deltawire_server.registry.store import ChangeKind
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterable
 
     from deltawire_server.registry.model import Model
-    from deltawire_server.registry.store import ChangeKind
 
-RING = 4096
-"""Changes that are kept: a watcher that is away for a minute misses fewer even while everything is registered anew. Also
-more than the models of any provider, which all change at once when it goes down."""
+SUPERSEDED_BYTES = 4 * 1024 * 1024
+"""Memory of what models were before their last change: some thousands of changes of usual size, so that watchers that read see
+each of them."""
+
+REMOVED_BYTES = 32 * 1024 * 1024
+"""Memory of removed models that the log keeps: those of a provider with some 40,000 models that is removed at once. The models
+that are there cost nothing here, since the registry keeps them anyway."""
 
 MAX_DIGITS = 18
 """In a place: more than there ever are, and read at once, however long what a caller sends is."""
 
 BOOKMARK_SECONDS = 60.0
 """After so much silence a watcher hears that nothing has happened: it knows that it is still watching, and where."""
+
+_MIN_DROPPED = 1024
+"""Dropped entries at which the log is first rewritten without them: that takes microseconds."""
+
+_PLACE = attrgetter("place")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +62,51 @@ class Step:
     revision: str
 
 
+@dataclass(slots=True)
+class _Entry:
+    """A change of a model.
+
+    Attributes:
+        place: After this change.
+        kind: What became of the model.
+        model: As it is after the change, or was before it was removed; `None` once the entry is dropped.
+        added: The place after the model was added; 0 if that was before everything that the log has.
+        size: Bytes of memory, of an entry that keeps a model which the registry does not have any more.
+    """
+
+    place: int
+    kind: ChangeKind
+    model: Model | None
+    added: int
+    size: int = 0
+
+
 class Feed:
     """Where changes are published and watched.
 
     Args:
-        ring: Changes that are kept.
+        superseded_bytes: Memory of what models were before their last change that is kept.
+        removed_bytes: Memory of removed models that is kept; the last one always is.
         bookmark_seconds: After so much silence a watcher hears a bookmark.
     """
 
-    def __init__(self, *, ring: int = RING, bookmark_seconds: float = BOOKMARK_SECONDS) -> None:
+    def __init__(
+        self,
+        *,
+        superseded_bytes: int = SUPERSEDED_BYTES,
+        removed_bytes: int = REMOVED_BYTES,
+        bookmark_seconds: float = BOOKMARK_SECONDS,
+    ) -> None:
         self._epoch = secrets.token_hex(4)
-        self._ring: deque[tuple[ChangeKind, Model]] = deque(maxlen=ring)
+        self._log: list[_Entry] = []  # by ascending place, with dropped entries
+        self._last: dict[str, _Entry] = {}  # the last one of each model, by its id
+        self._superseded: deque[_Entry] = deque()  # all others, the oldest first
+        self._superseded_size = 0
+        self._superseded_bytes = superseded_bytes
+        self._removed: dict[str, _Entry] = {}  # those in `_last` of removed models, the oldest first
+        self._removed_size = 0
+        self._removed_bytes = removed_bytes
+        self._start = 0  # what happened up to this place is not known completely
         self._end = 0  # the place after the last change
         self._more = asyncio.Event()
         self._bookmark_seconds = bookmark_seconds
@@ -67,12 +116,28 @@ class Feed:
     @property
     def revision(self) -> str:
         """The place after the last change."""
-        return self._name(self._end)
+        return self._name(self._end, self._end)
+
+    @property
+    def entries(self) -> int:
+        """How many changes are kept."""
+        return len(self._last) + len(self._superseded)
 
     def publish(self, kind: ChangeKind, model: Model) -> None:
-        """Tell all watchers of a change."""
-        self._ring.append((kind, model))
+        """Emit a change to all watchers; it supersedes the last one of the same model."""
         self._end += 1
+        before = self._last.get(model.id)
+        added = self._end if kind is ChangeKind.ADDED else before.added if before is not None else 0
+        entry = _Entry(self._end, kind, model, added)
+        self._log.append(entry)
+        self._last[model.id] = entry
+        if before is not None:
+            self._supersede(before, model.id)
+        if kind is ChangeKind.REMOVED:
+            self._remove(entry, model.id)
+        # Seldom enough to cost nothing per change, often enough to keep the log no longer than twice its entries.
+        if len(self._log) > _MIN_DROPPED + 2 * self.entries:
+            self._log = [each for each in self._log if each.model is not None]
         self._wake()
 
     def interrupt(self) -> None:
@@ -88,40 +153,53 @@ class Feed:
     async def watch(
         self, snapshot: Callable[[], Iterable[Model]], added: ChangeKind, revision: str = ""
     ) -> AsyncGenerator[Step]:
-        """A snapshot, a bookmark, then every change as it comes; or what came after a revision, and then the same.
+        """A snapshot, a bookmark, then the changes as they come; or what came after a revision, and then the same.
+
+        If a watcher is so far behind that earlier changes of a model are dropped, the last one stands for them. ADDED then
+        replaces what the watcher may have of the model, and REMOVED may be of one that it never received; MODIFIED is always
+        of one that it has.
 
         Nothing is looked at before the first step is asked for. Leave it by `aclose`.
 
         Args:
             snapshot: All models as they are now; called at once, if at all.
-            added: What a model of the snapshot is told as.
+            added: The kind that a model of the snapshot is reported as.
             revision: From an earlier step; empty for a snapshot.
 
         Raises:
             CallerError: REVISION_GONE, before any step.
-            GatewayError: SLOW_WATCHER: more changes came than are kept before the next was asked for. ACCESS_CHANGED: it
-                was interrupted. DRAINING: this process stops; also at once if it was closed before.
+            GatewayError: SLOW_WATCHER: more models were removed than are kept before the next step was asked for.
+                ACCESS_CHANGED: it was interrupted. DRAINING: this process stops; also at once if it was closed before.
         """
         begun = self._interruptions
         self._hold_open(begun)
+        # `complete` is the last place up to which the watcher had received everything: what was added since may be new to it.
         if revision:
-            place = self._place(revision)
+            place, complete = self._place(revision)
             bookmark_at: int | None = self._end
         else:
             models, place = tuple(snapshot()), self._end
-            bookmark_at = place
+            bookmark_at = complete = place
             for model in models:
                 yield Step(added, model, "")
                 self._hold_open(begun)
         while True:
-            if place == bookmark_at:
-                bookmark_at = None
-                yield Step(None, None, self._name(place))
-            elif place < self._end:
-                self._hold_kept(place)
-                kind, model = self._ring[place - self._end]
-                place += 1
-                yield Step(kind, model, self._name(place))
+            if place != bookmark_at:
+                self._check_kept(place)
+            entry = self._next(place)
+            if entry is None:
+                complete = place
+            if bookmark_at is not None and (entry is None or entry.place > bookmark_at):
+                # What was changed again since is superseded: the watch may have passed this place.
+                place, bookmark_at = max(place, bookmark_at), None
+                yield Step(None, None, self._name(place, complete))
+            elif entry is not None:
+                is_new = entry.kind is ChangeKind.MODIFIED and entry.added > complete
+                if entry.place == self._end or (place == complete and entry.place == place + 1):
+                    complete = entry.place
+                place = entry.place
+                kind = ChangeKind.ADDED if is_new else entry.kind
+                yield Step(kind, entry.model, self._name(place, complete))
             elif not await self._wait():
                 bookmark_at = place
             self._hold_open(begun)
@@ -152,26 +230,67 @@ class Feed:
                 Reason.ACCESS_CHANGED, "who may call has changed; watch again from the last revision", retry_after=0.0
             )
 
-    def _hold_kept(self, place: int) -> None:
-        if place < self._end - len(self._ring):
+    def _next(self, place: int) -> _Entry | None:
+        """The first entry after a place; `None` if there is none."""
+        for index in range(bisect_right(self._log, place, key=_PLACE), len(self._log)):
+            if self._log[index].model is not None:
+                return self._log[index]
+        return None
+
+    def _supersede(self, entry: _Entry, model_id: str) -> None:
+        """Keep what is no longer the last change of its model, and drop the oldest of those that are too many."""
+        if self._removed.pop(model_id, None) is not None:
+            self._removed_size -= entry.size
+        entry.size = _memory_of(entry.model)
+        self._superseded.append(entry)
+        self._superseded_size += entry.size
+        while self._superseded_size > self._superseded_bytes:
+            oldest = self._superseded.popleft()
+            self._superseded_size -= oldest.size
+            oldest.model = None
+
+    def _remove(self, entry: _Entry, model_id: str) -> None:
+        """Keep the last change of a removed model, and drop the oldest of those that are too many."""
+        entry.size = _memory_of(entry.model)
+        self._removed[model_id] = entry
+        self._removed_size += entry.size
+        while self._removed_size > self._removed_bytes and len(self._removed) > 1:
+            oldest_id, oldest = next(iter(self._removed.items()))
+            del self._removed[oldest_id], self._last[oldest_id]
+            self._removed_size -= oldest.size
+            self._start = oldest.place
+            oldest.model = None
+
+    def _check_kept(self, place: int) -> None:
+        if place < self._start:
             raise GatewayError(
                 Reason.SLOW_WATCHER,
-                f"this watch was not read while more than {self._ring.maxlen} changes came, and some of them are gone;"
-                " watch again without a revision, for a snapshot",
-                metadata={"limit": str(self._ring.maxlen)},
+                f"more models were removed since the last message of this watch than the {self._removed_bytes} bytes of them"
+                " that are kept for watches; watch again without a revision, for a snapshot",
+                metadata={"limit_bytes": str(self._removed_bytes)},
             )
 
-    def _name(self, place: int) -> str:
-        return f"{self._epoch}-{place}"
+    def _name(self, place: int, complete: int) -> str:
+        return f"{self._epoch}-{place}" if place == complete else f"{self._epoch}-{place}-{complete}"
 
-    def _place(self, revision: str) -> int:
-        epoch, _, number = revision.partition("-")
-        if epoch == self._epoch and len(number) <= MAX_DIGITS and number.isascii() and number.isdigit():
-            place = int(number)
-            if self._end - len(self._ring) <= place <= self._end:
-                return place
+    def _place(self, revision: str) -> tuple[int, int]:
+        epoch, *numbers = revision.split("-", maxsplit=2)
+        well_formed = all(len(each) <= MAX_DIGITS and each.isascii() and each.isdigit() for each in numbers)
+        if epoch == self._epoch and numbers and well_formed:
+            place, complete = int(numbers[0]), int(numbers[-1])
+            if self._start <= place <= self._end and complete <= place:
+                return place, complete
         raise CallerError(
             Reason.REVISION_GONE,
             "the watch cannot go on from that revision: too much has happened since, or it is of another process or a time"
             " before a restart; watch again without a revision, for a snapshot",
         )
+
+
+def _memory_of(model: Model | None) -> int:
+    """About how many bytes of memory a model takes."""
+    if model is None:
+        return 0
+    texts = (*model.names, *model.target, model.engine_root, model.base_model, model.owner)
+    notes = (*model.annotations, *model.annotations.values())
+    return sum(map(sys.getsizeof, (model, model.aliases, model.annotations, *texts, *notes)))

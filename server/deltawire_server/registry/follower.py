@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from deltawire_server.registry.model import Model
     from deltawire_server.registry.store import Store
 
+CHANGES_AT_ONCE = 100
+"""Changes that are applied without giving way to other tasks: some milliseconds of work."""
+
 RETRY_SECONDS = 1.0
 """Between attempts to read changes that could not be read."""
 
@@ -102,25 +105,39 @@ class Follower:
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _catch_up(self) -> None:
-        changes = await self._store.changes_after(self.revision)
-        if changes is None:
-            _log.warning("changes are missing: everything is read anew", revision=self.revision)
-            await self._reload()
-            return
-        for change in changes:
-            self._apply(change)
+        while True:
+            changes = await self._store.changes_after(self.revision)
+            if changes is None:
+                _log.warning("changes are missing: everything is read anew", revision=self.revision)
+                await self._reload()
+                return
+            if not changes:
+                return
+            for change in changes:
+                self._apply(change)
 
     async def _reload(self) -> None:
-        revision, models = await self._store.load()
+        revision, models = await self._store.load(self._known.models)
         before = dict(self._known.models)
-        self._known.load(models)
+        # Those that were removed first: their names may be others' now.
+        steps: list[tuple[Model | None, Model | None]] = [
+            (before[model_id], None) for model_id in sorted(before.keys() - {model.id for model in models})
+        ]
+        steps += [(before.get(model.id), model) for model in models if model is not before.get(model.id)]
+        # At the start, or after a defect, when it is not known what memory has.
+        anew = self.revision == 0
+        if anew:
+            self._known.load(models)
+        # Else one model at a time, so that whatever did not change can be called meanwhile.
+        for count, (old, new) in enumerate(steps):
+            if count % CHANGES_AT_ONCE == CHANGES_AT_ONCE - 1:
+                await asyncio.sleep(0)
+            if old is not None and not anew:
+                self._known.remove(old)
+            if new is not None and not anew:
+                self._known.add(new)
+            self._on_change(old, new)
         self.revision = revision
-        # Those that are gone first: their names may be others' now.
-        for model_id in sorted(before.keys() - self._known.models.keys()):
-            self._on_change(before[model_id], None)
-        for model in models:
-            if model != before.get(model.id):
-                self._on_change(before.get(model.id), model)
 
     def _apply(self, change: Change) -> None:
         before = self._known.models.get(change.model_id)

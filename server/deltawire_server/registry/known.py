@@ -42,7 +42,9 @@ class Known:
         """Forget one that is known."""
         del self.models[model.id]
         for name in model.names:
-            del self._names[name]
+            # While everything is read anew, another model may have the name before this one is removed.
+            if self._names.get(name) is model:
+                del self._names[name]
         others = self._targets[model.target]
         del others[model.id]
         if not others:
@@ -58,6 +60,10 @@ class Known:
         if others is None:
             return None
         return others.get(scoped_id(provider_id, served_name)) or others[min(others)]
+
+    def has_target(self, target: tuple[str, str]) -> bool:
+        """Whether a model is registered for what a provider serves."""
+        return target in self._targets
 
     def same(self, wanted: Model) -> Model | None:
         """The model that is registered just as wanted; `None` if all its names are free.

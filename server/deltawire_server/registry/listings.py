@@ -7,7 +7,6 @@ answers are never matched on.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from deltawire_server.errors import DeltawireError
@@ -15,7 +14,7 @@ from deltawire_server.registry.model import ModelState
 from deltawire_server.registry.view import discovered
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
     from deltawire_server.registry.model import Model
     from deltawire_server.registry.served import Served
@@ -28,18 +27,20 @@ class Listings:
     Args:
         served: Asks them, and knows what they said last.
         token: The caller's token for them.
+        named: The providers that the call names: they may have the token; see `Providers.token_for`.
 
     Attributes:
         provider_ids: All there are, ascending.
         failures: Why a provider that was asked did not say what it serves, by its id.
     """
 
-    def __init__(self, served: Served, token: str | None) -> None:
+    def __init__(self, served: Served, token: str | None, named: Iterable[str] = ()) -> None:
         self.provider_ids = served.provider_ids
         self.failures: dict[str, DeltawireError] = {}
         self._served = served
         self._token = token
-        self._listings: dict[str, tuple[ServedModel, ...]] = {}
+        self._named = frozenset(named)
+        self._listings: dict[str, Mapping[str, ServedModel]] = {}
         self._asked: set[str] = set()
 
     async def recall(self, provider_ids: Iterable[str]) -> None:
@@ -52,7 +53,8 @@ class Listings:
         missing = [each for each in provider_ids if each not in self._asked]
         self._asked.update(missing)
         results = await asyncio.gather(
-            *(self._served.listing(provider_id, self._token) for provider_id in missing), return_exceptions=True
+            *(self._served.listing(each, self._token, named=each in self._named) for each in missing),
+            return_exceptions=True,
         )
         for provider_id, result in zip(missing, results, strict=True):
             if isinstance(result, DeltawireError):
@@ -61,27 +63,33 @@ class Listings:
             elif isinstance(result, BaseException):
                 raise result
             else:
-                self._listings[provider_id] = result
+                self._listings[provider_id] = {served.id: served for served in result}
 
     def find(self, provider_id: str, served_name: str) -> Model | None:
         """The discovered model of this name; `None` as well if its provider was not asked or did not say."""
-        return next((model for model in self._models(provider_id) if model.provider_model_id == served_name), None)
+        served = self._listings.get(provider_id, {}).get(served_name)
+        if served is None:
+            return None
+        # A caller with a token of its own has just seen it.
+        state = self._served.state(provider_id, served.id) if self.shared(provider_id) else ModelState.SERVING
+        return discovered(provider_id, served, state)
 
-    def models(self) -> Iterator[Model]:
-        """Everything that is listed, whether registered or not."""
-        for provider_id in self._listings:
-            yield from self._models(provider_id)
+    def targets(self) -> Iterator[tuple[str, str]]:
+        """Provider and served name of everything that is listed, whether registered or not."""
+        for provider_id, listing in self._listings.items():
+            for served_name in listing:
+                yield provider_id, served_name
+
+    def shared(self, provider_id: str) -> bool:
+        """Whether all callers see this listing of the provider, and not only this one by its own token."""
+        return self._served.shared(provider_id, self._token, named=provider_id in self._named)
+
+    def own(self) -> frozenset[str]:
+        """The providers of which this caller sees a listing of its own."""
+        return frozenset(each for each in self.provider_ids if not self.shared(each))
 
     def _recalled(self, provider_id: str) -> bool:
-        if not self._served.shared(provider_id, self._token) or not self._served.was_asked(provider_id):
+        if not self.shared(provider_id) or not self._served.was_asked(provider_id):
             return False
-        self._listings[provider_id] = self._served.models(provider_id)
+        self._listings[provider_id] = self._served.listed(provider_id)
         return True
-
-    def _models(self, provider_id: str) -> Iterator[Model]:
-        for served in self._listings.get(provider_id, ()):
-            model = discovered(provider_id, served)
-            state = ModelState.SERVING  # as a caller with a token of its own has just been told
-            if self._served.shared(provider_id, self._token):
-                state = self._served.state(provider_id, served.id)
-            yield replace(model, state=state)

@@ -3,8 +3,8 @@
     a name ──► id ──► alias ──► "provider/served name" ──► served name of just one provider
                └── memory ──┘   └── memory, what the providers said last, what they say now ─┘
 
-Registered names come first, so whoever registers decides what a name means. Providers are asked only about names that
-lead nowhere without: a call for what is there waits for nobody.
+Registered names come first. A name that begins with a provider's id leads to that provider or nowhere; see `scopes`.
+Providers are asked only about names that nothing else resolves: a call for what is there waits for no provider.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from deltawire_server.errors import CallerError, Code, DeltawireError, ProviderError, Reason, Violation, invalid_request
 from deltawire_server.registry.messages import cut, quoted, some
-from deltawire_server.registry.model import Model, ModelSource, ModelType, scoped_id
-from deltawire_server.registry.view import is_new
+from deltawire_server.registry.model import Model, ModelType, scoped_id
+from deltawire_server.registry.scopes import registered, scopes_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -30,19 +30,20 @@ async def find(name: str, known: Known, listings: Listings) -> Model:
         CallerError: MODEL_NOT_FOUND, whose message lists some that there are; MODEL_AMBIGUOUS.
         ProviderError: Nobody who could serve it can be asked.
     """
-    model = known.find(name)
+    model = registered(name, known, listings.provider_ids)
     if model is not None:
         return model
-    # First the providers that the name names: the others may be slow, and are asked only if that leads nowhere.
+    # A provider that the name begins with is the only one asked; it may serve the rest of the name, or all of it.
     scopes = scopes_of(name, listings.provider_ids)
+    asked = tuple(scopes) or listings.provider_ids
     found: list[Model] = []
     for have in (listings.recall, listings.fetch):
-        for wanted in (scopes, dict.fromkeys(listings.provider_ids, name)):
+        for wanted in (scopes, dict.fromkeys(asked, name)):
             found = found or await _serving(wanted, known, listings, have)
     if len(found) > 1:
         raise _ambiguous(name, found)
     if not found:
-        raise _not_found(name, tuple(scopes) or listings.provider_ids, known, listings)
+        raise _not_found(name, asked, known, listings)
     return found[0]
 
 
@@ -54,33 +55,39 @@ async def only_chat_model(known: Known, listings: Listings) -> Model:
         ProviderError: There is none, and a provider cannot be asked.
     """
     await listings.recall(listings.provider_ids)
-    if not any(model.type is ModelType.LLM for model in all_models(known, listings).values()):
+    chat_models = _chat_models(known, listings)
+    if not chat_models:
         await listings.fetch(listings.provider_ids)
-    chat_models: dict[tuple[str, str], Model] = {}
-    models = all_models(known, listings).values()
-    for model in sorted(models, key=lambda model: (model.source is ModelSource.DISCOVERED, model.id)):
-        if model.type is ModelType.LLM:
-            chat_models.setdefault(model.target, model)
+        chat_models = _chat_models(known, listings)
     if len(chat_models) > 1:
-        names = some(sorted(model.id for model in chat_models.values()))
         raise invalid_request(
-            [Violation("chat.model", f"is required if several chat models are served; there are: {names}")]
+            [
+                Violation(
+                    "chat.model",
+                    f"is required if several chat models are served; there are: {some(sorted(chat_models.values()))}",
+                )
+            ]
         )
-    for model in chat_models.values():
-        return model
+    for target, model_id in chat_models.items():
+        model = known.models.get(model_id) or listings.find(*target)
+        if model is not None:
+            return model
     raise _not_found("", listings.provider_ids, known, listings)
 
 
-def scopes_of(name: str, provider_ids: Iterable[str]) -> dict[str, str]:
-    """Each way to read a name as a provider and its served name: both may hold slashes."""
-    return {
-        provider_id: name[len(provider_id) + 1 :] for provider_id in provider_ids if name.startswith(f"{provider_id}/")
-    }
+def _chat_models(known: Known, listings: Listings) -> dict[tuple[str, str], str]:
+    """What can chat, by target: the first id that is registered for it, else the id that it is discovered by.
 
-
-def all_models(known: Known, listings: Listings) -> dict[str, Model]:
-    """By id: the registered models, and what was listed unless it or its name is registered."""
-    return {model.id: model for model in listings.models() if is_new(model, known)} | known.models
+    A discovered model is only named here: there may be very many of them.
+    """
+    found: dict[tuple[str, str], str] = {}
+    for model_id, model in sorted(known.models.items()):
+        if model.type is ModelType.LLM:
+            found.setdefault(model.target, model_id)
+    for target in listings.targets():
+        if not known.has_target(target):
+            found[target] = scoped_id(*target)
+    return found
 
 
 async def _serving(
@@ -97,9 +104,9 @@ async def _serving(
         listings: Of the providers.
         have: Their method that gets those that are looked at.
     """
-    registered = {provider_id: known.serving(provider_id, served_name) for provider_id, served_name in wanted.items()}
-    await have(provider_id for provider_id, model in registered.items() if model is None)
-    models = (registered[provider_id] or listings.find(provider_id, name) for provider_id, name in wanted.items())
+    serving = {provider_id: known.serving(provider_id, served_name) for provider_id, served_name in wanted.items()}
+    await have(provider_id for provider_id, model in serving.items() if model is None)
+    models = (serving[provider_id] or listings.find(provider_id, name) for provider_id, name in wanted.items())
     return [model for model in models if model is not None]
 
 
@@ -126,11 +133,21 @@ def _not_found(name: str, asked: Sequence[str], known: Known, listings: Listings
             metadata={"provider": ", ".join(asked)},
             retry_after=1.0,
         )
-    names = some(sorted(all_models(known, listings))) or "none"
+    discovered_ids = {scoped_id(*target) for target in listings.targets() if not known.has_target(target)}
+    names = some(sorted(discovered_ids | known.models.keys())) or "none"
     away = f"; without an answer: {some(sorted(listings.failures))}" if listings.failures else ""
+    if any(failure.reason is Reason.UPSTREAM_UNAUTHENTICATED for failure in listings.failures.values()):
+        away += ", and a token may help: it is sent to the provider that the name begins with, as in provider/model"
+    scopes = scopes_of(name, listings.provider_ids)
+    reserved = ""
+    if scopes:
+        reserved = (
+            f": only provider {some(scopes)} is asked for names that begin with its id, and another provider's model is called"
+            f" as {quoted(f'provider/{name}')}"
+        )
     return CallerError(
         Reason.MODEL_NOT_FOUND,
-        f"{_described(name)} not found; there are: {names}{away}",
+        f"{_described(name)} not found{reserved}; there are: {names}{away}",
         metadata={"model": cut(name)},
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
 
 MAX_CONTEXT_TOKENS = 2**31 - 1
 """What the wire can carry, and a few thousand times the longest context there is."""
+
+
+_NO_ANNOTATIONS: Mapping[str, str] = MappingProxyType({})
+"""Shared by all models without annotations: there may be very many discovered ones."""
 
 
 class ModelType(enum.Enum):
@@ -66,7 +71,7 @@ class Model:
     provider_model_id: str
     type: ModelType = ModelType.LLM
     aliases: tuple[str, ...] = ()
-    annotations: Mapping[str, str] = field(default_factory=dict)
+    annotations: Mapping[str, str] = field(default_factory=lambda: _NO_ANNOTATIONS)
     source: ModelSource = ModelSource.REGISTERED
     max_context_tokens: int | None = None
     engine_root: str = ""

@@ -12,18 +12,19 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from deltawire_server.errors import CallerError, DeltawireError, Reason, RegistryError
+from deltawire_server.errors import CallerError, DeltawireError, GatewayError, Reason, RegistryError
 from deltawire_server.registry import lookup, pages, rules
 from deltawire_server.registry.feed import Feed
 from deltawire_server.registry.follower import Follower
 from deltawire_server.registry.known import Known
 from deltawire_server.registry.listings import Listings
-from deltawire_server.registry.messages import cut, quoted
+from deltawire_server.registry.messages import cut, quoted, some
 from deltawire_server.registry.model import Model, ModelSource, ModelState, ModelType
 from deltawire_server.registry.refresh import Refresher
+from deltawire_server.registry.scopes import may_have, scopes_of
 from deltawire_server.registry.served import Served
 from deltawire_server.registry.store import ChangeKind
-from deltawire_server.registry.view import View
+from deltawire_server.registry.view import LOOKS_AT_ONCE, View, is_new
 from deltawire_server.registry.writes import Writes
 from deltawire_server.telemetry import get_logger
 
@@ -50,11 +51,13 @@ class Resolution:
         model: What it names.
         alias: The name that was asked for, if it is not the model's id; else empty.
         provider: Who serves the model: call it with `model.provider_model_id`.
+        sends_token: Whether the provider may have the caller's token; if not, call it by `CallContext.without_token`.
     """
 
     model: Model
     alias: str
     provider: Provider
+    sends_token: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +71,12 @@ class Filter:
 
     def takes(self, model: Model) -> bool:
         """Whether a model is shown."""
-        wanted = (self.provider_id or None, self.type, self.state, self.source)
-        found = (model.provider_id, model.type, model.state, model.source)
-        return all(want is None or want == have for want, have in zip(wanted, found, strict=True))
+        return (
+            self.provider_id in ("", model.provider_id)
+            and self.type in (None, model.type)
+            and self.state in (None, model.state)
+            and self.source in (None, model.source)
+        )
 
 
 class ModelRegistry:
@@ -102,6 +108,7 @@ class ModelRegistry:
         await self._store.open()
         await self._follower.start()
         _log.info("registry opened", registered_models=len(self._known.models), revision=self._follower.revision)
+        self._warn_of_reserved_names()
 
     def start_refreshing(self) -> None:
         """List the providers, now and again and again until `close`."""
@@ -110,7 +117,18 @@ class ModelRegistry:
     def providers_changed(self, provider_ids: Iterable[str]) -> None:
         """These providers have come, gone, or are others now: what they said before counts no more."""
         self._served.forget(provider_ids)
+        self._warn_of_reserved_names()
         self._refresher.start()
+
+    def _warn_of_reserved_names(self) -> None:
+        reserved = [
+            name
+            for model in self._known.models.values()
+            for name in model.names
+            if not may_have(name, model, self._providers.ids)
+        ]
+        if reserved:
+            _log.warning("registered names lead nowhere: they are reserved for a provider", names=some(reserved))
 
     def interrupt_watches(self) -> None:
         """End all watches, with ACCESS_CHANGED: their callers are judged anew when they watch on."""
@@ -124,6 +142,7 @@ class ModelRegistry:
         """Let the writes under way finish, then close the store."""
         self._feed.close()
         await self._refresher.stop()
+        await self._view.stop()
         await self._writes.finish()
         await self._follower.stop()
         await self._store.close()
@@ -153,7 +172,7 @@ class ModelRegistry:
             aliases: Further names, at most 32.
             annotations: Free notes.
             embedding_dimension: Numbers in a vector that it makes; for EMBEDDING, and only then.
-            token: The caller's token for the provider.
+            token: The caller's token for the provider; used if `provider_id` is given, see `Providers.token_for`.
             owner: The caller's name; that of the first registration stays.
 
         Raises:
@@ -175,22 +194,31 @@ class ModelRegistry:
         await self._follower.catch_up()
         stored = self._known.same(rules.as_registered(wanted, self._known))
         if stored is None:
-            wanted = await rules.as_served(wanted, self._served, token)
-            await rules.refuse_served_names(wanted, self._served, token)
+            wanted = await rules.as_served(wanted, self._served, token, named=bool(provider_id))
+            rules.refuse_reserved_names(wanted, self._providers.ids)
             now = datetime.now(UTC)
             stored = await self._writes.insert(replace(wanted, create_time=now, update_time=now, owner=owner))
         return self._view.as_seen(stored)
 
-    async def update(self, name: str, changes: Mapping[str, object], etag: str = "", token: str | None = None) -> Model:
+    async def update(
+        self,
+        name: str,
+        changes: Mapping[str, object],
+        etag: str = "",
+        token: str | None = None,
+        owner: str | None = None,
+    ) -> Model:
         """Change a registered model; what is not named stays. Nothing is written if nothing is different.
 
         Args:
             name: Its id or one of its aliases.
             changes: New values by the names in `rules.UPDATABLE`.
             etag: Only if it still has this one; empty for in any case.
-            token: The caller's token for the provider.
+            token: The caller's token for the provider; used if the changes or the name say which provider.
+            owner: Only if this caller registered it; `None` for in any case.
 
         Raises:
+            GatewayError: PERMISSION_DENIED: another caller registered it.
             CallerError: MODEL_NOT_FOUND. Rules are broken (INVALID_REQUEST lists all of them), or there is no such provider.
             RegistryError: ETAG_MISMATCH. MODEL_ALREADY_EXISTS if a name belongs to another model. MODEL_NOT_SERVED.
                 MODEL_DISCOVERED. STORE_UNAVAILABLE.
@@ -200,12 +228,14 @@ class ModelRegistry:
         attempts = 0
         while True:
             model = await self._registered(name, etag, token)
+            _require_owner(model, owner)
             wanted = rules.changed(model, changes, self._providers)
             if wanted == model:
                 return self._view.as_seen(model)
             if wanted.target != model.target:
-                wanted = replace(await rules.as_served(wanted, self._served, token), id=model.id)
-            await rules.refuse_served_names(wanted, self._served, token, model)
+                named = "provider_id" in changes or wanted.provider_id in self._named_by(name)
+                wanted = replace(await rules.as_served(wanted, self._served, token, named=named), id=model.id)
+            rules.refuse_reserved_names(wanted, self._providers.ids, model)
             stored = await self._writes.update(replace(wanted, update_time=datetime.now(UTC)))
             if stored is not None:
                 return self._view.as_seen(stored)
@@ -213,23 +243,29 @@ class ModelRegistry:
             if attempts == ATTEMPTS:
                 raise _overtaken(model)
 
-    async def unregister(self, name: str, etag: str = "", token: str | None = None) -> None:
+    async def unregister(self, name: str, etag: str = "", token: str | None = None, owner: str | None = None) -> None:
         """Forget a registered model. What its provider serves stays callable by the provider's own name.
 
         Args:
             name: Its id or one of its aliases.
             etag: Only if it still has this one; empty for in any case.
             token: The caller's token for the providers.
+            owner: Only if this caller registered it; `None` for in any case, also if its record cannot be read.
 
         Raises:
+            GatewayError: PERMISSION_DENIED: another caller registered it.
             CallerError: MODEL_NOT_FOUND.
             RegistryError: ETAG_MISMATCH. MODEL_DISCOVERED if it is served but not registered. STORE_UNAVAILABLE.
             ProviderError: No model of this name is registered, and no provider can be asked whether it serves one.
         """
         attempts = 0
         while True:
-            # Without an etag it is not looked up first: the database may have it though memory cannot read it.
-            revision = (await self._registered(name, etag, token)).revision if etag else None
+            revision = None
+            # Else it is not looked up first: the database may have it though memory cannot read it.
+            if etag or owner is not None:
+                model = await self._registered(name, etag, token)
+                _require_owner(model, owner)
+                revision = model.revision
             if await self._writes.delete(name, revision):
                 return
             model = await self._registered(name, etag, token)  # says why not, unless somebody is at it right now
@@ -278,7 +314,7 @@ class ModelRegistry:
             CallerError: MODEL_NOT_FOUND, whose message lists some that there are; MODEL_AMBIGUOUS.
             ProviderError: Nobody who could serve it can be asked: try again.
         """
-        model = await lookup.find(name, self._known, Listings(self._served, token))
+        model = await lookup.find(name, self._known, Listings(self._served, token, self._named_by(name)))
         return self._view.as_seen(model) if model.source is ModelSource.REGISTERED else model
 
     async def resolve(self, name: str, token: str | None = None) -> Resolution:
@@ -297,7 +333,9 @@ class ModelRegistry:
             model = await self.get(name, token)
         else:
             model = await lookup.only_chat_model(self._known, Listings(self._served, token))
-        return Resolution(model, "" if name == model.id else name, self._providers.get(model.provider_id))
+        provider = self._providers.get(model.provider_id)
+        sends_token = self._providers.token_for(provider.id, token, named=provider.id in self._named_by(name)) == token
+        return Resolution(model, "" if name == model.id else name, provider, sends_token)
 
     async def list(
         self, page_size: int = 0, page_token: str = "", token: str | None = None, wanted: Filter | None = None
@@ -322,12 +360,22 @@ class ModelRegistry:
         """
         wanted = wanted or Filter()
         page = pages.asked_for(page_size, page_token, repr(wanted))
-        listings = Listings(self._served, token)
+        listings = Listings(self._served, token, (wanted.provider_id,))
         await listings.fetch(each for each in listings.provider_ids if wanted.provider_id in ("", each))
-        models = lookup.all_models(self._known, listings)
-        for model_id in self._known.models:
-            models[model_id] = self._view.as_seen(models[model_id])
-        shown = {model.id: model for model in models.values() if wanted.takes(model)}
+        await self._view.settled()
+        own = listings.own()
+        theirs = {
+            model.id: model
+            async for model in self._discovered_by(listings, own)
+            if wanted.takes(model) and is_new(model, self._known, self._providers.ids)
+        }
+        await asyncio.sleep(0)  # what follows looks at all models once more
+        shown = {
+            model_id: model
+            for model_id, model in self._view.models.items()
+            if wanted.takes(model) and not (model.provider_id in own and model.source is ModelSource.DISCOVERED)
+        }
+        shown |= theirs
         models_of_page, next_page_token = pages.page_of(shown, page, _bytes_of)
         return models_of_page, next_page_token, tuple(sorted(listings.failures))
 
@@ -343,7 +391,7 @@ class ModelRegistry:
 
         Args:
             provider_id: Whose; empty for all.
-            token: The caller's token, used where the operator configured none.
+            token: The caller's token, used where the operator configured none; see `Providers.token_for`.
 
         Returns:
             By ascending id, how many models each lists, or why it could not be listed.
@@ -355,7 +403,8 @@ class ModelRegistry:
         if provider_id:
             provider_ids = (self._providers.get(provider_id).id,)
         listings = await asyncio.gather(
-            *(self._served.listing(each, token, fresh=True) for each in provider_ids), return_exceptions=True
+            *(self._served.listing(each, token, fresh=True, named=bool(provider_id)) for each in provider_ids),
+            return_exceptions=True,
         )
         results: dict[str, int | DeltawireError] = {}
         for each, listing in zip(provider_ids, listings, strict=True):
@@ -371,6 +420,20 @@ class ModelRegistry:
         """A call found that a provider is not what it was: it is listed at once, and not only at its next turn."""
         self._refresher.suspect(provider_id)
 
+    def _named_by(self, name: str) -> dict[str, str]:
+        """The providers that a model's name names."""
+        return scopes_of(name, self._providers.ids)
+
+    async def _discovered_by(self, listings: Listings, provider_ids: frozenset[str]) -> AsyncGenerator[Model]:
+        """What a caller's own token shows at these providers. There may be very many: other tasks run meanwhile."""
+        targets = (target for target in listings.targets() if target[0] in provider_ids)
+        for count, target in enumerate(targets):
+            if count % LOOKS_AT_ONCE == 0:
+                await asyncio.sleep(0)
+            model = listings.find(*target)
+            if model is not None:
+                yield model
+
     def _listed(self, provider_id: str) -> None:
         self._view.listed(provider_id)
 
@@ -382,6 +445,27 @@ def _bytes_of(model: Model) -> int:
     texts = (*model.names, *model.target, model.engine_root, model.base_model, model.owner)
     notes = (*model.annotations, *model.annotations.values())
     return sum(len(text.encode()) for text in (*texts, *notes))
+
+
+def _require_owner(model: Model, caller: str | None) -> None:
+    """Check that a caller may change a registration.
+
+    Args:
+        model: The registration.
+        caller: Its name; `None` for one that may change them all.
+
+    Raises:
+        GatewayError: PERMISSION_DENIED.
+    """
+    if caller is None or model.owner == caller:
+        return
+    owner = f"{quoted(model.owner)} registered" if model.owner else "no known caller registered"
+    raise GatewayError(
+        Reason.PERMISSION_DENIED,
+        f"{owner} model {model.id!r}, so {caller} needs the permission operate to change it: let its owner do it, or have"
+        " the gateway's operator grant operate",
+        metadata={"caller": caller, "needs": "operate", "model": model.id, "owner": model.owner},
+    )
 
 
 def _overtaken(model: Model) -> RegistryError:

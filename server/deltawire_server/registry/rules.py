@@ -1,4 +1,4 @@
-"""What can be registered: requests within the limits, of models that are served, under names that nobody serves.
+"""What can be registered: requests within the limits, of models that are served, under names that are not reserved.
 
 requested ──► as_registered   is it there already?
     └───────► as_served       what its provider calls it
@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from deltawire_server.errors import Reason, RegistryError, Violation, invalid_request
 from deltawire_server.registry.catalog import served_as
-from deltawire_server.registry.known import taken
-from deltawire_server.registry.lookup import scopes_of
 from deltawire_server.registry.messages import MAX_NAME_LENGTH, cut, quoted, some
 from deltawire_server.registry.model import MAX_CONTEXT_TOKENS, Model, ModelType, scoped_id
+from deltawire_server.registry.scopes import may_have, scopes_of
 from deltawire_server.registry.view import with_served
 from deltawire_server.upstream.base import ServedModel
 
@@ -32,7 +31,9 @@ MAX_ALIASES = 32
 MAX_ANNOTATIONS = 64
 MAX_ANNOTATION_KEY_LENGTH = 128
 MAX_ANNOTATION_VALUE_LENGTH = 4096
-"""Notes, not documents: the three together keep a model within a quarter of a megabyte."""
+MAX_ANNOTATION_BYTES = 64 * 1024
+"""Notes, not documents: every gateway keeps them in memory and sends them with every list, watch and change. The sum is that of
+all keys and values in UTF-8, room for fifteen values of the greatest length."""
 
 _TYPES: Mapping[int, ModelType] = MappingProxyType({0: ModelType.LLM} | {kind.value: kind for kind in ModelType})
 
@@ -99,8 +100,9 @@ def changed(model: Model, changes: Mapping[str, Any], providers: Providers) -> M
     violations = [
         *(Violation(name, "is required") for name in ("provider_id", "provider_model_id") if not values[name]),
         *_kind_violations(values["type"], kind, values["embedding_dimension"]),
-        *_alias_violations(values["aliases"], model.id),
-        *_annotation_violations(values["annotations"]),
+        *_alias_violations(values["aliases"], model.id, model.aliases),
+        # Those that it has, from before a limit was lower, do not prevent other changes.
+        *(_annotation_violations(values["annotations"]) if values["annotations"] != model.annotations else ()),
     ]
     if violations or kind is None:
         raise invalid_request([Violation(f"model.{each.field}", each.description) for each in violations])
@@ -124,15 +126,21 @@ def as_registered(wanted: Model, known: Known) -> Model:
     return _named(wanted, wanted.provider_model_id)
 
 
-async def as_served(wanted: Model, providers: Served, token: str | None) -> Model:
+async def as_served(wanted: Model, providers: Served, token: str | None, *, named: bool) -> Model:
     """What is requested in the form in which it is to be registered, as its provider, asked anew, lists it.
+
+    Args:
+        wanted: As it is requested.
+        providers: What they serve.
+        token: The caller's.
+        named: Whether the request names the provider; see `Providers.token_for`.
 
     Raises:
         CallerError: INVALID_REQUEST if an alias is what the id has become.
         RegistryError: MODEL_NOT_SERVED.
         ProviderError: The provider cannot be asked.
     """
-    listing = await providers.listing(wanted.provider_id, token, fresh=True)
+    listing = await providers.listing(wanted.provider_id, token, fresh=True, named=named)
     served = served_as(wanted.provider_model_id, listing)
     if served is not None:
         model = with_served(_named(wanted, served.id), served)
@@ -148,30 +156,33 @@ async def as_served(wanted: Model, providers: Served, token: str | None) -> Mode
     )
 
 
-async def refuse_served_names(wanted: Model, providers: Served, token: str | None, before: Model | None = None) -> None:
-    """Keep "provider/served name" for what the provider serves: its callers must not be led elsewhere.
+def refuse_reserved_names(wanted: Model, provider_ids: Sequence[str], before: Model | None = None) -> None:
+    """Check that no name begins with a provider's id, but "provider/served name" of the model itself.
+
+    Whether that provider serves such a name now does not matter: it may do so later.
 
     Args:
         wanted: As it is to be registered.
-        providers: What they serve.
-        token: The caller's.
-        before: As it is registered already: the names that it has, and that lead where they do, are its own.
+        provider_ids: All configured providers.
+        before: As it is registered already: its names do not prevent other changes, unless it is to lead elsewhere.
 
     Raises:
-        RegistryError: MODEL_ALREADY_EXISTS.
-        ProviderError: A provider that a name names cannot be asked.
+        CallerError: INVALID_REQUEST, which lists all such names.
     """
+    fields = {wanted.id: "model_id" if before is None else "provider_id"}
+    fields |= {alias: f"aliases[{place}]" for place, alias in enumerate(wanted.aliases)}
     own = before.names if before is not None and before.target == wanted.target else ()
-    for name in wanted.names:
-        if name in own:
-            continue
-        for provider_id, served_name in scopes_of(name, providers.provider_ids).items():
-            if (provider_id, served_name) == wanted.target:
-                continue
-            listing = await providers.listing(provider_id, token)
-            if any(served.id == served_name for served in listing):
-                why = f"is what provider {provider_id!r} serves as {served_name!r}, for as long as it does"
-                raise taken(name, name, why, "choose another name")
+    violations = [
+        Violation(
+            field if before is None else f"model.{field}",
+            f"{quoted(name)} is reserved for what provider {some(scopes_of(name, provider_ids))} serves under that name:"
+            " choose a name that begins with no provider's id",
+        )
+        for name, field in fields.items()
+        if name not in own and not may_have(name, wanted, provider_ids)
+    ]
+    if violations:
+        raise invalid_request(violations)
 
 
 def _kind(model_type: ModelType | int) -> ModelType | None:
@@ -203,19 +214,23 @@ def _name_violations(field: str, name: str) -> Iterable[Violation]:
         yield Violation(field, "is required")
     if len(name) > MAX_NAME_LENGTH:
         yield Violation(field, f"has {len(name)} characters; at most {MAX_NAME_LENGTH} are allowed")
-    # No further than a name may be long: each character is looked at by itself, which takes a second for 8 MiB.
-    if not all(character.isprintable() and not character.isspace() for character in name[:MAX_NAME_LENGTH]):
-        yield Violation(field, "must be printable, without white space")
+    # Other alphabets have letters that look like these, and several spellings of one letter: a name that looks like another
+    # one must be that one. The names of models on the public hubs are within this. No further than a name may be long: each
+    # character is looked at by itself, which takes a second for 8 MiB.
+    if not all("!" <= character <= "~" for character in name[:MAX_NAME_LENGTH]):
+        yield Violation(field, "must be printable ASCII, without white space; in annotations any text is allowed")
 
 
-def _alias_violations(aliases: Sequence[str], model_id: str) -> Iterable[Violation]:
+def _alias_violations(aliases: Sequence[str], model_id: str, before: Sequence[str] = ()) -> Iterable[Violation]:
+    """What is wrong with aliases; one that the model has already may have any characters."""
     if len(aliases) > MAX_ALIASES:
         yield Violation("aliases", f"are {len(aliases)}; at most {MAX_ALIASES} are allowed")
     seen = {model_id}
     # Those beyond the limit are not looked at: one violation tells all about them.
     for position, alias in enumerate(aliases[:MAX_ALIASES]):
         field = f"aliases[{position}]"
-        yield from _name_violations(field, alias)
+        if alias not in before:
+            yield from _name_violations(field, alias)
         if alias in seen:
             yield Violation(field, "repeats the id or another alias")
         seen.add(alias)
@@ -231,3 +246,10 @@ def _annotation_violations(annotations: Mapping[str, str]) -> Iterable[Violation
         if len(value) > MAX_ANNOTATION_VALUE_LENGTH:
             field = f"annotations[{quoted(key)}]"
             yield Violation(field, f"has {len(value)} characters; at most {MAX_ANNOTATION_VALUE_LENGTH} are allowed")
+    size = sum(len(text.encode()) for text in (*annotations, *annotations.values()))
+    if size > MAX_ANNOTATION_BYTES:
+        yield Violation(
+            "annotations",
+            f"have {size} bytes of keys and values in all; at most {MAX_ANNOTATION_BYTES} are allowed: keep documents"
+            " elsewhere, and a link to them here",
+        )

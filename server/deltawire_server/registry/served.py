@@ -12,14 +12,18 @@ from typing import TYPE_CHECKING
 from deltawire_server.errors import DeltawireError, Reason
 from deltawire_server.registry.model import ModelState
 from deltawire_server.telemetry import get_logger
+from deltawire_server.upstream.failures import token_not_sent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from deltawire_server.upstream.base import Provider, ServedModel
     from deltawire_server.upstream.providers import Providers
 
 _log = get_logger(__name__)
+
+_REFUSED = frozenset({"401", "403"})
+"""The HTTP statuses of a provider that refuses a token, or requires one."""
 
 _NEEDS_TOKEN = frozenset({Reason.PROVIDER_MISCONFIGURED, Reason.UPSTREAM_UNAUTHENTICATED})
 
@@ -43,27 +47,36 @@ class Served:
         """All there are, ascending."""
         return self._providers.ids
 
-    def shared(self, provider_id: str, token: str | None) -> bool:
-        """Whether a caller with this token sees the same listing as all others; not of a provider that is gone."""
+    def shared(self, provider_id: str, token: str | None, *, named: bool = False) -> bool:
+        """Whether a caller sees the same listing as all others; not of a provider that was removed.
+
+        Args:
+            provider_id: Whose listing.
+            token: The caller's token.
+            named: Whether the call names the provider, so that it may have the token.
+        """
         if token is None:
+            return True
+        if provider_id in self._providers.ids and self._providers.token_for(provider_id, token, named=named) is None:
             return True
         return any(provider.id == provider_id and provider.has_token for provider in self._providers.all())
 
     async def listing(
-        self, provider_id: str, token: str | None = None, *, fresh: bool = False
+        self, provider_id: str, token: str | None = None, *, fresh: bool = False, named: bool = False
     ) -> tuple[ServedModel, ...]:
         """Ask a provider; see `Providers.listing`. What it says is known to all from then on.
 
         Args:
             provider_id: Which.
-            token: The caller's token, used if the operator configured none.
+            token: The caller's token, used if the operator configured none and the provider may have it.
             fresh: Ask it even if it was asked just now.
+            named: Whether the call names the provider; see `Providers.token_for`.
 
         Raises:
-            CallerError: No such provider.
+            CallerError: No such provider; UPSTREAM_UNAUTHENTICATED if it requires a token and the caller's was not sent.
             ProviderError: It is away, refuses, or answers nonsense.
         """
-        if not self.shared(provider_id, token):
+        if not self.shared(provider_id, token, named=named):
             return await self._providers.listing(provider_id, token, fresh=fresh)
         asked = self._providers.get(provider_id)
         try:
@@ -71,10 +84,17 @@ class Served:
         except DeltawireError as error:
             if self._is_current(asked):
                 self._fail(provider_id, error)
+            withheld = token is not None and self._providers.token_for(provider_id, token, named=named) is None
+            if withheld and error.metadata.get("http_status") in _REFUSED:
+                raise token_not_sent(provider_id, error.metadata) from error
             raise
         if self._is_current(asked):
             self._record(provider_id, listing)
         return listing
+
+    def listed(self, provider_id: str) -> Mapping[str, ServedModel]:
+        """What it listed last, by served name; never changed, but replaced by the next listing."""
+        return self._models.get(provider_id, {})
 
     def models(self, provider_id: str) -> tuple[ServedModel, ...]:
         """What it listed last; nothing if it never did."""

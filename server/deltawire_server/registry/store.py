@@ -11,9 +11,10 @@ from __future__ import annotations
 import enum
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import delete, func, insert, literal, select, update
 from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
 from deltawire_server.errors import Reason, RegistryError
@@ -29,7 +30,7 @@ from deltawire_server.registry.schema import CHANGES, LATEST, MODELS, NAMES, REV
 from deltawire_server.telemetry import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterator, Sequence
+    from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 
     from sqlalchemy import RowMapping
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -40,6 +41,30 @@ _log = get_logger(__name__)
 
 CHANGES_KEPT = 10_000
 """Records of changes: who missed more reads everything anew, which costs about as much as that many records."""
+
+CHANGES_BYTES = 16 * 1024 * 1024
+"""Characters of those records, looked at every `_TRIM_EVERY` changes: the database does not grow with what was overwritten."""
+
+_TRIM_EVERY = 64
+
+PAGE = 200
+"""Rows that are read at once: at the greatest size of a model this is some megabytes of memory, and reading them as models some
+milliseconds of work."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreLimits:
+    """How much can be registered, over all gateways that share the database. See `settings.model.RegistrySettings`.
+
+    Attributes:
+        max_models: Registered models.
+        max_aliases: Aliases of all of them.
+        max_bytes: Characters of text of all of them, as the database keeps it.
+    """
+
+    max_models: int = 10_000
+    max_aliases: int = 20_000
+    max_bytes: int = 32 * 1024 * 1024
 
 
 class ChangeKind(enum.Enum):
@@ -75,14 +100,26 @@ class Store:
             example; "sqlite://" lives in memory and dies with the process.
         busy_seconds: How long a write waits for another process's.
         changes_kept: Records of changes that each write leaves.
+        changes_bytes: Characters of them.
+        limits: How much can be registered. What the database has beyond them stays, and can be changed to something smaller.
 
     Raises:
         ValueError: The URL is none, or of another database, or its driver is not installed.
     """
 
-    def __init__(self, url: str, *, busy_seconds: float = BUSY_SECONDS, changes_kept: int = CHANGES_KEPT) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        busy_seconds: float = BUSY_SECONDS,
+        changes_kept: int = CHANGES_KEPT,
+        changes_bytes: int = CHANGES_BYTES,
+        limits: StoreLimits | None = None,
+    ) -> None:
         self._database = database_of(url, busy_seconds)
         self._changes_kept = changes_kept
+        self._changes_bytes = changes_bytes
+        self._limits = limits or StoreLimits()
 
     async def open(self) -> None:
         """Make what is missing, and bring the tables up to date; then call the others.
@@ -105,28 +142,41 @@ class Store:
         """Close all connections. Nothing else may be called afterwards."""
         await self._database.close()
 
-    async def load(self) -> tuple[int, list[Model]]:
-        """The revision of the last change, and all models that can be read, by ascending id.
+    async def load(self, known: Mapping[str, Model] = MappingProxyType({})) -> tuple[int, list[Model]]:
+        """The revision of the last change, and all models that can be read, by ascending id; read in pages.
 
         A damaged record is logged and left out.
+
+        Args:
+            known: Models in memory by id: one that is unchanged is returned itself, so that only the others take memory.
 
         Raises:
             RegistryError: The database cannot be read.
         """
+        models: list[Model] = []
         with _translated("load"):
             async with self._database.reading() as connection:
                 revision = await _revision(connection)
-                rows = (await connection.execute(select(MODELS).order_by(MODELS.c.id))).mappings().all()
-                names = (await connection.execute(select(NAMES).order_by(NAMES.c.model_id, NAMES.c.position))).all()
-        names_of: dict[object, list[object]] = {}
-        for name in names:
-            names_of.setdefault(name.model_id, []).append(name.name)
-        models = [_readable(row, names_of.get(row["id"], ())) for row in rows]
+                page = select(MODELS).order_by(MODELS.c.id).limit(PAGE)
+                read = 0
+                # By position and not from the last id on, which may be damaged.
+                while rows := (await connection.execute(page.offset(read))).mappings().all():
+                    read += len(rows)
+                    theirs = NAMES.c.model_id.in_([row["id"] for row in rows])
+                    names = await connection.execute(select(NAMES).where(theirs).order_by(NAMES.c.position))
+                    names_of: dict[object, list[object]] = {}
+                    for name in names:
+                        names_of.setdefault(name.model_id, []).append(name.name)
+                    for row in rows:
+                        model = _readable(row, names_of.get(row["id"], ()))
+                        if model is not None:
+                            before = known.get(model.id)
+                            models.append(before if before == model and before is not None else model)
         # Not by the database: what comes before what differs between them.
-        return revision, sorted((model for model in models if model is not None), key=lambda model: model.id)
+        return revision, sorted(models, key=lambda model: model.id)
 
     async def changes_after(self, revision: int) -> list[Change] | None:
-        """All changes after a revision, in their order; `None` if they cannot all be had: `load` then.
+        """The first `PAGE` changes after a revision, in their order; `None` if they cannot all be had: `load` then.
 
         They cannot if they are too many to have been kept, if one of them is damaged, which is logged, or if the database
         is older than the revision, since somebody has brought back a copy of it.
@@ -139,10 +189,11 @@ class Store:
                 last = await _revision(connection)
                 rows = (
                     await connection.execute(
-                        select(CHANGES).where(CHANGES.c.revision > revision).order_by(CHANGES.c.revision)
+                        select(CHANGES).where(CHANGES.c.revision > revision).order_by(CHANGES.c.revision).limit(PAGE)
                     )
                 ).all()
-        if last < revision or [row.revision for row in rows] != list(range(revision + 1, last + 1)):
+        end = min(last, revision + PAGE)
+        if last < revision or [row.revision for row in rows] != list(range(revision + 1, end + 1)):
             return None
         try:
             return [_change(row.revision, row.change, row.model_id, row.record) for row in rows]
@@ -161,7 +212,7 @@ class Store:
             tells who.
 
         Raises:
-            RegistryError: The database cannot be written.
+            RegistryError: REGISTRY_FULL. The database cannot be written.
         """
         with _translated("insert"):
             try:
@@ -169,6 +220,7 @@ class Store:
                     model = replace(model, revision=await self._next_revision(connection))
                     await connection.execute(insert(MODELS).values(**values_of(model)))
                     await _insert_names(connection, model)
+                    self._check_size(_Size(), await _size(connection))
                     await _record(connection, Change(model.revision, ChangeKind.ADDED, model.id, model))
             except IntegrityError:
                 return None
@@ -185,18 +237,20 @@ class Store:
             nothing has changed.
 
         Raises:
-            RegistryError: The database cannot be written.
+            RegistryError: REGISTRY_FULL. The database cannot be written.
         """
         with _translated("update"):
             try:
                 async with self._database.writing() as connection:
                     changed = replace(model, revision=await self._next_revision(connection))
+                    before = await _size(connection)
                     mine = (MODELS.c.id == model.id) & (MODELS.c.revision == model.revision)
                     result = await connection.execute(update(MODELS).where(mine).values(**values_of(changed)))
                     if not result.rowcount:
                         raise _OvertakenError
                     await connection.execute(delete(NAMES).where(NAMES.c.model_id == model.id))
                     await _insert_names(connection, changed)
+                    self._check_size(before, await _size(connection))
                     await _record(connection, Change(changed.revision, ChangeKind.MODIFIED, changed.id, changed))
             except (IntegrityError, _OvertakenError):
                 return None
@@ -248,8 +302,60 @@ class Store:
         raised = update(REVISION).values(revision=REVISION.c.revision + 1).returning(REVISION.c.revision)
         revision = int((await connection.execute(raised)).scalar_one())
         await connection.execute(delete(CHANGES).where(CHANGES.c.revision <= revision - self._changes_kept))
+        if revision % _TRIM_EVERY == 0:
+            newer = func.sum(func.length(CHANGES.c.record)).over(order_by=CHANGES.c.revision.desc())
+            sums = select(CHANGES.c.revision, newer.label("size")).subquery()
+            too_old = select(func.max(sums.c.revision)).where(sums.c.size > self._changes_bytes).scalar_subquery()
+            await connection.execute(delete(CHANGES).where(CHANGES.c.revision <= too_old))
         await self._database.announce(connection, revision)
         return revision
+
+    def _check_size(self, before: _Size, after: _Size) -> None:
+        """Check a write, within its transaction, which all other writers wait for.
+
+        Raises:
+            RegistryError: REGISTRY_FULL: there is more than may be, and more than before.
+        """
+        limits = (self._limits.max_models, self._limits.max_aliases, self._limits.max_bytes)
+        for what, limit, old, new in zip(_Size._fields, limits, before, after, strict=True):
+            if new > limit and new > old:
+                raise RegistryError(
+                    Reason.REGISTRY_FULL,
+                    f"the registry has room for {limit} {what}, and with this there would be {new}: unregister models, use"
+                    f" fewer aliases or annotations, or have the operator raise registry.max_{what}",
+                    metadata={"limit": str(limit), "setting": f"registry.max_{what}"},
+                )
+
+
+_TEXTS = (
+    MODELS.c.id,
+    MODELS.c.provider_id,
+    MODELS.c.provider_model_id,
+    MODELS.c.annotations,
+    MODELS.c.engine_root,
+    MODELS.c.base_model,
+    MODELS.c.owner,
+)
+_SIZE = select(
+    select(func.count()).select_from(MODELS).scalar_subquery(),
+    select(func.count()).select_from(NAMES).where(NAMES.c.position > 0).scalar_subquery(),
+    select(func.coalesce(func.sum(sum((func.length(each) for each in _TEXTS), start=literal(0))), 0)).scalar_subquery()
+    + select(func.coalesce(func.sum(func.length(NAMES.c.name)), 0)).scalar_subquery(),
+)
+"""What `_Size` holds. Text is counted as it is kept: names in characters, annotations as JSON in ASCII."""
+
+
+class _Size(NamedTuple):
+    """How much is registered; the names are those of the limits."""
+
+    models: int = 0
+    aliases: int = 0
+    bytes: int = 0
+
+
+async def _size(connection: AsyncConnection) -> _Size:
+    """How much is registered, in one query: the write lock is held meanwhile."""
+    return _Size(*map(int, (await connection.execute(_SIZE)).one()))
 
 
 class _OvertakenError(Exception):

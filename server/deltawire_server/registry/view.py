@@ -5,14 +5,19 @@
     providers ── refresh ──▶ served ─┘
 
 Whatever changes says which ids may look different now; those are looked at again, and what is different is published.
+A provider may list very many models, which all change when it goes down: they are looked at a part at a time, and other
+tasks run in between.
 """
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from deltawire_server.registry.model import MAX_CONTEXT_TOKENS, Model, ModelSource, scoped_id
+from deltawire_server.registry.model import MAX_CONTEXT_TOKENS, Model, ModelSource, ModelState, scoped_id
+from deltawire_server.registry.scopes import may_have, registered
 from deltawire_server.registry.store import ChangeKind
 
 if TYPE_CHECKING:
@@ -21,6 +26,10 @@ if TYPE_CHECKING:
     from deltawire_server.registry.known import Known
     from deltawire_server.registry.served import Served
     from deltawire_server.upstream.base import ServedModel
+
+
+LOOKS_AT_ONCE = 250
+"""Models that are looked at without giving way: some milliseconds of work."""
 
 
 class View:
@@ -40,6 +49,19 @@ class View:
         self._known = known
         self._served = served
         self._publish = publish
+        self._due: dict[str, None] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    async def settled(self) -> None:
+        """Wait until `models` has all that was reported."""
+        while self._task is not None:
+            await asyncio.wait([self._task])
+
+    async def stop(self) -> None:
+        """Look at nothing more."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
 
     def registered(self, *models: Model | None) -> None:
         """A registration has changed: it was one of these and is the other."""
@@ -51,17 +73,37 @@ class View:
         self._look(ids)
 
     def listed(self, provider_id: str) -> None:
-        """What is known of a provider has changed."""
+        """What is known of a provider has changed: some models are looked at now, the rest as soon as possible."""
         seen = [model.id for model in self.models.values() if model.provider_id == provider_id]
         served = (scoped_id(provider_id, each.id) for each in self._served.models(provider_id))
-        self._look(dict.fromkeys((*seen, *served)))
+        self._due.update(dict.fromkeys((*seen, *served)))
+        if self._task is None:
+            self._look_at_some()
+        if self._due and self._task is None:
+            self._task = asyncio.create_task(self._look_at_all(), name="look at many models")
+            self._task.add_done_callback(self._looked_at_all)
 
     def as_seen(self, model: Model) -> Model:
         """A registered model with its state; not as somebody may have changed it since."""
+        state = self._served.state(*model.target)
         seen = self.models.get(model.id)
-        if seen is not None and seen.revision == model.revision:
+        if seen is not None and seen.revision == model.revision and seen.state is state:
             return seen
-        return replace(model, state=self._served.state(*model.target))
+        return replace(model, state=state)
+
+    async def _look_at_all(self) -> None:
+        while self._due:
+            await asyncio.sleep(0)
+            self._look_at_some()
+
+    def _looked_at_all(self, _: asyncio.Task[None]) -> None:
+        self._task = None
+
+    def _look_at_some(self) -> None:
+        some = list(itertools.islice(self._due, LOOKS_AT_ONCE))
+        for model_id in some:
+            del self._due[model_id]
+        self._look(some)
 
     def _look(self, ids: Iterable[str]) -> None:
         for model_id in ids:
@@ -77,10 +119,12 @@ class View:
 
     def _now(self, model_id: str) -> Model | None:
         model = self._known.models.get(model_id)
+        if model is None or not may_have(model_id, model, self._served.provider_ids):
+            found = self._find_discovered(model_id)
+            if found is not None and is_new(found, self._known, self._served.provider_ids):
+                return found
         if model is None:
-            model = self._find_discovered(model_id)
-            if model is None or not is_new(model, self._known):
-                return None
+            return None
         return replace(model, state=self._served.state(*model.target))
 
     def _find_discovered(self, model_id: str) -> Model | None:
@@ -89,29 +133,42 @@ class View:
             if model_id.startswith(scope):
                 served = self._served.find(provider_id, model_id.removeprefix(scope))
                 if served is not None:
-                    return discovered(provider_id, served)
+                    return discovered(provider_id, served, self._served.state(provider_id, served.id))
         return None
 
 
-def discovered(provider_id: str, served: ServedModel) -> Model:
-    """What a provider lists, as a model."""
-    model = Model(scoped_id(provider_id, served.id), provider_id, served.id, source=ModelSource.DISCOVERED)
-    return with_served(model, served)
+def discovered(provider_id: str, served: ServedModel, state: ModelState) -> Model:
+    """What a provider lists, as a model. Made in one step: there may be very many of them."""
+    return Model(
+        scoped_id(provider_id, served.id),
+        provider_id,
+        served.id,
+        source=ModelSource.DISCOVERED,
+        max_context_tokens=_context_tokens(served),
+        engine_root=served.engine_root,
+        base_model=served.base_model,
+        state=state,
+    )
 
 
 def with_served(model: Model, served: ServedModel) -> Model:
-    """A model with what its provider says of it."""
-    tokens = served.max_context_tokens
-    # A number that cannot be is as good as none, and must not fail the call.
-    known = tokens is not None and 0 <= tokens <= MAX_CONTEXT_TOKENS
+    """A registered model with what its provider says of it."""
     return replace(
         model,
-        max_context_tokens=tokens if known else None,
+        max_context_tokens=_context_tokens(served),
         engine_root=served.engine_root,
         base_model=served.base_model,
     )
 
 
-def is_new(discovered_model: Model, known: Known) -> bool:
+def _context_tokens(served: ServedModel) -> int | None:
+    # A number that cannot be is as good as none, and must not fail the call.
+    tokens = served.max_context_tokens
+    return tokens if tokens is not None and 0 <= tokens <= MAX_CONTEXT_TOKENS else None
+
+
+def is_new(discovered_model: Model, known: Known, provider_ids: Iterable[str]) -> bool:
     """Whether a discovered model is to be seen: neither it nor its name is registered."""
-    return known.serving(*discovered_model.target) is None and known.find(discovered_model.id) is None
+    if known.has_target(discovered_model.target):
+        return False
+    return registered(discovered_model.id, known, provider_ids) is None

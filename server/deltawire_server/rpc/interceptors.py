@@ -22,7 +22,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc import aio
 
-from deltawire_server.access import Access, Identity, NameKind, bearer_key
+from deltawire_server.access import Access, Identity, NameKind, Permission, bearer_key
 from deltawire_server.admission import Admission
 from deltawire_server.errors import (
     CallerError,
@@ -97,6 +97,7 @@ class CallRecord:
         owner: What marks the caller's completions; empty if callers cannot be distinguished. A later caller of the same name
             with another credential has another one.
         begun: Whether a message of a stream was sent.
+        may_operate: Whether the caller may change models that others registered.
         latch: How it ends.
         values: What the handler adds to the log line: model, usage and the like.
         place: The call's in `Admission`, if its method needs one; taken already, unless the call may resume a completion.
@@ -107,6 +108,7 @@ class CallRecord:
         self.caller = ""
         self.owner = ""
         self.begun = False
+        self.may_operate = True
         self.latch = Latch()
         self.values: dict[str, object] = {}
         self.place: Place | None = None
@@ -220,11 +222,8 @@ class CallInterceptor(aio.ServerInterceptor):
                     request = messages
                     with contextlib.ExitStack() as admitted:
                         if ours:
-from deltawire_server.access import Access, Identity, NameKind, bearer_key
-from deltawire_server.admission import Admission
-from deltawire_server.errors import CallerError, DeltawireError, GatewayError, Reason, internal_error
-from deltawire_server.rpc import reflection, wire
-from deltawire_server.rpc.admitted import Admitted
+                            await self._let_in(method, record, context, place)
+                            admitted.enter_context(self._admitted.entered(record.owner, method, lambda: record.begun))
                             data = await self._reception.receive(context, functools.partial(wire.check, method=method))
                             request = _parsed(parse, data)
                             del data
@@ -304,6 +303,7 @@ from deltawire_server.rpc.admitted import Admitted
             principal = self._access.authorize(method, key, _identities(context))
             if principal is not None:
                 record.caller, record.owner = principal.name, principal.owner
+                record.may_operate = Permission.OPERATE in principal.permissions
             record.values["caller"] = record.caller
         except GatewayError as refused:
             record.values.update(refused.metadata)

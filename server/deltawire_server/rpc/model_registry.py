@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from deltawire_server.registry.feed import Step
     from deltawire_server.registry.model import Model
     from deltawire_server.registry.registry import ModelRegistry
+    from deltawire_server.rpc.interceptors import CallRecord
     from deltawire_server.upstream.engine import Engine
     from deltawire_server.upstream.providers import Providers
 
@@ -159,14 +160,20 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
     async def UnregisterModel(self, request: pb.UnregisterModelRequest, context: Context) -> pb.UnregisterModelResponse:
         """Forget a registered model."""
         _require("model_id", request.model_id)
-        await self._registry.unregister(request.model_id, request.etag, call_context(context).token)
+        await self._registry.unregister(
+            request.model_id, request.etag, call_context(context).token, _only_of(call_record(context))
+        )
         return pb.UnregisterModelResponse()
 
     async def UpdateModel(self, request: pb.UpdateModelRequest, context: Context) -> pb.UpdateModelResponse:
         """Change a registered model."""
         _require("model.id", request.model.id)
         model = await self._registry.update(
-            request.model.id, changes_of(request), request.model.etag, call_context(context).token
+            request.model.id,
+            changes_of(request),
+            request.model.etag,
+            call_context(context).token,
+            _only_of(call_record(context)),
         )
         return pb.UpdateModelResponse(model=model_message(model))
 
@@ -319,6 +326,11 @@ def _chosen(field: str, number: int, meanings: Mapping[_Choice, int]) -> _Choice
             return meaning
     known = ", ".join(f"{value} ({meaning.name})" for meaning, value in meanings.items())
     raise invalid_request([Violation(field, f"{number} is none that there is; there are {known}, and 0 for all")])
+
+
+def _only_of(record: CallRecord) -> str | None:
+    """Whose registrations a caller may change: its own; `None` if all."""
+    return None if record.may_operate else record.caller
 
 
 def _require(field: str, value: str) -> None:

@@ -273,7 +273,8 @@ class ServerSettings(Section):
 class AccessSettings(Section):
     """Who may call, read and change: a line for each caller, `NAME PERMISSIONS CREDENTIAL`.
 
-    PERMISSIONS are call (completions), read (look at models and providers) and change (models), joined by commas, or all.
+    PERMISSIONS are call (completions), read (look at models and providers), change (register models, and change those that the
+    caller registered) and operate (with change: also those that others registered), joined by commas, or all.
     CREDENTIAL is sha256: and the SHA-256 of the caller's key, in hexadecimal digits; or the key itself, at least 16
     printable ASCII characters without a colon; or a name in the caller's certificate, by its kind: mtls:uri:, mtls:dns:, or
     mtls:cn: for the common name of a certificate without alternative names. `#` begins a comment. Keys come as
@@ -542,8 +543,18 @@ class ProviderSettings(Section):
         default=None,
         examples=["the server's --api-key"],
         description=(
-            "Bearer token sent as Authorization; a caller's own (metadata x-vllm-api-token) comes before it. Not "
+            "Bearer token sent as Authorization; a caller's own (metadata x-vllm-api-token), where it is sent, comes before "
+            "it: see accept_caller_tokens. Not "
             "set, none is sent. Never printed, and no flag sets it, since flags show in ps."
+        ),
+    )
+    accept_caller_tokens: bool = Field(
+        default=False,
+        description=(
+            "Send callers' own tokens (metadata x-vllm-api-token) to this provider also for calls that do not name it: by a "
+            "bare model name or an alias, or when all providers are listed. By default a token goes only to the provider "
+            "that the call names, as in provider/model, so that no other server learns it. With a single provider every "
+            "call means that one, and this setting changes nothing."
         ),
     )
     headers: Annotated[Mapping[str, SecretStr], AfterValidator(values.headers)] = Field(
@@ -646,6 +657,33 @@ class RegistrySettings(Section):
             "PostgreSQL, for any number of them: postgresql://user@host/name; a password is best left to $PGPASSWORD or "
             "~/.pgpass, since flags show in ps. Not set or empty, deltawire/registry.db under $XDG_STATE_HOME, else under "
             "~/.local/state."
+        ),
+    )
+    max_models: Whole = Field(
+        default=10_000,
+        ge=1,
+        le=100_000,
+        description=(
+            "Models that can be registered, over all gateways that share the database; more are refused with "
+            "RESOURCE_EXHAUSTED (REGISTRY_FULL). Each gateway keeps all of them in memory. The default is far beyond what "
+            "people name, and loads within seconds."
+        ),
+    )
+    max_aliases: Whole = Field(
+        default=20_000,
+        ge=0,
+        le=1_000_000,
+        description=(
+            "Aliases of all registered models together; more are refused in the same way. A model has at most 32. The "
+            "default is two for each of max_models."
+        ),
+    )
+    max_bytes: Bytes = Field(
+        default=32 * MIB,
+        description=(
+            "Bytes of text of all registered models together: names, and annotations as JSON in ASCII, as the database "
+            "keeps them; more is refused in the same way. The default is 3 KiB for each of max_models, and half of the "
+            "64 MiB by which one caller's requests may let a gateway grow."
         ),
     )
 

@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol, Self
 
 from deltawire_server.secret import Secret
 
@@ -29,20 +29,26 @@ class CallContext:
     Attributes:
         request_id: Printable ASCII, at most 128 characters.
         token: The caller's own token for the provider (`x-vllm-api-token`), fit for a header; it comes before the operator's.
-            `None` if it has none.
+            `None` if it has none, or if it must not be sent to this provider.
         traceparent: Valid by W3C Trace Context; `None` if there was none, or none that is.
         tracestate: The same; `None` without a `traceparent`.
+        token_withheld: Whether the caller sent a token that this provider must not get: failures then explain it.
     """
 
     request_id: str
     token: str | None = None
     traceparent: str | None = None
     tracestate: str | None = None
+    token_withheld: bool = False
 
     def __post_init__(self) -> None:
         """Keep the token as a `Secret`, also if a plain text was given."""
         if self.token is not None:
             object.__setattr__(self, "token", Secret(self.token))
+
+    def without_token(self) -> Self:
+        """The same for a provider that must not get the caller's token."""
+        return self if self.token is None else replace(self, token=None, token_withheld=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +162,10 @@ class Provider(Protocol):
     @property
     def has_token(self) -> bool:
         """Whether the operator configured a token; then what it lists is the same for every caller."""
+
+    @property
+    def accepts_caller_tokens(self) -> bool:
+        """Whether the operator lets it have the tokens of callers that do not name it; see `Providers.token_for`."""
 
     @property
     def engine(self) -> Engine:

@@ -172,6 +172,7 @@ def failure_of(
     provider_id: str,
     *,
     callers_token: bool = False,
+    token_withheld: bool = False,
     model: str = "",
     begun: bool = False,
     metadata: Mapping[str, str] | None = None,
@@ -182,6 +183,7 @@ def failure_of(
         error: What the provider said.
         provider_id: Which provider.
         callers_token: Whether the token came with the call: then a wrong one is the caller's.
+        token_withheld: Whether the call had a token that was not sent: then sending it may help.
         model: The name that the caller asked for; empty if the request was about none.
         begun: Whether the first event of the answer had come: then the failure is ABORTED (UPSTREAM_ERROR), whatever it is.
         metadata: More values for the failure's metadata.
@@ -202,6 +204,8 @@ def failure_of(
     if status in (401, 403) and callers_token:
         message = f"provider {provider_id!r} refuses the token in x-vllm-api-token: {said}"
         return CallerError(Reason.UPSTREAM_UNAUTHENTICATED, message, metadata=values)
+    if status in (401, 403) and token_withheld:
+        return token_not_sent(provider_id, values)
     if status == 404 and error.type == "NotFoundError" and error.param == "model":
         return CallerError(Reason.MODEL_NOT_FOUND, said, metadata={**values, "model": model})
     if reason is Reason.UPSTREAM_REJECTED:
@@ -215,6 +219,25 @@ def failure_of(
         message = f"provider {provider_id!r} cannot take the request now: {said}"
         return ProviderError(reason, message, metadata=values, retry_after=wait)
     return ProviderError(reason, f"provider {provider_id!r} failed: {said}", metadata=values)
+
+
+def token_not_sent(provider_id: str, metadata: Mapping[str, str]) -> CallerError:
+    """The failure of a call that a provider refuses for its token, while the caller's own token was not sent.
+
+    Args:
+        provider_id: Which provider.
+        metadata: Of the failure.
+
+    Returns:
+        UPSTREAM_UNAUTHENTICATED, with the remedy; raise it.
+    """
+    return CallerError(
+        Reason.UPSTREAM_UNAUTHENTICATED,
+        f"provider {provider_id!r} refuses the call for its token; the one in x-vllm-api-token was not sent, since the call"
+        f" does not name the provider: name the model as '{provider_id}/…', or set the provider in the request's field for"
+        f" it, or have the operator set providers.{provider_id}.accept_caller_tokens",
+        metadata=metadata,
+    )
 
 
 def field_of(param: str) -> str:

@@ -89,6 +89,7 @@ ACTIONS: Mapping[Reason, Action] = MappingProxyType(
         Reason.TOO_MANY_STREAMS: _NOTHING,
         Reason.UNAUTHENTICATED: _NOTHING,
         Reason.WRONG_REPLICA: _NOTHING,
+        Reason.REGISTRY_FULL: _NOTHING,
     }
 )
 """By reason; every reason has a row."""

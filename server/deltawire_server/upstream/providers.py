@@ -30,6 +30,9 @@ _log = get_logger(__name__)
 
 LISTING_SECONDS = 5.0
 
+TOKEN_LISTINGS = 32
+"""Listings by callers' own tokens that are kept at once; the oldest makes room. Each may be a few MiB, and any text is a token."""
+
 _Key = tuple["Provider", "str | None"]
 """A listing: whose, and by which caller's token. Not by the id, which another provider may have the next moment."""
 
@@ -75,6 +78,23 @@ class Providers:
                 metadata={"provider": provider_id},
             )
         return provider
+
+    def token_for(self, provider_id: str, token: str | None, *, named: bool) -> str | None:
+        """The caller's token if a provider may have it, else `None`.
+
+        It may if the call names the provider, if the operator set `accept_caller_tokens` for it, or if it is the only one
+        configured, so that every call means it. A bare model name may lead to any provider that lists such a name: a token
+        sent there would be known to a server that the caller did not choose.
+
+        Args:
+            provider_id: Which provider the token would be sent to.
+            token: As it came with the call; `None` if none came.
+            named: Whether the call names this provider, by "provider/model" or in a field of its own.
+        """
+        provider = self._providers.get(provider_id)
+        if provider is None or not (named or provider.accepts_caller_tokens or len(self._providers) == 1):
+            return None
+        return token
 
     @contextlib.contextmanager
     def held(self, provider: Provider) -> Iterator[None]:
@@ -181,9 +201,14 @@ class Providers:
         now = time.monotonic()
         # Callers' tokens come and go; their listings must not stay.
         self._listings = {
-            other: kept for other, kept in self._listings.items() if now - kept[0] < self._listing_seconds
+            other: kept
+            for other, kept in self._listings.items()
+            if other != key and now - kept[0] < self._listing_seconds  # added again below, as the newest
         }
         self._listings[key] = (now, models)
+        own = [other for other in self._listings if other[1] is not None]
+        for oldest in own[: max(0, len(own) - TOKEN_LISTINGS)]:
+            del self._listings[oldest]
         return models
 
     def _fetched(self, key: _Key, fetch: asyncio.Task[tuple[ServedModel, ...]]) -> None:

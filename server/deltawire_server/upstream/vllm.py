@@ -66,6 +66,10 @@ COUNTS_AT_ONCE = 16
 MAX_DOCUMENT_BYTES = 2 * 1024 * 1024
 """Of what a server says of itself; vLLM's OpenAPI document has a quarter of that."""
 
+MAX_SERVED_NAME = 1024
+"""Characters of a served model's name; one that is longer is left out. It is far beyond the names of files and repositories, and
+with all else that a listing holds, a model stays below the 4 MiB of a message."""
+
 TOKENIZE = "/tokenize"
 
 MAX_ERROR_BYTES = 1024 * 1024
@@ -119,6 +123,7 @@ class VllmProvider:
         headers: Mapping[str, str] | None = None,
         allowed_models: Sequence[str] = (),
         allowed_extra_fields: Sequence[str] = (),
+        accepts_caller_tokens: bool = False,
         tls: ssl.SSLContext | bool = True,
         default_max_tokens: int | None = None,
         max_connections: int = 1032,
@@ -144,6 +149,7 @@ class VllmProvider:
             for replica in self._replicas.all
         }
         self._counting = asyncio.Semaphore(COUNTS_AT_ONCE)
+        self.accepts_caller_tokens = accepts_caller_tokens
         self.default_max_tokens = default_max_tokens
         self.patience = patience or Patience()
         self.refresh_interval = refresh_interval
@@ -209,7 +215,7 @@ class VllmProvider:
                 return count
 
     async def list_models(self, token: str | None = None) -> tuple[ServedModel, ...]:
-        """What it serves now; see `Provider.list_models`. An entry without an id is left out."""
+        """What it serves now; see `Provider.list_models`. An entry without an id, or with a very long one, is left out."""
         for reader in self._engines.values():
             reader.start()
         failures: list[DeltawireError] = []
@@ -381,12 +387,18 @@ class VllmProvider:
         headers = self._call_headers(call)
         document = await self._document(replica, "POST", url, headers, COUNT_SECONDS, content)
         if document.status != httpx.codes.OK:
-            raise self._not_counted(document, name, callers_token=call.token is not None)
+            raise self._not_counted(document, name, call)
         counted = self._decoded(document, _Counted, f"{TOKENIZE} with something else than a count")
         return TokenCount(counted.count, counted.max_model_len)
 
-    def _not_counted(self, document: Document, name: str, *, callers_token: bool) -> DeltawireError:
-        error = failure_of(_error_in(document), self.id, callers_token=callers_token, model=name)
+    def _not_counted(self, document: Document, name: str, call: CallContext) -> DeltawireError:
+        error = failure_of(
+            _error_in(document),
+            self.id,
+            callers_token=call.token is not None,
+            token_withheld=call.token_withheld,
+            model=name,
+        )
         # The key of `/v1` is not asked for here: who forbids it forbids the endpoint.
         if document.status not in _NOT_OFFERED or error.reason is Reason.MODEL_NOT_FOUND:
             return error
@@ -413,7 +425,13 @@ class VllmProvider:
         """
         headers = {**self._call_headers(call), "accept": "text/event-stream"}
         url = f"{replica.base_url}/chat/completions"
-        fail = functools.partial(failure_of, provider_id=self.id, callers_token=call.token is not None, model=name)
+        fail = functools.partial(
+            failure_of,
+            provider_id=self.id,
+            callers_token=call.token is not None,
+            token_withheld=call.token_withheld,
+            model=name,
+        )
         response = await self._send(replica, "POST", url, headers, content)
         try:
             if response.status_code != httpx.codes.OK:
@@ -446,7 +464,8 @@ class VllmProvider:
             callers_token = token is not None and not self._api_token
             raise failure_of(_error_in(document), self.id, callers_token=callers_token)
         cards = self._decoded(document, _Listing, "its list of models with something else").data
-        return tuple(_served_model(card) for card in cards if isinstance(card, dict) and card.get("id"))
+        models = (_served_model(card) for card in cards if isinstance(card, dict) and card.get("id"))
+        return tuple(model for model in models if len(model.id) <= MAX_SERVED_NAME)
 
     async def _problem(self, replica: Replica) -> str:
         """What is wrong with a replica; empty if it is healthy."""

@@ -1,0 +1,51 @@
+"""Names that begin with a provider's id and a slash: they are reserved for what that provider serves.
+
+An id or alias "b/adapter" that led to another provider would receive the prompts, and the tokens, that callers mean for b.
+So such a name is refused at registration, and one that a database already has, from before b was configured, leads nowhere
+for as long as b is configured.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from deltawire_server.registry.catalog import served_as
+from deltawire_server.upstream.base import ServedModel
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from deltawire_server.registry.known import Known
+    from deltawire_server.registry.model import Model
+
+
+def scopes_of(name: str, provider_ids: Iterable[str]) -> dict[str, str]:
+    """Each way to read a name as a provider and its served name: both may hold slashes."""
+    return {
+        provider_id: name[len(provider_id) + 1 :] for provider_id in provider_ids if name.startswith(f"{provider_id}/")
+    }
+
+
+def may_have(name: str, model: Model, provider_ids: Iterable[str]) -> bool:
+    """Whether a model may be registered under a name, and be called by it.
+
+    Args:
+        name: An id or alias.
+        model: Where it leads.
+        provider_ids: All configured providers.
+
+    Returns:
+        True for a name that no provider's id begins, and for "provider/served name" of the model itself, also by the other
+        names that the catalog knows the served model by.
+    """
+    scopes = scopes_of(name, provider_ids)
+    if not scopes:
+        return True
+    served = ServedModel(model.provider_model_id, model.engine_root, model.base_model)
+    return model.provider_id in scopes and served_as(scopes[model.provider_id], [served]) is not None
+
+
+def registered(name: str, known: Known, provider_ids: Iterable[str]) -> Model | None:
+    """The registered model that a name leads to; `None` if there is none, or the name is reserved for something else."""
+    model = known.find(name)
+    return model if model is not None and may_have(name, model, provider_ids) else None
