@@ -12,7 +12,7 @@ from deltawire_server.completions import retention
 from deltawire_server.completions.records import NOTHING_YET, Outcome
 from deltawire_server.completions.retention import STREAM_BYTES, RetainedStream, Retention, RetentionLimits
 from deltawire_server.errors import CallerError, Code, DeltawireError, GatewayError, ProviderError, Reason
-from deltawire_server.sansio.coalesce import EVENT_BYTES, weight
+from deltawire_server.sansio.coalesce import weight
 from deltawire_server.sansio.events import (
     Completed,
     FinishedChoice,
@@ -230,7 +230,7 @@ async def test_all_streams_share_a_bound() -> None:
 
 async def test_a_new_stream_makes_room_too() -> None:
     """Streams without a message weigh something: their number is bounded by it."""
-    common = Retention(RetentionLimits(max_bytes=2 * STREAM_BYTES + EVENT_BYTES))
+    common = Retention(RetentionLimits(max_bytes=2 * STREAM_BYTES + weight(STARTED)))
     ended = Kept(common).finish(STARTED)
     Kept(common)
     assert ended.dropped == 0
