@@ -163,7 +163,8 @@ class RetainedStream:
     def close(self, failure: DeltawireError | None = None) -> None:
         """Nothing more comes; readers that have read all end, with the failure if there was one."""
         if not self._closed:
-            self._closed, self._failure = True, failure
+            # Not the exception itself, whose traceback refers to all that the call had.
+            self._closed, self._failure = True, failure and failure.again()
         if self._running is not None:
             self._timings, self._usage = self._running.timings, self._running.usage
             self._attempts = self._running.attempts

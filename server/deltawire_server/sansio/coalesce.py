@@ -132,7 +132,7 @@ def weight(event: StreamEvent) -> int:
 
 def logprobs_weight(logprobs: Sequence[TokenLogprob]) -> int:
     """How many bytes of memory the log-probabilities of some tokens take."""
-    size = _TUPLE_BYTES
+    size = _TUPLE_BYTES if logprobs else 0
     for token in logprobs:
         size += _TOKEN_BYTES + getsizeof(token.token) + getsizeof(token.raw_bytes)
         if token.alternatives:
