@@ -3,13 +3,16 @@
     Ledger ── hold ──▶ Hold: `set` what one call holds now, `close` at its end
 
 The account has what callers and engines can make large. It lacks what is bounded by a constant: about 100 MiB of the process
-itself, some KiB for each call, and up to 64 KiB that gRPC and the sockets queue for each.
+itself, and for each call the last 400 KiB that were read from the provider and what gRPC has queued for the caller.
 
 At seven eighths of the limit new calls are refused, so that those under way can end. At the limit the largest ones are ended.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import ctypes
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -17,7 +20,7 @@ from typing import TYPE_CHECKING, Self
 from deltawire_server.errors import GatewayError, Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
     from types import TracebackType
 
 SHARE = 0.5
@@ -32,6 +35,25 @@ RETRY_SECONDS = 1.0
 
 MIB = 1024 * 1024
 
+LARGE_BYTES = 1 * MIB
+"""Requests above this are parsed and validated one after the other. One of 30 MiB takes steps of 10 to 40 ms, in which nothing else
+runs; of several at once, all would have a step before any other call."""
+
+REST_SECONDS = 0.005
+"""Between two such requests, for other calls: one takes several turns of the event loop."""
+
+TRIM_BYTES = 32 * MIB
+"""What calls let go of before the allocator is asked to return it to the kernel, which takes some 10 ms in another thread."""
+
+TRIM_SECONDS = 0.5
+"""After that: by then what the call had besides is free, too."""
+
+MMAP_BYTES = 256 * 1024
+"""What the allocator gets from the kernel for each such object, and returns when that is freed. Without it glibc raises the size
+to that of the largest object that was freed, and then keeps up to hundreds of MiB in pieces after large requests."""
+
+_M_MMAP_THRESHOLD = -3
+
 _CGROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
 """The files of cgroup v2 and v1, below the mount of the file system of cgroups."""
 
@@ -45,13 +67,31 @@ class Ledger:
     Attributes:
         held: Bytes that are held now.
         limit: Bytes.
+        trim: Called each time that `TRIM_BYTES` were let go of.
     """
 
     def __init__(self, limit: int) -> None:
         self.held = 0
         self.limit = limit
+        self.trim: Callable[[], object] = lambda: None
         self._holds: set[Hold] = set()
         self._making_room = False
+        self._released = 0
+        self._turn = asyncio.Lock()
+
+    @contextlib.asynccontextmanager
+    async def turn(self, size: int) -> AsyncIterator[None]:
+        """Wait until no other large request is worked on; a request of at most `LARGE_BYTES` does not wait.
+
+        Args:
+            size: Bytes of the request.
+        """
+        if size <= LARGE_BYTES:
+            yield
+            return
+        async with self._turn:
+            await asyncio.sleep(REST_SECONDS)
+            yield
 
     def admit(self, size: int = 0) -> None:
         """Check that there is memory for a new call.
@@ -84,6 +124,11 @@ class Ledger:
     def changed(self, size: int) -> None:
         """So many bytes more are held, or fewer; at the limit, make room. Called by `Hold`."""
         self.held += size
+        if size < 0:
+            self._released -= size
+            if self._released >= TRIM_BYTES:
+                self._released = 0
+                self.trim()
         if size <= 0 or self.held <= self.limit or self._making_room:
             return
         self._making_room = True
@@ -136,6 +181,27 @@ class Hold:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Allocator:
+    """The C library's, which keeps much of what large requests took, unless it is told otherwise. Only glibc knows how."""
+
+    def __init__(self) -> None:
+        library = ctypes.CDLL(None)
+        self._trim = getattr(library, "malloc_trim", None)
+        self._timer: asyncio.TimerHandle | None = None
+        if self._trim is not None:
+            library.mallopt(_M_MMAP_THRESHOLD, MMAP_BYTES)
+
+    def trim_soon(self) -> None:
+        """Return what is free to the kernel, a little later and in another thread; no effect if that is due already."""
+        if self._trim is not None and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(TRIM_SECONDS, self._begin)
+
+    def _begin(self) -> None:
+        self._timer = None
+        if self._trim is not None:
+            asyncio.get_running_loop().run_in_executor(None, self._trim, 0)
 
 
 def default_limit(cgroup: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/proc/meminfo")) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import ssl
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import httpx
 
@@ -51,7 +51,7 @@ class Transport(httpx.AsyncBaseTransport):
         head = _head(request)
         timeout = request.extensions.get("timeout", {})
         connection = await self._pool(request.url).take(timeout.get("pool"), timeout.get("connect"))
-        exchange = await connection.send(head, request.stream, timeout.get("read"))
+        exchange = await connection.send(head, cast("httpx.AsyncByteStream", request.stream), timeout.get("read"))
         return httpx.Response(exchange.status, headers=exchange.headers, stream=exchange)
 
     async def aclose(self) -> None:
