@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
+    from deltawire_server.memory import Ledger
     from deltawire_server.upstream.images.load import Images
     from tests.conftest import Certificates, StartGateway
 
@@ -153,16 +154,18 @@ async def test_settings_reach_the_parts(vllm: FakeVllm, tmp_path: Path, monkeypa
             providers: Any,  # noqa: ANN401 (not used)
             limits: WorkerLimits | None = None,
             images: Images | None = None,
+            memory: Ledger | None = None,
         ) -> None:
             seen.append(limits)
-            super().__init__(registry, providers, limits, images)
+            super().__init__(registry, providers, limits, images, memory)
 
     monkeypatch.setattr(app, "Worker", Seen)
     settings = settings_of(
         vllm.base_url,
         tmp_path,
-        server={"max_streams": 11, "max_duration": 12},
+        server={"max_streams": 11, "max_duration": 12, "max_memory_bytes": 2**27, "max_completed_bytes": 1919},
         stream={
+            "max_answer_bytes": 1818,
             "queue_bytes": 1313,
             "slow_caller_timeout": 14,
             "tail_timeout": 15,
@@ -189,6 +192,8 @@ async def test_settings_reach_the_parts(vllm: FakeVllm, tmp_path: Path, monkeypa
     assert (limits.max_streams, limits.completion.max_duration) == (11, 12)
     assert (limits.completion.queue_bytes, limits.completion.tail) == (1313, 15)
     assert (answer.max_calls, answer.max_call_bytes, answer.max_event_bytes) == (15, 1616, 1717)
+    assert (answer.max_held_bytes, answer.max_completed_bytes) == (1818, 1919)
+    assert gateway._worker.memory.limit == 2**27
     (provider,) = gateway._providers.all()
     assert (provider.id, provider.default_max_tokens, provider.patience) == ("vllm", 18, Patience(19, 20))
     assert (provider.base_urls, provider.refresh_interval) == ((f"{vllm.base_url}/v1", "http://other:1/v1"), 22)

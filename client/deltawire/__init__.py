@@ -16,6 +16,7 @@ from deltawire._client import ChatStream, Client, ModelWatch
 from deltawire._completion import Accumulator, Answer, Choice
 from deltawire._errors import (
     AccessChangedError,
+    AnswerTooLargeError,
     CallCancelledError,
     CallError,
     ClientClosedError,
@@ -33,6 +34,7 @@ from deltawire._errors import (
     ImageUnavailableError,
     InternalError,
     InvalidRequestError,
+    MemoryLimitExceededError,
     ModelAlreadyExistsError,
     ModelAmbiguousError,
     ModelDiscoveredError,
@@ -120,6 +122,7 @@ __all__ = [
     "AccessChangedError",
     "Accumulator",
     "Answer",
+    "AnswerTooLargeError",
     "AsyncChatStream",
     "AsyncClient",
     "AsyncModelWatch",
@@ -158,6 +161,7 @@ __all__ = [
     "ImageUnavailableError",
     "InternalError",
     "InvalidRequestError",
+    "MemoryLimitExceededError",
     "MessageLike",
     "Model",
     "ModelAlreadyExistsError",

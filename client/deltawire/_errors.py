@@ -35,6 +35,8 @@
         │   └── UpstreamAbortedError
         ├── GatewayError                     the gateway cannot do it now: full, draining, or defective
         │   ├── TooManyStreamsError
+        │   ├── MemoryLimitExceededError
+        │   ├── AnswerTooLargeError
         │   ├── SlowCallerError
         │   ├── SlowWatcherError
         │   ├── AccessChangedError
@@ -267,6 +269,14 @@ class TooManyStreamsError(GatewayError):
     """The gateway serves as many completions as it may. Wait `retry_after` seconds, then try again."""
 
 
+class MemoryLimitExceededError(GatewayError):
+    """The gateway holds as much as it may for the calls under way. Wait `retry_after` seconds, then try again."""
+
+
+class AnswerTooLargeError(GatewayError):
+    """The answer is larger than the gateway holds, or than fits into one message. Stream it, or ask for less of it."""
+
+
 class SlowCallerError(GatewayError):
     """This program did not read its stream for too long. Read events as they come, and work on them elsewhere."""
 
@@ -372,6 +382,8 @@ REASONS: Mapping[ErrorReason.ValueType, type[CallError]] = MappingProxyType(
         ErrorReason.ERROR_REASON_COMPLETION_NOT_FOUND: CompletionNotFoundError,
         ErrorReason.ERROR_REASON_COMPLETION_GONE: CompletionGoneError,
         ErrorReason.ERROR_REASON_WRONG_REPLICA: WrongReplicaError,
+        ErrorReason.ERROR_REASON_ANSWER_TOO_LARGE: AnswerTooLargeError,
+        ErrorReason.ERROR_REASON_MEMORY_LIMIT_EXCEEDED: MemoryLimitExceededError,
         ErrorReason.ERROR_REASON_REGISTRY_FULL: RegistryFullError,
     }
 )

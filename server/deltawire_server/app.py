@@ -16,6 +16,7 @@ from deltawire_server.access import Access
 from deltawire_server.completion import CompletionLimits
 from deltawire_server.completions.retention import RetentionLimits
 from deltawire_server.lifecycle import Lifecycle, plaintext_addresses
+from deltawire_server.memory import Allocator, Ledger, default_limit
 from deltawire_server.registry.registry import ModelRegistry
 from deltawire_server.registry.store import Store, StoreLimits
 from deltawire_server.rpc.chat_completion import ChatCompletionServicer
@@ -94,7 +95,9 @@ class Gateway:
         )
         self._registry = ModelRegistry(_store(settings), self._providers)
         self._images = Images(_image_policy(settings), user_agent=_USER_AGENT)
-        self._worker = Worker(self._registry, self._providers, _worker_limits(settings), self._images)
+        memory = Ledger(settings.server.max_memory_bytes or default_limit())
+        memory.trim = Allocator().trim_soon
+        self._worker = Worker(self._registry, self._providers, _worker_limits(settings), self._images, memory)
         self._access = Access(settings.access.principals)
         chat = ChatCompletionServicer(
             self._worker,
@@ -111,7 +114,12 @@ class Gateway:
             models.end_watches,
             self._access,
             admission=self._worker.admission,
-            reception=Reception(settings.server.max_receiving, settings.server.receive_timeout),
+            memory=memory,
+            # What is being received is not in the account of memory, so that there must be room for it beside the limit.
+            reception=Reception(
+                min(settings.server.max_receiving, max(1, memory.limit // (2 * settings.server.max_receive_bytes))),
+                settings.server.receive_timeout,
+            ),
         )
         self._lifecycle = Lifecycle(settings.server, [self._calls], self._calls)
         self._lifecycle.add_service(
@@ -392,6 +400,8 @@ def _worker_limits(settings: Settings) -> WorkerLimits:
                 max_event_bytes=stream.max_event_bytes,
                 max_calls=stream.max_tool_calls,
                 max_call_bytes=stream.max_tool_call_bytes,
+                max_held_bytes=stream.max_answer_bytes,
+                max_completed_bytes=settings.server.max_completed_bytes,
             ),
         ),
         retention=RetentionLimits(

@@ -43,6 +43,7 @@ from deltawire_server.upstream.failures import RETRY_SECONDS, UpstreamError, fai
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
+    from deltawire_server.memory import Hold
     from deltawire_server.registry.registry import Resolution
     from deltawire_server.sansio.tool_calls import Check
     from deltawire_server.stream_options import StreamOptions
@@ -50,7 +51,15 @@ if TYPE_CHECKING:
     from deltawire_server.upstream.images.load import Images
     from deltawire_server.upstream.request import ChatRequest
 
-_OURS = frozenset({Reason.DURATION_LIMIT_EXCEEDED, Reason.DRAINING, Reason.SLOW_CALLER})
+_OURS = frozenset(
+    {
+        Reason.ANSWER_TOO_LARGE,
+        Reason.MEMORY_LIMIT_EXCEEDED,
+        Reason.DURATION_LIMIT_EXCEEDED,
+        Reason.DRAINING,
+        Reason.SLOW_CALLER,
+    }
+)
 """The faults that are this process's and not the provider's."""
 
 DRAIN_SECONDS = 0.25
@@ -95,6 +104,8 @@ class Completion:
         accepted: When the call was accepted, on the monotonic clock.
         checks: The checks of its calls' arguments, by the tool's name.
         keep_logprobs: Whether the last event repeats the log-probabilities.
+        hold: What it holds in memory; at the limit of all together, it ends itself.
+        request_bytes: Of the request as it came, which is held until the provider's first event.
 
     Attributes:
         head: What is settled of it.
@@ -118,6 +129,8 @@ class Completion:
         *,
         checks: Mapping[str, Check],
         keep_logprobs: bool,
+        hold: Hold,
+        request_bytes: int,
     ) -> None:
         self._request = _with_defaults(request, resolution.provider.default_max_tokens)
         self.resolution = resolution
@@ -153,9 +166,12 @@ class Completion:
             stop_token_ids=self._request.sampling.stop_token_ids,
             incremental=self._request.incremental_tool_calls,
             argument_checks=checks,
-            keep_logprobs=keep_logprobs,
+            whole=keep_logprobs,
             limits=limits.answer,
         )
+        self._hold = hold
+        self._request_bytes = request_bytes
+        hold.evict = self._evict
         self._task: asyncio.Task[None] | None = None
         self._reading: asyncio.Timeout | None = None  # while the provider's answer is read; never expires by itself
         self._clock = _Clock(self._time_out)
@@ -222,6 +238,19 @@ class Completion:
         if self.state is not State.ENDED:
             self._take(self._reader.finish(fault), limit_seconds=limit_seconds)
 
+    def _evict(self) -> None:
+        """End it: it is among the largest when there is no memory left for all."""
+        message = (
+            "the gateway holds as much as it may for the calls under way, and this was among the largest: retry later"
+        )
+        self._reader.forget()
+        self.end(Fault(Reason.MEMORY_LIMIT_EXCEEDED, message))
+        self._hold.close()
+
+    def _weigh(self) -> None:
+        """Account for what it holds now."""
+        self._hold.set(self._request_bytes + self._reader.held + self._queue.size)
+
     async def close(self) -> None:
         """Stop reading and close the upstream connection, if that has not happened yet; then it is done."""
         if self.state is not State.ENDED:
@@ -230,6 +259,7 @@ class Completion:
             self._task.cancel()
             # Only waits for the connection to be closed: the end is decided.
             await asyncio.wait([self._task])
+        self._hold.close()
 
     async def _batch(self) -> list[StreamEvent]:
         """What is sent next; empty if nothing comes any more."""
@@ -242,6 +272,7 @@ class Completion:
                     events = await self._queue.take()
             except TimeoutError:
                 return [Heartbeat()]
+        self._weigh()
         if self._options.usage_updates and events and not isinstance(events[-1], Completed):
             usage = self.usage
             if usage != self._sent_usage:
@@ -296,11 +327,16 @@ class Completion:
         self.state = advance(self.state, Cause.ASKED)
         self._clock.allow(timeouts.first_event)
         request = await self._images.load(self._request)
+        # The provider has the only copy from here on, and lets go of it at the first event.
+        self._request = replace(self._request, messages=())
         # From here to the first event the provider keeps the time: it knows which of its replicas is silent.
         self._clock.pause()
         self._asked = time.monotonic()
         drained = 0
-        async with self.resolution.provider.stream_chat(request, model, self._call) as answering:
+        asking = self.resolution.provider.stream_chat(request, model, self._call)
+        del request
+        async with asking as answering:
+            self._request_bytes = 0
             self._clock.allow(timeouts.first_event)
             self._provider_failed = answering.failed
             self._notices = answering.notices
@@ -334,6 +370,7 @@ class Completion:
             self._gaps.receive(self._reader.event_count - count, time.monotonic())
         if events:
             self._take(events)
+        self._weigh()
         if self.state is not State.ENDED:
             if self._reader.in_tail and self.state is State.STREAMING:
                 self.state = advance(self.state, Cause.FINISHED)
@@ -439,7 +476,8 @@ class Completion:
             )
         if fault.reason in _OURS:
             code = Code.ABORTED if fault.reason is Reason.DRAINING and self._begun else None
-            return GatewayError(fault.reason, fault.message, code=code, metadata=metadata)
+            retry_after = RETRY_SECONDS if fault.reason is Reason.MEMORY_LIMIT_EXCEEDED else None
+            return GatewayError(fault.reason, fault.message, code=code, metadata=metadata, retry_after=retry_after)
         return ProviderError(
             fault.reason,
             f"provider {provider_id!r}: {fault.message}",

@@ -81,6 +81,8 @@ class Reason(enum.Enum):
     COMPLETION_NOT_FOUND = 36
     COMPLETION_GONE = 37
     WRONG_REPLICA = 38
+    ANSWER_TOO_LARGE = 39
+    MEMORY_LIMIT_EXCEEDED = 40
     REGISTRY_FULL = 41
 
 
@@ -126,6 +128,8 @@ CODES: Mapping[Reason, Code] = MappingProxyType(
         Reason.COMPLETION_NOT_FOUND: Code.NOT_FOUND,
         Reason.COMPLETION_GONE: Code.OUT_OF_RANGE,
         Reason.WRONG_REPLICA: Code.FAILED_PRECONDITION,
+        Reason.ANSWER_TOO_LARGE: Code.RESOURCE_EXHAUSTED,
+        Reason.MEMORY_LIMIT_EXCEEDED: Code.RESOURCE_EXHAUSTED,
         Reason.REGISTRY_FULL: Code.RESOURCE_EXHAUSTED,
     }
 )

@@ -38,6 +38,11 @@ class Handover:
         self._room = asyncio.Event()
 
     @property
+    def size(self) -> int:
+        """Bytes of memory that wait."""
+        return self._waiting.size
+
+    @property
     def full(self) -> bool:
         """Whether so much waits that the reader should `await room()` before it reads on."""
         return self._waiting.size >= self._limit

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import sys
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from deltawire_server.completions.records import Outcome, Records
 from deltawire_server.completions.retention import Retention, RetentionLimits
 from deltawire_server.completions.state import State
 from deltawire_server.errors import CallerError, Code, DeltawireError, GatewayError, Reason, internal_error
+from deltawire_server.memory import Ledger
 from deltawire_server.registry.model import ModelType
 from deltawire_server.registry.registry import require_type
 from deltawire_server.sansio.events import Fault
@@ -63,12 +65,14 @@ class Caller:
         name: Keeps the completions of different callers apart: `CallRecord.owner`; empty if they cannot be distinguished.
         deadline_passed: Whether the call's deadline has; asked when the call is cancelled.
         place: The call's own, which its completion takes over; without one the completion takes another.
+        request_bytes: Of the call's request as it came.
     """
 
     call: CallContext
     name: str = ""
     deadline_passed: Callable[[], bool] = _no_deadline
     place: Place | None = None
+    request_bytes: int = 0
 
     def left(self) -> Outcome:
         """How a completion ended whose caller has left."""
@@ -100,6 +104,11 @@ class Worker:
         providers: Those of the registry; each is held while a completion needs it.
         limits: What completions may take.
         images: Puts images in the place of their addresses; by default it refuses them.
+        memory: What all calls hold; by default it is counted, without a limit.
+
+    Attributes:
+        admission: The places of completions.
+        memory: What all calls hold.
     """
 
     def __init__(
@@ -108,6 +117,7 @@ class Worker:
         providers: Providers,
         limits: WorkerLimits | None = None,
         images: Images | None = None,
+        memory: Ledger | None = None,
     ) -> None:
         self._registry = registry
         self._providers = providers
@@ -116,7 +126,8 @@ class Worker:
         self.admission = Admission(self._limits.max_streams)
         self._completions: set[Completion] = set()
         self._records = Records()
-        self._retention = Retention(self._limits.retention)
+        self.memory = memory or Ledger(sys.maxsize)
+        self._retention = Retention(self._limits.retention, self.memory)
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -242,6 +253,7 @@ class Worker:
         """
         record, place = self._admit(caller, request.completion_id)
         running = self._run(record, place, request, caller, options or StreamOptions(), keep_logprobs=keep_logprobs)
+        del request
         async with running as completion:
             yield completion
 
@@ -275,7 +287,10 @@ class Worker:
                     accepted,
                     checks=await argument_checks(request, resolution.provider.engine),
                     keep_logprobs=keep_logprobs,
+                    hold=self.memory.hold(),
+                    request_bytes=caller.request_bytes,
                 )
+                del request  # the completion has it, until it is sent
                 record.run(completion)
                 async with self._under_way(completion):
                     yield completion

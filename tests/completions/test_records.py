@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import tracemalloc
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
-from deltawire_server.completions.records import NOTHING_YET, Head, Outcome, Record, Records, Timings
+from deltawire_server.completions.records import MAX_MESSAGE, NOTHING_YET, Head, Outcome, Record, Records, Timings
 from deltawire_server.errors import CallerError, Code, DeltawireError, GatewayError, Reason
 from deltawire_server.sansio.events import Fault, Provenance, StopReason, Usage
 from deltawire_server.upstream.request import Sampling
@@ -204,3 +206,68 @@ def test_a_completion_that_is_failed() -> None:
     assert running.faults == [fault]
     records.end(early, None)
     assert records.kept() == (late,)
+
+
+LARGE = Sampling(
+    stop=tuple(f"{number:60}" for number in range(1000)),
+    stop_token_ids=tuple(range(1000, 5000)),
+    logit_bias={number: number / 3 for number in range(1000, 5000)},
+    bad_words=tuple(f"{number:10}" for number in range(1000)),
+)
+"""About as much as a request may have."""
+
+
+def _ended(records: Records, caller: str, sampling: Sampling, outcome: Outcome | None = None) -> Record:
+    record = records.begin(caller)
+    running = FakeRunning(record.completion_id)
+    running.head = Head(record.completion_id, "m" * 300, "", "p", 1.0, sampling)
+    record.run(running)
+    records.end(record, outcome)
+    return record
+
+
+def test_what_is_remembered_is_small() -> None:
+    """Long lists of the sampling and the rest of a long message are forgotten at the end; numbers and short lists stay."""
+    records = Records()
+    failed = Outcome(Code.INTERNAL, Reason.INTERNAL, "\N{SNOWMAN}" * 100_000)
+    record = _ended(records, "me", replace(LARGE, temperature=0.5), failed)
+    assert record.head is not None
+    assert record.head.sampling == Sampling(temperature=0.5)
+    assert record.outcome == Outcome(Code.INTERNAL, Reason.INTERNAL, "\N{SNOWMAN}" * (MAX_MESSAGE // 3))
+    short = Sampling(stop=("a", "b"), stop_token_ids=(7,), logit_bias={1: 2.0}, bad_words=("c",))
+    kept = _ended(records, "me", short)
+    assert kept.head is not None
+    assert kept.head.sampling == short
+    for name in ("stop", "stop_token_ids", "logit_bias", "bad_words"):
+        one = _ended(records, "me", replace(Sampling(), **{name: getattr(LARGE, name)}))
+        assert one.head is not None
+        assert one.head.sampling == Sampling()
+
+
+def test_what_is_remembered_is_bounded_in_memory() -> None:
+    """The bytes are those that were allocated, and the oldest are forgotten at the limit."""
+    records = Records(max_bytes=8 * 1024 * 1024)
+    failed = Outcome(Code.INTERNAL, Reason.INTERNAL, "x" * 100_000)
+    first = _ended(records, "me", LARGE, failed)
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        size = records.size
+        for number in range(1000):
+            sampling = replace(LARGE, stop=(f"{number:1000}",), stop_token_ids=(), logit_bias={}, bad_words=())
+            _ended(records, f"caller {number}", sampling, replace(failed, message=f"{number:100000}"))
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 1.0 <= (records.size - size) / (after - before) <= 1.5
+    assert records.find("me", first.completion_id) is first
+    for _ in range(2000):
+        _ended(records, "me", LARGE, failed)
+    assert records.size <= 8 * 1024 * 1024
+    assert reason_of(records, "me", first.completion_id) == (CallerError, Reason.COMPLETION_NOT_FOUND)
+    records.begin("caller 999", "again")
+    before_again = records.size
+    again = records.begin("me", "again")
+    records.end(again, None)
+    records.begin("me", "again")
+    assert records.size == before_again

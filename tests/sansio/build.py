@@ -114,7 +114,7 @@ def reader(
         stop_token_ids=stop_token_ids,
         incremental=incremental,
         argument_checks=checks,
-        keep_logprobs=keep_logprobs,
+        whole=keep_logprobs,
         limits=limits,
         generate_id=counting_ids(),
     )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
+from sys import getsizeof
 from typing import TYPE_CHECKING
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +18,8 @@ from deltawire_server.sansio.events import (
     Completed,
     FailureReason,
     FinishedChoice,
-    Heartbeat,
+    Notice,
+    NoticeKind,
     Provenance,
     ReasoningDelta,
     Refused,
@@ -34,7 +38,7 @@ from deltawire_server.sansio.pieces import PIECE_CHARACTERS, logprobs_size
 from tests.support import recordings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
 TOKEN = TokenLogprob("a", -1.0, b"a", (Alternative("b", -2.0, b"b"), Alternative("c", -3.0, b"c")))
 
@@ -104,7 +108,7 @@ def test_no_merged_delta_is_too_large() -> None:
     """At the limit another begins; put together they say the same."""
     half = "x" * (PIECE_CHARACTERS // 2)
     for delta in (TextDelta(0, half), ReasoningDelta(0, half), ToolCallArguments(0, 0, "c", half)):
-        assert [weight(event) - EVENT_BYTES for event in _joined(*[delta] * 5)] == [
+        assert [weight(event) - EVENT_BYTES - getsizeof("") for event in _joined(*[delta] * 5)] == [
             PIECE_CHARACTERS, PIECE_CHARACTERS, PIECE_CHARACTERS // 2
         ]  # fmt: skip
         small = type(delta)(0, "y") if not isinstance(delta, ToolCallArguments) else ToolCallArguments(0, 0, "c", "y")
@@ -153,41 +157,57 @@ def test_nothing_is_held_back() -> None:
     assert coalescer.take() == [TextDelta(0, "b")]
 
 
-def test_the_weight_grows_with_what_waits() -> None:
-    """Each event weighs something, and each text, fragment, argument and log-probability more the larger it is."""
-    usage = Usage(1, Provenance.EXACT)
-    whole = FinishedChoice(0, "x" * 20, "y" * 10, (), (), StopReason.END_OF_TURN, "stop", False)
-    succeeded, failed = (
-        ToolCallSucceeded(0, 0, "a", "f", "x" * 13),
-        ToolCallFailed(0, 0, "a", "f", FailureReason.TRUNCATED, "m", "x" * 14),
+def _token(number: int, alternatives: int = 0) -> TokenLogprob:
+    """A token whose text, bytes and number are objects of their own, as a decoder makes them."""
+    text = f"token {number}"
+    others = tuple(Alternative(f"other {number} {other}", -number / 3, b"%d" % number) for other in range(alternatives))
+    return TokenLogprob(text, -number / 7, text.encode(), others)
+
+
+def _call(number: int) -> Sequence[StreamEvent]:
+    call_id, name = f"call_{number}", f"tool_{number}"
+    return (
+        ToolCallStarted(0, number, call_id, name),
+        ToolCallArguments(0, number, call_id, f'{{"city": {number}}}'),
+        ToolCallSucceeded(0, number, call_id, name, f'{{"city":  {number}}}'),
+        ToolCallFailed(0, number, call_id, name, FailureReason.TRUNCATED, f"cut at {number}", f'{{"city":   {number}'),
     )
-    with_calls = FinishedChoice(
-        0, "x" * 5, "", (succeeded,), (failed,), StopReason.END_OF_MESSAGE, "stop", False, None, (TOKEN,)
-    )
-    weights: list[tuple[StreamEvent, int]] = [
-        (Started("u", "m"), 0),
-        (TextDelta(0, "x" * 10), 10),
-        (ReasoningDelta(0, "x" * 11), 11),
-        (TextDelta(0, "x", (TOKEN, TOKEN)), 1 + 2 * 3 * EVENT_BYTES),
-        (ToolCallStarted(0, 0, "a", "f"), 0),
-        (ToolCallArguments(0, 0, "a", "x" * 12), 12),
-        (succeeded, 13),
-        (failed, 14),
-        (ChoiceFinished(0, StopReason.END_OF_TURN, "stop"), 0),
-        (Completed(usage, (whole, whole)), 2 * (EVENT_BYTES + 30)),
-        (Completed(usage, (with_calls,)), EVENT_BYTES + 5 + EVENT_BYTES + 13 + EVENT_BYTES + 14 + 3 * EVENT_BYTES),
-        (Heartbeat(), 0),
-    ]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda number: [TextDelta(0, f"{number:4}")], id="tokens"),
+        pytest.param(lambda number: [TextDelta(0, f"{number:4}\N{WHITE SMILING FACE}")], id="tokens beyond ASCII"),
+        pytest.param(lambda number: [TextDelta(0, f"{number:4}\N{GRINNING FACE}")], id="tokens of emoji"),
+        pytest.param(lambda number: [ReasoningDelta(0, f"{number:1000}")], id="long texts"),
+        pytest.param(lambda number: [ToolCallArguments(0, 0, "c", f"{number:4}")], id="fragments"),
+        pytest.param(lambda number: [TextDelta(0, f"{number:4}", (_token(number),))], id="log-probabilities"),
+        pytest.param(lambda number: [TextDelta(0, f"{number:4}", (_token(number, 20),))], id="20 alternatives"),
+        pytest.param(_call, id="tool calls"),
+        pytest.param(lambda number: [Notice(NoticeKind.ANOTHER_REPLICA, f"{number:1000}")], id="notices"),
+        pytest.param(lambda number: [_completed(f"{number:100}", _token(number, 2))], id="whole answers"),
+    ],
+)
+def test_the_weight_is_memory(make: Callable[[int], Sequence[StreamEvent]]) -> None:
+    """What events weigh is between what was allocated for them and one and a half times that, whatever they hold."""
     coalescer = Coalescer()
-    expected = 0
-    for event, more in weights:
-        coalescer.receive([event])
-        expected += EVENT_BYTES + more
-        assert coalescer.size == expected
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        for number in range(1000, 3000):
+            coalescer.receive(make(number))
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 1.0 <= coalescer.size / (after - before) <= 1.5
     coalescer.take()
     assert coalescer.size == 0
-    coalescer.receive([event for event, _ in weights])
-    assert coalescer.size == expected
+
+
+def _completed(text: str, token: TokenLogprob) -> Completed:
+    choice = FinishedChoice(0, text, "", (), (), StopReason.END_OF_TURN, "stop", False, None, (token,))
+    return Completed(Usage(1, Provenance.EXACT), (choice,))
 
 
 # --- folding: what a receiver adds up to

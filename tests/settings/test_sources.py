@@ -25,6 +25,7 @@ SCALARS: list[KeyPath] = [
 ]
 # A value that is not the default, as text; for each key that takes more than a number.
 SAMPLES = {
+    "max_memory_bytes": "100000000",
     "listen": "127.0.0.1:1,127.0.0.1:2",
     "tls_cert_file": "PEM",
     "tls_key_file": "PEM",

@@ -62,7 +62,7 @@ class Recording:
     ) -> list[Event]:
         """The events that its bytes give, in these pieces or else whole, up to the end of the body."""
         reader = CompletionReader(
-            **self.asked, incremental=incremental, keep_logprobs=keep_logprobs, generate_id=counting_ids()
+            **self.asked, incremental=incremental, whole=keep_logprobs, generate_id=counting_ids()
         )
         events: list[Event] = []
         for piece in [self.data] if pieces is None else pieces:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from deltawire.v1 import chat_completion_pb2 as chat_pb
     from deltawire_server.rpc.validate_content import ContentLimits
     from deltawire_server.upstream.request import ChatRequest
+    from deltawire_server.upstream.vllm_request import Body
 
 T = TypeVar("T")
 
@@ -31,3 +32,12 @@ def at_once(work: Coroutine[object, None, T]) -> tuple[T, int]:
 def chat_request(message: chat_pb.ChatRequest, limits: ContentLimits | None = None) -> ChatRequest:
     """`validate.chat_request`, at once."""
     return at_once(validate.chat_request(message, limits))[0]
+
+
+def encoded(encoding: Coroutine[object, None, Body]) -> bytes:
+    """The text of a body that `encode_body` makes, at once."""
+
+    async def joined() -> bytes:
+        return b"".join([piece async for piece in await encoding])
+
+    return at_once(joined())[0]

@@ -11,7 +11,7 @@ from google.protobuf.json_format import ParseDict
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire_server.upstream.extra_body import allowed_extra
 from deltawire_server.upstream.vllm_request import chat_body, encode_body
-from tests.support.turns import at_once, chat_request
+from tests.support.turns import chat_request, encoded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -201,7 +201,7 @@ def body_text(fields: Json) -> bytes:
     """The body that a request with these fields becomes."""
     request = chat_request(ParseDict(BASE | fields, chat_pb.ChatRequest()))
     body = chat_body(request, "served", allowed_extra(request.extra_body, ["x_*"], "p"))
-    return at_once(encode_body(body, request.messages))[0]
+    return encoded(encode_body(body, request.messages))
 
 
 @pytest.mark.parametrize("path", FIELDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
 from dataclasses import replace
 from typing import Any
@@ -25,8 +26,8 @@ from deltawire_server.upstream.request import (
     ToolMode,
     ToolSpec,
 )
-from deltawire_server.upstream.vllm_request import STEP_BYTES, count_body, encode_body, request_body
-from tests.support.turns import at_once
+from deltawire_server.upstream.vllm_request import _PLACE, STEP_BYTES, count_body, encode_body, request_body
+from tests.support.turns import at_once, encoded
 
 Json = dict[str, Any]
 
@@ -349,14 +350,14 @@ COUNTED: Json = {"model": "served", "messages": ALWAYS["messages"]}
 def test_what_is_counted(fields: Json, extra: dict[str, str], added: Json) -> None:
     """All that a chat request would put into the prompt, and nothing else of it."""
     raw = {name: msgspec.Raw(value.encode()) for name, value in extra.items()}
-    body = at_once(encode_body(count_body(replace(BARE, **fields), "served", raw), BARE.messages))[0]
+    body = encoded(encode_body(count_body(replace(BARE, **fields), "served", raw), BARE.messages))
     assert json.loads(body) == COUNTED | added
 
 
 def test_template_arguments_are_counted_to_the_letter() -> None:
     """As they are sent to the model."""
     request = replace(BARE, chat_template_kwargs='{"a": {"big": 100000000000000000000000000000001, "exact": 1.10}}')
-    (body, _) = at_once(encode_body(count_body(request, "m"), request.messages))
+    body = encoded(encode_body(count_body(request, "m"), request.messages))
     assert b'{"big": 100000000000000000000000000000001, "exact": 1.10}' in body
 
 
@@ -398,3 +399,14 @@ def test_a_large_body_is_encoded_in_steps(messages: list[ChatMessage]) -> None:
         assert got.get("reasoning", "") == message.reasoning
         arguments = [call["function"]["arguments"] for call in got.get("tool_calls", ())]
         assert arguments == [call.arguments for call in message.tool_calls]
+
+
+async def test_the_size_of_a_body_is_known_before_it_is_encoded() -> None:
+    """It is the bytes of its text, in each attempt; cleared, a body refers to nothing of the request any more."""
+    body = await encode_body({"messages": _PLACE}, [ChatMessage(Role.USER, (AWKWARD, IMAGE, LARGE, IMAGE))])
+    first, second = [b"".join([piece async for piece in body]) for _ in range(2)]
+    assert first == second
+    assert body.size == len(first)
+    assert IMAGE in gc.get_referents(*gc.get_referents(body))
+    body.clear()
+    assert IMAGE not in gc.get_referents(*gc.get_referents(body))

@@ -91,6 +91,8 @@ REASONS: Mapping[ErrorReason.ValueType, End] = MappingProxyType(
         ErrorReason.ERROR_REASON_UPSTREAM_INCOMPLETE: End.OVER,
         ErrorReason.ERROR_REASON_UPSTREAM_ABORTED: End.OVER,
         ErrorReason.ERROR_REASON_DURATION_LIMIT_EXCEEDED: End.OVER,
+        ErrorReason.ERROR_REASON_ANSWER_TOO_LARGE: End.OVER,
+        ErrorReason.ERROR_REASON_MEMORY_LIMIT_EXCEEDED: End.OVER,
         ErrorReason.ERROR_REASON_INTERNAL: End.OVER,
         # The request has to change, or the operator has to act.
         ErrorReason.ERROR_REASON_INVALID_REQUEST: End.OVER,

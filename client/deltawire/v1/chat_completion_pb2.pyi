@@ -1698,7 +1698,9 @@ class GetChatCompletionResponse(_message.Message):
     """The sequence of the newest message of a retained stream. Absent if there is none, or nothing is retained."""
     @_builtins.property
     def started(self) -> Global___Started:
-        """What was asked of whom. Absent until the engine has begun."""
+        """What was asked of whom. Absent until the engine has begun. Of a completion that has ended and is not retained, `effective_sampling`
+        lacks its texts, token ids and biases if they take more than 2 KiB.
+        """
 
     @_builtins.property
     def usage(self) -> Global___Usage:

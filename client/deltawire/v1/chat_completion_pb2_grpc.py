@@ -88,8 +88,8 @@ class ChatCompletionServicer(object):
 
     def CreateChatCompletion(self, request, context):
         """The whole answer at once. It fails wherever the stream below would end with a non-OK status, with that status.
-        At-least-once on the engine: a retried call generates again, unless it has a `completion_id`. An answer larger than the caller's receive limit, in
-        most languages 4 MiB by default, fails there: stream long ones.
+        At-least-once on the engine: a retried call generates again, unless it has a `completion_id`. An answer with a response of more than
+        4 MiB, which most languages receive by default, ends with ANSWER_TOO_LARGE: stream long ones.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

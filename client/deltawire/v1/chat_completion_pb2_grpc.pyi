@@ -46,8 +46,8 @@ class ChatCompletionStub:
     def __new__(cls, channel: _aio.Channel) -> ChatCompletionAsyncStub: ...
     CreateChatCompletion: _grpc.UnaryUnaryMultiCallable[_chat_completion_pb2.CreateChatCompletionRequest, _chat_completion_pb2.CreateChatCompletionResponse]
     """The whole answer at once. It fails wherever the stream below would end with a non-OK status, with that status.
-    At-least-once on the engine: a retried call generates again, unless it has a `completion_id`. An answer larger than the caller's receive limit, in
-    most languages 4 MiB by default, fails there: stream long ones.
+    At-least-once on the engine: a retried call generates again, unless it has a `completion_id`. An answer with a response of more than
+    4 MiB, which most languages receive by default, ends with ANSWER_TOO_LARGE: stream long ones.
     """
     StreamChatCompletion: _grpc.UnaryStreamMultiCallable[_chat_completion_pb2.StreamChatCompletionRequest, _chat_completion_pb2.StreamChatCompletionResponse]
     """The answer as typed events, as they are generated; also goes on with a stream that was retained. See
@@ -84,8 +84,8 @@ class ChatCompletionAsyncStub(ChatCompletionStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateChatCompletion: _aio.UnaryUnaryMultiCallable[_chat_completion_pb2.CreateChatCompletionRequest, _chat_completion_pb2.CreateChatCompletionResponse]  # type: ignore[assignment]
     """The whole answer at once. It fails wherever the stream below would end with a non-OK status, with that status.
-    At-least-once on the engine: a retried call generates again, unless it has a `completion_id`. An answer larger than the caller's receive limit, in
-    most languages 4 MiB by default, fails there: stream long ones.
+    At-least-once on the engine: a retried call generates again, unless it has a `completion_id`. An answer with a response of more than
+    4 MiB, which most languages receive by default, ends with ANSWER_TOO_LARGE: stream long ones.
     """
     StreamChatCompletion: _aio.UnaryStreamMultiCallable[_chat_completion_pb2.StreamChatCompletionRequest, _chat_completion_pb2.StreamChatCompletionResponse]  # type: ignore[assignment]
     """The answer as typed events, as they are generated; also goes on with a stream that was retained. See
@@ -125,8 +125,8 @@ class ChatCompletionServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_chat_completion_pb2.CreateChatCompletionResponse, _abc.Awaitable[_chat_completion_pb2.CreateChatCompletionResponse]]:
         """The whole answer at once. It fails wherever the stream below would end with a non-OK status, with that status.
-        At-least-once on the engine: a retried call generates again, unless it has a `completion_id`. An answer larger than the caller's receive limit, in
-        most languages 4 MiB by default, fails there: stream long ones.
+        At-least-once on the engine: a retried call generates again, unless it has a `completion_id`. An answer with a response of more than
+        4 MiB, which most languages receive by default, ends with ANSWER_TOO_LARGE: stream long ones.
         """
 
     @_abc_1.abstractmethod

@@ -166,6 +166,16 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION. Another gateway process made this completion id, and only that one has the completion. Retry on a new
     connection, which may reach it. Metadata: {"completion_id": "cmpl-…"}.
     """
+    ERROR_REASON_ANSWER_TOO_LARGE: _ErrorReason.ValueType  # 39
+    """RESOURCE_EXHAUSTED. The answer is larger than the gateway holds of one (`stream.max_answer_bytes`), or than fits into the
+    response of CreateChatCompletion, 4 MiB. Stream the answer, or ask for less of it: a lower `max_tokens` or `choice_count`, fewer
+    log-probabilities. Metadata: {"limit_bytes": "33554432", "completion_id": "cmpl-…"}.
+    """
+    ERROR_REASON_MEMORY_LIMIT_EXCEEDED: _ErrorReason.ValueType  # 40
+    """RESOURCE_EXHAUSTED. The gateway holds as much as it may for the calls under way (`server.max_memory_bytes`). It takes no new
+    call then, and ends the largest ones that it has. Wait as RetryInfo says, then try again.
+    Metadata: {"limit_bytes": "4294967296"}.
+    """
     ERROR_REASON_REGISTRY_FULL: _ErrorReason.ValueType  # 41
     """RESOURCE_EXHAUSTED. The registry has no room for what would be registered: for another model, for its aliases, or for the
     text of all of them. Unregister models, or have the operator raise the limit that the message names. Retrying does not
@@ -327,6 +337,16 @@ Metadata: {"completion_id": "my-1", "first_sequence": "812"} (the oldest message
 ERROR_REASON_WRONG_REPLICA: ErrorReason.ValueType  # 38
 """FAILED_PRECONDITION. Another gateway process made this completion id, and only that one has the completion. Retry on a new
 connection, which may reach it. Metadata: {"completion_id": "cmpl-…"}.
+"""
+ERROR_REASON_ANSWER_TOO_LARGE: ErrorReason.ValueType  # 39
+"""RESOURCE_EXHAUSTED. The answer is larger than the gateway holds of one (`stream.max_answer_bytes`), or than fits into the
+response of CreateChatCompletion, 4 MiB. Stream the answer, or ask for less of it: a lower `max_tokens` or `choice_count`, fewer
+log-probabilities. Metadata: {"limit_bytes": "33554432", "completion_id": "cmpl-…"}.
+"""
+ERROR_REASON_MEMORY_LIMIT_EXCEEDED: ErrorReason.ValueType  # 40
+"""RESOURCE_EXHAUSTED. The gateway holds as much as it may for the calls under way (`server.max_memory_bytes`). It takes no new
+call then, and ends the largest ones that it has. Wait as RetryInfo says, then try again.
+Metadata: {"limit_bytes": "4294967296"}.
 """
 ERROR_REASON_REGISTRY_FULL: ErrorReason.ValueType  # 41
 """RESOURCE_EXHAUSTED. The registry has no room for what would be registered: for another model, for its aliases, or for the

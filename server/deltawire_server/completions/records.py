@@ -3,8 +3,8 @@
     begin ──▶ running ── end ──▶ retained, as long as its stream is kept ──▶ remembered ──▶ forgotten
                           └────────────────── without one ──────────────────────┘
 
-Ids are each caller's own: whoever asks for another's gets what one that never was gives. What is remembered of an ended
-completion is small (how it ended and what it cost), and so are number and time.
+Ids are each caller's own: an id of another caller is reported as unknown. What is remembered of an ended completion is how it
+ended and what it cost, without what a caller can make large; number, bytes and time are bounded.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import re
 import secrets
 import time
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from sys import getsizeof
 from typing import TYPE_CHECKING, Protocol
 
 from deltawire_server.errors import CallerError, DeltawireError, GatewayError, Reason
@@ -26,7 +27,20 @@ if TYPE_CHECKING:
     from deltawire_server.upstream.request import Sampling
 
 MAX_REMEMBERED = 10_000
-"""Ended completions that are remembered: about ten megabytes, and minutes of a busy process."""
+"""Ended completions that are remembered: minutes of a busy process. One takes about 1.5 KiB."""
+
+MAX_REMEMBERED_BYTES = 32 * 1024 * 1024
+"""Of all of them. Each takes at most 8 KiB (ids, names, a message, short lists of the sampling), so that callers with the longest
+of all these leave room for 4,096."""
+
+RECORD_BYTES = 1536
+"""What a record takes besides its texts: the objects, and its places in tables."""
+
+MAX_MESSAGE = 1024
+"""Bytes that are remembered of an error's message; no answer to a caller has more of it."""
+
+MAX_LISTS_BYTES = 2048
+"""Memory of the sampling's texts and lists up to which they are remembered: more than a caller usually sends."""
 
 REMEMBERED_SECONDS = 600.0
 """For how long: enough for whoever lost a connection to ask what became of its call."""
@@ -136,6 +150,7 @@ class Record:
         outcome: Why it failed, if it did.
         ended: Whether it has ended.
         stream: Its messages, if they are kept.
+        size: Bytes of memory that it takes, once it is only remembered.
     """
 
     caller: str
@@ -148,6 +163,7 @@ class Record:
     outcome: Outcome | None = None
     ended: bool = False
     stream: RetainedStream | None = None
+    size: int = 0
     _stop_asked: bool = False
     _fault: Fault | None = None
     _ended_at: float = field(default=0.0, repr=False)
@@ -186,6 +202,29 @@ class Record:
             self.usage = self.running.usage
             self.begun = self.running.begun
 
+    def shrink(self) -> None:
+        """Keep only what is remembered of an ended completion; `size` is right from then on."""
+        if self.outcome is not None:
+            message = self.outcome.message.encode(errors="replace")[:MAX_MESSAGE].decode(errors="ignore")
+            self.outcome = replace(self.outcome, message=message)
+        if self.head is not None and _lists_bytes(self.head.sampling) > MAX_LISTS_BYTES:
+            sampling = replace(self.head.sampling, stop=(), stop_token_ids=(), logit_bias={}, bad_words=())
+            self.head = replace(self.head, sampling=sampling)
+        texts = [self.caller, self.completion_id]
+        if self.outcome is not None:
+            texts.append(self.outcome.message)
+        if self.head is not None:
+            texts += [self.head.model, self.head.alias, self.head.provider_id]
+        lists = 0 if self.head is None else _lists_bytes(self.head.sampling)
+        self.size = RECORD_BYTES + lists + sum(map(getsizeof, texts))
+
+
+def _lists_bytes(sampling: Sampling) -> int:
+    """Memory of a sampling's texts and lists; each entry of `logit_bias` takes two numbers and its place in a table."""
+    texts = sum(map(getsizeof, (*sampling.stop, *sampling.bad_words)))
+    entries = len(sampling.stop) + len(sampling.bad_words)
+    return texts + 8 * entries + 40 * len(sampling.stop_token_ids) + 128 * len(sampling.logit_bias)
+
 
 class Records:
     """All completions of this process.
@@ -193,11 +232,19 @@ class Records:
     Args:
         max_remembered: Ended ones that are remembered, without what is retained.
         remembered_seconds: For how long.
+        max_bytes: Memory that they may take.
     """
 
-    def __init__(self, max_remembered: int = MAX_REMEMBERED, remembered_seconds: float = REMEMBERED_SECONDS) -> None:
+    def __init__(
+        self,
+        max_remembered: int = MAX_REMEMBERED,
+        remembered_seconds: float = REMEMBERED_SECONDS,
+        max_bytes: int = MAX_REMEMBERED_BYTES,
+    ) -> None:
         self._owner = secrets.token_hex(4)
         self._max_remembered = max_remembered
+        self._max_bytes = max_bytes
+        self._size = 0
         self._remembered_seconds = remembered_seconds
         self._kept: dict[tuple[str, str], Record] = {}  # running or retained
         self._remembered: OrderedDict[tuple[str, str], Record] = OrderedDict()  # oldest end first
@@ -205,6 +252,11 @@ class Records:
     def kept(self) -> tuple[Record, ...]:
         """Those that are under way or retained, now."""
         return tuple(self._kept.values())
+
+    @property
+    def size(self) -> int:
+        """Bytes of memory of what is only remembered."""
+        return self._size
 
     def current(self, caller: str, completion_id: str) -> Record | None:
         """The caller's completion of this id that is under way or retained."""
@@ -231,7 +283,7 @@ class Records:
                 f"completion {completion_id!r} {state}, with another request: choose another completion_id, or resume that one",
                 metadata={"completion_id": completion_id},
             )
-        self._remembered.pop(key, None)
+        self._drop(key)
         record = self._kept[key] = Record(*key, fingerprint)
         return record
 
@@ -284,15 +336,23 @@ class Records:
         if self._kept.get(key) is record:
             del self._kept[key]
         record._ended_at = time.monotonic()
-        self._remembered.pop(key, None)
+        record.shrink()
+        self._drop(key)
         self._remembered[key] = record
+        self._size += record.size
         self._forget()
 
+    def _drop(self, key: tuple[str, str]) -> None:
+        record = self._remembered.pop(key, None)
+        if record is not None:
+            self._size -= record.size
+
     def _forget(self) -> None:
-        """Drop what has been remembered for long enough, and the oldest of too many."""
+        """Drop what has been remembered for long enough, and the oldest of too many or too large ones."""
         limit = time.monotonic() - self._remembered_seconds
         while self._remembered:
-            oldest = next(iter(self._remembered.values()))
-            if len(self._remembered) <= self._max_remembered and oldest._ended_at > limit:
+            key, oldest = next(iter(self._remembered.items()))
+            fits = len(self._remembered) <= self._max_remembered and self._size <= self._max_bytes
+            if fits and oldest._ended_at > limit:
                 break
-            self._remembered.popitem(last=False)
+            self._drop(key)

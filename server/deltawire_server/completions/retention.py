@@ -14,6 +14,7 @@ has not taken yet as long as that is not more than `UNREAD_BYTES`, which is what
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections import OrderedDict
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ import msgspec
 
 from deltawire_server.completions.records import NOTHING_YET, Outcome, Timings
 from deltawire_server.errors import CallerError, DeltawireError, GatewayError, Reason
+from deltawire_server.memory import Ledger
 from deltawire_server.sansio.coalesce import weight
 from deltawire_server.sansio.events import Completed, StopReason
 
@@ -163,7 +165,8 @@ class RetainedStream:
     def close(self, failure: DeltawireError | None = None) -> None:
         """Nothing more comes; readers that have read all end, with the failure if there was one."""
         if not self._closed:
-            self._closed, self._failure = True, failure
+            # Not the exception itself, whose traceback refers to all that the call had.
+            self._closed, self._failure = True, failure and failure.again()
         if self._running is not None:
             self._timings, self._usage = self._running.timings, self._running.usage
             self._attempts = self._running.attempts
@@ -356,10 +359,12 @@ class Retention:
 
     Args:
         limits: The bounds.
+        memory: What all calls of the process hold; what is retained counts there too.
     """
 
-    def __init__(self, limits: RetentionLimits | None = None) -> None:
+    def __init__(self, limits: RetentionLimits | None = None, memory: Ledger | None = None) -> None:
         self._limits = limits or RetentionLimits()
+        self._hold = (memory or Ledger(sys.maxsize)).hold(self._drop_ended)
         self._size = 0
         self._ended: OrderedDict[RetainedStream, None] = OrderedDict()  # the one that ended first is the first
 
@@ -394,6 +399,7 @@ class Retention:
     def grown(self, stream: RetainedStream, size: int) -> None:
         """A stream weighs so much more, or less; make room if that is too much."""
         self._size += size
+        self._hold.set(self._size)
         if size <= 0:
             return
         if stream.size > self._limits.max_stream_bytes:
@@ -404,6 +410,11 @@ class Retention:
         if self._size > self._limits.max_bytes:
             stream.shorten(stream.size - (self._size - self._limits.max_bytes))
 
+    def _drop_ended(self) -> None:
+        """Drop all streams that have ended: there is no memory left for the calls under way."""
+        while self._ended:
+            next(iter(self._ended)).drop()
+
     def ended(self, stream: RetainedStream) -> None:
         """From now on it can be dropped as a whole."""
         self._ended[stream] = None
@@ -411,4 +422,5 @@ class Retention:
     def dropped(self, stream: RetainedStream) -> None:
         """Nothing of it is kept any more."""
         self._size -= stream.size
+        self._hold.set(self._size)
         self._ended.pop(stream, None)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from contextlib import aclosing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
+
+from msgspec import structs
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import chat_completion_pb2_grpc
@@ -26,12 +29,26 @@ if TYPE_CHECKING:
     from deltawire_server.rpc.interceptors import CallRecord
     from deltawire_server.rpc.validate_content import ContentLimits
     from deltawire_server.sansio.events import StreamEvent
+    from deltawire_server.upstream.request import ChatRequest
     from deltawire_server.worker import Worker
 
     _Context = aio.ServicerContext[Any, Any]
 
 MAX_COMPLETED_BYTES = 1024 * 1024
 """A quarter of what other languages receive by default: a stream must not die on its last message."""
+
+MAX_RESPONSE_BYTES = 4 * 1024 * 1024
+"""Of CreateChatCompletion: what gRPC clients receive unless told otherwise."""
+
+COPIES = 2
+"""Of a request while it is validated: the message, and what is made of it."""
+
+FINGERPRINT_STEP = 4 * 1024 * 1024
+"""Bytes of a request that are hashed before other calls get their turn: about 10 ms without help of the processor."""
+
+LOGPROBS_STEP = 1000
+"""Tokens whose log-probabilities are written into a response before other calls get their turn: up to 20 ms with 20
+alternatives each."""
 
 MAX_RETENTION = 600.0
 """Seconds; see the settings."""
@@ -71,20 +88,23 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
             raise invalid_request([Violation("chat", "is required")])
         record = call_record(context)
         caller = _caller(record, context)
-        chat = await validate.chat_request(request.chat, self._content_limits)
+        chat = await self._validated(request.chat, record)
         response = chat_pb.CreateChatCompletionResponse()
         if chat.completion_id:
-            stream = self._worker.open(chat, caller, fingerprint=_fingerprint(request), keep_logprobs=True)
+            stream = self._worker.open(chat, caller, fingerprint=await _fingerprint(request), keep_logprobs=True)
+            del request, chat  # the completion has it, until it is sent
             with stream.read(caller.left) as reader, _noted(record, stream):
                 async with aclosing(reader.follow()) as batches:
                     async for numbered in batches:
-                        _fill(response, stream, numbered[-1][1])
+                        await _fill(response, stream, numbered[-1][1])
             return response
-        async with self._worker.completion(chat, caller, keep_logprobs=True) as completion:
+        running = self._worker.completion(chat, caller, keep_logprobs=True)
+        del request, chat
+        async with running as completion:
             with _noted(record, completion):
                 async with aclosing(completion.batches()) as batches:
                     async for events in batches:
-                        _fill(response, completion, events[-1])
+                        await _fill(response, completion, events[-1])
         return response
 
     async def StreamChatCompletion(  # type: ignore[override]  # noqa: N802 (written to, which is cheaper than yielding)
@@ -105,13 +125,16 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         # An id that is in use joins its completion, which has a place, or is refused.
         if record.place is not None and not self._worker.is_current(caller, request.chat.completion_id):
             record.place.take()
-        chat = await validate.chat_request(request.chat, self._content_limits)
+        chat = await self._validated(request.chat, record)
         options = validate_options.stream_options(request.options, self._max_retention)
         if chat.completion_id or options.retention is not None:
-            stream = self._worker.open(chat, caller, options, fingerprint=_fingerprint(request))
+            stream = self._worker.open(chat, caller, options, fingerprint=await _fingerprint(request))
+            del request, chat  # the completion has it, until it is sent
             await self._follow(stream, None, caller, record, context)
             return
-        async with self._worker.completion(chat, caller, options) as completion:
+        running = self._worker.completion(chat, caller, options)
+        del request, chat
+        async with running as completion:
             messages = convert.ResponseWriter(completion, self._max_completed_bytes)
             writer = self._writer(context, record, _slow_caller)
             sequence = 0
@@ -146,9 +169,11 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         if not request.HasField("chat"):
             raise invalid_request([Violation("chat", "is required")])
         record = call_record(context)
-        count, resolution = await self._worker.count_tokens(
-            await validate.count_request(request.chat, self._content_limits), record.call
-        )
+        with self._worker.memory.hold() as held:
+            self._worker.memory.admit(COPIES * record.request_bytes)
+            held.set(COPIES * record.request_bytes)
+            chat = await validate.count_request(request.chat, self._content_limits)
+            count, resolution = await self._worker.count_tokens(chat, record.call)
         record.values.update(
             model=resolution.model.id,
             alias=resolution.alias,
@@ -161,6 +186,15 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
             model=resolution.model.id,
             provider_id=resolution.provider.id,
         )
+
+    async def _validated(self, chat: chat_pb.ChatRequest, record: CallRecord) -> ChatRequest:
+        """The request as the worker takes it; from its completion on, that accounts for its memory."""
+        size = COPIES * record.request_bytes
+        self._worker.memory.admit(size)
+        with self._worker.memory.hold() as held:
+            held.set(size)
+            async with self._worker.memory.turn(record.request_bytes):
+                return await validate.chat_request(chat, self._content_limits)
 
     def _look_up(self, completion_id: str, context: _Context) -> Record:
         """What is known of the caller's completion now."""
@@ -204,22 +238,42 @@ def _slow_reader(limit: float) -> GatewayError:
     return GatewayError(Reason.SLOW_CALLER, message, metadata={"limit_seconds": f"{limit:g}"})
 
 
-def _fill(response: chat_pb.CreateChatCompletionResponse, completion: Told, event: StreamEvent) -> None:
-    """Make the response from the last event of an answer."""
-    if isinstance(event, Completed):
-        response.started.CopyFrom(convert.started(completion.head))
-        response.completed.CopyFrom(convert.completed(completion, event))
+async def _fill(response: chat_pb.CreateChatCompletionResponse, completion: Told, event: StreamEvent) -> None:
+    """Make the response from the last event of an answer; if that is a fault, the call fails.
+
+    Raises:
+        GatewayError: ANSWER_TOO_LARGE.
+    """
+    if not isinstance(event, Completed) or event.fault is not None:
+        return
+    response.started.CopyFrom(convert.started(completion.head))
+    # Without log-probabilities, of which there may be so many that they are added in steps.
+    bare = [structs.replace(choice, logprobs=()) for choice in event.choices]
+    response.completed.CopyFrom(convert.completed(completion, structs.replace(event, choices=tuple(bare))))
+    for message, choice in zip(response.completed.choices, event.choices, strict=True):
+        for start in range(0, len(choice.logprobs), LOGPROBS_STEP):
+            message.logprobs.extend(convert.logprobs(choice.logprobs[start : start + LOGPROBS_STEP]))
+            await asyncio.sleep(0)
+    if response.ByteSize() > MAX_RESPONSE_BYTES:
+        raise GatewayError(
+            Reason.ANSWER_TOO_LARGE,
+            f"the response would have more than {MAX_RESPONSE_BYTES} bytes, too many for one message: stream the answer",
+            metadata={"limit_bytes": str(MAX_RESPONSE_BYTES), "completion_id": completion.head.completion_id},
+        )
 
 
-def _fingerprint(request: chat_pb.CreateChatCompletionRequest | chat_pb.StreamChatCompletionRequest) -> bytes:
+async def _fingerprint(request: chat_pb.CreateChatCompletionRequest | chat_pb.StreamChatCompletionRequest) -> bytes:
     """The same for equal requests of one method: such a one is the same call, sent again."""
     digest = hashlib.sha256(request.DESCRIPTOR.name.encode())
-    digest.update(request.SerializeToString(deterministic=True))
+    data = memoryview(request.SerializeToString(deterministic=True))
+    for start in range(0, len(data), FINGERPRINT_STEP):
+        digest.update(data[start : start + FINGERPRINT_STEP])
+        await asyncio.sleep(0)
     return digest.digest()
 
 
 def _caller(record: CallRecord, context: _Context) -> Caller:
-    return Caller(record.call, record.owner, lambda: deadline_passed(context), record.place)
+    return Caller(record.call, record.owner, lambda: deadline_passed(context), record.place, record.request_bytes)
 
 
 @contextmanager

@@ -67,12 +67,12 @@ class ResponseWriter:
                 response.choice_index = event.choice
                 response.text_delta.text = event.text
                 if event.logprobs:
-                    response.text_delta.logprobs.extend(_logprobs(event.logprobs))
+                    response.text_delta.logprobs.extend(logprobs(event.logprobs))
             case ReasoningDelta():
                 response.choice_index = event.choice
                 response.reasoning_delta.text = event.text
                 if event.logprobs:
-                    response.reasoning_delta.logprobs.extend(_logprobs(event.logprobs))
+                    response.reasoning_delta.logprobs.extend(logprobs(event.logprobs))
             case ToolCallStarted():
                 response.choice_index = event.choice
                 _set_call(response.tool_call_delta, event, tool_pb2.TOOL_CALL_PARSE_STATUS_STARTED)
@@ -199,7 +199,7 @@ def _choice(choice: FinishedChoice) -> chat_pb.Completed.Choice:
         stop_reason=chat_pb.StopReason.ValueType(choice.stop_reason.value),
         tool_calls_executable=choice.tool_calls_executable,
         engine_finish_reason=choice.engine_finish_reason,
-        logprobs=_logprobs(choice.logprobs),
+        logprobs=logprobs(choice.logprobs),
     )
     _set_matched(message, choice.matched_stop)
     return message
@@ -253,7 +253,8 @@ def _verdict(event: ToolCallSucceeded | ToolCallFailed) -> tool_pb2.ToolCallDelt
     return message
 
 
-def _logprobs(tokens: Sequence[TokenLogprob]) -> list[chat_pb.TokenLogprob]:
+def logprobs(tokens: Sequence[TokenLogprob]) -> list[chat_pb.TokenLogprob]:
+    """The log-probabilities of some tokens."""
     return [
         chat_pb.TokenLogprob(
             token=token.token,

@@ -33,6 +33,7 @@ from deltawire_server.errors import (
     internal_error,
     invalid_request,
 )
+from deltawire_server.memory import Ledger
 from deltawire_server.rpc import reflection, wire
 from deltawire_server.rpc.admitted import Admitted
 from deltawire_server.rpc.latch import Latch
@@ -101,6 +102,7 @@ class CallRecord:
         latch: How it ends.
         values: What the handler adds to the log line: model, usage and the like.
         place: The call's in `Admission`, if its method needs one; taken already, unless the call may resume a completion.
+        request_bytes: Of the request as it came.
     """
 
     def __init__(self, call: CallContext) -> None:
@@ -112,6 +114,7 @@ class CallRecord:
         self.latch = Latch()
         self.values: dict[str, object] = {}
         self.place: Place | None = None
+        self.request_bytes = 0
 
 
 _record: contextvars.ContextVar[CallRecord] = contextvars.ContextVar("deltawire_call")
@@ -138,6 +141,7 @@ class CallInterceptor(aio.ServerInterceptor):
         end_watches: Ends those that would go on for ever.
         access: Who may call; by default everybody.
         admission: The places of completions; by default without a bound.
+        memory: What all calls hold; large requests are parsed in turn.
         reception: Receives the requests.
     """
 
@@ -148,12 +152,14 @@ class CallInterceptor(aio.ServerInterceptor):
         access: Access | None = None,
         *,
         admission: Admission | None = None,
+        memory: Ledger | None = None,
         reception: Reception | None = None,
     ) -> None:
         self._end_calls = end_calls
         self._end_watches = end_watches
         self._access = Access() if access is None else access
         self._admission = Admission(sys.maxsize) if admission is None else admission
+        self._memory = memory or Ledger(sys.maxsize)
         self._reception = reception or Reception()
         self._resets = Resets()
         self._reflection = reflection.Reflection(self._is_known)
@@ -225,10 +231,14 @@ class CallInterceptor(aio.ServerInterceptor):
                             await self._let_in(method, record, context, place)
                             admitted.enter_context(self._admitted.entered(record.owner, method, lambda: record.begun))
                             data = await self._reception.receive(context, functools.partial(wire.check, method=method))
-                            request = _parsed(parse, data)
+                            record.request_bytes = len(data)
+                            async with self._memory.turn(len(data)):
+                                request = _parsed(parse, data)
                             del data
                         admitted.enter_context(_gone_is_cancelled())
-                        response = await behaviour(request, context)
+                        running = behaviour(request, context)
+                        del request  # the handler has it, and lets go of it when it is sent
+                        response = await running
                         if response is not None:  # a stream has sent its id with its first message
                             await context.send_initial_metadata(((REQUEST_ID, record.call.request_id),))
                             record.latch.succeed()
@@ -244,7 +254,8 @@ class CallInterceptor(aio.ServerInterceptor):
                 record.latch.fail()
             # The failure's traceback and the exception that `abort` raises refer to this frame, in circles: what it has of the
             # request would be freed when the garbage collector finds them, which may be never.
-            data, request = b"", None
+            data = b""
+            request = None  # noqa: F841 (see above)
             error.__traceback__ = error.__cause__ = error.__context__ = outcome.defect = None
             message = shorten(error.message, MAX_MESSAGE)
             # Until the status is out. It waits behind what the caller does not read, which a drain must not wait for.

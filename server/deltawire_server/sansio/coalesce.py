@@ -10,7 +10,10 @@ into a delta of more than `PIECE_CHARACTERS`, so every message stays below a cli
 
 from __future__ import annotations
 
+from sys import getsizeof
 from typing import TYPE_CHECKING
+
+from msgspec.structs import astuple
 
 from deltawire_server.sansio.events import (
     Completed,
@@ -20,8 +23,6 @@ from deltawire_server.sansio.events import (
     TextDelta,
     TokenLogprob,
     ToolCallArguments,
-    ToolCallFailed,
-    ToolCallSucceeded,
 )
 from deltawire_server.sansio.pieces import PIECE_CHARACTERS, logprobs_size
 
@@ -29,8 +30,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 EVENT_BYTES = 64
-"""What an event weighs beside its text: about what its message takes on the wire with ids and numbers."""
+"""Memory that an event takes besides its texts: the object, and its place in a list."""
 
+_TOKEN_BYTES = 80
+"""Memory that a token's log-probability takes besides its text and bytes: the object, its place in a tuple, and the number."""
+
+_TUPLE_BYTES = 48
 
 _TEXTS = (TextDelta, ReasoningDelta)
 """A tuple, since `isinstance` with a union is slower, and this runs for every token."""
@@ -39,7 +44,7 @@ _TEXTS = (TextDelta, ReasoningDelta)
 class Coalescer:
     """A queue of events that merges what it can.
 
-    `size` is what is queued, in bytes, for a caller that bounds it; text is weighed by its characters, which is exact for ASCII.
+    `size` is the memory that the queued events take, in bytes, for a caller that bounds it.
     """
 
     def __init__(self) -> None:
@@ -110,26 +115,34 @@ def _join_texts(run: list[TextDelta | ReasoningDelta]) -> TextDelta | ReasoningD
 
 
 def weight(event: StreamEvent) -> int:
-    """About how many bytes an event takes."""
+    """How many bytes of memory an event takes in a list.
+
+    It is what was allocated; the allocator rounds each object up to a multiple of 16 bytes.
+    """
     if type(event) is TextDelta and not event.logprobs:  # the commonest, once per token
-        return EVENT_BYTES + len(event.text)
+        return EVENT_BYTES + getsizeof(event.text)
     if isinstance(event, _TEXTS):
-        return EVENT_BYTES + len(event.text) + _logprobs_weight(event.logprobs)
+        return EVENT_BYTES + getsizeof(event.text) + logprobs_weight(event.logprobs)
     if isinstance(event, ToolCallArguments):
-        return EVENT_BYTES + len(event.fragment)
-    if isinstance(event, ToolCallSucceeded):
-        return EVENT_BYTES + len(event.arguments)
-    if isinstance(event, ToolCallFailed):
-        return EVENT_BYTES + len(event.raw_arguments)
+        return EVENT_BYTES + getsizeof(event.fragment)
     if isinstance(event, Completed):
         return EVENT_BYTES + sum(map(_choice_weight, event.choices))
-    return EVENT_BYTES
+    return EVENT_BYTES + sum(getsizeof(value) for value in astuple(event) if isinstance(value, str))
+
+
+def logprobs_weight(logprobs: Sequence[TokenLogprob]) -> int:
+    """How many bytes of memory the log-probabilities of some tokens take."""
+    size = _TUPLE_BYTES if logprobs else 0
+    for token in logprobs:
+        size += _TOKEN_BYTES + getsizeof(token.token) + getsizeof(token.raw_bytes)
+        if token.alternatives:
+            size += _TUPLE_BYTES
+            for other in token.alternatives:
+                size += _TOKEN_BYTES + getsizeof(other.token) + getsizeof(other.raw_bytes)
+    return size
 
 
 def _choice_weight(choice: FinishedChoice) -> int:
     calls = sum(map(weight, choice.tool_calls)) + sum(map(weight, choice.failed_tool_calls))
-    return EVENT_BYTES + len(choice.text) + len(choice.reasoning) + calls + _logprobs_weight(choice.logprobs)
-
-
-def _logprobs_weight(logprobs: Sequence[TokenLogprob]) -> int:
-    return sum(EVENT_BYTES * (1 + len(token.alternatives)) for token in logprobs)
+    texts = getsizeof(choice.text) + getsizeof(choice.reasoning)
+    return 3 * EVENT_BYTES + texts + calls + logprobs_weight(choice.logprobs)

@@ -48,6 +48,7 @@ from deltawire_server.errors import Reason
 from deltawire_server.sansio import pieces, sse, tool_calls
 from deltawire_server.sansio.characters import Halves
 from deltawire_server.sansio.chunks import Chunk, Delta, ErrorBody, LooseChunk, MalformedChunkError, Marker
+from deltawire_server.sansio.coalesce import logprobs_weight
 from deltawire_server.sansio.decode import DONE, decode_chunk
 from deltawire_server.sansio.empty_arguments import allows_empty_object
 from deltawire_server.sansio.events import (
@@ -113,6 +114,18 @@ MAX_WORD_BYTES = 256
 MAX_MATCHED_BYTES = 4096
 """Of the stop text that the engine names. With 128 choices, `Completed` still fits into a message."""
 
+MAX_HELD_BYTES = 16 * 1024 * 1024
+"""Of one answer. The arguments of 128 tool calls with 64 KiB each take half of it; what a text takes is bounded by
+`MAX_WHOLE_BYTES`."""
+
+JOINED_TOKENS = 256
+"""After so many tokens their texts are joined: 15 KiB at most are wasted, and no text is copied more than twice."""
+
+ENTRY_BYTES = 64
+"""Memory that a fragment of a tool call takes besides its text."""
+
+MAX_WHOLE_BYTES = 4 * 1024 * 1024 - 64 * 1024
+"""What gRPC clients receive unless told otherwise, less an envelope."""
 
 LATE = "event after the end"
 """What an anomaly of this kind is called."""
@@ -197,9 +210,19 @@ class Limits:
         max_event_bytes: One event of the stream.
         max_calls: Tool calls of one choice.
         max_call_bytes: One call: its arguments, and its name twice. At most `tool_calls.MAX_CALL_BYTES`; more has no effect.
+        max_held_bytes: Memory that the reader may hold of the answer: what `Completed` repeats, and the calls' arguments.
+        max_completed_bytes: What `Completed` may repeat. If an answer has more, its `Completed` has no messages.
+        max_whole_bytes: The same, if `Completed` is all that is sent. An answer with more is broken off.
     """
 
-    __slots__ = ("max_call_bytes", "max_calls", "max_event_bytes")
+    __slots__ = (
+        "max_call_bytes",
+        "max_calls",
+        "max_completed_bytes",
+        "max_event_bytes",
+        "max_held_bytes",
+        "max_whole_bytes",
+    )
 
     def __init__(
         self,
@@ -207,10 +230,37 @@ class Limits:
         max_event_bytes: int = sse.MAX_EVENT_BYTES,
         max_calls: int = tool_calls.MAX_CALLS,
         max_call_bytes: int = tool_calls.MAX_CALL_BYTES,
+        max_held_bytes: int = MAX_HELD_BYTES,
+        max_completed_bytes: int = MAX_WHOLE_BYTES,
+        max_whole_bytes: int = MAX_WHOLE_BYTES,
     ) -> None:
+        self.max_completed_bytes = max_completed_bytes
         self.max_event_bytes = max_event_bytes
+        self.max_held_bytes = max_held_bytes
+        self.max_whole_bytes = max_whole_bytes
         self.max_calls = max_calls
         self.max_call_bytes = min(max_call_bytes, tool_calls.MAX_CALL_BYTES)
+
+
+class _Text:
+    """A text that grows by tokens. Each of them takes 50 bytes besides its characters, so they are joined now and then."""
+
+    __slots__ = ("_joined", "_tokens")
+
+    def __init__(self) -> None:
+        self._joined: list[str] = []
+        self._tokens: list[str] = []
+
+    def write(self, text: str) -> None:
+        """Add to its end."""
+        self._tokens.append(text)
+        if len(self._tokens) == JOINED_TOKENS:
+            self._joined.append("".join(self._tokens))
+            self._tokens.clear()
+
+    def whole(self) -> str:
+        """All of it."""
+        return "".join([*self._joined, *self._tokens])
 
 
 class _Choice:
@@ -221,8 +271,8 @@ class _Choice:
     def __init__(self, index: int, calls: tool_calls.ToolCallAssembler) -> None:
         self.index = index
         self.calls = calls
-        self.text: list[str] = []
-        self.reasoning: list[str] = []
+        self.text = _Text()
+        self.reasoning = _Text()
         self.logprobs: list[TokenLogprob] = []
         self.word = ""  # the last finish reason
         self.matched: str | int | None = None  # the stop reason beside it
@@ -239,7 +289,8 @@ class CompletionReader:
         stop_token_ids: The caller's stop tokens.
         incremental: Whether to return events of tool calls while they are written.
         argument_checks: By the tool's name, the check for a call's arguments; see `ToolCallAssembler`.
-        keep_logprobs: Whether `Completed` repeats the log-probabilities; costs their memory.
+        whole: Whether `Completed` is all that is sent: it repeats the log-probabilities too, and an answer with more than it may
+            repeat is broken off.
         limits: What the answer may take.
         generate_id: Makes ids for calls that have none.
     """
@@ -253,7 +304,7 @@ class CompletionReader:
         stop_token_ids: Collection[int] = (),
         incremental: bool = False,
         argument_checks: Mapping[str, tool_calls.Check] | None = None,
-        keep_logprobs: bool = False,
+        whole: bool = False,
         limits: Limits | None = None,
         generate_id: Callable[[], str] = tool_calls.generate_call_id,
     ) -> None:
@@ -264,7 +315,7 @@ class CompletionReader:
         self._stops: frozenset[str | int] = frozenset(stop) | frozenset(stop_token_ids)
         self._incremental = incremental
         self._argument_checks = argument_checks
-        self._keep_logprobs = keep_logprobs
+        self._whole = whole
         self._limits = limits or Limits()
         self._sse = sse.SSEDecoder(max_event_bytes=self._limits.max_event_bytes)
         self._call_ids = tool_calls.CallIds(generate_id)
@@ -277,6 +328,10 @@ class CompletionReader:
         """Events with data read up to the end; comments and events without data are not counted."""
         self.anomalies: Counter[str] = Counter()
         """What no engine should send and did not matter, with counts, for the log. Complete when the body has ended."""
+        self._kept = 0  # bytes of memory of what `Completed` is going to repeat, without calls
+        self._calls_held = 0  # bytes of memory of the calls' fragments
+        self._said = 0  # what `Completed` would repeat: about its bytes on the wire, and not more
+        self._omits = False  # whether that is too much, so that it repeats nothing
         self._usage = UsageMeter(self.anomalies)
         self._halves = Halves(self.anomalies)
 
@@ -300,6 +355,8 @@ class CompletionReader:
             self._reads_on = False
         else:
             self._take(payloads, events)
+        if self.phase is not _ENDED:
+            self._check_size(events)
         return events
 
     def finish(self, fault: Fault | None = None) -> list[Event]:
@@ -346,6 +403,11 @@ class CompletionReader:
     def in_tail(self) -> bool:
         """Whether only the true end is missing: wait for it a short time, then call `finish`."""
         return self.phase is Phase.TAIL
+
+    @property
+    def held(self) -> int:
+        """Bytes of memory that this holds of the answer."""
+        return self._kept + self._calls_held
 
     @property
     def usage(self) -> Usage:
@@ -441,14 +503,16 @@ class CompletionReader:
         tokens: tuple[TokenLogprob, ...] = ()
         if part.logprobs is not None:
             tokens = _tokens(part.logprobs)
-            if self._keep_logprobs:
+            if self._whole:
                 choice.logprobs.extend(tokens)
+                self._said += pieces.logprobs_size(tokens)
+                self._kept += logprobs_weight(tokens)
         if reasoning:
-            choice.reasoning.append(reasoning)
+            self._keep(choice.reasoning, reasoning)
             events.append(ReasoningDelta(choice.index, reasoning, tokens))
             tokens = ()
         if text or tokens:
-            choice.text.append(text or "")
+            self._keep(choice.text, text or "")
             events.append(TextDelta(choice.index, text or "", tokens))
         if delta.tool_calls:
             choice.late_calls = bool(choice.word)
@@ -456,7 +520,43 @@ class CompletionReader:
         if part.finish_reason:
             self._receive_finish(choice, part.finish_reason, part.stop_reason)
 
+    def _keep(self, kept: _Text, text: str) -> None:
+        """Keep a text for `Completed`. Once per token."""
+        self._said += len(text)
+        if not self._omits:
+            kept.write(text)
+            self._kept += _memory(text)
+
+    def _check_size(self, events: list[Event]) -> None:
+        """Forget what `Completed` cannot repeat, or break the answer off if it must repeat all or holds too much."""
+        limits = self._limits
+        limit = limits.max_whole_bytes if self._whole else limits.max_completed_bytes
+        message = ""
+        if self._said > limit and not self._omits:
+            self.forget()
+            if self._whole:
+                message = f"the answer has more than {limit} bytes, too many for one message: stream it"
+        if self.held > limits.max_held_bytes:
+            self.forget()
+            message = (
+                f"the answer takes more than {limits.max_held_bytes} bytes of memory, its tool calls above all: ask for less of"
+                " it, by choice_count or max_tokens"
+            )
+        if message:
+            self._advance(Input.BROKEN, events, Fault(Reason.ANSWER_TOO_LARGE, message))
+
+    def forget(self) -> None:
+        """Forget what was kept for `Completed`, which repeats nothing then; tool calls that have no verdict yet are kept."""
+        self._omits = True
+        self._kept = 0
+        for choice in self._choices.values():
+            choice.text, choice.reasoning, choice.logprobs = _Text(), _Text(), []
+
     def _receive_entries(self, choice: _Choice, entries: list[chunks.ToolEntry], events: list[Event]) -> None:
+        for entry in entries:
+            if entry.function is not None and entry.function.arguments:
+                self._said += len(entry.function.arguments)
+                self._calls_held += _memory(entry.function.arguments) + ENTRY_BYTES
         try:
             events.extend(choice.calls.receive(entries))
         except tool_calls.ToolCallLimitError as error:
@@ -546,7 +646,7 @@ class CompletionReader:
         if fault is None:
             fault = next((ENGINE_FAULTS[choice.word] for choice in choices if choice.word in ENGINE_FAULTS), None)
         whole = [self._finish_choice(choice, events, cut_as, trusted=trusted, ok=fault is None) for choice in choices]
-        events.append(Completed(self.usage, tuple(whole), fault))
+        events.append(Completed(self.usage, tuple(whole), fault, messages_omitted=self._omits))
 
     def _finish_choice(
         self, choice: _Choice, events: list[Event], cut_as: StopReason, *, trusted: bool, ok: bool
@@ -561,10 +661,10 @@ class CompletionReader:
             ok: Whether the answer ends without a fault; else no call may be executed.
         """
         if rest := self._halves.finish((choice.index, ReasoningDelta)):
-            choice.reasoning.append(rest)
+            self._keep(choice.reasoning, rest)
             events.append(ReasoningDelta(choice.index, rest))
         if rest := self._halves.finish((choice.index, TextDelta)):
-            choice.text.append(rest)
+            self._keep(choice.text, rest)
             events.append(TextDelta(choice.index, rest))
         word = choice.word
         by_itself = word in ENDED_BY_ITSELF
@@ -589,16 +689,21 @@ class CompletionReader:
         events.append(ChoiceFinished(choice.index, reason, shown, executable, matched))
         return FinishedChoice(
             choice.index,
-            "".join(choice.text),
-            "".join(choice.reasoning),
-            succeeded,
-            failed,
+            choice.text.whole(),
+            choice.reasoning.whole(),
+            () if self._omits else succeeded,
+            () if self._omits else failed,
             reason,
             shown,
             executable,
             matched,
             tuple(choice.logprobs),
         )
+
+
+def _memory(text: str) -> int:
+    """At most so many bytes of memory a text takes as part of a longer one."""
+    return len(text) if text.isascii() else 4 * len(text)
 
 
 def _cut(text: str, limit: int) -> str:

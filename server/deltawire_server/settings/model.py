@@ -165,6 +165,18 @@ class ServerSettings(Section):
             "16 MiB of images come over 3 Mbit/s."
         ),
     )
+    max_memory_bytes: Annotated[int | None, BeforeValidator(values.number)] = Field(
+        default=None,
+        ge=64 * MIB,
+        le=2**50,
+        examples=[4 * 1024 * MIB],
+        description=(
+            "Bytes of memory that the requests, answers, queues and retained streams of all calls may take together. At seven "
+            "eighths of it new calls are refused with RESOURCE_EXHAUSTED (MEMORY_LIMIT_EXCEEDED), at all of it the largest "
+            "ones are ended. Not set, half of what the process may use: its cgroup's limit, else the machine's memory. The "
+            "other half is for the process itself and what gRPC and the sockets copy. Set it if several processes share that."
+        ),
+    )
     max_completed_bytes: Bytes = Field(
         default=1 * MIB,
         description=(
@@ -385,6 +397,14 @@ class StreamSettings(Section):
             "Bytes of one tool call's arguments, its name counted twice; more end the answer with an error. The default "
             "holds any file a model writes in one call, and is the most that fits into one message of 4 MiB, which is what "
             "gRPC clients receive unless told otherwise."
+        ),
+    )
+    max_answer_bytes: Bytes = Field(
+        default=16 * MIB,
+        description=(
+            "Bytes of memory that the gateway holds of one answer, mostly the arguments of tool calls; more end it with "
+            "RESOURCE_EXHAUSTED (ANSWER_TOO_LARGE). The text of a stream does not count: what is sent is let go, but for "
+            "max_completed_bytes. The default holds 128 calls with 64 KiB each twice over."
         ),
     )
     max_event_bytes: Bytes = Field(

@@ -65,6 +65,7 @@ ACTIONS: Mapping[Reason, Action] = MappingProxyType(
         Reason.UPSTREAM_UNAUTHENTICATED: _ANSWER,
         # The gateway's own; no replica has a part in them.
         Reason.ACCESS_CHANGED: _NOTHING,
+        Reason.ANSWER_TOO_LARGE: _NOTHING,
         Reason.COMPLETION_ALREADY_EXISTS: _NOTHING,
         Reason.COMPLETION_GONE: _NOTHING,
         Reason.COMPLETION_NOT_FOUND: _NOTHING,
@@ -75,6 +76,7 @@ ACTIONS: Mapping[Reason, Action] = MappingProxyType(
         Reason.IMAGE_UNAVAILABLE: _NOTHING,
         Reason.INTERNAL: _NOTHING,
         Reason.INVALID_REQUEST: _NOTHING,
+        Reason.MEMORY_LIMIT_EXCEEDED: _NOTHING,
         Reason.MODEL_ALREADY_EXISTS: _NOTHING,
         Reason.MODEL_AMBIGUOUS: _NOTHING,
         Reason.MODEL_DISCOVERED: _NOTHING,

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
     from deltawire_server.upstream.request import ChatRequest
+    from deltawire_server.upstream.vllm_request import Body
 
 CONTROL_SECONDS = 5.0
 """For listings and health: an engine's API server answers them without the engine, so a slow one is not well."""
@@ -185,13 +186,18 @@ class VllmProvider:
         body = chat_body(request, model, allowed_extra(request.extra_body, self._allowed_extra_fields, self.id))
         to_check = vllm_fields.fields_to_check(body, request)
         content = await encode_body(body, request.messages)
+        name = request.model
+        del body, request  # from here on `content` has the only copy
 
         async def ask(replica: Replica) -> tuple[httpx.Response, AsyncGenerator[bytes], tuple[Notice, ...]]:
             unchecked = await self._check_fields(replica, to_check)
-            return (*await self._open(replica, content, request.model, call), unchecked)
+            return (*await self._open(replica, content, name, call), unchecked)
 
         with contextlib.ExitStack() as held:
-            attempt, answer, failures = await self._first_answer(held, ask, self.patience.first_event)
+            try:
+                attempt, answer, failures = await self._first_answer(held, ask, self.patience.first_event)
+            finally:
+                content.clear()  # no other replica is asked any more
             response, pieces, unchecked = answer
             try:
                 async with contextlib.aclosing(pieces):
@@ -381,7 +387,7 @@ class VllmProvider:
         message = f"another replica of provider {self.id!r} answers: " + "; ".join(error.message for error in failures)
         return (Notice(NoticeKind.ANOTHER_REPLICA, message),)
 
-    async def _count(self, replica: Replica, *, content: bytes, name: str, call: CallContext) -> TokenCount:
+    async def _count(self, replica: Replica, *, content: Body, name: str, call: CallContext) -> TokenCount:
         """Have a replica count; `name` is what the caller calls the model."""
         url = f"{replica.root}{TOKENIZE}"
         headers = self._call_headers(call)
@@ -410,7 +416,7 @@ class VllmProvider:
         )
 
     async def _open(
-        self, replica: Replica, content: bytes, name: str, call: CallContext
+        self, replica: Replica, content: Body, name: str, call: CallContext
     ) -> tuple[httpx.Response, AsyncGenerator[bytes]]:
         """Send a chat request, and read up to the first event of the answer.
 
@@ -498,7 +504,7 @@ class VllmProvider:
         url: str,
         headers: Mapping[str, str],
         seconds: float,
-        content: bytes | None = None,
+        content: Body | None = None,
     ) -> Document:
         """Send a request and read all of the answer, whatever its status.
 
@@ -531,10 +537,12 @@ class VllmProvider:
             raise ProviderError(Reason.UPSTREAM_MALFORMED, message, metadata={"provider": self.id}) from error
 
     async def _send(
-        self, replica: Replica, method: str, url: str, headers: Mapping[str, str], content: bytes | None = None
+        self, replica: Replica, method: str, url: str, headers: Mapping[str, str], content: Body | None = None
     ) -> httpx.Response:
         """Send a request; the response has begun, and is the caller's to close."""
         try:
+            if content is not None:
+                headers = {**headers, "content-length": str(content.size)}
             request = self._client.build_request(method, url, content=content, headers=headers, timeout=self._timeout)
             return await self._client.send(request, stream=True)
         except _BROKEN as error:

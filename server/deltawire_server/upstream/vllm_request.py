@@ -35,7 +35,7 @@ from deltawire_server.upstream.request import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 
 STEP_BYTES = 3 * 128 * 1024
 """What is encoded in one go: 1 to 10 ms. A multiple of 3, so that the base64 of pieces is that of the whole."""
@@ -83,7 +83,8 @@ _PROMPT_FIELDS = (
 
 async def request_body(request: ChatRequest, model: str) -> bytes:
     """The JSON body of a streamed chat request, without `extra_body`; see `chat_body` and `encode_body`."""
-    return await encode_body(chat_body(request, model), request.messages)
+    body = await encode_body(chat_body(request, model), request.messages)
+    return b"".join([piece async for piece in body])
 
 
 def chat_body(request: ChatRequest, model: str, extra: Mapping[str, msgspec.Raw] | None = None) -> dict[str, Any]:
@@ -158,7 +159,50 @@ def count_body(request: ChatRequest, model: str, extra: Mapping[str, msgspec.Raw
     return body
 
 
-async def encode_body(body: Mapping[str, Any], messages: Iterable[ChatMessage]) -> bytes:
+class Body:
+    """A request's body, encoded piece by piece each time that it is sent: it takes the memory of what it is made of.
+
+    Iterate over it once for each attempt, and `clear` it when it is not needed any more.
+
+    Attributes:
+        size: Bytes of the JSON text.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._parts: list[bytes | str | ImageData] = []
+
+    def add(self, part: bytes) -> None:
+        """Continue with JSON text."""
+        self._parts.append(part)
+        self.size += len(part)
+
+    async def add_large(self, content: str | ImageData) -> None:
+        """Continue with a JSON string. Other calls get their turn while a text is measured."""
+        self._parts.append(content)
+        if isinstance(content, ImageData):
+            self.size += len(_image_head(content)) + 4 * -(-len(content.data) // 3) + 1
+            return
+        for piece in _pieces(content):
+            self.size += len(piece)
+            await asyncio.sleep(0)
+
+    def clear(self) -> None:
+        """Let go of what it is made of; it is empty then."""
+        self._parts.clear()
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        """The JSON text, in pieces that each take at most 10 ms to encode."""
+        for part in tuple(self._parts):
+            if isinstance(part, bytes):
+                yield part
+            else:
+                for piece in _pieces(part):
+                    yield piece
+                    await asyncio.sleep(0)
+
+
+async def encode_body(body: Mapping[str, Any], messages: Iterable[ChatMessage]) -> Body:
     """Encode a body with its messages as JSON. Other calls get their turn after about each `STEP_BYTES`.
 
     Args:
@@ -166,28 +210,27 @@ async def encode_body(body: Mapping[str, Any], messages: Iterable[ChatMessage]) 
         messages: The request's.
 
     Returns:
-        The JSON text.
+        The JSON text, of which images and long texts are encoded when it is sent.
     """
     head, tail = msgspec.json.encode(body).split(_PLACE_BYTES)
-    encoded = [head, b"["]
+    encoded = Body()
+    encoded.add(head + b"[")
     left = STEP_BYTES
+    comma = b""
     for message in messages:
         large = _Large()
         first, *others = msgspec.json.encode(_message(message, large)).split(_PLACE_BYTES)
-        encoded.append(first if len(encoded) == 2 else b"," + first)
+        encoded.add(comma + first)
+        comma = b","
         left -= len(first) + _MESSAGE_BYTES
         for content, after in zip(large.contents, others, strict=True):
-            for piece in _pieces(content):
-                encoded.append(piece)
-                left -= len(piece)
-                if left < 0:
-                    await asyncio.sleep(0)
-                    left = STEP_BYTES
-            encoded.append(after)
+            await encoded.add_large(content)
+            encoded.add(after)
         if left < 0:
             await asyncio.sleep(0)
             left = STEP_BYTES
-    return b"".join([*encoded, b"]", tail])
+    encoded.add(b"]" + tail)
+    return encoded
 
 
 class _Large:
@@ -215,10 +258,14 @@ def _pieces(content: str | ImageData) -> Iterator[bytes]:
         for start in range(0, len(content), STEP_BYTES):
             yield msgspec.json.encode(content[start : start + STEP_BYTES])[1:-1]
     else:
-        yield f'"data:{content.media_type};base64,'.encode()
+        yield _image_head(content)
         for start in range(0, len(content.data), STEP_BYTES):
             yield binascii.b2a_base64(content.data[start : start + STEP_BYTES], newline=False)
     yield b'"'
+
+
+def _image_head(image: ImageData) -> bytes:
+    return f'"data:{image.media_type};base64,'.encode()
 
 
 def _message(message: ChatMessage, large: _Large) -> dict[str, Any]:

@@ -186,7 +186,7 @@ class Fetcher:
         try:
             if not connection.claim():
                 raise connection.error or AssertionError
-            yield await connection.send(self._head(address), b"", None)
+            yield await connection.send(self._head(address), httpx.ByteStream(b""), None)
         finally:
             connection.close()
             self._open.discard(connection)

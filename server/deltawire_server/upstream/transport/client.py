@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import ssl
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import httpx
 
@@ -31,7 +31,8 @@ _PORTS = {"http": 80, "https": 443}
 class Transport(httpx.AsyncBaseTransport):
     """HTTP/1.1 for an `httpx.AsyncClient`. It belongs to the event loop of its first request.
 
-    What it raises is in `errors`. Requests must have their whole body at once, and a method whose responses have bodies.
+    What it raises is in `errors`. Requests must have a method whose responses have bodies, and a Content-Length if they have a
+    body themselves.
     The times in a request's `timeout` count as httpx has them, but `connect` includes the look-up of the name and TLS, and
     `read` counts for sending too.
 
@@ -48,10 +49,9 @@ class Transport(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send a request; the response has begun."""
         head = _head(request)
-        body = await request.aread()
         timeout = request.extensions.get("timeout", {})
         connection = await self._pool(request.url).take(timeout.get("pool"), timeout.get("connect"))
-        exchange = await connection.send(head, body, timeout.get("read"))
+        exchange = await connection.send(head, cast("httpx.AsyncByteStream", request.stream), timeout.get("read"))
         return httpx.Response(exchange.status, headers=exchange.headers, stream=exchange)
 
     async def aclose(self) -> None:

@@ -14,7 +14,7 @@ from deltawire_server.upstream.transport.exchange import Exchange
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
+    from collections.abc import AsyncIterable, Callable
 
 SLICE_BYTES = 256 * 1024
 """Of a request's body, given to the socket at once; the next follows when the server has taken most of it."""
@@ -51,12 +51,12 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport
         self._poll = select.poll()
 
-    async def send(self, head: bytes, body: bytes, read_timeout: float | None) -> Exchange:
+    async def send(self, head: bytes, body: AsyncIterable[bytes], read_timeout: float | None) -> Exchange:
         """Send a request and wait for the head of its response.
 
         Args:
             head: The request's head.
-            body: Its body.
+            body: Its body, in pieces. No piece is asked for before the server has taken most of those before it.
             read_timeout: Seconds that the server may neither take nor send anything; `None` for no limit.
 
         Raises:
@@ -150,24 +150,34 @@ class Connection(asyncio.Protocol):
         if self._exchange is not None:
             self._exchange.wake()
 
-    async def _write(self, exchange: Exchange, head: bytes, body: bytes) -> None:
-        self._transport.write(head + body[:SLICE_BYTES])
-        rest = memoryview(body)[SLICE_BYTES:]
-        while rest:
-            if not self._full:
-                # A server that reads as fast as this writes would let no other call have its turn. Not after the last slice, when
-                # the response may come at once, and only a request that was sent leaves its connection usable.
-                asyncio.get_running_loop().call_soon(exchange.wake)
-                await exchange.wait()
-            # The server has refused the request and will not read the rest of it.
-            if exchange.done or exchange.status >= httpx.codes.MULTIPLE_CHOICES:
-                return
-            if self._full:
-                await exchange.wait()
-            else:
-                self._transport.write(rest[:SLICE_BYTES])
-                rest = rest[SLICE_BYTES:]
+    async def _write(self, exchange: Exchange, head: bytes, body: AsyncIterable[bytes]) -> None:
+        """Give the socket the request, as fast as the server takes it."""
+        waiting = bytearray(head)
+        async for piece in body:
+            waiting += piece
+            while len(waiting) > SLICE_BYTES:
+                self._transport.write(waiting[:SLICE_BYTES])
+                del waiting[:SLICE_BYTES]
+                if not await self._takes_more(exchange):
+                    return
+        self._transport.write(waiting)
         self._sent = True
+
+    async def _takes_more(self, exchange: Exchange) -> bool:
+        """Wait until the server has taken most of what was written; whether it wants the rest.
+
+        A server that reads as fast as this writes would let no other call have its turn. So this waits in any case, but never
+        after the last slice, when the response may come at once, and only a request that was sent leaves its connection usable.
+        """
+        if not self._full:
+            asyncio.get_running_loop().call_soon(exchange.wake)
+            await exchange.wait()
+        # The server has refused the request and will not read the rest of it.
+        while not (exchange.done or exchange.status >= httpx.codes.MULTIPLE_CHOICES):
+            if not self._full:
+                return True
+            await exchange.wait()
+        return False
 
     def _finish(self, exchange: Exchange) -> None:
         """The response has ended."""

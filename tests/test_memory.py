@@ -1,0 +1,94 @@
+"""The account of what calls hold: what counts, who is refused, and who is ended."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from deltawire_server.errors import Code, GatewayError, Reason
+from deltawire_server.memory import MIB, SHARE, Hold, Ledger, default_limit
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_the_sum_is_that_of_all() -> None:
+    """What each holds counts until it is closed, and afterwards it may say what it wants."""
+    ledger = Ledger(1000)
+    one, two = ledger.hold(), ledger.hold()
+    one.set(100)
+    two.set(50)
+    assert ledger.held == 150
+    one.set(20)
+    with two:
+        assert ledger.held == 70
+    two.set(7)
+    two.close()
+    assert (ledger.held, two.size) == (20, 0)
+
+
+def test_a_new_call_is_refused_before_the_limit() -> None:
+    """At seven eighths, with what it is about to hold; it may try again soon."""
+    ledger = Ledger(800)
+    held = ledger.hold()
+    held.set(600)
+    ledger.admit(100)
+    with pytest.raises(GatewayError) as caught:
+        ledger.admit(101)
+    assert (caught.value.reason, caught.value.code) == (Reason.MEMORY_LIMIT_EXCEEDED, Code.RESOURCE_EXHAUSTED)
+    assert caught.value.retry_after is not None
+    assert caught.value.metadata == {"limit_bytes": "800"}
+    held.close()
+    ledger.admit(700)
+
+
+def test_the_largest_make_room() -> None:
+    """In order of size, until there is room; those that cannot are passed over, and one that grows meanwhile ends nothing else."""
+    ledger = Ledger(1000)
+    ended: list[Hold] = []
+
+    def evict(hold: Hold) -> None:
+        ended.append(hold)
+        hold.set(hold.size + 5000)
+        hold.close()
+
+    fixed, small, middle, large = (ledger.hold() for _ in range(4))
+    for hold in (small, middle, large):
+        hold.evict = lambda hold=hold: evict(hold)
+    fixed.set(550)
+    small.set(50)
+    middle.set(100)
+    large.set(300)
+    assert ended == []
+    small.set(60)
+    assert ended == [large]
+    middle.set(500)
+    assert ended == [large, middle]
+    fixed.set(2000)
+    assert ended == [large, middle, small]
+    assert ledger.held == 2000
+
+
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        ({"memory.max": "1073741824\n"}, 1024 * MIB),
+        ({"memory.max": "max\n"}, 8192 * MIB),
+        ({"memory/memory.limit_in_bytes": "536870912\n"}, 512 * MIB),
+        ({"memory/memory.limit_in_bytes": "9223372036854771712\n"}, 8192 * MIB),
+        ({}, 8192 * MIB),
+    ],
+    ids=["version 2", "no limit", "version 1", "no limit in version 1", "no cgroups"],
+)
+def test_the_default_is_a_share_of_what_the_process_may_use(files: dict[str, str], limit: int, tmp_path: Path) -> None:
+    """The least of the cgroup's limit and the machine's memory."""
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text(f"MemTotal:       {8192 * 1024} kB\nMemFree:        1 kB\n")
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert default_limit(tmp_path, meminfo) == limit * SHARE
+    assert default_limit(tmp_path / "none", tmp_path / "none") == 1024 * MIB * SHARE
+    assert 64 * MIB <= default_limit() < sys.maxsize
