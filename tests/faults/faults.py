@@ -65,6 +65,7 @@ ABORTED_INCOMPLETE: Outcomes = frozenset({"ABORTED/UPSTREAM_INCOMPLETE"})
 ABORTED_MALFORMED: Outcomes = frozenset({"ABORTED/UPSTREAM_MALFORMED"})
 ABORTED_TIMEOUT: Outcomes = frozenset({"ABORTED/UPSTREAM_TIMEOUT"})
 ABORTED_ERROR: Outcomes = frozenset({"ABORTED/UPSTREAM_ERROR"})
+TOO_LARGE: Outcomes = frozenset({"RESOURCE_EXHAUSTED/ANSWER_TOO_LARGE"})
 
 BEFORE = (Phase.HEAD, Phase.FIRST)
 DURING = (Phase.REASONING, Phase.TEXT, Phase.TOOL)
@@ -75,15 +76,21 @@ ANYWHERE = (Phase.HEAD, *IN_BODY)
 
 @dataclass(frozen=True)
 class Allowed:
-    """The ends that the contract allows, by where the fault is; what is left out is allowed to be OK only."""
+    """The ends that the contract allows, by where the fault is; what is left out is allowed to be OK only.
+
+    `create` are those of CreateChatCompletion, if they differ: its one response is smaller than a stream.
+    """
 
     before: Outcomes = OK
     during: Outcomes = OK
     finished: Outcomes = OK
     whole: Outcomes = OK
+    create: Outcomes | None = None
 
-    def at(self, phase: Phase) -> Outcomes:
+    def at(self, phase: Phase, *, create: bool = False) -> Outcomes:
         """The ends that are allowed of a fault at this place."""
+        if create and self.create is not None:
+            return self.create
         if phase in BEFORE:
             return self.before
         if phase in DURING:
@@ -589,11 +596,16 @@ def _answers() -> list[Fault]:
             both,
         ),
         # No message may be larger than what a client receives by default.
-        ("huge-text", _answer(text("x" * 5_000_000), _STOP, USAGE), HARMLESS, _no_calls("x" * 5_000_000)),
+        (
+            "huge-text",
+            _answer(text("x" * 5_000_000), _STOP, USAGE),
+            Allowed(create=TOO_LARGE),
+            _no_calls("x" * 5_000_000),
+        ),
         (
             "huge-reasoning",
             rewritten([ROLE, reasoning("x" * 5_000_000), text("a"), _STOP, USAGE]),
-            HARMLESS,
+            Allowed(create=TOO_LARGE),
             _no_calls("a", "x" * 5_000_000),
         ),
         (

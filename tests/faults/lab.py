@@ -383,7 +383,7 @@ def ending_of(error: aio.AioRpcError, *, by_caller: bool = False) -> Ending:
 def problems_of(cell: Cell, seen: Seen) -> list[str]:
     """What is wrong with what a caller received in a cell."""
     fault, problems = cell.fault, list(seen.broken)
-    allowed = fault.allowed.at(cell.phase)
+    allowed = fault.allowed.at(cell.phase, create=cell.kind is CallKind.CREATE)
     if seen.outcome not in allowed:
         problems.append(f"it ended {seen.outcome}, allowed is {' or '.join(sorted(allowed))}")
     if seen.ending is None:

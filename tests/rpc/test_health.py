@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
 from deltawire_server.rpc import health, reception, reflection
-from tests.support.gateway import until
+from tests.support.gateway import WAIT, until
 from tests.support.raw_http2 import message, raw_client
 
 if TYPE_CHECKING:
@@ -62,8 +62,9 @@ async def test_a_name_that_does_not_come_at_once_is_not_awaited(served: Running,
 
 
 @pytest.mark.parametrize("method", [CHECK, WATCH])
-async def test_what_is_no_request(served: Running, method: str) -> None:
+async def test_what_is_no_request(served: Running, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     """INVALID_ARGUMENT, or UNIMPLEMENTED if there is none."""
+    monkeypatch.setattr(reception, "ARRIVAL_SECONDS", WAIT)
     async with raw_client(served.address) as client:
         assert await client.status(client.call(method, body=message(b"\xff"), end=True)) == "3"
         assert await client.status(client.call(method, end=True)) == "12"
