@@ -58,7 +58,7 @@ MAX_CHOICE_VALUES = 65_536
 """Texts that an answer may be one of: passed on as one list, and not kept."""
 MAX_SAMPLING_VALUES = 4096
 """Entries of each list of texts or tokens in the sampling, which is kept as long as the completion runs and sent back in
-`started`. vLLM's newer engine takes 1,024 entries of `logit_bias` and 128 of `stop_token_ids`."""
+`started`; far more than callers need to steer an answer."""
 MAX_SAMPLING_BYTES = 64 * KIB
 """Of all `stop` and `bad_words` together, for the same reason; vLLM takes four stop texts."""
 MAX_NAME_BYTES = 1024
