@@ -16,8 +16,18 @@ from tests.client.scripted import WAIT, Fail, Gateway, choice, completed, finish
 from tests.client.test_client import STATUS
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from deltawire import ChatStream
     from tests.client.cli.support import Run
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Ctrl-C is not ignored, as it is in what a shell runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class Stream:
