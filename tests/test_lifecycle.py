@@ -206,7 +206,7 @@ def test_plaintext_addresses(certificates: Certificates) -> None:
 def test_options() -> None:
     """The settings of connections reach grpc under the names that work."""
     settings = ServerSettings(max_receive_bytes=4096, keepalive_time=30, ping_timeout=20, min_ping_interval=0.0001)
-    options = dict(_options(settings))
+    options = dict(_options(settings, 1))
     assert options["grpc.max_receive_message_length"] == 4096
     assert options["grpc.keepalive_time_ms"] == 30_000
     assert options["grpc.http2.ping_timeout_ms"] == 20_000

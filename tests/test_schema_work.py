@@ -25,6 +25,7 @@ from deltawire_server.schemas.shape import Shape, shape
 from deltawire_server.schemas.strict import argument_checks
 from deltawire_server.upstream.engine import Engine, EngineKind
 from deltawire_server.upstream.request import ChatMessage, ChatRequest, CheckBudget, Role, ToolSpec
+from tests.support.filters import filter_schema, filters
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -226,35 +227,6 @@ def explained(schema: object, arguments: object) -> tuple[int, tuple[str, str] |
     return spy.lists, verdict
 
 
-FILTER = {
-    "$defs": {
-        "filter": {
-            "anyOf": [
-                *(
-                    {
-                        "type": "object",
-                        "properties": {name: {"type": "array", "items": {"$ref": "#/$defs/filter"}}},
-                        "required": [name],
-                    }
-                    for name in ("and", "or", "xor")
-                ),
-                {"type": "object", "properties": {"not": {"$ref": "#/$defs/filter"}}, "required": ["not"]},
-                {"properties": {"field": {"type": "string"}, "value": {"type": "string"}}, "required": ["field", "value"]},
-            ]
-        }
-    },
-    "$ref": "#/$defs/filter",
-}  # fmt: skip
-
-
-def filters(depth: int, value: object = "x") -> dict[str, Any]:
-    """Arguments of the filter schema."""
-    node: dict[str, Any] = {"field": "a", "value": value}
-    for _ in range(depth):
-        node = {"and": [node, node]}
-    return node
-
-
 @pytest.mark.parametrize("length", [9, 10, 12, 14, 16])
 def test_errors_of_many_alternatives_are_not_listed(length: int) -> None:
     """The validator keeps the errors of all branches of a failed `anyOf`: 14 us and 3 KB for each try."""
@@ -272,11 +244,11 @@ def test_errors_of_large_values_are_not_listed() -> None:
 def test_a_filter_with_a_wrong_leaf() -> None:
     """The verdict is right at each depth; the place is named where it is cheap to find."""
     for depth in range(9):
-        assert explained(FILTER, filters(depth)) == (0, None)
-        lists, verdict = explained(FILTER, filters(depth, 5))
+        assert explained(filter_schema(), filters(depth)) == (0, None)
+        lists, verdict = explained(filter_schema(), filters(depth, value=5))
         assert verdict is not None
         assert lists == (verdict[1] != NO_PLACE)
-    assert explained(FILTER, filters(1, 5))[0] == 1
+    assert explained(filter_schema(), filters(1, value=5))[0] == 1
 
 
 def test_an_optional_value_is_explained() -> None:
@@ -296,7 +268,7 @@ def test_without_alternatives_everything_is_explained() -> None:
 
 def test_an_answer_has_one_budget() -> None:
     """What the first calls used up is missing for the next; then their verdict says so."""
-    made = argument_check(json.dumps(FILTER))
+    made = argument_check(json.dumps(filter_schema()))
     arguments = json.dumps(filters(6))
     budget = CheckBudget(MAX_EFFORT)
     verdicts = [made(arguments, budget) for _ in range(100)]
@@ -322,7 +294,7 @@ def test_failed_checks_are_counted_too(length: int) -> None:
 
 async def test_each_answer_has_its_own_budget() -> None:
     """It is shared by the calls of all its tools."""
-    text = json.dumps(FILTER)
+    text = json.dumps(filter_schema())
     tools = tuple(ToolSpec(name, input_schema=text, strict=True) for name in ("a", "b"))
     request = ChatRequest("m", (ChatMessage(Role.USER, ("hi",)),), tools=tools)
     arguments = json.dumps(filters(6))

@@ -138,7 +138,7 @@ REFUSED: dict[str, tuple[object, str]] = {
     ),
     "a reference to nothing": (of_a({"$ref": "#/$defs/x"}), "refers to '#/$defs/x', which does not exist: only"),
     "a reference through a text": (of_a({"$ref": "#/type/0"}), "refers to '#/type/0', which does not exist: only"),
-    "an anchor that is none": (of_a({"$ref": "#x"}), "refers to '#x', which does not exist: only"),
+    "an unknown anchor": (of_a({"$ref": "#x"}), "refers to '#x', which does not exist: only"),
     "an unknown draft": ({"$schema": "https://example.org/draft"}, "is not a valid schema: Unknown meta-schema"),
     "a draft that is no text": ({"$schema": 5}, 'is not a valid schema: 5 is not of type "string" (at /$schema)'),
     "itself": ({"$ref": "#"}, "refers to itself without end"),

@@ -10,6 +10,7 @@ import pytest
 from deltawire_server.schemas import argument_check, compiled_checks
 from deltawire_server.schemas.check import MAX_EFFORT
 from deltawire_server.upstream.request import CheckBudget
+from tests.support.filters import filter_schema
 
 
 def optional(kind: str) -> dict[str, Any]:
@@ -92,30 +93,14 @@ CONDITIONS = {
     ],
     "unevaluatedProperties": {"type": "string"},
 }
-FILTER = {
-    "$defs": {
-        "filter": {
-            "anyOf": [
-                *(
-                    {
-                        "type": "object",
-                        "properties": {name: {"type": "array", "items": {"$ref": "#/$defs/filter"}}},
-                        "required": [name],
-                    }
-                    for name in ("and", "or")
-                ),
-                {"type": "object", "properties": {"not": {"$ref": "#/$defs/filter"}}, "required": ["not"]},
-                {
-                    "type": "object",
-                    "properties": {"field": {"type": "string"}, "op": {"enum": ["=", "<", ">"]}, "value": {}},
-                    "required": ["field", "op"],
-                    "additionalProperties": False,
-                },
-            ]
-        }
-    },
-    "$ref": "#/$defs/filter",
-}
+FILTER = filter_schema(
+    {
+        "type": "object",
+        "properties": {"field": {"type": "string"}, "op": {"enum": ["=", "<", ">"]}, "value": {}},
+        "required": ["field", "op"],
+        "additionalProperties": False,
+    }
+)
 
 
 def tree(depth: int) -> dict[str, Any]:

@@ -31,6 +31,9 @@ MIN_KEY = 16
 FORM = "NAME PERMISSIONS CREDENTIAL, like `ci call,read sha256:…`"
 """What a line looks like, to follow "write"."""
 
+REVOKED = "the access of this caller was revoked or changed during the call: call again with a valid credential"
+"""The message of ACCESS_CHANGED."""
+
 _HOW = "send a key as `authorization: Bearer …`"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@/-]{0,63}")
 _COMMENT = re.compile(r"(^|\s)#.*")

@@ -20,7 +20,7 @@ from deltawire_server.memory import Allocator, Ledger, default_limit
 from deltawire_server.registry.registry import ModelRegistry
 from deltawire_server.registry.store import Store, StoreLimits
 from deltawire_server.rpc.chat_completion import ChatCompletionServicer
-from deltawire_server.rpc.interceptors import CallInterceptor
+from deltawire_server.rpc.interceptors import STREAM_CHAT, CallInterceptor
 from deltawire_server.rpc.model_registry import ModelRegistryServicer
 from deltawire_server.rpc.reception import Reception
 from deltawire_server.rpc.validate_content import ContentLimits
@@ -55,9 +55,6 @@ SERVICES = (
     chat_completion_pb2.DESCRIPTOR.services_by_name["ChatCompletion"].full_name,
     model_registry_pb2.DESCRIPTOR.services_by_name["ModelRegistry"].full_name,
 )
-
-STREAM = "/deltawire.v1.ChatCompletion/StreamChatCompletion"
-"""A caller who may call this method may call every method of completions."""
 
 _CERTIFICATES = ("server.tls_cert_file", "server.tls_key_file", "server.tls_client_ca_file")
 _WOULD_OPEN = (
@@ -226,7 +223,8 @@ class Gateway:
 
     async def _end_revoked(self) -> None:
         def admits(owner: str) -> bool:
-            return self._access.admits(owner, STREAM)
+            # All methods of completions need the same permission.
+            return self._access.admits(owner, STREAM_CHAT)
 
         await self._worker.end_revoked(admits)
         await asyncio.sleep(REVOKED_SECONDS)

@@ -197,7 +197,7 @@ def _check_socket(path: str) -> None:
     raise ListenError(f"cannot listen on unix:{path}: another process does")
 
 
-def _options(settings: ServerSettings, connections: int = 1) -> list[tuple[str, int]]:
+def _options(settings: ServerSettings, connections: int) -> list[tuple[str, int]]:
     return [
         # Else a second process on the same port starts silently and takes half of the connections.
         ("grpc.so_reuseport", 0),

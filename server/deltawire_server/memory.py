@@ -184,7 +184,7 @@ class Hold:
 
 
 class Allocator:
-    """The C library's, which keeps much of what large requests took, unless it is told otherwise. Only glibc knows how."""
+    """The memory allocator of the C library, configured to return memory to the kernel. Only glibc supports this."""
 
     def __init__(self) -> None:
         library = ctypes.CDLL(None)

@@ -19,6 +19,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from deltawire_server.access import REVOKED
 from deltawire_server.admission import Admission
 from deltawire_server.completion import Completion, CompletionLimits
 from deltawire_server.completions.records import Outcome, Records
@@ -148,7 +149,7 @@ class Worker:
         Args:
             admits: Whether the caller of this name may still call.
         """
-        fault = Fault(Reason.ACCESS_CHANGED, "the access of the caller was revoked or changed")
+        fault = Fault(Reason.ACCESS_CHANGED, REVOKED)
         for record in self._records.kept():
             if not admits(record.caller):
                 record.fail(fault)

@@ -1,4 +1,4 @@
-"""What one request may do to the gateway, whoever sends it and whatever answers it."""
+"""How much delay and memory one request, or the answer to it, may cost the gateway."""
 
 from __future__ import annotations
 

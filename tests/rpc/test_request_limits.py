@@ -13,6 +13,7 @@ from deltawire_server.completions.records import Head
 from deltawire_server.errors import CallerError, Violation
 from deltawire_server.rpc import convert, validate
 from deltawire_server.rpc.status import shorten
+from deltawire_server.schemas import MAX_SCHEMA_BYTES
 from tests.support.gateway import ask, tool, user
 from tests.support.turns import at_once, chat_request
 
@@ -39,15 +40,15 @@ def past_call(arguments: str) -> chat_pb.ChatRequest:
 JSON_FIELDS: dict[str, tuple[Callable[[str], chat_pb.ChatRequest], int]] = {
     "chat.chat_template_kwargs": (lambda text: ask(chat_template_kwargs=text), validate.MAX_JSON_BYTES),
     "chat.extra_body": (lambda text: ask(extra_body=text), validate.MAX_JSON_BYTES),
-    "chat.tools[0].input_schema": (lambda text: ask(tools=[tool(input_schema=text)]), validate.MAX_SCHEMA_BYTES),
-    "chat.tools[0].output_schema": (lambda text: ask(tools=[tool(output_schema=text)]), validate.MAX_SCHEMA_BYTES),
+    "chat.tools[0].input_schema": (lambda text: ask(tools=[tool(input_schema=text)]), MAX_SCHEMA_BYTES),
+    "chat.tools[0].output_schema": (lambda text: ask(tools=[tool(output_schema=text)]), MAX_SCHEMA_BYTES),
     "chat.response_format.json_schema.schema": (
         lambda text: ask(response_format={"json_schema": {"schema": text}}),
-        validate.MAX_SCHEMA_BYTES,
+        MAX_SCHEMA_BYTES,
     ),
     "chat.response_format.structural_tag": (
         lambda text: ask(response_format={"structural_tag": text}),
-        validate.MAX_SCHEMA_BYTES,
+        MAX_SCHEMA_BYTES,
     ),
     "chat.messages[0].assistant.tool_calls[0].arguments": (past_call, validate.MAX_ARGUMENTS_BYTES),
 }

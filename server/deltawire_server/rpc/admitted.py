@@ -7,15 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from deltawire_server.access import REVOKED
 from deltawire_server.errors import GatewayError, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-REVOKED = (
-    "the access of this caller was revoked or changed while the call was under way: call again with a valid credential"
-)
-"""The message of ACCESS_CHANGED."""
 
 
 @dataclass(slots=True, eq=False)

@@ -38,7 +38,7 @@ MAX_COMPLETED_BYTES = 1024 * 1024
 """A quarter of what other languages receive by default: a stream must not die on its last message."""
 
 MAX_RESPONSE_BYTES = 4 * 1024 * 1024
-"""Of CreateChatCompletion: what gRPC clients receive unless told otherwise."""
+"""Of CreateChatCompletion: the default limit of gRPC clients."""
 
 COPIES = 2
 """Of a request while it is validated: the message, and what is made of it."""

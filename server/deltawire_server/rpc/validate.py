@@ -22,7 +22,7 @@ from deltawire_server.rpc import validate_options
 from deltawire_server.rpc.complaints import MAX_FIELD, Complaints
 from deltawire_server.rpc.status import shorten
 from deltawire_server.rpc.validate_content import ContentLimits, ContentReader
-from deltawire_server.schemas import compiled_checks
+from deltawire_server.schemas import MAX_SCHEMA_BYTES, compiled_checks
 from deltawire_server.upstream.request import (
     ChatMessage,
     ChatRequest,
@@ -66,9 +66,6 @@ MAX_NAME_BYTES = 1024
 MAX_JSON_BYTES = 1024 * KIB
 """Of `chat_template_kwargs` and of `extra_body`, which may hold documents for a template. A field of a body of this size
 has up to 100,000 names, which take 50 ms to read."""
-MAX_SCHEMA_BYTES = 256 * KIB
-"""Of one schema or structural tag; real ones have up to some tens of KiB. The Python standard library takes 10 ms to
-decode this much, which is done when a call comes without arguments."""
 MAX_TOOLS_BYTES = 1024 * KIB
 """Of the descriptions and `input_schema` of all tools together, which makes 8 KiB for each of 128: they are encoded in one
 go, and one answer may call all of them."""

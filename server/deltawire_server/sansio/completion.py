@@ -125,7 +125,7 @@ ENTRY_BYTES = 64
 """Memory that a fragment of a tool call takes besides its text."""
 
 MAX_WHOLE_BYTES = 4 * 1024 * 1024 - 64 * 1024
-"""What gRPC clients receive unless told otherwise, less an envelope."""
+"""The default limit of gRPC clients, less an envelope."""
 
 LATE = "event after the end"
 """What an anomaly of this kind is called."""

@@ -17,7 +17,7 @@ In the order in which to read the files:
     strict       the checks of one answer
 """
 
-from deltawire_server.schemas.check import argument_check, compiled_checks
+from deltawire_server.schemas.check import MAX_SCHEMA_BYTES, argument_check, compiled_checks
 from deltawire_server.schemas.errors import SchemaError
 
-__all__ = ["SchemaError", "argument_check", "compiled_checks"]
+__all__ = ["MAX_SCHEMA_BYTES", "SchemaError", "argument_check", "compiled_checks"]

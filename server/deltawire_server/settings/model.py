@@ -181,7 +181,7 @@ class ServerSettings(Section):
         default=1 * MIB,
         description=(
             "Bytes up to which the last event of a stream repeats the whole answer; above, it says messages_omitted. "
-            "The default stays well below the 4 MiB that gRPC clients receive unless told otherwise."
+            "The default stays well below the 4 MiB that gRPC clients receive by default."
         ),
     )
     max_duration: Seconds = Field(
@@ -396,7 +396,7 @@ class StreamSettings(Section):
         description=(
             "Bytes of one tool call's arguments, its name counted twice; more end the answer with an error. The default "
             "holds any file a model writes in one call, and is the most that fits into one message of 4 MiB, which is what "
-            "gRPC clients receive unless told otherwise."
+            "gRPC clients receive by default."
         ),
     )
     max_answer_bytes: Bytes = Field(

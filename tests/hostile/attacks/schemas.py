@@ -10,6 +10,7 @@ from deltawire.v1 import chat_completion_pb2 as chat_pb
 from tests.faults import script
 from tests.hostile.attack import Attack, Prepared
 from tests.hostile.attacks.building import answered, checked, stream
+from tests.support.filters import filter_schema, filters
 from tests.support.gateway import tool
 
 _ANSWERED = frozenset({"OK", "INVALID_ARGUMENT"})
@@ -27,41 +28,11 @@ def chain(length: int, last: dict[str, Any], reference: str = "#/$defs/d{}", **e
     return {"$ref": reference.format(0), "$defs": definitions}
 
 
-def filters(depth: int) -> str:
-    """Arguments of the filter schema whose one leaf is wrong."""
-    value: dict[str, Any] = {"field": "a", "value": []}
-    for _ in range(depth):
-        value = {"and": [value, value]}
-    return json.dumps(value)
-
-
-FILTER = {
-    "type": "object",
-    "$defs": {
-        "filter": {
-            "anyOf": [
-                *(
-                    {
-                        "type": "object",
-                        "properties": {name: {"type": "array", "items": {"$ref": "#/$defs/filter"}}},
-                        "required": [name],
-                    }
-                    for name in ("and", "or", "xor")
-                ),
-                {"type": "object", "properties": {"not": {"$ref": "#/$defs/filter"}}, "required": ["not"]},
-                {
-                    "type": "object",
-                    "properties": {"field": {"type": "string"}, "value": {"type": "string"}},
-                    "required": ["field", "value"],
-                },
-            ]
-        }
-    },
-    "$ref": "#/$defs/filter",
-}
-"""What search tools take: and, or, xor, not, and one kind of leaf."""
-
 NEVER = {"required": ["nope"]}
+
+
+def _wrong(depth: int) -> str:
+    return json.dumps(filters(depth, value=[]))
 
 
 def _chained(length: int) -> Prepared:
@@ -143,8 +114,12 @@ SCHEMAS = (
         )
         for length in (12, 14, 17, 23, 28)
     ),
-    Attack("a filter of depth 6 with one wrong leaf", "schemas", lambda: checked(FILTER, filters(6)), _ANSWERED),
-    Attack("a filter of depth 12 with wrong leaves", "schemas", lambda: checked(FILTER, filters(12)), _ANSWERED),
+    Attack(
+        "a filter of depth 6 with one wrong leaf", "schemas", lambda: checked(filter_schema(), _wrong(6)), _ANSWERED
+    ),
+    Attack(
+        "a filter of depth 12 with wrong leaves", "schemas", lambda: checked(filter_schema(), _wrong(12)), _ANSWERED
+    ),
     Attack("a chain of 14 through anchors of draft-07", "schemas", lambda: checked(old_chain(14), "{}"), _ANSWERED),
     Attack("a chain of 28 through anchors of draft-07", "schemas", lambda: checked(old_chain(28), "{}"), _ANSWERED),
     Attack(
@@ -212,5 +187,5 @@ SCHEMAS = (
         _ANSWERED,
     ),
     Attack("128 calls with a failed chain of 14", "schemas", lambda: calls(chain(14, NEVER), "{}", 128), _ANSWERED),
-    Attack("128 calls with a filter of depth 6", "schemas", lambda: calls(FILTER, filters(6), 128), _ANSWERED),
+    Attack("128 calls with a filter of depth 6", "schemas", lambda: calls(filter_schema(), _wrong(6), 128), _ANSWERED),
 )
