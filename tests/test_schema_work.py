@@ -28,7 +28,7 @@ from deltawire_server.upstream.request import ChatMessage, ChatRequest, CheckBud
 from tests.support.filters import filter_schema, filters
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 NEVER = {"required": ["nope"]}
 FAILS = {"counted": "fails"}
@@ -409,6 +409,56 @@ def test_counting_has_bounded_steps() -> None:
         effort.count({str(number): {"a": {}} for number in range(100)}, 1000, 10**12)
     with pytest.raises(TooMuchError):
         effort.count({"a": {"a": {"a": {"a": {"a": {}}}}}}, 10**6, 10**6)
+
+
+class Items(list[Any]):
+    """An array that counts how many of its items are looked at."""
+
+    def __init__(self, items: Iterable[Any]) -> None:
+        super().__init__(items)
+        self.looks = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in super().__iter__():
+            self.looks += 1
+            yield item
+
+    def __getitem__(self, index: Any) -> Any:  # noqa: ANN401 (as a list's)
+        self.looks += len(range(*index.indices(len(self)))) if isinstance(index, slice) else 1
+        return super().__getitem__(index)
+
+
+class Fields(dict[str, Any]):
+    """An object that counts how many of its fields are looked at."""
+
+    looks = 0
+
+    def items(self) -> Any:  # noqa: ANN401 (as a dictionary's)
+        self.looks += len(self)
+        return super().items()
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"properties": {"a": {"type": "integer"}}},
+        {"prefixItems": [{"type": "integer"}], "required": ["a"]},
+        {"items": {"type": "integer"}},
+        {"prefixItems": [{"not": {}}], "items": {"allOf": [{}]}},
+        {"contains": {"type": "integer"}},
+        {"additionalProperties": {"type": "integer"}},
+        {"patternProperties": {"^a": {}}},
+        {"propertyNames": {"maxLength": 1}},
+    ],
+    ids=str,
+)
+def test_what_is_looked_at_counts(keywords: dict[str, Any]) -> None:
+    """However many alternatives there are, each of which would go over the whole value."""
+    effort = Effort({"anyOf": [dict(keywords) for _ in range(900)]})
+    for value in (Items([1] * 20_000), Fields({str(number): 1 for number in range(20_000)})):
+        with contextlib.suppress(TooMuchError):
+            effort.count(value, 10_000, 10**12)
+        assert value.looks <= 8 * 10_000 + 20_000
 
 
 def test_identifiers_times_references_are_bounded() -> None:

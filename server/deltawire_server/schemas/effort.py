@@ -270,6 +270,10 @@ class Effort:
             node.same.append(part)
 
 
+_LOOKS_PER_STEP = 8
+"""Parts of a value that are gone over in the time of one step."""
+
+
 class _Counter:
     """Counts what the check of one value takes."""
 
@@ -314,33 +318,46 @@ class _Counter:
         return effort
 
     def _of_object(self, node: _Node, value: dict[str, Any]) -> int:
-        effort = 0
-        for name, part in value.items():
-            own = node.properties.get(name)
-            if own is not None:
-                effort += self.count(own, part)
-            if node.additional is not None:
-                effort += self.count(node.additional, part)
-            for every in node.every:
-                effort += self.count(every, part)
-            if node.names is not None:
-                effort += self.count(node.names, name)
-            if node.patterns:
-                effort += node.patterns * (1 + _PATTERN_BYTES_WEIGHT * 4 * len(name) // BYTES)
-        return effort + len(value)
+        effort = len(value)
+        if len(node.properties) < len(value):
+            own = [(part, value[name]) for name, part in node.properties.items() if name in value]
+        else:
+            own = [(node.properties[name], part) for name, part in value.items() if name in node.properties]
+        self._look_at(min(len(node.properties), len(value)))
+        for property_node, part in own:
+            effort += self.count(property_node, part)
+        if node.every or node.additional is not None or node.names is not None or node.patterns:
+            self._look_at(len(value))
+            for name, part in value.items():
+                if node.additional is not None:
+                    effort += self.count(node.additional, part)
+                for every in node.every:
+                    effort += self.count(every, part)
+                if node.names is not None:
+                    effort += self.count(node.names, name)
+                if node.patterns:
+                    effort += node.patterns * (1 + _PATTERN_BYTES_WEIGHT * 4 * len(name) // BYTES)
+        return effort
 
     def _of_array(self, node: _Node, value: list[Any]) -> int:
         effort = len(value)
-        for index, part in enumerate(value):
-            if index < len(node.prefix):
-                effort += self.count(node.prefix[index], part)
-            elif node.items is not None:
-                effort += self.count(node.items, part)
-            for every in node.contains:
-                effort += self.count(every, part)
+        for prefix, part in zip(node.prefix, value, strict=False):
+            effort += self.count(prefix, part)
+        rest = node.contains if node.items is None else [node.items, *node.contains]
+        if rest:
+            self._look_at(len(value))
+        for each in rest:
+            for part in value if each is not node.items else value[len(node.prefix) :]:
+                effort += self.count(each, part)
         if node.unique:
             effort += _UNIQUE_WEIGHT * self._size(value)
         return effort
+
+    def _look_at(self, number: int) -> None:
+        """Book steps for so many parts of a value: to go over them takes time, also if no subschema is tried on them."""
+        self.steps += number // _LOOKS_PER_STEP
+        if self.steps > self._most_steps:
+            raise TooMuchError(self.steps)
 
     def _size(self, value: object) -> int:
         """Values, and a KiB of text as one more."""
@@ -350,9 +367,7 @@ class _Counter:
             return 1
         size = self._sizes.get(id(value))
         if size is None:
-            self.steps += len(value)
-            if self.steps > self._most_steps:
-                raise TooMuchError(self.steps)
+            self._look_at(len(value))
             size = 1 + sum(map(self._size, value.values() if isinstance(value, dict) else value))
             self._sizes[id(value)] = size
         return size
