@@ -13,9 +13,11 @@ import sys
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import pytest
 from grpc import aio
 
+from deltawire.v1 import model_registry_pb2
 from deltawire_server.__main__ import main
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
 from tests.support.gateway import WAIT, Running, ask, kinds, read_well
@@ -185,6 +187,17 @@ async def test_a_process_from_start_to_sigterm(vllm: FakeVllm, insist: bool) -> 
             assert kinds([event async for event in messages])[-1] == "completed"
         await process.logged("stopped")
         assert await process.ended() == 0
+
+
+async def test_grpc_writes_nothing_of_its_own(vllm: FakeVllm) -> None:
+    """A caller without a key can make it complain for each call; all that the process writes is its log."""
+    async with started("--vllm-url", vllm.base_url) as (process, gateway):
+        request = model_registry_pb2.ListProvidersRequest(page_token="x" * 10_000)
+        with pytest.raises(aio.AioRpcError) as caught:
+            await gateway.models.ListProviders(request, compression=grpc.Compression.Gzip)
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        process.signal(signal.SIGTERM)
+        await process.logged("stopped")  # every line before it was read as an entry of the log
 
 
 async def test_a_process_that_hangs_up(vllm: FakeVllm, tmp_path: Path) -> None:

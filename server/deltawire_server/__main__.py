@@ -26,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: Sequence[str]) -> int:
+    # What gRPC itself writes is no entry of the log, and callers without a key can make it write a line for each call.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         import uvloop
 

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 _OURS = frozenset(
     {
+        Reason.ACCESS_CHANGED,
         Reason.ANSWER_TOO_LARGE,
         Reason.MEMORY_LIMIT_EXCEEDED,
         Reason.DURATION_LIMIT_EXCEEDED,

@@ -449,6 +449,7 @@ async def test_a_revoked_caller_s_calls_end(
             events, failure = await read(call)
             assert failure is not None
             assert (failure.code, failure.reason) == (grpc.StatusCode.ABORTED, "ACCESS_CHANGED")
+            assert failure.message.startswith("the access of this caller")  # no provider is to blame
             assert kinds(events) == ["choice_finished", "completed"]
             assert events[-1].completed.error.reason == error_reason_pb2.ERROR_REASON_ACCESS_CHANGED
         assert (await whole).reason == "ACCESS_CHANGED"

@@ -16,7 +16,7 @@ from deltawire_server.errors import GatewayError, Reason
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
 from deltawire_server.rpc import validate
 from deltawire_server.rpc.reception import Reception
-from tests.support.gateway import ask, failure_of, kinds, read_badly, read_well, until
+from tests.support.gateway import WAIT, ask, failure_of, kinds, read_badly, read_well, until
 from tests.support.raw_http2 import WINDOW, RawClient, message, raw_client
 
 if TYPE_CHECKING:
@@ -179,6 +179,30 @@ async def test_requests_take_turns(start_gateway: StartGateway) -> None:
         await gateway.models.ListProviders(model_registry_pb2.ListProvidersRequest())
 
 
+async def test_a_caller_takes_no_turns_of_others(start_gateway: StartGateway) -> None:
+    """However many of its requests do not arrive, on however many connections."""
+    keys = {"alice": "the-key-of-alice-is-this", "bob": "the-key-of-bob-is-this-one"}
+    access = {"keys": "\n".join(f"{name} read {key}" for name, key in keys.items())}
+    server = {"max_receiving": 8, "receive_timeout": 30}
+    async with start_gateway(server=server, access=access) as gateway:
+        mine = ("authorization", f"Bearer {keys['alice']}")
+        async with raw_client(gateway.address) as one, raw_client(gateway.address) as two:
+            begun = message(bytes(100), LARGE)
+            stuck = [client.call(LIST, mine, body=begun) for client in (one, two) for _ in range(20)]
+            two.flush()
+
+            def asked_for() -> int:
+                """The calls of the first connection whose request the gateway reads: it has let them send more."""
+                return sum(one.window(each) > WINDOW for each in stuck[:20])
+
+            await one.until(asked_for)
+            await until(lambda: gateway.gateway._calls._active == len(stuck))
+            metadata = (("authorization", f"Bearer {keys['bob']}"),)
+            async with asyncio.timeout(WAIT):
+                await gateway.models.ListProviders(model_registry_pb2.ListProvidersRequest(), metadata=metadata)
+            assert asked_for() <= 2
+
+
 async def test_a_request_without_a_turn() -> None:
     """Nothing of it is read."""
     reception = Reception(1, 0.02)
@@ -196,11 +220,11 @@ async def test_a_request_without_a_turn() -> None:
     context: Any = Context()
     await reception._turns.acquire()
     with pytest.raises(GatewayError) as caught:
-        await reception.receive(context, check)
+        await reception.receive(context, check, "alice")
     assert (caught.value.reason, reads) == (Reason.TOO_MANY_STREAMS, 0)
     reception._turns.release()
     for reads_before in range(2):  # each gives its turn back
         assert reads == reads_before
         with pytest.raises(GatewayError) as caught:
-            await reception.receive(context, check)
+            await reception.receive(context, check, "alice")
         assert caught.value.reason is Reason.DURATION_LIMIT_EXCEEDED

@@ -230,7 +230,9 @@ class CallInterceptor(aio.ServerInterceptor):
                         if ours:
                             await self._let_in(method, record, context, place)
                             admitted.enter_context(self._admitted.entered(record.owner, method, lambda: record.begun))
-                            data = await self._reception.receive(context, functools.partial(wire.check, method=method))
+                            data = await self._reception.receive(
+                                context, functools.partial(wire.check, method=method), record.owner or context.peer()
+                            )
                             record.request_bytes = len(data)
                             async with self._memory.turn(len(data)):
                                 request = _parsed(parse, data)

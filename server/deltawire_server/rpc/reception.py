@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from deltawire_server.errors import CallerError, Code, GatewayError, Reason
 from deltawire_server.upstream.failures import RETRY_SECONDS
@@ -29,6 +30,9 @@ To read it opens the window to all of its message, whatever the size; in this ti
 Several turns of the event loop, so that what arrived while the loop was busy is seen."""
 
 
+SHARE = 4
+"""One caller may have one in so many of the turns: the others' requests do not wait for a caller that does not send its own."""
+
 _readings: set[asyncio.Task[object]] = set()
 """Those that have not ended: asyncio itself keeps no task."""
 
@@ -37,16 +41,19 @@ class Reception:
     """Receives requests of callers who may call.
 
     Args:
-        limit: Requests that are received at once; further calls wait, with at most 64 KiB of theirs in memory.
+        limit: Requests that are received at once, of one caller a quarter of them; further calls wait, with at most 64 KiB of
+            theirs in memory.
         timeout: Seconds that one request may wait for its turn, and that it may then take.
     """
 
     def __init__(self, limit: int = 64, timeout: float = 60.0) -> None:
         self._limit = limit
         self._turns = asyncio.Semaphore(limit)
+        # Those of callers with a request that is received or waits.
+        self._shares: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._timeout = timeout
 
-    async def receive(self, context: _Context, check: Callable[[bytes], Awaitable[None]]) -> bytes:
+    async def receive(self, context: _Context, check: Callable[[bytes], Awaitable[None]], caller: str) -> bytes:
         """The bytes of the call's request; parse and validate them next.
 
         A second message is never received, as by gRPC's own unary handlers: its sender meets a closed window.
@@ -54,6 +61,7 @@ class Reception:
         Args:
             context: The call.
             check: Checks the bytes while the call still has its turn: no more requests are in memory unchecked than have one.
+            caller: What distinguishes the caller from others.
 
         Raises:
             CallerError: What `check` raises; INVALID_REQUEST with UNIMPLEMENTED, which is gRPC's code for it: the call has
@@ -61,35 +69,45 @@ class Reception:
             GatewayError: DURATION_LIMIT_EXCEEDED: the request did not arrive in time. TOO_MANY_STREAMS: other requests
                 arrive too slowly for this one to get a turn in time.
         """
-        await self._take_turn()
+        share = self._shares.get(caller)
+        if share is None:
+            share = self._shares[caller] = asyncio.Semaphore(max(1, self._limit // SHARE))
+        await self._take_turn(share)
         try:
-            reading = _reading(context)
-            done, _ = await asyncio.wait([reading], timeout=self._timeout)
-            if not done:
-                limit = f"{self._timeout:g}"
-                raise GatewayError(
-                    Reason.DURATION_LIMIT_EXCEEDED,
-                    f"the request did not arrive within {limit} seconds: send it faster, or less of it",
-                    metadata={"limit_seconds": limit},
-                )
-            data = _message(reading.result())
-            await check(data)
-            return data
+            await self._take_turn(self._turns)
+            try:
+                return await self._receive(context, check)
+            finally:
+                self._turns.release()
         finally:
-            self._turns.release()
+            share.release()
 
-    async def _take_turn(self) -> None:
-        if not self._turns.locked():
-            await self._turns.acquire()  # at once
+    async def _receive(self, context: _Context, check: Callable[[bytes], Awaitable[None]]) -> bytes:
+        reading = _reading(context)
+        done, _ = await asyncio.wait([reading], timeout=self._timeout)
+        if not done:
+            limit = f"{self._timeout:g}"
+            raise GatewayError(
+                Reason.DURATION_LIMIT_EXCEEDED,
+                f"the request did not arrive within {limit} seconds: send it faster, or less of it",
+                metadata={"limit_seconds": limit},
+            )
+        data = _message(reading.result())
+        await check(data)
+        return data
+
+    async def _take_turn(self, turns: asyncio.Semaphore) -> None:
+        if not turns.locked():
+            await turns.acquire()  # at once
             return
         try:
             async with asyncio.timeout(self._timeout):
-                await self._turns.acquire()
+                await turns.acquire()
         except TimeoutError:
             raise GatewayError(
                 Reason.TOO_MANY_STREAMS,
-                f"this gateway receives {self._limit} requests at once, and had no turn for this one in {self._timeout:g} "
-                "seconds",
+                f"this gateway receives {self._limit} requests at once, of one caller a quarter of them, and had no turn for this "
+                f"one in {self._timeout:g} seconds",
                 metadata={"limit": str(self._limit)},
                 retry_after=RETRY_SECONDS,
             ) from None

@@ -152,9 +152,9 @@ class ServerSettings(Section):
         ge=1,
         le=100_000,
         description=(
-            "Requests that are received at once, each of at most max_receive_bytes; further calls wait, and nothing of "
-            "theirs is received beyond 64 KiB. A small request takes its turn for less than a millisecond; the default "
-            "is 2 GiB of the largest."
+            "Requests that are received at once, each of at most max_receive_bytes, a quarter of them of one caller; "
+            "further calls wait, and nothing of theirs is received beyond 64 KiB. A small request takes its turn for less "
+            "than a millisecond; the default is 2 GiB of the largest."
         ),
     )
     receive_timeout: Seconds = Field(

@@ -35,6 +35,15 @@ def _wrong(depth: int) -> str:
     return json.dumps(filters(depth, value=[]))
 
 
+def _alternatives(value: object) -> Prepared:
+    alternatives = [
+        {"type": "object", "required": [f"k{number}"], "properties": {f"k{number}": {"type": "integer"}}}
+        for number in range(900)
+    ]
+    schema = {"type": "object", "properties": {"a": {"oneOf": alternatives}}}
+    return checked(schema, json.dumps({"a": value}))
+
+
 def _chained(length: int) -> Prepared:
     return checked(chain(length, NEVER), "{}")
 
@@ -187,5 +196,12 @@ SCHEMAS = (
         _ANSWERED,
     ),
     Attack("128 calls with a failed chain of 14", "schemas", lambda: calls(chain(14, NEVER), "{}", 128), _ANSWERED),
+    Attack("900 alternatives and an array of 20,000", "schemas", lambda: _alternatives([1] * 20_000), _ANSWERED),
+    Attack(
+        "900 alternatives and an object of 8,000 fields",
+        "schemas",
+        lambda: _alternatives({f"x{number}": 1 for number in range(8000)}),
+        _ANSWERED,
+    ),
     Attack("128 calls with a filter of depth 6", "schemas", lambda: calls(filter_schema(), _wrong(6), 128), _ANSWERED),
 )
