@@ -219,8 +219,11 @@ async def test_a_watcher_that_is_overtaken(alpha: FakeProvider) -> None:
         assert failure.reason == "REVISION_GONE"
 
 
-async def test_a_caller_that_leaves_frees_everything(alpha: FakeProvider, lines: Lines) -> None:
+async def test_a_caller_that_leaves_frees_everything(
+    alpha: FakeProvider, lines: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While it waits, while it is not read, and by its deadline; nothing of it is under way afterwards."""
+    monkeypatch.setattr(interceptors, "QUICK_SECONDS", 0.0)  # each call has a log line, however soon it is canceled
     async with serving(alpha, options=SMALL_WINDOW) as served:
         await register(served, "mine")
         waiting, stuck = watch(served), watch(served)
