@@ -12,6 +12,7 @@ from grpc import aio
 from deltawire.v1 import model_registry_pb2 as pb
 from deltawire.v1 import model_registry_pb2_grpc as pb_grpc
 from deltawire_server.registry.feed import Feed
+from deltawire_server.rpc import interceptors
 from tests.rpc.support import failed, serving, shown, take
 from tests.support.fake_provider import FakeProvider
 from tests.support.gateway import WAIT
