@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import mmap
 import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
+from deltawire_server import memory
 from deltawire_server.errors import Code, GatewayError, Reason
-from deltawire_server.memory import MIB, SHARE, Hold, Ledger, default_limit
+from deltawire_server.memory import LARGE_BYTES, MIB, SHARE, TRIM_BYTES, Allocator, Hold, Ledger, default_limit
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -92,3 +96,70 @@ def test_the_default_is_a_share_of_what_the_process_may_use(files: dict[str, str
     assert default_limit(tmp_path, meminfo) == limit * SHARE
     assert default_limit(tmp_path / "none", tmp_path / "none") == 1024 * MIB * SHARE
     assert 64 * MIB <= default_limit() < sys.maxsize
+
+
+def test_a_closed_hold_refers_to_nothing() -> None:
+    """What it belongs to refers to it, and would wait for the garbage collector."""
+    hold = Ledger(1000).hold(lambda: None)
+    hold.close()
+    assert hold.evict is None
+
+
+async def test_large_requests_are_worked_on_in_turn() -> None:
+    """After each was received, what gRPC let go of is returned to the kernel; small requests wait for nobody."""
+    ledger = Ledger(1000)
+    trims: list[None] = []
+    ledger.trim = lambda: trims.append(None)
+    async with ledger.turn(LARGE_BYTES + 1):
+        other = asyncio.create_task(ledger.turn(LARGE_BYTES + 1).__aenter__())
+        async with ledger.turn(LARGE_BYTES):
+            pass
+        assert not other.done()
+        assert len(trims) == 1
+    await other
+    assert len(trims) == 2
+
+
+async def test_free_memory_is_returned_while_the_process_is_larger(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Than at its smallest, by some MiB; and never where the kernel does not say how large it is."""
+    status = tmp_path / "statm"
+    status.write_text("0 100 0\n")
+    monkeypatch.setattr(memory, "TRIM_SECONDS", 0)
+    allocator = Allocator(status)
+    trims: list[None] = []
+    monkeypatch.setattr(allocator, "trim", lambda: trims.append(None))
+
+    async def turns() -> int:
+        trims.clear()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        return len(trims)
+
+    task = asyncio.create_task(allocator.trim_for_ever())
+    assert await turns() == 0
+    status.write_text(f"0 {100 + TRIM_BYTES // mmap.PAGESIZE} 0\n")
+    assert await turns() == 0
+    status.write_text(f"0 {101 + TRIM_BYTES // mmap.PAGESIZE} 0\n")
+    assert await turns() > 2
+    status.unlink()
+    await turns()
+    assert await turns() == 0
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+async def test_one_trim_at_a_time() -> None:
+    """It runs in another thread; a second one meanwhile would find nothing."""
+    allocator = Allocator()
+    allocator.trim()
+    first = allocator._trimming
+    allocator.trim()
+    assert first is not None
+    assert allocator._trimming is first
+    await first
+    allocator.trim()
+    assert allocator._trimming is not first
+    await allocator._trimming

@@ -520,7 +520,7 @@ def test_the_cache_is_bounded_in_bytes() -> None:
 @pytest.mark.usefixtures("_empty_cache")
 async def test_other_tasks_run_while_many_schemas_are_compiled() -> None:
     """At most one schema and a thousand nodes are compiled in one piece; kept checks take none."""
-    schemas = {str(n): json.dumps({"title": str(n), "anyOf": [{"type": "string"}] * 500}) for n in range(10)}
+    schemas = {str(n): json.dumps({"title": str(n), "anyOf": [{"type": "string"}] * 500}) for n in range(8)}
     turns = 0
 
     async def count() -> None:
@@ -531,8 +531,8 @@ async def test_other_tasks_run_while_many_schemas_are_compiled() -> None:
 
     task = asyncio.create_task(count())
     checks, errors = await compiled_checks(schemas)
-    assert (len(checks), errors) == (10, {})
-    assert turns >= 4
+    assert (len(checks), errors) == (8, {})
+    assert turns >= 3
     turns = 0
     await compiled_checks(schemas)
     assert turns == 0

@@ -260,6 +260,7 @@ class Completion:
             self._task.cancel()
             # Only waits for the connection to be closed: the end is decided.
             await asyncio.wait([self._task])
+        self._task = None  # its exception refers to the frames that it came through, and these to this object
         self._hold.close()
 
     async def _batch(self) -> list[StreamEvent]:
@@ -516,9 +517,10 @@ class _Clock:
         self.end_by = float("inf")
         self.allowed = float("inf")
         self._quiet_until = float("inf")
-        self._time_out = time_out
+        # None once it is stopped. Else the completion and it would refer to each other until the garbage is collected, which may
+        # be much later.
+        self._time_out: Callable[[], None] | None = time_out
         self._timer: asyncio.TimerHandle | None = None
-        self._stopped = False
 
     @property
     def is_over(self) -> bool:
@@ -527,7 +529,7 @@ class _Clock:
 
     def allow(self, seconds: float) -> None:
         """Allow so much silence from now on."""
-        if self._stopped:
+        if self._time_out is None:
             return
         self.allowed = seconds
         self._quiet_until = asyncio.get_running_loop().time() + seconds
@@ -541,16 +543,19 @@ class _Clock:
     def check(self) -> None:
         """Time out if a limit has passed, else wait for that."""
         self._timer = None
+        if self._time_out is None:
+            return
         if asyncio.get_running_loop().time() >= min(self.end_by, self._quiet_until):
             self._time_out()
-        elif not self._stopped:
+        else:
             self._set()
 
     def stop(self) -> None:
         """No limit counts any more."""
-        self._stopped = True
+        self._time_out = None
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
 
     def _set(self) -> None:
         if self._timer is not None:

@@ -27,6 +27,7 @@ from deltawire_server.completions.retention import Retention, RetentionLimits
 from deltawire_server.completions.state import State
 from deltawire_server.errors import CallerError, Code, DeltawireError, GatewayError, Reason, internal_error
 from deltawire_server.memory import Ledger
+from deltawire_server.pacing import give_way
 from deltawire_server.registry.model import ModelType
 from deltawire_server.registry.registry import require_type
 from deltawire_server.sansio.events import Fault
@@ -153,7 +154,7 @@ class Worker:
         for record in self._records.kept():
             if not admits(record.caller):
                 record.fail(fault)
-                await asyncio.sleep(0)
+                await give_way()
 
     async def close(self) -> None:
         """Stop what is generated for nobody's call; what is retained is gone."""

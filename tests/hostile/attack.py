@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 ROUNDS = 3
 """How often an attack is repeated: what is kept each time adds up."""
 
-SETTLE_SECONDS = 1.0
+SETTLE_SECONDS = 2.0
 """After the last round: what is given back is given back by then."""
 
 Run = Callable[[Target], Awaitable[Counter[str]]]
@@ -34,10 +34,12 @@ class Prepared:
     Attributes:
         run: Sends it.
         size: Bytes of the requests that it sends at once.
+        calls: How many these are.
     """
 
     run: Run
     size: int
+    calls: int = 1
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Result:
     Attributes:
         attack: Which.
         size: Bytes of its requests.
+        calls: How many were sent at once.
         outcomes: How many calls ended with which status code, over all rounds.
         delay: Seconds of the worst health check of another caller.
         growth: Bytes by which the process grew at most, over what it had before the first round.
@@ -76,6 +79,7 @@ class Result:
 
     attack: Attack
     size: int
+    calls: int
     outcomes: Counter[str]
     delay: float
     growth: int
@@ -84,7 +88,7 @@ class Result:
     @property
     def bars(self) -> Bars:
         """What was allowed."""
-        return bars(self.size, keyed=self.attack.keyed)
+        return bars(self.size, keyed=self.attack.keyed, calls=self.calls)
 
     @property
     def problems(self) -> list[str]:
@@ -121,7 +125,7 @@ async def run(attack: Attack, folder: Path) -> Result:
         growth = gateway.peak - before
         delay = await worst()
         await asyncio.sleep(SETTLE_SECONDS)
-        return Result(attack, prepared.size, outcomes, delay, growth, gateway.resident - before)
+        return Result(attack, prepared.size, prepared.calls, outcomes, delay, growth, gateway.resident - before)
 
 
 @asynccontextmanager

@@ -22,14 +22,19 @@ class Bars:
     kept: int
 
 
-def bars(size: int, *, keyed: bool) -> Bars:
+def bars(size: int, *, keyed: bool, calls: int = 1) -> Bars:
     """The bars for a caller with an access key or without one.
 
     Args:
         size: Bytes of the requests that are sent at once.
         keyed: Whether they have a key.
+        calls: How many are sent at once.
     """
     if not keyed:
         return Bars(delay=0.020, growth=4 * MIB, kept=4 * MIB)
-    # The allocator of the C library keeps some of what was freed; what is kept for good adds up over the repetitions.
-    return Bars(delay=0.100, growth=max(64 * MIB, 3 * size), kept=16 * MIB)
+    # The allocators of Python and of the C library keep some of what was freed, and use it again. What is kept for good adds up
+    # over the repetitions.
+    one = Bars(delay=0.100, growth=max(64 * MIB, 3 * size), kept=24 * MIB)
+    if calls == 1:
+        return one
+    return Bars(delay=0.200, growth=max(one.growth, calls * MIB // 2), kept=one.kept + calls * MIB // 4)

@@ -187,6 +187,7 @@ async def test_very_many_models_are_looked_at_in_parts(kit: Kit) -> None:
         turns += 1
         assert len(kit.events) - before <= LOOKS_AT_ONCE
     assert turns >= 5
+    await kit.view.settled()
     kit.told()
     await kit.fail("p")
     assert 0 < len(kit.events) < len(names)

@@ -11,7 +11,11 @@ from google.protobuf.field_mask_pb2 import FieldMask
 
 from deltawire.v1 import model_registry_pb2 as pb
 from deltawire_server.errors import ProviderError, Reason
-from deltawire_server.registry.model import ModelSource, ModelState, ModelType
+from deltawire_server.registry import pages
+from deltawire_server.registry.feed import Step
+from deltawire_server.registry.model import Model, ModelSource, ModelState, ModelType
+from deltawire_server.registry.pages import PageRequest
+from deltawire_server.registry.registry import _bytes_of
 from deltawire_server.registry.store import ChangeKind
 from deltawire_server.rpc.model_registry import (
     CHANGES,
@@ -20,10 +24,14 @@ from deltawire_server.rpc.model_registry import (
     MODEL_SOURCES,
     MODEL_STATES,
     MODEL_TYPES,
+    model_message,
+    step_message,
 )
 from deltawire_server.upstream.base import HealthStatus, ServedModel
 from deltawire_server.upstream.engine import Engine, EngineKind
+from deltawire_server.upstream.vllm import MAX_DOCUMENT_BYTES
 from tests.rpc.support import STATES, Served, serving
+from tests.support.contract import MAX_MESSAGE_BYTES
 from tests.support.fake_provider import FakeProvider
 from tests.support.gateway import Failure, failure_of
 
@@ -465,7 +473,7 @@ async def test_etags_of_an_update(stub: pb_grpc.ModelRegistryAsyncStub, mine: pb
     failure = await failure_of(stub.UpdateModel(change("2", mine.etag)))
     assert told(failure) == (Code.ABORTED, "ETAG_MISMATCH")
     assert without_request_id(failure) == {"model": "mine", "etag": first.etag}
-    assert "read it, then decide again" in failure.message
+    assert "read it again" in failure.message
     assert told(await failure_of(stub.UpdateModel(change("2", "nonsense")))) == (Code.ABORTED, "ETAG_MISMATCH")
     assert (await stub.GetModel(pb.GetModelRequest(model_id="mine"))).model == first
     assert (await stub.UpdateModel(change("3", ""))).model.annotations["k"] == "3"
@@ -715,3 +723,26 @@ async def test_providers_and_their_health(stub: pb_grpc.ModelRegistryAsyncStub, 
 def test_the_tables_are_whole(table: Mapping[object, int], members: type[enum.Enum]) -> None:
     """Each of our values has its number on the wire, and it is the one that its comment promises."""
     assert dict(table) == {member: member.value for member in members}
+
+
+def test_the_largest_messages_are_received_by_every_client() -> None:
+    """A page is full of large models, and the last one has as much text as a provider's whole listing may have."""
+    values = [f"{number:02}" + "é" * 1000 for number in range(64)]
+    large = {
+        f"m{number:03}": Model(
+            f"m{number:03}",
+            "alpha",
+            "n" * 256,
+            aliases=tuple(f"{alias:02}" + "a" * 254 for alias in range(32)),
+            annotations=dict.fromkeys(values[: 64 * 1024 // 4096], "é" * 1000),
+        )
+        for number in range(200)
+    }
+    small = {f"a{number:03}": Model(f"a{number:03}", "alpha", "n" * 900) for number in range(1000)}
+    listed = Model("m", "alpha", "n", engine_root="r" * MAX_DOCUMENT_BYTES)
+    for models in (large, small, {**dict(list(small.items())[:999]), "m": listed}, {**large, "m": listed}):
+        page, _ = pages.page_of(models, PageRequest(pages.MAX_PAGE_SIZE, "", b""), _bytes_of)
+        response = pb.ListModelsResponse(models=map(model_message, page), next_page_token="t" * 1000)
+        assert MAX_MESSAGE_BYTES // 5 < response.ByteSize() < MAX_MESSAGE_BYTES
+    change = step_message(Step(ChangeKind.ADDED, listed, "r" * 100))
+    assert change.ByteSize() < MAX_MESSAGE_BYTES

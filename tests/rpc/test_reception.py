@@ -14,7 +14,7 @@ from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import model_registry_pb2
 from deltawire_server.errors import GatewayError, Reason
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
-from deltawire_server.rpc import validate
+from deltawire_server.rpc import reception, validate
 from deltawire_server.rpc.reception import Reception
 from tests.support.gateway import WAIT, ask, failure_of, kinds, read_badly, read_well, until
 from tests.support.raw_http2 import WINDOW, RawClient, message, raw_client
@@ -31,7 +31,7 @@ REGISTER = "/deltawire.v1.ModelRegistry/RegisterModel"
 KEY = "a-key-that-only-tests-know"
 ACCESS = {"keys": f"reader read {KEY}"}
 READER = ("authorization", f"Bearer {KEY}")
-LARGE = 31 * 1024 * 1024
+LARGE = 19 * 1024 * 1024
 BEGUN = message(bytes(WINDOW - 5), LARGE)
 """As much of a large request as a server takes before it asks for more."""
 
@@ -228,3 +228,53 @@ async def test_a_request_without_a_turn() -> None:
         with pytest.raises(GatewayError) as caught:
             await reception.receive(context, check, "alice")
         assert caught.value.reason is Reason.DURATION_LIMIT_EXCEEDED
+
+
+class Context:
+    """A call whose request arrives when it is told to."""
+
+    def __init__(self) -> None:
+        self.arrived: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self.copied: list[bytes] = []
+
+    async def read(self) -> bytes:
+        """As gRPC's: it goes on when the request is there, and copies it."""
+        data = await self.arrived
+        self.copied.append(data)
+        return data
+
+
+async def _checked(_: bytes) -> None:
+    pass
+
+
+@pytest.mark.parametrize(("quick", "turns"), [(0.0, 1), (60.0, 0)], ids=["slow", "quick"])
+async def test_large_requests_wait_in_line_to_be_copied(
+    monkeypatch: pytest.MonkeyPatch, quick: float, turns: int
+) -> None:
+    """Those that took their time to arrive: they may be large, and many of them may be complete at once."""
+    taken: list[None] = []
+
+    async def give_way() -> None:
+        taken.append(None)
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr(reception, "QUICK_SECONDS", quick)
+    monkeypatch.setattr(reception, "give_way", give_way)
+    context: Any = Context()
+    receiving = asyncio.create_task(Reception().receive(context, _checked, "me"))
+    await asyncio.sleep(0.01)
+    assert not taken
+    context.arrived.set_result(b"data")
+    assert await receiving == b"data"
+    assert (len(taken), context.copied) == (turns, [b"data"])
+
+
+async def test_a_failed_read_fails_the_call() -> None:
+    """GRPC's own exceptions pass, and so does a cancel by gRPC."""
+    context: Any = Context()
+    receiving = asyncio.create_task(Reception().receive(context, _checked, "me"))
+    await asyncio.sleep(0.01)
+    context.arrived.set_exception(aio.UsageError("the call has ended"))
+    with pytest.raises(aio.UsageError, match="has ended"):
+        await receiving

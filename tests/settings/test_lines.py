@@ -126,7 +126,7 @@ def test_a_file_that_names_nobody(problems: Problems, keys_file: Path, text: str
     keys_file.write_text(text)
     (line,) = problems("--access-keys-file", str(keys_file), VLLM_URL=URL)
     assert "names nobody" in line
-    assert "leave access unset" in line
+    assert "start without access settings" in line
     assert "names nobody" in problems(VLLM_URL=URL, DELTAWIRE_ACCESS_KEYS=" ; # nobody")[0]
 
 

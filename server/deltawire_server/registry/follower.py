@@ -11,6 +11,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from deltawire_server.errors import RegistryError
+from deltawire_server.pacing import give_way
 from deltawire_server.registry.store import Change, ChangeKind
 from deltawire_server.telemetry import get_logger
 
@@ -131,7 +132,7 @@ class Follower:
         # Else one model at a time, so that whatever did not change can be called meanwhile.
         for count, (old, new) in enumerate(steps):
             if count % CHANGES_AT_ONCE == CHANGES_AT_ONCE - 1:
-                await asyncio.sleep(0)
+                await give_way()
             if old is not None and not anew:
                 self._known.remove(old)
             if new is not None and not anew:

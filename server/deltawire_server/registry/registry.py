@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from deltawire_server.errors import CallerError, DeltawireError, GatewayError, Reason, RegistryError
+from deltawire_server.pacing import give_way
 from deltawire_server.registry import lookup, pages, rules
 from deltawire_server.registry.feed import Feed
 from deltawire_server.registry.follower import Follower
@@ -429,7 +430,7 @@ class ModelRegistry:
         targets = (target for target in listings.targets() if target[0] in provider_ids)
         for count, target in enumerate(targets):
             if count % LOOKS_AT_ONCE == 0:
-                await asyncio.sleep(0)
+                await give_way()
             model = listings.find(*target)
             if model is not None:
                 yield model
@@ -471,7 +472,7 @@ def _require_owner(model: Model, caller: str | None) -> None:
 def _overtaken(model: Model) -> RegistryError:
     return RegistryError(
         Reason.ETAG_MISMATCH,
-        f"model {model.id!r} has been changed by somebody else; its etag is {model.etag!r} now: read it, then decide again",
+        f"model {model.id!r} has another etag, so it was changed since it was read; it is {model.etag!r} now: read it again",
         metadata={"model": model.id, "etag": model.etag},
     )
 

@@ -16,6 +16,7 @@ import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from deltawire_server.pacing import give_way
 from deltawire_server.registry.model import MAX_CONTEXT_TOKENS, Model, ModelSource, ModelState, scoped_id
 from deltawire_server.registry.scopes import may_have, registered
 from deltawire_server.registry.store import ChangeKind
@@ -93,7 +94,7 @@ class View:
 
     async def _look_at_all(self) -> None:
         while self._due:
-            await asyncio.sleep(0)
+            await give_way()
             self._look_at_some()
 
     def _looked_at_all(self, _: asyncio.Task[None]) -> None:

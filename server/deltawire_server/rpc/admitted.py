@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from deltawire_server.access import REVOKED
 from deltawire_server.errors import GatewayError, Reason
+from deltawire_server.pacing import give_way
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -65,4 +66,4 @@ class Admitted:
             if call.task is not None and not over:
                 call.ended = True
                 call.task.cancel()
-                await asyncio.sleep(0)
+                await give_way()

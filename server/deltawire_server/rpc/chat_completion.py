@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from contextlib import aclosing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from msgspec import structs
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import chat_completion_pb2_grpc
 from deltawire_server.errors import GatewayError, Reason, Violation, invalid_request
+from deltawire_server.pacing import give_way
 from deltawire_server.rpc import convert, validate, validate_options
 from deltawire_server.rpc.interceptors import call_record, deadline_passed
 from deltawire_server.rpc.writer import StreamWriter
@@ -253,7 +253,7 @@ async def _fill(response: chat_pb.CreateChatCompletionResponse, completion: Told
     for message, choice in zip(response.completed.choices, event.choices, strict=True):
         for start in range(0, len(choice.logprobs), LOGPROBS_STEP):
             message.logprobs.extend(convert.logprobs(choice.logprobs[start : start + LOGPROBS_STEP]))
-            await asyncio.sleep(0)
+            await give_way()
     if response.ByteSize() > MAX_RESPONSE_BYTES:
         raise GatewayError(
             Reason.ANSWER_TOO_LARGE,
@@ -268,7 +268,7 @@ async def _fingerprint(request: chat_pb.CreateChatCompletionRequest | chat_pb.St
     data = memoryview(request.SerializeToString(deterministic=True))
     for start in range(0, len(data), FINGERPRINT_STEP):
         digest.update(data[start : start + FINGERPRINT_STEP])
-        await asyncio.sleep(0)
+        await give_way()
     return digest.digest()
 
 

@@ -8,14 +8,17 @@ called. On the wire the two are the same.
 from __future__ import annotations
 
 import asyncio
+import time
+import types
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from deltawire_server.errors import CallerError, Code, GatewayError, Reason
+from deltawire_server.pacing import give_way
 from deltawire_server.upstream.failures import RETRY_SECONDS
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Coroutine, Generator
 
     from grpc import aio
 
@@ -29,6 +32,9 @@ Clients send a small request together with the call's headers, or microseconds l
 To read it opens the window to all of its message, whatever the size; in this time one or two MiB arrive from the same machine.
 Several turns of the event loop, so that what arrived while the loop was busy is seen."""
 
+
+QUICK_SECONDS = 0.003
+"""A request that takes longer to arrive waits in line before gRPC copies it: it may be a large one."""
 
 SHARE = 4
 """One caller may have one in so many of the turns: the others' requests do not wait for a caller that does not send its own."""
@@ -135,10 +141,32 @@ def _reading(context: _Context) -> asyncio.Task[object]:
 
     It ends with its call at the latest.
     """
-    reading = asyncio.ensure_future(context.read())
+    reading = asyncio.create_task(_read_in_turn(context.read()))
     _readings.add(reading)
     reading.add_done_callback(_read)
     return reading
+
+
+@types.coroutine
+def _read_in_turn(read: Coroutine[object, None, object]) -> Generator[object, None, object]:
+    """Drive gRPC's read, with a pause between the arrival of the request and gRPC's copies of it.
+
+    gRPC copies the request twice when its coroutine goes on: 1.5 ms per MiB, in which nothing else runs.
+    """
+    began = time.perf_counter()
+    try:
+        awaited = read.send(None)
+        while True:
+            try:
+                yield awaited
+                if time.perf_counter() - began > QUICK_SECONDS:
+                    yield from give_way().__await__()
+            except BaseException as error:  # noqa: BLE001 (it is for gRPC's coroutine)
+                awaited = read.throw(error)
+            else:
+                awaited = read.send(None)
+    except StopIteration as end:
+        return end.value
 
 
 def _read(reading: asyncio.Task[object]) -> None:

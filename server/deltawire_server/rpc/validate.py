@@ -6,7 +6,6 @@ are those of the message, with indexes: ``chat.messages[2].tool.call_id``.
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import math
 import re
@@ -18,6 +17,7 @@ import msgspec
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import message_pb2, tool_pb2
 from deltawire_server.errors import Violation, invalid_request
+from deltawire_server.pacing import give_way
 from deltawire_server.rpc import validate_options
 from deltawire_server.rpc.complaints import MAX_FIELD, Complaints
 from deltawire_server.rpc.status import shorten
@@ -211,7 +211,7 @@ class _ChatReader:
         for index, message in enumerate(chat.messages):
             left -= 1 + entries[index]
             if left < 0:
-                await asyncio.sleep(0)
+                await give_way()
                 left = STEP
             messages.append(await self._message(f"chat.messages[{index}]", message))
         return tuple(messages)

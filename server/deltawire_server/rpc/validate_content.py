@@ -5,10 +5,10 @@ An address is only read here; whether it may be fetched, and by whom, is for `up
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
+from deltawire_server.pacing import give_way
 from deltawire_server.upstream.images.data_urls import DataUrlError, data_of, is_data_url, too_large
 from deltawire_server.upstream.images.sniff import KINDS, media_type_of
 from deltawire_server.upstream.images.urls import UrlError, web_address
@@ -97,7 +97,7 @@ class ContentReader:
                 self._complain(path, f"is one image too many: a request may have {self._limits.max_images}")
             return ""
         # An image takes 10 ms to copy, and parsing the request has taken as long.
-        await asyncio.sleep(0)
+        await give_way()
         match image.WhichOneof("source"):
             case "data":
                 return self._data(f"{path}.data", image.data)

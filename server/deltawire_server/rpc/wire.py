@@ -7,7 +7,6 @@ large images costs as little as one without.
 
 from __future__ import annotations
 
-import asyncio
 import enum
 import re
 from functools import cache
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 from google.protobuf import descriptor_pool
 
 from deltawire_server.errors import CallerError, Reason
+from deltawire_server.pacing import give_way
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -78,7 +78,7 @@ async def check(data: bytes, method: str) -> None:
                 f"the request has more than {MAX_FIELDS} fields, nested ones and packed numbers' bytes included: send fewer"
                 " messages, parts or list entries",
             )
-        await asyncio.sleep(0)
+        await give_way()
     if len(data) - images > MAX_BYTES:
         raise CallerError(
             Reason.INVALID_REQUEST,

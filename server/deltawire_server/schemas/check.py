@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import jsonschema_rs
 
+from deltawire_server.pacing import give_way
 from deltawire_server.schemas.effort import BYTES, Effort, TooMuchError, length_of_number
 from deltawire_server.schemas.errors import SchemaError
 from deltawire_server.schemas.sentences import VALUE, cut, pointer, schema_sentence, sentence, shorten, shown
@@ -46,13 +46,12 @@ MAX_EFFORT = 1_000_000
 """Units that the checks of one answer may take, all calls of all choices together; also what one schema may take for a single
 value. A unit is about 20 ns, so all of them block other calls for 20 to 40 ms."""
 
-MAX_CACHE_BYTES = 12 * 1024 * 1024
-"""Memory of the checks that are kept, estimated: those of 128 tools with ten parameters each take a quarter of it."""
+MAX_CACHE_BYTES = 8 * 1024 * 1024
+"""Memory of the checks that are kept, estimated: those of 128 tools with ten parameters each take a third of it."""
 
 _VALUES_PER_NODE = 16
 _PIECE = 1000  # nodes of schemas after which other tasks run
 _PIECE_CHARACTERS_PER_NODE = 64  # to measure the text
-_PAUSE_SECONDS = 0.005  # a call of another caller takes several turns of the event loop
 _PATTERN_BYTES = 250_000
 _NODE_BYTES = 1536  # of a compiled subschema, measured: 200 to 1,400
 _TEXT_FACTOR = 4  # bytes for each of the schema's text, in the cache's key, in names and in enumerations
@@ -89,7 +88,7 @@ async def compiled_checks(schemas: Mapping[str, str]) -> tuple[dict[str, SchemaC
             if check is None:
                 if piece > _PIECE:
                     piece = 0
-                    await asyncio.sleep(_PAUSE_SECONDS)
+                    await give_way()
                 piece += len(schema_text) // _PIECE_CHARACTERS_PER_NODE
                 nodes = _count_nodes(schema_text)
             else:
@@ -105,7 +104,8 @@ async def compiled_checks(schemas: Mapping[str, str]) -> tuple[dict[str, SchemaC
                 check = _compiled(schema_text, nodes)
             checks[name] = check
         except SchemaError as error:
-            errors[name] = error
+            # Without its traceback, which refers to this frame, and that to it: all would wait for the garbage collector.
+            errors[name] = error.with_traceback(None)
     return checks, errors
 
 

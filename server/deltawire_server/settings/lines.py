@@ -108,7 +108,9 @@ def read(path: Path | None, text: SecretStr | None) -> tuple[tuple[Entry, ...], 
 
 
 # A file that was emptied by mistake, or to revoke the last key, must not open the gateway to everybody.
-_NOBODY = "names nobody, so nobody could call: add a line, or leave access unset, and everybody may do everything"
+_NOBODY = (
+    "names nobody, so nobody could call: add a line, or start without access settings, and everybody may do everything"
+)
 
 
 def _judged(lines: Iterable[tuple[str, str, str]]) -> tuple[list[Entry], list[tuple[str, str]]]:

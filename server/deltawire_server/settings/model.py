@@ -144,8 +144,11 @@ class ServerSettings(Section):
         ),
     )
     max_receive_bytes: Bytes = Field(
-        default=32 * MIB,
-        description="Bytes of the largest request. The default leaves room for a few images; gRPC's own is 4 MiB.",
+        default=20 * MIB,
+        description=(
+            "Bytes of the largest request. The default leaves room for a few images; gRPC's own is 4 MiB. To receive a request "
+            "takes three times as much memory for a moment."
+        ),
     )
     max_receiving: Whole = Field(
         default=64,
@@ -154,7 +157,7 @@ class ServerSettings(Section):
         description=(
             "Requests that are received at once, each of at most max_receive_bytes, a quarter of them of one caller; "
             "further calls wait, and nothing of theirs is received beyond 64 KiB. A small request takes its turn for less "
-            "than a millisecond; the default is 2 GiB of the largest."
+            "than a millisecond; the default is 1.25 GiB of the largest."
         ),
     )
     receive_timeout: Seconds = Field(
@@ -499,7 +502,7 @@ class ImageSettings(Section):
         ),
     )
     max_fetched_bytes: Bytes = Field(
-        default=32 * MIB,
+        default=20 * MIB,
         description=(
             "Bytes of all images that are fetched for one request. The default is that of max_receive_bytes: by addresses a "
             "request brings in no more than it could hold itself."

@@ -23,6 +23,7 @@ import httpx
 import msgspec
 
 from deltawire_server.errors import DeltawireError, ProviderError, Reason, Violation, invalid_request
+from deltawire_server.pacing import give_way
 from deltawire_server.sansio.events import Fault, Notice, NoticeKind
 from deltawire_server.secret import Secret
 from deltawire_server.telemetry import get_logger
@@ -75,6 +76,9 @@ TOKENIZE = "/tokenize"
 
 MAX_ERROR_BYTES = 1024 * 1024
 """Of an error's body: vLLM quotes the request in some, and a cut one cannot be read; a wrong URL may answer with anything."""
+
+MAX_PIECE = 16 * 1024
+"""Of an answer's body that is taken in one step: up to 8 ms if it consists of short events."""
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -229,7 +233,7 @@ class VllmProvider:
             try:
                 served = await self._listing(replica, token)
             except ProviderError as error:
-                failures.append(error)
+                failures.append(error.with_traceback(None))
             else:
                 return tuple(model for model in served if self._allows(model.id))
         raise self._failure_of_all(failures)
@@ -307,7 +311,7 @@ class VllmProvider:
                 except TimeoutError:
                     failures[replica] = self._silence(seconds)
                 except DeltawireError as error:
-                    failures[replica] = error
+                    failures[replica] = error.with_traceback(None)
                 else:
                     attempt.answered()
                     held.push(holding.pop_all())
@@ -633,14 +637,21 @@ async def _next(pieces: AsyncIterator[bytes]) -> bytes | None:
 async def _body(opening: Sequence[bytes], pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
     """The body up to its end or to where the connection was lost: for what the answer is, both are the same.
 
+    Yields:
+        At most `MAX_PIECE` bytes at a time; a piece of that size waits for its turn.
+
     Raises:
         BrokenBodyError: The provider violated HTTP; all bytes before that were yielded.
     """
-    for data in opening:
-        yield data
+    data: bytes | None = b"".join(opening)
     try:
-        async for data in pieces:
-            yield data
+        while data is not None:
+            for start in range(0, len(data), MAX_PIECE):
+                piece = data[start : start + MAX_PIECE]
+                if len(piece) == MAX_PIECE:
+                    await give_way()
+                yield piece
+            data = await anext(pieces, None)
     except ProtocolViolationError as error:
         raise BrokenBodyError(Fault(Reason.UPSTREAM_MALFORMED, str(error))) from error
     except _BROKEN:

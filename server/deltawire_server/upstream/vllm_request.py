@@ -12,12 +12,12 @@ What is absent is left out, so that the model's own defaults apply. Where vLLM's
 
 from __future__ import annotations
 
-import asyncio
 import binascii
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from deltawire_server.pacing import give_way
 from deltawire_server.upstream.request import (
     ChatMessage,
     ChatRequest,
@@ -185,7 +185,7 @@ class Body:
             return
         for piece in _pieces(content):
             self.size += len(piece)
-            await asyncio.sleep(0)
+            await give_way()
 
     def clear(self) -> None:
         """Let go of what it is made of; it is empty then."""
@@ -199,7 +199,7 @@ class Body:
             else:
                 for piece in _pieces(part):
                     yield piece
-                    await asyncio.sleep(0)
+                    await give_way()
 
 
 async def encode_body(body: Mapping[str, Any], messages: Iterable[ChatMessage]) -> Body:
@@ -227,7 +227,7 @@ async def encode_body(body: Mapping[str, Any], messages: Iterable[ChatMessage]) 
             await encoded.add_large(content)
             encoded.add(after)
         if left < 0:
-            await asyncio.sleep(0)
+            await give_way()
             left = STEP_BYTES
     encoded.add(b"]" + tail)
     return encoded

@@ -49,7 +49,7 @@ def _revoked() -> Prepared:
             plan.gate.set()
         return outcomes
 
-    return Prepared(run, len(REQUEST) * STREAMS)
+    return Prepared(run, len(REQUEST) * STREAMS, STREAMS)
 
 
 def _traced() -> Prepared:

@@ -25,7 +25,7 @@ def sent(method: str, request: bytes, *, key: str | None = KEY, count: int = 1) 
     async def run(target: Target) -> Counter[str]:
         return await target.calls(count, method, request, key=key)
 
-    return Prepared(run, len(request) * count)
+    return Prepared(run, len(request) * count, count)
 
 
 def stream(**fields: Any) -> Prepared:  # noqa: ANN401 (whatever the message takes)

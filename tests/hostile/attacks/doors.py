@@ -26,13 +26,13 @@ _UNKNOWN_CALLER = frozenset({"UNAUTHENTICATED", "RESOURCE_EXHAUSTED"})
 
 
 def compressed() -> Prepared:
-    """31 MiB of empty messages that are 30 KiB on the wire."""
-    request = empty_messages(31 * MIB)
+    """19 MiB of empty messages that are 19 KiB on the wire."""
+    request = empty_messages(19 * MIB)
 
     async def run(target: Target) -> Counter[str]:
         return Counter([await target.call(STREAM, request, key=None, compression=grpc.Compression.Gzip)])
 
-    return Prepared(run, 30 * 1024)
+    return Prepared(run, 19 * 1024)
 
 
 def watches(count: int) -> Prepared:
@@ -110,23 +110,23 @@ def silent(count: int) -> Prepared:
 
 DOORS = (
     Attack(
-        "31 MiB of empty messages, without a key",
+        "19 MiB of empty messages, without a key",
         AREA,
-        lambda: sent(STREAM, empty_messages(31 * MIB), key=None),
+        lambda: sent(STREAM, empty_messages(19 * MIB), key=None),
         _UNKNOWN_CALLER,
         keyed=False,
     ),
     Attack(
-        "31 MiB of empty messages, compressed, without a key",
+        "19 MiB of empty messages, compressed, without a key",
         AREA,
         compressed,
         _UNKNOWN_CALLER | {"UNIMPLEMENTED"},
         keyed=False,
     ),
     Attack(
-        "31 MiB to a method that there is not",
+        "19 MiB to a method that there is not",
         AREA,
-        lambda: sent("/deltawire.v1.ChatCompletion/Nope", empty_messages(31 * MIB), key=None),
+        lambda: sent("/deltawire.v1.ChatCompletion/Nope", empty_messages(19 * MIB), key=None),
         frozenset({"UNIMPLEMENTED"}),
         keyed=False,
     ),
@@ -150,9 +150,9 @@ DOORS = (
         keyed=False,
     ),
     Attack(
-        "31 MiB of reflection",
+        "19 MiB of reflection",
         AREA,
-        lambda: sent("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", bytes(31 * MIB), key=None),
+        lambda: sent("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", bytes(19 * MIB), key=None),
         _UNKNOWN_CALLER,
         keyed=False,
     ),

@@ -33,8 +33,8 @@ UNREAD_SECONDS = 5.0
 
 
 def _images(count: int) -> Prepared:
-    """So many requests of 30 MiB at once; the upstream refuses each."""
-    image = message_pb2.ContentPart(image=message_pb2.Image(data=b"\x89PNG\r\n\x1a\n" + bytes(15 * MIB)))
+    """So many requests of 19 MiB at once; the upstream refuses each."""
+    image = message_pb2.ContentPart(image=message_pb2.Image(data=b"\x89PNG\r\n\x1a\n" + bytes(19 * MIB // 2)))
     message = message_pb2.ChatMessage(user=message_pb2.UserMessage(content=[image, image]))
     chat = ask(model=MODEL, messages=[message])
     return sent(STREAM, chat_pb.StreamChatCompletionRequest(chat=chat).SerializeToString(), count=count)
@@ -88,7 +88,7 @@ def _unread(count: int) -> Prepared:
     async def run(target: Target) -> Counter[str]:
         return Counter(await asyncio.gather(*(one(target) for _ in range(count))))
 
-    return Prepared(run, len(request) * count)
+    return Prepared(run, len(request) * count, count)
 
 
 def _logprobs() -> bytes:
@@ -129,7 +129,7 @@ _TOO_LARGE = frozenset({"RESOURCE_EXHAUSTED"})
 _OK = frozenset({"OK"})
 
 MEMORY = (
-    Attack("8 requests of 30 MiB at once", "memory", lambda: _images(8), _SEEN_BY_PROVIDER),
+    Attack("8 requests of 19 MiB at once", "memory", lambda: _images(8), _SEEN_BY_PROVIDER),
     Attack("an answer of 100 MiB", "memory", lambda: _large(STREAM, _text(1000), 100 * MIB), _OK),
     Attack("an answer of 80,000 short texts", "memory", lambda: _large(STREAM, _text(5), 8 * MIB), _OK),
     Attack("an answer of 100 MiB, not streamed", "memory", lambda: _large(CREATE, _text(1000), 100 * MIB), _TOO_LARGE),

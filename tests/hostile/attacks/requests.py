@@ -51,10 +51,10 @@ def _chat(data: bytes) -> Prepared:
 
 
 def _sampling(name: str, data: bytes) -> Prepared:
-    """A streamed completion whose sampling has one field of these bytes, so often that it makes 31 MiB."""
+    """A streamed completion whose sampling has one field of these bytes, so often that it makes 19 MiB."""
     one = field(chat_pb.Sampling.DESCRIPTOR.fields_by_name[name].number, data)
     sampling = chat_pb.ChatRequest.DESCRIPTOR.fields_by_name["sampling"].number
-    return _chat(field(sampling, one * (31 * MIB // len(one))))
+    return _chat(field(sampling, one * (19 * MIB // len(one))))
 
 
 def _url(url: str) -> Prepared:
@@ -75,12 +75,12 @@ def _past_calls() -> Prepared:
 
 
 def _compressed() -> Prepared:
-    request = empty_messages(31 * MIB)
+    request = empty_messages(19 * MIB)
 
     async def run(target: Target) -> Counter[str]:
         return Counter([await target.call(STREAM, request, compression=grpc.Compression.Gzip)])
 
-    return Prepared(run, 30 * 1024)
+    return Prepared(run, 19 * 1024)
 
 
 def _json_field(name: str) -> Prepared:
@@ -90,13 +90,13 @@ def _json_field(name: str) -> Prepared:
 PNG_URL = "data:image/png;base64,iVBORw0KGgoA"
 
 REQUESTS = (
-    Attack("31 MiB of empty messages", "requests", lambda: sent(STREAM, empty_messages(31 * MIB)), _REFUSED),
+    Attack("19 MiB of empty messages", "requests", lambda: sent(STREAM, empty_messages(19 * MIB)), _REFUSED),
     Attack("1 MiB of empty messages", "requests", lambda: sent(STREAM, empty_messages(MIB)), _REFUSED),
-    Attack("31 MiB of packed numbers", "requests", lambda: _sampling("stop_token_ids", bytes(31 * MIB - 16)), _REFUSED),
-    Attack("31 MiB of entries of a map", "requests", lambda: _sampling("logit_bias", b"\x08\x01"), _REFUSED),
-    Attack("31 MiB of unknown numbers", "requests", lambda: _chat(b"\xf8\x07\x00" * (31 * MIB // 3)), _REFUSED),
-    Attack("31 MiB of groups", "requests", lambda: _chat(b"\xfb\x07\xfc\x07" * (31 * MIB // 4)), _REFUSED),
-    Attack("31 MiB of empty messages, compressed", "requests", _compressed, frozenset({"UNIMPLEMENTED"})),
+    Attack("19 MiB of packed numbers", "requests", lambda: _sampling("stop_token_ids", bytes(19 * MIB - 16)), _REFUSED),
+    Attack("19 MiB of entries of a map", "requests", lambda: _sampling("logit_bias", b"\x08\x01"), _REFUSED),
+    Attack("19 MiB of unknown numbers", "requests", lambda: _chat(b"\xf8\x07\x00" * (19 * MIB // 3)), _REFUSED),
+    Attack("19 MiB of groups", "requests", lambda: _chat(b"\xfb\x07\xfc\x07" * (19 * MIB // 4)), _REFUSED),
+    Attack("19 MiB of empty messages, compressed", "requests", _compressed, frozenset({"UNIMPLEMENTED"})),
     Attack("9,000 messages with two tool calls each", "requests", _past_calls, _SEEN_BY_PROVIDER),
     Attack(
         "7 MiB of control characters",
@@ -105,16 +105,18 @@ REQUESTS = (
         _SEEN_BY_PROVIDER,
     ),
     Attack(
-        "two images of 15 MiB",
+        "two images of 9.5 MiB",
         "requests",
         lambda: _said(
-            *[message_pb2.ContentPart(image=message_pb2.Image(data=b"\x89PNG\r\n\x1a\n" + bytes(15 * MIB)))] * 2
+            *[message_pb2.ContentPart(image=message_pb2.Image(data=b"\x89PNG\r\n\x1a\n" + bytes(19 * MIB // 2)))] * 2
         ),
         _SEEN_BY_PROVIDER,
     ),
     Attack("a `data:` URL of 16 MiB", "requests", lambda: _url(PNG_URL + "A" * (16 * MIB)), _SEEN_BY_PROVIDER),
     Attack("a `data:` URL of 16 MiB, not base64", "requests", lambda: _url(PNG_URL + "!" * (16 * MIB)), _REFUSED),
-    Attack("a `data:` URL of 30 MiB of escapes", "requests", lambda: _url("data:," + "%41" * (10 * MIB)), _REFUSED),
+    Attack(
+        "a `data:` URL of 19 MiB of escapes", "requests", lambda: _url("data:," + "%41" * (19 * MIB // 3)), _REFUSED
+    ),
     Attack(
         "`extra_body` of 1 MiB of names",
         "requests",
@@ -131,9 +133,9 @@ REQUESTS = (
         for name in ("chat_template_kwargs", "extra_body")
     ),
     Attack(
-        "`input_schema` of 30 MiB of empty arrays",
+        "`input_schema` of 19 MiB of empty arrays",
         "requests",
-        lambda: stream(messages=[user("hi")], tools=[tool(input_schema='{"a":[' + "[]," * (30 * MIB // 3) + "[]]}")]),
+        lambda: stream(messages=[user("hi")], tools=[tool(input_schema='{"a":[' + "[]," * (19 * MIB // 3) + "[]]}")]),
         _REFUSED,
     ),
     Attack(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import binascii
 import re
+
+from deltawire_server.pacing import give_way
 
 _TOKEN = r"[A-Za-z0-9!#$&^_.+*'`|~-]+"  # noqa: S105 (a word of MIME's grammar)
 # Declared types are looked at for their form only: the bytes say what it is.
@@ -60,7 +61,7 @@ async def data_of(text: str, max_bytes: int) -> bytes:
             if len(decoded) and len(decoded[-1]) % 3:
                 raise DataUrlError("is not base64 after the comma: more follows its padding")
         decoded.append(piece)
-        await asyncio.sleep(0)
+        await give_way()
     if sum(map(len, decoded)) > max_bytes:
         raise too_large(max_bytes)
     return b"".join(decoded)

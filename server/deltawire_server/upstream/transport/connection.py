@@ -20,7 +20,14 @@ SLICE_BYTES = 256 * 1024
 """Of a request's body, given to the socket at once; the next follows when the server has taken most of it."""
 
 
-class Connection(asyncio.Protocol):
+READ_BYTES = 64 * 1024
+"""What is read from a socket at once. The event loop's own choice is 256 KiB, which each answer that is read slowly would hold."""
+
+_buffer = memoryview(bytearray(READ_BYTES))
+"""Of all connections: what is read into it is copied before anything else is read."""
+
+
+class Connection(asyncio.BufferedProtocol):
     """A connection to an origin: `claim` it, then `send` a request.
 
     Args:
@@ -111,18 +118,13 @@ class Connection(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
         self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
 
-    def data_received(self, data: bytes) -> None:
-        """Bytes arrived. Out of turn they belong to no request, and must never be taken for the next one's response."""
-        exchange = self._exchange
-        if exchange is None:
-            self.close(ProtocolViolationError("it sent something before it was asked"))
-            return
-        exchange.feed(data)
-        if exchange.done:
-            self._finish(exchange)
-        elif exchange.full and not self._paused:
-            self._paused = True
-            self._transport.pause_reading()
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 (the loop's guess)
+        """Where to read into."""
+        return _buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """So many bytes arrived."""
+        self._receive(bytes(_buffer[:nbytes]))
 
     def eof_received(self) -> None:
         """The server sends no more, so neither do we."""
@@ -137,7 +139,7 @@ class Connection(asyncio.Protocol):
                     if not data:
                         self._end(None)
                         break
-                    self.data_received(data)
+                    self._receive(data)
         self._end(error)
 
     def pause_writing(self) -> None:
@@ -149,6 +151,19 @@ class Connection(asyncio.Protocol):
         self._full = False
         if self._exchange is not None:
             self._exchange.wake()
+
+    def _receive(self, data: bytes) -> None:
+        """Take bytes. Out of turn they belong to no request, and must never be taken for the next one's response."""
+        exchange = self._exchange
+        if exchange is None:
+            self.close(ProtocolViolationError("it sent something before it was asked"))
+            return
+        exchange.feed(data)
+        if exchange.done:
+            self._finish(exchange)
+        elif exchange.full and not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
 
     async def _write(self, exchange: Exchange, head: bytes, body: AsyncIterable[bytes]) -> None:
         """Give the socket the request, as fast as the server takes it."""

@@ -28,7 +28,7 @@ MAX_OVERHEAD_BYTES = 16 * 1024
 """After the head, without a byte of body: chunk sizes, chunk extensions, trailers. It is counted in steps of this size, so
 between once and twice as much is read before the response fails."""
 
-HIGH_WATER_BYTES = 128 * 1024
+HIGH_WATER_BYTES = 64 * 1024
 """Received and not yet read, above which the socket is not read: the server is slowed down by TCP."""
 
 _TLS_RECORDS = frozenset({0x15, 0x16})
@@ -197,9 +197,11 @@ class Exchange(httpx.AsyncByteStream):
         return data
 
     async def aclose(self) -> None:
-        """Close the connection, unless the response has arrived as a whole."""
+        """Close the connection, unless the response has arrived as a whole; what is unread is dropped."""
         if not self.done:
             self._connection.close()
+        # httpx's response refers to itself, and so keeps this until the garbage is collected.
+        self._pieces.clear()
 
     # What the parser calls. Raising stops it.
 
