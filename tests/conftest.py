@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import pytest
 import structlog
 
-from deltawire_server.completion import CompletionLimits
+from deltawire_server.completions.completion import CompletionLimits
 from deltawire_server.completions.retention import RetentionLimits
 from deltawire_server.fake_vllm import FakeVllm
 from deltawire_server.lifecycle import Lifecycle
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from deltawire_server.lifecycle import Calls
     from deltawire_server.settings import ServerSettings
-    from deltawire_server.upstream.base import Patience, Provider
+    from deltawire_server.upstream.base import Provider, Timeouts
     from tests.support.postgres import PostgresServer
     from tests.support.workers import MakeWorker
 
@@ -117,10 +117,10 @@ def make_worker(vllm: FakeVllm, tmp_path: Path) -> MakeWorker:
     async def make(
         *,
         provider: Provider | None = None,
-        patience: Patience | None = None,
+        timeouts: Timeouts | None = None,
         **limits: Any,  # noqa: ANN401 (max_streams, retention, and those of CompletionLimits)
     ) -> AsyncIterator[Worker]:
-        providers = Providers([provider or VllmProvider("vllm", vllm.base_url, tls=False, patience=patience)])
+        providers = Providers([provider or VllmProvider("vllm", vllm.base_url, tls=False, timeouts=timeouts)])
         registry = ModelRegistry(Store(f"sqlite+aiosqlite:///{tmp_path}/registry.db"), providers)
         await registry.open()
         try:

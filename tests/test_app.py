@@ -24,7 +24,7 @@ from deltawire_server.settings import (
     SettingsError,
     parse,
 )
-from deltawire_server.upstream.base import Patience
+from deltawire_server.upstream.base import Timeouts
 from deltawire_server.worker import Worker, WorkerLimits
 from tests.support.gateway import (
     WAIT,
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
+    from deltawire_server.images.load import Images
     from deltawire_server.memory import Ledger
-    from deltawire_server.upstream.images.load import Images
     from tests.conftest import Certificates, StartGateway
 
 CHUNKS = Chunks()
@@ -195,7 +195,7 @@ async def test_settings_reach_the_parts(vllm: FakeVllm, tmp_path: Path, monkeypa
     assert (answer.max_held_bytes, answer.max_completed_bytes) == (1818, 1919)
     assert gateway._worker.memory.limit == 2**27
     (provider,) = gateway._providers.all()
-    assert (provider.id, provider.default_max_tokens, provider.patience) == ("vllm", 18, Patience(19, 20))
+    assert (provider.id, provider.default_max_tokens, provider.timeouts) == ("vllm", 18, Timeouts(19, 20))
     assert (provider.base_urls, provider.refresh_interval) == ((f"{vllm.base_url}/v1", "http://other:1/v1"), 22)
     assert provider._allowed_models == ("m*",)  # type: ignore[attr-defined]
     assert provider._allowed_extra_fields == ("return_*",)  # type: ignore[attr-defined]

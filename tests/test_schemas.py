@@ -161,11 +161,11 @@ REFUSED: dict[str, tuple[object, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("schema", "complaint"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_is_no_schema(schema: object, complaint: str) -> None:
+@pytest.mark.parametrize(("schema", "violation"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_is_no_schema(schema: object, violation: str) -> None:
     """A plain error says what is wrong, and where if that is known; it goes on after the name of a field."""
     sentence = refused(schema)
-    assert sentence.startswith(complaint)
+    assert sentence.startswith(violation)
     assert len(sentence) < 2 * MAX_MESSAGE
 
 

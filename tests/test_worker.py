@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from deltawire_server.completions.options import StreamOptions
 from deltawire_server.completions.retention import RetainedStream
 from deltawire_server.errors import CallerError, Code, GatewayError, ProviderError, Reason
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
 from deltawire_server.sansio.events import ChoiceFinished, Completed, Provenance, Started, StreamEvent, TextDelta
-from deltawire_server.stream_options import StreamOptions
-from deltawire_server.upstream.base import Patience
+from deltawire_server.upstream.base import Timeouts
 from deltawire_server.upstream.request import ChatRequest, Sampling
 from deltawire_server.upstream.vllm import VllmProvider
 from tests.support.fake_provider import FakeProvider
@@ -121,7 +121,7 @@ async def test_while_we_do_not_read_the_provider_is_not_silent(make_worker: Make
     """Its clock stands while a full queue waits for the caller."""
     vllm.play(Script.generated(tokens=20_000, chunks_per_write=100))
     async with (
-        make_worker(queue_bytes=1024, patience=Patience(first_event=LONG, silence=0.5)) as worker,
+        make_worker(queue_bytes=1024, timeouts=Timeouts(first_event=LONG, silence=0.5)) as worker,
         worker.completion(ask(), CALLER) as completion,
     ):
         batches = completion.batches()
@@ -157,7 +157,7 @@ async def test_comments_do_not_keep_a_silent_provider(make_worker: MakeWorker, v
         Script.chunks([never], keep_alive=0.01),
         Script.chunks([CHUNKS.role(), never], keep_alive=0.01),
     )
-    async with make_worker(patience=Patience(first_event=0.1, silence=0.1)) as worker:
+    async with make_worker(timeouts=Timeouts(first_event=0.1, silence=0.1)) as worker:
         for _ in range(2):
             with pytest.raises(ProviderError) as caught:
                 await events_of(worker)
@@ -169,7 +169,7 @@ async def test_comments_do_not_keep_a_silent_provider(make_worker: MakeWorker, v
 async def test_each_event_starts_the_clock_anew(make_worker: MakeWorker, vllm: FakeVllm) -> None:
     """An answer may take longer than any silence in it."""
     vllm.play(Script.generated(tokens=12, chunk_delay=0.1))
-    async with make_worker(patience=Patience(first_event=LONG, silence=1.0)) as worker:
+    async with make_worker(timeouts=Timeouts(first_event=LONG, silence=1.0)) as worker:
         events = await events_of(worker)
     assert isinstance(events[-1], Completed)
 

@@ -301,9 +301,9 @@ def resume_request(
         ValueError: A length of time that is none, or a sequence that is none.
         TypeError: An argument of another type.
     """
-    patience = duration("retention", retention) or Duration()
+    resume_for = duration("retention", retention) or Duration()
     resume = made(ResumePoint, {"completion_id": completion_id, "last_sequence": last_sequence})
-    return StreamChatCompletionRequest(resume=resume), patience.ToTimedelta().total_seconds()
+    return StreamChatCompletionRequest(resume=resume), resume_for.ToTimedelta().total_seconds()
 
 
 def split_listing(arguments: ListArguments) -> tuple[ListModelsRequest, CallOptions]:

@@ -14,8 +14,10 @@ from deltawire._version import __version__
 from deltawire.v1 import chat_completion_pb2, chat_completion_pb2_grpc, model_registry_pb2, model_registry_pb2_grpc
 from deltawire_server import signals
 from deltawire_server.access import Access
-from deltawire_server.completion import CompletionLimits
+from deltawire_server.completions.completion import CompletionLimits
 from deltawire_server.completions.retention import RetentionLimits
+from deltawire_server.images.load import Images
+from deltawire_server.images.policy import Policy
 from deltawire_server.lifecycle import Lifecycle, plaintext_addresses
 from deltawire_server.memory import Allocator, Ledger, default_limit
 from deltawire_server.registry.registry import ModelRegistry
@@ -29,10 +31,8 @@ from deltawire_server.sansio.completion import Limits
 from deltawire_server.secret import Secret
 from deltawire_server.settings import SettingsError, is_local
 from deltawire_server.telemetry import configure_logging, get_logger
-from deltawire_server.upstream.base import Patience
+from deltawire_server.upstream.base import Timeouts
 from deltawire_server.upstream.engine import EngineKind
-from deltawire_server.upstream.images.load import Images
-from deltawire_server.upstream.images.policy import Policy
 from deltawire_server.upstream.providers import Providers
 from deltawire_server.upstream.vllm import VllmProvider
 from deltawire_server.worker import Worker, WorkerLimits
@@ -366,7 +366,7 @@ def _provider(provider_id: str, settings: ProviderSettings, connections: int) ->
         default_max_tokens=settings.max_tokens,
         max_connections=connections,
         connect_timeout=settings.connect_timeout,
-        patience=Patience(settings.first_event_timeout, settings.silence_timeout),
+        timeouts=Timeouts(settings.first_event_timeout, settings.silence_timeout),
         refresh_interval=settings.refresh_interval,
         user_agent=_USER_AGENT,
         engine=_ENGINES[settings.engine],

@@ -21,20 +21,20 @@ from typing import TYPE_CHECKING
 
 from deltawire_server.access import REVOKED
 from deltawire_server.admission import Admission
-from deltawire_server.completion import Completion, CompletionLimits
+from deltawire_server.completions.completion import Completion, CompletionLimits
+from deltawire_server.completions.options import StreamOptions
 from deltawire_server.completions.records import Outcome, Records
 from deltawire_server.completions.retention import Retention, RetentionLimits
 from deltawire_server.completions.state import State
 from deltawire_server.errors import CallerError, Code, DeltawireError, GatewayError, Reason, internal_error
+from deltawire_server.images.load import Images
 from deltawire_server.memory import Ledger
 from deltawire_server.pacing import give_way
 from deltawire_server.registry.model import ModelType
 from deltawire_server.registry.registry import require_type
 from deltawire_server.sansio.events import Fault
 from deltawire_server.schemas.strict import argument_checks
-from deltawire_server.stream_options import StreamOptions
 from deltawire_server.telemetry import get_logger
-from deltawire_server.upstream.images.load import Images
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -327,7 +327,7 @@ class Worker:
                     anomalies=dict(completion.anomalies),
                 )
             if completion.failure is not None and completion.failure.reason in _TELLING:
-                self._registry.suspect(provider_id)
+                self._registry.mark_stale(provider_id)
 
     async def count_tokens(self, request: ChatRequest, call: CallContext) -> tuple[TokenCount, Resolution]:
         """How many tokens the prompt of a request would have, by the provider that would answer it.

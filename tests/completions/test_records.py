@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from deltawire_server.completions.records import MAX_MESSAGE, NOTHING_YET, Head, Outcome, Record, Records, Timings
+from deltawire_server.completions.records import (
+    MAX_MESSAGE,
+    NOTHING_YET,
+    CompletionInfo,
+    Outcome,
+    Record,
+    Records,
+    Timings,
+)
 from deltawire_server.errors import CallerError, Code, DeltawireError, GatewayError, Reason
 from deltawire_server.sansio.events import Fault, Provenance, StopReason, Usage
 from deltawire_server.upstream.request import Sampling
@@ -22,7 +30,7 @@ class FakeRunning:
     """A completion that notes how it was stopped."""
 
     def __init__(self, completion_id: str = "c") -> None:
-        self.head = Head(completion_id, "m", "", "p", 1.0, Sampling())
+        self.head = CompletionInfo(completion_id, "m", "", "p", 1.0, Sampling())
         self.begun = True
         self.attempts = 1
         self.usage = Usage(3, Provenance.LOWER_BOUND, 7)
@@ -220,7 +228,7 @@ LARGE = Sampling(
 def _ended(records: Records, caller: str, sampling: Sampling, outcome: Outcome | None = None) -> Record:
     record = records.begin(caller)
     running = FakeRunning(record.completion_id)
-    running.head = Head(record.completion_id, "m" * 300, "", "p", 1.0, sampling)
+    running.head = CompletionInfo(record.completion_id, "m" * 300, "", "p", 1.0, sampling)
     record.run(running)
     records.end(record, outcome)
     return record

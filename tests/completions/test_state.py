@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from deltawire_server.completion import DRAIN_BYTES
+from deltawire_server.completions.completion import DRAIN_BYTES
 from deltawire_server.completions.state import TRANSITIONS, Cause, IllegalTransitionError, State, advance
 from deltawire_server.errors import DeltawireError, Reason
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
@@ -20,7 +20,7 @@ from tests.support.workers import CALLER, MakeWorker, ask
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from deltawire_server.completion import Completion
+    from deltawire_server.completions.completion import Completion
     from deltawire_server.worker import Worker
 
 CHUNKS = Chunks()

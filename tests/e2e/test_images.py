@@ -18,11 +18,11 @@ from deltawire import AsyncClient, CallError, InvalidRequestError, StopReason, U
 from deltawire.v1 import message_pb2
 from deltawire_server import app, settings
 from deltawire_server.app import Gateway
-from deltawire_server.upstream.images.load import Images
+from deltawire_server.images.load import Images
 from tests.e2e.support import CALL_SECONDS, MODEL
+from tests.images.server import Names, ok, web
 from tests.support.images import PNG, png
 from tests.support.vllm_cpu import VllmServer, set_up, vision_model
-from tests.upstream.images.server import Names, ok, web
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -167,7 +167,7 @@ class Shape:
 
     @property
     def begun(self) -> list[Step]:
-        """Head and the events before the fault."""
+        """CompletionInfo and the events before the fault."""
         return [Send(HEAD), *sent(self.before)]
 
     @property

@@ -7,10 +7,10 @@ from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING
 
 from deltawire_server.errors import ProviderError, Reason
+from deltawire_server.registry.listing_cache import ListingCache
 from deltawire_server.registry.model import ModelState
 from deltawire_server.registry.refresh import Refresher
 from deltawire_server.registry.registry import ModelRegistry
-from deltawire_server.registry.served import Served
 from deltawire_server.registry.store import Store
 from deltawire_server.upstream.providers import Providers
 from tests.support.fake_provider import FakeProvider
@@ -57,8 +57,8 @@ class Kit:
 
     def __init__(self, *fakes: Counted, retry: float = 0.0, suspect: float = 0.0) -> None:
         self.providers = Providers(fakes)
-        self.served = Served(self.providers)
-        self.refresher = Refresher(self.providers, self.served, retry_seconds=retry, suspect_seconds=suspect)
+        self.served = ListingCache(self.providers)
+        self.refresher = Refresher(self.providers, self.served, retry_seconds=retry, stale_seconds=suspect)
 
     def replace(self, *fakes: Counted) -> None:
         """Have these providers from now on, as `ModelRegistry.providers_changed` does."""
@@ -114,7 +114,7 @@ async def test_one_that_hangs_holds_up_nobody() -> None:
     async with refreshing(alpha, beta) as kit:
         await alpha.listed(1)
         await beta.listed(5)
-        kit.refresher.suspect("alpha")
+        kit.refresher.mark_stale("alpha")
         await beta.listed(10)
         assert (alpha.listings, kit.names("beta")) == (1, ["b"])
         alpha.gate.set()
@@ -171,7 +171,7 @@ async def test_a_suspect_is_listed_at_once() -> None:
     async with refreshing(alpha, beta) as kit:
         await until(lambda: kit.names("alpha") == ["a"] and kit.names("beta") == ["b"])
         alpha.served = ["new"]
-        kit.refresher.suspect("alpha")
+        kit.refresher.mark_stale("alpha")
         await until(lambda: kit.names("alpha") == ["new"])
         assert (alpha.listings, beta.listings) == (2, 1)
 
@@ -183,10 +183,10 @@ async def test_a_hundred_suspicions_are_one_look() -> None:
         await until(lambda: kit.names("alpha") == ["a"])
         alpha.gate = asyncio.Event()
         for _ in range(100):
-            kit.refresher.suspect("alpha")
+            kit.refresher.mark_stale("alpha")
         await alpha.listed(2)
         for _ in range(100):
-            kit.refresher.suspect("alpha")
+            kit.refresher.mark_stale("alpha")
         alpha.served = ["new"]
         alpha.gate.set()
         await until(lambda: kit.names("alpha") == ["new"])
@@ -201,10 +201,10 @@ async def test_suspicions_do_not_add_up_to_a_flood() -> None:
     alpha = Counted("alpha", "a")
     async with refreshing(alpha, suspect=3600.0) as kit:
         await until(lambda: kit.names("alpha") == ["a"])
-        kit.refresher.suspect("alpha")
+        kit.refresher.mark_stale("alpha")
         await alpha.listed(2)
         for _ in range(100):
-            kit.refresher.suspect("alpha")
+            kit.refresher.mark_stale("alpha")
             await asyncio.sleep(0)
         assert alpha.listings == 2
 
@@ -215,16 +215,16 @@ async def test_one_that_has_to_wait_for_its_look_keeps_its_turn() -> None:
     async with refreshing(alpha, suspect=3600.0) as kit:
         await alpha.listed(1)
         for count in range(2, 6):
-            kit.refresher.suspect("alpha")
+            kit.refresher.mark_stale("alpha")
             await alpha.listed(count)
 
 
 async def test_nobody_is_suspected_in_vain() -> None:
     """A provider that is gone meanwhile, or before anything was started."""
     kit = Kit(Counted("alpha"))
-    kit.refresher.suspect("alpha")
+    kit.refresher.mark_stale("alpha")
     async with refreshing(Counted("alpha")) as kit:
-        kit.refresher.suspect("gone")
+        kit.refresher.mark_stale("gone")
 
 
 async def test_starting_again_changes_nothing_for_those_who_stay() -> None:

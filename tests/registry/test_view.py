@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltawire_server.errors import DeltawireError, ProviderError, Reason
-from deltawire_server.registry.known import Known
+from deltawire_server.registry.listing_cache import ListingCache
 from deltawire_server.registry.model import MAX_CONTEXT_TOKENS, Model, ModelSource, ModelState, ModelType
-from deltawire_server.registry.served import Served
+from deltawire_server.registry.registered_index import RegisteredIndex
 from deltawire_server.registry.store import ChangeKind
 from deltawire_server.registry.view import LOOKS_AT_ONCE, View
 from deltawire_server.upstream.base import ServedModel
@@ -35,9 +35,9 @@ class Kit:
     def __init__(self, *provider_ids: str) -> None:
         self.fakes = {each: FakeProvider(each) for each in provider_ids or ("p", "q")}
         self.providers = Providers(self.fakes.values(), listing_seconds=0.0)
-        self.known = Known()
+        self.known = RegisteredIndex()
         self.events: list[tuple[ChangeKind, Model]] = []
-        self.served = Served(self.providers, lambda provider_id: self.view.listed(provider_id))
+        self.served = ListingCache(self.providers, lambda provider_id: self.view.listed(provider_id))
         self.view = View(self.known, self.served, lambda kind, model: self.events.append((kind, model)))
 
     async def serve(self, provider_id: str, *models: str | ServedModel, failure: DeltawireError | None = None) -> None:
@@ -51,7 +51,7 @@ class Kit:
         await self.serve(provider_id, failure=failure)
 
     def exchange(self, before: Model | None, now: Model | None) -> None:
-        """Register, change or unregister a model, as `Follower` does."""
+        """Register, change or unregister a model, as `ChangeLogReader` does."""
         if before is not None:
             self.known.remove(before)
         if now is not None:

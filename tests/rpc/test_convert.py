@@ -10,7 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import message_pb2, tool_pb2
-from deltawire_server.completions.records import Head, Timings
+from deltawire_server.completions.records import CompletionInfo, Timings
 from deltawire_server.errors import Code, GatewayError, ProviderError, Reason
 from deltawire_server.rpc.convert import MAX_PATH_BYTES, ResponseWriter, completed
 from deltawire_server.rpc.status import MAX_MESSAGE
@@ -42,7 +42,7 @@ from deltawire_server.upstream.request import Sampling
 if TYPE_CHECKING:
     import enum
 
-    from deltawire_server.completions.records import Told
+    from deltawire_server.completions.records import CompletionView
     from deltawire_server.errors import DeltawireError
 
 SUCCEEDED = ToolCallSucceeded(1, 2, "c", "t", '{"a": 1}')
@@ -53,12 +53,12 @@ class Answered:
     """What a writer needs of a completion."""
 
     def __init__(self, failure: DeltawireError | None = None, first: float | None = 0.5) -> None:
-        self.head = Head("cmpl-0", "m", "a", "p", 1.5, Sampling(top_k=3))
+        self.head = CompletionInfo("cmpl-0", "m", "a", "p", 1.5, Sampling(top_k=3))
         self.failure = failure
         self.timings = Timings(2.25, first_event=first)
 
 
-def written(event: StreamEvent, completion: Told | None = None) -> chat_pb.StreamChatCompletionResponse:
+def written(event: StreamEvent, completion: CompletionView | None = None) -> chat_pb.StreamChatCompletionResponse:
     """The message of an event."""
     return ResponseWriter(completion or Answered(), 2**20).message(0, event)
 

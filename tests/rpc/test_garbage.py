@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
-from deltawire_server.completion import Completion
+from deltawire_server.completions.completion import Completion
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
 from deltawire_server.memory import Hold
 from deltawire_server.sansio.completion import CompletionReader

@@ -9,7 +9,7 @@ import pytest
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import message_pb2, tool_pb2
-from deltawire_server.completions.records import Head
+from deltawire_server.completions.records import CompletionInfo
 from deltawire_server.errors import CallerError, Violation
 from deltawire_server.rpc import convert, validate
 from deltawire_server.rpc.status import shorten
@@ -158,7 +158,7 @@ def test_started_fits_into_any_clients_message() -> None:
         logit_bias={2**31 - 1 - number: -0.1 for number in range(most)},
     )
     request = chat_request(ask(model=LONG_NAME, sampling=sampling))
-    head = Head("c" * 128, LONG_NAME, request.model, "p" * 64, 0.0, request.sampling)
+    head = CompletionInfo("c" * 128, LONG_NAME, request.model, "p" * 64, 0.0, request.sampling)
     assert convert.started(head).ByteSize() < MESSAGE_LIMIT / 16
 
 

@@ -219,7 +219,7 @@ async def test_a_stream_that_nobody_comes_back_to(served: Running, vllm: FakeVll
 
 
 async def test_retention_can_be_limited(start_gateway: StartGateway) -> None:
-    """By the operator, down to none; the complaint names the field and the limit."""
+    """By the operator, down to none; the violation names the field and the limit."""
     async with start_gateway(retention={"max_retention": 30}) as gateway:
         _, failure = await read_badly(gateway.stream(options=KEPT))
         assert (failure.reason, failure.fields) == ("INVALID_REQUEST", ["options.retention"])

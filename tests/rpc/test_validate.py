@@ -37,8 +37,8 @@ BROKEN_JSON = ["{", "nope", "{} {}", '{"a":NaN}', '{"a":Infinity}', '{"a":"\\ud8
 NOT_OBJECTS = ["[]", "5", "null", '"{}"', "true"]
 
 
-def complaints(chat: chat_pb.ChatRequest) -> list[str]:
-    """The fields that are complained of, in order."""
+def violations(chat: chat_pb.ChatRequest) -> list[str]:
+    """The fields that are refused, in order."""
     with pytest.raises(CallerError) as caught:
         chat_request(chat)
     assert caught.value.reason is Reason.INVALID_REQUEST
@@ -185,7 +185,7 @@ REFUSED = {
 @pytest.mark.parametrize(("chat", "fields"), REFUSED.values(), ids=REFUSED)
 def test_each_rule(chat: chat_pb.ChatRequest, fields: list[str]) -> None:
     """A request that breaks just one rule is refused for just that field."""
-    assert complaints(chat) == fields
+    assert violations(chat) == fields
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_each_rule(chat: chat_pb.ChatRequest, fields: list[str]) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_no_number(name: str, value: float) -> None:
     """JSON has no word for it."""
-    assert complaints(sampling(**{name: value})) == [f"chat.sampling.{name}"]
+    assert violations(sampling(**{name: value})) == [f"chat.sampling.{name}"]
 
 
 @pytest.mark.parametrize("text", [*BROKEN_JSON, *NOT_OBJECTS], ids=lambda text: text[:16])
@@ -208,7 +208,7 @@ def test_json_that_is_none(text: str) -> None:
         chat_template_kwargs=text,
         extra_body=text,
     )
-    assert complaints(chat) == [
+    assert violations(chat) == [
         "chat.messages[0].assistant.tool_calls[0].arguments",
         "chat.tools[0].input_schema",
         "chat.tools[1].output_schema",
@@ -216,7 +216,7 @@ def test_json_that_is_none(text: str) -> None:
         "chat.chat_template_kwargs",
         "chat.extra_body",
     ]
-    assert complaints(form(structural_tag=text)) == [f"{FORMAT}.structural_tag"]
+    assert violations(form(structural_tag=text)) == [f"{FORMAT}.structural_tag"]
 
 
 def test_all_that_is_wrong_is_told_at_once() -> None:
@@ -229,7 +229,7 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
         sampling=chat_pb.Sampling(temperature=-1, max_tokens=0, stop=[""], logit_bias={1: 500}),
         response_format=chat_pb.ResponseFormat(regex=""),
     )
-    assert complaints(chat) == [
+    assert violations(chat) == [
         "chat.messages[0].user",
         "chat.messages[1]",
         "chat.messages[2].tool.call_id",

@@ -46,7 +46,7 @@ def content_of(*parts: message_pb2.ContentPart, limits: ContentLimits | None = N
 
 
 def violations_of(*parts: message_pb2.ContentPart, limits: ContentLimits | None = None) -> tuple[Violation, ...]:
-    """What is complained of in a message of these parts."""
+    """What is refused in a message of these parts."""
     with pytest.raises(CallerError) as caught:
         chat_request(saying(*parts), limits)
     assert caught.value.reason is Reason.INVALID_REQUEST
@@ -54,7 +54,7 @@ def violations_of(*parts: message_pb2.ContentPart, limits: ContentLimits | None 
 
 
 def violation_of(*parts: message_pb2.ContentPart, limits: ContentLimits | None = None) -> Violation:
-    """The only complaint about a message of these parts."""
+    """The only violation about a message of these parts."""
     (violation,) = violations_of(*parts, limits=limits)
     return violation
 
@@ -70,7 +70,7 @@ def test_bytes_say_what_an_image_is(media_type: str, declared: str) -> None:
 
 @pytest.mark.parametrize("name", NO_IMAGES)
 def test_what_is_no_image(name: str) -> None:
-    """Is refused however it comes, and the complaint shows how it begins."""
+    """Is refused however it comes, and the violation shows how it begins."""
     data = NO_IMAGES[name]
     for field, part in (("data", image(data=data)), ("url", image(url=data_url(data)))):
         violation = violation_of(part)

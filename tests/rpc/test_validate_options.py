@@ -8,9 +8,9 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
+from deltawire_server.completions.options import StreamOptions
 from deltawire_server.errors import CallerError, Reason
 from deltawire_server.rpc.validate_options import completion_id, resume, stream_options
-from deltawire_server.stream_options import StreamOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 LIMIT = 600.0
 
 
-def complaints(check: Callable[..., object], *arguments: object) -> dict[str, str]:
-    """The fields that are complained of, with the complaints."""
+def violations(check: Callable[..., object], *arguments: object) -> dict[str, str]:
+    """The fields that are refused, with the violations."""
     with pytest.raises(CallerError) as caught:
         check(*arguments)
     assert caught.value.reason is Reason.INVALID_REQUEST
@@ -73,13 +73,13 @@ def test_options(given: dict[str, Any], options: StreamOptions) -> None:
 )
 def test_each_rule_of_options(given: dict[str, Any], field: str) -> None:
     """What breaks just one rule is refused for just that field."""
-    assert [*complaints(stream_options, chat_pb.StreamOptions(**given), LIMIT)] == [field]
+    assert [*violations(stream_options, chat_pb.StreamOptions(**given), LIMIT)] == [field]
 
 
 def test_the_operators_limit_is_named() -> None:
     """So that a caller knows what to ask for."""
     given = chat_pb.StreamOptions(retention=lasting(61))
-    assert "60 seconds" in complaints(stream_options, given, 60.0)["options.retention"]
+    assert "60 seconds" in violations(stream_options, given, 60.0)["options.retention"]
 
 
 def test_all_that_is_wrong_with_options_is_told_at_once() -> None:
@@ -90,7 +90,7 @@ def test_all_that_is_wrong_with_options_is_told_at_once() -> None:
         early_heartbeats=True,
         retention=lasting(0),
     )
-    assert [*complaints(stream_options, given, LIMIT)] == [
+    assert [*violations(stream_options, given, LIMIT)] == [
         "options.max_coalesce_delay",
         "options.heartbeat_interval",
         "options.retention",
@@ -111,7 +111,7 @@ def test_completion_ids(text: str) -> None:
 @pytest.mark.parametrize("text", ["", "a b", "ä", "a/b", "a\n", "Z" * 129])
 def test_what_is_no_completion_id(text: str) -> None:
     """Missing, or of other characters."""
-    assert [*complaints(completion_id, text, "some.field")] == ["some.field"]
+    assert [*violations(completion_id, text, "some.field")] == ["some.field"]
 
 
 def asked(options: chat_pb.StreamOptions | None = None, **resumed: Any) -> chat_pb.StreamChatCompletionRequest:  # noqa: ANN401 (whatever the message takes)
@@ -138,4 +138,4 @@ def test_resume(after: int | None, sequence: int | None) -> None:
 )
 def test_what_cannot_be_resumed(request_: chat_pb.StreamChatCompletionRequest, field: str) -> None:
     """No id, or options, which only a new stream has."""
-    assert [*complaints(resume, request_)] == [field]
+    assert [*violations(resume, request_)] == [field]

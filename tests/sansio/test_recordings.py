@@ -134,7 +134,7 @@ def test_nothing_names_the_folder_the_recordings_came_from() -> None:
 
 
 @dataclass(frozen=True)
-class Told:
+class CompletionView:
     """How one choice should end."""
 
     reason: StopReason
@@ -148,26 +148,26 @@ class Told:
 class Ended:
     """How an answer should end."""
 
-    choices: tuple[Told, ...]
+    choices: tuple[CompletionView, ...]
     provenance: Provenance = Provenance.ESTIMATED
     fault: Reason | None = None
     code: int = 0
 
 
-def _called(succeeded: int = 1, word: str = "tool_calls") -> Told:
-    return Told(StopReason.END_OF_MESSAGE, word, succeeded, executable=True)
+def _called(succeeded: int = 1, word: str = "tool_calls") -> CompletionView:
+    return CompletionView(StopReason.END_OF_MESSAGE, word, succeeded, executable=True)
 
 
-def _failed(reason: FailureReason) -> Told:
-    return Told(StopReason.END_OF_MESSAGE, "tool_calls", failed=(reason,))
+def _failed(reason: FailureReason) -> CompletionView:
+    return CompletionView(StopReason.END_OF_MESSAGE, "tool_calls", failed=(reason,))
 
 
-_TURN = Told(StopReason.END_OF_TURN, "stop")
-_LENGTH = Told(StopReason.OUT_OF_TOKENS, "length")
-_CUT_CALL = Told(StopReason.OUT_OF_TOKENS, "length", failed=(FailureReason.TRUNCATED,))
-_LOST = Told(StopReason.UPSTREAM_INCOMPLETE, "")
-_LOST_CALL = Told(StopReason.UPSTREAM_INCOMPLETE, "", failed=(FailureReason.TRUNCATED,))
-_BROKEN = Told(StopReason.ERROR, "")
+_TURN = CompletionView(StopReason.END_OF_TURN, "stop")
+_LENGTH = CompletionView(StopReason.OUT_OF_TOKENS, "length")
+_CUT_CALL = CompletionView(StopReason.OUT_OF_TOKENS, "length", failed=(FailureReason.TRUNCATED,))
+_LOST = CompletionView(StopReason.UPSTREAM_INCOMPLETE, "")
+_LOST_CALL = CompletionView(StopReason.UPSTREAM_INCOMPLETE, "", failed=(FailureReason.TRUNCATED,))
+_BROKEN = CompletionView(StopReason.ERROR, "")
 
 TEXTS = [
     "c-request-id", "cont-tool-cut-20", "json-schema", "p-llama3-json-text-before", "p-pythonic-text-before", "so-choice",
@@ -204,7 +204,7 @@ TOLD: dict[str, Ended] = {
     **dict.fromkeys(ONE_CALL, Ended((_called(),))),
     **dict.fromkeys(TWO_CALLS, Ended((_called(2),))),
     **dict.fromkeys(CUT_CALLS, Ended((_CUT_CALL,))),
-    "text-stop": Ended((Told(StopReason.STOP_SEQUENCE, "stop"),)),
+    "text-stop": Ended((CompletionView(StopReason.STOP_SEQUENCE, "stop"),)),
     "tool-named": Ended((_called(word="stop"),)),
     "tool-malformed": Ended((_failed(FailureReason.MALFORMED_JSON),)),
     "tool-unknown-name": Ended((_failed(FailureReason.UNKNOWN_TOOL),)),
@@ -263,7 +263,7 @@ def test_is_told_as_it_was_made(name: str) -> None:
         return
     assert isinstance(last, Completed)
     told = tuple(
-        Told(
+        CompletionView(
             choice.stop_reason,
             choice.engine_finish_reason,
             len(choice.tool_calls),

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from deltawire_server.errors import ProviderError, Reason
-from deltawire_server.upstream.base import Answering, Health, HealthStatus, Patience, ServedModel, TokenCount
+from deltawire_server.upstream.base import Health, HealthStatus, OpenStream, ServedModel, Timeouts, TokenCount
 from deltawire_server.upstream.engine import Engine, EngineKind
 
 if TYPE_CHECKING:
@@ -87,9 +87,9 @@ class FakeProvider:
         return self.engine_known
 
     @property
-    def patience(self) -> Patience:
+    def timeouts(self) -> Timeouts:
         """The defaults."""
-        return Patience()
+        return Timeouts()
 
     def go_down(self) -> None:
         """Be unreachable from now on, as a refused connection is reported."""
@@ -101,12 +101,12 @@ class FakeProvider:
         )
 
     @asynccontextmanager
-    async def stream_chat(self, request: ChatRequest, model: str, call: CallContext) -> AsyncIterator[Answering]:
+    async def stream_chat(self, request: ChatRequest, model: str, call: CallContext) -> AsyncIterator[OpenStream]:
         """Yield the chunks."""
         self.requests.append((request, model, call))
         if self.failure is not None:
             raise self.failure
-        yield Answering(self._body(), self.notices, self.replicas_tried)
+        yield OpenStream(self._body(), self.notices, self.replicas_tried)
 
     async def count_tokens(self, request: ChatRequest, model: str, call: CallContext) -> TokenCount:
         """What it was told to count."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from deltawire_server.sansio.events import StreamEvent
-    from deltawire_server.upstream.base import Patience, Provider
+    from deltawire_server.upstream.base import Provider, Timeouts
     from deltawire_server.worker import Worker
 
 CALLER = Caller(CallContext("r"))
@@ -25,7 +25,7 @@ class MakeWorker(Protocol):
         self,
         *,
         provider: Provider | None = None,
-        patience: Patience | None = None,
+        timeouts: Timeouts | None = None,
         **limits: Any,  # noqa: ANN401 (max_streams, retention, and those of CompletionLimits)
     ) -> AbstractAsyncContextManager[Worker]: ...
 

@@ -11,7 +11,7 @@ import pytest
 
 from deltawire_server.errors import CallerError, Code, DeltawireError, ProviderError, Reason
 from deltawire_server.fake_vllm import FakeVllm, Script
-from deltawire_server.upstream.base import CallContext, Health, HealthStatus, Patience, ServedModel
+from deltawire_server.upstream.base import CallContext, Health, HealthStatus, ServedModel, Timeouts
 from deltawire_server.upstream.failures import MAX_EXCERPT_BYTES
 from deltawire_server.upstream.vllm import MAX_ERROR_BYTES, MAX_SERVED_NAME, VllmProvider, root_url
 from tests.support.recordings import TRANSCRIPTS
@@ -514,12 +514,12 @@ async def test_health_of_an_engine_that_died_and_one_that_sleeps(vllm: FakeVllm)
 
 def test_what_it_is() -> None:
     """The rest of what a provider says of itself."""
-    patience = Patience(1.0, 2.0)
-    p = VllmProvider("p", "http://h", "http://i/v1/", default_max_tokens=5, patience=patience, refresh_interval=7.0)
-    assert (p.id, p.kind, p.default_max_tokens, p.patience) == ("p", "vllm", 5, patience)
+    timeouts = Timeouts(1.0, 2.0)
+    p = VllmProvider("p", "http://h", "http://i/v1/", default_max_tokens=5, timeouts=timeouts, refresh_interval=7.0)
+    assert (p.id, p.kind, p.default_max_tokens, p.timeouts) == ("p", "vllm", 5, timeouts)
     assert (p.base_urls, p.refresh_interval) == (("http://h/v1", "http://i/v1"), 7.0)
     assert repr(p) == "VllmProvider('p', 'http://h/v1', 'http://i/v1')"
-    assert VllmProvider("p", "http://h").patience == Patience()
+    assert VllmProvider("p", "http://h").timeouts == Timeouts()
 
 
 @pytest.mark.parametrize(

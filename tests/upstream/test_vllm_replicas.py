@@ -9,7 +9,7 @@ import pytest
 
 from deltawire_server.errors import CallerError, ProviderError, Reason
 from deltawire_server.fake_vllm import FakeVllm, Script
-from deltawire_server.upstream.base import Health, HealthStatus, Patience
+from deltawire_server.upstream.base import Health, HealthStatus, Timeouts
 from deltawire_server.upstream.opening import MAX_OPENING_BYTES
 from deltawire_server.upstream.policy import ACTIONS
 from deltawire_server.upstream.replicas import State
@@ -108,7 +108,7 @@ async def test_what_one_replica_answers_is_the_answer(
 async def test_a_silent_replica_is_ejected_and_no_other_is_asked(vllm: FakeVllm, other: FakeVllm) -> None:
     """It may still generate; and the caller has waited for as long as the settings say."""
     vllm.play(Script.chunks([b": keep-alive\n\n", asyncio.Event()]))
-    async with provider(vllm.base_url, other.base_url, patience=Patience(first_event=0.2)) as p:
+    async with provider(vllm.base_url, other.base_url, timeouts=Timeouts(first_event=0.2)) as p:
         error = await refusal_of(p)
         await vllm.chats[0].closed_early.wait()
         assert (error.reason, error.retry_after) == (Reason.UPSTREAM_TIMEOUT, None)
@@ -123,7 +123,7 @@ async def test_both_attempts_have_the_time_of_one(vllm: FakeVllm, other: FakeVll
     """What the first one has used is not there for the second."""
     vllm.play(Script.error(503, "no room", headers_delay=0.25))
     other.play(Script.generated(headers_delay=3600))
-    async with provider(vllm.base_url, other.base_url, patience=Patience(first_event=0.5)) as p:
+    async with provider(vllm.base_url, other.base_url, timeouts=Timeouts(first_event=0.5)) as p:
         began = asyncio.get_running_loop().time()
         assert (await refusal_of(p)).reason is Reason.UPSTREAM_TIMEOUT
         assert asyncio.get_running_loop().time() - began < 0.7

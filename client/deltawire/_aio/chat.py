@@ -82,8 +82,8 @@ class AsyncChat:
         **options: Unpack[CallOptions],
     ) -> AsyncChatStream:
         """Read a stream that was asked for with `retention`, replayed and then live; see `Chat.resume`. No `await` here."""
-        request, patience = resume_request(completion_id, last_sequence, retention)
-        return AsyncChatStream(self._connections, self._defaults, request, patience, options)
+        request, resume_for = resume_request(completion_id, last_sequence, retention)
+        return AsyncChatStream(self._connections, self._defaults, request, resume_for, options)
 
     async def cancel(self, completion_id: str, **options: Unpack[CallOptions]) -> CancelChatCompletionResponse:
         """End a completion softly; see `Chat.cancel`."""
@@ -145,10 +145,10 @@ class AsyncChatStream(StreamCalls):
         connections: Connections,
         defaults: Defaults,
         request: StreamChatCompletionRequest,
-        patience: float | None,
+        resume_for: float | None,
         options: CallOptions,
     ) -> None:
-        super().__init__(defaults, Resumption(request, patience, connections.limit), options)
+        super().__init__(defaults, Resumption(request, resume_for, connections.limit), options)
         self._connections = connections
         self._connection = connections.main
         self._stopped = asyncio.Event()

@@ -123,8 +123,8 @@ class Chat:
         Reading raises CompletionNotFoundError, CompletionGoneError, and WrongReplicaError if no new connection reaches
         the process that has the stream.
         """
-        request, patience = resume_request(completion_id, last_sequence, retention)
-        return ChatStream(self._connections, self._defaults, request, patience, options)
+        request, resume_for = resume_request(completion_id, last_sequence, retention)
+        return ChatStream(self._connections, self._defaults, request, resume_for, options)
 
     def cancel(self, completion_id: str, **options: Unpack[CallOptions]) -> CancelChatCompletionResponse:
         """End a completion softly: its stream ends normally, with the text so far and the usage.
@@ -217,10 +217,10 @@ class ChatStream(StreamCalls):
         connections: Connections,
         defaults: Defaults,
         request: StreamChatCompletionRequest,
-        patience: float | None,
+        resume_for: float | None,
         options: CallOptions,
     ) -> None:
-        super().__init__(defaults, Resumption(request, patience, connections.limit), options)
+        super().__init__(defaults, Resumption(request, resume_for, connections.limit), options)
         self._connections = connections
         self._connection = connections.main
         self._stopped = threading.Event()

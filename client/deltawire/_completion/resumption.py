@@ -141,7 +141,7 @@ class Resumption:
     Args:
         request: What was asked: a chat with its options, or a `ResumePoint`. It is kept; one that is retained and has no
             `completion_id` gets an unguessable one, so that it can be resumed before it has begun.
-        patience: For how many seconds without anything new to go on. None takes `retention` of the request's options;
+        resume_for: For how many seconds without anything new to go on. None takes `retention` of the request's options;
             if that is absent too, nothing goes on.
         connections: How many new connections can be made to find the process that has the completion; 0 for a client on a
             channel that it was given.
@@ -153,13 +153,13 @@ class Resumption:
     def __init__(
         self,
         request: StreamChatCompletionRequest,
-        patience: float | None = None,
+        resume_for: float | None = None,
         connections: int = MAX_CONNECTIONS,
         draw: Callable[[float, float], float] = random.uniform,
     ) -> None:
-        if patience is None and request.options.HasField("retention"):
-            patience = request.options.retention.ToTimedelta().total_seconds()
-        self._patience = patience
+        if resume_for is None and request.options.HasField("retention"):
+            resume_for = request.options.retention.ToTimedelta().total_seconds()
+        self._resume_for = resume_for
         self._request = request
         self._pauses = Pauses(draw)
         self._connections = self._connections_left = connections
@@ -182,7 +182,7 @@ class Resumption:
     @property
     def is_retained(self) -> bool:
         """Whether the stream goes on over a lost connection."""
-        return self._patience is not None
+        return self._resume_for is not None
 
     @property
     def last_sequence(self) -> int | None:
@@ -232,11 +232,11 @@ class Resumption:
         Returns seconds to wait before the next call, or None to give up: how the call ended is the outcome.
         """
         self._moves = False
-        if self._patience is None or not self._goes_on(end_of(failure), has_begun=has_begun):
+        if self._resume_for is None or not self._goes_on(end_of(failure), has_begun=has_begun):
             return None
         pause = max(self._pauses.next(), (failure and failure.retry_after) or 0.0)
         waited = 0.0 if self._since is None else now - self._since
-        return None if waited + pause > self._patience else pause
+        return None if waited + pause > self._resume_for else pause
 
     def _goes_on(self, end: End, *, has_begun: bool) -> bool:
         """Whether there is another call, and whether it resumes; by the table at the top of this file."""

@@ -48,15 +48,15 @@ REMEMBERED_SECONDS = 600.0
 NOTHING_YET = Usage(0, Provenance.ESTIMATED)
 """What a completion has cost before its engine said or sent anything."""
 
-_MINTED = re.compile(r"cmpl-[0-9a-f]{32}-(?P<owner>[0-9a-f]{8})")
+_GENERATED = re.compile(r"cmpl-[0-9a-f]{32}-(?P<owner>[0-9a-f]{8})")
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
+class CompletionInfo:
     """What is settled of a completion before its engine is asked.
 
     Attributes:
-        completion_id: The caller's own, or minted.
+        completion_id: The caller's own, or generated.
         model: Its id in the registry.
         alias: The name that the caller used, if that was another.
         provider_id: Who answers.
@@ -97,11 +97,11 @@ class Outcome:
         return cls(error.code, error.reason, error.message)
 
 
-class Told(Protocol):
+class CompletionView(Protocol):
     """A completion, under way or retained, as far as its messages speak of it."""
 
     @property
-    def head(self) -> Head:
+    def head(self) -> CompletionInfo:
         """What is settled of it."""
 
     @property
@@ -113,7 +113,7 @@ class Told(Protocol):
         """Why it did not end by itself, if it did not."""
 
 
-class Running(Told, Protocol):
+class Running(CompletionView, Protocol):
     """A completion under way, as far as its record and its retained stream need it."""
 
     @property
@@ -157,7 +157,7 @@ class Record:
     completion_id: str
     fingerprint: bytes = b""
     running: Running | None = None
-    head: Head | None = None
+    head: CompletionInfo | None = None
     begun: bool = False
     usage: Usage = NOTHING_YET
     outcome: Outcome | None = None
@@ -320,8 +320,8 @@ class Records:
         if record is not None:
             return record
         metadata = {"completion_id": completion_id}
-        minted = _MINTED.fullmatch(completion_id)
-        if minted and minted["owner"] != self._owner:
+        generated = _GENERATED.fullmatch(completion_id)
+        if generated and generated["owner"] != self._owner:
             raise GatewayError(
                 Reason.WRONG_REPLICA,
                 f"completion {completion_id!r} is of another gateway process, or of one before a restart: only that one has it",

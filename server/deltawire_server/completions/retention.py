@@ -32,7 +32,7 @@ from deltawire_server.sansio.events import Completed, StopReason
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 
-    from deltawire_server.completions.records import Head, Running
+    from deltawire_server.completions.records import CompletionInfo, Running
     from deltawire_server.sansio.events import StreamEvent, Usage
 
 UNREAD_BYTES = 256 * 1024
@@ -76,7 +76,7 @@ class RetainedStream:
         self.abandoned: Callable[[], object] = lambda: None
         self.left: Outcome | None = None
         self._retention = retention
-        self._head: Head | None = None
+        self._head: CompletionInfo | None = None
         self._running: Running | None = None  # until it is closed; it holds the whole answer
         self._attempts = 0
         self._usage = NOTHING_YET
@@ -96,7 +96,7 @@ class RetainedStream:
         self._news = asyncio.Event()
 
     @property
-    def head(self) -> Head:
+    def head(self) -> CompletionInfo:
         """What is settled of its completion.
 
         Raises:

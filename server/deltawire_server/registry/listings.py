@@ -16,8 +16,8 @@ from deltawire_server.registry.view import discovered
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+    from deltawire_server.registry.listing_cache import ListingCache
     from deltawire_server.registry.model import Model
-    from deltawire_server.registry.served import Served
     from deltawire_server.upstream.base import ServedModel
 
 
@@ -34,7 +34,7 @@ class Listings:
         failures: Why a provider that was asked did not say what it serves, by its id.
     """
 
-    def __init__(self, served: Served, token: str | None, named: Iterable[str] = ()) -> None:
+    def __init__(self, served: ListingCache, token: str | None, named: Iterable[str] = ()) -> None:
         self.provider_ids = served.provider_ids
         self.failures: dict[str, DeltawireError] = {}
         self._served = served

@@ -19,11 +19,11 @@ from deltawire_server.registry.scopes import registered, scopes_of
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
-    from deltawire_server.registry.known import Known
     from deltawire_server.registry.listings import Listings
+    from deltawire_server.registry.registered_index import RegisteredIndex
 
 
-async def find(name: str, known: Known, listings: Listings) -> Model:
+async def find(name: str, known: RegisteredIndex, listings: Listings) -> Model:
     """The model of this name. Asks only the providers that it needs to.
 
     Raises:
@@ -47,7 +47,7 @@ async def find(name: str, known: Known, listings: Listings) -> Model:
     return found[0]
 
 
-async def only_chat_model(known: Known, listings: Listings) -> Model:
+async def only_chat_model(known: RegisteredIndex, listings: Listings) -> Model:
     """The chat model, for a request that names none. A model and its registrations count as one, by its first registered id.
 
     Raises:
@@ -75,7 +75,7 @@ async def only_chat_model(known: Known, listings: Listings) -> Model:
     raise _not_found("", listings.provider_ids, known, listings)
 
 
-def _chat_models(known: Known, listings: Listings) -> dict[tuple[str, str], str]:
+def _chat_models(known: RegisteredIndex, listings: Listings) -> dict[tuple[str, str], str]:
     """What can chat, by target: the first id that is registered for it, else the id that it is discovered by.
 
     A discovered model is only named here: there may be very many of them.
@@ -92,7 +92,7 @@ def _chat_models(known: Known, listings: Listings) -> dict[tuple[str, str], str]
 
 async def _serving(
     wanted: Mapping[str, str],
-    known: Known,
+    known: RegisteredIndex,
     listings: Listings,
     have: Callable[[Iterable[str]], Awaitable[None]],
 ) -> list[Model]:
@@ -120,7 +120,7 @@ def _ambiguous(name: str, found: Sequence[Model]) -> CallerError:
     )
 
 
-def _not_found(name: str, asked: Sequence[str], known: Known, listings: Listings) -> DeltawireError:
+def _not_found(name: str, asked: Sequence[str], known: RegisteredIndex, listings: Listings) -> DeltawireError:
     """Why nothing was found: there is nothing, or those who could know it are away."""
     failures = [listings.failures[provider_id] for provider_id in asked if provider_id in listings.failures]
     if failures and len(failures) == len(asked):

@@ -14,7 +14,7 @@ from deltawire_server.errors import DeltawireError
 from deltawire_server.telemetry import get_logger
 
 if TYPE_CHECKING:
-    from deltawire_server.registry.served import Served
+    from deltawire_server.registry.listing_cache import ListingCache
     from deltawire_server.upstream.base import Provider
     from deltawire_server.upstream.providers import Providers
 
@@ -24,7 +24,7 @@ RETRY_SECONDS = 2.0
 """Between two looks at a provider that does not answer, if its interval is not shorter: it is missed, and asking costs it
 nothing."""
 
-SUSPECT_SECONDS = 1.0
+STALE_SECONDS = 1.0
 """Between two looks that calls asked for: a hundred failed calls are one reason to look, not a hundred."""
 
 
@@ -32,7 +32,7 @@ SUSPECT_SECONDS = 1.0
 class _Turn:
     provider: Provider
     task: asyncio.Task[None]
-    suspected: asyncio.Event
+    stale: asyncio.Event
 
 
 class Refresher:
@@ -42,21 +42,21 @@ class Refresher:
         providers: All there are.
         served: Asks them, and keeps what they say.
         retry_seconds: Between two looks at a provider that does not answer.
-        suspect_seconds: Between two looks at a provider that calls asked for, at least.
+        stale_seconds: Between two looks at a provider that calls asked for, at least.
     """
 
     def __init__(
         self,
         providers: Providers,
-        served: Served,
+        served: ListingCache,
         *,
         retry_seconds: float = RETRY_SECONDS,
-        suspect_seconds: float = SUSPECT_SECONDS,
+        stale_seconds: float = STALE_SECONDS,
     ) -> None:
         self._providers = providers
         self._served = served
         self._retry_seconds = retry_seconds
-        self._suspect_seconds = suspect_seconds
+        self._suspect_seconds = stale_seconds
         self._turns: dict[str, _Turn] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -70,11 +70,11 @@ class Refresher:
                 turn.task.cancel()
         for provider_id, provider in providers.items():
             if provider_id not in self._turns:
-                suspected = asyncio.Event()
-                task = asyncio.create_task(self._refresh(provider, suspected), name=f"refresh {provider_id}")
+                stale = asyncio.Event()
+                task = asyncio.create_task(self._refresh(provider, stale), name=f"refresh {provider_id}")
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
-                self._turns[provider_id] = _Turn(provider, task, suspected)
+                self._turns[provider_id] = _Turn(provider, task, stale)
 
     async def stop(self) -> None:
         """List nobody any more."""
@@ -84,18 +84,18 @@ class Refresher:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def suspect(self, provider_id: str) -> None:
+    def mark_stale(self, provider_id: str) -> None:
         """A call found that a provider is not what it was: look at once, but at most once a second."""
         turn = self._turns.get(provider_id)
         if turn is not None:
-            turn.suspected.set()
+            turn.stale.set()
 
-    async def _refresh(self, provider: Provider, suspected: asyncio.Event) -> None:
+    async def _refresh(self, provider: Provider, stale: asyncio.Event) -> None:
         clock = asyncio.get_running_loop().time
-        suspected_look_from = clock()  # when the next look that a call asked for may begin
+        stale_look_from = clock()  # when the next look that a call asked for may begin
         while True:
             pause = provider.refresh_interval
-            suspected.clear()
+            stale.clear()
             try:
                 await self._served.listing(provider.id, fresh=True)
             except DeltawireError:
@@ -104,6 +104,6 @@ class Refresher:
                 _log.exception("a provider cannot be refreshed", provider=provider.id)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
-                    await suspected.wait()
-                    await asyncio.sleep(suspected_look_from - clock())
-                    suspected_look_from = clock() + self._suspect_seconds
+                    await stale.wait()
+                    await asyncio.sleep(stale_look_from - clock())
+                    stale_look_from = clock() + self._suspect_seconds

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING
 from deltawire_server.errors import CallerError, DeltawireError, GatewayError, Reason, RegistryError
 from deltawire_server.pacing import give_way
 from deltawire_server.registry import lookup, pages, rules
+from deltawire_server.registry.change_log_reader import ChangeLogReader
 from deltawire_server.registry.feed import Feed
-from deltawire_server.registry.follower import Follower
-from deltawire_server.registry.known import Known
+from deltawire_server.registry.listing_cache import ListingCache
 from deltawire_server.registry.listings import Listings
 from deltawire_server.registry.messages import cut, quoted, some
 from deltawire_server.registry.model import Model, ModelSource, ModelState, ModelType
 from deltawire_server.registry.refresh import Refresher
+from deltawire_server.registry.registered_index import RegisteredIndex
 from deltawire_server.registry.scopes import may_have, scopes_of
-from deltawire_server.registry.served import Served
 from deltawire_server.registry.store import ChangeKind
 from deltawire_server.registry.view import LOOKS_AT_ONCE, View, is_new
 from deltawire_server.registry.writes import Writes
@@ -93,10 +93,10 @@ class ModelRegistry:
         self._store = store
         self._providers = providers
         self._feed = feed or Feed()
-        self._known = Known()
-        self._served = Served(providers, self._listed)
+        self._known = RegisteredIndex()
+        self._served = ListingCache(providers, self._listed)
         self._view = View(self._known, self._served, self._feed.publish)
-        self._follower = Follower(store, self._known, self._view.registered)
+        self._follower = ChangeLogReader(store, self._known, self._view.registered)
         self._writes = Writes(store, self._known, self._follower)
         self._refresher = Refresher(providers, self._served)
 
@@ -417,9 +417,9 @@ class ModelRegistry:
                 results[each] = len(listing)
         return results
 
-    def suspect(self, provider_id: str) -> None:
+    def mark_stale(self, provider_id: str) -> None:
         """A call found that a provider is not what it was: it is listed at once, and not only at its next turn."""
-        self._refresher.suspect(provider_id)
+        self._refresher.mark_stale(provider_id)
 
     def _named_by(self, name: str) -> dict[str, str]:
         """The providers that a model's name names."""

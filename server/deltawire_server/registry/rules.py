@@ -22,8 +22,8 @@ from deltawire_server.upstream.base import ServedModel
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from deltawire_server.registry.known import Known
-    from deltawire_server.registry.served import Served
+    from deltawire_server.registry.listing_cache import ListingCache
+    from deltawire_server.registry.registered_index import RegisteredIndex
     from deltawire_server.upstream.providers import Providers
 
 MAX_ALIASES = 32
@@ -111,7 +111,7 @@ def changed(model: Model, changes: Mapping[str, Any], providers: Providers) -> M
     return replace(model, **values)
 
 
-def as_registered(wanted: Model, known: Known) -> Model:
+def as_registered(wanted: Model, known: RegisteredIndex) -> Model:
     """What is requested in the form in which it is registered, if it is; no provider is asked.
 
     What its provider called the model is then known; for a model that is not registered it is taken to be the name of
@@ -126,7 +126,7 @@ def as_registered(wanted: Model, known: Known) -> Model:
     return _named(wanted, wanted.provider_model_id)
 
 
-async def as_served(wanted: Model, providers: Served, token: str | None, *, named: bool) -> Model:
+async def as_served(wanted: Model, providers: ListingCache, token: str | None, *, named: bool) -> Model:
     """What is requested in the form in which it is to be registered, as its provider, asked anew, lists it.
 
     Args:

@@ -15,8 +15,8 @@ from deltawire_server.upstream.base import ServedModel
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from deltawire_server.registry.known import Known
     from deltawire_server.registry.model import Model
+    from deltawire_server.registry.registered_index import RegisteredIndex
 
 
 def scopes_of(name: str, provider_ids: Iterable[str]) -> dict[str, str]:
@@ -45,7 +45,7 @@ def may_have(name: str, model: Model, provider_ids: Iterable[str]) -> bool:
     return model.provider_id in scopes and served_as(scopes[model.provider_id], [served]) is not None
 
 
-def registered(name: str, known: Known, provider_ids: Iterable[str]) -> Model | None:
+def registered(name: str, known: RegisteredIndex, provider_ids: Iterable[str]) -> Model | None:
     """The registered model that a name leads to; `None` if there is none, or the name is reserved for something else."""
     model = known.find(name)
     return model if model is not None and may_have(name, model, provider_ids) else None

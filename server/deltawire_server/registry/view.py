@@ -24,8 +24,8 @@ from deltawire_server.registry.store import ChangeKind
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from deltawire_server.registry.known import Known
-    from deltawire_server.registry.served import Served
+    from deltawire_server.registry.listing_cache import ListingCache
+    from deltawire_server.registry.registered_index import RegisteredIndex
     from deltawire_server.upstream.base import ServedModel
 
 
@@ -45,7 +45,9 @@ class View:
         models: All of them, by id.
     """
 
-    def __init__(self, known: Known, served: Served, publish: Callable[[ChangeKind, Model], None]) -> None:
+    def __init__(
+        self, known: RegisteredIndex, served: ListingCache, publish: Callable[[ChangeKind, Model], None]
+    ) -> None:
         self.models: dict[str, Model] = {}
         self._known = known
         self._served = served
@@ -168,7 +170,7 @@ def _context_tokens(served: ServedModel) -> int | None:
     return tokens if tokens is not None and 0 <= tokens <= MAX_CONTEXT_TOKENS else None
 
 
-def is_new(discovered_model: Model, known: Known, provider_ids: Iterable[str]) -> bool:
+def is_new(discovered_model: Model, known: RegisteredIndex, provider_ids: Iterable[str]) -> bool:
     """Whether a discovered model is to be seen: neither it nor its name is registered."""
     if known.has_target(discovered_model.target):
         return False

@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, TypeVar
 
-from deltawire_server.registry.known import taken
+from deltawire_server.registry.registered_index import taken
 from deltawire_server.registry.store import Change, ChangeKind
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
-    from deltawire_server.registry.follower import Follower
-    from deltawire_server.registry.known import Known
+    from deltawire_server.registry.change_log_reader import ChangeLogReader
     from deltawire_server.registry.model import Model
+    from deltawire_server.registry.registered_index import RegisteredIndex
     from deltawire_server.registry.store import Store
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ class Writes:
         follower: Brings the writes into it.
     """
 
-    def __init__(self, store: Store, known: Known, follower: Follower) -> None:
+    def __init__(self, store: Store, known: RegisteredIndex, follower: ChangeLogReader) -> None:
         self._store = store
         self._known = known
         self._follower = follower

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from grpc import aio
 
-    from deltawire_server.completion import Completion
-    from deltawire_server.completions.records import Record, Told
+    from deltawire_server.completions.completion import Completion
+    from deltawire_server.completions.records import CompletionView, Record
     from deltawire_server.completions.retention import RetainedStream
     from deltawire_server.rpc.interceptors import CallRecord
     from deltawire_server.rpc.validate_content import ContentLimits
@@ -238,7 +238,7 @@ def _slow_reader(limit: float) -> GatewayError:
     return GatewayError(Reason.SLOW_CALLER, message, metadata={"limit_seconds": f"{limit:g}"})
 
 
-async def _fill(response: chat_pb.CreateChatCompletionResponse, completion: Told, event: StreamEvent) -> None:
+async def _fill(response: chat_pb.CreateChatCompletionResponse, completion: CompletionView, event: StreamEvent) -> None:
     """Make the response from the last event of an answer; if that is a fault, the call fails.
 
     Raises:

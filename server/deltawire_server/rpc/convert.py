@@ -33,7 +33,7 @@ from deltawire_server.sansio.events import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from deltawire_server.completions.records import Head, Record, Timings, Told
+    from deltawire_server.completions.records import CompletionInfo, CompletionView, Record, Timings
     from deltawire_server.upstream.request import Sampling
 
 MAX_PATH_BYTES = 16 * 1024
@@ -48,7 +48,7 @@ class ResponseWriter:
         max_completed_bytes: Above this, `Completed` leaves out the messages.
     """
 
-    def __init__(self, completion: Told, max_completed_bytes: int) -> None:
+    def __init__(self, completion: CompletionView, max_completed_bytes: int) -> None:
         self._completion = completion
         self._max_completed_bytes = max_completed_bytes
 
@@ -108,7 +108,7 @@ class ResponseWriter:
         return response
 
 
-def started(head: Head) -> chat_pb.Started:
+def started(head: CompletionInfo) -> chat_pb.Started:
     """Who answers, and how it was asked."""
     return chat_pb.Started(
         completion_id=head.completion_id,
@@ -120,7 +120,7 @@ def started(head: Head) -> chat_pb.Started:
     )
 
 
-def completed(completion: Told, event: Completed) -> chat_pb.Completed:
+def completed(completion: CompletionView, event: Completed) -> chat_pb.Completed:
     """The end, with everything that is known of the answer."""
     message = chat_pb.Completed(
         usage=usage(event.usage),

@@ -22,9 +22,9 @@ from deltawire_server.registry.messages import quoted
 from deltawire_server.registry.model import ModelSource, ModelState, ModelType
 from deltawire_server.registry.registry import Filter
 from deltawire_server.registry.store import ChangeKind
-from deltawire_server.rpc.complaints import Complaints
 from deltawire_server.rpc.interceptors import call_context, call_record
 from deltawire_server.rpc.status import MAX_MESSAGE, shorten
+from deltawire_server.rpc.violations import Violations
 from deltawire_server.rpc.writer import StreamWriter
 from deltawire_server.upstream.base import HealthStatus
 from deltawire_server.upstream.engine import EngineKind
@@ -256,14 +256,14 @@ def changes_of(request: pb.UpdateModelRequest) -> dict[str, object]:
     ]
     if paths == ["*"]:
         paths = list(rules.UPDATABLE)
-    complain = Complaints()
+    violations = Violations()
     known = ", ".join(rules.UPDATABLE)
     for path in paths:
         if path not in rules.UPDATABLE:
-            complain("update_mask", f"{quoted(path)} cannot be changed; what can: {known}")
+            violations.add("update_mask", f"{quoted(path)} cannot be changed; what can: {known}")
     if not paths:
-        complain("update_mask", f"names nothing to change; set some of {known}")
-    complain.settle()
+        violations.add("update_mask", f"names nothing to change; set some of {known}")
+    violations.raise_any()
     values: dict[str, object] = {
         "provider_id": given.provider_id,
         "provider_model_id": given.provider_model_id,

@@ -19,9 +19,9 @@ from deltawire.v1 import message_pb2, tool_pb2
 from deltawire_server.errors import Violation, invalid_request
 from deltawire_server.pacing import give_way
 from deltawire_server.rpc import validate_options
-from deltawire_server.rpc.complaints import MAX_FIELD, Complaints
 from deltawire_server.rpc.status import shorten
 from deltawire_server.rpc.validate_content import ContentLimits, ContentReader
+from deltawire_server.rpc.violations import MAX_FIELD, Violations
 from deltawire_server.schemas import MAX_SCHEMA_BYTES, compiled_checks
 from deltawire_server.upstream.request import (
     ChatMessage,
@@ -127,10 +127,10 @@ async def chat_request(message: chat_pb.ChatRequest, limits: ContentLimits | Non
     # Without a schema any object will do, so there is nothing to check.
     tools = {tool.name: tool for tool in request.offered_tools if tool.input_schema}
     checks, errors = await compiled_checks({name: tool.input_schema for name, tool in tools.items()})
-    complain = Complaints()
+    violations = Violations()
     for name, error in errors.items():
-        complain(f"chat.tools[{request.tools.index(tools[name])}].input_schema", str(error))
-    complain.settle()
+        violations.add(f"chat.tools[{request.tools.index(tools[name])}].input_schema", str(error))
+    violations.raise_any()
     return replace(request, argument_checks=checks)
 
 
@@ -157,16 +157,16 @@ class _ChatReader:
     """Reads one chat request and collects what is wrong with it."""
 
     def __init__(self, limits: ContentLimits) -> None:
-        self._complain = Complaints()
-        self._content = ContentReader(self._complain, limits)
+        self._violations = Violations()
+        self._content = ContentReader(self._violations, limits)
 
     async def read(self, chat: chat_pb.ChatRequest) -> ChatRequest:
         messages = await self._messages(chat)
         choice_count = chat.choice_count if chat.HasField("choice_count") else 1
         if not 1 <= choice_count <= MAX_CHOICES:
-            self._complain("chat.choice_count", f"must be between 1 and {MAX_CHOICES}")
+            self._violations.add("chat.choice_count", f"must be between 1 and {MAX_CHOICES}")
         if len(chat.cache_salt) > MAX_CACHE_SALT:
-            self._complain("chat.cache_salt", f"must have at most {MAX_CACHE_SALT} characters")
+            self._violations.add("chat.cache_salt", f"must have at most {MAX_CACHE_SALT} characters")
         self._fits("chat.model", chat.model, MAX_NAME_BYTES)
         self._fits("chat.user", chat.user, MAX_NAME_BYTES)
         request = ChatRequest(
@@ -180,10 +180,10 @@ class _ChatReader:
             response_format=self._response_format(chat.response_format) if chat.HasField("response_format") else None,
             top_logprobs=self._top_logprobs(chat),
             choice_count=choice_count,
-            reasoning=validate_options.reasoning(chat.reasoning, self._complain),
-            incremental_tool_calls=validate_options.incremental_tool_calls(chat.tool_call_policy, self._complain),
-            soft_time_limit=validate_options.soft_time_limit(chat, self._complain),
-            completion_id=validate_options.own_completion_id(chat.completion_id, self._complain),
+            reasoning=validate_options.reasoning(chat.reasoning, self._violations),
+            incremental_tool_calls=validate_options.incremental_tool_calls(chat.tool_call_policy, self._violations),
+            soft_time_limit=validate_options.soft_time_limit(chat, self._violations),
+            completion_id=validate_options.own_completion_id(chat.completion_id, self._violations),
             priority=chat.priority if chat.HasField("priority") else None,
             cache_salt=chat.cache_salt,
             chat_template_kwargs=self._json_object(
@@ -192,13 +192,13 @@ class _ChatReader:
             extra_body=self._extra_body(chat.extra_body),
             user=chat.user,
         )
-        self._complain.settle()
+        self._violations.raise_any()
         return request
 
     async def _messages(self, chat: chat_pb.ChatRequest) -> tuple[ChatMessage, ...]:
         """The messages; before they are read, what makes reading long is bounded."""
         if not chat.messages:
-            self._complain("chat.messages", "needs at least one message")
+            self._violations.add("chat.messages", "needs at least one message")
         self._bound("chat.messages", len(chat.messages), MAX_MESSAGES)
         self._bound("chat.tools", len(chat.tools), MAX_TOOLS)
         self._bound("chat.allowed_tools", len(chat.allowed_tools), MAX_TOOLS)
@@ -220,7 +220,7 @@ class _ChatReader:
         if not chat.HasField("logprobs"):
             return None
         if chat.logprobs.top_k < 0:
-            self._complain("chat.logprobs.top_k", "must be 0 or more")
+            self._violations.add("chat.logprobs.top_k", "must be 0 or more")
         return chat.logprobs.top_k
 
     async def _message(self, path: str, message: message_pb2.ChatMessage) -> ChatMessage:
@@ -235,11 +235,11 @@ class _ChatReader:
                 return await self._assistant(f"{path}.assistant", message.assistant)
             case "tool":
                 if not message.tool.call_id:
-                    self._complain(f"{path}.tool.call_id", "is required: which call does this answer?")
+                    self._violations.add(f"{path}.tool.call_id", "is required: which call does this answer?")
                 content = await self._content.read(f"{path}.tool", message.tool)
                 return ChatMessage(Role.TOOL, content, call_id=message.tool.call_id)
             case None:
-                self._complain(path, "needs a role: system, developer, user, assistant or tool")
+                self._violations.add(path, "needs a role: system, developer, user, assistant or tool")
                 return ChatMessage(Role.USER)
 
     async def _assistant(self, path: str, message: message_pb2.AssistantMessage) -> ChatMessage:
@@ -247,9 +247,9 @@ class _ChatReader:
         for index, call in enumerate(message.tool_calls):
             here = f"{path}.tool_calls[{index}]"
             if not call.call_id:
-                self._complain(f"{here}.call_id", "is required")
+                self._violations.add(f"{here}.call_id", "is required")
             if not call.tool_name:
-                self._complain(f"{here}.tool_name", "is required")
+                self._violations.add(f"{here}.tool_name", "is required")
             arguments = self._json_object(f"{here}.arguments", call.arguments, MAX_ARGUMENTS_BYTES, empty_allowed=True)
             calls.append(PastCall(call.call_id, call.tool_name, arguments or "{}"))
         # What is left of a turn may be nothing, if it was cut or its calls failed; it goes back all the same.
@@ -263,19 +263,19 @@ class _ChatReader:
         for index, tool in enumerate(tools):
             path = f"chat.tools[{index}]"
             if not tool.name:
-                self._complain(f"{path}.name", "is required")
+                self._violations.add(f"{path}.name", "is required")
             elif not self._fits(f"{path}.name", tool.name, MAX_NAME_BYTES):
                 pass
             elif tool.name in seen:
-                self._complain(f"{path}.name", f"{tool.name!r} is used twice")
+                self._violations.add(f"{path}.name", f"{tool.name!r} is used twice")
             seen.add(tool.name)
             schema = self._json_object(f"{path}.input_schema", tool.input_schema, MAX_SCHEMA_BYTES, empty_allowed=True)
             self._json_object(f"{path}.output_schema", tool.output_schema, MAX_SCHEMA_BYTES, empty_allowed=True)
             left -= len(schema.encode()) + len(tool.description.encode())
             if left < 0:
                 what = f"have more than {MAX_TOOLS_BYTES} bytes of description and input_schema: offer fewer"
-                self._complain("chat.tools", what)
-                self._complain.settle()
+                self._violations.add("chat.tools", what)
+                self._violations.raise_any()
             strict = tool.strict if tool.HasField("strict") else None
             specs.append(ToolSpec(tool.name, tool.description, schema, strict))
         return tuple(specs)
@@ -285,8 +285,8 @@ class _ChatReader:
         unknown = [index for index, name in enumerate(chat.allowed_tools) if name not in names]
         tools = _listed(names) if unknown else ""
         for index in unknown:
-            complaint = f"{_quoted(chat.allowed_tools[index])} is not one of the tools: {tools}"
-            self._complain(f"chat.allowed_tools[{index}]", complaint)
+            violation = f"{_quoted(chat.allowed_tools[index])} is not one of the tools: {tools}"
+            self._violations.add(f"chat.allowed_tools[{index}]", violation)
         return frozenset(chat.allowed_tools)
 
     def _tool_choice(self, chat: chat_pb.ChatRequest) -> ToolMode | NamedTool | None:
@@ -298,30 +298,32 @@ class _ChatReader:
         kind = "allowed tools" if allowed else "tools"
         if choice.WhichOneof("choice") == "tool_name":
             if choice.tool_name not in names:
-                complaint = f"{_quoted(choice.tool_name)} is not one of the {kind}: {_listed(names)}"
-                self._complain("chat.tool_choice.tool_name", complaint)
+                violation = f"{_quoted(choice.tool_name)} is not one of the {kind}: {_listed(names)}"
+                self._violations.add("chat.tool_choice.tool_name", violation)
             return NamedTool(choice.tool_name)
         mode = _MODES.get(choice.mode)
         if mode is None:
             known = f"; mode {choice.mode} is not known here" if choice.mode else ""
-            self._complain("chat.tool_choice", f"needs a mode (AUTO, REQUIRED or NONE) or a tool_name{known}")
+            self._violations.add("chat.tool_choice", f"needs a mode (AUTO, REQUIRED or NONE) or a tool_name{known}")
         elif mode is ToolMode.REQUIRED and not names:
-            self._complain("chat.tool_choice.mode", f"REQUIRED needs at least one of the {kind}, and there is none")
+            self._violations.add(
+                "chat.tool_choice.mode", f"REQUIRED needs at least one of the {kind}, and there is none"
+            )
         return mode
 
     def _sampling(self, sampling: chat_pb.Sampling) -> Sampling:
-        for name, (lowest, highest, complaint) in _RANGES.items():
+        for name, (lowest, highest, violation) in _RANGES.items():
             # Written so that NaN, which compares as false, is refused too; and infinity is no number vLLM can be sent.
             value = getattr(sampling, name)
             if sampling.HasField(name) and not (lowest <= value <= highest and math.isfinite(value)):  # type: ignore[arg-type]
-                self._complain(f"chat.sampling.{name}", complaint)
+                self._violations.add(f"chat.sampling.{name}", violation)
         for name in ("stop", "stop_token_ids", "logit_bias", "bad_words"):
             self._bound(f"chat.sampling.{name}", len(getattr(sampling, name)), MAX_SAMPLING_VALUES)
         size = 0
         for name in ("stop", "bad_words"):
             for index, text in enumerate(getattr(sampling, name)):
                 if not text:
-                    self._complain(f"chat.sampling.{name}[{index}]", "must not be empty")
+                    self._violations.add(f"chat.sampling.{name}[{index}]", "must not be empty")
                 size += len(text.encode())
         self._bound("chat.sampling", size, MAX_SAMPLING_BYTES, "bytes of stop and bad_words")
         self._check_token_ids(sampling)
@@ -341,12 +343,12 @@ class _ChatReader:
     def _check_token_ids(self, sampling: chat_pb.Sampling) -> None:
         for index, token in enumerate(sampling.stop_token_ids):
             if token < 0:
-                self._complain(f"chat.sampling.stop_token_ids[{index}]", "must be a token's id, 0 or more")
+                self._violations.add(f"chat.sampling.stop_token_ids[{index}]", "must be a token's id, 0 or more")
         for token, bias in sampling.logit_bias.items():
             if token < 0:
-                self._complain(f"chat.sampling.logit_bias[{token}]", "must have a token's id as key, 0 or more")
+                self._violations.add(f"chat.sampling.logit_bias[{token}]", "must have a token's id as key, 0 or more")
             if not -100 <= bias <= 100:
-                self._complain(f"chat.sampling.logit_bias[{token}]", "must be between -100 and 100")
+                self._violations.add(f"chat.sampling.logit_bias[{token}]", "must be between -100 and 100")
 
     def _response_format(self, form: chat_pb.ResponseFormat) -> TextFormat | None:
         path = "chat.response_format"
@@ -366,7 +368,7 @@ class _ChatReader:
                 return TextFormat(FormatKind.REGEX, self._text(f"{path}.regex", form.regex))
             case "choice":
                 if not form.choice.values:
-                    self._complain(f"{path}.choice.values", "needs at least one text")
+                    self._violations.add(f"{path}.choice.values", "needs at least one text")
                 self._bound(f"{path}.choice.values", len(form.choice.values), MAX_CHOICE_VALUES)
                 size = sum(len(value.encode()) for value in form.choice.values)
                 self._bound(f"{path}.choice.values", size, MAX_FORM_BYTES, "bytes")
@@ -375,46 +377,46 @@ class _ChatReader:
                 self._json_object(f"{path}.structural_tag", form.structural_tag, MAX_SCHEMA_BYTES)
                 return TextFormat(FormatKind.STRUCTURAL_TAG, form.structural_tag)
             case None:
-                self._complain(path, "is empty: set one of its forms, or leave it out for free text")
+                self._violations.add(path, "is empty: set one of its forms, or leave it out for free text")
                 return None
 
     def _bound(self, path: str, count: int, limit: int, of_what: str = "entries") -> None:
         """Refuse what is too long at once: reading it is what must not be done."""
         if count > limit:
-            self._complain(path, f"has {count} {of_what}; at most {limit} are allowed")
-            self._complain.settle()
+            self._violations.add(path, f"has {count} {of_what}; at most {limit} are allowed")
+            self._violations.raise_any()
 
     def _text(self, path: str, text: str) -> str:
         if not text:
-            self._complain(path, "must not be empty")
+            self._violations.add(path, "must not be empty")
         self._fits(path, text, MAX_FORM_BYTES)
         return text
 
     def _fits(self, path: str, text: str, max_bytes: int) -> bool:
-        """Whether a text has at most so many bytes of UTF-8; else a complaint says so."""
+        """Whether a text has at most so many bytes of UTF-8; else a violation says so."""
         size = len(text.encode())
         if size > max_bytes:
-            self._complain(path, f"has {size} bytes; at most {max_bytes} are allowed")
+            self._violations.add(path, f"has {size} bytes; at most {max_bytes} are allowed")
         return size <= max_bytes
 
     def _json_object(self, path: str, text: str, max_bytes: int, *, empty_allowed: bool = False) -> str:
-        """The text of a JSON object, to be passed on unchanged; empty for `{}`, or with a complaint if it is invalid."""
+        """The text of a JSON object, to be passed on unchanged; empty for `{}`, or with a violation if it is invalid."""
         if not self._fits(path, text, max_bytes):
             return ""
         if not text.strip():
             if not empty_allowed:
-                self._complain(path, "is required: the JSON text of an object")
+                self._violations.add(path, "is required: the JSON text of an object")
             return ""
         try:
             _json_object.decode(text)
         except msgspec.ValidationError:
-            self._complain(path, "must be the JSON text of an object")
+            self._violations.add(path, "must be the JSON text of an object")
             return ""
         except msgspec.DecodeError as error:
-            self._complain(path, f"is not JSON that can be read: {error}")
+            self._violations.add(path, f"is not JSON that can be read: {error}")
             return ""
         except RecursionError:
-            self._complain(path, "is nested too deeply to be read")
+            self._violations.add(path, "is nested too deeply to be read")
             return ""
         return "" if _EMPTY_OBJECT.fullmatch(text) else text
 
@@ -446,7 +448,7 @@ def _quoted(name: str) -> str:
 
 
 def _listed(names: Collection[str]) -> str:
-    """Some names, each cut if it is long: each complaint repeats them, so list them once."""
+    """Some names, each cut if it is long: each violation repeats them, so list them once."""
     shown = [shorten(name, 64) for name in itertools.islice(names, 20)]
     more = f" and {len(names) - 20} more" if len(names) > 20 else ""
     return (", ".join(shown) or "none") + more

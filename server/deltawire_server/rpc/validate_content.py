@@ -6,16 +6,17 @@ An address is only read here; whether it may be fetched, and by whom, is for `up
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
+from deltawire_server.images.data_urls import DataUrlError, data_of, is_data_url, too_large
+from deltawire_server.images.sniff import KINDS, media_type_of
+from deltawire_server.images.urls import UrlError, web_address
 from deltawire_server.pacing import give_way
-from deltawire_server.upstream.images.data_urls import DataUrlError, data_of, is_data_url, too_large
-from deltawire_server.upstream.images.sniff import KINDS, media_type_of
-from deltawire_server.upstream.images.urls import UrlError, web_address
 from deltawire_server.upstream.request import Content, ImageData, ImageUrl
 
 if TYPE_CHECKING:
     from deltawire.v1 import message_pb2
+    from deltawire_server.rpc.violations import Violations
 
     Turn: TypeAlias = (
         message_pb2.SystemMessage
@@ -43,23 +44,16 @@ class ContentLimits:
     max_image_bytes: int = 16 * _MIB
 
 
-class Complain(Protocol):
-    """Takes a complaint."""
-
-    def __call__(self, field: str, description: str) -> None:
-        """Note that a field breaks a rule."""
-
-
 class ContentReader:
     """Reads the content of one request's messages.
 
     Args:
-        complain: Told of every rule that is broken; what is returned then is not to be used.
+        violations: What is added to for every rule that is broken; what is returned then must not be used.
         limits: What the request may hold.
     """
 
-    def __init__(self, complain: Complain, limits: ContentLimits) -> None:
-        self._complain = complain
+    def __init__(self, violations: Violations, limits: ContentLimits) -> None:
+        self._violations = violations
         self._limits = limits
         self._image_count = 0
 
@@ -73,7 +67,7 @@ class ContentReader:
         """
         if turn.HasField("text"):
             if turn.content:
-                self._complain(path, "has both text and content: set one of them")
+                self._violations.add(path, "has both text and content: set one of them")
             return (turn.text,)
         contents: list[Content] = []
         for index, part in enumerate(turn.content):
@@ -84,17 +78,17 @@ class ContentReader:
                 case "image":
                     contents.append(await self._image(f"{here}.image", part.image))
                 case None:
-                    self._complain(here, "is empty: set text or image")
+                    self._violations.add(here, "is empty: set text or image")
                     contents.append("")
         if required and not contents:
-            self._complain(path, "needs text, or at least one part of content")
+            self._violations.add(path, "needs text, or at least one part of content")
         return tuple(contents)
 
     async def _image(self, path: str, image: message_pb2.Image) -> Content:
         self._image_count += 1
         if self._image_count > self._limits.max_images:
             if self._image_count == self._limits.max_images + 1:
-                self._complain(path, f"is one image too many: a request may have {self._limits.max_images}")
+                self._violations.add(path, f"is one image too many: a request may have {self._limits.max_images}")
             return ""
         # An image takes 10 ms to copy, and parsing the request has taken as long.
         await give_way()
@@ -104,7 +98,7 @@ class ContentReader:
             case "url":
                 return await self._url(f"{path}.url", image.url)
             case None:
-                self._complain(path, "is empty: set url or data")
+                self._violations.add(path, "is empty: set url or data")
                 return ""
 
     async def _url(self, path: str, url: str) -> Content:
@@ -113,16 +107,16 @@ class ContentReader:
                 return self._data(path, await data_of(url, self._limits.max_image_bytes))
             return ImageUrl(str(web_address(url)), path)
         except (DataUrlError, UrlError) as error:
-            self._complain(path, str(error))
+            self._violations.add(path, str(error))
             return ""
 
     def _data(self, path: str, data: bytes) -> Content:
         if len(data) > self._limits.max_image_bytes:
-            self._complain(path, str(too_large(self._limits.max_image_bytes)))
+            self._violations.add(path, str(too_large(self._limits.max_image_bytes)))
             return ""
         media_type = media_type_of(data)
         if media_type is None:
             seen = f"begins with {data[:_SHOWN_BYTES]!r}" if data else "is empty"
-            self._complain(path, f"must be a {KINDS} file, but {seen}")
+            self._violations.add(path, f"must be a {KINDS} file, but {seen}")
             return ""
         return ImageData(data, media_type)

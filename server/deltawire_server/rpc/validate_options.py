@@ -1,6 +1,6 @@
 """The options of requests: how long, how often, under which id. What a request is about is for `validate`.
 
-What belongs to a chat request tells its complaints to whoever reads that; what is a request of its own raises them.
+What belongs to a chat request tells its violations to whoever reads that; what is a request of its own raises them.
 """
 
 from __future__ import annotations
@@ -11,17 +11,16 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
+from deltawire_server.completions.options import StreamOptions
 from deltawire_server.errors import Violation, invalid_request
-from deltawire_server.stream_options import StreamOptions
 from deltawire_server.upstream.request import Reasoning
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from google.protobuf.duration_pb2 import Duration
 
-    Complain = Callable[[str, str], None]
-    """Takes a complaint: the path of the field, and what is wrong with it."""
+    from deltawire_server.rpc.violations import Violations
 
 MAX_SOFT_TIME_LIMIT = 24 * 3600.0
 """Seconds: longer than any answer, and short enough to show that milliseconds were meant."""
@@ -56,14 +55,14 @@ _INCREMENTAL: Mapping[int, bool] = MappingProxyType(
 )
 
 
-def reasoning(message: chat_pb.Reasoning, complain: Complain) -> Reasoning:
+def reasoning(message: chat_pb.Reasoning, violations: Violations) -> Reasoning:
     """How much to think."""
     effort = EFFORTS.get(message.effort)
     if effort is None:
         known = ", ".join(chat_pb.ReasoningEffort.keys()[1:])
-        complain("chat.reasoning.effort", f"{message.effort} is not known here; known: {known}")
+        violations.add("chat.reasoning.effort", f"{message.effort} is not known here; known: {known}")
     if message.token_budget < 0:
-        complain("chat.reasoning.token_budget", "must be 0 or more")
+        violations.add("chat.reasoning.token_budget", "must be 0 or more")
     return Reasoning(
         effort or "",
         message.token_budget if message.HasField("token_budget") else None,
@@ -71,29 +70,29 @@ def reasoning(message: chat_pb.Reasoning, complain: Complain) -> Reasoning:
     )
 
 
-def incremental_tool_calls(policy: chat_pb.ToolCallPolicy, complain: Complain) -> bool:
+def incremental_tool_calls(policy: chat_pb.ToolCallPolicy, violations: Violations) -> bool:
     """Whether calls are told while they are written."""
     incremental = _INCREMENTAL.get(policy.streaming)
     if incremental is None:
         known = ", ".join(chat_pb.ToolCallStreaming.keys()[1:])
-        complain("chat.tool_call_policy.streaming", f"{policy.streaming} is not known here; known: {known}")
+        violations.add("chat.tool_call_policy.streaming", f"{policy.streaming} is not known here; known: {known}")
     return bool(incremental)
 
 
-def soft_time_limit(chat: chat_pb.ChatRequest, complain: Complain) -> float | None:
+def soft_time_limit(chat: chat_pb.ChatRequest, violations: Violations) -> float | None:
     """Seconds after which the answer ends as it is; `None` for no limit."""
     if not chat.HasField("soft_time_limit"):
         return None
     seconds = _seconds(chat.soft_time_limit)
     if not 0 < seconds <= MAX_SOFT_TIME_LIMIT:
-        complain("chat.soft_time_limit", "must be above 0 and at most 24 hours")
+        violations.add("chat.soft_time_limit", "must be above 0 and at most 24 hours")
     return seconds
 
 
-def own_completion_id(text: str, complain: Complain) -> str:
+def own_completion_id(text: str, violations: Violations) -> str:
     """The id that a caller chose for a new completion; empty for none."""
     if text and not _ID.fullmatch(text):
-        complain("chat.completion_id", f"{ID_RULE}; leave it out to be given one")
+        violations.add("chat.completion_id", f"{ID_RULE}; leave it out to be given one")
     return text
 
 
@@ -153,12 +152,12 @@ def stream_options(message: chat_pb.StreamOptions, max_retention: float) -> Stre
     """
     violations: list[Violation] = []
 
-    def within(name: str, lowest: float, highest: float, complaint: str) -> float | None:
+    def within(name: str, lowest: float, highest: float, violation: str) -> float | None:
         if not message.HasField(name):  # type: ignore[arg-type]
             return None
         seconds = _seconds(getattr(message, name))
         if not lowest <= seconds <= highest:
-            violations.append(Violation(f"options.{name}", complaint))
+            violations.append(Violation(f"options.{name}", violation))
         return seconds
 
     delay = within("max_coalesce_delay", 0.0, MAX_COALESCE_DELAY, "must be from 0 to 10 seconds")

@@ -84,7 +84,7 @@ class Health:
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class Timeouts:
     """How long to wait for a provider, in seconds.
 
     Attributes:
@@ -109,7 +109,7 @@ class BrokenBodyError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Answering:
+class OpenStream:
     """A provider that answers a chat request.
 
     Attributes:
@@ -172,7 +172,7 @@ class Provider(Protocol):
         """What answers at its addresses, as far as it is known: a vLLM itself, or a proxy."""
 
     @property
-    def patience(self) -> Patience:
+    def timeouts(self) -> Timeouts:
         """How long its answers may take. `stream_chat` applies `first_event`; the reader of an answer applies `silence`."""
 
     @property
@@ -181,10 +181,10 @@ class Provider(Protocol):
 
     def stream_chat(
         self, request: ChatRequest, model: str, call: CallContext
-    ) -> AbstractAsyncContextManager[Answering]:
+    ) -> AbstractAsyncContextManager[OpenStream]:
         """Ask for a completion; entering yields the answer as it arrives, once its first event has come.
 
-        If a replica fails before that, one other may be asked; see `policy`. Both together have `patience.first_event` seconds.
+        If a replica fails before that, one other may be asked; see `policy`. Both together have `timeouts.first_event` seconds.
 
         Iterating the body ends where the body ends or the connection breaks; what is missing shows in the events. Leaving closes
         the connection unless the body was read to its end, so that the provider stops generating.

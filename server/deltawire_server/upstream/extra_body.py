@@ -40,19 +40,19 @@ def allowed_extra(text: str, allowed: Sequence[str], provider_id: str) -> dict[s
     violations = []
     for name in extra:
         if name in FIELDS:
-            complaint = f"has a field of its own: use {FIELDS[name]}"
+            violation = f"has a field of its own: use {FIELDS[name]}"
         elif name in _GATEWAYS:
-            complaint = "is set by the gateway: leave it out"
+            violation = "is set by the gateway: leave it out"
         elif name in allowed or (_matches(name, allowed) and not _matches(name, NAMED_ONLY)):
             continue
         else:
-            complaint = (
+            violation = (
                 f"is not allowed: the operator can add it to allowed_extra_fields, under [providers.{provider_id}] in the"
                 " gateway's settings"
             )
             if _matches(name, allowed):
-                complaint += ", by its name, since no pattern covers what reaches outside of the request"
-        violations.append(Violation(f"chat.extra_body.{name}", complaint))
+                violation += ", by its name, since no pattern covers what reaches outside of the request"
+        violations.append(Violation(f"chat.extra_body.{name}", violation))
     if violations:
         raise invalid_request(violations)
     return extra

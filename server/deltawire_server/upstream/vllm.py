@@ -29,13 +29,13 @@ from deltawire_server.secret import Secret
 from deltawire_server.telemetry import get_logger
 from deltawire_server.upstream import vllm_fields
 from deltawire_server.upstream.base import (
-    Answering,
     BrokenBodyError,
     CallContext,
     Health,
     HealthStatus,
-    Patience,
+    OpenStream,
     ServedModel,
+    Timeouts,
     TokenCount,
 )
 from deltawire_server.upstream.engine import Document, Engine, EngineKind, EngineReader, joined
@@ -112,7 +112,7 @@ class VllmProvider:
         default_max_tokens: For requests that name none; `None` leaves it to the model's context.
         max_connections: Above what may be in flight at once: a full pool would make calls wait for each other.
         connect_timeout: Seconds to reach it.
-        patience: How long its answers may take.
+        timeouts: How long its answers may take.
         refresh_interval: Seconds between two listings.
         user_agent: The User-Agent header of every request.
         engine: What the operator says that answers at the addresses; `None` to find out.
@@ -133,7 +133,7 @@ class VllmProvider:
         default_max_tokens: int | None = None,
         max_connections: int = 1032,
         connect_timeout: float = 5.0,
-        patience: Patience | None = None,
+        timeouts: Timeouts | None = None,
         refresh_interval: float = 30.0,
         user_agent: str = "deltawire",
         engine: EngineKind | None = None,
@@ -156,7 +156,7 @@ class VllmProvider:
         self._counting = asyncio.Semaphore(COUNTS_AT_ONCE)
         self.accepts_caller_tokens = accepts_caller_tokens
         self.default_max_tokens = default_max_tokens
-        self.patience = patience or Patience()
+        self.timeouts = timeouts or Timeouts()
         self.refresh_interval = refresh_interval
         # No time limit on reads: those of answers are counted from events, and those of documents over all of it.
         self._timeout = httpx.Timeout(None, connect=connect_timeout)
@@ -184,7 +184,7 @@ class VllmProvider:
         return joined({replica.base_url: reader.engine for replica, reader in self._engines.items()})
 
     @contextlib.asynccontextmanager
-    async def stream_chat(self, request: ChatRequest, model: str, call: CallContext) -> AsyncIterator[Answering]:
+    async def stream_chat(self, request: ChatRequest, model: str, call: CallContext) -> AsyncIterator[OpenStream]:
         """Ask for a completion; see `Provider.stream_chat`."""
         self._require_allowed(model)
         body = chat_body(request, model, allowed_extra(request.extra_body, self._allowed_extra_fields, self.id))
@@ -199,7 +199,7 @@ class VllmProvider:
 
         with contextlib.ExitStack() as held:
             try:
-                attempt, answer, failures = await self._first_answer(held, ask, self.patience.first_event)
+                attempt, answer, failures = await self._first_answer(held, ask, self.timeouts.first_event)
             finally:
                 content.clear()  # no other replica is asked any more
             response, pieces, unchecked = answer
@@ -207,7 +207,7 @@ class VllmProvider:
                 async with contextlib.aclosing(pieces):
                     notices = (*self._passed_over(failures), *unchecked)
                     failed = functools.partial(self._failed_after_start, attempt)
-                    yield Answering(pieces, notices, len(failures) + 1, failed)
+                    yield OpenStream(pieces, notices, len(failures) + 1, failed)
             finally:
                 # Closing the socket is what makes vLLM stop; a cancelled call must not return before that is done.
                 await asyncio.shield(_close(response))

@@ -476,7 +476,7 @@ async def test_a_function_may_give_back_something_to_wait_for(gateway: Gateway, 
 
 
 def test_a_function_that_waits_needs_the_other_client(gateway: Gateway, client: Client) -> None:
-    """Told before anything is asked."""
+    """CompletionView before anything is asked."""
     with pytest.raises(TypeError, match="slow must be awaited: use AsyncClient"):
         client.chat.run_tools("hi", tools=[weather, slow])
     assert gateway.calls == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deltawire_server.upstream.images.sniff import media_type_of
+from deltawire_server.images.sniff import media_type_of
 from tests.support.images import IMAGES, NO_IMAGES
 
 

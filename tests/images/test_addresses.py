@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltawire_server.upstream.images.addresses import is_public, may_be_public
+from deltawire_server.images.addresses import is_public, may_be_public
 
 PUBLIC = {
     "Google's DNS": "8.8.8.8",

@@ -18,7 +18,7 @@ _PIECES = (TextDelta, ReasoningDelta, ToolCallArguments)
 """What can be joined with more of its kind, so that it makes sense to hold it back."""
 
 
-class Handover:
+class EventBuffer:
     """Where the reader task puts events and the caller takes them: one of each, bounded by bytes.
 
     Args:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from deltawire_server.upstream.images.data_urls import PIECE_BYTES, DataUrlError, is_data_url
-from deltawire_server.upstream.images.data_urls import data_of as data_of_url
+from deltawire_server.images.data_urls import PIECE_BYTES, DataUrlError, is_data_url
+from deltawire_server.images.data_urls import data_of as data_of_url
 from tests.support.turns import at_once
 
 if TYPE_CHECKING:

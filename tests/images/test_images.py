@@ -11,11 +11,11 @@ import pytest
 
 from deltawire.v1 import message_pb2
 from deltawire_server import app
+from deltawire_server.images.load import Images
 from deltawire_server.settings import ImageSettings, Settings
-from deltawire_server.upstream.images.load import Images
+from tests.images.server import Answer, Names, ok, web
 from tests.support.gateway import ask, failure_of, read_badly, read_well, running, settings_of, until
 from tests.support.images import PNG
-from tests.upstream.images.server import Answer, Names, ok, web
 
 if TYPE_CHECKING:
     from pathlib import Path

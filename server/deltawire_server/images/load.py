@@ -7,19 +7,19 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from deltawire_server.errors import CallerError, Reason, Violation, invalid_request
-from deltawire_server.upstream.images.addresses import is_public
-from deltawire_server.upstream.images.connect import RefusedError, UnavailableError
-from deltawire_server.upstream.images.fetch import Budget, Fetcher
-from deltawire_server.upstream.images.policy import Policy
-from deltawire_server.upstream.images.urls import web_address
+from deltawire_server.images.addresses import is_public
+from deltawire_server.images.connect import RefusedError, UnavailableError
+from deltawire_server.images.fetch import Budget, Fetcher
+from deltawire_server.images.policy import Policy
+from deltawire_server.images.urls import web_address
 from deltawire_server.upstream.request import ImageData, ImageUrl
 
 if TYPE_CHECKING:
     import ssl
     from collections.abc import Sequence
 
-    from deltawire_server.upstream.images.connect import LookUp, Permits
-    from deltawire_server.upstream.images.urls import WebAddress
+    from deltawire_server.images.connect import LookUp, Permits
+    from deltawire_server.images.urls import WebAddress
     from deltawire_server.upstream.request import ChatRequest
 
 FETCHES_OF_A_REQUEST = 4
@@ -85,11 +85,10 @@ class Images:
 
     async def _fetch_all(self, wanted: Sequence[ImageUrl]) -> list[ImageData]:
         addresses = [web_address(image.url) for image in wanted]
-        complaints = [self._fetcher.complaint(address) for address in addresses]
         violations = [
-            Violation(image.field, complaint)
-            for image, complaint in zip(wanted, complaints, strict=True)
-            if complaint is not None
+            Violation(image.field, description)
+            for image, address in zip(wanted, addresses, strict=True)
+            if (description := self._fetcher.violation(address)) is not None
         ]
         if violations:
             raise invalid_request(violations)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import AsyncIterator, Mapping, Sequence
 
-    from deltawire_server.upstream.images.addresses import IPAddress
+    from deltawire_server.images.addresses import IPAddress
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from deltawire_server.errors import CallerError, ProviderError, Reason
+from deltawire_server.registry.listing_cache import ListingCache
 from deltawire_server.registry.listings import Listings
 from deltawire_server.registry.model import ModelState
-from deltawire_server.registry.served import Served
 from deltawire_server.upstream.base import ServedModel
 from deltawire_server.upstream.providers import Providers
 from tests.registry.helpers import failure_of
@@ -34,7 +34,7 @@ class Kit:
         self.alpha, self.beta = FakeProvider("alpha", ["a"]), FakeProvider("beta", ["b"])
         self.providers = Providers([self.alpha, self.beta], listing_seconds=listing_seconds)
         self.changes: list[str] = []
-        self.served = Served(self.providers, self.changes.append)
+        self.served = ListingCache(self.providers, self.changes.append)
 
     async def ask(self, failure: ProviderError | None = None, *models: str | ServedModel) -> None:
         """Have alpha listed when it serves these, or fails."""
@@ -143,7 +143,7 @@ async def test_a_failure_is_told_and_logged_once(kit: Kit, lines: Lines) -> None
 async def test_what_is_told_is_there_already(kit: Kit) -> None:
     """Whoever hears of a change sees all of it: the listing and the state change as one."""
     seen: list[tuple[list[str], ModelState]] = []
-    kit.served = Served(kit.providers, lambda _: seen.append((kit.names(), kit.served.state("alpha", "a"))))
+    kit.served = ListingCache(kit.providers, lambda _: seen.append((kit.names(), kit.served.state("alpha", "a"))))
     await kit.ask(None, "a")
     await kit.ask(GONE)
     await kit.ask(None, "b")

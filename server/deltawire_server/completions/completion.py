@@ -1,6 +1,6 @@
 """One completion, from the request to the last event.
 
-    Completion.batches:   reader task  provider ──bytes──▶ CompletionReader ──events──▶ Handover ─┐
+    Completion.batches:   reader task  provider ──bytes──▶ CompletionReader ──events──▶ EventBuffer ─┐
                           the caller   writes a batch, comes back for the next  ◀──── merged ─────┘
 
 One task reads the provider's answer while the caller writes what it got, so a slow write does not block reading, and queued
@@ -19,10 +19,10 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from deltawire_server.completions.records import Head, Timings
+from deltawire_server.completions.event_buffer import EventBuffer
+from deltawire_server.completions.records import CompletionInfo, Timings
 from deltawire_server.completions.state import Cause, State, advance
 from deltawire_server.errors import Code, DeltawireError, GatewayError, ProviderError, Reason, internal_error
-from deltawire_server.handover import Handover
 from deltawire_server.sansio.completion import CompletionReader, Limits
 from deltawire_server.sansio.events import (
     Completed,
@@ -43,12 +43,12 @@ from deltawire_server.upstream.failures import RETRY_SECONDS, UpstreamError, fai
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
+    from deltawire_server.completions.options import StreamOptions
+    from deltawire_server.images.load import Images
     from deltawire_server.memory import Hold
     from deltawire_server.registry.registry import Resolution
     from deltawire_server.sansio.tool_calls import Check
-    from deltawire_server.stream_options import StreamOptions
     from deltawire_server.upstream.base import CallContext
-    from deltawire_server.upstream.images.load import Images
     from deltawire_server.upstream.request import ChatRequest
 
 _OURS = frozenset(
@@ -135,7 +135,7 @@ class Completion:
     ) -> None:
         self._request = _with_defaults(request, resolution.provider.default_max_tokens)
         self.resolution = resolution
-        self.head = Head(
+        self.head = CompletionInfo(
             completion_id,
             resolution.model.id,
             resolution.alias,
@@ -159,7 +159,7 @@ class Completion:
         self._notices: Sequence[Notice] = ()
         self._provider_failed: Callable[[Reason], None] = lambda _: None
         self._sent_usage: Usage | None = None
-        self._queue = Handover(limits.queue_bytes, options.max_coalesce_delay)
+        self._queue = EventBuffer(limits.queue_bytes, options.max_coalesce_delay)
         self._reader = CompletionReader(
             choice_count=self._request.choice_count,
             offered_tools={tool.name: tool.input_schema for tool in self._request.offered_tools},
@@ -324,7 +324,7 @@ class Completion:
             self._reading = None
 
     async def _ask(self) -> None:
-        timeouts = self.resolution.provider.patience
+        timeouts = self.resolution.provider.timeouts
         model = self.resolution.model.provider_model_id
         self.state = advance(self.state, Cause.ASKED)
         self._clock.allow(timeouts.first_event)

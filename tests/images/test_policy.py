@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from deltawire_server.upstream.images.policy import Policy
-from deltawire_server.upstream.images.urls import web_address
+from deltawire_server.images.policy import Policy
+from deltawire_server.images.urls import web_address
 
 BOTH = ("https", "http")
 
@@ -45,26 +45,26 @@ BOTH = ("https", "http")
     ],
 )
 def test_hosts(rule: str, url: str, allowed: bool) -> None:
-    """A rule is for one host or all below it, and for one port or the schemes' own; the rest is named in the complaint."""
+    """A rule is for one host or all below it, and for one port or the schemes' own; the rest is named in the violation."""
     address = web_address(url)
-    complaint = Policy("fetch", [rule], BOTH).complaint(address)
+    violation = Policy("fetch", [rule], BOTH).violation(address)
     if allowed:
-        assert complaint is None
+        assert violation is None
     else:
-        assert complaint is not None
-        assert address.host in complaint
-        assert "images.allowed_hosts" in complaint
-        assert (f":{address.port}:" in complaint) is not address.on_usual_port
+        assert violation is not None
+        assert address.host in violation
+        assert "images.allowed_hosts" in violation
+        assert (f":{address.port}:" in violation) is not address.on_usual_port
 
 
 def test_schemes() -> None:
     """Only https, unless the operator says otherwise; told before the host, which may be a secret of the operator's."""
-    assert Policy("fetch", ["*"]).complaint(web_address("http://a.example/")) == "must begin with https://"
-    assert Policy("fetch").complaint(web_address("http://a.example/")) == "must begin with https://"
-    assert Policy("fetch", ["*"], BOTH).complaint(web_address("http://a.example/")) is None
+    assert Policy("fetch", ["*"]).violation(web_address("http://a.example/")) == "must begin with https://"
+    assert Policy("fetch").violation(web_address("http://a.example/")) == "must begin with https://"
+    assert Policy("fetch", ["*"], BOTH).violation(web_address("http://a.example/")) is None
 
 
 def test_any_of_the_rules_will_do() -> None:
     """Without any, no host is allowed."""
-    assert Policy("fetch", ["b.example", "a.example"]).complaint(web_address("https://a.example/")) is None
-    assert Policy("fetch").complaint(web_address("https://a.example/")) is not None
+    assert Policy("fetch", ["b.example", "a.example"]).violation(web_address("https://a.example/")) is None
+    assert Policy("fetch").violation(web_address("https://a.example/")) is not None

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 import httpx
 
-from deltawire_server.upstream.images.addresses import may_be_public
-from deltawire_server.upstream.images.connect import (
+from deltawire_server.images.addresses import may_be_public
+from deltawire_server.images.connect import (
     NOWHERE,
     RefusedError,
     SystemNames,
@@ -26,8 +26,8 @@ from deltawire_server.upstream.images.connect import (
     judged_addresses,
     judged_socket,
 )
-from deltawire_server.upstream.images.sniff import KINDS, media_type_of
-from deltawire_server.upstream.images.urls import UrlError, WebAddress, joined
+from deltawire_server.images.sniff import KINDS, media_type_of
+from deltawire_server.images.urls import UrlError, WebAddress, joined
 from deltawire_server.upstream.request import ImageData
 from deltawire_server.upstream.transport.client import tls_context
 from deltawire_server.upstream.transport.connection import Connection
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import AsyncIterator
 
-    from deltawire_server.upstream.images.connect import LookUp, Permits
-    from deltawire_server.upstream.images.policy import Policy
+    from deltawire_server.images.connect import LookUp, Permits
+    from deltawire_server.images.policy import Policy
     from deltawire_server.upstream.transport.exchange import Exchange
 
 _OK = 200
@@ -90,18 +90,18 @@ class Fetcher:
         self._user_agent = user_agent
         self._open: set[Connection] = set()
 
-    def complaint(self, address: WebAddress) -> str | None:
+    def violation(self, address: WebAddress) -> str | None:
         """Why nothing may be fetched from an address, as far as one can see without looking up its host; `None` if it may."""
-        complaint = self._policy.complaint(address)
-        if complaint is None and not (may_be_public(address.host) if address.ip is None else self._permits(address.ip)):
+        violation = self._policy.violation(address)
+        if violation is None and not (may_be_public(address.host) if address.ip is None else self._permits(address.ip)):
             return NOWHERE
-        return complaint
+        return violation
 
     async def fetch(self, address: WebAddress, budget: Budget) -> ImageData:
         """Fetch an image.
 
         Args:
-            address: Where it is; there must be no `complaint` about it.
+            address: Where it is; there must be no `violation` about it.
             budget: What may be fetched; what is, is taken from it.
 
         Raises:
@@ -142,7 +142,7 @@ class Fetcher:
             following = joined(address, location)
         except UrlError:
             raise RefusedError(_MISLED) from None
-        if self.complaint(following) is not None:
+        if self.violation(following) is not None:
             raise RefusedError(_MISLED)
         return following
 

@@ -18,8 +18,8 @@ from deltawire_server.telemetry import get_logger
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from deltawire_server.registry.known import Known
     from deltawire_server.registry.model import Model
+    from deltawire_server.registry.registered_index import RegisteredIndex
     from deltawire_server.registry.store import Store
 
 CHANGES_AT_ONCE = 100
@@ -31,7 +31,7 @@ RETRY_SECONDS = 1.0
 _log = get_logger(__name__)
 
 
-class Follower:
+class ChangeLogReader:
     """Applies changes to what is known.
 
     Args:
@@ -41,7 +41,10 @@ class Follower:
     """
 
     def __init__(
-        self, store: Store, known: Known, on_change: Callable[[Model | None, Model | None], None] = lambda _, __: None
+        self,
+        store: Store,
+        known: RegisteredIndex,
+        on_change: Callable[[Model | None, Model | None], None] = lambda _, __: None,
     ) -> None:
         self._store = store
         self._known = known

@@ -15,11 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
-from deltawire_server.upstream.images.addresses import IPAddress
+from deltawire_server.images.addresses import IPAddress
 from deltawire_server.upstream.transport.dial import open_socket
 
 if TYPE_CHECKING:
-    from deltawire_server.upstream.images.urls import WebAddress
+    from deltawire_server.images.urls import WebAddress
     from deltawire_server.upstream.transport.dial import Address
 
 Permits = Callable[[IPAddress], bool]

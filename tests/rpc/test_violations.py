@@ -12,9 +12,9 @@ from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import message_pb2, model_registry_pb2, tool_pb2
 from deltawire_server.errors import CallerError, Violation
 from deltawire_server.rpc import validate
-from deltawire_server.rpc.complaints import MAX_COMPLAINTS, MAX_FIELD, Complaints
 from deltawire_server.rpc.model_registry import changes_of
 from deltawire_server.rpc.status import MAX_MESSAGE
+from deltawire_server.rpc.violations import MAX_FIELD, MAX_VIOLATIONS, Violations
 from tests.support.gateway import ask, user
 from tests.support.turns import chat_request
 
@@ -26,35 +26,35 @@ def refused(chat: chat_pb.ChatRequest) -> tuple[Violation, ...]:
     return caught.value.violations
 
 
-def test_complaints_are_told_together() -> None:
+def test_violations_are_raised_together() -> None:
     """Once all have been collected; without any, nothing happens."""
-    complaints = Complaints()
-    complaints.settle()
-    complaints("a", "is wrong")
-    complaints("b", "is wrong too")
+    violations = Violations()
+    violations.raise_any()
+    violations.add("a", "is wrong")
+    violations.add("b", "is wrong too")
     with pytest.raises(CallerError) as caught:
-        complaints.settle()
+        violations.raise_any()
     assert caught.value.violations == (Violation("a", "is wrong"), Violation("b", "is wrong too"))
 
 
-def test_complaints_are_bounded() -> None:
+def test_violations_are_bounded() -> None:
     """In number, where reading ends, and each in length."""
-    complaints = Complaints()
-    for number in range(MAX_COMPLAINTS - 1):
-        complaints(f"{number}" * 1000, "x" * 10_000)
+    violations = Violations()
+    for number in range(MAX_VIOLATIONS - 1):
+        violations.add(f"{number}" * 1000, "x" * 10_000)
     with pytest.raises(CallerError) as caught:
-        complaints("last", "")
-    assert len(caught.value.violations) == MAX_COMPLAINTS
+        violations.add("last", "")
+    assert len(caught.value.violations) == MAX_VIOLATIONS
     assert all(len(each.field.encode()) <= MAX_FIELD for each in caught.value.violations)
     assert all(len(each.description.encode()) <= MAX_MESSAGE for each in caught.value.violations)
-    assert len(caught.value.message) < MAX_COMPLAINTS * (MAX_FIELD + MAX_MESSAGE + 4)
+    assert len(caught.value.message) < MAX_VIOLATIONS * (MAX_FIELD + MAX_MESSAGE + 4)
 
 
-def test_a_complaint_does_not_repeat_all_that_there_is() -> None:
-    """Names of tools are listed up to twenty, and cut: each complaint has them."""
+def test_a_violation_does_not_repeat_all_that_there_is() -> None:
+    """Names of tools are listed up to twenty, and cut: each violation has them."""
     tools = [tool_pb2.Tool(name=f"{number}" + "n" * 1000) for number in range(25)]
     violations = refused(ask(tools=tools, allowed_tools=["x"] * 100))
-    assert len(violations) == MAX_COMPLAINTS
+    assert len(violations) == MAX_VIOLATIONS
     assert violations[0].description.startswith("'x' is not one of the tools: 0nnn")
     assert violations[0].description.endswith(" and 5 more") or violations[0].description.endswith("…")
     short = [tool_pb2.Tool(name=f"t{number}") for number in range(22)]
@@ -158,4 +158,4 @@ def test_the_violations_of_an_update_mask_are_bounded() -> None:
     mask = FieldMask(paths=["x" * 1000] * 20_000)
     with pytest.raises(CallerError) as caught:
         changes_of(model_registry_pb2.UpdateModelRequest(update_mask=mask))
-    assert len(caught.value.violations) == MAX_COMPLAINTS
+    assert len(caught.value.violations) == MAX_VIOLATIONS

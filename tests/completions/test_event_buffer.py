@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
-from deltawire_server.handover import Handover
+from deltawire_server.completions.event_buffer import EventBuffer
 from deltawire_server.sansio.events import TextDelta
 
 
 async def test_events_wait_and_are_taken() -> None:
     """Takes while nobody comes, and says when it is full; what waits at the close is still given."""
-    handover = Handover(200)
+    handover = EventBuffer(200)
     handover.put([TextDelta(0, "a")])
     assert not handover.full
     handover.put([TextDelta(0, "b" * 300)])

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from deltawire_server.errors import CallerError, Code, Reason, Violation
-from deltawire_server.upstream.images.connect import (
+from deltawire_server.images.connect import (
     NOWHERE,
     RefusedError,
     SystemNames,
@@ -23,19 +23,19 @@ from deltawire_server.upstream.images.connect import (
     judged_addresses,
     judged_socket,
 )
-from deltawire_server.upstream.images.load import FETCHES_OF_A_REQUEST, MAX_FETCHES, Images
-from deltawire_server.upstream.images.policy import Policy
-from deltawire_server.upstream.images.urls import web_address
+from deltawire_server.images.load import FETCHES_OF_A_REQUEST, MAX_FETCHES, Images
+from deltawire_server.images.policy import Policy
+from deltawire_server.images.urls import web_address
 from deltawire_server.upstream.request import ChatMessage, ChatRequest, ImageData, ImageUrl, Role
 from deltawire_server.upstream.transport.exchange import MAX_HEAD_BYTES, MAX_HEADERS
+from tests.images.server import Answer, Names, Server, ok, redirect, web
 from tests.support.gateway import until
 from tests.support.images import IMAGES, JPEG, NO_IMAGES, PNG
-from tests.upstream.images.server import Answer, Names, Server, ok, redirect, web
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
-    from deltawire_server.upstream.images.addresses import IPAddress
+    from deltawire_server.images.addresses import IPAddress
     from tests.conftest import Certificates
 
 HOME = "127.0.0.1"

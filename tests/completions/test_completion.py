@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from deltawire_server.completions.options import StreamOptions
 from deltawire_server.errors import CallerError, GatewayError, ProviderError, Reason
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
 from deltawire_server.sansio.events import (
@@ -23,8 +24,7 @@ from deltawire_server.sansio.events import (
     TextDelta,
     UsageUpdate,
 )
-from deltawire_server.stream_options import StreamOptions
-from deltawire_server.upstream.base import Answering, CallContext, Patience
+from deltawire_server.upstream.base import CallContext, OpenStream, Timeouts
 from deltawire_server.worker import Caller
 from tests.support.fake_provider import FakeProvider
 from tests.support.gateway import until
@@ -33,7 +33,7 @@ from tests.support.workers import CALLER, MakeWorker, ask, events_of
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
-    from deltawire_server.completion import Completion
+    from deltawire_server.completions.completion import Completion
     from deltawire_server.sansio.events import StreamEvent
     from deltawire_server.upstream.request import ChatRequest
     from deltawire_server.worker import Worker
@@ -191,9 +191,9 @@ async def test_notices_come_after_the_beginning(make_worker: MakeWorker) -> None
 
     class Noticing(FakeProvider):
         @asynccontextmanager
-        async def stream_chat(self, request: ChatRequest, model: str, call: CallContext) -> AsyncIterator[Answering]:
+        async def stream_chat(self, request: ChatRequest, model: str, call: CallContext) -> AsyncIterator[OpenStream]:
             async with super().stream_chat(request, model, call) as answering:
-                yield Answering(answering.body, (notice,), 2)
+                yield OpenStream(answering.body, (notice,), 2)
 
     provider = Noticing(served=["fake"])
     provider.chunks = [b'data: {"choices":[{"index":0,"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n']
@@ -314,7 +314,7 @@ async def test_the_gateways_limit_comes_before_a_later_soft_one(make_worker: Mak
 async def test_silence_before_a_later_soft_limit_is_the_providers(make_worker: MakeWorker, vllm: FakeVllm) -> None:
     """A soft limit excuses nobody."""
     vllm.play(Script.chunks([asyncio.Event()]))
-    async with make_worker(patience=Patience(first_event=0.05)) as worker:
+    async with make_worker(timeouts=Timeouts(first_event=0.05)) as worker:
         with pytest.raises(ProviderError) as caught:
             await events_of(worker, ask(soft_time_limit=3600.0))
     assert caught.value.reason is Reason.UPSTREAM_TIMEOUT

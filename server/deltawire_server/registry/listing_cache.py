@@ -28,7 +28,7 @@ _REFUSED = frozenset({"401", "403"})
 _NEEDS_TOKEN = frozenset({Reason.PROVIDER_MISCONFIGURED, Reason.UPSTREAM_UNAUTHENTICATED})
 
 
-class Served:
+class ListingCache:
     """The last listing of each provider.
 
     Args:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from deltawire_server.upstream.images.urls import WebAddress
+    from deltawire_server.images.urls import WebAddress
 
 _MIB = 1024 * 1024
 ANY_HOST = "*"
@@ -37,7 +37,7 @@ class Policy:
     timeout: float = 10.0
     max_redirects: int = 3
 
-    def complaint(self, address: WebAddress) -> str | None:
+    def violation(self, address: WebAddress) -> str | None:
         """Why nothing may be fetched from an address, as far as one can see without looking up its host; `None` if it may."""
         if address.scheme not in self.schemes:
             return f"must begin with {' or '.join(f'{scheme}://' for scheme in self.schemes)}"

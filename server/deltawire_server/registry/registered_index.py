@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
-class Known:
+class RegisteredIndex:
     """Models by id, by name and by target. Empty at first; only `follower` changes it once the registry is open.
 
     Attributes:

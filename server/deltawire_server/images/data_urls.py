@@ -68,7 +68,7 @@ async def data_of(text: str, max_bytes: int) -> bytes:
 
 
 def too_large(max_bytes: int) -> DataUrlError:
-    """The complaint about more than `max_bytes`."""
+    """The violation about more than `max_bytes`."""
     return DataUrlError(f"holds more than {max_bytes} bytes, the most of an image")
 
 

@@ -15,8 +15,8 @@ import structlog
 from deltawire_server.errors import Reason, RegistryError
 from deltawire_server.registry import database, follower
 from deltawire_server.registry import postgres as postgres_database
-from deltawire_server.registry.follower import Follower
-from deltawire_server.registry.known import Known
+from deltawire_server.registry.change_log_reader import ChangeLogReader
+from deltawire_server.registry.registered_index import RegisteredIndex
 from deltawire_server.registry.store import Change, ChangeKind, Store
 from tests.registry.databases import LLAMA, VECTORS, execute, plain
 from tests.support.gateway import until
@@ -71,9 +71,9 @@ class Memory:
     """What a follower keeps in step, and what it told."""
 
     def __init__(self, store: Store) -> None:
-        self.known = Known()
+        self.known = RegisteredIndex()
         self.told: list[tuple[Model | None, Model | None]] = []
-        self.follower = Follower(store, self.known, lambda before, now: self.told.append((before, now)))
+        self.follower = ChangeLogReader(store, self.known, lambda before, now: self.told.append((before, now)))
 
     @property
     def models(self) -> list[Model]:
