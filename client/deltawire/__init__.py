@@ -11,7 +11,7 @@ wire are in `deltawire.v1`, the most used of them here too. Errors: the tree at 
 """
 
 from deltawire._aio import AsyncChatStream, AsyncClient, AsyncModelWatch
-from deltawire._channel import CallInfo, CallOptions, ConnectOptions, tls_credentials
+from deltawire._channel import CallOptions, ConnectOptions, tls_credentials
 from deltawire._client import ChatStream, Client, ModelWatch
 from deltawire._completion import Accumulator, Answer, Choice
 from deltawire._errors import (
@@ -68,7 +68,7 @@ from deltawire._errors import (
     UpstreamUnavailableError,
     WrongReplicaError,
 )
-from deltawire._failure import FieldViolation
+from deltawire._failure import CallInfo, FieldViolation
 from deltawire._messages import (
     MessageLike,
     assistant,

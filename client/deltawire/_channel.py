@@ -18,6 +18,7 @@ import grpc
 from deltawire._errors import CallError, error_for
 from deltawire._failure import (
     REQUEST_ID,
+    CallInfo,
     ClosedCall,
     FailedCall,
     Failure,
@@ -80,15 +81,6 @@ class CallOptions(TypedDict, total=False):
     request_id: str | None
     vllm_token: str | None
     info: CallInfo | None
-
-
-@dataclass(slots=True)
-class CallInfo:
-    """What came beside a call's result. Make an empty one, hand it in as `info=`, and read it afterwards."""
-
-    request_id: str = ""
-    initial_metadata: Metadata = ()
-    trailing_metadata: Metadata = ()
 
 
 class ConnectOptions(TypedDict, total=False):

@@ -28,6 +28,15 @@ REQUEST_ID = "x-request-id"
 _CHANNEL_CLOSED = "Channel closed!"
 
 
+@dataclass(slots=True)
+class CallInfo:
+    """What came beside a call's result. Make an empty one, hand it in as `info=`, and read it afterwards."""
+
+    request_id: str = ""
+    initial_metadata: Metadata = ()
+    trailing_metadata: Metadata = ()
+
+
 @dataclass(frozen=True, slots=True)
 class FieldViolation:
     """A field of the request that breaks a rule: its path ("chat.messages[0]") and what is wrong with it."""

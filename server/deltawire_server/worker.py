@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING
 from deltawire_server.access import REVOKED
 from deltawire_server.admission import Admission
 from deltawire_server.completions.completion import Completion, CompletionLimits
+from deltawire_server.completions.info import Outcome
 from deltawire_server.completions.options import StreamOptions
-from deltawire_server.completions.records import Outcome, Records
+from deltawire_server.completions.records import Records
 from deltawire_server.completions.retention import Retention, RetentionLimits
 from deltawire_server.completions.state import State
 from deltawire_server.errors import CallerError, Code, DeltawireError, GatewayError, Reason, internal_error

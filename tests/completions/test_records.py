@@ -9,15 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from deltawire_server.completions.records import (
-    MAX_MESSAGE,
-    NOTHING_YET,
-    CompletionInfo,
-    Outcome,
-    Record,
-    Records,
-    Timings,
-)
+from deltawire_server.completions.info import NOTHING_YET, CompletionInfo, Outcome, Timings
+from deltawire_server.completions.records import MAX_MESSAGE, Record, Records
 from deltawire_server.errors import CallerError, Code, DeltawireError, GatewayError, Reason
 from deltawire_server.sansio.events import Fault, Provenance, StopReason, Usage
 from deltawire_server.upstream.request import Sampling

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from deltawire_server.completions import retention
-from deltawire_server.completions.records import NOTHING_YET, Outcome
+from deltawire_server.completions.info import NOTHING_YET, Outcome
 from deltawire_server.completions.retention import STREAM_BYTES, RetainedStream, Retention, RetentionLimits
 from deltawire_server.errors import CallerError, Code, DeltawireError, GatewayError, ProviderError, Reason
 from deltawire_server.sansio.coalesce import weight

@@ -10,7 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import message_pb2, tool_pb2
-from deltawire_server.completions.records import CompletionInfo, Timings
+from deltawire_server.completions.info import CompletionInfo, Timings
 from deltawire_server.errors import Code, GatewayError, ProviderError, Reason
 from deltawire_server.rpc.convert import MAX_PATH_BYTES, ResponseWriter, completed
 from deltawire_server.rpc.status import MAX_MESSAGE
@@ -42,7 +42,7 @@ from deltawire_server.upstream.request import Sampling
 if TYPE_CHECKING:
     import enum
 
-    from deltawire_server.completions.records import CompletionView
+    from deltawire_server.completions.info import CompletionView
     from deltawire_server.errors import DeltawireError
 
 SUCCEEDED = ToolCallSucceeded(1, 2, "c", "t", '{"a": 1}')

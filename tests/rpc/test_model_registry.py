@@ -29,7 +29,7 @@ from deltawire_server.rpc.model_registry import (
 )
 from deltawire_server.upstream.base import HealthStatus, ServedModel
 from deltawire_server.upstream.engine import Engine, EngineKind
-from deltawire_server.upstream.vllm import MAX_DOCUMENT_BYTES
+from deltawire_server.upstream.vllm_api import MAX_DOCUMENT_BYTES
 from tests.rpc.support import STATES, Served, serving
 from tests.support.contract import MAX_MESSAGE_BYTES
 from tests.support.fake_provider import FakeProvider

@@ -9,7 +9,7 @@ import pytest
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import message_pb2, tool_pb2
-from deltawire_server.completions.records import CompletionInfo
+from deltawire_server.completions.info import CompletionInfo
 from deltawire_server.errors import CallerError, Violation
 from deltawire_server.rpc import convert, validate
 from deltawire_server.rpc.status import shorten

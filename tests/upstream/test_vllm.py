@@ -13,7 +13,8 @@ from deltawire_server.errors import CallerError, Code, DeltawireError, ProviderE
 from deltawire_server.fake_vllm import FakeVllm, Script
 from deltawire_server.upstream.base import CallContext, Health, HealthStatus, ServedModel, Timeouts
 from deltawire_server.upstream.failures import MAX_EXCERPT_BYTES
-from deltawire_server.upstream.vllm import MAX_ERROR_BYTES, MAX_SERVED_NAME, VllmProvider, root_url
+from deltawire_server.upstream.vllm import VllmProvider, root_url
+from deltawire_server.upstream.vllm_api import MAX_ERROR_BYTES, MAX_SERVED_NAME
 from tests.support.recordings import TRANSCRIPTS
 from tests.upstream.plain import plain
 from tests.upstream.support import CALL, CALLERS, CHAT, CHUNK, HI, MODELS, OPERATORS, answer_of, provider, refusal_of

@@ -15,12 +15,13 @@ from deltawire_server.fake_vllm.described import openapi
 from deltawire_server.sansio.events import Notice, NoticeKind
 from deltawire_server.upstream.engine import EngineKind
 from deltawire_server.upstream.request import ToolSpec
-from deltawire_server.upstream.vllm import MAX_DOCUMENT_BYTES, VllmProvider
+from deltawire_server.upstream.vllm_api import MAX_DOCUMENT_BYTES
 from tests.upstream.plain import plain
 from tests.upstream.support import CALL, CHAT, CHUNK, HI, OPERATORS, provider, refusal_of
 
 if TYPE_CHECKING:
     from deltawire_server.upstream.request import ChatRequest
+    from deltawire_server.upstream.vllm import VllmProvider
     from tests.support.gateway import Lines
 
 SALTED = replace(HI, cache_salt="s")
@@ -106,7 +107,7 @@ async def test_fields_that_cannot_be_checked_are_told(answer: tuple[str, bytes],
 
 async def test_a_document_that_drips_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A byte now and then does not extend the time of the whole document, of whichever kind."""
-    monkeypatch.setattr("deltawire_server.upstream.vllm.CONTROL_SECONDS", 0.3)
+    monkeypatch.setattr("deltawire_server.upstream.vllm_api.CONTROL_SECONDS", 0.3)
 
     async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

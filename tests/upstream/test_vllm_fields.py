@@ -11,7 +11,7 @@ import pytest
 from deltawire_server.errors import CallerError, Code, Reason
 from deltawire_server.fake_vllm.described import CHAT_FIELDS, openapi
 from deltawire_server.sansio.events import NoticeKind
-from deltawire_server.upstream.engine import Engine, EngineKind
+from deltawire_server.upstream.engine import Engine, EngineKind, check_fields
 from deltawire_server.upstream.request import (
     ChatMessage,
     ChatRequest,
@@ -27,7 +27,6 @@ from deltawire_server.upstream.vllm_fields import (
     CORE,
     FIELDS,
     STRICT,
-    check,
     field_names,
     fields_to_check,
 )
@@ -100,8 +99,8 @@ ALL = Engine(EngineKind.VLLM, "0.32.0", fields=frozenset({*CHAT_FIELDS, STRICT})
 
 def test_what_is_known_passes() -> None:
     """Without a word."""
-    assert check({"priority": "chat.priority", STRICT: "chat.tools[0].strict"}, ALL, "p") == ()
-    assert check({}, Engine(EngineKind.UNKNOWN), "p") == ()
+    assert check_fields({"priority": "chat.priority", STRICT: "chat.tools[0].strict"}, ALL, "p") == ()
+    assert check_fields({}, Engine(EngineKind.UNKNOWN), "p") == ()
 
 
 @pytest.mark.parametrize(("version", "said"), [("0.8.5", "vLLM 0.8.5"), ("", "a vLLM")])
@@ -109,7 +108,7 @@ def test_what_is_not_known_is_refused(version: str, said: str) -> None:
     """All of it at once, each by the caller's name and vLLM's, with what to do."""
     asked = {"priority": "chat.priority", "cache_salt": "chat.cache_salt", "echo": "chat.extra_body.echo"}
     with pytest.raises(CallerError) as caught:
-        check(asked, Engine(EngineKind.VLLM, version, fields=frozenset({"echo"})), "p")
+        check_fields(asked, Engine(EngineKind.VLLM, version, fields=frozenset({"echo"})), "p")
     error = caught.value
     assert (error.reason, error.code) == (Reason.FIELD_NOT_SUPPORTED, Code.INVALID_ARGUMENT)
     assert error.message == (
@@ -123,7 +122,7 @@ def test_what_is_not_known_is_refused(version: str, said: str) -> None:
 def test_what_cannot_be_checked_is_told() -> None:
     """A notice for each field."""
     engine = Engine(EngineKind.PROXY, detail="it is a router")
-    notices = check({"priority": "chat.priority", "cache_salt": "chat.cache_salt"}, engine, "p")
+    notices = check_fields({"priority": "chat.priority", "cache_salt": "chat.cache_salt"}, engine, "p")
     assert all("it is a router" in notice.message for notice in notices)
     assert [(notice.kind, notice.field) for notice in notices] == [
         (NoticeKind.FIELDS_NOT_CHECKED, "chat.cache_salt"),

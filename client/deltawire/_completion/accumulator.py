@@ -41,7 +41,7 @@ from deltawire.v1.chat_completion_pb2 import (
 from deltawire.v1.message_pb2 import AssistantMessage
 
 if TYPE_CHECKING:
-    from deltawire._channel import CallInfo
+    from deltawire._failure import CallInfo
     from deltawire.v1.tool_pb2 import ToolCall, ToolCallDelta
 
 # Ends that are the caller's own doing: they mean the same whether or not the answer had begun.

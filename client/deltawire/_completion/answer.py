@@ -10,8 +10,7 @@ from deltawire._messages import message_text
 from deltawire.v1.message_pb2 import AssistantMessage, ChatMessage
 
 if TYPE_CHECKING:
-    from deltawire._channel import CallInfo
-    from deltawire._failure import Metadata
+    from deltawire._failure import CallInfo, Metadata
     from deltawire.v1.chat_completion_pb2 import (
         Completed,
         CreateChatCompletionResponse,

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from deltawire_server.completions.event_buffer import EventBuffer
-from deltawire_server.completions.records import CompletionInfo, Timings
+from deltawire_server.completions.info import CompletionInfo, Timings
 from deltawire_server.completions.state import Cause, State, advance
 from deltawire_server.errors import Code, DeltawireError, GatewayError, ProviderError, Reason, internal_error
 from deltawire_server.sansio.completion import CompletionReader, Limits

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from deltawire_server.completions.records import NOTHING_YET, Outcome, Timings
+from deltawire_server.completions.info import NOTHING_YET, Outcome, Timings
 from deltawire_server.errors import CallerError, DeltawireError, GatewayError, Reason
 from deltawire_server.memory import Ledger
 from deltawire_server.sansio.coalesce import weight
@@ -32,7 +32,7 @@ from deltawire_server.sansio.events import Completed, StopReason
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 
-    from deltawire_server.completions.records import CompletionInfo, Running
+    from deltawire_server.completions.info import CompletionInfo, Running
     from deltawire_server.sansio.events import StreamEvent, Usage
 
 UNREAD_BYTES = 256 * 1024

@@ -1,50 +1,28 @@
 """What differs between the databases: how to open one, how writers wait for each other, how others are told.
 
 Both are used through SQLAlchemy's asynchronous engine. A transaction that writes begins by taking the one lock that all
-writers take, so that no two of them ever meet; what it announces, others hear once it has been committed. SQLite is here,
-PostgreSQL in `postgres`.
+writers take, so that no two of them ever meet; what it announces, others hear once it has been committed. They are
+in `sqlite` and `postgres`.
 """
 
 from __future__ import annotations
 
-import asyncio
-import os
 import re
 from abc import ABC, abstractmethod
-from contextlib import asynccontextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqlalchemy import AsyncAdaptedQueuePool, create_engine, event, make_url
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import create_async_engine
-
-from deltawire_server.telemetry import get_logger
-
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
+    from collections.abc import AsyncGenerator
     from contextlib import AbstractAsyncContextManager
 
-    from sqlalchemy import URL, Connection
-    from sqlalchemy.engine.interfaces import DBAPIConnection, ExceptionContext
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
-    from sqlalchemy.pool import ConnectionPoolEntry
 
 BUSY_SECONDS = 10.0
 """How long a write waits for those of other processes: SQLite gives its lock in no order, so that one that waits while another
 process writes without a pause may be passed over many times."""
 
-POLL_SECONDS = 0.2
-"""How often an SQLite file is looked at for what other processes changed: a tenth of a millisecond's work, and changes are
-known everywhere well within a second."""
-
 _SECRETS = re.compile(r"(?i)(\b\w*(?:pass|secret)\w*\s*=\s*|://[^\s/@]*:)(?:'(?:[^'\\]|\\.)*'|[^\s'@]+)")
 """Where a connection string or a URL that a driver quotes has a secret."""
-
-PRIVATE = 0o600
-"""The mode of an SQLite file: other users of the machine must not read what callers register."""
-
-_log = get_logger(__name__)
 
 
 class Database(ABC):
@@ -96,207 +74,7 @@ class Database(ABC):
         await self._engine.dispose()
 
 
-def database_of(url: str, busy_seconds: float = BUSY_SECONDS) -> Database:
-    """The database behind an SQLAlchemy URL; `open` it, `close` it in the end.
-
-    Args:
-        url: "sqlite:////var/lib/deltawire/registry.db", "sqlite://" for one in memory that dies with the process, or
-            "postgresql://user:password@host/name".
-        busy_seconds: How long a write waits for another process's.
-
-    Raises:
-        ValueError: The URL is none, or of another database, or its driver is not installed. It is not repeated: it may
-            hold a password.
-    """
-    try:
-        parsed = make_url(url)
-    except (SQLAlchemyError, ValueError):
-        # Without its cause, which may repeat a part of the URL.
-        raise ValueError('the database URL is none; an example is "sqlite:////var/lib/registry.db"') from None
-    kind = parsed.get_backend_name()
-    if kind == "sqlite":
-        return SqliteDatabase(parsed.set(drivername="sqlite+aiosqlite"), busy_seconds)
-    if kind == "postgresql":
-        try:
-            # Only who uses PostgreSQL has its driver.
-            from deltawire_server.registry.postgres import PostgresDatabase
-        except ImportError as error:
-            raise ValueError("PostgreSQL needs psycopg: pip install 'deltawire[postgres]'") from error
-        return PostgresDatabase(parsed.set(drivername="postgresql+psycopg"), busy_seconds)
-    raise ValueError(f"the registry keeps its models in SQLite or PostgreSQL, not in {kind}")
-
-
 def said(error: BaseException) -> str:
     """What a database's failure says, for the log: the first line of its driver's words, with secrets masked."""
     words = str(getattr(error, "orig", error)).partition("\n")[0]
     return _SECRETS.sub(r"\1***", words) or "no answer in time"
-
-
-class SqliteDatabase(Database):
-    """A file that several processes on one machine may share, or a database in memory."""
-
-    def __init__(self, url: URL, busy_seconds: float) -> None:
-        self._url = url
-        self._busy_seconds = busy_seconds
-        self._file: tuple[int, int] | None = None  # device and number of the one that was opened
-        # A database in memory is one connection's: transactions take it in turn.
-        pool = {"poolclass": AsyncAdaptedQueuePool, "pool_size": 1, "max_overflow": 0} if self._in_memory else {}
-        # Parameters are callers' notes: they have no business in the log.
-        super().__init__(create_async_engine(url, hide_parameters=True, connect_args={"timeout": busy_seconds}, **pool))
-        # Shares the engine's connections; its transactions take the write lock at once, since one that begins by
-        # reading and is overtaken fails without waiting.
-        self._writer = self._engine.execution_options(deltawire_write=True)
-        event.listen(self._engine.sync_engine, "connect", _prepare)
-        event.listen(self._engine.sync_engine, "begin", _begin)
-        if self._in_memory:
-            event.listen(self._engine.sync_engine, "handle_error", _keep)
-
-    async def open(self) -> None:
-        """Make the file and its folder if there are none."""
-        if self._in_memory:
-            return
-        if self._path is not None:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _make_private(self._path)
-        # The asynchronous driver's thread may outlive a connection that fails, and even the event loop, and then it
-        # complains. So whether there is a database to connect to is found out without it.
-        await asyncio.to_thread(self._probe)
-        self._file = self._file_now()
-
-    def reading(self) -> AbstractAsyncContextManager[AsyncConnection]:
-        """A snapshot, from its first look on."""
-        return self._engine.begin()
-
-    @asynccontextmanager
-    async def writing(self) -> AsyncIterator[AsyncConnection]:
-        """With the file's one write lock from the begin."""
-        self._hold_file()
-        async with self._writer.begin() as connection:
-            yield connection
-
-    async def lock_migrations(self, connection: AsyncConnection) -> None:
-        """The write lock is enough."""
-
-    async def announce(self, connection: AsyncConnection, revision: int) -> None:
-        """Others look by themselves."""
-
-    async def changes_elsewhere(self) -> AsyncGenerator[None]:
-        """Looks at the number that SQLite changes for a connection when another one has committed."""
-        if self._in_memory:
-            await asyncio.Event().wait()  # nobody else can reach it
-        blind = False
-        while True:
-            try:
-                async with self._engine.connect() as connection:
-                    version: object = None
-                    while True:
-                        self._hold_file()
-                        async with connection.begin():
-                            seen = (await connection.exec_driver_sql("PRAGMA data_version")).scalar()
-                        blind = False
-                        if seen != version:
-                            version = seen
-                            yield
-                        await asyncio.sleep(POLL_SECONDS)
-            except (SQLAlchemyError, OSError) as error:
-                if not blind:
-                    _log.warning("the database's changes cannot be seen", error=said(error))
-                blind = True
-            await asyncio.sleep(POLL_SECONDS)
-
-    @property
-    def _in_memory(self) -> bool:
-        in_memory = self._url.database in (None, "", ":memory:", "file::memory:")
-        return in_memory or self._url.query.get("mode") == "memory"
-
-    @property
-    def _path(self) -> Path | None:
-        """The file; `None` for a database in memory, and for SQLite's own "file:" URI, which may ask for anything."""
-        database = self._url.database or ""
-        return None if self._in_memory or database.startswith("file:") else Path(database)
-
-    def _file_now(self) -> tuple[int, int] | None:
-        """What is at the path now."""
-        if self._path is None:
-            return None
-        status = self._path.stat()
-        return status.st_dev, status.st_ino
-
-    def _hold_file(self) -> None:
-        """Hold that the file is still the one that was opened: what is written to a removed one is gone with the process.
-
-        Raises:
-            OSError: It is not.
-        """
-        try:
-            same = self._file_now() == self._file
-        except FileNotFoundError:
-            same = False
-        if not same:
-            raise OSError(
-                f"{self._path} was removed or replaced while it was in use: put it back, or restart the gateway"
-            )
-
-    def _probe(self) -> None:
-        engine = create_engine(
-            self._url.set(drivername="sqlite"), connect_args={"timeout": self._busy_seconds, "isolation_level": None}
-        )
-        try:
-            with engine.connect() as connection:
-                connection.exec_driver_sql("PRAGMA schema_version")
-                if self._path is not None:
-                    _use_log(connection)
-        finally:
-            engine.dispose()
-
-
-def _make_private(path: Path) -> None:
-    """Create the file for this user alone, or warn of one that others may use. SQLite gives -wal and -shm the same mode.
-
-    Raises:
-        OSError: It cannot be created.
-    """
-    try:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, PRIVATE))
-    except FileExistsError:
-        for file in (path, Path(f"{path}-wal"), Path(f"{path}-shm")):
-            with suppress(FileNotFoundError):
-                if file.stat().st_mode & 0o777 & ~PRIVATE:
-                    _log.warning("others on this machine may use the database: chmod 600", path=str(file))
-
-
-def _use_log(connection: Connection) -> None:
-    """Let readers and a writer of several processes not wait for each other: the file remembers it."""
-    if connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal":
-        return
-    # Processes that do this at once are told "locked" and not made to wait. It is as good if another one does it, or
-    # if none can, because the file may only be read.
-    with suppress(OperationalError):
-        connection.exec_driver_sql("PRAGMA journal_mode = WAL")
-
-
-def _prepare(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
-    # Left to itself the driver begins transactions late and not at all for tables, so half a migration could stay.
-    connection.isolation_level = None
-    # A text that is none would fail the whole query; as bytes it is one damaged record.
-    connection.driver_connection.text_factory = _text_or_bytes
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA foreign_keys = ON")
-    cursor.close()
-
-
-def _text_or_bytes(value: bytes) -> str | bytes:
-    try:
-        return value.decode()
-    except UnicodeDecodeError:
-        return value
-
-
-def _keep(context: ExceptionContext) -> None:
-    # A call that is given up would take its connection along, and the database in memory with it.
-    context.is_disconnect = False
-
-
-def _begin(connection: Connection) -> None:
-    write = connection.get_execution_options().get("deltawire_write", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
-from sqlalchemy import delete, func, insert, literal, select, update
+from sqlalchemy import delete, func, insert, literal, make_url, select, update
 from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
 from deltawire_server.errors import Reason, RegistryError
-from deltawire_server.registry.database import BUSY_SECONDS, database_of, said
+from deltawire_server.registry.database import BUSY_SECONDS, said
 from deltawire_server.registry.records import (
     DamagedRecordError,
     model_of,
@@ -27,6 +27,7 @@ from deltawire_server.registry.records import (
     values_of,
 )
 from deltawire_server.registry.schema import CHANGES, LATEST, MODELS, NAMES, REVISION, migrate, version_of
+from deltawire_server.registry.sqlite import SqliteDatabase
 from deltawire_server.telemetry import get_logger
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from sqlalchemy import RowMapping
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from deltawire_server.registry.database import Database
     from deltawire_server.registry.model import Model
 
 _log = get_logger(__name__)
@@ -420,3 +422,33 @@ def _translated(what: str) -> Iterator[None]:
             "the registry's database cannot be used now; models that are known already can still be called",
             retry_after=1.0,
         ) from error
+
+
+def database_of(url: str, busy_seconds: float = BUSY_SECONDS) -> Database:
+    """The database behind an SQLAlchemy URL; `open` it, `close` it in the end.
+
+    Args:
+        url: "sqlite:////var/lib/deltawire/registry.db", "sqlite://" for one in memory that dies with the process, or
+            "postgresql://user:password@host/name".
+        busy_seconds: How long a write waits for another process's.
+
+    Raises:
+        ValueError: The URL is none, or of another database, or its driver is not installed. It is not repeated: it may
+            hold a password.
+    """
+    try:
+        parsed = make_url(url)
+    except (SQLAlchemyError, ValueError):
+        # Without its cause, which may repeat a part of the URL.
+        raise ValueError('the database URL is none; an example is "sqlite:////var/lib/registry.db"') from None
+    kind = parsed.get_backend_name()
+    if kind == "sqlite":
+        return SqliteDatabase(parsed.set(drivername="sqlite+aiosqlite"), busy_seconds)
+    if kind == "postgresql":
+        try:
+            # Only who uses PostgreSQL has its driver.
+            from deltawire_server.registry.postgres import PostgresDatabase
+        except ImportError as error:
+            raise ValueError("PostgreSQL needs psycopg: pip install 'deltawire[postgres]'") from error
+        return PostgresDatabase(parsed.set(drivername="postgresql+psycopg"), busy_seconds)
+    raise ValueError(f"the registry keeps its models in SQLite or PostgreSQL, not in {kind}")

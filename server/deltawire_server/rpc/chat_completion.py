@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from grpc import aio
 
     from deltawire_server.completions.completion import Completion
-    from deltawire_server.completions.records import CompletionView, Record
+    from deltawire_server.completions.info import CompletionView
+    from deltawire_server.completions.records import Record
     from deltawire_server.completions.retention import RetainedStream
     from deltawire_server.rpc.interceptors import CallRecord
     from deltawire_server.rpc.validate_content import ContentLimits

@@ -8,7 +8,7 @@ from google.protobuf import duration_pb2, timestamp_pb2
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import error_reason_pb2, message_pb2, tool_pb2
-from deltawire_server.completions.records import Outcome
+from deltawire_server.completions.info import Outcome
 from deltawire_server.rpc.status import MAX_MESSAGE, shorten
 from deltawire_server.sansio.events import (
     ChoiceFinished,
@@ -33,7 +33,8 @@ from deltawire_server.sansio.events import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from deltawire_server.completions.records import CompletionInfo, CompletionView, Record, Timings
+    from deltawire_server.completions.info import CompletionInfo, CompletionView, Timings
+    from deltawire_server.completions.records import Record
     from deltawire_server.upstream.request import Sampling
 
 MAX_PATH_BYTES = 16 * 1024

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from deltawire_server.errors import CallerError, Reason, Violation
+from deltawire_server.sansio.events import Notice, NoticeKind
 from deltawire_server.upstream.failures import NOT_JSON, excerpt
 from deltawire_server.upstream.vllm_fields import at, field_names
 
@@ -267,3 +269,40 @@ def joined(engines: Mapping[str, Engine]) -> Engine:
         if engine.detail
     ]
     return Engine(kind, ", ".join(versions), "; ".join(details))
+
+
+def check_fields(asked: Mapping[str, str], engine: Engine, provider_id: str) -> tuple[Notice, ...]:
+    """Refuse a request with fields that its vLLM does not know.
+
+    Args:
+        asked: From `vllm_fields.fields_to_check`.
+        engine: What answers. Only if it is known to be a vLLM, and to know certain fields, is anything refused.
+        provider_id: Whose it is.
+
+    Returns:
+        A notice for each field that could not be checked.
+
+    Raises:
+        CallerError: FIELD_NOT_SUPPORTED, with each field that is not known.
+    """
+    if engine.fields is None:
+        return tuple(
+            Notice(
+                NoticeKind.FIELDS_NOT_CHECKED,
+                f"it is not known which fields provider {provider_id!r} knows ({engine.detail}); if it does not know {name},"
+                " it ignores it",
+                path,
+            )
+            for name, path in sorted(asked.items())
+        )
+    unknown = sorted(asked.keys() - engine.fields)
+    if not unknown:
+        return ()
+    version = f"vLLM {engine.version}" if engine.version else "a vLLM"
+    raise CallerError(
+        Reason.FIELD_NOT_SUPPORTED,
+        f"provider {provider_id!r} is {version}, which does not know {', '.join(unknown)} and would ignore it: leave out "
+        + ", ".join(asked[name] for name in unknown),
+        metadata={"field": asked[unknown[0]], "provider": provider_id, "version": engine.version},
+        violations=[Violation(asked[name], f"{version} does not know {name}: leave it out") for name in unknown],
+    )

@@ -1,8 +1,4 @@
-"""A vLLM server over HTTP, or several alike: one pooled client for as long as the provider is configured.
-
-httpx over a transport of our own, whose exceptions say who broke what: a provider that cannot be reached is unavailable
-unless someone has to change a setting, one that violates HTTP is malformed, and a body that ends early just ends, since
-what is missing shows in its events.
+"""A provider: a vLLM server, or several alike. Which of them is asked, and what happens if it fails.
 
 Until the first event of the answer has come, one other replica may be asked; `policy` says after which failures. The first
 one may have taken the request all the same and generate for no reader: calls are at-least-once on the engine, as they are
@@ -14,22 +10,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import secrets
 from fnmatch import fnmatchcase
 from http.cookiejar import CookieJar, DefaultCookiePolicy
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import httpx
-import msgspec
 
 from deltawire_server.errors import DeltawireError, ProviderError, Reason, Violation, invalid_request
-from deltawire_server.pacing import give_way
-from deltawire_server.sansio.events import Fault, Notice, NoticeKind
-from deltawire_server.secret import Secret
+from deltawire_server.sansio.events import Notice, NoticeKind
 from deltawire_server.telemetry import get_logger
 from deltawire_server.upstream import vllm_fields
 from deltawire_server.upstream.base import (
-    BrokenBodyError,
     CallContext,
     Health,
     HealthStatus,
@@ -38,15 +29,12 @@ from deltawire_server.upstream.base import (
     Timeouts,
     TokenCount,
 )
-from deltawire_server.upstream.engine import Document, Engine, EngineKind, EngineReader, joined
+from deltawire_server.upstream.engine import Engine, EngineKind, EngineReader, check_fields, joined
 from deltawire_server.upstream.extra_body import allowed_extra
-from deltawire_server.upstream.failures import NOT_JSON, RETRY_SECONDS, UpstreamError, excerpt, failure_of, read_error
-from deltawire_server.upstream.opening import read_opening
 from deltawire_server.upstream.policy import ACTIONS, MAX_ATTEMPTS
 from deltawire_server.upstream.replicas import Attempt, Replica, Replicas
 from deltawire_server.upstream.transport.client import Transport
-from deltawire_server.upstream.transport.errors import ProtocolViolationError
-from deltawire_server.upstream.unreachable import reason_of
+from deltawire_server.upstream.vllm_api import COUNT_SECONDS, VllmApi, close_response
 from deltawire_server.upstream.vllm_request import chat_body, count_body, encode_body
 
 if TYPE_CHECKING:
@@ -54,39 +42,13 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
     from deltawire_server.upstream.request import ChatRequest
-    from deltawire_server.upstream.vllm_request import Body
-
-CONTROL_SECONDS = 5.0
-"""For listings and health: an engine's API server answers them without the engine, so a slow one is not well."""
-
-COUNT_SECONDS = 60.0
-"""For a count of tokens: the API server renders and counts by itself, for a long prompt and between others' for seconds."""
 
 COUNTS_AT_ONCE = 16
 """More wait for these: of the connections, most are for answers."""
 
-MAX_DOCUMENT_BYTES = 2 * 1024 * 1024
-"""Of what a server says of itself; vLLM's OpenAPI document has a quarter of that."""
-
-MAX_SERVED_NAME = 1024
-"""Characters of a served model's name; one that is longer is left out. It is far beyond the names of files and repositories, and
-with all else that a listing holds, a model stays below the 4 MiB of a message."""
-
-TOKENIZE = "/tokenize"
-
-MAX_ERROR_BYTES = 1024 * 1024
-"""Of an error's body: vLLM quotes the request in some, and a cut one cannot be read; a wrong URL may answer with anything."""
-
-MAX_PIECE = 16 * 1024
-"""Of an answer's body that is taken in one step: up to 8 ms if it consists of short events."""
-
 T = TypeVar("T")
-D = TypeVar("D")
 
 _log = get_logger(__name__)
-
-_BROKEN = (httpx.TransportError, httpx.InvalidURL)
-"""What the transport raises, and httpx for an address that cannot be one, such as 256.1.1.1."""
 
 
 def root_url(base_url: str) -> str:
@@ -141,12 +103,20 @@ class VllmProvider:
         self.id = provider_id
         self._replicas = Replicas([root_url(base_url) for base_url in base_urls])
         self.base_urls = tuple(replica.base_url for replica in self._replicas.all)
-        self._api_token = None if api_token is None else Secret(api_token)
+        client = httpx.AsyncClient(
+            transport=Transport(tls, max_connections),
+            headers={**(headers or {}), "user-agent": user_agent, "accept-encoding": "identity"},
+            # One caller's must not travel with another's request; by its policy, since the client copies other forms.
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
+            follow_redirects=False,
+            trust_env=False,
+        )
+        self._api = VllmApi(provider_id, api_token, client, connect_timeout)
         self._allowed_models = tuple(allowed_models)
         self._allowed_extra_fields = tuple(allowed_extra_fields)
         self._engines = {
             replica: EngineReader(
-                functools.partial(self._engine_document, replica),
+                functools.partial(self._api.engine_document, replica),
                 functools.partial(getattr, replica, "failures"),
                 engine,
                 functools.partial(self._log_engine, replica),
@@ -158,21 +128,11 @@ class VllmProvider:
         self.default_max_tokens = default_max_tokens
         self.timeouts = timeouts or Timeouts()
         self.refresh_interval = refresh_interval
-        # No time limit on reads: those of answers are counted from events, and those of documents over all of it.
-        self._timeout = httpx.Timeout(None, connect=connect_timeout)
-        self._client = httpx.AsyncClient(
-            transport=Transport(tls, max_connections),
-            headers={**(headers or {}), "user-agent": user_agent, "accept-encoding": "identity"},
-            # One caller's must not travel with another's request; by its policy, since the client copies other forms.
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
-            follow_redirects=False,
-            trust_env=False,
-        )
 
     @property
     def has_token(self) -> bool:
         """Whether the operator configured a token."""
-        return self._api_token is not None
+        return self._api.has_token
 
     def __repr__(self) -> str:
         """Without the token: this lands in logs."""
@@ -195,7 +155,7 @@ class VllmProvider:
 
         async def ask(replica: Replica) -> tuple[httpx.Response, AsyncGenerator[bytes], tuple[Notice, ...]]:
             unchecked = await self._check_fields(replica, to_check)
-            return (*await self._open(replica, content, name, call), unchecked)
+            return (*await self._api.open(replica, content, name, call), unchecked)
 
         with contextlib.ExitStack() as held:
             try:
@@ -210,7 +170,7 @@ class VllmProvider:
                     yield OpenStream(pieces, notices, len(failures) + 1, failed)
             finally:
                 # Closing the socket is what makes vLLM stop; a cancelled call must not return before that is done.
-                await asyncio.shield(_close(response))
+                await asyncio.shield(close_response(response))
 
     async def count_tokens(self, request: ChatRequest, model: str, call: CallContext) -> TokenCount:
         """How many tokens a prompt has; see `Provider.count_tokens`."""
@@ -220,7 +180,7 @@ class VllmProvider:
         content = await encode_body(count_body(request, model, extra), request.messages)
         async with self._counting:
             with contextlib.ExitStack() as held:
-                ask = functools.partial(self._count, content=content, name=request.model, call=call)
+                ask = functools.partial(self._api.count, content=content, name=request.model, call=call)
                 _, count, _ = await self._first_answer(held, ask, COUNT_SECONDS)
                 return count
 
@@ -231,7 +191,7 @@ class VllmProvider:
         failures: list[DeltawireError] = []
         for replica in self._replicas.in_order():
             try:
-                served = await self._listing(replica, token)
+                served = await self._api.list_models(replica, token)
             except ProviderError as error:
                 failures.append(error.with_traceback(None))
             else:
@@ -240,7 +200,7 @@ class VllmProvider:
 
     async def check_health(self) -> Health:
         """How it is; see `Provider.check_health`. An engine that is asleep is unhealthy, though its `/health` is 200."""
-        problems = await asyncio.gather(*map(self._problem, self._replicas.all))
+        problems = await asyncio.gather(*map(self._api.problem, self._replicas.all))
         unhealthy = {base_url: problem for base_url, problem in zip(self.base_urls, problems, strict=True) if problem}
         if not unhealthy:
             return Health(HealthStatus.OK)
@@ -253,11 +213,7 @@ class VllmProvider:
     async def close(self) -> None:
         """Close its connections; calls under way fail."""
         await asyncio.gather(*(reader.close() for reader in self._engines.values()))
-        await self._client.aclose()
-
-    def _headers(self, token: str | None) -> dict[str, str]:
-        chosen = token or self._api_token
-        return {"authorization": Secret(f"Bearer {chosen}")} if chosen else {}
+        await self._api.close()
 
     def _require_allowed(self, model: str) -> None:
         if not self._allows(model):
@@ -271,17 +227,6 @@ class VllmProvider:
     def _allows(self, model: str) -> bool:
         allowed = self._allowed_models
         return not allowed or any(fnmatchcase(model, pattern) for pattern in allowed)
-
-    def _call_headers(self, call: CallContext) -> dict[str, str]:
-        headers = self._headers(call.token)
-        headers["content-type"] = "application/json"
-        # vLLM tells the id in every chunk and takes it for its own: each attempt needs another.
-        headers["x-request-id"] = f"{call.request_id}-{secrets.token_hex(4)}"
-        if call.traceparent:
-            headers["traceparent"] = call.traceparent
-        if call.tracestate:
-            headers["tracestate"] = call.tracestate
-        return headers
 
     async def _first_answer(
         self, held: contextlib.ExitStack, ask: Callable[[Replica], Awaitable[T]], seconds: float
@@ -369,14 +314,7 @@ class VllmProvider:
         """Refuse fields that a replica would ignore; a notice for each that could not be checked."""
         if not to_check:
             return ()
-        return vllm_fields.check(to_check, await self._engines[replica].known(), self.id)
-
-    async def _engine_document(self, replica: Replica, path: str) -> Document | str:
-        """What a replica says of itself at a path that needs no key; why not, if that cannot be read."""
-        try:
-            return await self._get(replica, f"{replica.root}{path}", self._headers(None))
-        except DeltawireError as error:
-            return error.message
+        return check_fields(to_check, await self._engines[replica].known(), self.id)
 
     def _log_engine(self, replica: Replica, engine: Engine) -> None:
         known = {"provider": self.id, "base_url": replica.base_url, "engine": engine.kind.name.lower()}
@@ -391,195 +329,6 @@ class VllmProvider:
         message = f"another replica of provider {self.id!r} answers: " + "; ".join(error.message for error in failures)
         return (Notice(NoticeKind.ANOTHER_REPLICA, message),)
 
-    async def _count(self, replica: Replica, *, content: Body, name: str, call: CallContext) -> TokenCount:
-        """Have a replica count; `name` is what the caller calls the model."""
-        url = f"{replica.root}{TOKENIZE}"
-        headers = self._call_headers(call)
-        document = await self._document(replica, "POST", url, headers, COUNT_SECONDS, content)
-        if document.status != httpx.codes.OK:
-            raise self._not_counted(document, name, call)
-        counted = self._decoded(document, _Counted, f"{TOKENIZE} with something else than a count")
-        return TokenCount(counted.count, counted.max_model_len)
-
-    def _not_counted(self, document: Document, name: str, call: CallContext) -> DeltawireError:
-        error = failure_of(
-            _error_in(document),
-            self.id,
-            callers_token=call.token is not None,
-            token_withheld=call.token_withheld,
-            model=name,
-        )
-        # The key of `/v1` is not asked for here: who forbids it forbids the endpoint.
-        if document.status not in _NOT_OFFERED or error.reason is Reason.MODEL_NOT_FOUND:
-            return error
-        return ProviderError(
-            Reason.ENDPOINT_NOT_SUPPORTED,
-            f"provider {self.id!r} does not count tokens: it answered HTTP {document.status} at {TOKENIZE}, which is beside"
-            " /v1; the operator can let it through to vLLM",
-            metadata={"provider": self.id, "endpoint": TOKENIZE},
-        )
-
-    async def _open(
-        self, replica: Replica, content: Body, name: str, call: CallContext
-    ) -> tuple[httpx.Response, AsyncGenerator[bytes]]:
-        """Send a chat request, and read up to the first event of the answer.
-
-        Args:
-            replica: Which one to ask.
-            content: The request's body.
-            name: What the caller calls the model.
-            call: The caller's metadata.
-
-        Returns:
-            The response, which the caller has to close, and its whole body.
-        """
-        headers = {**self._call_headers(call), "accept": "text/event-stream"}
-        url = f"{replica.base_url}/chat/completions"
-        fail = functools.partial(
-            failure_of,
-            provider_id=self.id,
-            callers_token=call.token is not None,
-            token_withheld=call.token_withheld,
-            model=name,
-        )
-        response = await self._send(replica, "POST", url, headers, content)
-        try:
-            if response.status_code != httpx.codes.OK:
-                raise fail(await _read_error(response))
-            content_type = response.headers.get("content-type", "")
-            if not content_type.startswith("text/event-stream"):
-                message = (
-                    f"provider {self.id!r} answered with {content_type or 'no content type'} instead of an event stream"
-                )
-                said = (await _read_error(response)).message
-                raise ProviderError(
-                    Reason.UPSTREAM_MALFORMED,
-                    f"{message}: {excerpt(said)}" if said else message,
-                    metadata={"provider": self.id},
-                )
-            pieces = response.aiter_raw()
-            opening = await read_opening(functools.partial(_next, pieces), self.id, fail)
-        except ProtocolViolationError as error:
-            await asyncio.shield(_close(response))
-            raise self._unreachable(replica, error) from error
-        except BaseException:
-            await asyncio.shield(_close(response))
-            raise
-        return response, _body(opening, pieces)
-
-    async def _listing(self, replica: Replica, token: str | None) -> tuple[ServedModel, ...]:
-        headers = self._headers(None if self._api_token else token)
-        document = await self._get(replica, f"{replica.base_url}/models", headers)
-        if document.status != httpx.codes.OK:
-            callers_token = token is not None and not self._api_token
-            raise failure_of(_error_in(document), self.id, callers_token=callers_token)
-        cards = self._decoded(document, _Listing, "its list of models with something else").data
-        models = (_served_model(card) for card in cards if isinstance(card, dict) and card.get("id"))
-        return tuple(model for model in models if len(model.id) <= MAX_SERVED_NAME)
-
-    async def _problem(self, replica: Replica) -> str:
-        """What is wrong with a replica; empty if it is healthy."""
-        headers = self._headers(None)
-        try:
-            document = await self._get(replica, f"{replica.root}/health", headers)
-            if not 200 <= document.status < 300:
-                return f"HTTP {document.status}"
-            document = await self._get(replica, f"{replica.root}/is_sleeping", headers)
-            if document.status == httpx.codes.OK and _says_asleep(document.body):
-                return "the engine is asleep"
-            # vLLM's /health asks for no key: a wrong one would seem healthy, and every call would fail.
-            if self.has_token and (await self._get(replica, f"{replica.base_url}/models", headers)).status in (
-                401,
-                403,
-            ):
-                return "it refuses the token in the gateway's settings"
-        except DeltawireError as error:
-            said = error.message.removeprefix(f"provider {self.id!r} ")
-            return said.removeprefix("cannot be reached: ")
-        return ""
-
-    async def _get(self, replica: Replica, url: str, headers: Mapping[str, str]) -> Document:
-        return await self._document(replica, "GET", url, headers, CONTROL_SECONDS)
-
-    async def _document(
-        self,
-        replica: Replica,
-        method: str,
-        url: str,
-        headers: Mapping[str, str],
-        seconds: float,
-        content: Body | None = None,
-    ) -> Document:
-        """Send a request and read all of the answer, whatever its status.
-
-        Raises:
-            ProviderError: UPSTREAM_UNAVAILABLE: it is away, or all of it took longer than `seconds`; PROVIDER_MISCONFIGURED: its
-                certificate or its name is wrong; UPSTREAM_MALFORMED: it violates HTTP, or has more than `MAX_DOCUMENT_BYTES`.
-        """
-        body = bytearray()
-        try:
-            async with asyncio.timeout(seconds):
-                response = await self._send(replica, method, url, headers, content)
-                try:
-                    await _read(response, body, MAX_DOCUMENT_BYTES)
-                finally:
-                    await asyncio.shield(_close(response))
-        except TimeoutError as error:
-            raise self._unavailable(replica, f"did not answer within {seconds:g} seconds") from error
-        except _BROKEN as error:
-            raise self._unreachable(replica, error) from error
-        if len(body) > MAX_DOCUMENT_BYTES:
-            what = f"sent more than {MAX_DOCUMENT_BYTES} bytes at {url.removeprefix(replica.root)}"
-            raise self._unavailable(replica, what, Reason.UPSTREAM_MALFORMED)
-        return Document(response.status_code, dict(response.headers), bytes(body))
-
-    def _decoded(self, document: Document, kind: type[D], instead: str) -> D:
-        try:
-            return msgspec.json.decode(document.body, type=kind)
-        except NOT_JSON as error:
-            message = f"provider {self.id!r} answered {instead}: is its base URL right?"
-            raise ProviderError(Reason.UPSTREAM_MALFORMED, message, metadata={"provider": self.id}) from error
-
-    async def _send(
-        self, replica: Replica, method: str, url: str, headers: Mapping[str, str], content: Body | None = None
-    ) -> httpx.Response:
-        """Send a request; the response has begun, and is the caller's to close."""
-        try:
-            if content is not None:
-                headers = {**headers, "content-length": str(content.size)}
-            request = self._client.build_request(method, url, content=content, headers=headers, timeout=self._timeout)
-            return await self._client.send(request, stream=True)
-        except _BROKEN as error:
-            raise self._unreachable(replica, error) from error
-
-    def _unreachable(self, replica: Replica, error: Exception) -> ProviderError:
-        reason, said = reason_of(error)
-        problem = "sent a broken response" if reason is Reason.UPSTREAM_MALFORMED else "cannot be reached"
-        return self._unavailable(replica, f"{problem}: {said}", reason)
-
-    def _unavailable(self, replica: Replica, what: str, reason: Reason = Reason.UPSTREAM_UNAVAILABLE) -> ProviderError:
-        # The address is for the operator: callers have no business with it.
-        _log.info("replica failed", provider=self.id, base_url=replica.base_url, reason=reason.name, error=what)
-        return ProviderError(
-            reason,
-            f"provider {self.id!r} {what}",
-            metadata={"provider": self.id},
-            retry_after=RETRY_SECONDS if reason is Reason.UPSTREAM_UNAVAILABLE else None,
-        )
-
-
-class _Listing(msgspec.Struct):
-    """The body of a list of models."""
-
-    data: list[Any]
-
-
-class _Counted(msgspec.Struct):
-    """The body of a count. The token ids that come with it are not read."""
-
-    count: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
-    max_model_len: Annotated[int, msgspec.Meta(gt=0, le=2**31 - 1)] | None = None
-
 
 _MOST_TEMPORARY = (
     Reason.UPSTREAM_UNAVAILABLE,
@@ -588,9 +337,6 @@ _MOST_TEMPORARY = (
     Reason.PROVIDER_MISCONFIGURED,
 )
 """The reasons for which another replica is asked, beginning with what passes soonest."""
-
-_NOT_OFFERED = frozenset({403, 404, 405, 501})
-"""The statuses of an endpoint that is not there, or not for us."""
 
 
 def _require_text(request: ChatRequest) -> None:
@@ -605,85 +351,3 @@ def _require_text(request: ChatRequest) -> None:
     ]
     if violations:
         raise invalid_request(violations)
-
-
-async def _read(response: httpx.Response, body: bytearray, most: int) -> None:
-    """Read a body to its end, or until there is more than `most` bytes of it."""
-    async for data in response.aiter_raw():
-        body += data
-        if len(body) > most:
-            break
-
-
-async def _read_error(response: httpx.Response) -> UpstreamError:
-    """What an error response says, as far as it comes in time."""
-    body = bytearray()
-    with contextlib.suppress(TimeoutError, *_BROKEN):
-        async with asyncio.timeout(CONTROL_SECONDS):
-            await _read(response, body, MAX_ERROR_BYTES)
-    return _error_in(Document(response.status_code, dict(response.headers), bytes(body)))
-
-
-async def _next(pieces: AsyncIterator[bytes]) -> bytes | None:
-    """The next piece of a body; `None` at its end, or where the connection was lost."""
-    try:
-        return await anext(pieces)
-    except ProtocolViolationError:
-        raise
-    except (StopAsyncIteration, *_BROKEN):
-        return None
-
-
-async def _body(opening: Sequence[bytes], pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
-    """The body up to its end or to where the connection was lost: for what the answer is, both are the same.
-
-    Yields:
-        At most `MAX_PIECE` bytes at a time; a piece of that size waits for its turn.
-
-    Raises:
-        BrokenBodyError: The provider violated HTTP; all bytes before that were yielded.
-    """
-    data: bytes | None = b"".join(opening)
-    try:
-        while data is not None:
-            for start in range(0, len(data), MAX_PIECE):
-                piece = data[start : start + MAX_PIECE]
-                if len(piece) == MAX_PIECE:
-                    await give_way()
-                yield piece
-            data = await anext(pieces, None)
-    except ProtocolViolationError as error:
-        raise BrokenBodyError(Fault(Reason.UPSTREAM_MALFORMED, str(error))) from error
-    except _BROKEN:
-        return
-
-
-async def _close(response: httpx.Response) -> None:
-    with contextlib.suppress(*_BROKEN):
-        await response.aclose()
-
-
-def _error_in(document: Document) -> UpstreamError:
-    return read_error(document.body[:MAX_ERROR_BYTES], document.status, document.headers.get("retry-after", ""))
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else ""
-
-
-def _served_model(card: dict[str, Any]) -> ServedModel:
-    length = card.get("max_model_len")
-    return ServedModel(
-        id=str(card["id"]),
-        engine_root=_text(card.get("root")),
-        base_model=_text(card.get("parent")),
-        max_context_tokens=length if isinstance(length, int) and length > 0 else None,
-    )
-
-
-def _says_asleep(body: bytes) -> bool:
-    try:
-        said = msgspec.json.decode(body)
-    except NOT_JSON:
-        return False
-    return isinstance(said, dict) and said.get("is_sleeping") is True

@@ -11,14 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from deltawire_server.errors import CallerError, Reason, Violation
-from deltawire_server.sansio.events import Notice, NoticeKind
 from deltawire_server.upstream.request import Sampling
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from deltawire_server.upstream.engine import Engine
     from deltawire_server.upstream.request import ChatRequest
 
 CHAT_PATH = "/v1/chat/completions"
@@ -83,43 +80,6 @@ def fields_to_check(body: Mapping[str, Any], request: ChatRequest) -> dict[str, 
             found[STRICT] = f"chat.tools[{index}].strict"
             break
     return found
-
-
-def check(asked: Mapping[str, str], engine: Engine, provider_id: str) -> tuple[Notice, ...]:
-    """Refuse a request with fields that its vLLM does not know.
-
-    Args:
-        asked: From `fields_to_check`.
-        engine: What answers. Only if it is known to be a vLLM, and to know certain fields, is anything refused.
-        provider_id: Whose it is.
-
-    Returns:
-        A notice for each field that could not be checked.
-
-    Raises:
-        CallerError: FIELD_NOT_SUPPORTED, with each field that is not known.
-    """
-    if engine.fields is None:
-        return tuple(
-            Notice(
-                NoticeKind.FIELDS_NOT_CHECKED,
-                f"it is not known which fields provider {provider_id!r} knows ({engine.detail}); if it does not know {name},"
-                " it ignores it",
-                path,
-            )
-            for name, path in sorted(asked.items())
-        )
-    unknown = sorted(asked.keys() - engine.fields)
-    if not unknown:
-        return ()
-    version = f"vLLM {engine.version}" if engine.version else "a vLLM"
-    raise CallerError(
-        Reason.FIELD_NOT_SUPPORTED,
-        f"provider {provider_id!r} is {version}, which does not know {', '.join(unknown)} and would ignore it: leave out "
-        + ", ".join(asked[name] for name in unknown),
-        metadata={"field": asked[unknown[0]], "provider": provider_id, "version": engine.version},
-        violations=[Violation(asked[name], f"{version} does not know {name}: leave it out") for name in unknown],
-    )
 
 
 def field_names(document: bytes | None) -> frozenset[str]:

@@ -1,0 +1,391 @@
+"""The HTTP API of one vLLM server: each method makes one request and reads its answer.
+
+httpx over a transport of our own, whose exceptions say who broke what: a server that cannot be reached is unavailable unless
+someone has to change a setting, one that violates HTTP is malformed, and a body that ends early just ends, since what is missing
+shows in its events. Which server is asked, and which one next, is for `vllm`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import secrets
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import httpx
+import msgspec
+
+from deltawire_server.errors import DeltawireError, ProviderError, Reason
+from deltawire_server.pacing import give_way
+from deltawire_server.sansio.events import Fault
+from deltawire_server.secret import Secret
+from deltawire_server.telemetry import get_logger
+from deltawire_server.upstream.base import BrokenBodyError, CallContext, ServedModel, TokenCount
+from deltawire_server.upstream.engine import Document
+from deltawire_server.upstream.failures import NOT_JSON, RETRY_SECONDS, UpstreamError, excerpt, failure_of, read_error
+from deltawire_server.upstream.opening import read_opening
+from deltawire_server.upstream.transport.errors import ProtocolViolationError
+from deltawire_server.upstream.unreachable import reason_of
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+
+    from deltawire_server.upstream.replicas import Replica
+    from deltawire_server.upstream.vllm_request import Body
+
+CONTROL_SECONDS = 5.0
+"""For listings and health: an engine's API server answers them without the engine, so a slow one is not well."""
+
+COUNT_SECONDS = 60.0
+"""For a count of tokens: the API server renders and counts by itself, for a long prompt and between others' for seconds."""
+
+MAX_DOCUMENT_BYTES = 2 * 1024 * 1024
+"""Of what a server says of itself; vLLM's OpenAPI document has a quarter of that."""
+
+MAX_SERVED_NAME = 1024
+"""Characters of a served model's name; one that is longer is left out. It is far beyond the names of files and repositories, and
+with all else that a listing holds, a model stays below the 4 MiB of a message."""
+
+TOKENIZE = "/tokenize"
+
+MAX_ERROR_BYTES = 1024 * 1024
+"""Of an error's body: vLLM quotes the request in some, and a cut one cannot be read; a wrong URL may answer with anything."""
+
+MAX_PIECE = 16 * 1024
+"""Of an answer's body that is taken in one step: up to 8 ms if it consists of short events."""
+
+D = TypeVar("D")
+
+_log = get_logger(__name__)
+
+_BROKEN = (httpx.TransportError, httpx.InvalidURL)
+"""What the transport raises, and httpx for an address that cannot be one, such as 256.1.1.1."""
+
+
+_NOT_OFFERED = frozenset({403, 404, 405, 501})
+"""The statuses of an endpoint that is not there, or not for us."""
+
+
+class VllmApi:
+    """The requests to the servers of one provider.
+
+    Args:
+        provider_id: The operator's name for it.
+        api_token: The operator's token; `None` sends none.
+        client: Sends them.
+        connect_timeout: Seconds to reach a server.
+    """
+
+    def __init__(
+        self, provider_id: str, api_token: str | None, client: httpx.AsyncClient, connect_timeout: float
+    ) -> None:
+        self._id = provider_id
+        self._api_token = None if api_token is None else Secret(api_token)
+        self._client = client
+        # No time limit on reads: those of answers are counted from events, and those of documents over all of it.
+        self._timeout = httpx.Timeout(None, connect=connect_timeout)
+
+    @property
+    def has_token(self) -> bool:
+        """Whether the operator configured a token."""
+        return self._api_token is not None
+
+    async def close(self) -> None:
+        """Close all connections; requests under way fail."""
+        await self._client.aclose()
+
+    def _headers(self, token: str | None) -> dict[str, str]:
+        chosen = token or self._api_token
+        return {"authorization": Secret(f"Bearer {chosen}")} if chosen else {}
+
+    def _call_headers(self, call: CallContext) -> dict[str, str]:
+        headers = self._headers(call.token)
+        headers["content-type"] = "application/json"
+        # vLLM tells the id in every chunk and takes it for its own: each attempt needs another.
+        headers["x-request-id"] = f"{call.request_id}-{secrets.token_hex(4)}"
+        if call.traceparent:
+            headers["traceparent"] = call.traceparent
+        if call.tracestate:
+            headers["tracestate"] = call.tracestate
+        return headers
+
+    async def engine_document(self, replica: Replica, path: str) -> Document | str:
+        """What a replica says of itself at a path that needs no key; why not, if that cannot be read."""
+        try:
+            return await self._get(replica, f"{replica.root}{path}", self._headers(None))
+        except DeltawireError as error:
+            return error.message
+
+    async def count(self, replica: Replica, *, content: Body, name: str, call: CallContext) -> TokenCount:
+        """Have a replica count; `name` is what the caller calls the model."""
+        url = f"{replica.root}{TOKENIZE}"
+        headers = self._call_headers(call)
+        document = await self._document(replica, "POST", url, headers, COUNT_SECONDS, content)
+        if document.status != httpx.codes.OK:
+            raise self._not_counted(document, name, call)
+        counted = self._decoded(document, _Counted, f"{TOKENIZE} with something else than a count")
+        return TokenCount(counted.count, counted.max_model_len)
+
+    def _not_counted(self, document: Document, name: str, call: CallContext) -> DeltawireError:
+        error = failure_of(
+            _error_in(document),
+            self._id,
+            callers_token=call.token is not None,
+            token_withheld=call.token_withheld,
+            model=name,
+        )
+        # The key of `/v1` is not asked for here: who forbids it forbids the endpoint.
+        if document.status not in _NOT_OFFERED or error.reason is Reason.MODEL_NOT_FOUND:
+            return error
+        return ProviderError(
+            Reason.ENDPOINT_NOT_SUPPORTED,
+            f"provider {self._id!r} does not count tokens: it answered HTTP {document.status} at {TOKENIZE}, which is beside"
+            " /v1; the operator can let it through to vLLM",
+            metadata={"provider": self._id, "endpoint": TOKENIZE},
+        )
+
+    async def open(
+        self, replica: Replica, content: Body, name: str, call: CallContext
+    ) -> tuple[httpx.Response, AsyncGenerator[bytes]]:
+        """Send a chat request, and read up to the first event of the answer.
+
+        Args:
+            replica: Which one to ask.
+            content: The request's body.
+            name: What the caller calls the model.
+            call: The caller's metadata.
+
+        Returns:
+            The response, which the caller has to close, and its whole body.
+        """
+        headers = {**self._call_headers(call), "accept": "text/event-stream"}
+        url = f"{replica.base_url}/chat/completions"
+        fail = functools.partial(
+            failure_of,
+            provider_id=self._id,
+            callers_token=call.token is not None,
+            token_withheld=call.token_withheld,
+            model=name,
+        )
+        response = await self._send(replica, "POST", url, headers, content)
+        try:
+            if response.status_code != httpx.codes.OK:
+                raise fail(await _read_error(response))
+            content_type = response.headers.get("content-type", "")
+            if not content_type.startswith("text/event-stream"):
+                message = f"provider {self._id!r} answered with {content_type or 'no content type'} instead of an event stream"
+                said = (await _read_error(response)).message
+                raise ProviderError(
+                    Reason.UPSTREAM_MALFORMED,
+                    f"{message}: {excerpt(said)}" if said else message,
+                    metadata={"provider": self._id},
+                )
+            pieces = response.aiter_raw()
+            opening = await read_opening(functools.partial(_next, pieces), self._id, fail)
+        except ProtocolViolationError as error:
+            await asyncio.shield(close_response(response))
+            raise self._unreachable(replica, error) from error
+        except BaseException:
+            await asyncio.shield(close_response(response))
+            raise
+        return response, _body(opening, pieces)
+
+    async def list_models(self, replica: Replica, token: str | None) -> tuple[ServedModel, ...]:
+        """What a server serves; the operator's token comes before the caller's."""
+        headers = self._headers(None if self._api_token else token)
+        document = await self._get(replica, f"{replica.base_url}/models", headers)
+        if document.status != httpx.codes.OK:
+            callers_token = token is not None and not self._api_token
+            raise failure_of(_error_in(document), self._id, callers_token=callers_token)
+        cards = self._decoded(document, _Listing, "its list of models with something else").data
+        models = (_served_model(card) for card in cards if isinstance(card, dict) and card.get("id"))
+        return tuple(model for model in models if len(model.id) <= MAX_SERVED_NAME)
+
+    async def problem(self, replica: Replica) -> str:
+        """What is wrong with a replica; empty if it is healthy."""
+        headers = self._headers(None)
+        try:
+            document = await self._get(replica, f"{replica.root}/health", headers)
+            if not 200 <= document.status < 300:
+                return f"HTTP {document.status}"
+            document = await self._get(replica, f"{replica.root}/is_sleeping", headers)
+            if document.status == httpx.codes.OK and _says_asleep(document.body):
+                return "the engine is asleep"
+            # vLLM's /health asks for no key: a wrong one would seem healthy, and every call would fail.
+            if self._api_token is not None and (
+                await self._get(replica, f"{replica.base_url}/models", headers)
+            ).status in (
+                401,
+                403,
+            ):
+                return "it refuses the token in the gateway's settings"
+        except DeltawireError as error:
+            said = error.message.removeprefix(f"provider {self._id!r} ")
+            return said.removeprefix("cannot be reached: ")
+        return ""
+
+    async def _get(self, replica: Replica, url: str, headers: Mapping[str, str]) -> Document:
+        return await self._document(replica, "GET", url, headers, CONTROL_SECONDS)
+
+    async def _document(
+        self,
+        replica: Replica,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        seconds: float,
+        content: Body | None = None,
+    ) -> Document:
+        """Send a request and read all of the answer, whatever its status.
+
+        Raises:
+            ProviderError: UPSTREAM_UNAVAILABLE: it is away, or all of it took longer than `seconds`; PROVIDER_MISCONFIGURED: its
+                certificate or its name is wrong; UPSTREAM_MALFORMED: it violates HTTP, or has more than `MAX_DOCUMENT_BYTES`.
+        """
+        body = bytearray()
+        try:
+            async with asyncio.timeout(seconds):
+                response = await self._send(replica, method, url, headers, content)
+                try:
+                    await _read(response, body, MAX_DOCUMENT_BYTES)
+                finally:
+                    await asyncio.shield(close_response(response))
+        except TimeoutError as error:
+            raise self._unavailable(replica, f"did not answer within {seconds:g} seconds") from error
+        except _BROKEN as error:
+            raise self._unreachable(replica, error) from error
+        if len(body) > MAX_DOCUMENT_BYTES:
+            what = f"sent more than {MAX_DOCUMENT_BYTES} bytes at {url.removeprefix(replica.root)}"
+            raise self._unavailable(replica, what, Reason.UPSTREAM_MALFORMED)
+        return Document(response.status_code, dict(response.headers), bytes(body))
+
+    def _decoded(self, document: Document, kind: type[D], instead: str) -> D:
+        try:
+            return msgspec.json.decode(document.body, type=kind)
+        except NOT_JSON as error:
+            message = f"provider {self._id!r} answered {instead}: is its base URL right?"
+            raise ProviderError(Reason.UPSTREAM_MALFORMED, message, metadata={"provider": self._id}) from error
+
+    async def _send(
+        self, replica: Replica, method: str, url: str, headers: Mapping[str, str], content: Body | None = None
+    ) -> httpx.Response:
+        """Send a request; the response has begun, and is the caller's to close."""
+        try:
+            if content is not None:
+                headers = {**headers, "content-length": str(content.size)}
+            request = self._client.build_request(method, url, content=content, headers=headers, timeout=self._timeout)
+            return await self._client.send(request, stream=True)
+        except _BROKEN as error:
+            raise self._unreachable(replica, error) from error
+
+    def _unreachable(self, replica: Replica, error: Exception) -> ProviderError:
+        reason, said = reason_of(error)
+        problem = "sent a broken response" if reason is Reason.UPSTREAM_MALFORMED else "cannot be reached"
+        return self._unavailable(replica, f"{problem}: {said}", reason)
+
+    def _unavailable(self, replica: Replica, what: str, reason: Reason = Reason.UPSTREAM_UNAVAILABLE) -> ProviderError:
+        # The address is for the operator: callers have no business with it.
+        _log.info("replica failed", provider=self._id, base_url=replica.base_url, reason=reason.name, error=what)
+        return ProviderError(
+            reason,
+            f"provider {self._id!r} {what}",
+            metadata={"provider": self._id},
+            retry_after=RETRY_SECONDS if reason is Reason.UPSTREAM_UNAVAILABLE else None,
+        )
+
+
+class _Listing(msgspec.Struct):
+    """The body of a list of models."""
+
+    data: list[Any]
+
+
+class _Counted(msgspec.Struct):
+    """The body of a count. The token ids that come with it are not read."""
+
+    count: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+    max_model_len: Annotated[int, msgspec.Meta(gt=0, le=2**31 - 1)] | None = None
+
+
+async def _read(response: httpx.Response, body: bytearray, most: int) -> None:
+    """Read a body to its end, or until there is more than `most` bytes of it."""
+    async for data in response.aiter_raw():
+        body += data
+        if len(body) > most:
+            break
+
+
+async def _read_error(response: httpx.Response) -> UpstreamError:
+    """What an error response says, as far as it comes in time."""
+    body = bytearray()
+    with contextlib.suppress(TimeoutError, *_BROKEN):
+        async with asyncio.timeout(CONTROL_SECONDS):
+            await _read(response, body, MAX_ERROR_BYTES)
+    return _error_in(Document(response.status_code, dict(response.headers), bytes(body)))
+
+
+async def _next(pieces: AsyncIterator[bytes]) -> bytes | None:
+    """The next piece of a body; `None` at its end, or where the connection was lost."""
+    try:
+        return await anext(pieces)
+    except ProtocolViolationError:
+        raise
+    except (StopAsyncIteration, *_BROKEN):
+        return None
+
+
+async def _body(opening: Sequence[bytes], pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
+    """The body up to its end or to where the connection was lost: for what the answer is, both are the same.
+
+    Yields:
+        At most `MAX_PIECE` bytes at a time; a piece of that size waits for its turn.
+
+    Raises:
+        BrokenBodyError: The provider violated HTTP; all bytes before that were yielded.
+    """
+    data: bytes | None = b"".join(opening)
+    try:
+        while data is not None:
+            for start in range(0, len(data), MAX_PIECE):
+                piece = data[start : start + MAX_PIECE]
+                if len(piece) == MAX_PIECE:
+                    await give_way()
+                yield piece
+            data = await anext(pieces, None)
+    except ProtocolViolationError as error:
+        raise BrokenBodyError(Fault(Reason.UPSTREAM_MALFORMED, str(error))) from error
+    except _BROKEN:
+        return
+
+
+async def close_response(response: httpx.Response) -> None:
+    """Close a response; if it has not arrived as a whole, its connection, which makes vLLM stop."""
+    with contextlib.suppress(*_BROKEN):
+        await response.aclose()
+
+
+def _error_in(document: Document) -> UpstreamError:
+    return read_error(document.body[:MAX_ERROR_BYTES], document.status, document.headers.get("retry-after", ""))
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _served_model(card: dict[str, Any]) -> ServedModel:
+    length = card.get("max_model_len")
+    return ServedModel(
+        id=str(card["id"]),
+        engine_root=_text(card.get("root")),
+        base_model=_text(card.get("parent")),
+        max_context_tokens=length if isinstance(length, int) and length > 0 else None,
+    )
+
+
+def _says_asleep(body: bytes) -> bool:
+    try:
+        said = msgspec.json.decode(body)
+    except NOT_JSON:
+        return False
+    return isinstance(said, dict) and said.get("is_sleeping") is True
