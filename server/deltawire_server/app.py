@@ -27,7 +27,7 @@ from deltawire_server.rpc.interceptors import STREAM_CHAT, CallInterceptor
 from deltawire_server.rpc.model_registry import ModelRegistryServicer
 from deltawire_server.rpc.reception import Reception
 from deltawire_server.rpc.validate_content import ContentLimits
-from deltawire_server.sansio.completion import Limits
+from deltawire_server.sansio.reader import Limits
 from deltawire_server.secret import Secret
 from deltawire_server.settings import SettingsError, is_local
 from deltawire_server.telemetry import configure_logging, get_logger

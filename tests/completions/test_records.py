@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from deltawire_server.completions.retention import RetainedStream
 
 
-class FakeRunning:
+class FakeCompletion:
     """A completion that notes how it was stopped."""
 
     def __init__(self, completion_id: str = "c") -> None:
@@ -101,7 +101,7 @@ def test_what_is_remembered_of_an_ended_completion() -> None:
     """How it ended and what it cost; the completion itself is let go."""
     records = Records()
     record = records.begin("me", "c")
-    running = FakeRunning()
+    running = FakeCompletion()
     record.run(running)
     assert (record.ended, record.begun, record.usage) == (False, False, NOTHING_YET)
     outcome = Outcome(Code.CANCELLED, None, "gone")
@@ -178,11 +178,11 @@ def test_cancel() -> None:
     """It ends what runs, waits for what does not run yet, and changes nothing of what has ended."""
     records = Records()
     early, late, over = Record("me", "a"), Record("me", "b"), records.begin("me", "c")
-    running = FakeRunning()
+    running = FakeCompletion()
     early.cancel()
     early.run(running)
     assert running.stopped == [StopReason.CANCELLED]
-    running = FakeRunning()
+    running = FakeCompletion()
     late.run(running)
     assert running.stopped == []
     late.cancel()
@@ -197,12 +197,12 @@ def test_a_completion_that_is_failed() -> None:
     records = Records()
     early, late = records.begin("a"), records.begin("b")
     fault = Fault(Reason.ACCESS_CHANGED, "revoked")
-    running = FakeRunning()
+    running = FakeCompletion()
     early.run(running)
     for record in records.kept():
         record.fail(fault)
     assert running.faults == [fault]
-    running = FakeRunning()
+    running = FakeCompletion()
     late.run(running)
     assert running.faults == [fault]
     records.end(early, None)
@@ -220,7 +220,7 @@ LARGE = Sampling(
 
 def _ended(records: Records, caller: str, sampling: Sampling, outcome: Outcome | None = None) -> Record:
     record = records.begin(caller)
-    running = FakeRunning(record.completion_id)
+    running = FakeCompletion(record.completion_id)
     running.head = CompletionInfo(record.completion_id, "m" * 300, "", "p", 1.0, sampling)
     record.run(running)
     records.end(record, outcome)

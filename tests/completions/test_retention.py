@@ -25,7 +25,7 @@ from deltawire_server.sansio.events import (
     ToolCallSucceeded,
     Usage,
 )
-from tests.completions.test_records import FakeRunning
+from tests.completions.test_records import FakeCompletion
 from tests.support.gateway import WAIT, until
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Kept:
 
     def __init__(self, kept_by: Retention | None = None, retention: float = LONG) -> None:
         self.retention = kept_by or Retention()
-        self.running = FakeRunning()
+        self.running = FakeCompletion()
         self.dropped = 0
         self.stream = self.retention.open(retention, self._drop)
         self.stream.run(self.running)

@@ -14,7 +14,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from deltawire_server.registry.records import model_of_record, record_of
+from deltawire_server.registry.rows import model_of_record, record_of
 from deltawire_server.registry.store import Change, ChangeKind, Store
 from tests.registry.databases import LLAMA
 

@@ -13,7 +13,7 @@ from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire_server.completions.completion import Completion
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
 from deltawire_server.memory import Hold
-from deltawire_server.sansio.completion import CompletionReader
+from deltawire_server.sansio.reader import CompletionReader
 from deltawire_server.upstream.request import ChatRequest
 from tests.support.gateway import Lines, Running, ask, failure_of, read, tool
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from deltawire_server.sansio.completion import CompletionReader
 from deltawire_server.sansio.events import (
     ChoiceFinished,
     Completed,
@@ -20,13 +19,14 @@ from deltawire_server.sansio.events import (
     ToolCallSucceeded,
     Usage,
 )
+from deltawire_server.sansio.reader import CompletionReader
 from tests.support.recordings import counting_ids
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from deltawire_server.sansio.completion import Limits
     from deltawire_server.sansio.events import Event
+    from deltawire_server.sansio.reader import Limits
     from deltawire_server.sansio.tool_calls import Check
 
 Json = dict[str, Any]

@@ -7,7 +7,6 @@ import tracemalloc
 import pytest
 
 from deltawire_server.errors import Reason
-from deltawire_server.sansio.completion import Limits
 from deltawire_server.sansio.events import (
     Completed,
     Event,
@@ -16,6 +15,7 @@ from deltawire_server.sansio.events import (
     ToolCallFailed,
     ToolCallSucceeded,
 )
+from deltawire_server.sansio.reader import Limits
 from tests.sansio.build import DONE, calls, chunk, end, entry, part, reader, text
 
 LOGPROBS = {

@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 
 from deltawire.v1 import chat_completion_pb2, tool_pb2
 from deltawire_server.errors import Reason
-from deltawire_server.sansio import completion
-from deltawire_server.sansio.completion import Limits, Phase
 from deltawire_server.sansio.events import (
     Alternative,
     ChoiceFinished,
@@ -30,6 +28,7 @@ from deltawire_server.sansio.events import (
     ToolCallStarted,
     ToolCallSucceeded,
 )
+from deltawire_server.sansio.reader import STOP_REASONS, Limits, Phase
 from tests.sansio.build import (
     DONE,
     STARTED,
@@ -477,7 +476,7 @@ def test_7_a_finish_without_a_delta() -> None:
 
 def test_7_the_table_of_words_is_tested_whole() -> None:
     """A word that is added to the table is added here."""
-    assert completion.STOP_REASONS == STOPS
+    assert STOP_REASONS == STOPS
 
 
 @pytest.mark.parametrize("word", OWN_ENDS)

@@ -10,7 +10,6 @@ import pytest
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import tool_pb2
 from deltawire_server.sansio import pieces, tool_calls
-from deltawire_server.sansio.completion import MAX_WHOLE_BYTES, Limits
 from deltawire_server.sansio.events import (
     Alternative,
     ChoiceFinished,
@@ -24,6 +23,7 @@ from deltawire_server.sansio.events import (
     ToolCallStarted,
     ToolCallSucceeded,
 )
+from deltawire_server.sansio.reader import MAX_WHOLE_BYTES, Limits
 from tests.sansio.build import DONE, Json, calls, chunk, end, entry, part, read, text
 
 if TYPE_CHECKING:

@@ -9,15 +9,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from deltawire_server.errors import Reason
-from deltawire_server.sansio.completion import (
-    TRANSITIONS,
-    CompletionReader,
-    Ending,
-    Input,
-    Limits,
-    Phase,
-    TransitionError,
-)
 from deltawire_server.sansio.events import (
     ChoiceFinished,
     Completed,
@@ -31,6 +22,15 @@ from deltawire_server.sansio.events import (
     TextDelta,
     ToolCallFailed,
     ToolCallSucceeded,
+)
+from deltawire_server.sansio.reader import (
+    TRANSITIONS,
+    CompletionReader,
+    Ending,
+    Input,
+    Limits,
+    Phase,
+    TransitionError,
 )
 from tests.sansio.build import DONE, calls, chunk, data, end, entry, error, figures, part, read, reader, text
 from tests.support import chop

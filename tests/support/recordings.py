@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from deltawire_server.sansio.completion import CompletionReader
+from deltawire_server.sansio.reader import CompletionReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

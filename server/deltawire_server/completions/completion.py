@@ -23,7 +23,6 @@ from deltawire_server.completions.event_buffer import EventBuffer
 from deltawire_server.completions.info import CompletionInfo, Timings
 from deltawire_server.completions.state import Cause, State, advance
 from deltawire_server.errors import Code, DeltawireError, GatewayError, ProviderError, Reason, internal_error
-from deltawire_server.sansio.completion import CompletionReader, Limits
 from deltawire_server.sansio.events import (
     Completed,
     Event,
@@ -36,6 +35,7 @@ from deltawire_server.sansio.events import (
     Usage,
     UsageUpdate,
 )
+from deltawire_server.sansio.reader import CompletionReader, Limits
 from deltawire_server.telemetry import get_logger
 from deltawire_server.upstream.base import BrokenBodyError
 from deltawire_server.upstream.failures import RETRY_SECONDS, UpstreamError, failure_of

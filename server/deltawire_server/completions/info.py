@@ -78,7 +78,7 @@ class CompletionView(Protocol):
         """Why it did not end by itself, if it did not."""
 
 
-class Running(CompletionView, Protocol):
+class ActiveCompletion(CompletionView, Protocol):
     """A completion under way, as far as its record and its retained stream need it."""
 
     @property

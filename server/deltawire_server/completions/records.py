@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from sys import getsizeof
 from typing import TYPE_CHECKING
 
-from deltawire_server.completions.info import NOTHING_YET, CompletionInfo, Outcome, Running
+from deltawire_server.completions.info import NOTHING_YET, ActiveCompletion, CompletionInfo, Outcome
 from deltawire_server.errors import CallerError, GatewayError, Reason
 from deltawire_server.sansio.events import StopReason, Usage
 
@@ -69,7 +69,7 @@ class Record:
     caller: str
     completion_id: str
     fingerprint: bytes = b""
-    running: Running | None = None
+    running: ActiveCompletion | None = None
     head: CompletionInfo | None = None
     begun: bool = False
     usage: Usage = NOTHING_YET
@@ -86,7 +86,7 @@ class Record:
         """Whether its stream had its last reader and its generation is being stopped: its id is free for another attempt."""
         return bool(self.fingerprint) and self.stream is None and not self.ended
 
-    def run(self, running: Running) -> None:
+    def run(self, running: ActiveCompletion) -> None:
         """It is under way from now on; a cancel that came earlier takes effect."""
         self.running = running
         self.head = running.head

@@ -32,7 +32,7 @@ from deltawire_server.sansio.events import Completed, StopReason
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 
-    from deltawire_server.completions.info import CompletionInfo, Running
+    from deltawire_server.completions.info import ActiveCompletion, CompletionInfo
     from deltawire_server.sansio.events import StreamEvent, Usage
 
 UNREAD_BYTES = 256 * 1024
@@ -77,7 +77,7 @@ class RetainedStream:
         self.left: Outcome | None = None
         self._retention = retention
         self._head: CompletionInfo | None = None
-        self._running: Running | None = None  # until it is closed; it holds the whole answer
+        self._running: ActiveCompletion | None = None  # until it is closed; it holds the whole answer
         self._attempts = 0
         self._usage = NOTHING_YET
         self._timings = Timings(0.0)
@@ -147,7 +147,7 @@ class RetainedStream:
         last = self._messages[-1] if self._messages else None
         return last if isinstance(last, Completed) else None
 
-    def run(self, running: Running) -> None:
+    def run(self, running: ActiveCompletion) -> None:
         """Its completion is under way."""
         self._running = running
         self._head = running.head

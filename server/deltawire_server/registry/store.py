@@ -19,15 +19,15 @@ from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
 from deltawire_server.errors import Reason, RegistryError
 from deltawire_server.registry.database import BUSY_SECONDS, said
-from deltawire_server.registry.records import (
+from deltawire_server.registry.rows import (
     DamagedRecordError,
     model_of,
     model_of_record,
     record_of,
     values_of,
 )
-from deltawire_server.registry.schema import CHANGES, LATEST, MODELS, NAMES, REVISION, migrate, version_of
 from deltawire_server.registry.sqlite import SqliteDatabase
+from deltawire_server.registry.tables import CHANGES, LATEST, MODELS, NAMES, REVISION, migrate, version_of
 from deltawire_server.telemetry import get_logger
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import pytest
 from sqlalchemy import inspect
 
 from deltawire_server.errors import Reason, RegistryError
-from deltawire_server.registry.schema import LATEST, STEPS, TABLES
 from deltawire_server.registry.store import Change, ChangeKind, Store
+from deltawire_server.registry.tables import LATEST, STEPS, TABLES
 from tests.registry.databases import LLAMA, engine_of, execute, plain, whole
 
 if TYPE_CHECKING:

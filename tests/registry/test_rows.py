@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from deltawire_server.registry.records import DamagedRecordError, model_of, model_of_record, record_of, values_of
+from deltawire_server.registry.rows import DamagedRecordError, model_of, model_of_record, record_of, values_of
 from tests.registry.databases import LLAMA, VECTORS, plain
 
 if TYPE_CHECKING:
