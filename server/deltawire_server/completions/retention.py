@@ -21,8 +21,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from deltawire_server.completions.info import NOTHING_YET, Outcome, Timings
 from deltawire_server.errors import CallerError, DeltawireError, GatewayError, Reason
 from deltawire_server.memory import Ledger
@@ -390,11 +388,7 @@ class Retention:
         """An event as it is kept: a last message that is too large does not repeat the answer."""
         if not isinstance(event, Completed) or weight(event) <= self._limits.max_completed_bytes:
             return event
-        bare = (
-            msgspec.structs.replace(choice, text="", reasoning="", tool_calls=(), failed_tool_calls=(), logprobs=())
-            for choice in event.choices
-        )
-        return msgspec.structs.replace(event, choices=tuple(bare), messages_omitted=True)
+        return event.without_messages()
 
     def grown(self, stream: RetainedStream, size: int) -> None:
         """A stream weighs so much more, or less; make room if that is too much."""

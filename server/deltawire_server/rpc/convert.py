@@ -93,7 +93,7 @@ class ResponseWriter:
             case Completed():
                 response.completed.CopyFrom(completed(self._completion, event))
                 if response.ByteSize() > self._max_completed_bytes:
-                    _omit_messages(response.completed)
+                    response.completed.CopyFrom(completed(self._completion, event.without_messages()))
             case UsageUpdate():
                 response.usage_update.usage.CopyFrom(usage(event.usage))
             case Notice():
@@ -126,12 +126,11 @@ def completed(completion: CompletionView, event: Completed) -> chat_pb.Completed
     message = chat_pb.Completed(
         usage=usage(event.usage),
         timings=_timings(completion.timings),
-        choices=[_choice(choice) for choice in event.choices],
+        choices=[_choice(choice, has_message=not event.messages_omitted) for choice in event.choices],
+        messages_omitted=event.messages_omitted,
     )
     if completion.failure is not None:
         message.error.CopyFrom(_error(Outcome.of(completion.failure)))
-    if event.messages_omitted:
-        _omit_messages(message)
     return message
 
 
@@ -180,22 +179,16 @@ def _timings(timings: Timings) -> chat_pb.Timings:
     )
 
 
-def _omit_messages(message: chat_pb.Completed) -> None:
-    message.messages_omitted = True
-    for choice in message.choices:
-        choice.ClearField("message")
-        choice.ClearField("failed_tool_calls")
-        choice.ClearField("logprobs")
-
-
-def _choice(choice: FinishedChoice) -> chat_pb.Completed.Choice:
+def _choice(choice: FinishedChoice, *, has_message: bool) -> chat_pb.Completed.Choice:
     message = chat_pb.Completed.Choice(
         index=choice.index,
         message=message_pb2.AssistantMessage(
             text=choice.text or None,
             reasoning=choice.reasoning,
             tool_calls=[_tool_call(call) for call in choice.tool_calls],
-        ),
+        )
+        if has_message
+        else None,
         failed_tool_calls=[_verdict(call) for call in choice.failed_tool_calls],
         stop_reason=chat_pb.StopReason.ValueType(choice.stop_reason.value),
         tool_calls_executable=choice.tool_calls_executable,

@@ -210,13 +210,21 @@ class FinishedChoice(_Value, frozen=True):
 class Completed(_Event, frozen=True, tag="completed"):
     """The answer has ended; nothing follows. `fault` is set if it was broken off.
 
-    `messages_omitted` says that the choices were emptied of what they said, because there is too much of it.
+    `messages_omitted` means that the choices have no content, because it is too large to be repeated.
     """
 
     usage: Usage
     choices: tuple[FinishedChoice, ...]
     fault: Fault | None = None
     messages_omitted: bool = False
+
+    def without_messages(self) -> Completed:
+        """The same end without the content of its choices."""
+        bare = (
+            msgspec.structs.replace(choice, text="", reasoning="", tool_calls=(), failed_tool_calls=(), logprobs=())
+            for choice in self.choices
+        )
+        return msgspec.structs.replace(self, choices=tuple(bare), messages_omitted=True)
 
 
 Event = (

@@ -646,7 +646,8 @@ class CompletionReader:
         if fault is None:
             fault = next((ENGINE_FAULTS[choice.word] for choice in choices if choice.word in ENGINE_FAULTS), None)
         whole = [self._finish_choice(choice, events, cut_as, trusted=trusted, ok=fault is None) for choice in choices]
-        events.append(Completed(self.usage, tuple(whole), fault, messages_omitted=self._omits))
+        completed = Completed(self.usage, tuple(whole), fault)
+        events.append(completed.without_messages() if self._omits else completed)
 
     def _finish_choice(
         self, choice: _Choice, events: list[Event], cut_as: StopReason, *, trusted: bool, ok: bool
@@ -691,8 +692,8 @@ class CompletionReader:
             choice.index,
             choice.text.whole(),
             choice.reasoning.whole(),
-            () if self._omits else succeeded,
-            () if self._omits else failed,
+            succeeded,
+            failed,
             reason,
             shown,
             executable,
