@@ -199,9 +199,9 @@ async def test_settings_reach_the_parts(vllm: FakeVllm, tmp_path: Path, monkeypa
     assert (provider.base_urls, provider.refresh_interval) == ((f"{vllm.base_url}/v1", "http://other:1/v1"), 22)
     assert provider._allowed_models == ("m*",)  # type: ignore[attr-defined]
     assert provider._allowed_extra_fields == ("return_*",)  # type: ignore[attr-defined]
-    assert provider._client.headers["x-team"] == "search"  # type: ignore[attr-defined]
-    assert provider._client._transport._max_connections == 11 + SPARE_CONNECTIONS  # type: ignore[attr-defined]
-    assert provider._timeout.connect == 21  # type: ignore[attr-defined]
+    assert provider._api._client.headers["x-team"] == "search"  # type: ignore[attr-defined]
+    assert provider._api._client._transport._max_connections == 11 + SPARE_CONNECTIONS  # type: ignore[attr-defined]
+    assert provider._api._timeout.connect == 21  # type: ignore[attr-defined]
 
 
 async def test_tls_to_the_provider(start_gateway: StartGateway, certificates: Certificates) -> None:
@@ -305,7 +305,7 @@ async def test_a_reload_drops_no_stream(
         events += [event async for event in messages]
         assert text_of(events) == "one two"
         assert kinds(events)[-1] == "completed"
-        await until(lambda: old._client.is_closed)  # type: ignore[attr-defined]
+        await until(lambda: old._api._client.is_closed)  # type: ignore[attr-defined]
         await until(lambda: vllm.connections == (1 if change == "same place" else 0))
     entry = await lines.find("settings reloaded")
     said = [entry[f"providers_{what}"] for what in ("added", "removed", "changed")]

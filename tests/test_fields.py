@@ -68,7 +68,7 @@ POLICY = partial("{}::{}".format, "tests/rpc/test_tool_policy.py")
 COUNT = partial("{}::{}".format, "tests/rpc/test_count_tokens.py")
 FAULTS = partial("{}::{}".format, "tests/rpc/test_failures.py")
 CONVERT = partial("{}::{}".format, "tests/rpc/test_convert.py")
-TOLD = partial("{}::{}".format, "tests/test_completion.py")
+TOLD = partial("{}::{}".format, "tests/completions/test_completion.py")
 CONTRACT = partial("{}::{}".format, "tests/sansio/test_contract.py")
 USAGE = partial("{}::{}".format, "tests/sansio/test_usage.py")
 # and with a real vLLM

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import hashlib
 import ssl
 from pathlib import Path
@@ -62,10 +61,6 @@ _WOULD_OPEN = (
     "access: no line says who may call any more, which would let everybody do everything: restore keys_file or keys, or set "
     "access.open = true (environment DELTAWIRE_ACCESS_OPEN)"
 )
-GC_THRESHOLDS = (2_000, 5, 200)
-"""A whole collection takes 1 us for each object of the calls under way, so a tenth of a second with hundreds of them: ten times as
-rare as by default. Little waits for it: what can be large is in no circle of references when a call has ended."""
-
 _USER_AGENT = f"deltawire/{__version__}"
 
 _ENGINES = {"auto": None, "vllm": EngineKind.VLLM, "proxy": EngineKind.PROXY}
@@ -297,11 +292,6 @@ async def serve(settings: Settings, reload: Callable[[], Settings]) -> None:
         _log.info("stopped before serving")
         return
     async with Gateway(settings) as gateway:
-        # What was made so far lives until the end. The garbage collector would go over all of it again and again, and in each
-        # of these 50 ms nothing else runs.
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(*GC_THRESHOLDS)
         reloading = asyncio.create_task(_reload_on(hung_up, gateway, reload))
         await asked.wait()
         reloading.cancel()
