@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 GC_THRESHOLDS = (2_000, 5, 200)
-"""A whole collection takes 1 us for each object of active calls, so a tenth of a second with hundreds of them: it is thirty times as
-rare as by default. Little waits for it: what can be large is in no reference cycle when a call has ended."""
+"""A whole collection takes 1 us for each object of active calls, so a tenth of a second with hundreds of them: it is thirty times
+as rare as by default. Little waits for it: what can be large is in no reference cycle when a call has ended."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,10 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 after a stop that was asked for, 1 if it could not serve, 2 for wrong settings. Give it to `sys.exit`.
     """
     with signals.noted():
-        return _main(sys.argv[1:] if argv is None else argv)
+        return _main(sys.argv[1:], owns_process=True) if argv is None else _main(argv)
 
 
-def _main(arguments: Sequence[str]) -> int:
+def _main(arguments: Sequence[str], *, owns_process: bool = False) -> int:
     # What gRPC itself writes is no entry of the log, and callers without a key can make it write a line for each call.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
@@ -54,11 +54,12 @@ def _main(arguments: Sequence[str]) -> int:
     if invocation.check_only:
         print(settings.effective(invocation.settings, invocation.origins))
         return 0
-    # Modules and classes live until the end. The garbage collector would go over all of them again and again, 50 ms each time. Only
-    # here: what the event loop and gRPC make later must not be frozen, since they crash when it is freed.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*GC_THRESHOLDS)
+    if owns_process:
+        # Modules and classes live until the end. The garbage collector would go over all of them again and again, 50 ms each time.
+        # Only here: what the event loop and gRPC make later must not be frozen, since they crash when it is freed.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
     try:
         # Reloaded from where they came from: the same flags, environment and file.
         uvloop.run(app.serve(invocation.settings, lambda: settings.parse(arguments, os.environ).settings))
