@@ -939,7 +939,7 @@ class ResumePoint(_message.Message):
     last_sequence: _builtins.int
     """The `sequence` of the last message that the caller received; 0 or more. Absent means to replay
     from the first message. After the last message of the stream, nothing more is sent: the call
-    ends at once, with the status of the stream.
+    ends immediately, with the status of the stream.
     """
     def __init__(
         self,
@@ -992,11 +992,11 @@ class StreamOptions(_message.Message):
     @_builtins.property
     def retention(self) -> _duration_pb2.Duration:
         """Retains the stream so that it can be resumed. A lost connection, a canceled call or a passed
-        deadline then does not end generation. Only CancelChatCompletion, `soft_time_limit`, or this
-        long without a reader ends it. It is also how long the result is kept after the end of the
-        stream, or after the last reader has left. At least 1 second; the operator sets the maximum
-        (600 seconds by default). The retained bytes are limited: the oldest messages of a long stream
-        and the oldest results may be dropped earlier.
+        deadline then does not end generation. Before its normal end, only CancelChatCompletion, a time
+        limit, or this long without a reader ends it. It is also how long the result is kept after the
+        end of the stream, or after the last reader has left. At least 1 second; the operator sets the
+        maximum (600 seconds by default). The retained bytes are limited: the oldest messages of a long
+        stream and the oldest results may be dropped earlier.
         """
 
     def __init__(
@@ -1027,7 +1027,8 @@ class StreamChatCompletionResponse(_message.Message):
     2. Text is never reordered, lost or sent twice. The concatenated `text_delta`s of a choice are
        the text of its message in `completed`.
     3. If the caller is slower than the engine, adjacent queued deltas of the same kind and choice
-       may be merged. The gateway never holds back an event that it can send.
+       may be merged. Without `max_coalesce_delay` the gateway never holds back an event that it can
+       send.
     4. Every tool call of a choice gets exactly one verdict: a `tool_call_delta` with SUCCEEDED or
        FAILED. Verdicts and `choice_finished` are sent at the end of the whole answer, because some
        engines send output after a finish reason. The answer ends when every choice has a finish

@@ -37,8 +37,8 @@ class ChatCompletionStub(object):
     - `authorization: Bearer ...`: the caller's access key for this gateway.
     - `x-vllm-api-token`: the caller's own token for vLLM, used instead of the operator's. The
     gateway sends it only to the provider that the call names, as in the model "provider/name", to
-    a provider that the operator marked for it, or to the only provider. INVALID_REQUEST if it is
-    not printable ASCII without spaces.
+    providers that the operator marked for it, or, if only one provider is configured, to that one.
+    INVALID_REQUEST if it is not printable ASCII without spaces.
     - `x-request-id`: used as the request id if it is printable ASCII of at most 128 characters.
     Otherwise the gateway generates one.
     - `traceparent`, `tracestate`: forwarded if they are valid according to W3C Trace Context,
@@ -93,8 +93,8 @@ class ChatCompletionServicer(object):
     - `authorization: Bearer ...`: the caller's access key for this gateway.
     - `x-vllm-api-token`: the caller's own token for vLLM, used instead of the operator's. The
     gateway sends it only to the provider that the call names, as in the model "provider/name", to
-    a provider that the operator marked for it, or to the only provider. INVALID_REQUEST if it is
-    not printable ASCII without spaces.
+    providers that the operator marked for it, or, if only one provider is configured, to that one.
+    INVALID_REQUEST if it is not printable ASCII without spaces.
     - `x-request-id`: used as the request id if it is printable ASCII of at most 128 characters.
     Otherwise the gateway generates one.
     - `traceparent`, `tracestate`: forwarded if they are valid according to W3C Trace Context,
@@ -134,8 +134,7 @@ class ChatCompletionServicer(object):
 
     def GetChatCompletion(self, request, context):
         """Returns the state of a completion, how long it can still be resumed, and its result if that is
-        retained. If it is not retained, the usage and the way it ended remain available for a limited
-        time.
+        retained. If it is not retained, its usage and final state remain available for a limited time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -197,8 +196,8 @@ class ChatCompletion(object):
     - `authorization: Bearer ...`: the caller's access key for this gateway.
     - `x-vllm-api-token`: the caller's own token for vLLM, used instead of the operator's. The
     gateway sends it only to the provider that the call names, as in the model "provider/name", to
-    a provider that the operator marked for it, or to the only provider. INVALID_REQUEST if it is
-    not printable ASCII without spaces.
+    providers that the operator marked for it, or, if only one provider is configured, to that one.
+    INVALID_REQUEST if it is not printable ASCII without spaces.
     - `x-request-id`: used as the request id if it is printable ASCII of at most 128 characters.
     Otherwise the gateway generates one.
     - `traceparent`, `tracestate`: forwarded if they are valid according to W3C Trace Context,

@@ -38,8 +38,8 @@ class ChatCompletionStub:
     - `authorization: Bearer ...`: the caller's access key for this gateway.
     - `x-vllm-api-token`: the caller's own token for vLLM, used instead of the operator's. The
       gateway sends it only to the provider that the call names, as in the model "provider/name", to
-      a provider that the operator marked for it, or to the only provider. INVALID_REQUEST if it is
-      not printable ASCII without spaces.
+      providers that the operator marked for it, or, if only one provider is configured, to that one.
+      INVALID_REQUEST if it is not printable ASCII without spaces.
     - `x-request-id`: used as the request id if it is printable ASCII of at most 128 characters.
       Otherwise the gateway generates one.
     - `traceparent`, `tracestate`: forwarded if they are valid according to W3C Trace Context,
@@ -71,8 +71,7 @@ class ChatCompletionStub:
     """
     GetChatCompletion: _grpc.UnaryUnaryMultiCallable[_chat_completion_pb2.GetChatCompletionRequest, _chat_completion_pb2.GetChatCompletionResponse]
     """Returns the state of a completion, how long it can still be resumed, and its result if that is
-    retained. If it is not retained, the usage and the way it ended remain available for a limited
-    time.
+    retained. If it is not retained, its usage and final state remain available for a limited time.
     """
     CountTokens: _grpc.UnaryUnaryMultiCallable[_chat_completion_pb2.CountTokensRequest, _chat_completion_pb2.CountTokensResponse]
     """Returns the number of tokens in a request's prompt. The engine that would answer the request
@@ -92,8 +91,8 @@ class ChatCompletionAsyncStub(ChatCompletionStub):
     - `authorization: Bearer ...`: the caller's access key for this gateway.
     - `x-vllm-api-token`: the caller's own token for vLLM, used instead of the operator's. The
       gateway sends it only to the provider that the call names, as in the model "provider/name", to
-      a provider that the operator marked for it, or to the only provider. INVALID_REQUEST if it is
-      not printable ASCII without spaces.
+      providers that the operator marked for it, or, if only one provider is configured, to that one.
+      INVALID_REQUEST if it is not printable ASCII without spaces.
     - `x-request-id`: used as the request id if it is printable ASCII of at most 128 characters.
       Otherwise the gateway generates one.
     - `traceparent`, `tracestate`: forwarded if they are valid according to W3C Trace Context,
@@ -122,8 +121,7 @@ class ChatCompletionAsyncStub(ChatCompletionStub):
     """
     GetChatCompletion: _aio.UnaryUnaryMultiCallable[_chat_completion_pb2.GetChatCompletionRequest, _chat_completion_pb2.GetChatCompletionResponse]  # type: ignore[assignment]
     """Returns the state of a completion, how long it can still be resumed, and its result if that is
-    retained. If it is not retained, the usage and the way it ended remain available for a limited
-    time.
+    retained. If it is not retained, its usage and final state remain available for a limited time.
     """
     CountTokens: _aio.UnaryUnaryMultiCallable[_chat_completion_pb2.CountTokensRequest, _chat_completion_pb2.CountTokensResponse]  # type: ignore[assignment]
     """Returns the number of tokens in a request's prompt. The engine that would answer the request
@@ -142,8 +140,8 @@ class ChatCompletionServicer(metaclass=_abc_1.ABCMeta):
     - `authorization: Bearer ...`: the caller's access key for this gateway.
     - `x-vllm-api-token`: the caller's own token for vLLM, used instead of the operator's. The
       gateway sends it only to the provider that the call names, as in the model "provider/name", to
-      a provider that the operator marked for it, or to the only provider. INVALID_REQUEST if it is
-      not printable ASCII without spaces.
+      providers that the operator marked for it, or, if only one provider is configured, to that one.
+      INVALID_REQUEST if it is not printable ASCII without spaces.
     - `x-request-id`: used as the request id if it is printable ASCII of at most 128 characters.
       Otherwise the gateway generates one.
     - `traceparent`, `tracestate`: forwarded if they are valid according to W3C Trace Context,
@@ -194,8 +192,7 @@ class ChatCompletionServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_chat_completion_pb2.GetChatCompletionResponse, _abc.Awaitable[_chat_completion_pb2.GetChatCompletionResponse]]:
         """Returns the state of a completion, how long it can still be resumed, and its result if that is
-        retained. If it is not retained, the usage and the way it ended remain available for a limited
-        time.
+        retained. If it is not retained, its usage and final state remain available for a limited time.
         """
 
     @_abc_1.abstractmethod
