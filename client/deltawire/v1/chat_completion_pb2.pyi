@@ -33,39 +33,39 @@ class _ReasoningEffortEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reaso
     REASONING_EFFORT_UNSPECIFIED: _ReasoningEffort.ValueType  # 0
     """Not set: the model's own default."""
     REASONING_EFFORT_NONE: _ReasoningEffort.ValueType  # 1
-    """Not at all."""
+    """No reasoning."""
     REASONING_EFFORT_MINIMAL: _ReasoningEffort.ValueType  # 2
-    """As little as can be."""
+    """Minimal effort."""
     REASONING_EFFORT_LOW: _ReasoningEffort.ValueType  # 3
-    """A little."""
+    """Low effort."""
     REASONING_EFFORT_MEDIUM: _ReasoningEffort.ValueType  # 4
-    """Some."""
+    """Medium effort."""
     REASONING_EFFORT_HIGH: _ReasoningEffort.ValueType  # 5
-    """Much."""
+    """High effort."""
     REASONING_EFFORT_XHIGH: _ReasoningEffort.ValueType  # 6
-    """Very much."""
+    """Very high effort."""
     REASONING_EFFORT_MAX: _ReasoningEffort.ValueType  # 7
-    """As much as can be."""
+    """Maximum effort."""
 
 class ReasoningEffort(_ReasoningEffort, metaclass=_ReasoningEffortEnumTypeWrapper):
-    """How hard to think. Which of these a model knows is up to its engine and its template."""
+    """The reasoning effort. Which values a model supports depends on its engine and its chat template."""
 
 REASONING_EFFORT_UNSPECIFIED: ReasoningEffort.ValueType  # 0
 """Not set: the model's own default."""
 REASONING_EFFORT_NONE: ReasoningEffort.ValueType  # 1
-"""Not at all."""
+"""No reasoning."""
 REASONING_EFFORT_MINIMAL: ReasoningEffort.ValueType  # 2
-"""As little as can be."""
+"""Minimal effort."""
 REASONING_EFFORT_LOW: ReasoningEffort.ValueType  # 3
-"""A little."""
+"""Low effort."""
 REASONING_EFFORT_MEDIUM: ReasoningEffort.ValueType  # 4
-"""Some."""
+"""Medium effort."""
 REASONING_EFFORT_HIGH: ReasoningEffort.ValueType  # 5
-"""Much."""
+"""High effort."""
 REASONING_EFFORT_XHIGH: ReasoningEffort.ValueType  # 6
-"""Very much."""
+"""Very high effort."""
 REASONING_EFFORT_MAX: ReasoningEffort.ValueType  # 7
-"""As much as can be."""
+"""Maximum effort."""
 Global___ReasoningEffort: _TypeAlias = ReasoningEffort  # noqa: Y015
 
 class _ToolCallStreaming:
@@ -77,19 +77,23 @@ class _ToolCallStreamingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Too
     TOOL_CALL_STREAMING_UNSPECIFIED: _ToolCallStreaming.ValueType  # 0
     """The same as ASSEMBLED."""
     TOOL_CALL_STREAMING_ASSEMBLED: _ToolCallStreaming.ValueType  # 1
-    """Only the verdicts, with the choice's end."""
+    """Only the verdicts, at the end of the choice."""
     TOOL_CALL_STREAMING_INCREMENTAL: _ToolCallStreaming.ValueType  # 2
-    """While they are written, too: STARTED, then IN_PROGRESS with each piece of the arguments. The verdict comes all the same."""
+    """Also while the model writes them: STARTED, then IN_PROGRESS with each fragment of the
+    arguments. The verdict is sent as with ASSEMBLED.
+    """
 
 class ToolCallStreaming(_ToolCallStreaming, metaclass=_ToolCallStreamingEnumTypeWrapper):
-    """When tool calls are told."""
+    """When events about tool calls are sent."""
 
 TOOL_CALL_STREAMING_UNSPECIFIED: ToolCallStreaming.ValueType  # 0
 """The same as ASSEMBLED."""
 TOOL_CALL_STREAMING_ASSEMBLED: ToolCallStreaming.ValueType  # 1
-"""Only the verdicts, with the choice's end."""
+"""Only the verdicts, at the end of the choice."""
 TOOL_CALL_STREAMING_INCREMENTAL: ToolCallStreaming.ValueType  # 2
-"""While they are written, too: STARTED, then IN_PROGRESS with each piece of the arguments. The verdict comes all the same."""
+"""Also while the model writes them: STARTED, then IN_PROGRESS with each fragment of the
+arguments. The verdict is sent as with ASSEMBLED.
+"""
 Global___ToolCallStreaming: _TypeAlias = ToolCallStreaming  # noqa: Y015
 
 class _StopReason:
@@ -101,27 +105,29 @@ class _StopReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StopReason
     STOP_REASON_UNSPECIFIED: _StopReason.ValueType  # 0
     """Not set; never sent."""
     STOP_REASON_END_OF_TURN: _StopReason.ValueType  # 1
-    """The model has finished its answer and waits for the user."""
+    """The model has finished its answer; the user is next."""
     STOP_REASON_END_OF_MESSAGE: _StopReason.ValueType  # 2
-    """The model waits for tool results: run its tool calls, append the results as ToolMessages and ask again. (The name is that
-    of Llama's end-of-message token; END_OF_TURN means that the model waits for the user.)
+    """The model waits for tool results: run its tool calls, append the results as ToolMessages and
+    send the next request. (The name is that of Llama's end-of-message token.)
     """
     STOP_REASON_OUT_OF_TOKENS: _StopReason.ValueType  # 3
     """max_tokens or the model's context is used up."""
     STOP_REASON_STOP_SEQUENCE: _StopReason.ValueType  # 4
-    """One of the caller's own stop texts or stop tokens came."""
+    """The model generated one of the caller's stop texts or stop tokens."""
     STOP_REASON_CONTENT_FILTER: _StopReason.ValueType  # 5
-    """The engine's content filter stepped in."""
+    """The engine's content filter ended the answer."""
     STOP_REASON_REPETITION: _StopReason.ValueType  # 6
-    """The engine found the model repeating itself."""
+    """The engine detected that the model repeats itself."""
     STOP_REASON_CANCELLED: _StopReason.ValueType  # 7
-    """CancelChatCompletion ended it, or a retained stream had no reader for its whole `retention`."""
+    """CancelChatCompletion ended the answer, or a retained stream had no reader for its whole
+    `retention`.
+    """
     STOP_REASON_TIME_LIMIT: _StopReason.ValueType  # 8
-    """`soft_time_limit` passed; or, with Completed.error, the longest time that the gateway allows."""
+    """`soft_time_limit` passed; or, with Completed.error, the gateway's own limit on the duration."""
     STOP_REASON_UPSTREAM_INCOMPLETE: _StopReason.ValueType  # 9
-    """The engine broke off, or aborted the request by itself."""
+    """The engine broke off, or aborted the request without being asked to."""
     STOP_REASON_ERROR: _StopReason.ValueType  # 10
-    """A fault ended the answer; Completed.error says which."""
+    """A fault ended the answer; Completed.error describes it."""
 
 class StopReason(_StopReason, metaclass=_StopReasonEnumTypeWrapper):
     """Why a choice ended."""
@@ -129,27 +135,29 @@ class StopReason(_StopReason, metaclass=_StopReasonEnumTypeWrapper):
 STOP_REASON_UNSPECIFIED: StopReason.ValueType  # 0
 """Not set; never sent."""
 STOP_REASON_END_OF_TURN: StopReason.ValueType  # 1
-"""The model has finished its answer and waits for the user."""
+"""The model has finished its answer; the user is next."""
 STOP_REASON_END_OF_MESSAGE: StopReason.ValueType  # 2
-"""The model waits for tool results: run its tool calls, append the results as ToolMessages and ask again. (The name is that
-of Llama's end-of-message token; END_OF_TURN means that the model waits for the user.)
+"""The model waits for tool results: run its tool calls, append the results as ToolMessages and
+send the next request. (The name is that of Llama's end-of-message token.)
 """
 STOP_REASON_OUT_OF_TOKENS: StopReason.ValueType  # 3
 """max_tokens or the model's context is used up."""
 STOP_REASON_STOP_SEQUENCE: StopReason.ValueType  # 4
-"""One of the caller's own stop texts or stop tokens came."""
+"""The model generated one of the caller's stop texts or stop tokens."""
 STOP_REASON_CONTENT_FILTER: StopReason.ValueType  # 5
-"""The engine's content filter stepped in."""
+"""The engine's content filter ended the answer."""
 STOP_REASON_REPETITION: StopReason.ValueType  # 6
-"""The engine found the model repeating itself."""
+"""The engine detected that the model repeats itself."""
 STOP_REASON_CANCELLED: StopReason.ValueType  # 7
-"""CancelChatCompletion ended it, or a retained stream had no reader for its whole `retention`."""
+"""CancelChatCompletion ended the answer, or a retained stream had no reader for its whole
+`retention`.
+"""
 STOP_REASON_TIME_LIMIT: StopReason.ValueType  # 8
-"""`soft_time_limit` passed; or, with Completed.error, the longest time that the gateway allows."""
+"""`soft_time_limit` passed; or, with Completed.error, the gateway's own limit on the duration."""
 STOP_REASON_UPSTREAM_INCOMPLETE: StopReason.ValueType  # 9
-"""The engine broke off, or aborted the request by itself."""
+"""The engine broke off, or aborted the request without being asked to."""
 STOP_REASON_ERROR: StopReason.ValueType  # 10
-"""A fault ended the answer; Completed.error says which."""
+"""A fault ended the answer; Completed.error describes it."""
 Global___StopReason: _TypeAlias = StopReason  # noqa: Y015
 
 class _UsageProvenance:
@@ -161,29 +169,29 @@ class _UsageProvenanceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Usage
     USAGE_PROVENANCE_UNSPECIFIED: _UsageProvenance.ValueType  # 0
     """Not set; never sent."""
     USAGE_PROVENANCE_EXACT: _UsageProvenance.ValueType  # 1
-    """The engine's own final account."""
+    """The engine's own final figures."""
     USAGE_PROVENANCE_LOWER_BOUND: _UsageProvenance.ValueType  # 2
-    """At least this much: the engine's running figures up to where it broke off, or what can be used
-    of an account in which a count is missing or impossible.
+    """A minimum: the engine's running figures up to the point where it broke off, or the usable part
+    of final figures in which a count is missing or impossible.
     """
     USAGE_PROVENANCE_ESTIMATED: _UsageProvenance.ValueType  # 3
-    """The engine gave no usable figure: the pieces of output that came, counted. prompt_tokens is
+    """The engine sent no usable figures; the gateway counted the pieces of output. prompt_tokens is
     absent.
     """
 
 class UsageProvenance(_UsageProvenance, metaclass=_UsageProvenanceEnumTypeWrapper):
-    """How far a usage figure can be trusted."""
+    """How accurate the figures in a Usage are."""
 
 USAGE_PROVENANCE_UNSPECIFIED: UsageProvenance.ValueType  # 0
 """Not set; never sent."""
 USAGE_PROVENANCE_EXACT: UsageProvenance.ValueType  # 1
-"""The engine's own final account."""
+"""The engine's own final figures."""
 USAGE_PROVENANCE_LOWER_BOUND: UsageProvenance.ValueType  # 2
-"""At least this much: the engine's running figures up to where it broke off, or what can be used
-of an account in which a count is missing or impossible.
+"""A minimum: the engine's running figures up to the point where it broke off, or the usable part
+of final figures in which a count is missing or impossible.
 """
 USAGE_PROVENANCE_ESTIMATED: UsageProvenance.ValueType  # 3
-"""The engine gave no usable figure: the pieces of output that came, counted. prompt_tokens is
+"""The engine sent no usable figures; the gateway counted the pieces of output. prompt_tokens is
 absent.
 """
 Global___UsageProvenance: _TypeAlias = UsageProvenance  # noqa: Y015
@@ -197,19 +205,23 @@ class _NoticeKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NoticeKind
     NOTICE_KIND_UNSPECIFIED: _NoticeKind.ValueType  # 0
     """Not set; never sent."""
     NOTICE_KIND_ANOTHER_REPLICA: _NoticeKind.ValueType  # 1
-    """One replica of the provider did not take the request, and another one answers."""
+    """One replica of the provider did not accept the request, and another one answers."""
     NOTICE_KIND_FIELDS_NOT_CHECKED: _NoticeKind.ValueType  # 2
-    """The provider does not say which fields it knows, so a field was sent that it may ignore."""
+    """The gateway does not know which fields the provider supports, so it sent a field that the
+    provider may ignore.
+    """
 
 class NoticeKind(_NoticeKind, metaclass=_NoticeKindEnumTypeWrapper):
-    """What a notice is about."""
+    """The kind of a notice."""
 
 NOTICE_KIND_UNSPECIFIED: NoticeKind.ValueType  # 0
 """Not set; never sent."""
 NOTICE_KIND_ANOTHER_REPLICA: NoticeKind.ValueType  # 1
-"""One replica of the provider did not take the request, and another one answers."""
+"""One replica of the provider did not accept the request, and another one answers."""
 NOTICE_KIND_FIELDS_NOT_CHECKED: NoticeKind.ValueType  # 2
-"""The provider does not say which fields it knows, so a field was sent that it may ignore."""
+"""The gateway does not know which fields the provider supports, so it sent a field that the
+provider may ignore.
+"""
 Global___NoticeKind: _TypeAlias = NoticeKind  # noqa: Y015
 
 class _CompletionState:
@@ -221,36 +233,38 @@ class _CompletionStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Compl
     COMPLETION_STATE_UNSPECIFIED: _CompletionState.ValueType  # 0
     """Not set; never sent."""
     COMPLETION_STATE_RUNNING: _CompletionState.ValueType  # 1
-    """Under way."""
+    """Not yet ended."""
     COMPLETION_STATE_COMPLETED: _CompletionState.ValueType  # 2
-    """It has ended as the model or the caller's own limits ended it."""
+    """Ended by the model or by the caller's own limits."""
     COMPLETION_STATE_FAILED: _CompletionState.ValueType  # 3
-    """A fault, a cancel of the call or its deadline ended it: see `error`."""
+    """Ended by a fault, or because the call was canceled or its deadline passed; see `error`."""
 
 class CompletionState(_CompletionState, metaclass=_CompletionStateEnumTypeWrapper):
-    """How far a completion has come."""
+    """The state of a completion."""
 
 COMPLETION_STATE_UNSPECIFIED: CompletionState.ValueType  # 0
 """Not set; never sent."""
 COMPLETION_STATE_RUNNING: CompletionState.ValueType  # 1
-"""Under way."""
+"""Not yet ended."""
 COMPLETION_STATE_COMPLETED: CompletionState.ValueType  # 2
-"""It has ended as the model or the caller's own limits ended it."""
+"""Ended by the model or by the caller's own limits."""
 COMPLETION_STATE_FAILED: CompletionState.ValueType  # 3
-"""A fault, a cancel of the call or its deadline ended it: see `error`."""
+"""Ended by a fault, or because the call was canceled or its deadline passed; see `error`."""
 Global___CompletionState: _TypeAlias = CompletionState  # noqa: Y015
 
 @_typing.final
 class ChatRequest(_message.Message):
-    """What to ask a model.
+    """A request to a model.
 
-    Only what no vLLM can accept is refused here, with every violated field listed; everything else is judged by vLLM, and
-    its answer names the field of this message. What is absent is not sent: the model's own defaults apply.
+    The gateway refuses only what no version of vLLM can accept, and lists every violated field. vLLM
+    validates everything else, and the gateway maps its error to the field of this message. Absent
+    fields are not sent, so the model's own defaults apply.
 
-    Sizes are bounded, in bytes of UTF-8: 1 KiB for each name; 256 KiB for each schema; 1 MiB for `chat_template_kwargs`,
-    `extra_body`, a grammar, a regular expression, and for the descriptions and input schemas of all tools together; 4 MiB for the
-    arguments of a past tool call. At most 10,000 messages with 20,000 parts and tool calls, 4,096 of them in one message; 128
-    tools; 65,536 values of a choice.
+    Size limits, in bytes of UTF-8: 1 KiB for each name; 256 KiB for each schema; 1 MiB for each of
+    `chat_template_kwargs`, `extra_body`, a grammar and a regular expression, and for the
+    descriptions and input schemas of all tools together; 4 MiB for the arguments of a past tool
+    call. Count limits: 10,000 messages with 20,000 parts and tool calls in all, 4,096 of them in one
+    message; 128 tools; 65,536 values of a choice.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -275,81 +289,91 @@ class ChatRequest(_message.Message):
     EXTRA_BODY_FIELD_NUMBER: _builtins.int
     USER_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Id or alias of a registered model, "provider/name", or a name that exactly one provider serves. May be left empty if
-    exactly one chat model is served; Started.model says which one answered.
+    """The id or alias of a registered model, "provider/name", or a name that exactly one provider
+    serves. May be empty if exactly one chat model is served. Started.model has the id of the model
+    that answers.
     """
     parallel_tool_calls: _builtins.bool
-    """Whether the answer may hold more than one tool call. Absent leaves the engine's default, for vLLM true."""
+    """Whether the answer may have more than one tool call. Absent means the engine's default, which
+    is true for vLLM.
+    """
     choice_count: _builtins.int
-    """How many answers to generate, independently, from one prompt: 1 to 128. Absent means 1. vLLM refuses more than one
-    with temperature 0.
+    """The number of answers to generate independently from the prompt: 1 to 128. Absent means 1. vLLM
+    rejects more than one with temperature 0.
     """
     completion_id: _builtins.str
-    """An id of the caller's own choice, by which the completion can be cancelled, looked up and resumed even before it has begun:
-    1 to 128 letters, digits, "-", "_", "." or ":". Ids are each caller's own. While a completion is under way or retained, an
-    equal request of the same method with its id is the same call, sent again: it gets the same generation from its beginning.
-    Another request with that id is ALREADY_EXISTS. Make the id unguessable where the gateway does not identify callers. Absent
-    or empty means that the gateway makes one.
+    """An id chosen by the caller. With it, the completion can be canceled, looked up and resumed even
+    before it has begun. 1 to 128 letters, digits, "-", "_", "." or ":". Ids are scoped to the
+    caller. While a completion is running or retained, an equal request of the same method with the
+    same id is treated as a retry: it gets the same generation from its beginning. A different
+    request with that id fails with ALREADY_EXISTS. Use an id that cannot be guessed if the gateway
+    does not identify callers. Absent or empty means that the gateway generates one.
     """
     priority: _builtins.int
-    """Which request goes first when the engine is full; lower goes earlier, absent means 0. vLLM heeds it only if it was started
-    with --scheduling-policy priority.
+    """The scheduling priority when the engine is full; lower values go first. Absent means 0. vLLM
+    uses it only if it was started with --scheduling-policy priority.
     """
     cache_salt: _builtins.str
-    """Keeps the engine's prefix cache apart from requests with another salt, so that nobody can tell from timing what others have
-    asked. At most 1024 characters; vLLM 0.32 takes 128, without "@", slashes and backslashes. Empty means none.
+    """Separates the engine's prefix cache from requests with another salt, so that no caller can find
+    out from timing what others have sent. At most 1024 characters. vLLM 0.32 accepts at most 128,
+    without "@", slashes and backslashes. Empty means none.
     """
     chat_template_kwargs: _builtins.str
-    """Arguments for the model's chat template, as JSON text of an object. Empty means none. Example: {"enable_thinking":false}."""
+    """Arguments for the model's chat template, as the JSON text of an object. Empty means none.
+    Example: {"enable_thinking":false}.
+    """
     extra_body: _builtins.str
-    """Further fields of the engine's request body, as JSON text of an object, for what this API has no field for. Only those that
-    the operator allows for the provider (`allowed_extra_fields`), and none that this API has a field for. Empty means none.
+    """Additional fields of the engine's request body that this API has no field for, as the JSON text
+    of an object. Only fields that the operator allows for the provider (`allowed_extra_fields`)
+    are accepted, and no field that this API covers. Empty means none.
     """
     user: _builtins.str
-    """Who the end user is, for the engine. vLLM takes it and makes no use of it."""
+    """The end user, for the engine. vLLM accepts it and does not use it."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[_message_pb2.ChatMessage]:
         """The conversation so far. At least one message."""
 
     @_builtins.property
     def tools(self) -> _containers.RepeatedCompositeFieldContainer[_tool_pb2.Tool]:
-        """What the model may call. Names must differ."""
+        """The tools that the model may call. Names must be unique."""
 
     @_builtins.property
     def tool_choice(self) -> _tool_pb2.ToolChoice:
-        """Absent means AUTO when there are tools."""
+        """Whether the model may, must or must not call tools. Absent means AUTO if there are tools."""
 
     @_builtins.property
     def allowed_tools(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The names of those of the tools that the model gets to see this time; empty means all of them. A conversation can so keep
-        its one list of tools. REQUIRED is about these, and a tool_name has to be one of them.
+        """The names of those `tools` that are sent to the model for this request. Empty means all. With
+        it, a conversation can keep one list of tools. REQUIRED refers to these tools, and a
+        `tool_name` must be one of them.
         """
 
     @_builtins.property
     def sampling(self) -> Global___Sampling:
-        """How tokens are chosen and when to stop."""
+        """How tokens are selected and when generation stops."""
 
     @_builtins.property
     def response_format(self) -> Global___ResponseFormat:
-        """What form the text must have. Absent means free text."""
+        """The format of the answer's text. Absent means free text."""
 
     @_builtins.property
     def logprobs(self) -> Global___Logprobs:
-        """Ask for the log-probability of each token. Absent means none are computed."""
+        """Requests the log-probability of each token. Absent means that none are computed."""
 
     @_builtins.property
     def reasoning(self) -> Global___Reasoning:
-        """How much the model thinks before it answers, for models that do."""
+        """How much the model reasons before it answers, for models that do."""
 
     @_builtins.property
     def tool_call_policy(self) -> Global___ToolCallPolicy:
-        """How tool calls are told and judged."""
+        """How tool calls are sent and validated."""
 
     @_builtins.property
     def soft_time_limit(self) -> _duration_pb2.Duration:
-        """How long the answer may take, counted from accepting the call. Then generation stops, and the answer ends normally with the
-        text so far and stop reason TIME_LIMIT, unlike a deadline, after which nothing can be told. Above 0, at most 24 hours.
-        Absent means no limit but the gateway's own.
+        """The maximum duration of the answer, from when the gateway accepts the call. When it passes,
+        generation stops and the answer ends normally, with the text so far and stop reason TIME_LIMIT.
+        After a gRPC deadline, in contrast, nothing more can be sent. Above 0, at most 24 hours. Absent
+        means only the gateway's own limit.
         """
 
     def __init__(
@@ -396,7 +420,7 @@ Global___ChatRequest: _TypeAlias = ChatRequest  # noqa: Y015
 
 @_typing.final
 class Reasoning(_message.Message):
-    """How much a model thinks before it answers. What is absent is left to the model's own defaults."""
+    """How much a model reasons before it answers. Absent fields leave the model's own defaults."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -404,12 +428,17 @@ class Reasoning(_message.Message):
     TOKEN_BUDGET_FIELD_NUMBER: _builtins.int
     INCLUDE_FIELD_NUMBER: _builtins.int
     effort: Global___ReasoningEffort.ValueType
-    """How hard to think; handed to the model's chat template, and without effect on models that do not look at it."""
+    """The reasoning effort. It is passed to the model's chat template; templates that do not read it
+    ignore it.
+    """
     token_budget: _builtins.int
-    """The most tokens of reasoning; 0 means none. vLLM needs a reasoning parser for it, and says so if it has none."""
+    """The maximum number of reasoning tokens; 0 means none. vLLM rejects it if it has no reasoning
+    parser.
+    """
     include: _builtins.bool
-    """Whether the reasoning is told; absent means true. With false vLLM is silent while the model thinks, which counts as
-    silence for the gateway's limits, and tells no log-probabilities of it.
+    """Whether the reasoning is sent. Absent means true. With false, vLLM sends nothing while the
+    model reasons, which counts as silence for the gateway's timeouts, and no log-probabilities of
+    the reasoning.
     """
     def __init__(
         self,
@@ -435,19 +464,21 @@ Global___Reasoning: _TypeAlias = Reasoning  # noqa: Y015
 
 @_typing.final
 class ToolCallPolicy(_message.Message):
-    """How tool calls are told and judged."""
+    """How tool calls are sent and validated."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     STREAMING_FIELD_NUMBER: _builtins.int
     VALIDATE_SCHEMA_FIELD_NUMBER: _builtins.int
     streaming: Global___ToolCallStreaming.ValueType
-    """When calls are told."""
+    """When events about tool calls are sent."""
     validate_schema: _builtins.bool
-    """Whether a call's arguments are checked against the tool's `input_schema` before it counts as SUCCEEDED; else it FAILED with
-    SCHEMA_MISMATCH. An invalid schema is then refused before the engine is asked. References to other documents are not
-    followed. Schemas may have at most 256 KiB and 4,000 objects and arrays each, 1 MiB and 20,000 together. The work of all
-    checks of an answer is limited: a call for which it is not enough FAILED, too, and the message says so.
+    """Whether the gateway validates a call's arguments against the tool's `input_schema`. If they do
+    not follow it, the call is FAILED with SCHEMA_MISMATCH. A request with an invalid schema is
+    refused before the engine is asked. References to other documents are not followed. Each schema
+    may have at most 256 KiB and 4,000 objects and arrays, all together 1 MiB and 20,000. The work
+    of all checks of an answer is limited; a call that exceeds the limit is FAILED too, and its
+    message says so.
     """
     def __init__(
         self,
@@ -465,7 +496,9 @@ Global___ToolCallPolicy: _TypeAlias = ToolCallPolicy  # noqa: Y015
 
 @_typing.final
 class Sampling(_message.Message):
-    """How tokens are chosen and when to stop. What is absent is left to the model's own defaults (its generation config)."""
+    """How tokens are selected and when generation stops. Absent fields leave the model's own defaults
+    (its generation config).
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -505,47 +538,53 @@ class Sampling(_message.Message):
     LOGIT_BIAS_FIELD_NUMBER: _builtins.int
     BAD_WORDS_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
-    """0 is greedy; 0 and above. Example: 0.7."""
+    """The temperature; 0 or more. 0 means greedy decoding. Example: 0.7."""
     top_p: _builtins.float
-    """Consider the most likely tokens up to this probability mass; above 0, at most 1."""
+    """Consider only the most likely tokens up to this probability mass; above 0, at most 1."""
     top_k: _builtins.int
-    """Consider this many of the most likely tokens; -1 or 0 means all of them."""
+    """Consider only this many of the most likely tokens; -1 or 0 means all."""
     min_p: _builtins.float
-    """Leave out tokens less likely than this share of the likeliest one; 0 to 1."""
+    """The minimum probability of a token, relative to the most likely one; 0 to 1."""
     frequency_penalty: _builtins.float
-    """-2 to 2; above 0 makes tokens less likely the more often they have come in the answer."""
+    """Penalizes tokens by how often they have occurred in the answer; -2 to 2. Above 0 makes them
+    less likely.
+    """
     presence_penalty: _builtins.float
-    """-2 to 2; above 0 makes tokens less likely that have come in the answer at all."""
+    """Penalizes tokens that have occurred in the answer; -2 to 2. Above 0 makes them less likely."""
     repetition_penalty: _builtins.float
-    """Above 0; 1 is neutral, above 1 makes tokens less likely that have come in the prompt or the answer."""
+    """Penalizes tokens that have occurred in the prompt or the answer; above 0. 1 is neutral, above 1
+    makes them less likely.
+    """
     seed: _builtins.int
-    """Makes sampling repeatable as far as the engine can."""
+    """The random seed. Makes sampling reproducible as far as the engine supports it."""
     max_tokens: _builtins.int
-    """The most tokens to generate per choice; 1 or more. Absent means the operator's default if there is one, else the rest of the
-    model's context.
+    """The maximum number of tokens to generate for each choice; 1 or more. Absent means the
+    operator's default if there is one, otherwise the rest of the model's context.
     """
     min_tokens: _builtins.int
-    """The fewest tokens to generate before the answer may end."""
+    """The minimum number of tokens to generate before the answer may end."""
     ignore_eos: _builtins.bool
-    """Go on past the model's own end-of-sequence token. Absent means false."""
+    """Whether generation continues after the model's own end-of-sequence token. Absent means false."""
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Texts that end the answer and are not part of it. Not empty; vLLM takes at most four. At most 4,096 entries, as in each list
-        of the sampling, and with `bad_words` 64 KiB.
+        """Texts that end the answer and are not included in it. Each must not be empty. vLLM accepts at
+        most four. At most 4,096 entries, as in each list of this message, and 64 KiB together with
+        `bad_words`.
         """
 
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Tokens that end the answer."""
+        """The ids of tokens that end the answer."""
 
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
-        """Added to the logit of a token before sampling, by token id; -100 to 100 each."""
+        """Values to add to the logits of tokens before sampling, by token id; each -100 to 100."""
 
     @_builtins.property
     def bad_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Texts that must not be generated. Not empty. vLLM forbids their tokens: the same text made of other tokens can come, also
-        in the middle of a text, where a word with a space before it may have other tokens than without.
+        """Texts that must not be generated. Each must not be empty. vLLM forbids their tokens, so the
+        same text can still occur if it is made of other tokens. That can also happen in the middle of
+        a text, because a word that follows a space may have other tokens.
         """
 
     def __init__(
@@ -620,7 +659,9 @@ Global___Sampling: _TypeAlias = Sampling  # noqa: Y015
 
 @_typing.final
 class ResponseFormat(_message.Message):
-    """What form the answer's text must have. Engines that guide generation hold it by construction."""
+    """The format of the answer's text. Engines with guided generation can only produce text of this
+    format.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -664,11 +705,11 @@ class ResponseFormat(_message.Message):
         SCHEMA_FIELD_NUMBER: _builtins.int
         STRICT_FIELD_NUMBER: _builtins.int
         name: _builtins.str
-        """A name for the schema, as engines ask for one. Empty means "response"."""
+        """The name of the schema, which engines require. Empty means "response"."""
         schema: _builtins.str
-        """JSON Schema as JSON text of an object. Required."""
+        """JSON Schema as the JSON text of an object. Required."""
         strict: _builtins.bool
-        """Passed on when present; vLLM guides by the schema either way."""
+        """Sent to the engine if present. vLLM follows the schema with either value."""
         def __init__(
             self,
             *,
@@ -686,14 +727,14 @@ class ResponseFormat(_message.Message):
 
     @_typing.final
     class Choice(_message.Message):
-        """One of some texts."""
+        """One of a list of texts."""
 
         DESCRIPTOR: _descriptor.Descriptor
 
         VALUES_FIELD_NUMBER: _builtins.int
         @_builtins.property
         def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-            """At least one."""
+            """The allowed texts. At least one."""
 
         def __init__(
             self,
@@ -714,11 +755,11 @@ class ResponseFormat(_message.Message):
     CHOICE_FIELD_NUMBER: _builtins.int
     STRUCTURAL_TAG_FIELD_NUMBER: _builtins.int
     grammar: _builtins.str
-    """A grammar in EBNF (GBNF) or Lark, as vLLM's structured outputs take it. Not empty."""
+    """A grammar in EBNF (GBNF) or Lark, as in vLLM's structured outputs. Must not be empty."""
     regex: _builtins.str
-    """A regular expression that the whole text matches. Not empty."""
+    """A regular expression that the whole text matches. Must not be empty."""
     structural_tag: _builtins.str
-    """A structural tag, as JSON text of an object in vLLM's form."""
+    """A structural tag in vLLM's form, as the JSON text of an object."""
     @_builtins.property
     def text(self) -> Global___ResponseFormat.Text:
         """Free text; the same as no response format."""
@@ -733,7 +774,7 @@ class ResponseFormat(_message.Message):
 
     @_builtins.property
     def choice(self) -> Global___ResponseFormat.Choice:
-        """One of some texts."""
+        """One of a list of texts."""
 
     def __init__(
         self,
@@ -758,13 +799,15 @@ Global___ResponseFormat: _TypeAlias = ResponseFormat  # noqa: Y015
 
 @_typing.final
 class Logprobs(_message.Message):
-    """Ask for log-probabilities."""
+    """Requests log-probabilities."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TOP_K_FIELD_NUMBER: _builtins.int
     top_k: _builtins.int
-    """How many alternatives to give for each token; 0 or absent gives only the chosen one. vLLM allows 20 by default."""
+    """The number of alternatives for each token. 0 or absent means only the chosen token. vLLM allows
+    at most 20 by default.
+    """
     def __init__(
         self,
         *,
@@ -782,7 +825,7 @@ Global___Logprobs: _TypeAlias = Logprobs  # noqa: Y015
 
 @_typing.final
 class CreateChatCompletionRequest(_message.Message):
-    """Asks for a whole answer."""
+    """Request for CreateChatCompletion."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -806,7 +849,7 @@ Global___CreateChatCompletionRequest: _TypeAlias = CreateChatCompletionRequest  
 
 @_typing.final
 class CreateChatCompletionResponse(_message.Message):
-    """The whole answer."""
+    """Response of CreateChatCompletion."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -814,11 +857,13 @@ class CreateChatCompletionResponse(_message.Message):
     COMPLETED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def started(self) -> Global___Started:
-        """What was asked of whom."""
+        """Which model and provider answered, and with which settings."""
 
     @_builtins.property
     def completed(self) -> Global___Completed:
-        """The answer. Its `error` is never set here: a faulted completion fails the call."""
+        """The answer. Its `error` is never set here, because a completion that ends with a fault fails
+        the call.
+        """
 
     def __init__(
         self,
@@ -836,7 +881,7 @@ Global___CreateChatCompletionResponse: _TypeAlias = CreateChatCompletionResponse
 
 @_typing.final
 class StreamChatCompletionRequest(_message.Message):
-    """Asks for a streamed answer."""
+    """Request for StreamChatCompletion."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -845,15 +890,17 @@ class StreamChatCompletionRequest(_message.Message):
     OPTIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def chat(self) -> Global___ChatRequest:
-        """A new completion."""
+        """Starts a new completion."""
 
     @_builtins.property
     def resume(self) -> Global___ResumePoint:
-        """Go on with one that is retained."""
+        """Resumes a retained stream."""
 
     @_builtins.property
     def options(self) -> Global___StreamOptions:
-        """How the stream of a new completion is told. A resumed one is told as it was asked for: none of this may be set."""
+        """Options for the stream of a new completion. Must not be set with `resume`: a resumed stream
+        keeps the options of the original request.
+        """
 
     def __init__(
         self,
@@ -874,11 +921,13 @@ Global___StreamChatCompletionRequest: _TypeAlias = StreamChatCompletionRequest  
 
 @_typing.final
 class ResumePoint(_message.Message):
-    """Where to go on in a retained stream. It is replayed from there, message by message as it was, and then goes on live.
+    """The position from which to resume a retained stream. The stream is replayed from there, with the
+    same messages as before, and then continues live.
 
-    NOT_FOUND (COMPLETION_NOT_FOUND) if this caller has none of this id; OUT_OF_RANGE (COMPLETION_GONE) if there was one, but what is
-    asked for has been dropped; FAILED_PRECONDITION (WRONG_REPLICA) if another process made the id: retry on a new connection, which
-    may reach that process.
+    Errors: NOT_FOUND (COMPLETION_NOT_FOUND) if the caller has no completion with this id.
+    OUT_OF_RANGE (COMPLETION_GONE) if there was one, but the requested messages have been dropped.
+    FAILED_PRECONDITION (WRONG_REPLICA) if another gateway process generated the id: retry on a new
+    connection, which may reach that process.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -886,10 +935,11 @@ class ResumePoint(_message.Message):
     COMPLETION_ID_FIELD_NUMBER: _builtins.int
     LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
     completion_id: _builtins.str
-    """Started.completion_id, or the caller's own. Required."""
+    """Started.completion_id, or the id that the caller chose. Required."""
     last_sequence: _builtins.int
-    """The sequence of the last message that was received, 0 or more; absent means from the first on. After the last message of
-    all, nothing more is sent: the call ends at once, with the status that the stream had.
+    """The `sequence` of the last message that the caller received; 0 or more. Absent means to replay
+    from the first message. After the last message of the stream, nothing more is sent: the call
+    ends immediately, with the status of the stream.
     """
     def __init__(
         self,
@@ -909,7 +959,7 @@ Global___ResumePoint: _TypeAlias = ResumePoint  # noqa: Y015
 
 @_typing.final
 class StreamOptions(_message.Message):
-    """How a stream is told. None of it changes any text."""
+    """Options for a stream. None of them changes any text."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -919,29 +969,34 @@ class StreamOptions(_message.Message):
     EARLY_HEARTBEATS_FIELD_NUMBER: _builtins.int
     RETENTION_FIELD_NUMBER: _builtins.int
     usage_updates: _builtins.bool
-    """Tell of the usage while the answer is generated, whenever something else is told and it has changed."""
+    """Whether to send UsageUpdate events during generation. One is sent together with another event
+    if the usage has changed.
+    """
     early_heartbeats: _builtins.bool
-    """Let heartbeats begin before `started` too, while the engine queues or reads the prompt. The price: with the first message the
-    call can no longer be retried on the way.
+    """Whether heartbeats begin before `started`, while the engine queues the request or processes the
+    prompt. After the first heartbeat, gRPC and proxies can no longer retry the call.
     """
     @_builtins.property
     def max_coalesce_delay(self) -> _duration_pb2.Duration:
-        """How long a delta may be held back so that more can be joined with it; saves messages where latency does not matter. At most
-        10 seconds. Absent means not at all.
+        """How long the gateway may hold back a delta to merge it with later ones, which saves messages
+        where latency does not matter. At most 10 seconds. Absent means that deltas are not held back.
         """
 
     @_builtins.property
     def heartbeat_interval(self) -> _duration_pb2.Duration:
-        """Tell a heartbeat when nothing else was told for this long, so that nothing on the way takes the stream for dead; from 0.1
-        seconds to an hour. Absent means none. They begin after `started`.
+        """Sends a Heartbeat whenever no other event was sent for this long, so that proxies do not close
+        the stream as idle. 0.1 seconds to 1 hour. Absent means no heartbeats. They begin after
+        `started`.
         """
 
     @_builtins.property
     def retention(self) -> _duration_pb2.Duration:
-        """Keep the stream, so that it can be resumed: neither a lost connection nor a cancel or deadline of the caller ends generation,
-        only CancelChatCompletion, `soft_time_limit`, or nobody reading the stream for this long. It is also how long the result is
-        kept after the end, or after the last reader has left. At least 1 second; the operator sets the most (600 by default).
-        What the gateway keeps is bounded in bytes: the oldest messages of a long stream, and the oldest results, may go earlier.
+        """Retains the stream so that it can be resumed. A lost connection, a canceled call or a passed
+        deadline then does not end generation. Before its normal end, only CancelChatCompletion, a time
+        limit, or this long without a reader ends it. It is also how long the result is kept after the
+        end of the stream, or after the last reader has left. At least 1 second; the operator sets the
+        maximum (600 seconds by default). The retained bytes are limited: the oldest messages of a long
+        stream and the oldest results may be dropped earlier.
         """
 
     def __init__(
@@ -963,40 +1018,44 @@ Global___StreamOptions: _TypeAlias = StreamOptions  # noqa: Y015
 
 @_typing.final
 class StreamChatCompletionResponse(_message.Message):
-    """One event of a streamed answer.
+    """One event of a streamed answer. The contract:
 
-    1. `started` comes first, and only once the engine has produced something. Until then nothing is sent, not even
-       initial metadata, so that the call can be retried; a failure before it is a bare status. (Only a heartbeat can come
-       earlier, if `early_heartbeats` asks for that.)
-    2. Text is never reordered, lost or sent twice: the texts of a choice's `text_delta`s, put together, are the text of its
-       message in `completed`.
-    3. Neighbouring deltas of one kind and choice that wait because the caller is slower than the engine may be joined;
-       nothing that could be sent is held back.
-    4. Every tool call of a choice ends in exactly one verdict: a `tool_call_delta` with SUCCEEDED or
-       FAILED. Verdicts and `choice_finished` are sent at the end of the whole answer, since some
+    1. `started` is the first event. It is sent only when the engine has produced output. Until then
+       the gateway sends nothing, not even initial metadata, so that the call can be retried. A
+       failure before `started` is only a status. Only a heartbeat can be earlier, and only with
+       `early_heartbeats`.
+    2. Text is never reordered, lost or sent twice. The concatenated `text_delta`s of a choice are
+       the text of its message in `completed`.
+    3. If the caller is slower than the engine, adjacent queued deltas of the same kind and choice
+       may be merged. Without `max_coalesce_delay` the gateway never holds back an event that it can
+       send.
+    4. Every tool call of a choice gets exactly one verdict: a `tool_call_delta` with SUCCEEDED or
+       FAILED. Verdicts and `choice_finished` are sent at the end of the whole answer, because some
        engines send output after a finish reason. The answer ends when every choice has a finish
-       reason and the engine sends its final account of usage or its end marker, closes the
-       connection, or sends nothing more for a short time. Then, for each choice by ascending index:
-       the verdicts by ascending index, then `choice_finished`. Nothing of a choice comes after its
-       `choice_finished`. With INCREMENTAL, STARTED and IN_PROGRESS come before the verdict; the
-       fragments of a call, put together, are the text that the verdict is about. A call without
-       arguments is SUCCEEDED with "{}" only if the tool's `input_schema` allows an empty object.
-    5. FAILED keeps all that the model said of the call.
-    6. If a choice is cut (out of tokens, canceled, a time limit, a fault), the call that was being
-       written and every call that does not parse are FAILED with TRUNCATED. So is a call of which
-       parts came after the finish reason, if the connection to the engine is lost before the end of
-       the answer. `tool_calls_executable` is true only if the choice ended by itself, has at least
-       one call, all its calls SUCCEEDED, and the call ends with status OK. After a fault it is false
-       for every choice, also for one that had ended by itself before: the answer has to be asked for
-       again, and no tool may run twice.
-    7. Each choice of which something came has one `choice_finished`; after a soft cancel or a soft
-       time limit, each choice that was asked for. If every choice has its finish reason by then, the
-       answer is whole and the cancel, the time limit or a lost connection to the engine changes
-       nothing. Exactly one `completed` comes, last, also after a fault: then its `error` says what
-       happened and the call ends with a non-OK status of the same reason. A stream without
-       `completed` is not an answer.
-    8. An engine that stops without a finish reason is a fault, UPSTREAM_INCOMPLETE, never silent success.
-    9. `completed` carries the usage, with its provenance, whenever the caller can still be written to.
+       reason and the engine sends its final usage or its end marker, closes the connection, or sends
+       nothing more for a short time. Then, for each choice by ascending index, the gateway sends the
+       verdicts by ascending index, then `choice_finished`. No event of a choice follows its
+       `choice_finished`. With INCREMENTAL, STARTED and IN_PROGRESS precede the verdict, and the
+       concatenated fragments of a call are the text that was validated. A call without arguments is
+       SUCCEEDED with "{}" only if the tool's `input_schema` allows an empty object.
+    5. FAILED includes everything that the model wrote for the call.
+    6. If a choice is cut off (out of tokens, canceled, a time limit, a fault), the call that was
+       being written and every call that does not parse are FAILED with TRUNCATED. The same applies
+       to a call of which parts arrived after the finish reason, if the connection to the engine is
+       lost before the end of the answer. `tool_calls_executable` is true only if the choice ended by
+       itself, it has at least one call, all its calls SUCCEEDED, and the call ends with status OK.
+       After a fault it is false for every choice, including choices that had already ended by
+       themselves: the request must be sent again, and no tool may run twice.
+    7. Each choice with any output has one `choice_finished`; after a soft cancel or a soft time
+       limit, each requested choice has one. If every choice has its finish reason by then, the
+       answer is complete, and the cancel, the time limit or a lost connection to the engine has no
+       effect. Exactly one `completed` is sent, as the last event, also after a fault: then its
+       `error` describes the fault and the call ends with a non-OK status with the same reason. A
+       stream without `completed` is not an answer.
+    8. If an engine stops without a finish reason, that is a fault (UPSTREAM_INCOMPLETE), never a
+       success.
+    9. `completed` has the usage, with its provenance, whenever the gateway can still write to the
+       caller.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1013,12 +1072,12 @@ class StreamChatCompletionResponse(_message.Message):
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     COMPLETED_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """0, 1, 2 and so on, without gaps."""
+    """The number of this message in the stream: 0, 1, 2 and so on, without gaps."""
     choice_index: _builtins.int
-    """Which choice this is about; absent on what is about the whole answer."""
+    """The choice that this event belongs to. Absent if it belongs to the whole answer."""
     @_builtins.property
     def started(self) -> Global___Started:
-        """The engine has begun."""
+        """The engine has begun to answer."""
 
     @_builtins.property
     def text_delta(self) -> Global___TextDelta:
@@ -1030,7 +1089,7 @@ class StreamChatCompletionResponse(_message.Message):
 
     @_builtins.property
     def tool_call_delta(self) -> _tool_pb2.ToolCallDelta:
-        """A tool call: what is known of it so far, or the verdict on it."""
+        """The start, a fragment or the verdict of a tool call."""
 
     @_builtins.property
     def choice_finished(self) -> Global___ChoiceFinished:
@@ -1038,15 +1097,15 @@ class StreamChatCompletionResponse(_message.Message):
 
     @_builtins.property
     def usage_update(self) -> Global___UsageUpdate:
-        """What the answer has cost so far; with StreamOptions.usage_updates only."""
+        """The usage so far. Sent with StreamOptions.usage_updates only."""
 
     @_builtins.property
     def notice(self) -> Global___Notice:
-        """Something that the caller should know."""
+        """Information for the caller."""
 
     @_builtins.property
     def heartbeat(self) -> Global___Heartbeat:
-        """Nothing has happened, and the stream is alive; with StreamOptions.heartbeat_interval only."""
+        """Shows that the stream is alive. Sent with StreamOptions.heartbeat_interval only."""
 
     @_builtins.property
     def completed(self) -> Global___Completed:
@@ -1095,22 +1154,22 @@ class Started(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     EFFECTIVE_SAMPLING_FIELD_NUMBER: _builtins.int
     completion_id: _builtins.str
-    """This completion's id: the caller's own, or "cmpl-", 32 hexadecimal digits that nobody can guess, and after a "-" eight that
-    say which process made it.
+    """The id of this completion: the one that the caller chose, or "cmpl-", 32 random hexadecimal
+    digits that cannot be guessed, "-", and eight digits that identify the gateway process.
     """
     model: _builtins.str
-    """The model by its id in the registry, or "provider/name" if it is not registered."""
+    """The model's id in the registry, or "provider/name" if it is not registered."""
     alias: _builtins.str
-    """The name that the request called it by, if that was not its id."""
+    """The name that the request used for the model, if it is not the id."""
     provider_id: _builtins.str
-    """Which provider answers."""
+    """The provider that answers."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When this gateway accepted the call."""
 
     @_builtins.property
     def effective_sampling(self) -> Global___Sampling:
-        """The sampling as it was sent to the engine, the operator's defaults included."""
+        """The sampling parameters that were sent to the engine, including the operator's defaults."""
 
     def __init__(
         self,
@@ -1139,10 +1198,12 @@ class TextDelta(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """Not empty, unless it only carries `logprobs`."""
+    """The text. Empty only if the delta has nothing but `logprobs`."""
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
-        """One entry per token since the last delta of this choice, if asked for. A joined delta has the entries of all it was joined from."""
+        """One entry for each token since the previous delta of this choice, if requested. A merged delta
+        has the entries of all its deltas.
+        """
 
     def __init__(
         self,
@@ -1160,14 +1221,14 @@ Global___TextDelta: _TypeAlias = TextDelta  # noqa: Y015
 
 @_typing.final
 class ReasoningDelta(_message.Message):
-    """A piece of what a choice thinks before it answers."""
+    """A piece of a choice's reasoning."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TEXT_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """Not empty."""
+    """The text. Never empty."""
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
         """See TextDelta.logprobs."""
@@ -1194,7 +1255,7 @@ class TokenLogprob(_message.Message):
 
     @_typing.final
     class Alternative(_message.Message):
-        """An alternative that was not necessarily chosen."""
+        """A likely token at this position. It may be the chosen one."""
 
         DESCRIPTOR: _descriptor.Descriptor
 
@@ -1204,9 +1265,9 @@ class TokenLogprob(_message.Message):
         token: _builtins.str
         """The token as text."""
         logprob: _builtins.float
-        """Natural logarithm of its probability. Absent if the engine could not compute it."""
+        """The natural logarithm of its probability. Absent if the engine could not compute it."""
         raw_bytes: _builtins.bytes
-        """The token's bytes; a token may end in the middle of a character."""
+        """The token's bytes. A token may end in the middle of a character."""
         def __init__(
             self,
             *,
@@ -1229,14 +1290,14 @@ class TokenLogprob(_message.Message):
     token: _builtins.str
     """The token as text."""
     logprob: _builtins.float
-    """Natural logarithm of its probability; vLLM sends -9999 for "next to nothing". Absent if the engine could not compute it
-    (vLLM sends null where a logit is NaN).
+    """The natural logarithm of its probability. vLLM sends -9999 for a probability near zero. Absent
+    if the engine could not compute it (vLLM sends null if a logit is NaN).
     """
     raw_bytes: _builtins.bytes
-    """The token's bytes; a token may end in the middle of a character."""
+    """The token's bytes. A token may end in the middle of a character."""
     @_builtins.property
     def alternatives(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob.Alternative]:
-        """The likeliest tokens at this place, at most as many as asked for."""
+        """The most likely tokens at this position, at most as many as requested."""
 
     def __init__(
         self,
@@ -1268,18 +1329,18 @@ class ChoiceFinished(_message.Message):
     MATCHED_TOKEN_ID_FIELD_NUMBER: _builtins.int
     TOOL_CALLS_EXECUTABLE_FIELD_NUMBER: _builtins.int
     stop_reason: Global___StopReason.ValueType
-    """Why."""
+    """Why it ended."""
     engine_finish_reason: _builtins.str
-    """The engine's own word, verbatim, for example "stop"; empty if it gave none. If it gave several,
-    the last one. A word of more than 256 bytes is cut.
+    """The engine's finish reason, verbatim, for example "stop". Empty if the engine sent none. If it
+    sent several, the last one. A value of more than 256 bytes is truncated.
     """
     matched_stop: _builtins.str
-    """A stop text."""
+    """The stop text."""
     matched_token_id: _builtins.int
-    """A stop token: the caller's, or an extra end token of the model's own."""
+    """The stop token: one of the caller's, or an additional end token of the model."""
     tool_calls_executable: _builtins.bool
-    """Whether the tool calls may be executed: the choice ended by itself, has at least one call, all
-    of them SUCCEEDED, and the call ends with status OK.
+    """Whether the tool calls may be executed. True only if the choice ended by itself, it has at
+    least one call, all its calls SUCCEEDED, and the call ends with status OK.
     """
     def __init__(
         self,
@@ -1302,7 +1363,7 @@ Global___ChoiceFinished: _TypeAlias = ChoiceFinished  # noqa: Y015
 
 @_typing.final
 class Usage(_message.Message):
-    """Tokens used, over all choices."""
+    """The tokens used, over all choices."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1312,15 +1373,15 @@ class Usage(_message.Message):
     REASONING_TOKENS_FIELD_NUMBER: _builtins.int
     PROVENANCE_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
-    """Tokens of the prompt, counted once. Absent if the engine never said."""
+    """Tokens in the prompt, counted once. Absent if the engine did not report it."""
     completion_tokens: _builtins.int
-    """Tokens generated, over all choices."""
+    """Generated tokens, over all choices."""
     cached_prompt_tokens: _builtins.int
-    """Prompt tokens that came from the engine's cache. Absent if the engine does not say."""
+    """Prompt tokens that the engine read from its cache. Absent if the engine did not report it."""
     reasoning_tokens: _builtins.int
-    """Generated tokens that were reasoning. Absent if the engine does not say."""
+    """Generated tokens that are reasoning. Absent if the engine did not report it."""
     provenance: Global___UsageProvenance.ValueType
-    """How far these figures can be trusted."""
+    """How accurate these figures are."""
     def __init__(
         self,
         *,
@@ -1351,14 +1412,14 @@ Global___Usage: _TypeAlias = Usage  # noqa: Y015
 
 @_typing.final
 class UsageUpdate(_message.Message):
-    """What an answer has cost so far. Cumulative: replace what came before, never add."""
+    """The usage so far. The figures are cumulative: replace the previous ones, do not add."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     USAGE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def usage(self) -> Global___Usage:
-        """At least this much, LOWER_BOUND, or ESTIMATED. The final account is in `completed`."""
+        """The usage so far, with provenance LOWER_BOUND or ESTIMATED. `completed` has the final figures."""
 
     def __init__(
         self,
@@ -1375,7 +1436,7 @@ Global___UsageUpdate: _TypeAlias = UsageUpdate  # noqa: Y015
 
 @_typing.final
 class Notice(_message.Message):
-    """Something that the caller should know, and that does not end the answer."""
+    """Information for the caller that does not end the answer."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1383,11 +1444,13 @@ class Notice(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     FIELD_FIELD_NUMBER: _builtins.int
     kind: Global___NoticeKind.ValueType
-    """What it is about, for programs; a client that does not know it shows the message."""
+    """The kind of notice, for programs. A client that does not know it should show the message."""
     message: _builtins.str
-    """For people."""
+    """A description for people."""
     field: _builtins.str
-    """The field of the request that it is about, such as "chat.priority"; empty if it is about none."""
+    """The field of the request that the notice is about, such as "chat.priority". Empty if it is not
+    about a field.
+    """
     def __init__(
         self,
         *,
@@ -1405,7 +1468,7 @@ Global___Notice: _TypeAlias = Notice  # noqa: Y015
 
 @_typing.final
 class Heartbeat(_message.Message):
-    """Nothing has happened, and the stream is alive."""
+    """Shows that the stream is alive although there is no other event."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1422,7 +1485,7 @@ Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015
 
 @_typing.final
 class Timings(_message.Message):
-    """How long things took, measured in the gateway."""
+    """Durations, measured in the gateway."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1433,7 +1496,9 @@ class Timings(_message.Message):
     TOTAL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def queue(self) -> _duration_pb2.Duration:
-        """From accepting the call to sending it to the engine: finding the model, fetching images."""
+        """From accepting the call to sending the request to the engine. It includes finding the model and
+        fetching images.
+        """
 
     @_builtins.property
     def first_event_latency(self) -> _duration_pb2.Duration:
@@ -1441,7 +1506,7 @@ class Timings(_message.Message):
 
     @_builtins.property
     def mean_gap(self) -> _duration_pb2.Duration:
-        """Between two of the engine's events, on average. Absent if there were fewer than two."""
+        """The mean time between two of the engine's events. Absent if there were fewer than two."""
 
     @_builtins.property
     def worst_gap(self) -> _duration_pb2.Duration:
@@ -1470,13 +1535,13 @@ Global___Timings: _TypeAlias = Timings  # noqa: Y015
 
 @_typing.final
 class Completed(_message.Message):
-    """The stream has ended; nothing follows."""
+    """The last event of a stream."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
     class Choice(_message.Message):
-        """A choice, whole."""
+        """A complete choice."""
 
         DESCRIPTOR: _descriptor.Descriptor
 
@@ -1492,18 +1557,20 @@ class Completed(_message.Message):
         index: _builtins.int
         """See StreamChatCompletionResponse.choice_index."""
         stop_reason: Global___StopReason.ValueType
-        """Why it ended."""
+        """Why the choice ended."""
         tool_calls_executable: _builtins.bool
         """See ChoiceFinished.tool_calls_executable."""
         engine_finish_reason: _builtins.str
-        """The engine's own word, to the letter; empty if it gave none."""
+        """See ChoiceFinished.engine_finish_reason."""
         matched_stop: _builtins.str
-        """A stop text."""
+        """The stop text."""
         matched_token_id: _builtins.int
-        """A stop token: the caller's, or an extra end token of the model's own."""
+        """The stop token: one of the caller's, or an additional end token of the model."""
         @_builtins.property
         def message(self) -> _message_pb2.AssistantMessage:
-            """What the model said. Its tool_calls are only those that SUCCEEDED, so it can be sent back as it is."""
+            """The model's message. Its tool_calls are only those that SUCCEEDED, so it can be sent back
+            unchanged.
+            """
 
         @_builtins.property
         def failed_tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[_tool_pb2.ToolCallDelta]:
@@ -1511,7 +1578,9 @@ class Completed(_message.Message):
 
         @_builtins.property
         def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
-            """Every token's log-probability, in CreateChatCompletion only; a stream has sent them in its deltas."""
+            """The log-probabilities of all tokens, in CreateChatCompletion only. A stream has them in its
+            deltas.
+            """
 
         def __init__(
             self,
@@ -1546,9 +1615,9 @@ class Completed(_message.Message):
         code: _builtins.int
         """The gRPC status code that the call ends with, for example 10 (ABORTED)."""
         reason: _error_reason_pb2.ErrorReason.ValueType
-        """The same reason that the status carries."""
+        """The same reason as in the status."""
         message: _builtins.str
-        """For people."""
+        """A description for people."""
         def __init__(
             self,
             *,
@@ -1568,24 +1637,27 @@ class Completed(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     MESSAGES_OMITTED_FIELD_NUMBER: _builtins.int
     messages_omitted: _builtins.bool
-    """Whether the messages of `choices` were left out because together they exceed the operator's limit, by default 1 MiB
-    (other languages receive at most 4 MiB at once by default). The deltas have said it all.
+    """Whether the messages of `choices` were omitted because together they exceed the operator's
+    limit, by default 1 MiB. (Other languages receive at most 4 MiB in one message by default.) The
+    deltas have the whole answer.
     """
     @_builtins.property
     def usage(self) -> Global___Usage:
-        """What it cost."""
+        """The tokens used."""
 
     @_builtins.property
     def timings(self) -> Global___Timings:
-        """How long it took."""
+        """How long the answer took."""
 
     @_builtins.property
     def choices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Completed.Choice]:
-        """Every choice that was seen, by ascending index."""
+        """Every choice with any output, by ascending index; see rule 7 of StreamChatCompletionResponse."""
 
     @_builtins.property
     def error(self) -> Global___Completed.Error:
-        """Set if a fault ended the stream. HTTP/1.1 proxies lose a status that comes after the first message: this stays."""
+        """Set if a fault ended the stream. It repeats the status, which HTTP/1.1 proxies drop after the
+        first message.
+        """
 
     def __init__(
         self,
@@ -1606,13 +1678,13 @@ Global___Completed: _TypeAlias = Completed  # noqa: Y015
 
 @_typing.final
 class CancelChatCompletionRequest(_message.Message):
-    """Asks to end a completion softly."""
+    """Request for CancelChatCompletion."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     COMPLETION_ID_FIELD_NUMBER: _builtins.int
     completion_id: _builtins.str
-    """Started.completion_id, or the caller's own. Required."""
+    """Started.completion_id, or the id that the caller chose. Required."""
     def __init__(
         self,
         *,
@@ -1628,17 +1700,17 @@ Global___CancelChatCompletionRequest: _TypeAlias = CancelChatCompletionRequest  
 
 @_typing.final
 class CancelChatCompletionResponse(_message.Message):
-    """What the cancel met."""
+    """Response of CancelChatCompletion."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     STATE_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     state: Global___CompletionState.ValueType
-    """The state before the cancel: RUNNING if it ends something."""
+    """The state before the cancel. RUNNING means that the cancel ends the completion."""
     @_builtins.property
     def usage(self) -> Global___Usage:
-        """What the completion had cost by then."""
+        """The usage at the time of the cancel."""
 
     def __init__(
         self,
@@ -1656,13 +1728,13 @@ Global___CancelChatCompletionResponse: _TypeAlias = CancelChatCompletionResponse
 
 @_typing.final
 class GetChatCompletionRequest(_message.Message):
-    """Asks what has become of a completion."""
+    """Request for GetChatCompletion."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     COMPLETION_ID_FIELD_NUMBER: _builtins.int
     completion_id: _builtins.str
-    """Started.completion_id, or the caller's own. Required."""
+    """Started.completion_id, or the id that the caller chose. Required."""
     def __init__(
         self,
         *,
@@ -1678,7 +1750,7 @@ Global___GetChatCompletionRequest: _TypeAlias = GetChatCompletionRequest  # noqa
 
 @_typing.final
 class GetChatCompletionResponse(_message.Message):
-    """What has become of a completion."""
+    """Response of GetChatCompletion."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1691,32 +1763,39 @@ class GetChatCompletionResponse(_message.Message):
     LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     completion_id: _builtins.str
-    """The id that was asked for."""
+    """The id from the request."""
     state: Global___CompletionState.ValueType
-    """How far it has come."""
+    """The state of the completion."""
     last_sequence: _builtins.int
-    """The sequence of the newest message of a retained stream. Absent if there is none, or nothing is retained."""
+    """The `sequence` of the newest message of a retained stream. Absent if there is no message, or if
+    the stream is not retained.
+    """
     @_builtins.property
     def started(self) -> Global___Started:
-        """What was asked of whom. Absent until the engine has begun. Of a completion that has ended and is not retained, `effective_sampling`
-        lacks its texts, token ids and biases if they take more than 2 KiB.
+        """Which model and provider answer, and with which settings. Absent until the engine has begun to
+        answer. If the completion has ended and is not retained, `effective_sampling` omits its texts,
+        token ids and biases if they take more than 2 KiB.
         """
 
     @_builtins.property
     def usage(self) -> Global___Usage:
-        """What it has cost so far, or in all."""
+        """The usage so far, or the final usage."""
 
     @_builtins.property
     def completed(self) -> Global___Completed:
-        """The result. Absent while it runs, and if it is not retained, or no longer."""
+        """The result. Absent while the completion is running, and if the result is not retained."""
 
     @_builtins.property
     def error(self) -> Global___Completed.Error:
-        """With FAILED, why. The code is CANCELLED or DEADLINE_EXCEEDED if the caller's own cancel or deadline was it."""
+        """The fault, with state FAILED. The code is CANCELLED or DEADLINE_EXCEEDED if the caller canceled
+        the call or its deadline passed.
+        """
 
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
-        """When what is retained will be dropped if nobody reads it before. Absent while somebody does, and if nothing is retained."""
+        """When the retained data will be dropped unless a caller reads it before. Absent while a caller
+        reads it, and if nothing is retained.
+        """
 
     def __init__(
         self,
@@ -1742,16 +1821,18 @@ Global___GetChatCompletionResponse: _TypeAlias = GetChatCompletionResponse  # no
 
 @_typing.final
 class CountTokensRequest(_message.Message):
-    """Asks how many tokens a request's prompt has."""
+    """Request for CountTokens."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     CHAT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def chat(self) -> Global___ChatRequest:
-        """Required. Counted are `messages`, `tools` as `tool_choice` and `allowed_tools` leave them, `reasoning.effort` and
-        `chat_template_kwargs`. Every other field but `model` has no effect on the count and must be left out: INVALID_ARGUMENT lists those that are set. Images
-        cannot be counted without being computed: INVALID_ARGUMENT.
+        """The request whose prompt is counted. Required. The count includes `messages`, `tools` after
+        `tool_choice` and `allowed_tools` are applied, `reasoning.effort` and `chat_template_kwargs`.
+        Every other field except `model` has no effect on the count and must be absent:
+        INVALID_ARGUMENT lists those that are set. Images also fail with INVALID_ARGUMENT, because
+        their tokens cannot be counted without running the model.
         """
 
     def __init__(
@@ -1769,7 +1850,7 @@ Global___CountTokensRequest: _TypeAlias = CountTokensRequest  # noqa: Y015
 
 @_typing.final
 class CountTokensResponse(_message.Message):
-    """How many tokens a request's prompt has."""
+    """Response of CountTokens."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1778,9 +1859,11 @@ class CountTokensResponse(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     PROVIDER_ID_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
-    """The same figure as Usage.prompt_tokens of a completion."""
+    """The number of tokens, the same figure as Usage.prompt_tokens of a completion."""
     max_context_tokens: _builtins.int
-    """The longest prompt and answer together that the model takes. Absent if the engine does not say."""
+    """The model's limit for the prompt and the answer together, in tokens. Absent if the engine does
+    not report it.
+    """
     model: _builtins.str
     """See Started.model."""
     provider_id: _builtins.str

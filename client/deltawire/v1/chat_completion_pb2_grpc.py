@@ -26,17 +26,26 @@ if _version_not_supported:
 
 
 class ChatCompletionStub(object):
-    """Chat with a model: the answer whole, or as typed events while it is generated.
+    """Chat completions from a model, either as one response or as a stream of typed events.
 
-    Requests must not be compressed: gRPC refuses one with `grpc-encoding: gzip` or `deflate` with UNIMPLEMENTED. A request has at
-    most 100,000 fields, those of nested messages included (a packed list counts its bytes), and at most 8 MiB besides its images.
+    Requests must not be compressed: a request with `grpc-encoding: gzip` or `deflate` fails with
+    UNIMPLEMENTED. A request may have at most 100,000 fields, including the fields of nested messages
+    and each byte of a packed list, and at most 8 MiB without its images.
 
-    Metadata that every call takes: `authorization: Bearer ...` the caller's key for this gateway, `x-vllm-api-token` the
-    caller's own token for vLLM (it comes before the operator's, and is sent only to the provider that the call names, as in the
-    model "provider/name", or that the operator marked for it, or that is the only one; INVALID_REQUEST if it is not printable
-    ASCII without spaces), `x-request-id` adopted if it is printable ASCII of at most 128 characters, else minted; `traceparent`
-    and `tracestate`, passed on if they are valid by W3C Trace Context, else left out. The request id comes back as
-    `x-request-id` in the initial metadata, or in the trailers of a call that failed before its first event.
+    Every method accepts this metadata:
+
+    - `authorization: Bearer ...`: the caller's access key for this gateway.
+    - `x-vllm-api-token`: the caller's own token for vLLM, used instead of the operator's. The
+    gateway sends it only to the provider that the call names, as in the model "provider/name", to
+    providers that the operator marked for it, or, if only one provider is configured, to that one.
+    INVALID_REQUEST if it is not printable ASCII without spaces.
+    - `x-request-id`: used as the request id if it is printable ASCII of at most 128 characters.
+    Otherwise the gateway generates one.
+    - `traceparent`, `tracestate`: forwarded if they are valid according to W3C Trace Context,
+    otherwise dropped.
+
+    The gateway returns the request id as `x-request-id` in the initial metadata, or in the trailers
+    if the call fails before its first event.
     """
 
     def __init__(self, channel):
@@ -73,55 +82,67 @@ class ChatCompletionStub(object):
 
 
 class ChatCompletionServicer(object):
-    """Chat with a model: the answer whole, or as typed events while it is generated.
+    """Chat completions from a model, either as one response or as a stream of typed events.
 
-    Requests must not be compressed: gRPC refuses one with `grpc-encoding: gzip` or `deflate` with UNIMPLEMENTED. A request has at
-    most 100,000 fields, those of nested messages included (a packed list counts its bytes), and at most 8 MiB besides its images.
+    Requests must not be compressed: a request with `grpc-encoding: gzip` or `deflate` fails with
+    UNIMPLEMENTED. A request may have at most 100,000 fields, including the fields of nested messages
+    and each byte of a packed list, and at most 8 MiB without its images.
 
-    Metadata that every call takes: `authorization: Bearer ...` the caller's key for this gateway, `x-vllm-api-token` the
-    caller's own token for vLLM (it comes before the operator's, and is sent only to the provider that the call names, as in the
-    model "provider/name", or that the operator marked for it, or that is the only one; INVALID_REQUEST if it is not printable
-    ASCII without spaces), `x-request-id` adopted if it is printable ASCII of at most 128 characters, else minted; `traceparent`
-    and `tracestate`, passed on if they are valid by W3C Trace Context, else left out. The request id comes back as
-    `x-request-id` in the initial metadata, or in the trailers of a call that failed before its first event.
+    Every method accepts this metadata:
+
+    - `authorization: Bearer ...`: the caller's access key for this gateway.
+    - `x-vllm-api-token`: the caller's own token for vLLM, used instead of the operator's. The
+    gateway sends it only to the provider that the call names, as in the model "provider/name", to
+    providers that the operator marked for it, or, if only one provider is configured, to that one.
+    INVALID_REQUEST if it is not printable ASCII without spaces.
+    - `x-request-id`: used as the request id if it is printable ASCII of at most 128 characters.
+    Otherwise the gateway generates one.
+    - `traceparent`, `tracestate`: forwarded if they are valid according to W3C Trace Context,
+    otherwise dropped.
+
+    The gateway returns the request id as `x-request-id` in the initial metadata, or in the trailers
+    if the call fails before its first event.
     """
 
     def CreateChatCompletion(self, request, context):
-        """The whole answer at once. It fails wherever the stream below would end with a non-OK status, with that status.
-        At-least-once on the engine: a retried call generates again, unless it has a `completion_id`. An answer with a response of more than
-        4 MiB, which most languages receive by default, ends with ANSWER_TOO_LARGE: stream long ones.
+        """Returns the whole answer at once. It fails in every case in which StreamChatCompletion would
+        end with a non-OK status, with the same status. The semantics on the engine are at-least-once:
+        a retried call generates again, unless it has a `completion_id`. A response is at most 4 MiB,
+        which is the default receive limit in most languages; a larger one fails with ANSWER_TOO_LARGE.
+        Stream long answers.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StreamChatCompletion(self, request, context):
-        """The answer as typed events, as they are generated; also goes on with a stream that was retained. See
-        StreamChatCompletionResponse for the contract.
+        """Returns the answer as typed events while it is generated, or resumes a retained stream. The
+        contract is on StreamChatCompletionResponse.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CancelChatCompletion(self, request, context):
-        """Ends a completion softly: generation stops, and whoever reads it gets a normal end, with the text so far, stop reason
-        CANCELLED and the usage. Cancelling one that has ended already changes nothing and is no error.
+        """Ends a completion softly: generation stops, and every reader gets a normal end with the text so
+        far, stop reason CANCELLED and the usage. Canceling a completion that has already ended has no
+        effect and is not an error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetChatCompletion(self, request, context):
-        """How far a completion has come, and for how long it can still be resumed; its result too, if it is retained. Of one that is
-        not, what it cost and how it ended is known for a while.
+        """Returns the state of a completion, how long it can still be resumed, and its result if that is
+        retained. If it is not retained, its usage and final state remain available for a limited time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CountTokens(self, request, context):
-        """How many tokens a request's prompt has, counted by the engine that would answer it, with its chat template. Nothing is
-        generated.
+        """Returns the number of tokens in a request's prompt. The engine that would answer the request
+        counts them, with its chat template. Nothing is generated.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -164,17 +185,26 @@ def add_ChatCompletionServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ChatCompletion(object):
-    """Chat with a model: the answer whole, or as typed events while it is generated.
+    """Chat completions from a model, either as one response or as a stream of typed events.
 
-    Requests must not be compressed: gRPC refuses one with `grpc-encoding: gzip` or `deflate` with UNIMPLEMENTED. A request has at
-    most 100,000 fields, those of nested messages included (a packed list counts its bytes), and at most 8 MiB besides its images.
+    Requests must not be compressed: a request with `grpc-encoding: gzip` or `deflate` fails with
+    UNIMPLEMENTED. A request may have at most 100,000 fields, including the fields of nested messages
+    and each byte of a packed list, and at most 8 MiB without its images.
 
-    Metadata that every call takes: `authorization: Bearer ...` the caller's key for this gateway, `x-vllm-api-token` the
-    caller's own token for vLLM (it comes before the operator's, and is sent only to the provider that the call names, as in the
-    model "provider/name", or that the operator marked for it, or that is the only one; INVALID_REQUEST if it is not printable
-    ASCII without spaces), `x-request-id` adopted if it is printable ASCII of at most 128 characters, else minted; `traceparent`
-    and `tracestate`, passed on if they are valid by W3C Trace Context, else left out. The request id comes back as
-    `x-request-id` in the initial metadata, or in the trailers of a call that failed before its first event.
+    Every method accepts this metadata:
+
+    - `authorization: Bearer ...`: the caller's access key for this gateway.
+    - `x-vllm-api-token`: the caller's own token for vLLM, used instead of the operator's. The
+    gateway sends it only to the provider that the call names, as in the model "provider/name", to
+    providers that the operator marked for it, or, if only one provider is configured, to that one.
+    INVALID_REQUEST if it is not printable ASCII without spaces.
+    - `x-request-id`: used as the request id if it is printable ASCII of at most 128 characters.
+    Otherwise the gateway generates one.
+    - `traceparent`, `tracestate`: forwarded if they are valid according to W3C Trace Context,
+    otherwise dropped.
+
+    The gateway returns the request id as `x-request-id` in the initial metadata, or in the trailers
+    if the call fails before its first event.
     """
 
     @staticmethod

@@ -27,17 +27,26 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ChatCompletionStub:
-    """Chat with a model: the answer whole, or as typed events while it is generated.
+    """Chat completions from a model, either as one response or as a stream of typed events.
 
-    Requests must not be compressed: gRPC refuses one with `grpc-encoding: gzip` or `deflate` with UNIMPLEMENTED. A request has at
-    most 100,000 fields, those of nested messages included (a packed list counts its bytes), and at most 8 MiB besides its images.
+    Requests must not be compressed: a request with `grpc-encoding: gzip` or `deflate` fails with
+    UNIMPLEMENTED. A request may have at most 100,000 fields, including the fields of nested messages
+    and each byte of a packed list, and at most 8 MiB without its images.
 
-    Metadata that every call takes: `authorization: Bearer ...` the caller's key for this gateway, `x-vllm-api-token` the
-    caller's own token for vLLM (it comes before the operator's, and is sent only to the provider that the call names, as in the
-    model "provider/name", or that the operator marked for it, or that is the only one; INVALID_REQUEST if it is not printable
-    ASCII without spaces), `x-request-id` adopted if it is printable ASCII of at most 128 characters, else minted; `traceparent`
-    and `tracestate`, passed on if they are valid by W3C Trace Context, else left out. The request id comes back as
-    `x-request-id` in the initial metadata, or in the trailers of a call that failed before its first event.
+    Every method accepts this metadata:
+
+    - `authorization: Bearer ...`: the caller's access key for this gateway.
+    - `x-vllm-api-token`: the caller's own token for vLLM, used instead of the operator's. The
+      gateway sends it only to the provider that the call names, as in the model "provider/name", to
+      providers that the operator marked for it, or, if only one provider is configured, to that one.
+      INVALID_REQUEST if it is not printable ASCII without spaces.
+    - `x-request-id`: used as the request id if it is printable ASCII of at most 128 characters.
+      Otherwise the gateway generates one.
+    - `traceparent`, `tracestate`: forwarded if they are valid according to W3C Trace Context,
+      otherwise dropped.
+
+    The gateway returns the request id as `x-request-id` in the initial metadata, or in the trailers
+    if the call fails before its first event.
     """
 
     @_typing.overload
@@ -45,77 +54,101 @@ class ChatCompletionStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ChatCompletionAsyncStub: ...
     CreateChatCompletion: _grpc.UnaryUnaryMultiCallable[_chat_completion_pb2.CreateChatCompletionRequest, _chat_completion_pb2.CreateChatCompletionResponse]
-    """The whole answer at once. It fails wherever the stream below would end with a non-OK status, with that status.
-    At-least-once on the engine: a retried call generates again, unless it has a `completion_id`. An answer with a response of more than
-    4 MiB, which most languages receive by default, ends with ANSWER_TOO_LARGE: stream long ones.
+    """Returns the whole answer at once. It fails in every case in which StreamChatCompletion would
+    end with a non-OK status, with the same status. The semantics on the engine are at-least-once:
+    a retried call generates again, unless it has a `completion_id`. A response is at most 4 MiB,
+    which is the default receive limit in most languages; a larger one fails with ANSWER_TOO_LARGE.
+    Stream long answers.
     """
     StreamChatCompletion: _grpc.UnaryStreamMultiCallable[_chat_completion_pb2.StreamChatCompletionRequest, _chat_completion_pb2.StreamChatCompletionResponse]
-    """The answer as typed events, as they are generated; also goes on with a stream that was retained. See
-    StreamChatCompletionResponse for the contract.
+    """Returns the answer as typed events while it is generated, or resumes a retained stream. The
+    contract is on StreamChatCompletionResponse.
     """
     CancelChatCompletion: _grpc.UnaryUnaryMultiCallable[_chat_completion_pb2.CancelChatCompletionRequest, _chat_completion_pb2.CancelChatCompletionResponse]
-    """Ends a completion softly: generation stops, and whoever reads it gets a normal end, with the text so far, stop reason
-    CANCELLED and the usage. Cancelling one that has ended already changes nothing and is no error.
+    """Ends a completion softly: generation stops, and every reader gets a normal end with the text so
+    far, stop reason CANCELLED and the usage. Canceling a completion that has already ended has no
+    effect and is not an error.
     """
     GetChatCompletion: _grpc.UnaryUnaryMultiCallable[_chat_completion_pb2.GetChatCompletionRequest, _chat_completion_pb2.GetChatCompletionResponse]
-    """How far a completion has come, and for how long it can still be resumed; its result too, if it is retained. Of one that is
-    not, what it cost and how it ended is known for a while.
+    """Returns the state of a completion, how long it can still be resumed, and its result if that is
+    retained. If it is not retained, its usage and final state remain available for a limited time.
     """
     CountTokens: _grpc.UnaryUnaryMultiCallable[_chat_completion_pb2.CountTokensRequest, _chat_completion_pb2.CountTokensResponse]
-    """How many tokens a request's prompt has, counted by the engine that would answer it, with its chat template. Nothing is
-    generated.
+    """Returns the number of tokens in a request's prompt. The engine that would answer the request
+    counts them, with its chat template. Nothing is generated.
     """
 
 @_typing.type_check_only
 class ChatCompletionAsyncStub(ChatCompletionStub):
-    """Chat with a model: the answer whole, or as typed events while it is generated.
+    """Chat completions from a model, either as one response or as a stream of typed events.
 
-    Requests must not be compressed: gRPC refuses one with `grpc-encoding: gzip` or `deflate` with UNIMPLEMENTED. A request has at
-    most 100,000 fields, those of nested messages included (a packed list counts its bytes), and at most 8 MiB besides its images.
+    Requests must not be compressed: a request with `grpc-encoding: gzip` or `deflate` fails with
+    UNIMPLEMENTED. A request may have at most 100,000 fields, including the fields of nested messages
+    and each byte of a packed list, and at most 8 MiB without its images.
 
-    Metadata that every call takes: `authorization: Bearer ...` the caller's key for this gateway, `x-vllm-api-token` the
-    caller's own token for vLLM (it comes before the operator's, and is sent only to the provider that the call names, as in the
-    model "provider/name", or that the operator marked for it, or that is the only one; INVALID_REQUEST if it is not printable
-    ASCII without spaces), `x-request-id` adopted if it is printable ASCII of at most 128 characters, else minted; `traceparent`
-    and `tracestate`, passed on if they are valid by W3C Trace Context, else left out. The request id comes back as
-    `x-request-id` in the initial metadata, or in the trailers of a call that failed before its first event.
+    Every method accepts this metadata:
+
+    - `authorization: Bearer ...`: the caller's access key for this gateway.
+    - `x-vllm-api-token`: the caller's own token for vLLM, used instead of the operator's. The
+      gateway sends it only to the provider that the call names, as in the model "provider/name", to
+      providers that the operator marked for it, or, if only one provider is configured, to that one.
+      INVALID_REQUEST if it is not printable ASCII without spaces.
+    - `x-request-id`: used as the request id if it is printable ASCII of at most 128 characters.
+      Otherwise the gateway generates one.
+    - `traceparent`, `tracestate`: forwarded if they are valid according to W3C Trace Context,
+      otherwise dropped.
+
+    The gateway returns the request id as `x-request-id` in the initial metadata, or in the trailers
+    if the call fails before its first event.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateChatCompletion: _aio.UnaryUnaryMultiCallable[_chat_completion_pb2.CreateChatCompletionRequest, _chat_completion_pb2.CreateChatCompletionResponse]  # type: ignore[assignment]
-    """The whole answer at once. It fails wherever the stream below would end with a non-OK status, with that status.
-    At-least-once on the engine: a retried call generates again, unless it has a `completion_id`. An answer with a response of more than
-    4 MiB, which most languages receive by default, ends with ANSWER_TOO_LARGE: stream long ones.
+    """Returns the whole answer at once. It fails in every case in which StreamChatCompletion would
+    end with a non-OK status, with the same status. The semantics on the engine are at-least-once:
+    a retried call generates again, unless it has a `completion_id`. A response is at most 4 MiB,
+    which is the default receive limit in most languages; a larger one fails with ANSWER_TOO_LARGE.
+    Stream long answers.
     """
     StreamChatCompletion: _aio.UnaryStreamMultiCallable[_chat_completion_pb2.StreamChatCompletionRequest, _chat_completion_pb2.StreamChatCompletionResponse]  # type: ignore[assignment]
-    """The answer as typed events, as they are generated; also goes on with a stream that was retained. See
-    StreamChatCompletionResponse for the contract.
+    """Returns the answer as typed events while it is generated, or resumes a retained stream. The
+    contract is on StreamChatCompletionResponse.
     """
     CancelChatCompletion: _aio.UnaryUnaryMultiCallable[_chat_completion_pb2.CancelChatCompletionRequest, _chat_completion_pb2.CancelChatCompletionResponse]  # type: ignore[assignment]
-    """Ends a completion softly: generation stops, and whoever reads it gets a normal end, with the text so far, stop reason
-    CANCELLED and the usage. Cancelling one that has ended already changes nothing and is no error.
+    """Ends a completion softly: generation stops, and every reader gets a normal end with the text so
+    far, stop reason CANCELLED and the usage. Canceling a completion that has already ended has no
+    effect and is not an error.
     """
     GetChatCompletion: _aio.UnaryUnaryMultiCallable[_chat_completion_pb2.GetChatCompletionRequest, _chat_completion_pb2.GetChatCompletionResponse]  # type: ignore[assignment]
-    """How far a completion has come, and for how long it can still be resumed; its result too, if it is retained. Of one that is
-    not, what it cost and how it ended is known for a while.
+    """Returns the state of a completion, how long it can still be resumed, and its result if that is
+    retained. If it is not retained, its usage and final state remain available for a limited time.
     """
     CountTokens: _aio.UnaryUnaryMultiCallable[_chat_completion_pb2.CountTokensRequest, _chat_completion_pb2.CountTokensResponse]  # type: ignore[assignment]
-    """How many tokens a request's prompt has, counted by the engine that would answer it, with its chat template. Nothing is
-    generated.
+    """Returns the number of tokens in a request's prompt. The engine that would answer the request
+    counts them, with its chat template. Nothing is generated.
     """
 
 class ChatCompletionServicer(metaclass=_abc_1.ABCMeta):
-    """Chat with a model: the answer whole, or as typed events while it is generated.
+    """Chat completions from a model, either as one response or as a stream of typed events.
 
-    Requests must not be compressed: gRPC refuses one with `grpc-encoding: gzip` or `deflate` with UNIMPLEMENTED. A request has at
-    most 100,000 fields, those of nested messages included (a packed list counts its bytes), and at most 8 MiB besides its images.
+    Requests must not be compressed: a request with `grpc-encoding: gzip` or `deflate` fails with
+    UNIMPLEMENTED. A request may have at most 100,000 fields, including the fields of nested messages
+    and each byte of a packed list, and at most 8 MiB without its images.
 
-    Metadata that every call takes: `authorization: Bearer ...` the caller's key for this gateway, `x-vllm-api-token` the
-    caller's own token for vLLM (it comes before the operator's, and is sent only to the provider that the call names, as in the
-    model "provider/name", or that the operator marked for it, or that is the only one; INVALID_REQUEST if it is not printable
-    ASCII without spaces), `x-request-id` adopted if it is printable ASCII of at most 128 characters, else minted; `traceparent`
-    and `tracestate`, passed on if they are valid by W3C Trace Context, else left out. The request id comes back as
-    `x-request-id` in the initial metadata, or in the trailers of a call that failed before its first event.
+    Every method accepts this metadata:
+
+    - `authorization: Bearer ...`: the caller's access key for this gateway.
+    - `x-vllm-api-token`: the caller's own token for vLLM, used instead of the operator's. The
+      gateway sends it only to the provider that the call names, as in the model "provider/name", to
+      providers that the operator marked for it, or, if only one provider is configured, to that one.
+      INVALID_REQUEST if it is not printable ASCII without spaces.
+    - `x-request-id`: used as the request id if it is printable ASCII of at most 128 characters.
+      Otherwise the gateway generates one.
+    - `traceparent`, `tracestate`: forwarded if they are valid according to W3C Trace Context,
+      otherwise dropped.
+
+    The gateway returns the request id as `x-request-id` in the initial metadata, or in the trailers
+    if the call fails before its first event.
     """
 
     @_abc_1.abstractmethod
@@ -124,9 +157,11 @@ class ChatCompletionServicer(metaclass=_abc_1.ABCMeta):
         request: _chat_completion_pb2.CreateChatCompletionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_chat_completion_pb2.CreateChatCompletionResponse, _abc.Awaitable[_chat_completion_pb2.CreateChatCompletionResponse]]:
-        """The whole answer at once. It fails wherever the stream below would end with a non-OK status, with that status.
-        At-least-once on the engine: a retried call generates again, unless it has a `completion_id`. An answer with a response of more than
-        4 MiB, which most languages receive by default, ends with ANSWER_TOO_LARGE: stream long ones.
+        """Returns the whole answer at once. It fails in every case in which StreamChatCompletion would
+        end with a non-OK status, with the same status. The semantics on the engine are at-least-once:
+        a retried call generates again, unless it has a `completion_id`. A response is at most 4 MiB,
+        which is the default receive limit in most languages; a larger one fails with ANSWER_TOO_LARGE.
+        Stream long answers.
         """
 
     @_abc_1.abstractmethod
@@ -135,8 +170,8 @@ class ChatCompletionServicer(metaclass=_abc_1.ABCMeta):
         request: _chat_completion_pb2.StreamChatCompletionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_chat_completion_pb2.StreamChatCompletionResponse], _abc.AsyncIterator[_chat_completion_pb2.StreamChatCompletionResponse]]:
-        """The answer as typed events, as they are generated; also goes on with a stream that was retained. See
-        StreamChatCompletionResponse for the contract.
+        """Returns the answer as typed events while it is generated, or resumes a retained stream. The
+        contract is on StreamChatCompletionResponse.
         """
 
     @_abc_1.abstractmethod
@@ -145,8 +180,9 @@ class ChatCompletionServicer(metaclass=_abc_1.ABCMeta):
         request: _chat_completion_pb2.CancelChatCompletionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_chat_completion_pb2.CancelChatCompletionResponse, _abc.Awaitable[_chat_completion_pb2.CancelChatCompletionResponse]]:
-        """Ends a completion softly: generation stops, and whoever reads it gets a normal end, with the text so far, stop reason
-        CANCELLED and the usage. Cancelling one that has ended already changes nothing and is no error.
+        """Ends a completion softly: generation stops, and every reader gets a normal end with the text so
+        far, stop reason CANCELLED and the usage. Canceling a completion that has already ended has no
+        effect and is not an error.
         """
 
     @_abc_1.abstractmethod
@@ -155,8 +191,8 @@ class ChatCompletionServicer(metaclass=_abc_1.ABCMeta):
         request: _chat_completion_pb2.GetChatCompletionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_chat_completion_pb2.GetChatCompletionResponse, _abc.Awaitable[_chat_completion_pb2.GetChatCompletionResponse]]:
-        """How far a completion has come, and for how long it can still be resumed; its result too, if it is retained. Of one that is
-        not, what it cost and how it ended is known for a while.
+        """Returns the state of a completion, how long it can still be resumed, and its result if that is
+        retained. If it is not retained, its usage and final state remain available for a limited time.
         """
 
     @_abc_1.abstractmethod
@@ -165,8 +201,8 @@ class ChatCompletionServicer(metaclass=_abc_1.ABCMeta):
         request: _chat_completion_pb2.CountTokensRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_chat_completion_pb2.CountTokensResponse, _abc.Awaitable[_chat_completion_pb2.CountTokensResponse]]:
-        """How many tokens a request's prompt has, counted by the engine that would answer it, with its chat template. Nothing is
-        generated.
+        """Returns the number of tokens in a request's prompt. The engine that would answer the request
+        counts them, with its chat template. Nothing is generated.
         """
 
 def add_ChatCompletionServicer_to_server(servicer: ChatCompletionServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -26,51 +26,59 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """Not set; never sent."""
     ERROR_REASON_INVALID_REQUEST: _ErrorReason.ValueType  # 1
     """INVALID_ARGUMENT. The request breaks a rule of this API. BadRequest lists every violated field.
-    Metadata: {"field": "chat.messages"} (the first one).
+    Metadata: {"field": "chat.messages"} (the first field).
     """
     ERROR_REASON_CONTEXT_LENGTH_EXCEEDED: _ErrorReason.ValueType  # 2
-    """INVALID_ARGUMENT. Prompt and answer do not fit the model's context. Shorten the messages or lower max_tokens.
+    """INVALID_ARGUMENT. The prompt and the answer do not fit into the model's context. Shorten the
+    messages or lower max_tokens.
     Metadata: {"field": "chat.messages", "provider": "vllm"}.
     """
     ERROR_REASON_MODEL_NOT_FOUND: _ErrorReason.ValueType  # 3
-    """NOT_FOUND. No model has this id or alias; the message lists at most 20 that there are.
+    """NOT_FOUND. No model has this id or alias. The message lists at most 20 available models.
     Metadata: {"model": "gpt-5"}.
     """
     ERROR_REASON_MODEL_ALREADY_EXISTS: _ErrorReason.ValueType  # 4
-    """ALREADY_EXISTS. The id or an alias belongs to another model. Unregister that one first or choose another name.
+    """ALREADY_EXISTS. The id or an alias belongs to another model. Unregister that model or choose
+    another name.
     Metadata: {"model": "llama", "name": "llama"}.
     """
     ERROR_REASON_MODEL_WRONG_TYPE: _ErrorReason.ValueType  # 5
-    """FAILED_PRECONDITION. The model is not of the type that this call needs: an embedding model cannot chat.
+    """FAILED_PRECONDITION. The model does not have the type that this call needs. For example, an
+    embedding model cannot chat.
     Metadata: {"model": "bge-m3", "type": "EMBEDDING"}.
     """
     ERROR_REASON_PROVIDER_NOT_FOUND: _ErrorReason.ValueType  # 6
-    """NOT_FOUND. No provider of this name is configured. Metadata: {"provider": "vllm2"}."""
+    """NOT_FOUND. No provider with this id is configured.
+    Metadata: {"provider": "vllm2"}.
+    """
     ERROR_REASON_PROVIDER_MISCONFIGURED: _ErrorReason.ValueType  # 7
-    """FAILED_PRECONDITION. The operator has to act: a wrong base URL or host name, a token that the provider refuses, or a
-    certificate that cannot be trusted. The message says which. Retrying does not help.
+    """FAILED_PRECONDITION. The operator must fix the configuration: a wrong base URL or host name, a
+    token that the provider does not accept, or a certificate that is not trusted. The message says
+    which. Retrying does not help.
     Metadata: {"provider": "vllm", "http_status": "404"}.
     """
     ERROR_REASON_UPSTREAM_UNAUTHENTICATED: _ErrorReason.ValueType  # 8
-    """UNAUTHENTICATED. The provider refused the token that came with the call in `x-vllm-api-token`, or it requires one and this
-    was not sent, since the call does not name the provider: the message says which.
+    """UNAUTHENTICATED. The provider rejected the call's `x-vllm-api-token`; or it requires a token,
+    and the gateway did not send the caller's because the call does not name the provider. The
+    message says which.
     Metadata: {"provider": "vllm", "http_status": "401"}.
     """
     ERROR_REASON_UPSTREAM_REJECTED: _ErrorReason.ValueType  # 9
-    """INVALID_ARGUMENT. The provider refused the request; the message is the provider's own.
+    """INVALID_ARGUMENT. The provider rejected the request. The message is the provider's own.
     Metadata: {"provider": "vllm", "http_status": "400", "field": "chat.sampling.stop"}.
     """
     ERROR_REASON_UPSTREAM_UNAVAILABLE: _ErrorReason.ValueType  # 10
-    """UNAVAILABLE, before the first event. The provider could not be reached, or went away. Try again.
+    """UNAVAILABLE, only before the first event. The provider could not be reached, or closed the
+    connection. Retry.
     Metadata: {"provider": "vllm"}.
     """
     ERROR_REASON_UPSTREAM_OVERLOADED: _ErrorReason.ValueType  # 11
-    """RESOURCE_EXHAUSTED. The provider has no room (HTTP 429). Wait as RetryInfo says, then try again.
+    """RESOURCE_EXHAUSTED. The provider is at capacity (HTTP 429). Retry after the delay in RetryInfo.
     Metadata: {"provider": "vllm", "http_status": "429"}.
     """
     ERROR_REASON_UPSTREAM_TIMEOUT: _ErrorReason.ValueType  # 12
-    """DEADLINE_EXCEEDED before the first event, ABORTED after it. The provider sent nothing for longer than its limit. It may still be
-    working on the request, so a retry may generate twice.
+    """DEADLINE_EXCEEDED before the first event, ABORTED after it. The provider sent nothing for
+    longer than a timeout. It may still be working on the request, so a retry may generate twice.
     Metadata: {"provider": "vllm", "limit_seconds": "300"}.
     """
     ERROR_REASON_UPSTREAM_ERROR: _ErrorReason.ValueType  # 13
@@ -78,171 +86,212 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     Metadata: {"provider": "vllm", "upstream_code": "500"}.
     """
     ERROR_REASON_UPSTREAM_MALFORMED: _ErrorReason.ValueType  # 14
-    """INTERNAL before the first event, ABORTED after it. The provider does not speak HTTP, or sent what no vLLM sends. Metadata: {"provider": "vllm"}."""
+    """INTERNAL before the first event, ABORTED after it. The provider does not speak HTTP, or sent
+    something that no vLLM sends.
+    Metadata: {"provider": "vllm"}.
+    """
     ERROR_REASON_UPSTREAM_INCOMPLETE: _ErrorReason.ValueType  # 15
-    """ABORTED. The stream broke off after it had begun: no finish reason came for every choice.
+    """ABORTED. The stream broke off after it had begun, before every choice had a finish reason.
     Metadata: {"provider": "vllm"}.
     """
     ERROR_REASON_UPSTREAM_ABORTED: _ErrorReason.ValueType  # 16
-    """ABORTED. The provider aborted the request, and not because this gateway asked. Metadata: {"provider": "vllm"}."""
+    """ABORTED. The provider aborted the request although this gateway did not ask for it.
+    Metadata: {"provider": "vllm"}.
+    """
     ERROR_REASON_TOO_MANY_STREAMS: _ErrorReason.ValueType  # 17
-    """RESOURCE_EXHAUSTED. This gateway serves as many completions as it may, or receives as many requests. The request was not
-    validated, and in most cases not received. Wait as RetryInfo says.
+    """RESOURCE_EXHAUSTED. This gateway has reached its limit of concurrent completions, or of
+    requests that it receives at once. The request was not validated, and in most cases not
+    received. Retry after the delay in RetryInfo.
     Metadata: {"limit": "1000"}.
     """
     ERROR_REASON_SLOW_CALLER: _ErrorReason.ValueType  # 18
-    """RESOURCE_EXHAUSTED. The caller did not take a message of its stream for too long. Metadata: {"limit_seconds": "30"}."""
+    """RESOURCE_EXHAUSTED. The caller did not read a message of its stream in time.
+    Metadata: {"limit_seconds": "30"}.
+    """
     ERROR_REASON_STORE_UNAVAILABLE: _ErrorReason.ValueType  # 19
-    """UNAVAILABLE. The registry's database cannot be used now; models known already can still be called."""
+    """UNAVAILABLE. The registry's database is not available. Known models can still be called."""
     ERROR_REASON_DRAINING: _ErrorReason.ValueType  # 20
-    """UNAVAILABLE. This process is shutting down: it takes no new calls, and has ended this watch. Retry as RetryInfo says, on a
-    new connection: another one serves. ABORTED after the first event of a completion: the time that it gives to calls under way has passed.
+    """UNAVAILABLE. This gateway process is shutting down: it accepts no new calls, and it has ended
+    this watch. Retry after the delay in RetryInfo, on a new connection, which reaches another
+    process. ABORTED after the first event of a completion, if the completion did not end within
+    the time that the shutdown allows.
     """
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 21
     """INTERNAL. A defect of the gateway. Report it with the request id."""
     ERROR_REASON_DURATION_LIMIT_EXCEEDED: _ErrorReason.ValueType  # 22
-    """DEADLINE_EXCEEDED. A call without a deadline ran for as long as this gateway allows, or its request did not arrive in the
-    time that this gateway waits for one. Metadata: {"limit_seconds": "3600"}.
+    """DEADLINE_EXCEEDED. A call without a deadline reached the gateway's limit on the duration, or
+    its request did not arrive in time.
+    Metadata: {"limit_seconds": "3600"}.
     """
     ERROR_REASON_MODEL_AMBIGUOUS: _ErrorReason.ValueType  # 23
     """FAILED_PRECONDITION. Several providers serve a model of this name. Call it as "provider/model".
     Metadata: {"model": "llama", "providers": "a, b"}.
     """
     ERROR_REASON_MODEL_NOT_SERVED: _ErrorReason.ValueType  # 24
-    """FAILED_PRECONDITION. The provider does not serve the model that was to be registered, and the message lists what it
-    serves; or the operator does not allow the model that was called (`allowed_models`).
+    """FAILED_PRECONDITION. The provider does not serve the model to be registered, and the message
+    lists the models that it serves; or the operator does not allow the model of the call
+    (`allowed_models`).
     Metadata: {"model": "llama", "provider": "vllm"}.
     """
     ERROR_REASON_MODEL_DISCOVERED: _ErrorReason.ValueType  # 25
-    """FAILED_PRECONDITION. The model is not registered but discovered at a provider: it is there for as long as it is served.
+    """FAILED_PRECONDITION. The model is not registered but discovered at a provider. It exists as
+    long as the provider serves it.
     Metadata: {"model": "vllm/llama"}.
     """
     ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 26
-    """UNAUTHENTICATED. This gateway wants a key, as `authorization: Bearer …`, or a client certificate, and got none that it
-    knows.
+    """UNAUTHENTICATED. This gateway requires an access key, as `authorization: Bearer …`, or a client
+    certificate. The call has no valid one.
     """
     ERROR_REASON_PERMISSION_DENIED: _ErrorReason.ValueType  # 27
-    """PERMISSION_DENIED. The caller is known and may not do this. Metadata: {"caller": "ci", "needs": "change"}."""
+    """PERMISSION_DENIED. The caller is authenticated but does not have the required permission.
+    Metadata: {"caller": "ci", "needs": "change"}.
+    """
     ERROR_REASON_ETAG_MISMATCH: _ErrorReason.ValueType  # 28
-    """ABORTED. Somebody has changed the model since it had that etag. Read it again, then decide again.
+    """ABORTED. The model was changed after the caller read this etag. Read the model again before
+    changing it.
     Metadata: {"model": "chat", "etag": "r43"}.
     """
     ERROR_REASON_REVISION_GONE: _ErrorReason.ValueType  # 29
-    """OUT_OF_RANGE. A watch cannot go on from that revision: too much has happened since, or another process gave it. Watch
-    again without a revision, for a snapshot.
+    """OUT_OF_RANGE. A watch cannot resume from this revision: there were too many changes since, or
+    the revision belongs to another gateway process. Watch again without a revision, which begins
+    with a snapshot.
     """
     ERROR_REASON_SLOW_WATCHER: _ErrorReason.ValueType  # 30
-    """RESOURCE_EXHAUSTED. A watch was not read for too long: a change waited for it longer than it may, or more models were
-    removed than are kept for watches. Watch again from the last revision, and if that is REVISION_GONE, without one.
+    """RESOURCE_EXHAUSTED. The caller read its watch too slowly: a change was not read in time, or
+    more models were removed than the gateway keeps for watches. Watch again from the last
+    revision; if that fails with REVISION_GONE, without a revision.
     Metadata: {"limit_seconds": "30"}, or {"limit_bytes": "33554432"} for removed models.
     """
     ERROR_REASON_ACCESS_CHANGED: _ErrorReason.ValueType  # 31
-    """ABORTED. Who may call this gateway has changed since the call began. A watch ends at any such change: watch again from the
-    last revision. Another call ends if its caller's access was revoked or changed: call again with a valid credential.
+    """ABORTED. The gateway's access list has changed since the call began. A watch ends at every such
+    change: watch again from the last revision. Any other call ends if its caller's access was
+    revoked or changed: call again with a valid credential.
     """
     ERROR_REASON_IMAGE_UNAVAILABLE: _ErrorReason.ValueType  # 32
-    """FAILED_PRECONDITION. An image could not be fetched from its address: it is not there, too large, too slow, or no image.
+    """FAILED_PRECONDITION. An image could not be fetched from its URL: it does not exist, is too
+    large, took too long, or is not an image.
     Metadata: {"field": "chat.messages[0].user.content[1].image.url", "host": "example.com"}.
     """
     ERROR_REASON_FIELD_NOT_SUPPORTED: _ErrorReason.ValueType  # 33
-    """INVALID_ARGUMENT. The provider's version does not know a field of the request, and would ignore it. Leave it out.
+    """INVALID_ARGUMENT. The provider's version does not support a field of the request and would
+    ignore it. Omit the field.
     Metadata: {"field": "chat.cache_salt", "provider": "vllm", "version": "0.8.5"}.
     """
     ERROR_REASON_ENDPOINT_NOT_SUPPORTED: _ErrorReason.ValueType  # 34
-    """UNIMPLEMENTED. The provider does not have an endpoint that this call needs: CountTokens needs /tokenize.
+    """UNIMPLEMENTED. The provider does not have an endpoint that this call needs. For example,
+    CountTokens needs /tokenize.
     Metadata: {"provider": "vllm", "endpoint": "/tokenize"}.
     """
     ERROR_REASON_COMPLETION_ALREADY_EXISTS: _ErrorReason.ValueType  # 35
-    """ALREADY_EXISTS. A completion of this caller's that has this completion_id and another request is under way or retained.
-    Choose another id, or resume that one. Metadata: {"completion_id": "my-1"}.
+    """ALREADY_EXISTS. The caller already has a completion with this completion_id that is running or
+    retained, from a different request. Choose another id, or resume that completion.
+    Metadata: {"completion_id": "my-1"}.
     """
     ERROR_REASON_COMPLETION_NOT_FOUND: _ErrorReason.ValueType  # 36
-    """NOT_FOUND. This caller has no completion of this id here. Metadata: {"completion_id": "my-1"}."""
+    """NOT_FOUND. The caller has no completion with this id in this gateway process.
+    Metadata: {"completion_id": "my-1"}.
+    """
     ERROR_REASON_COMPLETION_GONE: _ErrorReason.ValueType  # 37
-    """OUT_OF_RANGE. There was such a completion, but what was asked for is no longer retained, or never was.
-    Metadata: {"completion_id": "my-1", "first_sequence": "812"} (the oldest message that can still be had, if any can).
+    """OUT_OF_RANGE. The completion exists or existed, but the requested messages are not retained.
+    Metadata: {"completion_id": "my-1", "first_sequence": "812"} (the oldest message that is
+    available, if any).
     """
     ERROR_REASON_WRONG_REPLICA: _ErrorReason.ValueType  # 38
-    """FAILED_PRECONDITION. Another gateway process made this completion id, and only that one has the completion. Retry on a new
-    connection, which may reach it. Metadata: {"completion_id": "cmpl-…"}.
+    """FAILED_PRECONDITION. Another gateway process generated this completion id, and only that
+    process has the completion. Retry on a new connection, which may reach it.
+    Metadata: {"completion_id": "cmpl-…"}.
     """
     ERROR_REASON_ANSWER_TOO_LARGE: _ErrorReason.ValueType  # 39
-    """RESOURCE_EXHAUSTED. The answer is larger than the gateway holds of one (`stream.max_answer_bytes`), or than fits into the
-    response of CreateChatCompletion, 4 MiB. Stream the answer, or ask for less of it: a lower `max_tokens` or `choice_count`, fewer
-    log-probabilities. Metadata: {"limit_bytes": "33554432", "completion_id": "cmpl-…"}.
+    """RESOURCE_EXHAUSTED. The answer is larger than the gateway holds for one completion
+    (`stream.max_answer_bytes`), or than a response of CreateChatCompletion may be (4 MiB). Stream
+    the answer, or request less: a lower `max_tokens` or `choice_count`, or fewer
+    log-probabilities.
+    Metadata: {"limit_bytes": "33554432", "completion_id": "cmpl-…"}.
     """
     ERROR_REASON_MEMORY_LIMIT_EXCEEDED: _ErrorReason.ValueType  # 40
-    """RESOURCE_EXHAUSTED. The gateway holds as much as it may for the calls under way (`server.max_memory_bytes`). It takes no new
-    call then, and ends the largest ones that it has. Wait as RetryInfo says, then try again.
+    """RESOURCE_EXHAUSTED. The calls in progress have reached the gateway's memory limit
+    (`server.max_memory_bytes`). It then accepts no new calls and ends the largest ones. Retry
+    after the delay in RetryInfo.
     Metadata: {"limit_bytes": "4294967296"}.
     """
     ERROR_REASON_REGISTRY_FULL: _ErrorReason.ValueType  # 41
-    """RESOURCE_EXHAUSTED. The registry has no room for what would be registered: for another model, for its aliases, or for the
-    text of all of them. Unregister models, or have the operator raise the limit that the message names. Retrying does not
-    help. Metadata: {"limit": "10000", "setting": "registry.max_models"}.
+    """RESOURCE_EXHAUSTED. The registry has reached a limit: on models, on aliases, or on the text of
+    all models. Unregister models, or ask the operator to raise the limit that the message names.
+    Retrying does not help.
+    Metadata: {"limit": "10000", "setting": "registry.max_models"}.
     """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
-    """Why a call failed, in one word to branch on.
+    """Why a call failed, for programs to branch on.
 
-    Every failed call carries a google.rpc.Status with an ErrorInfo whose `domain` is "deltawire.dev" and whose `reason` is the
-    name of one of these values without its prefix, for example "MODEL_NOT_FOUND". The same word travels as the plain
-    trailer `deltawire-reason`, for languages in which reading details is hard. `grpc-retry-pushback-ms` has RetryInfo's delay for
-    gRPC's own retries; -1 tells them not to retry. ErrorInfo's `metadata` holds the values
-    named below; `request_id` is always among them.
+    Every failed call carries a google.rpc.Status with an ErrorInfo. Its `domain` is "deltawire.dev",
+    and its `reason` is the name of one of these values without the prefix, for example
+    "MODEL_NOT_FOUND". ErrorInfo's `metadata` has the entries shown below, and always `request_id`.
 
-    A client that meets a value it does not know decides by the status code alone.
+    Two trailers repeat parts of the status. `deltawire-reason` has the reason as plain text, for
+    languages in which reading details is hard. `grpc-retry-pushback-ms` has the delay of RetryInfo,
+    in milliseconds, for gRPC's own retries; -1 means that gRPC must not retry.
+
+    A client that does not know a value must decide by the status code alone.
     """
 
 ERROR_REASON_UNSPECIFIED: ErrorReason.ValueType  # 0
 """Not set; never sent."""
 ERROR_REASON_INVALID_REQUEST: ErrorReason.ValueType  # 1
 """INVALID_ARGUMENT. The request breaks a rule of this API. BadRequest lists every violated field.
-Metadata: {"field": "chat.messages"} (the first one).
+Metadata: {"field": "chat.messages"} (the first field).
 """
 ERROR_REASON_CONTEXT_LENGTH_EXCEEDED: ErrorReason.ValueType  # 2
-"""INVALID_ARGUMENT. Prompt and answer do not fit the model's context. Shorten the messages or lower max_tokens.
+"""INVALID_ARGUMENT. The prompt and the answer do not fit into the model's context. Shorten the
+messages or lower max_tokens.
 Metadata: {"field": "chat.messages", "provider": "vllm"}.
 """
 ERROR_REASON_MODEL_NOT_FOUND: ErrorReason.ValueType  # 3
-"""NOT_FOUND. No model has this id or alias; the message lists at most 20 that there are.
+"""NOT_FOUND. No model has this id or alias. The message lists at most 20 available models.
 Metadata: {"model": "gpt-5"}.
 """
 ERROR_REASON_MODEL_ALREADY_EXISTS: ErrorReason.ValueType  # 4
-"""ALREADY_EXISTS. The id or an alias belongs to another model. Unregister that one first or choose another name.
+"""ALREADY_EXISTS. The id or an alias belongs to another model. Unregister that model or choose
+another name.
 Metadata: {"model": "llama", "name": "llama"}.
 """
 ERROR_REASON_MODEL_WRONG_TYPE: ErrorReason.ValueType  # 5
-"""FAILED_PRECONDITION. The model is not of the type that this call needs: an embedding model cannot chat.
+"""FAILED_PRECONDITION. The model does not have the type that this call needs. For example, an
+embedding model cannot chat.
 Metadata: {"model": "bge-m3", "type": "EMBEDDING"}.
 """
 ERROR_REASON_PROVIDER_NOT_FOUND: ErrorReason.ValueType  # 6
-"""NOT_FOUND. No provider of this name is configured. Metadata: {"provider": "vllm2"}."""
+"""NOT_FOUND. No provider with this id is configured.
+Metadata: {"provider": "vllm2"}.
+"""
 ERROR_REASON_PROVIDER_MISCONFIGURED: ErrorReason.ValueType  # 7
-"""FAILED_PRECONDITION. The operator has to act: a wrong base URL or host name, a token that the provider refuses, or a
-certificate that cannot be trusted. The message says which. Retrying does not help.
+"""FAILED_PRECONDITION. The operator must fix the configuration: a wrong base URL or host name, a
+token that the provider does not accept, or a certificate that is not trusted. The message says
+which. Retrying does not help.
 Metadata: {"provider": "vllm", "http_status": "404"}.
 """
 ERROR_REASON_UPSTREAM_UNAUTHENTICATED: ErrorReason.ValueType  # 8
-"""UNAUTHENTICATED. The provider refused the token that came with the call in `x-vllm-api-token`, or it requires one and this
-was not sent, since the call does not name the provider: the message says which.
+"""UNAUTHENTICATED. The provider rejected the call's `x-vllm-api-token`; or it requires a token,
+and the gateway did not send the caller's because the call does not name the provider. The
+message says which.
 Metadata: {"provider": "vllm", "http_status": "401"}.
 """
 ERROR_REASON_UPSTREAM_REJECTED: ErrorReason.ValueType  # 9
-"""INVALID_ARGUMENT. The provider refused the request; the message is the provider's own.
+"""INVALID_ARGUMENT. The provider rejected the request. The message is the provider's own.
 Metadata: {"provider": "vllm", "http_status": "400", "field": "chat.sampling.stop"}.
 """
 ERROR_REASON_UPSTREAM_UNAVAILABLE: ErrorReason.ValueType  # 10
-"""UNAVAILABLE, before the first event. The provider could not be reached, or went away. Try again.
+"""UNAVAILABLE, only before the first event. The provider could not be reached, or closed the
+connection. Retry.
 Metadata: {"provider": "vllm"}.
 """
 ERROR_REASON_UPSTREAM_OVERLOADED: ErrorReason.ValueType  # 11
-"""RESOURCE_EXHAUSTED. The provider has no room (HTTP 429). Wait as RetryInfo says, then try again.
+"""RESOURCE_EXHAUSTED. The provider is at capacity (HTTP 429). Retry after the delay in RetryInfo.
 Metadata: {"provider": "vllm", "http_status": "429"}.
 """
 ERROR_REASON_UPSTREAM_TIMEOUT: ErrorReason.ValueType  # 12
-"""DEADLINE_EXCEEDED before the first event, ABORTED after it. The provider sent nothing for longer than its limit. It may still be
-working on the request, so a retry may generate twice.
+"""DEADLINE_EXCEEDED before the first event, ABORTED after it. The provider sent nothing for
+longer than a timeout. It may still be working on the request, so a retry may generate twice.
 Metadata: {"provider": "vllm", "limit_seconds": "300"}.
 """
 ERROR_REASON_UPSTREAM_ERROR: ErrorReason.ValueType  # 13
@@ -250,107 +299,138 @@ ERROR_REASON_UPSTREAM_ERROR: ErrorReason.ValueType  # 13
 Metadata: {"provider": "vllm", "upstream_code": "500"}.
 """
 ERROR_REASON_UPSTREAM_MALFORMED: ErrorReason.ValueType  # 14
-"""INTERNAL before the first event, ABORTED after it. The provider does not speak HTTP, or sent what no vLLM sends. Metadata: {"provider": "vllm"}."""
+"""INTERNAL before the first event, ABORTED after it. The provider does not speak HTTP, or sent
+something that no vLLM sends.
+Metadata: {"provider": "vllm"}.
+"""
 ERROR_REASON_UPSTREAM_INCOMPLETE: ErrorReason.ValueType  # 15
-"""ABORTED. The stream broke off after it had begun: no finish reason came for every choice.
+"""ABORTED. The stream broke off after it had begun, before every choice had a finish reason.
 Metadata: {"provider": "vllm"}.
 """
 ERROR_REASON_UPSTREAM_ABORTED: ErrorReason.ValueType  # 16
-"""ABORTED. The provider aborted the request, and not because this gateway asked. Metadata: {"provider": "vllm"}."""
+"""ABORTED. The provider aborted the request although this gateway did not ask for it.
+Metadata: {"provider": "vllm"}.
+"""
 ERROR_REASON_TOO_MANY_STREAMS: ErrorReason.ValueType  # 17
-"""RESOURCE_EXHAUSTED. This gateway serves as many completions as it may, or receives as many requests. The request was not
-validated, and in most cases not received. Wait as RetryInfo says.
+"""RESOURCE_EXHAUSTED. This gateway has reached its limit of concurrent completions, or of
+requests that it receives at once. The request was not validated, and in most cases not
+received. Retry after the delay in RetryInfo.
 Metadata: {"limit": "1000"}.
 """
 ERROR_REASON_SLOW_CALLER: ErrorReason.ValueType  # 18
-"""RESOURCE_EXHAUSTED. The caller did not take a message of its stream for too long. Metadata: {"limit_seconds": "30"}."""
+"""RESOURCE_EXHAUSTED. The caller did not read a message of its stream in time.
+Metadata: {"limit_seconds": "30"}.
+"""
 ERROR_REASON_STORE_UNAVAILABLE: ErrorReason.ValueType  # 19
-"""UNAVAILABLE. The registry's database cannot be used now; models known already can still be called."""
+"""UNAVAILABLE. The registry's database is not available. Known models can still be called."""
 ERROR_REASON_DRAINING: ErrorReason.ValueType  # 20
-"""UNAVAILABLE. This process is shutting down: it takes no new calls, and has ended this watch. Retry as RetryInfo says, on a
-new connection: another one serves. ABORTED after the first event of a completion: the time that it gives to calls under way has passed.
+"""UNAVAILABLE. This gateway process is shutting down: it accepts no new calls, and it has ended
+this watch. Retry after the delay in RetryInfo, on a new connection, which reaches another
+process. ABORTED after the first event of a completion, if the completion did not end within
+the time that the shutdown allows.
 """
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 21
 """INTERNAL. A defect of the gateway. Report it with the request id."""
 ERROR_REASON_DURATION_LIMIT_EXCEEDED: ErrorReason.ValueType  # 22
-"""DEADLINE_EXCEEDED. A call without a deadline ran for as long as this gateway allows, or its request did not arrive in the
-time that this gateway waits for one. Metadata: {"limit_seconds": "3600"}.
+"""DEADLINE_EXCEEDED. A call without a deadline reached the gateway's limit on the duration, or
+its request did not arrive in time.
+Metadata: {"limit_seconds": "3600"}.
 """
 ERROR_REASON_MODEL_AMBIGUOUS: ErrorReason.ValueType  # 23
 """FAILED_PRECONDITION. Several providers serve a model of this name. Call it as "provider/model".
 Metadata: {"model": "llama", "providers": "a, b"}.
 """
 ERROR_REASON_MODEL_NOT_SERVED: ErrorReason.ValueType  # 24
-"""FAILED_PRECONDITION. The provider does not serve the model that was to be registered, and the message lists what it
-serves; or the operator does not allow the model that was called (`allowed_models`).
+"""FAILED_PRECONDITION. The provider does not serve the model to be registered, and the message
+lists the models that it serves; or the operator does not allow the model of the call
+(`allowed_models`).
 Metadata: {"model": "llama", "provider": "vllm"}.
 """
 ERROR_REASON_MODEL_DISCOVERED: ErrorReason.ValueType  # 25
-"""FAILED_PRECONDITION. The model is not registered but discovered at a provider: it is there for as long as it is served.
+"""FAILED_PRECONDITION. The model is not registered but discovered at a provider. It exists as
+long as the provider serves it.
 Metadata: {"model": "vllm/llama"}.
 """
 ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 26
-"""UNAUTHENTICATED. This gateway wants a key, as `authorization: Bearer …`, or a client certificate, and got none that it
-knows.
+"""UNAUTHENTICATED. This gateway requires an access key, as `authorization: Bearer …`, or a client
+certificate. The call has no valid one.
 """
 ERROR_REASON_PERMISSION_DENIED: ErrorReason.ValueType  # 27
-"""PERMISSION_DENIED. The caller is known and may not do this. Metadata: {"caller": "ci", "needs": "change"}."""
+"""PERMISSION_DENIED. The caller is authenticated but does not have the required permission.
+Metadata: {"caller": "ci", "needs": "change"}.
+"""
 ERROR_REASON_ETAG_MISMATCH: ErrorReason.ValueType  # 28
-"""ABORTED. Somebody has changed the model since it had that etag. Read it again, then decide again.
+"""ABORTED. The model was changed after the caller read this etag. Read the model again before
+changing it.
 Metadata: {"model": "chat", "etag": "r43"}.
 """
 ERROR_REASON_REVISION_GONE: ErrorReason.ValueType  # 29
-"""OUT_OF_RANGE. A watch cannot go on from that revision: too much has happened since, or another process gave it. Watch
-again without a revision, for a snapshot.
+"""OUT_OF_RANGE. A watch cannot resume from this revision: there were too many changes since, or
+the revision belongs to another gateway process. Watch again without a revision, which begins
+with a snapshot.
 """
 ERROR_REASON_SLOW_WATCHER: ErrorReason.ValueType  # 30
-"""RESOURCE_EXHAUSTED. A watch was not read for too long: a change waited for it longer than it may, or more models were
-removed than are kept for watches. Watch again from the last revision, and if that is REVISION_GONE, without one.
+"""RESOURCE_EXHAUSTED. The caller read its watch too slowly: a change was not read in time, or
+more models were removed than the gateway keeps for watches. Watch again from the last
+revision; if that fails with REVISION_GONE, without a revision.
 Metadata: {"limit_seconds": "30"}, or {"limit_bytes": "33554432"} for removed models.
 """
 ERROR_REASON_ACCESS_CHANGED: ErrorReason.ValueType  # 31
-"""ABORTED. Who may call this gateway has changed since the call began. A watch ends at any such change: watch again from the
-last revision. Another call ends if its caller's access was revoked or changed: call again with a valid credential.
+"""ABORTED. The gateway's access list has changed since the call began. A watch ends at every such
+change: watch again from the last revision. Any other call ends if its caller's access was
+revoked or changed: call again with a valid credential.
 """
 ERROR_REASON_IMAGE_UNAVAILABLE: ErrorReason.ValueType  # 32
-"""FAILED_PRECONDITION. An image could not be fetched from its address: it is not there, too large, too slow, or no image.
+"""FAILED_PRECONDITION. An image could not be fetched from its URL: it does not exist, is too
+large, took too long, or is not an image.
 Metadata: {"field": "chat.messages[0].user.content[1].image.url", "host": "example.com"}.
 """
 ERROR_REASON_FIELD_NOT_SUPPORTED: ErrorReason.ValueType  # 33
-"""INVALID_ARGUMENT. The provider's version does not know a field of the request, and would ignore it. Leave it out.
+"""INVALID_ARGUMENT. The provider's version does not support a field of the request and would
+ignore it. Omit the field.
 Metadata: {"field": "chat.cache_salt", "provider": "vllm", "version": "0.8.5"}.
 """
 ERROR_REASON_ENDPOINT_NOT_SUPPORTED: ErrorReason.ValueType  # 34
-"""UNIMPLEMENTED. The provider does not have an endpoint that this call needs: CountTokens needs /tokenize.
+"""UNIMPLEMENTED. The provider does not have an endpoint that this call needs. For example,
+CountTokens needs /tokenize.
 Metadata: {"provider": "vllm", "endpoint": "/tokenize"}.
 """
 ERROR_REASON_COMPLETION_ALREADY_EXISTS: ErrorReason.ValueType  # 35
-"""ALREADY_EXISTS. A completion of this caller's that has this completion_id and another request is under way or retained.
-Choose another id, or resume that one. Metadata: {"completion_id": "my-1"}.
+"""ALREADY_EXISTS. The caller already has a completion with this completion_id that is running or
+retained, from a different request. Choose another id, or resume that completion.
+Metadata: {"completion_id": "my-1"}.
 """
 ERROR_REASON_COMPLETION_NOT_FOUND: ErrorReason.ValueType  # 36
-"""NOT_FOUND. This caller has no completion of this id here. Metadata: {"completion_id": "my-1"}."""
+"""NOT_FOUND. The caller has no completion with this id in this gateway process.
+Metadata: {"completion_id": "my-1"}.
+"""
 ERROR_REASON_COMPLETION_GONE: ErrorReason.ValueType  # 37
-"""OUT_OF_RANGE. There was such a completion, but what was asked for is no longer retained, or never was.
-Metadata: {"completion_id": "my-1", "first_sequence": "812"} (the oldest message that can still be had, if any can).
+"""OUT_OF_RANGE. The completion exists or existed, but the requested messages are not retained.
+Metadata: {"completion_id": "my-1", "first_sequence": "812"} (the oldest message that is
+available, if any).
 """
 ERROR_REASON_WRONG_REPLICA: ErrorReason.ValueType  # 38
-"""FAILED_PRECONDITION. Another gateway process made this completion id, and only that one has the completion. Retry on a new
-connection, which may reach it. Metadata: {"completion_id": "cmpl-…"}.
+"""FAILED_PRECONDITION. Another gateway process generated this completion id, and only that
+process has the completion. Retry on a new connection, which may reach it.
+Metadata: {"completion_id": "cmpl-…"}.
 """
 ERROR_REASON_ANSWER_TOO_LARGE: ErrorReason.ValueType  # 39
-"""RESOURCE_EXHAUSTED. The answer is larger than the gateway holds of one (`stream.max_answer_bytes`), or than fits into the
-response of CreateChatCompletion, 4 MiB. Stream the answer, or ask for less of it: a lower `max_tokens` or `choice_count`, fewer
-log-probabilities. Metadata: {"limit_bytes": "33554432", "completion_id": "cmpl-…"}.
+"""RESOURCE_EXHAUSTED. The answer is larger than the gateway holds for one completion
+(`stream.max_answer_bytes`), or than a response of CreateChatCompletion may be (4 MiB). Stream
+the answer, or request less: a lower `max_tokens` or `choice_count`, or fewer
+log-probabilities.
+Metadata: {"limit_bytes": "33554432", "completion_id": "cmpl-…"}.
 """
 ERROR_REASON_MEMORY_LIMIT_EXCEEDED: ErrorReason.ValueType  # 40
-"""RESOURCE_EXHAUSTED. The gateway holds as much as it may for the calls under way (`server.max_memory_bytes`). It takes no new
-call then, and ends the largest ones that it has. Wait as RetryInfo says, then try again.
+"""RESOURCE_EXHAUSTED. The calls in progress have reached the gateway's memory limit
+(`server.max_memory_bytes`). It then accepts no new calls and ends the largest ones. Retry
+after the delay in RetryInfo.
 Metadata: {"limit_bytes": "4294967296"}.
 """
 ERROR_REASON_REGISTRY_FULL: ErrorReason.ValueType  # 41
-"""RESOURCE_EXHAUSTED. The registry has no room for what would be registered: for another model, for its aliases, or for the
-text of all of them. Unregister models, or have the operator raise the limit that the message names. Retrying does not
-help. Metadata: {"limit": "10000", "setting": "registry.max_models"}.
+"""RESOURCE_EXHAUSTED. The registry has reached a limit: on models, on aliases, or on the text of
+all models. Unregister models, or ask the operator to raise the limit that the message names.
+Retrying does not help.
+Metadata: {"limit": "10000", "setting": "registry.max_models"}.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -21,7 +21,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class ChatMessage(_message.Message):
-    """One turn of a conversation. The role decides what the turn may hold.
+    """One turn of a conversation. The role determines what the turn may hold.
     Example, as JSON: {"user": {"text": "hi"}}.
     """
 
@@ -38,15 +38,17 @@ class ChatMessage(_message.Message):
 
     @_builtins.property
     def developer(self) -> Global___DeveloperMessage:
-        """Instructions for the model under the newer role name; what it means is up to the model's chat template."""
+        """Instructions for the model under the newer role name. Its meaning depends on the model's chat
+        template.
+        """
 
     @_builtins.property
     def user(self) -> Global___UserMessage:
-        """The user."""
+        """A message from the user."""
 
     @_builtins.property
     def assistant(self) -> Global___AssistantMessage:
-        """The model itself, in an earlier answer. Completed.choices[].message can be appended as it is."""
+        """An earlier answer of the model. Completed.choices[].message can be appended unchanged."""
 
     @_builtins.property
     def tool(self) -> Global___ToolMessage:
@@ -73,17 +75,17 @@ Global___ChatMessage: _TypeAlias = ChatMessage  # noqa: Y015
 
 @_typing.final
 class ContentPart(_message.Message):
-    """A piece of content."""
+    """A part of a message's content."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TEXT_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """Text, passed on to the letter; may be empty."""
+    """Text, sent to the engine verbatim. May be empty."""
     @_builtins.property
     def image(self) -> Global___Image:
-        """An image, for models that see."""
+        """An image, for models that accept images."""
 
     def __init__(
         self,
@@ -103,19 +105,22 @@ Global___ContentPart: _TypeAlias = ContentPart  # noqa: Y015
 
 @_typing.final
 class Image(_message.Message):
-    """An image: PNG, JPEG, GIF, WebP or BMP, by its bytes and not by what it is called."""
+    """An image: PNG, JPEG, GIF, WebP or BMP. The gateway recognizes the format from the first bytes,
+    not from a name or a media type.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     URL_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     url: _builtins.str
-    """Where it is: https://…, or http://… where the operator allows it, or the image itself as data:image/png;base64,….
-    By default the gateway fetches nothing and refuses addresses; the operator decides whether it fetches them itself, from
-    which hosts, or lets the engine do it.
+    """The image's URL: https://…, http://… if the operator allows it, or data:image/png;base64,…
+    with the image itself. By default the gateway fetches nothing and refuses http and https
+    URLs. The operator configures whether the gateway fetches them, and from which hosts, or
+    passes them to the engine.
     """
     data: _builtins.bytes
-    """The file's bytes."""
+    """The bytes of the image file."""
     def __init__(
         self,
         *,
@@ -141,10 +146,12 @@ class SystemMessage(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """The whole content as one text; the short form of a single text part. Set this or `content`, never both; may be empty."""
+    """The content as one text; short for a single text part. May be empty. Set either this or
+    `content`.
+    """
     @_builtins.property
     def content(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContentPart]:
-        """The content in parts, for images or several texts. Set this or `text`."""
+        """The content as parts, for images or several texts. Set either this or `text`."""
 
     def __init__(
         self,
@@ -171,10 +178,12 @@ class DeveloperMessage(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """The whole content as one text; the short form of a single text part. Set this or `content`, never both; may be empty."""
+    """The content as one text; short for a single text part. May be empty. Set either this or
+    `content`.
+    """
     @_builtins.property
     def content(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContentPart]:
-        """The content in parts, for images or several texts. Set this or `text`."""
+        """The content as parts, for images or several texts. Set either this or `text`."""
 
     def __init__(
         self,
@@ -194,17 +203,19 @@ Global___DeveloperMessage: _TypeAlias = DeveloperMessage  # noqa: Y015
 
 @_typing.final
 class UserMessage(_message.Message):
-    """What the user says."""
+    """A message from the user."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TEXT_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """The whole content as one text; the short form of a single text part. Set this or `content`, never both; may be empty."""
+    """The content as one text; short for a single text part. May be empty. Set either this or
+    `content`.
+    """
     @_builtins.property
     def content(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContentPart]:
-        """The content in parts, for images or several texts. Set this or `text`."""
+        """The content as parts, for images or several texts. Set either this or `text`."""
 
     def __init__(
         self,
@@ -224,7 +235,7 @@ Global___UserMessage: _TypeAlias = UserMessage  # noqa: Y015
 
 @_typing.final
 class AssistantMessage(_message.Message):
-    """What the model said."""
+    """An answer of the model."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -233,20 +244,20 @@ class AssistantMessage(_message.Message):
     REASONING_FIELD_NUMBER: _builtins.int
     TOOL_CALLS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """The answer's text. Absent beside tool calls if there was none. In a request, set this or `content`, never both; an answer
-    always uses `text`.
+    """The answer's text. Absent if the model wrote no text beside its tool calls. In a request, do
+    not set both this and `content`; an answer always uses `text`.
     """
     reasoning: _builtins.str
-    """What the model thought before it answered, where the engine separates it; empty means none. In a request it is passed to the
-    model's chat template, which may leave it out.
+    """The reasoning that preceded the answer, if the engine separates it; empty means none. In a
+    request it is passed to the model's chat template, which may omit it.
     """
     @_builtins.property
     def content(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContentPart]:
-        """The content in parts, in a request only, for images or several texts."""
+        """The content as parts, for images or several texts. In a request only."""
 
     @_builtins.property
     def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[_tool_pb2.ToolCall]:
-        """The calls that the model made and that can be executed."""
+        """The model's tool calls that can be executed."""
 
     def __init__(
         self,
@@ -276,12 +287,14 @@ class ToolMessage(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     call_id: _builtins.str
-    """The ToolCall.call_id that this answers. Required."""
+    """The ToolCall.call_id of the call that this is the result of. Required."""
     text: _builtins.str
-    """The whole content as one text; the short form of a single text part. Set this or `content`, never both; may be empty."""
+    """The content as one text; short for a single text part. May be empty. Set either this or
+    `content`.
+    """
     @_builtins.property
     def content(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContentPart]:
-        """The content in parts, for images or several texts. Set this or `text`."""
+        """The content as parts, for images or several texts. Set either this or `text`."""
 
     def __init__(
         self,

@@ -28,9 +28,9 @@ class _ModelType:
 class _ModelTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelType.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     MODEL_TYPE_UNSPECIFIED: _ModelType.ValueType  # 0
-    """In a request: LLM. Never sent in an answer."""
+    """In a request: LLM. Never sent in a response."""
     MODEL_TYPE_LLM: _ModelType.ValueType  # 1
-    """Chats."""
+    """Generates text in chats."""
     MODEL_TYPE_EMBEDDING: _ModelType.ValueType  # 2
     """Turns text into vectors."""
     MODEL_TYPE_RERANK: _ModelType.ValueType  # 3
@@ -40,9 +40,9 @@ class ModelType(_ModelType, metaclass=_ModelTypeEnumTypeWrapper):
     """What a model is for."""
 
 MODEL_TYPE_UNSPECIFIED: ModelType.ValueType  # 0
-"""In a request: LLM. Never sent in an answer."""
+"""In a request: LLM. Never sent in a response."""
 MODEL_TYPE_LLM: ModelType.ValueType  # 1
-"""Chats."""
+"""Generates text in chats."""
 MODEL_TYPE_EMBEDDING: ModelType.ValueType  # 2
 """Turns text into vectors."""
 MODEL_TYPE_RERANK: ModelType.ValueType  # 3
@@ -58,19 +58,19 @@ class _ModelSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelSour
     MODEL_SOURCE_UNSPECIFIED: _ModelSource.ValueType  # 0
     """Not set; never sent."""
     MODEL_SOURCE_REGISTERED: _ModelSource.ValueType  # 1
-    """By RegisterModel; it stays until it is unregistered."""
+    """RegisterModel. The model exists until it is unregistered."""
     MODEL_SOURCE_DISCOVERED: _ModelSource.ValueType  # 2
-    """A provider lists it; it is there for as long as it is listed."""
+    """A provider's list of models. The model exists as long as the provider lists it."""
 
 class ModelSource(_ModelSource, metaclass=_ModelSourceEnumTypeWrapper):
-    """How a model came to be known."""
+    """Where a model in the list comes from."""
 
 MODEL_SOURCE_UNSPECIFIED: ModelSource.ValueType  # 0
 """Not set; never sent."""
 MODEL_SOURCE_REGISTERED: ModelSource.ValueType  # 1
-"""By RegisterModel; it stays until it is unregistered."""
+"""RegisterModel. The model exists until it is unregistered."""
 MODEL_SOURCE_DISCOVERED: ModelSource.ValueType  # 2
-"""A provider lists it; it is there for as long as it is listed."""
+"""A provider's list of models. The model exists as long as the provider lists it."""
 Global___ModelSource: _TypeAlias = ModelSource  # noqa: Y015
 
 class _ModelState:
@@ -82,23 +82,29 @@ class _ModelStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelState
     MODEL_STATE_UNSPECIFIED: _ModelState.ValueType  # 0
     """Not set; never sent."""
     MODEL_STATE_SERVING: _ModelState.ValueType  # 1
-    """Its provider lists it."""
+    """The provider lists the model."""
     MODEL_STATE_UNAVAILABLE: _ModelState.ValueType  # 2
-    """Its provider does not list it any more, or does not answer. Calling it is tried all the same."""
+    """The provider no longer lists the model, or does not answer. The gateway still sends calls to
+    it.
+    """
     MODEL_STATE_UNKNOWN: _ModelState.ValueType  # 3
-    """Its provider could not be asked yet, or lists nothing without a caller's own token."""
+    """The provider has not been listed yet, or lists nothing without a caller's own token."""
 
 class ModelState(_ModelState, metaclass=_ModelStateEnumTypeWrapper):
-    """Whether a model can be called now, as far as this process knows. It follows reality within a provider's refresh interval."""
+    """Whether a model can be called, as far as this gateway process knows. It is updated within a
+    provider's refresh interval.
+    """
 
 MODEL_STATE_UNSPECIFIED: ModelState.ValueType  # 0
 """Not set; never sent."""
 MODEL_STATE_SERVING: ModelState.ValueType  # 1
-"""Its provider lists it."""
+"""The provider lists the model."""
 MODEL_STATE_UNAVAILABLE: ModelState.ValueType  # 2
-"""Its provider does not list it any more, or does not answer. Calling it is tried all the same."""
+"""The provider no longer lists the model, or does not answer. The gateway still sends calls to
+it.
+"""
 MODEL_STATE_UNKNOWN: ModelState.ValueType  # 3
-"""Its provider could not be asked yet, or lists nothing without a caller's own token."""
+"""The provider has not been listed yet, or lists nothing without a caller's own token."""
 Global___ModelState: _TypeAlias = ModelState  # noqa: Y015
 
 class _HealthStatus:
@@ -110,19 +116,19 @@ class _HealthStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_HealthSt
     HEALTH_STATUS_UNSPECIFIED: _HealthStatus.ValueType  # 0
     """Not set; never sent."""
     HEALTH_STATUS_OK: _HealthStatus.ValueType  # 1
-    """It takes requests."""
+    """The provider accepts requests."""
     HEALTH_STATUS_ERROR: _HealthStatus.ValueType  # 2
-    """It does not; `message` says why."""
+    """The provider does not accept requests; `message` says why."""
 
 class HealthStatus(_HealthStatus, metaclass=_HealthStatusEnumTypeWrapper):
-    """How a provider is."""
+    """The health of a provider."""
 
 HEALTH_STATUS_UNSPECIFIED: HealthStatus.ValueType  # 0
 """Not set; never sent."""
 HEALTH_STATUS_OK: HealthStatus.ValueType  # 1
-"""It takes requests."""
+"""The provider accepts requests."""
 HEALTH_STATUS_ERROR: HealthStatus.ValueType  # 2
-"""It does not; `message` says why."""
+"""The provider does not accept requests; `message` says why."""
 Global___HealthStatus: _TypeAlias = HealthStatus  # noqa: Y015
 
 @_typing.final
@@ -168,48 +174,61 @@ class Model(_message.Message):
     EMBEDDING_DIMENSION_FIELD_NUMBER: _builtins.int
     OWNER_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Unique. An alias chosen at registration, else "provider_id/provider_model_id"."""
+    """The model's unique id: an alias chosen at registration, otherwise
+    "provider_id/provider_model_id".
+    """
     provider_id: _builtins.str
-    """Who serves it."""
+    """The provider that serves the model."""
     provider_model_id: _builtins.str
-    """Its name at the provider."""
+    """The model's name at the provider."""
     type: Global___ModelType.ValueType
-    """What it is for. Discovered models are LLM: a vLLM does not say. Only an LLM can be asked to chat."""
+    """What the model is for. Only an LLM can be used in chats. A discovered model has type LLM,
+    because vLLM does not report a type.
+    """
     source: Global___ModelSource.ValueType
-    """How it came to be known."""
+    """Where the model comes from."""
     state: Global___ModelState.ValueType
-    """Whether it can be called now."""
+    """Whether the model can be called."""
     max_context_tokens: _builtins.int
-    """Longest prompt and answer together, in tokens, as the provider says; absent if it does not."""
+    """The maximum length of the prompt and the answer together, in tokens, as the provider reports
+    it. Absent if it does not.
+    """
     engine_root: _builtins.str
-    """What the engine loaded it from, a path or a repository; empty if the engine does not say."""
+    """The path or repository from which the engine loaded the model. Empty if the engine does not
+    report it.
+    """
     base_model: _builtins.str
-    """The name of the model that a LoRA adapter extends, at the provider; empty for others."""
+    """The name, at the provider, of the model that a LoRA adapter extends. Empty for other models."""
     etag: _builtins.str
-    """Changes with every change of the registration; give it back to change only what was seen. Empty for discovered models.
-    Example: "r42".
+    """The version of the registration, which changes with every update. Send it in an update or an
+    unregistration to make sure that no other caller has changed the model since. Empty for
+    discovered models. Example: "r42".
     """
     embedding_dimension: _builtins.int
-    """Numbers in a vector that it makes; only for EMBEDDING, and always there."""
+    """The dimension of the vectors that the model returns. Always present for EMBEDDING, absent for
+    other types.
+    """
     owner: _builtins.str
-    """Who registered it, and may change it: the caller's name in the gateway's access list. Set by the gateway; ignored in
-    requests. Empty for discovered models, and where callers are not identified; then changing it needs "operate".
+    """The name, in the gateway's access list, of the caller that registered the model and may change
+    it. Set by the gateway; ignored in requests. Empty for discovered models, and if the gateway
+    does not identify callers. Changing a registered model without an owner requires the permission
+    "operate".
     """
     @_builtins.property
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Further names, each unique over the registry."""
+        """Additional names, each unique in the registry."""
 
     @_builtins.property
     def annotations(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Free notes of whoever registered it."""
+        """Free-form notes of the caller that registered the model."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was registered; absent for discovered models."""
+        """When the model was registered. Absent for discovered models."""
 
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
-        """When its registration last changed; absent for discovered models."""
+        """When the registration last changed. Absent for discovered models."""
 
     def __init__(
         self,
@@ -248,7 +267,7 @@ Global___Model: _TypeAlias = Model  # noqa: Y015
 
 @_typing.final
 class RegisterModelRequest(_message.Message):
-    """Registers a model."""
+    """Request for RegisterModel."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -280,27 +299,34 @@ class RegisterModelRequest(_message.Message):
     ANNOTATIONS_FIELD_NUMBER: _builtins.int
     EMBEDDING_DIMENSION_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
-    """The id to call it by. Required. If it equals the provider's own name, the id becomes "provider_id/provider_model_id";
-    else it is an alias of that name and becomes the id as it is. At most 256 characters, printable ASCII, no white space. A name
-    that begins with a provider's id and a slash is reserved for what that provider serves, whether it does so now or not.
+    """The id under which to register the model. Required. If it equals the name at the provider, the
+    id becomes "provider_id/provider_model_id". Otherwise it is used unchanged, as an alias of that
+    name. At most 256 characters of printable ASCII without white space. Names that begin with a
+    provider's id and a slash are reserved for the models of that provider, whether it serves them
+    or not.
     """
     provider_id: _builtins.str
-    """Who serves it. Empty means the only provider there is."""
+    """The provider that serves the model. Empty means the only configured provider."""
     provider_model_id: _builtins.str
-    """Its name at the provider. Empty means `model_id`. Where the provider serves a Llama model under another of its known
-    names, the Hugging Face repository or the descriptor, either is understood, and the provider's is kept.
+    """The model's name at the provider. Empty means `model_id`. A Llama model can be named by its
+    Hugging Face repository or by its descriptor, even if the provider serves it under the other
+    one; the provider's name is stored.
     """
     type: Global___ModelType.ValueType
-    """Unspecified means LLM."""
+    """What the model is for. Unspecified means LLM."""
     embedding_dimension: _builtins.int
-    """Numbers in a vector that it makes: required for EMBEDDING, else not allowed. Example: 1024."""
+    """The dimension of the vectors that the model returns. Required for EMBEDDING, otherwise not
+    allowed. Example: 1024.
+    """
     @_builtins.property
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Further names, under the rules of `model_id`. At most 32."""
+        """Additional names, under the rules of `model_id`. At most 32."""
 
     @_builtins.property
     def annotations(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Free notes. At most 64 entries, keys of 1 to 128 characters, values of at most 4096, and 64 KiB of UTF-8 in all."""
+        """Free-form notes. At most 64 entries, with keys of 1 to 128 characters and values of at most
+        4096, and 64 KiB of UTF-8 in total.
+        """
 
     def __init__(
         self,
@@ -325,14 +351,14 @@ Global___RegisterModelRequest: _TypeAlias = RegisterModelRequest  # noqa: Y015
 
 @_typing.final
 class RegisterModelResponse(_message.Message):
-    """The model as registered."""
+    """Response of RegisterModel."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def model(self) -> Global___Model:
-        """Always set."""
+        """The model as registered. Always set."""
 
     def __init__(
         self,
@@ -349,13 +375,13 @@ Global___RegisterModelResponse: _TypeAlias = RegisterModelResponse  # noqa: Y015
 
 @_typing.final
 class GetModelRequest(_message.Message):
-    """Asks for one model."""
+    """Request for GetModel."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_ID_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
-    """Id, alias, "provider/name", or a name that just one provider serves. Required."""
+    """The model's id or alias, "provider/name", or a name that exactly one provider serves. Required."""
     def __init__(
         self,
         *,
@@ -371,14 +397,14 @@ Global___GetModelRequest: _TypeAlias = GetModelRequest  # noqa: Y015
 
 @_typing.final
 class GetModelResponse(_message.Message):
-    """The model."""
+    """Response of GetModel."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def model(self) -> Global___Model:
-        """Always set."""
+        """The model. Always set."""
 
     def __init__(
         self,
@@ -395,7 +421,7 @@ Global___GetModelResponse: _TypeAlias = GetModelResponse  # noqa: Y015
 
 @_typing.final
 class ListModelsRequest(_message.Message):
-    """Asks for a page of models."""
+    """Request for ListModels."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -406,19 +432,22 @@ class ListModelsRequest(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """The most models to return: 1 to 1000. 0 means 100; more than 1000 is treated as 1000."""
+    """The maximum number of models to return: 1 to 1000. 0 means 100; more than 1000 is treated
+    as 1000.
+    """
     page_token: _builtins.str
-    """`next_page_token` of the previous page; empty for the first. It is opaque, and belongs to the filters that it was returned
-    for: with others it is INVALID_ARGUMENT.
+    """`next_page_token` of the previous page; empty for the first page. It is opaque. It is valid
+    only with the filters of the request that returned it; with other filters the call fails with
+    INVALID_ARGUMENT.
     """
     provider_id: _builtins.str
-    """Only models of this provider; empty for all."""
+    """Return only models of this provider. Empty means all."""
     type: Global___ModelType.ValueType
-    """Only models of this type; unspecified for all."""
+    """Return only models of this type. Unspecified means all."""
     state: Global___ModelState.ValueType
-    """Only models in this state; unspecified for all."""
+    """Return only models in this state. Unspecified means all."""
     source: Global___ModelSource.ValueType
-    """Only models of this source; unspecified for all."""
+    """Return only models from this source. Unspecified means all."""
     def __init__(
         self,
         *,
@@ -439,7 +468,7 @@ Global___ListModelsRequest: _TypeAlias = ListModelsRequest  # noqa: Y015
 
 @_typing.final
 class ListModelsResponse(_message.Message):
-    """A page of models."""
+    """Response of ListModels."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -447,15 +476,16 @@ class ListModelsResponse(_message.Message):
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     UNREACHABLE_PROVIDER_IDS_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """For the next page; empty on the last."""
+    """The token for the next page; empty on the last page."""
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___Model]:
-        """By ascending id."""
+        """The models, by ascending id."""
 
     @_builtins.property
     def unreachable_provider_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Providers that did not answer, or require a token that was not sent: of what they serve, this is what they said last, if
-        they ever did. The caller's own token is sent to the provider in `provider_id`; without one, see `x-vllm-api-token`.
+        """The providers that did not answer, or that require a token that was not sent. For these,
+        `models` has what they last listed, if anything. The caller's own token is sent to the provider
+        in `provider_id`; without a `provider_id`, see `x-vllm-api-token` in ChatCompletion.
         """
 
     def __init__(
@@ -475,7 +505,7 @@ Global___ListModelsResponse: _TypeAlias = ListModelsResponse  # noqa: Y015
 
 @_typing.final
 class UpdateModelRequest(_message.Message):
-    """Changes a model."""
+    """Request for UpdateModel."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -483,15 +513,16 @@ class UpdateModelRequest(_message.Message):
     UPDATE_MASK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def model(self) -> Global___Model:
-        """Its `id`, or an alias, says which. With an `etag`, only if nobody has changed it since: else ABORTED (ETAG_MISMATCH).
-        Required.
+        """The new values. Required. `id` (or an alias in its place) selects the model. If `etag` is set
+        and another caller has changed the model since, the call fails with ABORTED (ETAG_MISMATCH).
         """
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """What of `model` to take over: "provider_id", "provider_model_id", "type", "aliases", "annotations",
-        "embedding_dimension"; "*" for all of them. A list or map is replaced as a whole. Empty means those that are set. The
-        id cannot change: register anew for that.
+        """The fields of `model` to change: "provider_id", "provider_model_id", "type", "aliases",
+        "annotations", "embedding_dimension", or "*" for all of them. Lists and maps are replaced as a
+        whole. Empty means the fields that are set. The id cannot change; register the model under a
+        new one instead.
         """
 
     def __init__(
@@ -510,14 +541,14 @@ Global___UpdateModelRequest: _TypeAlias = UpdateModelRequest  # noqa: Y015
 
 @_typing.final
 class UpdateModelResponse(_message.Message):
-    """The model as it is now."""
+    """Response of UpdateModel."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def model(self) -> Global___Model:
-        """Always set."""
+        """The model after the change. Always set."""
 
     def __init__(
         self,
@@ -534,16 +565,16 @@ Global___UpdateModelResponse: _TypeAlias = UpdateModelResponse  # noqa: Y015
 
 @_typing.final
 class UnregisterModelRequest(_message.Message):
-    """Unregisters a model."""
+    """Request for UnregisterModel."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_ID_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
-    """Id or alias of a registered model. Required."""
+    """The id or alias of a registered model. Required."""
     etag: _builtins.str
-    """Only if nobody has changed it since it had this etag; empty for in any case."""
+    """Unregister the model only if it still has this etag. Empty means in any case."""
     def __init__(
         self,
         *,
@@ -560,7 +591,7 @@ Global___UnregisterModelRequest: _TypeAlias = UnregisterModelRequest  # noqa: Y0
 
 @_typing.final
 class UnregisterModelResponse(_message.Message):
-    """The model is no longer registered."""
+    """Response of UnregisterModel. The model is not registered any more."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -577,14 +608,15 @@ Global___UnregisterModelResponse: _TypeAlias = UnregisterModelResponse  # noqa: 
 
 @_typing.final
 class WatchModelsRequest(_message.Message):
-    """Watches models."""
+    """Request for WatchModels."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REVISION_FIELD_NUMBER: _builtins.int
     revision: _builtins.str
-    """Go on after this `revision` of an earlier watch, without a snapshot; empty for a snapshot. A revision that is too old,
-    or of another process, is OUT_OF_RANGE (REVISION_GONE): watch again without one.
+    """Resume after this `revision` of an earlier watch, without a snapshot. Empty means to begin with
+    a snapshot. If the revision is too old, or belongs to another gateway process, the call fails
+    with OUT_OF_RANGE (REVISION_GONE): watch again without a revision.
     """
     def __init__(
         self,
@@ -601,7 +633,7 @@ Global___WatchModelsRequest: _TypeAlias = WatchModelsRequest  # noqa: Y015
 
 @_typing.final
 class WatchModelsResponse(_message.Message):
-    """One step of a watch."""
+    """One event of a watch."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -612,41 +644,52 @@ class WatchModelsResponse(_message.Message):
     class _ChangeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[WatchModelsResponse._Change.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
         CHANGE_UNSPECIFIED: WatchModelsResponse._Change.ValueType  # 0
-        """Not set; in a bookmark."""
+        """Not set; used in a bookmark."""
         CHANGE_ADDED: WatchModelsResponse._Change.ValueType  # 1
-        """It is there, since now or already: in a snapshot, and for a caller that is far behind. Replace what you have of it."""
+        """The model exists: it is new, part of a snapshot, or sent in full because the caller is far
+        behind. Replace any earlier version of it.
+        """
         CHANGE_MODIFIED: WatchModelsResponse._Change.ValueType  # 2
-        """Something of it is different, its state for example."""
+        """A property of the model has changed, for example its state."""
         CHANGE_REMOVED: WatchModelsResponse._Change.ValueType  # 3
-        """It is gone; `model` is what it was. A caller that is far behind may never have seen it."""
+        """The model no longer exists; `model` is its last version. A caller that is far behind may
+        receive this for a model that it has never received.
+        """
 
     class Change(_Change, metaclass=_ChangeEnumTypeWrapper):
-        """What has become known of a model."""
+        """The kind of change."""
 
     CHANGE_UNSPECIFIED: WatchModelsResponse.Change.ValueType  # 0
-    """Not set; in a bookmark."""
+    """Not set; used in a bookmark."""
     CHANGE_ADDED: WatchModelsResponse.Change.ValueType  # 1
-    """It is there, since now or already: in a snapshot, and for a caller that is far behind. Replace what you have of it."""
+    """The model exists: it is new, part of a snapshot, or sent in full because the caller is far
+    behind. Replace any earlier version of it.
+    """
     CHANGE_MODIFIED: WatchModelsResponse.Change.ValueType  # 2
-    """Something of it is different, its state for example."""
+    """A property of the model has changed, for example its state."""
     CHANGE_REMOVED: WatchModelsResponse.Change.ValueType  # 3
-    """It is gone; `model` is what it was. A caller that is far behind may never have seen it."""
+    """The model no longer exists; `model` is its last version. A caller that is far behind may
+    receive this for a model that it has never received.
+    """
 
     CHANGE_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     BOOKMARK_FIELD_NUMBER: _builtins.int
     change: Global___WatchModelsResponse.Change.ValueType
-    """What happened."""
+    """The kind of change."""
     revision: _builtins.str
-    """Where a later watch can go on after this step. Empty within a snapshot, which has to be seen whole: up to the bookmark."""
+    """The revision from which a later watch can resume after this event. Empty within a snapshot,
+    which must be read up to its bookmark.
+    """
     bookmark: _builtins.bool
-    """This step is no change: all that came before it together is the state of `revision`. Comes once after a snapshot, or
-    after what a resumed watch had missed when it began, and then about once a minute while nothing changes.
+    """Whether this event is a bookmark: not a change, but a sign that all events up to here together
+    are the state at `revision`. Sent once after a snapshot, or once after the changes that a
+    resumed watch had missed, and then about once a minute while there are no changes.
     """
     @_builtins.property
     def model(self) -> Global___Model:
-        """The model as it is now, or was. Absent in a bookmark."""
+        """The model after the change, or its last version if it was removed. Absent in a bookmark."""
 
     def __init__(
         self,
@@ -666,13 +709,13 @@ Global___WatchModelsResponse: _TypeAlias = WatchModelsResponse  # noqa: Y015
 
 @_typing.final
 class RefreshModelsRequest(_message.Message):
-    """Refreshes listings."""
+    """Request for RefreshModels."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PROVIDER_ID_FIELD_NUMBER: _builtins.int
     provider_id: _builtins.str
-    """Whose; empty for all."""
+    """The provider to list. Empty means all."""
     def __init__(
         self,
         *,
@@ -688,13 +731,13 @@ Global___RefreshModelsRequest: _TypeAlias = RefreshModelsRequest  # noqa: Y015
 
 @_typing.final
 class RefreshModelsResponse(_message.Message):
-    """What the providers list."""
+    """Response of RefreshModels."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
     class Provider(_message.Message):
-        """What one provider said."""
+        """The result for one provider."""
 
         DESCRIPTOR: _descriptor.Descriptor
 
@@ -702,11 +745,11 @@ class RefreshModelsResponse(_message.Message):
         MODEL_COUNT_FIELD_NUMBER: _builtins.int
         ERROR_FIELD_NUMBER: _builtins.int
         provider_id: _builtins.str
-        """Which one."""
+        """The provider."""
         model_count: _builtins.int
-        """How many models it lists; 0 if it could not be listed."""
+        """The number of models that the provider lists; 0 if it could not be listed."""
         error: _builtins.str
-        """Why it could not be listed, for people; empty if it was."""
+        """Why the provider could not be listed, for people. Empty if it was listed."""
         def __init__(
             self,
             *,
@@ -723,7 +766,7 @@ class RefreshModelsResponse(_message.Message):
     PROVIDERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def providers(self) -> _containers.RepeatedCompositeFieldContainer[Global___RefreshModelsResponse.Provider]:
-        """By ascending id."""
+        """The results, by ascending provider id."""
 
     def __init__(
         self,
@@ -740,16 +783,18 @@ Global___RefreshModelsResponse: _TypeAlias = RefreshModelsResponse  # noqa: Y015
 
 @_typing.final
 class ListProvidersRequest(_message.Message):
-    """Asks for a page of providers."""
+    """Request for ListProviders."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """The most providers to return: 1 to 1000. 0 means 100; more than 1000 is treated as 1000."""
+    """The maximum number of providers to return: 1 to 1000. 0 means 100; more than 1000 is treated
+    as 1000.
+    """
     page_token: _builtins.str
-    """`next_page_token` of the previous page; empty for the first."""
+    """`next_page_token` of the previous page; empty for the first page."""
     def __init__(
         self,
         *,
@@ -766,17 +811,17 @@ Global___ListProvidersRequest: _TypeAlias = ListProvidersRequest  # noqa: Y015
 
 @_typing.final
 class ListProvidersResponse(_message.Message):
-    """A page of providers."""
+    """Response of ListProviders."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PROVIDERS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """For the next page; empty on the last."""
+    """The token for the next page; empty on the last page."""
     @_builtins.property
     def providers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Provider]:
-        """By ascending id."""
+        """The providers, by ascending id."""
 
     def __init__(
         self,
@@ -794,7 +839,7 @@ Global___ListProvidersResponse: _TypeAlias = ListProvidersResponse  # noqa: Y015
 
 @_typing.final
 class Provider(_message.Message):
-    """A server of models."""
+    """A configured backend that serves models."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -803,16 +848,16 @@ class Provider(_message.Message):
     BASE_URLS_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Unique; chosen by the operator."""
+    """The provider's unique id, chosen by the operator."""
     kind: _builtins.str
-    """What it is; "vllm" is the only kind there is."""
+    """The kind of provider. "vllm" is the only kind."""
     @_builtins.property
     def base_urls(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Where it is, without credentials: one address for each of its replicas. Example: "http://127.0.0.1:8000/v1"."""
+        """The base URL of each replica, without credentials. Example: "http://127.0.0.1:8000/v1"."""
 
     @_builtins.property
     def engine(self) -> Global___Engine:
-        """What answers there. Always set."""
+        """The server that answers at these URLs. Always set."""
 
     def __init__(
         self,
@@ -832,9 +877,10 @@ Global___Provider: _TypeAlias = Provider  # noqa: Y015
 
 @_typing.final
 class Engine(_message.Message):
-    """What answers at a provider's addresses: a vLLM itself, or something in front of it. Only a vLLM itself is known to read
-    every field of a request. Behind a proxy no field is refused (NOTICE_KIND_FIELDS_NOT_CHECKED instead), and the arguments
-    of tools with `strict` are validated by the gateway.
+    """The server that answers at a provider's base URLs: vLLM itself, or a proxy in front of it. Only
+    vLLM itself is known to read every field of a request. Behind a proxy the gateway refuses no
+    field (it sends NOTICE_KIND_FIELDS_NOT_CHECKED instead), and validates the arguments of tools
+    with `strict` itself.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -848,21 +894,21 @@ class Engine(_message.Message):
         KIND_UNSPECIFIED: Engine._Kind.ValueType  # 0
         """Not set; never sent."""
         KIND_UNKNOWN: Engine._Kind.ValueType  # 1
-        """Not known, or not yet; `detail` says why. Treated as a proxy."""
+        """Not known, or not known yet; `detail` says why. Treated as a proxy."""
         KIND_VLLM: Engine._Kind.ValueType  # 2
-        """A vLLM itself."""
+        """vLLM itself."""
         KIND_PROXY: Engine._Kind.ValueType  # 3
         """A proxy: a router, a load balancer or another gateway."""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper):
-        """What answers."""
+        """The kind of server."""
 
     KIND_UNSPECIFIED: Engine.Kind.ValueType  # 0
     """Not set; never sent."""
     KIND_UNKNOWN: Engine.Kind.ValueType  # 1
-    """Not known, or not yet; `detail` says why. Treated as a proxy."""
+    """Not known, or not known yet; `detail` says why. Treated as a proxy."""
     KIND_VLLM: Engine.Kind.ValueType  # 2
-    """A vLLM itself."""
+    """vLLM itself."""
     KIND_PROXY: Engine.Kind.ValueType  # 3
     """A proxy: a router, a load balancer or another gateway."""
 
@@ -870,14 +916,15 @@ class Engine(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
     kind: Global___Engine.Kind.ValueType
-    """What answers. Of several replicas, what is known least of."""
+    """The kind of server. If the replicas differ, the kind of the one of which the least is known."""
     version: _builtins.str
-    """The version of vLLM, in its own words; of replicas of different versions all, joined by commas. Empty if it is not known.
-    Example: "0.32.0".
+    """The version that vLLM reports. If the replicas have different versions, all of them, separated
+    by commas. Empty if it is not known. Example: "0.32.0".
     """
     detail: _builtins.str
-    """For people: what shows that it is a proxy, or why it is not known, or why fields cannot be checked. Empty if all is known.
-    Example: "a proxy is in front of it: /health comes from 'nginx', vLLM's is 'uvicorn'".
+    """An explanation for people: why the server is taken for a proxy, why its kind is not known, or
+    why fields cannot be checked. Empty if none of these applies. Example: "a proxy is in front of
+    it: /health comes from 'nginx', vLLM's is 'uvicorn'".
     """
     def __init__(
         self,
@@ -896,13 +943,13 @@ Global___Engine: _TypeAlias = Engine  # noqa: Y015
 
 @_typing.final
 class CheckProviderHealthRequest(_message.Message):
-    """Asks how a provider is."""
+    """Request for CheckProviderHealth."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PROVIDER_ID_FIELD_NUMBER: _builtins.int
     provider_id: _builtins.str
-    """Required."""
+    """The provider to check. Required."""
     def __init__(
         self,
         *,
@@ -918,7 +965,7 @@ Global___CheckProviderHealthRequest: _TypeAlias = CheckProviderHealthRequest  # 
 
 @_typing.final
 class CheckProviderHealthResponse(_message.Message):
-    """How the provider is."""
+    """Response of CheckProviderHealth."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -926,12 +973,14 @@ class CheckProviderHealthResponse(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
     status: Global___HealthStatus.ValueType
-    """How it is."""
+    """The health of the provider."""
     message: _builtins.str
-    """Why, for people; empty with OK. Example: "Health check failed: HTTP 503"."""
+    """Why the health check failed, for people. Empty with OK. Example: "Health check failed: HTTP
+    503".
+    """
     @_builtins.property
     def engine(self) -> Global___Engine:
-        """What answers at the provider's addresses. Always set."""
+        """The server that answers at the provider's base URLs. Always set."""
 
     def __init__(
         self,

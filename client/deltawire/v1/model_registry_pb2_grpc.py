@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ModelRegistryStub(object):
-    """Which models can be called, under which names, and who serves them.
+    """The models that can be called, their names, and the providers that serve them.
     """
 
     def __init__(self, channel):
@@ -83,75 +83,79 @@ class ModelRegistryStub(object):
 
 
 class ModelRegistryServicer(object):
-    """Which models can be called, under which names, and who serves them.
+    """The models that can be called, their names, and the providers that serve them.
     """
 
     def RegisterModel(self, request, context):
-        """Give a served model an id and aliases of your own. The provider must serve it now. Registering the same again
-        changes nothing and succeeds; a name that belongs to another model is ALREADY_EXISTS. If the registry is full, that is
-        RESOURCE_EXHAUSTED (REGISTRY_FULL).
+        """Registers a served model under an id and aliases of the caller's choice. The provider must
+        serve the model at the time of the call. Registering the same model again succeeds without
+        effect. ALREADY_EXISTS if a name belongs to another model; RESOURCE_EXHAUSTED (REGISTRY_FULL)
+        if the registry is full.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """One model, by the same names that a chat request takes.
+        """Returns one model, by any name that a chat request accepts.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """All models, registered and discovered, by ascending id, in pages.
+        """Returns all models, registered and discovered, by ascending id, in pages.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UpdateModel(self, request, context):
-        """Change a registered model. What is not named in the mask stays. If what it leads to changes, the provider must serve
-        that now. Calls under way are not touched. Where callers are known, only the model's owner may do this, and callers with the
-        permission "operate"; for others it is PERMISSION_DENIED. So it is with UnregisterModel.
+        """Changes a registered model. Fields that the mask does not name keep their values. If the target
+        changes, the provider must serve the new one at the time of the call. Calls in progress are not
+        affected. If the gateway identifies callers, only the model's owner and callers with the
+        permission "operate" may call this and UnregisterModel; others get PERMISSION_DENIED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnregisterModel(self, request, context):
-        """Forget a registered model. What is served under its provider's own name stays callable by that name.
+        """Unregisters a model. It can still be called by its provider's name if the provider serves it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchModels(self, request, context):
-        """All models and then every change to them, as it happens, until the caller has enough: registered, changed,
-        unregistered, appearing at a provider, gone from it, or in another state. First a snapshot, then a bookmark, then
-        changes; or, from a revision on, what was missed and then changes. For a caller that is thousands of changes behind, the last
-        change of a model stands for those before it.
+        """Streams all models and then every change to them, until the caller ends the call. A change is a
+        registration, an update, an unregistration, a model that a provider begins or ceases to list,
+        or a new state. Without a revision, the stream has a snapshot, a bookmark, then changes. With a
+        revision, it has the changes since that revision, then new ones. If a caller is thousands of
+        changes behind, the last change of a model replaces earlier ones.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RefreshModels(self, request, context):
-        """List what a provider serves now, without waiting for its next turn; or all of them. One that cannot be listed is an
-        answer and not a failure of this call.
+        """Lists the models of one provider or of all providers now, without waiting for the next refresh
+        interval. The response reports a provider that could not be listed; the call does not fail.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListProviders(self, request, context):
-        """The providers that the operator configured, by ascending id, in pages.
+        """Returns the configured providers, by ascending id, in pages.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CheckProviderHealth(self, request, context):
-        """Ask a provider how it is. A provider that is down is an answer, ERROR, and not a failure of this call.
+        """Checks the health of a provider. If the provider is down, the response has status ERROR; the
+        call does not fail.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -214,7 +218,7 @@ def add_ModelRegistryServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ModelRegistry(object):
-    """Which models can be called, under which names, and who serves them.
+    """The models that can be called, their names, and the providers that serve them.
     """
 
     @staticmethod

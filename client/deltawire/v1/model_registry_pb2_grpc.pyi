@@ -27,81 +27,91 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ModelRegistryStub:
-    """Which models can be called, under which names, and who serves them."""
+    """The models that can be called, their names, and the providers that serve them."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ModelRegistryAsyncStub: ...
     RegisterModel: _grpc.UnaryUnaryMultiCallable[_model_registry_pb2.RegisterModelRequest, _model_registry_pb2.RegisterModelResponse]
-    """Give a served model an id and aliases of your own. The provider must serve it now. Registering the same again
-    changes nothing and succeeds; a name that belongs to another model is ALREADY_EXISTS. If the registry is full, that is
-    RESOURCE_EXHAUSTED (REGISTRY_FULL).
+    """Registers a served model under an id and aliases of the caller's choice. The provider must
+    serve the model at the time of the call. Registering the same model again succeeds without
+    effect. ALREADY_EXISTS if a name belongs to another model; RESOURCE_EXHAUSTED (REGISTRY_FULL)
+    if the registry is full.
     """
     GetModel: _grpc.UnaryUnaryMultiCallable[_model_registry_pb2.GetModelRequest, _model_registry_pb2.GetModelResponse]
-    """One model, by the same names that a chat request takes."""
+    """Returns one model, by any name that a chat request accepts."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_model_registry_pb2.ListModelsRequest, _model_registry_pb2.ListModelsResponse]
-    """All models, registered and discovered, by ascending id, in pages."""
+    """Returns all models, registered and discovered, by ascending id, in pages."""
     UpdateModel: _grpc.UnaryUnaryMultiCallable[_model_registry_pb2.UpdateModelRequest, _model_registry_pb2.UpdateModelResponse]
-    """Change a registered model. What is not named in the mask stays. If what it leads to changes, the provider must serve
-    that now. Calls under way are not touched. Where callers are known, only the model's owner may do this, and callers with the
-    permission "operate"; for others it is PERMISSION_DENIED. So it is with UnregisterModel.
+    """Changes a registered model. Fields that the mask does not name keep their values. If the target
+    changes, the provider must serve the new one at the time of the call. Calls in progress are not
+    affected. If the gateway identifies callers, only the model's owner and callers with the
+    permission "operate" may call this and UnregisterModel; others get PERMISSION_DENIED.
     """
     UnregisterModel: _grpc.UnaryUnaryMultiCallable[_model_registry_pb2.UnregisterModelRequest, _model_registry_pb2.UnregisterModelResponse]
-    """Forget a registered model. What is served under its provider's own name stays callable by that name."""
+    """Unregisters a model. It can still be called by its provider's name if the provider serves it."""
     WatchModels: _grpc.UnaryStreamMultiCallable[_model_registry_pb2.WatchModelsRequest, _model_registry_pb2.WatchModelsResponse]
-    """All models and then every change to them, as it happens, until the caller has enough: registered, changed,
-    unregistered, appearing at a provider, gone from it, or in another state. First a snapshot, then a bookmark, then
-    changes; or, from a revision on, what was missed and then changes. For a caller that is thousands of changes behind, the last
-    change of a model stands for those before it.
+    """Streams all models and then every change to them, until the caller ends the call. A change is a
+    registration, an update, an unregistration, a model that a provider begins or ceases to list,
+    or a new state. Without a revision, the stream has a snapshot, a bookmark, then changes. With a
+    revision, it has the changes since that revision, then new ones. If a caller is thousands of
+    changes behind, the last change of a model replaces earlier ones.
     """
     RefreshModels: _grpc.UnaryUnaryMultiCallable[_model_registry_pb2.RefreshModelsRequest, _model_registry_pb2.RefreshModelsResponse]
-    """List what a provider serves now, without waiting for its next turn; or all of them. One that cannot be listed is an
-    answer and not a failure of this call.
+    """Lists the models of one provider or of all providers now, without waiting for the next refresh
+    interval. The response reports a provider that could not be listed; the call does not fail.
     """
     ListProviders: _grpc.UnaryUnaryMultiCallable[_model_registry_pb2.ListProvidersRequest, _model_registry_pb2.ListProvidersResponse]
-    """The providers that the operator configured, by ascending id, in pages."""
+    """Returns the configured providers, by ascending id, in pages."""
     CheckProviderHealth: _grpc.UnaryUnaryMultiCallable[_model_registry_pb2.CheckProviderHealthRequest, _model_registry_pb2.CheckProviderHealthResponse]
-    """Ask a provider how it is. A provider that is down is an answer, ERROR, and not a failure of this call."""
+    """Checks the health of a provider. If the provider is down, the response has status ERROR; the
+    call does not fail.
+    """
 
 @_typing.type_check_only
 class ModelRegistryAsyncStub(ModelRegistryStub):
-    """Which models can be called, under which names, and who serves them."""
+    """The models that can be called, their names, and the providers that serve them."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     RegisterModel: _aio.UnaryUnaryMultiCallable[_model_registry_pb2.RegisterModelRequest, _model_registry_pb2.RegisterModelResponse]  # type: ignore[assignment]
-    """Give a served model an id and aliases of your own. The provider must serve it now. Registering the same again
-    changes nothing and succeeds; a name that belongs to another model is ALREADY_EXISTS. If the registry is full, that is
-    RESOURCE_EXHAUSTED (REGISTRY_FULL).
+    """Registers a served model under an id and aliases of the caller's choice. The provider must
+    serve the model at the time of the call. Registering the same model again succeeds without
+    effect. ALREADY_EXISTS if a name belongs to another model; RESOURCE_EXHAUSTED (REGISTRY_FULL)
+    if the registry is full.
     """
     GetModel: _aio.UnaryUnaryMultiCallable[_model_registry_pb2.GetModelRequest, _model_registry_pb2.GetModelResponse]  # type: ignore[assignment]
-    """One model, by the same names that a chat request takes."""
+    """Returns one model, by any name that a chat request accepts."""
     ListModels: _aio.UnaryUnaryMultiCallable[_model_registry_pb2.ListModelsRequest, _model_registry_pb2.ListModelsResponse]  # type: ignore[assignment]
-    """All models, registered and discovered, by ascending id, in pages."""
+    """Returns all models, registered and discovered, by ascending id, in pages."""
     UpdateModel: _aio.UnaryUnaryMultiCallable[_model_registry_pb2.UpdateModelRequest, _model_registry_pb2.UpdateModelResponse]  # type: ignore[assignment]
-    """Change a registered model. What is not named in the mask stays. If what it leads to changes, the provider must serve
-    that now. Calls under way are not touched. Where callers are known, only the model's owner may do this, and callers with the
-    permission "operate"; for others it is PERMISSION_DENIED. So it is with UnregisterModel.
+    """Changes a registered model. Fields that the mask does not name keep their values. If the target
+    changes, the provider must serve the new one at the time of the call. Calls in progress are not
+    affected. If the gateway identifies callers, only the model's owner and callers with the
+    permission "operate" may call this and UnregisterModel; others get PERMISSION_DENIED.
     """
     UnregisterModel: _aio.UnaryUnaryMultiCallable[_model_registry_pb2.UnregisterModelRequest, _model_registry_pb2.UnregisterModelResponse]  # type: ignore[assignment]
-    """Forget a registered model. What is served under its provider's own name stays callable by that name."""
+    """Unregisters a model. It can still be called by its provider's name if the provider serves it."""
     WatchModels: _aio.UnaryStreamMultiCallable[_model_registry_pb2.WatchModelsRequest, _model_registry_pb2.WatchModelsResponse]  # type: ignore[assignment]
-    """All models and then every change to them, as it happens, until the caller has enough: registered, changed,
-    unregistered, appearing at a provider, gone from it, or in another state. First a snapshot, then a bookmark, then
-    changes; or, from a revision on, what was missed and then changes. For a caller that is thousands of changes behind, the last
-    change of a model stands for those before it.
+    """Streams all models and then every change to them, until the caller ends the call. A change is a
+    registration, an update, an unregistration, a model that a provider begins or ceases to list,
+    or a new state. Without a revision, the stream has a snapshot, a bookmark, then changes. With a
+    revision, it has the changes since that revision, then new ones. If a caller is thousands of
+    changes behind, the last change of a model replaces earlier ones.
     """
     RefreshModels: _aio.UnaryUnaryMultiCallable[_model_registry_pb2.RefreshModelsRequest, _model_registry_pb2.RefreshModelsResponse]  # type: ignore[assignment]
-    """List what a provider serves now, without waiting for its next turn; or all of them. One that cannot be listed is an
-    answer and not a failure of this call.
+    """Lists the models of one provider or of all providers now, without waiting for the next refresh
+    interval. The response reports a provider that could not be listed; the call does not fail.
     """
     ListProviders: _aio.UnaryUnaryMultiCallable[_model_registry_pb2.ListProvidersRequest, _model_registry_pb2.ListProvidersResponse]  # type: ignore[assignment]
-    """The providers that the operator configured, by ascending id, in pages."""
+    """Returns the configured providers, by ascending id, in pages."""
     CheckProviderHealth: _aio.UnaryUnaryMultiCallable[_model_registry_pb2.CheckProviderHealthRequest, _model_registry_pb2.CheckProviderHealthResponse]  # type: ignore[assignment]
-    """Ask a provider how it is. A provider that is down is an answer, ERROR, and not a failure of this call."""
+    """Checks the health of a provider. If the provider is down, the response has status ERROR; the
+    call does not fail.
+    """
 
 class ModelRegistryServicer(metaclass=_abc_1.ABCMeta):
-    """Which models can be called, under which names, and who serves them."""
+    """The models that can be called, their names, and the providers that serve them."""
 
     @_abc_1.abstractmethod
     def RegisterModel(
@@ -109,9 +119,10 @@ class ModelRegistryServicer(metaclass=_abc_1.ABCMeta):
         request: _model_registry_pb2.RegisterModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_registry_pb2.RegisterModelResponse, _abc.Awaitable[_model_registry_pb2.RegisterModelResponse]]:
-        """Give a served model an id and aliases of your own. The provider must serve it now. Registering the same again
-        changes nothing and succeeds; a name that belongs to another model is ALREADY_EXISTS. If the registry is full, that is
-        RESOURCE_EXHAUSTED (REGISTRY_FULL).
+        """Registers a served model under an id and aliases of the caller's choice. The provider must
+        serve the model at the time of the call. Registering the same model again succeeds without
+        effect. ALREADY_EXISTS if a name belongs to another model; RESOURCE_EXHAUSTED (REGISTRY_FULL)
+        if the registry is full.
         """
 
     @_abc_1.abstractmethod
@@ -120,7 +131,7 @@ class ModelRegistryServicer(metaclass=_abc_1.ABCMeta):
         request: _model_registry_pb2.GetModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_registry_pb2.GetModelResponse, _abc.Awaitable[_model_registry_pb2.GetModelResponse]]:
-        """One model, by the same names that a chat request takes."""
+        """Returns one model, by any name that a chat request accepts."""
 
     @_abc_1.abstractmethod
     def ListModels(
@@ -128,7 +139,7 @@ class ModelRegistryServicer(metaclass=_abc_1.ABCMeta):
         request: _model_registry_pb2.ListModelsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_registry_pb2.ListModelsResponse, _abc.Awaitable[_model_registry_pb2.ListModelsResponse]]:
-        """All models, registered and discovered, by ascending id, in pages."""
+        """Returns all models, registered and discovered, by ascending id, in pages."""
 
     @_abc_1.abstractmethod
     def UpdateModel(
@@ -136,9 +147,10 @@ class ModelRegistryServicer(metaclass=_abc_1.ABCMeta):
         request: _model_registry_pb2.UpdateModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_registry_pb2.UpdateModelResponse, _abc.Awaitable[_model_registry_pb2.UpdateModelResponse]]:
-        """Change a registered model. What is not named in the mask stays. If what it leads to changes, the provider must serve
-        that now. Calls under way are not touched. Where callers are known, only the model's owner may do this, and callers with the
-        permission "operate"; for others it is PERMISSION_DENIED. So it is with UnregisterModel.
+        """Changes a registered model. Fields that the mask does not name keep their values. If the target
+        changes, the provider must serve the new one at the time of the call. Calls in progress are not
+        affected. If the gateway identifies callers, only the model's owner and callers with the
+        permission "operate" may call this and UnregisterModel; others get PERMISSION_DENIED.
         """
 
     @_abc_1.abstractmethod
@@ -147,7 +159,7 @@ class ModelRegistryServicer(metaclass=_abc_1.ABCMeta):
         request: _model_registry_pb2.UnregisterModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_registry_pb2.UnregisterModelResponse, _abc.Awaitable[_model_registry_pb2.UnregisterModelResponse]]:
-        """Forget a registered model. What is served under its provider's own name stays callable by that name."""
+        """Unregisters a model. It can still be called by its provider's name if the provider serves it."""
 
     @_abc_1.abstractmethod
     def WatchModels(
@@ -155,10 +167,11 @@ class ModelRegistryServicer(metaclass=_abc_1.ABCMeta):
         request: _model_registry_pb2.WatchModelsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_model_registry_pb2.WatchModelsResponse], _abc.AsyncIterator[_model_registry_pb2.WatchModelsResponse]]:
-        """All models and then every change to them, as it happens, until the caller has enough: registered, changed,
-        unregistered, appearing at a provider, gone from it, or in another state. First a snapshot, then a bookmark, then
-        changes; or, from a revision on, what was missed and then changes. For a caller that is thousands of changes behind, the last
-        change of a model stands for those before it.
+        """Streams all models and then every change to them, until the caller ends the call. A change is a
+        registration, an update, an unregistration, a model that a provider begins or ceases to list,
+        or a new state. Without a revision, the stream has a snapshot, a bookmark, then changes. With a
+        revision, it has the changes since that revision, then new ones. If a caller is thousands of
+        changes behind, the last change of a model replaces earlier ones.
         """
 
     @_abc_1.abstractmethod
@@ -167,8 +180,8 @@ class ModelRegistryServicer(metaclass=_abc_1.ABCMeta):
         request: _model_registry_pb2.RefreshModelsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_registry_pb2.RefreshModelsResponse, _abc.Awaitable[_model_registry_pb2.RefreshModelsResponse]]:
-        """List what a provider serves now, without waiting for its next turn; or all of them. One that cannot be listed is an
-        answer and not a failure of this call.
+        """Lists the models of one provider or of all providers now, without waiting for the next refresh
+        interval. The response reports a provider that could not be listed; the call does not fail.
         """
 
     @_abc_1.abstractmethod
@@ -177,7 +190,7 @@ class ModelRegistryServicer(metaclass=_abc_1.ABCMeta):
         request: _model_registry_pb2.ListProvidersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_registry_pb2.ListProvidersResponse, _abc.Awaitable[_model_registry_pb2.ListProvidersResponse]]:
-        """The providers that the operator configured, by ascending id, in pages."""
+        """Returns the configured providers, by ascending id, in pages."""
 
     @_abc_1.abstractmethod
     def CheckProviderHealth(
@@ -185,6 +198,8 @@ class ModelRegistryServicer(metaclass=_abc_1.ABCMeta):
         request: _model_registry_pb2.CheckProviderHealthRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_registry_pb2.CheckProviderHealthResponse, _abc.Awaitable[_model_registry_pb2.CheckProviderHealthResponse]]:
-        """Ask a provider how it is. A provider that is down is an answer, ERROR, and not a failure of this call."""
+        """Checks the health of a provider. If the provider is down, the response has status ERROR; the
+        call does not fail.
+        """
 
 def add_ModelRegistryServicer_to_server(servicer: ModelRegistryServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

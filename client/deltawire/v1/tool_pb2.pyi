@@ -26,27 +26,31 @@ class _ToolCallParseStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_T
     TOOL_CALL_PARSE_STATUS_UNSPECIFIED: _ToolCallParseStatus.ValueType  # 0
     """Not set; never sent."""
     TOOL_CALL_PARSE_STATUS_STARTED: _ToolCallParseStatus.ValueType  # 1
-    """The call has begun: its id and its name are known. With INCREMENTAL only."""
+    """The call has begun; its id and name are known. Sent with INCREMENTAL only."""
     TOOL_CALL_PARSE_STATUS_IN_PROGRESS: _ToolCallParseStatus.ValueType  # 2
-    """A piece of its arguments. With INCREMENTAL only."""
+    """A fragment of the arguments. Sent with INCREMENTAL only."""
     TOOL_CALL_PARSE_STATUS_SUCCEEDED: _ToolCallParseStatus.ValueType  # 3
-    """The call is whole: its name is one of the request's tools and its arguments are a JSON object."""
+    """The call is complete: its name is one of the request's tools and its arguments are a JSON
+    object.
+    """
     TOOL_CALL_PARSE_STATUS_FAILED: _ToolCallParseStatus.ValueType  # 4
-    """The call cannot be executed; `failure` says why and keeps the model's text."""
+    """The call cannot be executed. `failure` has the reason and the model's text."""
 
 class ToolCallParseStatus(_ToolCallParseStatus, metaclass=_ToolCallParseStatusEnumTypeWrapper):
-    """How far a tool call has come."""
+    """The progress of a tool call."""
 
 TOOL_CALL_PARSE_STATUS_UNSPECIFIED: ToolCallParseStatus.ValueType  # 0
 """Not set; never sent."""
 TOOL_CALL_PARSE_STATUS_STARTED: ToolCallParseStatus.ValueType  # 1
-"""The call has begun: its id and its name are known. With INCREMENTAL only."""
+"""The call has begun; its id and name are known. Sent with INCREMENTAL only."""
 TOOL_CALL_PARSE_STATUS_IN_PROGRESS: ToolCallParseStatus.ValueType  # 2
-"""A piece of its arguments. With INCREMENTAL only."""
+"""A fragment of the arguments. Sent with INCREMENTAL only."""
 TOOL_CALL_PARSE_STATUS_SUCCEEDED: ToolCallParseStatus.ValueType  # 3
-"""The call is whole: its name is one of the request's tools and its arguments are a JSON object."""
+"""The call is complete: its name is one of the request's tools and its arguments are a JSON
+object.
+"""
 TOOL_CALL_PARSE_STATUS_FAILED: ToolCallParseStatus.ValueType  # 4
-"""The call cannot be executed; `failure` says why and keeps the model's text."""
+"""The call cannot be executed. `failure` has the reason and the model's text."""
 Global___ToolCallParseStatus: _TypeAlias = ToolCallParseStatus  # noqa: Y015
 
 class _ToolCallFailureReason:
@@ -58,40 +62,50 @@ class _ToolCallFailureReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[
     TOOL_CALL_FAILURE_REASON_UNSPECIFIED: _ToolCallFailureReason.ValueType  # 0
     """Not set; never sent."""
     TOOL_CALL_FAILURE_REASON_MISSING_NAME: _ToolCallFailureReason.ValueType  # 1
-    """The model never named the tool."""
+    """The model did not name a tool."""
     TOOL_CALL_FAILURE_REASON_UNKNOWN_TOOL: _ToolCallFailureReason.ValueType  # 2
     """The name is not one of the request's tools."""
     TOOL_CALL_FAILURE_REASON_TRUNCATED: _ToolCallFailureReason.ValueType  # 3
-    """The answer was cut while this call was being written. It may parse all the same: some engines close cut JSON."""
+    """The answer was cut off while the model was writing this call. The arguments may still parse,
+    because some engines close JSON that was cut off.
+    """
     TOOL_CALL_FAILURE_REASON_MALFORMED_JSON: _ToolCallFailureReason.ValueType  # 4
     """The arguments are not JSON, or there are none and the tool's `input_schema` requires some."""
     TOOL_CALL_FAILURE_REASON_NOT_AN_OBJECT: _ToolCallFailureReason.ValueType  # 5
     """The arguments are JSON, but not an object."""
     TOOL_CALL_FAILURE_REASON_SCHEMA_MISMATCH: _ToolCallFailureReason.ValueType  # 6
-    """The arguments are a JSON object, but not one that follows the tool's `input_schema`. With validate_schema only."""
+    """The arguments are a JSON object that does not follow the tool's `input_schema`. Sent with
+    validate_schema only.
+    """
 
 class ToolCallFailureReason(_ToolCallFailureReason, metaclass=_ToolCallFailureReasonEnumTypeWrapper):
-    """Why a tool call cannot be executed. Where several apply, the first in this order is given."""
+    """Why a tool call cannot be executed. If several reasons apply, the first one in this order is
+    used.
+    """
 
 TOOL_CALL_FAILURE_REASON_UNSPECIFIED: ToolCallFailureReason.ValueType  # 0
 """Not set; never sent."""
 TOOL_CALL_FAILURE_REASON_MISSING_NAME: ToolCallFailureReason.ValueType  # 1
-"""The model never named the tool."""
+"""The model did not name a tool."""
 TOOL_CALL_FAILURE_REASON_UNKNOWN_TOOL: ToolCallFailureReason.ValueType  # 2
 """The name is not one of the request's tools."""
 TOOL_CALL_FAILURE_REASON_TRUNCATED: ToolCallFailureReason.ValueType  # 3
-"""The answer was cut while this call was being written. It may parse all the same: some engines close cut JSON."""
+"""The answer was cut off while the model was writing this call. The arguments may still parse,
+because some engines close JSON that was cut off.
+"""
 TOOL_CALL_FAILURE_REASON_MALFORMED_JSON: ToolCallFailureReason.ValueType  # 4
 """The arguments are not JSON, or there are none and the tool's `input_schema` requires some."""
 TOOL_CALL_FAILURE_REASON_NOT_AN_OBJECT: ToolCallFailureReason.ValueType  # 5
 """The arguments are JSON, but not an object."""
 TOOL_CALL_FAILURE_REASON_SCHEMA_MISMATCH: ToolCallFailureReason.ValueType  # 6
-"""The arguments are a JSON object, but not one that follows the tool's `input_schema`. With validate_schema only."""
+"""The arguments are a JSON object that does not follow the tool's `input_schema`. Sent with
+validate_schema only.
+"""
 Global___ToolCallFailureReason: _TypeAlias = ToolCallFailureReason  # noqa: Y015
 
 @_typing.final
 class Tool(_message.Message):
-    """A function that the model may ask the caller to run."""
+    """A function that the model can ask the caller to run."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -101,22 +115,26 @@ class Tool(_message.Message):
     OUTPUT_SCHEMA_FIELD_NUMBER: _builtins.int
     STRICT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """The name the model calls it by. Required; unique in the request; any text without a pattern, since names made by
-    other protocols have dots and slashes. Example: "get_weather".
+    """The name by which the model calls the tool. Required, and unique in the request. It may be any
+    text, because names that come from other protocols contain dots and slashes. Example:
+    "get_weather".
     """
     description: _builtins.str
-    """What it does and when to use it, for the model to read. Empty means none is sent."""
+    """What the tool does and when to use it. The model reads it. Empty means that no description is
+    sent.
+    """
     input_schema: _builtins.str
-    """JSON Schema of the arguments, as JSON text of an object, passed on as it is ($ref, $defs and all).
-    Empty or "{}" means the tool takes no arguments. Example: {"type":"object","properties":{"city":{"type":"string"}}}.
+    """JSON Schema of the arguments, as the JSON text of an object. It is sent to the engine
+    unchanged, including $ref and $defs. Empty or "{}" means that the tool takes no arguments.
+    Example: {"type":"object","properties":{"city":{"type":"string"}}}.
     """
     output_schema: _builtins.str
-    """JSON Schema of the result, as JSON text, for the caller's own use. It is checked to be a JSON object and never
-    sent to the model.
+    """JSON Schema of the result, as JSON text, for the caller's own use. The gateway checks that it
+    is a JSON object and never sends it to the model.
     """
     strict: _builtins.bool
-    """Whether the engine must make the arguments follow `input_schema`. Absent leaves the engine's default, which for
-    vLLM is to guide only the envelope of a call and not its arguments.
+    """Whether the engine must make the arguments follow `input_schema`. Absent means the engine's
+    default: vLLM constrains the envelope of a call but not its arguments.
     """
     def __init__(
         self,
@@ -150,32 +168,32 @@ class ToolChoice(_message.Message):
     class _ModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[ToolChoice._Mode.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
         MODE_UNSPECIFIED: ToolChoice._Mode.ValueType  # 0
-        """Not set; refused."""
+        """Not set. Not allowed in a request."""
         MODE_AUTO: ToolChoice._Mode.ValueType  # 1
-        """The model decides. The default when there are tools."""
+        """The model decides. The default if the request has tools."""
         MODE_REQUIRED: ToolChoice._Mode.ValueType  # 2
         """The model must call at least one tool."""
         MODE_NONE: ToolChoice._Mode.ValueType  # 3
-        """The model must not call a tool: the tools are kept from it altogether."""
+        """The model must not call a tool. The gateway does not send it any tools."""
 
     class Mode(_Mode, metaclass=_ModeEnumTypeWrapper):
         """A rule for all tools together."""
 
     MODE_UNSPECIFIED: ToolChoice.Mode.ValueType  # 0
-    """Not set; refused."""
+    """Not set. Not allowed in a request."""
     MODE_AUTO: ToolChoice.Mode.ValueType  # 1
-    """The model decides. The default when there are tools."""
+    """The model decides. The default if the request has tools."""
     MODE_REQUIRED: ToolChoice.Mode.ValueType  # 2
     """The model must call at least one tool."""
     MODE_NONE: ToolChoice.Mode.ValueType  # 3
-    """The model must not call a tool: the tools are kept from it altogether."""
+    """The model must not call a tool. The gateway does not send it any tools."""
 
     MODE_FIELD_NUMBER: _builtins.int
     TOOL_NAME_FIELD_NUMBER: _builtins.int
     mode: Global___ToolChoice.Mode.ValueType
     """A rule for all tools together."""
     tool_name: _builtins.str
-    """The model must call this tool; it must be among the request's tools."""
+    """The name of the tool that the model must call. It must be one of the request's tools."""
     def __init__(
         self,
         *,
@@ -194,7 +212,7 @@ Global___ToolChoice: _TypeAlias = ToolChoice  # noqa: Y015
 
 @_typing.final
 class ToolCall(_message.Message):
-    """A call that the model made: whole, and parsed."""
+    """A complete tool call, parsed from the model's output."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -202,15 +220,15 @@ class ToolCall(_message.Message):
     TOOL_NAME_FIELD_NUMBER: _builtins.int
     ARGUMENTS_FIELD_NUMBER: _builtins.int
     call_id: _builtins.str
-    """Identifies the call within the answer; the ToolMessage with its result repeats it. The engine's
-    own id if it is unique in the answer and at most 256 bytes, else "call_" and 24 hexadecimal
-    digits. Some engines use the same ids again in the next answer.
+    """Identifies the call within the answer. The ToolMessage with its result repeats it. It is the
+    engine's id if that is unique in the answer and at most 256 bytes long, otherwise "call_" and
+    24 hexadecimal digits. Some engines use the same ids again in the next answer.
     """
     tool_name: _builtins.str
     """The tool's name."""
     arguments: _builtins.str
-    """JSON text of an object, verbatim as the model wrote it; "{}" if the model gave no arguments and
-    the tool's `input_schema` allows an empty object.
+    """The arguments as the JSON text of an object, verbatim from the model. "{}" if the model gave no
+    arguments and the tool's `input_schema` allows an empty object.
     """
     def __init__(
         self,
@@ -229,7 +247,7 @@ Global___ToolCall: _TypeAlias = ToolCall  # noqa: Y015
 
 @_typing.final
 class ToolCallFailure(_message.Message):
-    """What is known of a call that cannot be executed: nothing the model said is thrown away."""
+    """Why a tool call cannot be executed, with everything that the model wrote for it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -239,17 +257,21 @@ class ToolCallFailure(_message.Message):
     RAW_ARGUMENTS_FIELD_NUMBER: _builtins.int
     INSTANCE_PATH_FIELD_NUMBER: _builtins.int
     reason: Global___ToolCallFailureReason.ValueType
-    """Why, in one word."""
+    """The reason, for programs."""
     message: _builtins.str
-    """Why, in a sentence for people. Example: "the arguments are not JSON: Expecting ',' delimiter"."""
+    """The reason as a sentence, for people. Example: "the arguments are not JSON: Expecting ','
+    delimiter".
+    """
     byte_offset: _builtins.int
-    """Where parsing stopped, in bytes from the start of `raw_arguments`. Absent when nothing was parsed."""
+    """Where parsing stopped, in bytes from the start of `raw_arguments`. Absent if nothing was
+    parsed.
+    """
     raw_arguments: _builtins.str
-    """The arguments as the model wrote them."""
+    """The arguments, verbatim from the model."""
     instance_path: _builtins.str
-    """With SCHEMA_MISMATCH, which part of the arguments does not follow the schema, as a JSON Pointer; "" is all of them, or a part
-    that would take too much work to find. Absent if it is longer than 16 KiB.
-    Example: "/cities/2/name".
+    """With SCHEMA_MISMATCH, the part of the arguments that does not follow the schema, as a JSON
+    Pointer. "" means all of the arguments, or that finding the part would take too much work.
+    Absent if the pointer is longer than 16 KiB. Example: "/cities/2/name".
     """
     def __init__(
         self,
@@ -277,7 +299,7 @@ Global___ToolCallFailure: _TypeAlias = ToolCallFailure  # noqa: Y015
 
 @_typing.final
 class ToolCallDelta(_message.Message):
-    """One tool call of a choice: that it has begun, a piece of it, or the verdict on it."""
+    """An event about one tool call of a choice: its start, a fragment of its arguments, or its verdict."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -289,22 +311,28 @@ class ToolCallDelta(_message.Message):
     TOOL_CALL_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     index: _builtins.int
-    """Position among the calls of this choice; unique in it, and verdicts come in ascending order."""
+    """The position among the calls of this choice. Unique in the choice; verdicts are sent in
+    ascending order.
+    """
     call_id: _builtins.str
     """See ToolCall.call_id."""
     tool_name: _builtins.str
-    """The tool's name; empty if the model never gave one, and with IN_PROGRESS, since STARTED has said it."""
+    """The tool's name. Empty if the model did not give one, and with IN_PROGRESS, because STARTED has
+    it.
+    """
     parse_status: Global___ToolCallParseStatus.ValueType
-    """What `outcome` holds."""
+    """Determines what `outcome` holds."""
     arguments_fragment: _builtins.str
-    """The next piece of the arguments as the model writes them, with IN_PROGRESS. Not empty; joined they may not be JSON."""
+    """With IN_PROGRESS, the next fragment of the arguments as the model writes them. Never empty.
+    The concatenated fragments are not necessarily JSON.
+    """
     @_builtins.property
     def tool_call(self) -> Global___ToolCall:
-        """The whole call, with SUCCEEDED."""
+        """With SUCCEEDED, the complete call."""
 
     @_builtins.property
     def failure(self) -> Global___ToolCallFailure:
-        """Why not, with FAILED."""
+        """With FAILED, the reason."""
 
     def __init__(
         self,
