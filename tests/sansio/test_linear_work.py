@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from deltawire_server.sansio import characters, coalesce, completion, pieces, sse, tool_calls
+from deltawire_server.sansio import characters, coalesce, pieces, reader, sse, tool_calls
 from deltawire_server.sansio.events import TextDelta, ToolCallArguments
 from tests.sansio.build import DONE, calls, end, entry, text
 from tests.support import chop
@@ -111,7 +111,7 @@ class Twins:
         self.sse = self.copies.load(sse)
         halves = self.copies.load(characters)
         self.tool_calls = self.copies.load(tool_calls, mend=halves.mend, split=self.copies.load(pieces).split)
-        self.completion = self.copies.load(completion, sse=self.sse, tool_calls=self.tool_calls, Halves=halves.Halves)
+        self.reader = self.copies.load(reader, sse=self.sse, tool_calls=self.tool_calls, Halves=halves.Halves)
         self.coalesce = self.copies.load(coalesce)
 
 
@@ -124,7 +124,7 @@ def twins() -> Twins:
 def _ratios(twins: Twins, work: Callable[[Any, int], object], size: int = FEWER) -> tuple[float, float]:
     """How much more twice as much costs: in calls, and in bytes copied. `work` takes the modules and a size."""
     plain = Twins.__new__(Twins)
-    plain.sse, plain.tool_calls, plain.completion, plain.coalesce = sse, tool_calls, completion, coalesce
+    plain.sse, plain.tool_calls, plain.reader, plain.coalesce = sse, tool_calls, reader, coalesce
     made, copied = [], []
     for many in (size, 2 * size):
         made.append(_calls_of(partial(work, plain, many)))
@@ -137,7 +137,7 @@ def _ratios(twins: Twins, work: Callable[[Any, int], object], size: int = FEWER)
 
 
 def _read(modules: Twins, stream: list[bytes]) -> None:
-    reading = modules.completion.CompletionReader(offered_tools={"f": ""}, incremental=True, generate_id=counting_ids())
+    reading = modules.reader.CompletionReader(offered_tools={"f": ""}, incremental=True, generate_id=counting_ids())
     for piece in stream:
         reading.receive(piece)
     reading.finish()

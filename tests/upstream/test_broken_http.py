@@ -247,7 +247,7 @@ async def test_a_body_that_breaks_raises_after_all_that_came() -> None:
 @pytest.mark.parametrize(
     ("base_url", "words"),
     [
-        ("http://256.1.1.1:8000", "its address is not a valid one"),
+        ("http://256.1.1.1:8000", "its address is invalid"),
         (f"http://{'a' * 64}.example", "its host name is not a valid one"),
     ],
 )
