@@ -153,7 +153,7 @@ class RetainedStream:
     def put(self, events: Sequence[StreamEvent]) -> None:
         """Append events with the next sequence numbers, within the limits. Must not be called after `close`."""
         if self._dropped:
-            return  # it has no reader, and its completion is about to end
+            return  # no reader is left, and the completion is about to end
         kept = list(events) if self._whole_end else [self._retention.fitted(event) for event in events]
         self._messages += kept
         self._whole = isinstance(kept[-1], Completed)

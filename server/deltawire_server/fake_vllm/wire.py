@@ -3,8 +3,8 @@
     role · text … text · finish · usage · [DONE]        one SSE event each
     role · call · arguments … arguments · finish · …    a tool call, as the hermes parser sends it
 
-`Chunks` gives single chunks as dicts, to put a stream together by hand; `Generation` writes a whole answer, streamed or
-not, to a request.
+`Chunks` builds single chunks as dicts, for a stream that a test defines; `Generation` generates the whole answer to a request,
+streamed or not.
 """
 
 from __future__ import annotations

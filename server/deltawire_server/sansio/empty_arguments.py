@@ -10,10 +10,10 @@ MAX_NODES = 1000
 
 
 def allows_empty_object(schema_text: str) -> bool:
-    """Whether a schema allows `{}`, according to the keywords that this function knows.
+    """Whether a schema allows `{}`, according to the keywords that this function evaluates.
 
-    It evaluates the keywords that require something of an object, also within `allOf`, `anyOf`, `oneOf` and local references, and
-    ignores all others. The work is linear in the text, plus at most `MAX_NODES` subschemas.
+    These are the keywords that require something of an object, also within `allOf`, `anyOf`, `oneOf` and local references; all
+    others are ignored. The work is linear in the text, plus at most `MAX_NODES` subschemas.
 
     Args:
         schema_text: JSON text; empty for no schema.

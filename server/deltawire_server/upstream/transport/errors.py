@@ -85,7 +85,7 @@ def connect_failure(error: Exception) -> ConnectFailedError:
     """
     match error:
         case ssl.SSLCertVerificationError():
-            message = _CERTIFICATES.get(error.verify_code, f"its certificate is not valid: {error.verify_message}")
+            message = _CERTIFICATES.get(error.verify_code, f"its certificate is invalid: {error.verify_message}")
             return ConnectFailedError(message, misconfigured=True)
         case ssl.SSLError():
             words = (error.reason or "no reason given").replace("_", " ").lower()
