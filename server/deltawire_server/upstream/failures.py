@@ -255,8 +255,8 @@ def token_not_sent(provider_id: str, metadata: Mapping[str, str]) -> CallerError
     return CallerError(
         Reason.UPSTREAM_UNAUTHENTICATED,
         f"provider {provider_id!r} rejects the call because of its token; the one in x-vllm-api-token was not sent, because"
-        f" the call does not name the provider: name the model as '{provider_id}/…', or set the request's provider field, or ask the"
-        f" operator to set providers.{provider_id}.accept_caller_tokens",
+        f" the call does not name the provider: name the model as '{provider_id}/…', or set the request's provider field,"
+        f" or ask the operator to set providers.{provider_id}.accept_caller_tokens",
         metadata=metadata,
     )
 
