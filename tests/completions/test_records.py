@@ -72,7 +72,7 @@ def test_an_id_under_way_or_retained_is_taken() -> None:
     """And free again when its completion is only remembered."""
     records = Records()
     record = records.begin("me", "c")
-    with pytest.raises(CallerError, match="is under way") as caught:
+    with pytest.raises(CallerError, match="is running") as caught:
         records.begin("me", "c")
     assert caught.value.reason is Reason.COMPLETION_ALREADY_EXISTS
     assert caught.value.metadata == {"completion_id": "c"}
@@ -153,7 +153,7 @@ def test_a_stream_released_before_the_end_leaves_the_completion_under_way() -> N
     stream: RetainedStream = object()  # type: ignore[assignment]
     record.stream = stream
     records.released(record)
-    with pytest.raises(CallerError, match="is under way"):
+    with pytest.raises(CallerError, match="is running"):
         records.begin("me", "c")
     records.end(record, None)
     assert records.find("me", "c").ended
@@ -164,7 +164,7 @@ def test_an_abandoned_completion_gives_its_id_free() -> None:
     records = Records()
     first = records.begin("me", "c", b"request")
     first.stream = object()  # type: ignore[assignment]
-    with pytest.raises(CallerError, match="is under way"):
+    with pytest.raises(CallerError, match="is running"):
         records.begin("me", "c", b"request")
     records.released(first)
     second = records.begin("me", "c", b"request")

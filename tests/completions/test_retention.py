@@ -223,7 +223,7 @@ async def test_all_streams_share_a_bound() -> None:
         live.stream.put([TEXT])
         assert common.size <= 3 * size
     assert (second.dropped, live.dropped) == (1, 0)
-    assert (await refused(first.stream)).message == "completion 'c' cannot be resumed there: it is no longer kept"
+    assert (await refused(first.stream)).message == "completion 'c' cannot be resumed there: it is no longer retained"
     assert (await refused(live.stream)).reason is Reason.COMPLETION_GONE
     assert live.stream.last_sequence == 11
 
@@ -361,7 +361,7 @@ async def test_a_stream_that_was_dropped_under_way_does_not_end_well() -> None:
     error = await refused(kept.stream, 0)
     assert (error.reason, error.message) == (
         Reason.COMPLETION_GONE,
-        "completion 'c' cannot be resumed there: it is no longer kept",
+        "completion 'c' cannot be resumed there: it is no longer retained",
     )
 
 

@@ -34,7 +34,7 @@ def test_every_state_meets_every_cause(state: State, cause: Cause) -> None:
         after = advance(state, cause)
         assert (after is State.ENDED) == (cause in ENDS)
     else:
-        with pytest.raises(IllegalTransitionError, match=f"^{cause.name} cannot come in state {state.name}$"):
+        with pytest.raises(IllegalTransitionError, match=f"^{cause.name} is impossible in state {state.name}$"):
             advance(state, cause)
 
 

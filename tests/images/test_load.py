@@ -20,8 +20,8 @@ from deltawire_server.images.connect import (
     RefusedError,
     SystemNames,
     UnavailableError,
-    judged_addresses,
-    judged_socket,
+    validated_addresses,
+    validated_socket,
 )
 from deltawire_server.images.load import FETCHES_OF_A_REQUEST, MAX_FETCHES, Images
 from deltawire_server.images.policy import Policy
@@ -271,22 +271,22 @@ async def test_a_socket_is_judged_again_just_before_it_connects(host: str) -> No
         assert server.connections == 0
 
 
-def test_sockets_are_for_judged_addresses() -> None:
+def test_sockets_are_for_validated_addresses() -> None:
     """Of both families."""
-    with judged_socket(at_home, (socket.AF_INET, (HOME, 80))) as made:
+    with validated_socket(at_home, (socket.AF_INET, (HOME, 80))) as made:
         assert made.family is socket.AF_INET
-    with judged_socket(lambda _: True, (socket.AF_INET6, ("::1", 80))) as made:
+    with validated_socket(lambda _: True, (socket.AF_INET6, ("::1", 80))) as made:
         assert made.family is socket.AF_INET6
     for place in (("127.0.0.2", 80), ("::1", 80, 0, 0), ("fe80::1%1", 80, 0, 1)):
         with pytest.raises(PermissionError):
-            judged_socket(at_home, (socket.AF_INET6, place))
+            validated_socket(at_home, (socket.AF_INET6, place))
 
 
 async def test_addresses_of_both_families() -> None:
     """In the order of the look-up, with the port."""
     ips: Sequence[str] = ("8.8.8.8", "2606:4700::1111")
     address = web_address(f"https://{HOST}/")
-    assert await judged_addresses(Names({HOST: [ips]}), lambda _: True, address) == [
+    assert await validated_addresses(Names({HOST: [ips]}), lambda _: True, address) == [
         (socket.AF_INET, ("8.8.8.8", 443)),
         (socket.AF_INET6, ("2606:4700::1111", 443)),
     ]
@@ -295,7 +295,7 @@ async def test_addresses_of_both_families() -> None:
 async def test_a_name_that_is_nowhere() -> None:
     """Is refused as one that leads inside is."""
     with pytest.raises(RefusedError, match=NOWHERE):
-        await judged_addresses(Names({}), at_home, web_address(f"https://{HOST}/"))
+        await validated_addresses(Names({}), at_home, web_address(f"https://{HOST}/"))
 
 
 async def test_the_operating_systems_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -435,11 +435,11 @@ FAILURES = {
     "nothing new": (Answer(b"HTTP/1.1 304 Not Modified\r\n\r\n"), "was answered with HTTP status 304"),
     "no content": (Answer(b"HTTP/1.1 204 No Content\r\n\r\n"), "was answered with HTTP status 204"),
     "a redirect to nowhere": (redirect(""), "redirects to nowhere"),
-    "empty": (ok(b""), "is no PNG, JPEG, GIF, WebP or BMP file"),
-    "gzip": (ok(gzip.compress(PNG), "Content-Encoding: gzip"), "came encoded, which was not asked for"),
-    "gzip bomb": (ok(BOMB, "Content-Encoding: GZIP"), "came encoded, which was not asked for"),
-    "gzip bomb, undeclared": (ok(BOMB), "is no PNG, JPEG, GIF, WebP or BMP file"),
-    "another encoding": (ok(PNG, "Content-Encoding: br"), "came encoded, which was not asked for"),
+    "empty": (ok(b""), "is not a PNG, JPEG, GIF, WebP or BMP file"),
+    "gzip": (ok(gzip.compress(PNG), "Content-Encoding: gzip"), "was sent compressed, which the request did not allow"),
+    "gzip bomb": (ok(BOMB, "Content-Encoding: GZIP"), "was sent compressed, which the request did not allow"),
+    "gzip bomb, undeclared": (ok(BOMB), "is not a PNG, JPEG, GIF, WebP or BMP file"),
+    "another encoding": (ok(PNG, "Content-Encoding: br"), "was sent compressed, which the request did not allow"),
     "declared as a page": (ok(PNG, "Content-Type: text/html"), "is declared as 'text/html' and not as an image"),
     "declared as JSON": (
         ok(PNG, "Content-Type: application/json; charset=utf-8"),
@@ -461,35 +461,35 @@ FAILURES = {
     ),
     "longer than its length": (
         Answer(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n" + PNG),
-        "is no PNG",
+        "is not a PNG",
     ),
     "two lengths": (
         Answer(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\nContent-Length: 5\r\n\r\n" + PNG),
-        "was not answered as HTTP asks for",
+        "was not answered with valid HTTP",
     ),
     "a length below zero": (
         Answer(b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n" + PNG),
-        "was not answered as HTTP asks for",
+        "was not answered with valid HTTP",
     ),
-    "HTTP/0.9": (Answer(PNG), "was not answered as HTTP asks for"),
-    "another protocol": (Answer(b"SSH-2.0-OpenSSH_9.6\r\n", hold=True), "was not answered as HTTP asks for"),
-    "a database": (Answer(b"-ERR unknown command 'GET'\r\n", hold=True), "was not answered as HTTP asks for"),
-    "nothing at all": (Answer(b""), "was not answered as HTTP asks for"),
-    "half a head": (Answer(b"HTTP/1.1 200 OK\r\nContent-"), "was not answered as HTTP asks for"),
+    "HTTP/0.9": (Answer(PNG), "was not answered with valid HTTP"),
+    "another protocol": (Answer(b"SSH-2.0-OpenSSH_9.6\r\n", hold=True), "was not answered with valid HTTP"),
+    "a database": (Answer(b"-ERR unknown command 'GET'\r\n", hold=True), "was not answered with valid HTTP"),
+    "nothing at all": (Answer(b""), "was not answered with valid HTTP"),
+    "half a head": (Answer(b"HTTP/1.1 200 OK\r\nContent-"), "was not answered with valid HTTP"),
     "a long header": (
         ok(PNG, f"X-Long: {'a' * MAX_HEAD_BYTES}"),
-        "was not answered as HTTP asks for",
+        "was not answered with valid HTTP",
     ),
-    "many headers": (ok(PNG, *["X-Many: a"] * (MAX_HEADERS + 1)), "was not answered as HTTP asks for"),
+    "many headers": (ok(PNG, *["X-Many: a"] * (MAX_HEADERS + 1)), "was not answered with valid HTTP"),
     "endless headers": (
         Answer(b"HTTP/1.1 200 OK\r\n", endless=b"X-Many: a\r\n" * 100),
-        "was not answered as HTTP asks for",
+        "was not answered with valid HTTP",
     ),
     "endless interim answers": (
         Answer(b"HTTP/1.1 102 Processing\r\n\r\n", endless=b"HTTP/1.1 102 Processing\r\n\r\n"),
-        "was not answered as HTTP asks for",
+        "was not answered with valid HTTP",
     ),
-    "an endless header": (Answer(b"HTTP/1.1 200 OK\r\nX: ", endless=b"a" * 9999), "was not answered as HTTP asks for"),
+    "an endless header": (Answer(b"HTTP/1.1 200 OK\r\nX: ", endless=b"a" * 9999), "was not answered with valid HTTP"),
 }
 
 
@@ -505,7 +505,7 @@ async def test_answers_that_are_no_image(name: str) -> None:
 async def test_bytes_decide_that_it_is_none(name: str, declared: str) -> None:
     """Whatever the server declares; and what they are is not told, since they may be none of the caller's business."""
     said = await failure_of(ok(NO_IMAGES[name], f"Content-Type: {declared}"))
-    assert said == "is no PNG, JPEG, GIF, WebP or BMP file"
+    assert said == "is not a PNG, JPEG, GIF, WebP or BMP file"
 
 
 @pytest.mark.parametrize(

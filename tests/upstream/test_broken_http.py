@@ -247,8 +247,8 @@ async def test_a_body_that_breaks_raises_after_all_that_came() -> None:
 @pytest.mark.parametrize(
     ("base_url", "words"),
     [
-        ("http://256.1.1.1:8000", "its address is not a valid one"),
-        (f"http://{'a' * 64}.example", "its host name is not a valid one"),
+        ("http://256.1.1.1:8000", "its address is invalid"),
+        (f"http://{'a' * 64}.example", "its host name is invalid"),
     ],
 )
 async def test_addresses_that_cannot_be(base_url: str, words: str) -> None:

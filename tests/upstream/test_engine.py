@@ -76,10 +76,10 @@ def titled(title: object) -> Document:
         ({"openapi": document(openapi("1", ["add_generation_prompt"]))}, "/openapi.json does not describe vLLM's chat"),
         ({"openapi": document({"info": {"title": "FastAPI"}})}, "/openapi.json does not describe vLLM's chat"),
         ({"openapi": document(b"[" * 100_000)}, "/openapi.json has the title ''"),
-        ({"version": document({"version": "1", "router": True})}, "/version is not as vLLM's"),
-        ({"version": document({"detail": "Not Found"}, 404)}, "/version is not as vLLM's"),
-        ({"version": document(b"<html>")}, "/version is not as vLLM's"),
-        ({"version": document({"version": 5})}, "/version is not as vLLM's"),
+        ({"version": document({"version": "1", "router": True})}, "/version differs from vLLM's"),
+        ({"version": document({"detail": "Not Found"}, 404)}, "/version differs from vLLM's"),
+        ({"version": document(b"<html>")}, "/version differs from vLLM's"),
+        ({"version": document({"version": 5})}, "/version differs from vLLM's"),
         (
             {"version": Document(503, {"server": "nginx"}, b""), "openapi": "did not answer"},
             "/version comes from 'nginx'",
@@ -125,7 +125,7 @@ def test_what_the_operator_says_is_a_vllm() -> None:
     assert described(answers(openapi="is away")) == Engine(EngineKind.VLLM, "0.32.0", "/openapi.json: is away")
     unlisted = described(answers(openapi=document({})))
     assert (unlisted.kind, unlisted.fields) == (EngineKind.VLLM, None)
-    assert "lists no fields" in unlisted.detail
+    assert "does not list the fields" in unlisted.detail
 
 
 def test_replicas_are_one_provider() -> None:

@@ -94,7 +94,7 @@ def test_what_no_pattern_covers(name: str) -> None:
     for pattern in ("*", f"{name[:-1]}*", f"{name[:-1]}?", f"[{name[0]}]{name[1:]}"):
         found = violations(text, "echo", pattern)
         assert found.keys() == {f"chat.extra_body.{name}"}
-        assert "by its name, since no pattern covers" in found[f"chat.extra_body.{name}"]
+        assert "by its exact name, because patterns do not match" in found[f"chat.extra_body.{name}"]
     assert allowed_extra(text, ("*", name), "gpu").keys() == {name, "echo"}
     assert "by its name" not in violations(text, "echo")[f"chat.extra_body.{name}"]
 

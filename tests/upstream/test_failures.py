@@ -188,6 +188,43 @@ def test_a_request_that_is_quoted_decides_nothing(said: str, quoting: str) -> No
         assert failure_of(error, "p").reason is Reason.UPSTREAM_REJECTED
 
 
+FORMAT_ERRORS = (
+    'Grammar error: at 1(8): invalid regex "(unclosed" (in regex)',
+    "litellm.BadRequestError: Hosted_vllmException - Grammar error: lexer error",
+    "Invalid grammar specification.",
+    "Failed to transform regex into a grammar: Regex parsing error at position 9",
+    "Failed to convert the grammar from Lark to EBNF.",
+    "Error parsing regex: unclosed group",
+    "Regex uses unsupported feature for structured outputs: lookahead",
+)
+"""How vLLM's backends for structured outputs begin the message."""
+
+
+@pytest.mark.parametrize("text", FORMAT_ERRORS)
+def test_an_invalid_response_format_is_named(text: str) -> None:
+    """The message begins with the request's field; the violation has vLLM's own message."""
+    error = failure_of(UpstreamError(400, text), "p", format_field="chat.response_format.regex")
+    assert (error.reason, error.message) == (Reason.UPSTREAM_REJECTED, f"chat.response_format.regex: {text}")
+    assert [(each.field, each.description) for each in error.violations] == [("chat.response_format.regex", text)]
+    assert error.metadata["field"] == "chat.response_format.regex"
+    without = failure_of(UpstreamError(400, text), "p")
+    assert (without.message, without.violations) == (text, ())
+
+
+@pytest.mark.parametrize(
+    ("error", "field"),
+    [
+        (UpstreamError(400, "m", param="structured_outputs"), "chat.response_format.regex"),
+        (UpstreamError(400, "Grammar error: m", param="tools"), "chat.tools"),
+        (UpstreamError(400, "too many: Grammar error: m"), ""),
+    ],
+)
+def test_the_field_of_the_error_has_precedence(error: UpstreamError, field: str) -> None:
+    """The message matters only if `param` is empty, and only its beginning."""
+    rejection = failure_of(error, "p", format_field="chat.response_format.regex")
+    assert rejection.metadata.get("field", "") == field
+
+
 def test_words_about_the_model_decide_nothing() -> None:
     """Only `type` and `param` together, in a 404, make it the caller's wrong model."""
     said = "The model `x` does not exist. NotFoundError"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import ssl
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,6 +14,7 @@ from deltawire_server.errors import CallerError, Code, DeltawireError, ProviderE
 from deltawire_server.fake_vllm import FakeVllm, Script
 from deltawire_server.upstream.base import CallContext, Health, HealthStatus, ServedModel, Timeouts
 from deltawire_server.upstream.failures import MAX_EXCERPT_BYTES
+from deltawire_server.upstream.request import FormatKind, TextFormat
 from deltawire_server.upstream.vllm import VllmProvider, root_url
 from deltawire_server.upstream.vllm_api import MAX_ERROR_BYTES, MAX_SERVED_NAME
 from tests.support.recordings import TRANSCRIPTS
@@ -236,6 +238,19 @@ async def test_recorded_refusals(vllm: FakeVllm, name: str, expected: tuple[Code
     said = json.loads((TRANSCRIPTS / f"{name}.body").read_bytes()).get("error")
     if isinstance(said, dict):
         assert said["message"] in error.message
+
+
+@pytest.mark.parametrize("recording", ["err-nonstream-bad-regex.body", "err-bad-regex.sse"])
+async def test_an_invalid_regex_is_reported_with_its_field(vllm: FakeVllm, recording: str) -> None:
+    """By an HTTP status and by an error event."""
+    request = replace(HI, response_format=TextFormat(FormatKind.REGEX, "(unclosed"))
+    vllm.play(Script.recording(TRANSCRIPTS / recording))
+    async with provider(vllm.base_url) as p:
+        with pytest.raises(CallerError) as caught:
+            async with p.stream_chat(request, "fake", CALL):
+                pass
+    assert caught.value.message.startswith("chat.response_format.regex: Grammar error: at 1(8): invalid regex")
+    assert caught.value.metadata["field"] == "chat.response_format.regex"
 
 
 async def test_an_unknown_model_of_the_providers(vllm: FakeVllm) -> None:
@@ -491,7 +506,7 @@ async def test_a_wrong_token_is_not_well() -> None:
             async with provider(vllm.base_url, api_token=token) as p:
                 health = await p.check_health()
                 assert health.status is status
-                assert ("refuses the token" in health.message) is (status is HealthStatus.ERROR)
+                assert ("rejects the token" in health.message) is (status is HealthStatus.ERROR)
 
 
 async def test_health_without_static_key() -> None:

@@ -179,7 +179,7 @@ async def test_a_replica_that_was_away_may_be_another_version(vllm: FakeVllm) ->
         assert (await refusal_of(p)).reason is Reason.UPSTREAM_UNAVAILABLE
         vllm.without_fields, vllm.version = ("cache_salt",), "0.8.5"
         await vllm.start_listening()
-        with pytest.raises(CallerError, match="does not know cache_salt"):
+        with pytest.raises(CallerError, match="does not support cache_salt"):
             await notices_of(p)
     assert paths(vllm) == [*FIRST, CHAT, "/version", "/health", "/openapi.json"]
 

@@ -128,7 +128,7 @@ async def test_the_next_replica_counts(vllm: FakeVllm, other: FakeVllm) -> None:
         for _ in range(3):
             assert (await p.count_tokens(HI, "fake", CALL)).prompt_tokens == vllm_count()
         await other.crash()
-        with pytest.raises(ProviderError, match="none of the 2 replicas"):
+        with pytest.raises(ProviderError, match="all 2 replicas"):
             await p.count_tokens(HI, "fake", CALL)
 
 

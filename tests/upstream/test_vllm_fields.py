@@ -29,6 +29,7 @@ from deltawire_server.upstream.vllm_fields import (
     STRICT,
     field_names,
     fields_to_check,
+    format_field,
 )
 from deltawire_server.upstream.vllm_request import chat_body
 
@@ -88,6 +89,24 @@ def test_an_extra_field_is_checked_under_its_own_name() -> None:
     assert fields_to_check({"model": "m", "echo": True}, ChatRequest("m", (HI,))) == {"echo": "chat.extra_body.echo"}
 
 
+@pytest.mark.parametrize(
+    ("form", "tools", "field"),
+    [
+        (None, (), ""),
+        (TextFormat(FormatKind.JSON_OBJECT), (), ""),
+        (TextFormat(FormatKind.JSON_SCHEMA, "{}"), (), "chat.response_format.json_schema.schema"),
+        (TextFormat(FormatKind.JSON_SCHEMA, "{}"), (ToolSpec("t"),), ""),
+        (TextFormat(FormatKind.GRAMMAR, "x"), (ToolSpec("t"),), "chat.response_format.grammar"),
+        (TextFormat(FormatKind.REGEX, "x"), (), "chat.response_format.regex"),
+        (TextFormat(FormatKind.CHOICE, ("x",)), (), "chat.response_format.choice.values"),
+        (TextFormat(FormatKind.STRUCTURAL_TAG, "{}"), (), "chat.response_format.structural_tag"),
+    ],
+)
+def test_the_field_of_a_response_format(form: TextFormat | None, tools: tuple[ToolSpec, ...], field: str) -> None:
+    """Errors about a format name this field."""
+    assert format_field(ChatRequest("m", (HI,), tools=tools, response_format=form)) == field
+
+
 def test_the_core_is_made_of_fields() -> None:
     """Of this API's and of what the gateway says itself, and vLLM knows them all."""
     assert CORE - FIELDS.keys() == {"stream", "stream_options"}
@@ -112,7 +131,7 @@ def test_what_is_not_known_is_refused(version: str, said: str) -> None:
     error = caught.value
     assert (error.reason, error.code) == (Reason.FIELD_NOT_SUPPORTED, Code.INVALID_ARGUMENT)
     assert error.message == (
-        f"provider 'p' is {said}, which does not know cache_salt, priority and would ignore it: leave out chat.cache_salt,"
+        f"provider 'p' is {said}, which does not support cache_salt, priority and would ignore it: leave out chat.cache_salt,"
         " chat.priority"
     )
     assert [violation.field for violation in error.violations] == ["chat.cache_salt", "chat.priority"]

@@ -248,7 +248,7 @@ async def test_no_replica_answers(vllm: FakeVllm, other: FakeVllm) -> None:
         assert len(other.chats) == 1
         assert (type(error), error.reason, error.retry_after) == (ProviderError, Reason.UPSTREAM_UNAVAILABLE, 1.0)
         assert error.metadata == {"provider": "p", "http_status": "503"}
-        assert error.message.startswith("none of the 2 replicas that were asked took the request: provider 'p' cannot")
+        assert error.message.startswith("all 2 replicas that the request was sent to failed: provider 'p' cannot")
         assert vllm.base_url not in error.message
         assert "no room" in error.message
         assert await answer_of(p)  # ejected or not, there is no other
@@ -296,7 +296,7 @@ async def test_a_listing_is_one_replicas(vllm: FakeVllm, other: FakeVllm) -> Non
         assert [model.id for model in await p.list_models()] == ["fake"]
         assert listings(other) == 1
         await other.crash()
-        with pytest.raises(ProviderError, match="none of the 2 replicas"):
+        with pytest.raises(ProviderError, match="all 2 replicas"):
             await p.list_models()
     async with plain({MODELS: ("200 OK", b"\x1f\x8b gzip")}) as odd:
         await other.start_listening()

@@ -1,5 +1,5 @@
-"""The completions of this process, by id: what is under way, what is retained, and for a while what became of the others.
+"""The completions of this process: running, retained, and for some time the results of the others.
 
-`records` knows them all, for cancel and look-up; `retention` keeps the messages of those that can be resumed. Neither runs
-anything: that is `completion`'s and `worker`'s part. No gRPC, no HTTP.
+`completion` runs one. `records` finds them by id, for cancel and look-up. `retention` keeps the messages of those that can be
+resumed. No gRPC, no HTTP.
 """

@@ -1,14 +1,14 @@
 """One completion, from the request to the last event.
 
     Completion.batches:   reader task  provider ──bytes──▶ CompletionReader ──events──▶ EventBuffer ─┐
-                          the caller   writes a batch, comes back for the next  ◀──── merged ─────┘
+                          the caller   writes a batch, then takes the next one  ◀──── merged ─────┘
 
-One task reads the provider's answer while the caller writes what it got, so a slow write does not block reading, and queued
-deltas are merged. The queue is bounded: at its limit reading stops, and with it, through the socket, the sender.
+One task reads the provider's answer while the caller writes a batch, so a slow write does not block reading, and queued deltas
+are merged. The queue is bounded: at its limit, reading stops, and TCP flow control stops the sender.
 
-`completions.state` has the states and everything that can happen. An end is decided in one place, `_end`, at the moment at which
-its cause is seen (an event, a clock, a call to `stop` or `end`, an exception) and without waiting for anything, so no two causes
-can race. What comes later, such as the cancellation that stops the reading, changes nothing.
+`completions.state` defines the states and transitions. A completion ends only in `_end`, which runs without an `await` as soon as
+there is a cause (an event, a timer, a call of `stop` or `end`, an exception), so two causes cannot race. Later causes, such as
+the cancellation of the reader task, have no effect.
 """
 
 from __future__ import annotations
@@ -61,28 +61,28 @@ _OURS = frozenset(
         Reason.SLOW_CALLER,
     }
 )
-"""The faults that are this process's and not the provider's."""
+"""The reasons of faults of this gateway instead of the provider."""
 
 DRAIN_SECONDS = 0.25
-"""How long the end of a body may take after the answer's. Read to its end, the connection can be used again."""
+"""Time limit for the end of the body after the true end. A connection can be reused only if the body was read to its end."""
 
 DRAIN_BYTES = 64 * 1024
-"""What is read of a body after the answer's end: `[DONE]` and a little more. A connection with more than that is closed."""
+"""Limit for the bytes of the body after the true end, usually `[DONE]`. The connection is closed if there are more."""
 
-_ENDED: State = State.ENDED  # not a literal, so that a type checker sees that methods change `state`
+_ENDED: State = State.ENDED  # not a literal, so that the type checker does not narrow `state` across method calls
 
 _log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionLimits:
-    """What a completion may take; the settings say why each default is what it is.
+    """The limits of a completion; the settings explain the defaults.
 
     Attributes:
-        max_duration: Seconds that it may run.
-        queue_bytes: What may wait for its caller before reading stops.
-        tail: Seconds that the usage and the end of an answer may take after the last finish reason; then it is whole without.
-        answer: What the answer may hold.
+        max_duration: Time limit in seconds.
+        queue_bytes: Size of the queued events in bytes at which reading stops.
+        tail: Seconds to wait for the usage and the true end after the last finish reason; then the answer ends without them.
+        answer: The limits for the answer.
     """
 
     max_duration: float = 3600.0
@@ -92,29 +92,29 @@ class CompletionLimits:
 
 
 class Completion:
-    """One completion under way. Made by `Worker.completion`; go through `batches` once.
+    """One running completion. Created by `Worker.completion`; iterate over `batches` once.
 
     Args:
-        completion_id: What it is known by.
-        request: What to ask.
+        completion_id: Its id.
+        request: The request.
         call: The caller's metadata.
-        resolution: Which model and provider, and the alias that was used.
-        options: How the answer is sent.
-        images: Puts images in the place of their addresses.
-        limits: What it may take.
+        resolution: The model, the provider, and the alias in the request.
+        options: The stream options.
+        images: Replaces image URLs by the images.
+        limits: Its limits.
         accepted: When the call was accepted, on the monotonic clock.
-        checks: The checks of its calls' arguments, by the tool's name.
+        checks: The argument checks by tool name.
         keep_logprobs: Whether the last event repeats the log-probabilities.
-        hold: What it holds in memory; at the limit of all together, it ends itself.
-        request_bytes: Of the request as it came, which is held until the provider's first event.
+        hold: Accounts for its memory; at the limit of the process, it may be evicted.
+        request_bytes: Size of the request message, which is held until the provider's first event.
 
     Attributes:
-        head: What is settled of it.
-        resolution: Which model and provider, and the alias that was used.
-        state: Where it is.
-        ended_by: What ended it; `None` until then.
-        failure: Why it did not end by itself; set when it ends.
-        attempts: How many replicas of the provider were asked.
+        head: Its id, model, provider and sampling.
+        resolution: The model, the provider, and the alias in the request.
+        state: Its state.
+        ended_by: The cause of its end; `None` before.
+        failure: The error that ended it; `None` before the end and without an error.
+        attempts: Number of replicas that the request was sent to.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class Completion:
         self._limits = limits
         self._accepted = accepted
         self._begun = False
-        self._asked: float | None = None
+        self._sent: float | None = None
         self._ended: float | None = None
         self._gaps = _Gaps()
         self._notices: Sequence[Notice] = ()
@@ -174,44 +174,46 @@ class Completion:
         self._request_bytes = request_bytes
         hold.evict = self._evict
         self._task: asyncio.Task[None] | None = None
-        self._reading: asyncio.Timeout | None = None  # while the provider's answer is read; never expires by itself
+        self._reading: asyncio.Timeout | None = (
+            None  # set while the provider's answer is read; has no deadline of its own
+        )
         self._clock = _Clock(self._time_out)
 
     @property
     def begun(self) -> bool:
-        """Whether `Started` was given."""
+        """Whether `Started` was returned."""
         return self._begun
 
     @property
     def usage(self) -> Usage:
-        """What is known of the tokens used so far."""
+        """The usage so far."""
         return self._reader.usage
 
     @property
     def anomalies(self) -> Mapping[str, int]:
-        """What the engine sent that no vLLM should, and that did no harm, with counts."""
+        """Anomalies in the engine's stream that were repaired or ignored, with counts."""
         return self._reader.anomalies
 
     @property
     def timings(self) -> Timings:
-        """How long things took, to its end or to now."""
+        """The durations up to its end or to now."""
         return Timings(
             total=(self._ended or time.monotonic()) - self._accepted,
-            queue=None if self._asked is None else self._asked - self._accepted,
+            queue=None if self._sent is None else self._sent - self._accepted,
             first_event=self._gaps.first - self._accepted if self._begun and self._gaps.first is not None else None,
             mean_gap=self._gaps.mean,
             worst_gap=self._gaps.worst,
         )
 
     async def batches(self) -> AsyncGenerator[list[StreamEvent]]:
-        """The answer's events in order, each time all that are queued, merged.
+        """The answer's events in order; each batch has all queued events, merged.
 
-        Write a batch, then come back: what comes meanwhile is queued. The last batch ends with `Completed`, and then the call has
-        succeeded if this ends without raising.
+        Write a batch, then take the next one; meanwhile, events are queued. The last batch ends with `Completed`. The completion
+        has succeeded if the iteration then ends without an exception.
 
         Raises:
-            DeltawireError: The answer did not begin: nothing was given but heartbeats. Or it ended with a fault: raised after
-                the batch with `Completed`, the same as `failure`.
+            DeltawireError: The same as `failure`. The answer did not begin, and only heartbeats were yielded; or it ended with
+                a fault, and this is raised after the batch with `Completed`.
         """
         self._task = asyncio.create_task(self._run(), name=self.head.completion_id)
         whole = False
@@ -225,46 +227,46 @@ class Completion:
             raise internal_error("a completion ended without an answer or a failure")
 
     def stop(self, reason: StopReason) -> None:
-        """End it now: what came is the answer, and `batches` gives what is left of it. After its end, nothing changes."""
+        """End it now without a fault; `batches` yields the remaining events. No effect after its end."""
         if self.state is not State.ENDED:
             self._take(self._reader.stop(reason), soft=True)
 
     def end(self, fault: Fault, limit_seconds: float | None = None) -> None:
-        """End it now, with a fault that no event brought: `batches` gives what is left. After its end, nothing changes.
+        """End it now with a fault; `batches` yields the remaining events. No effect after its end.
 
         Args:
-            fault: What happened.
-            limit_seconds: The limit that was passed, if that is what happened.
+            fault: The fault.
+            limit_seconds: The time limit, if the fault is that it was exceeded.
         """
         if self.state is not State.ENDED:
             self._take(self._reader.finish(fault), limit_seconds=limit_seconds)
 
     def _evict(self) -> None:
-        """End it: it is among the largest when there is no memory left for all."""
+        """End it because the process is at its memory limit and it is among the largest completions."""
         message = (
-            "the gateway holds as much as it may for the calls under way, and this was among the largest: retry later"
+            "the gateway is at its memory limit for calls in progress, and this call was among the largest: retry later"
         )
         self._reader.forget()
         self.end(Fault(Reason.MEMORY_LIMIT_EXCEEDED, message))
         self._hold.close()
 
     def _weigh(self) -> None:
-        """Account for what it holds now."""
+        """Report its current memory to the ledger."""
         self._hold.set(self._request_bytes + self._reader.held + self._queue.size)
 
     async def close(self) -> None:
-        """Stop reading and close the upstream connection, if that has not happened yet; then it is done."""
+        """End it if it has not ended, and close the upstream connection."""
         if self.state is not State.ENDED:
             self._end(Cause.CALLER)
         if self._task is not None and not self._task.done():
             self._task.cancel()
-            # Only waits for the connection to be closed: the end is decided.
+            # Only waits until the connection is closed; the completion has already ended.
             await asyncio.wait([self._task])
-        self._task = None  # its exception refers to the frames that it came through, and these to this object
+        self._task = None  # the traceback of its exception refers to this object, which would be a reference cycle
         self._hold.close()
 
     async def _batch(self) -> list[StreamEvent]:
-        """What is sent next; empty if nothing comes any more."""
+        """The next batch; empty at the end."""
         interval = self._options.heartbeat_interval
         if interval is None or not (self.begun or self._options.early_heartbeats):
             events = await self._queue.take()
@@ -283,7 +285,7 @@ class Completion:
         return events
 
     async def _run(self) -> None:
-        """The reader task: to the end of the body, or until the completion has ended otherwise."""
+        """The reader task: reads to the end of the body or until the completion ends for another cause."""
         try:
             if self.state is State.QUEUED:
                 self._start_clock()
@@ -295,15 +297,17 @@ class Completion:
             self.end(error.fault)
         except DeltawireError as failure:
             self._fail(failure)
-        except Exception as defect:  # noqa: BLE001 (a defect must end the call, not hang it)
-            reported = internal_error(cause=defect)
+        except Exception as bug:  # noqa: BLE001 (a bug must end the call, not hang it)
+            reported = internal_error(cause=bug)
             self._fail(reported)
             if self.failure is not reported:
-                # Else the call's own log line has it.
-                _log.exception("a defect after a completion's end", completion_id=self.head.completion_id)
+                # Otherwise the log line of the call has it.
+                _log.exception(
+                    "unexpected exception after the end of a completion", completion_id=self.head.completion_id
+                )
 
     def _start_clock(self) -> None:
-        """Settle when it has to end at the latest, counted from when the call was accepted; that may be now."""
+        """Set the deadline, counted from the acceptance of the call, which may already have passed."""
         loop = asyncio.get_running_loop()
         accepted = loop.time() - (time.monotonic() - self._accepted)
         self._clock.end_by = accepted + min(
@@ -313,39 +317,39 @@ class Completion:
         self._clock.check()
 
     async def _read(self) -> None:
-        """Ask, and read to the end; leaves early once the completion has ended."""
+        """Send the request and read the answer; returns early if the completion ends."""
         try:
             async with asyncio.timeout(None) as self._reading:
-                await self._ask()
+                await self._send_and_read()
         except TimeoutError:
             if self.state is not State.ENDED:
-                raise  # not from leaving early
+                raise  # not from `_end`
         finally:
             self._reading = None
 
-    async def _ask(self) -> None:
+    async def _send_and_read(self) -> None:
         timeouts = self.resolution.provider.timeouts
         model = self.resolution.model.provider_model_id
         self.state = advance(self.state, Cause.ASKED)
         self._clock.allow(timeouts.first_event)
         request = await self._images.load(self._request)
-        # The provider has the only copy from here on, and lets go of it at the first event.
+        # Only the provider has the messages from here on; it drops them at the first event.
         self._request = replace(self._request, messages=())
-        # From here to the first event the provider keeps the time: it knows which of its replicas is silent.
+        # Up to the first event, the provider applies its timeout, because it has to attribute it to a replica.
         self._clock.pause()
-        self._asked = time.monotonic()
+        self._sent = time.monotonic()
         drained = 0
-        asking = self.resolution.provider.stream_chat(request, model, self._call)
+        opening = self.resolution.provider.stream_chat(request, model, self._call)
         del request
-        async with asking as answering:
+        async with opening as stream:
             self._request_bytes = 0
             self._clock.allow(timeouts.first_event)
-            self._provider_failed = answering.failed
-            self._notices = answering.notices
-            self.attempts = answering.replicas_tried
-            async for data in answering.body:
+            self._provider_failed = stream.failed
+            self._notices = stream.notices
+            self.attempts = stream.replicas_tried
+            async for data in stream.body:
                 if self.ended_by is Cause.ANSWER:
-                    # Read to its end, the connection can be used again; what comes is counted as an anomaly.
+                    # Read the rest so that the connection can be reused; further events count as anomalies.
                     self._reader.receive(data)
                     drained += len(data)
                     if drained > DRAIN_BYTES:
@@ -356,18 +360,18 @@ class Completion:
                 if self.ended_by not in (None, Cause.ANSWER):
                     return
                 if self._queue.full and self.state is not _ENDED:
-                    self._clock.pause()  # while we do not read, the provider is not silent
+                    self._clock.pause()  # the timeout must not run while reading is paused
                     await self._queue.room()
                     self._clock.allow(timeouts.silence)
             if self.state is not _ENDED:
                 self._take(self._reader.finish())
 
     def _receive(self, data: bytes, silence: float) -> None:
-        """Take bytes of the answer."""
+        """Process bytes of the answer."""
         count = self._reader.event_count
         events = self._reader.receive(data)
         if self._reader.event_count == count and not events:
-            return  # only comments: the clock goes on
+            return  # only comments, which do not reset the timeout
         if self._reader.event_count > count:
             self._gaps.receive(self._reader.event_count - count, time.monotonic())
         if events:
@@ -379,14 +383,14 @@ class Completion:
             self._clock.allow(self._limits.tail if self.state is State.TAIL else silence)
 
     def _time_out(self) -> None:
-        """A limit has passed: the provider's for its silence, or the completion's own."""
+        """Handle a timeout: the provider's between events, or the completion's own time limit."""
         if not self._clock.is_over:
             self._silent()
         elif (soft := self._request.soft_time_limit) is not None and soft <= self._limits.max_duration:
             self.stop(StopReason.TIME_LIMIT)
         else:
             limit = self._limits.max_duration
-            message = f"the call ran for {limit:g} seconds, as long as this gateway allows"
+            message = f"the call reached the gateway's time limit of {limit:g} seconds"
             self.end(Fault(Reason.DURATION_LIMIT_EXCEEDED, message), limit)
 
     def _silent(self) -> None:
@@ -404,13 +408,13 @@ class Completion:
         limit_seconds: float | None = None,
         failure: DeltawireError | None = None,
     ) -> None:
-        """Queue events; the last of an answer ends the completion.
+        """Queue events; the last event of an answer ends the completion.
 
         Args:
-            events: At least one.
-            soft: Whether they are the end that the caller asked for.
-            limit_seconds: The limit that was passed, if a fault is that.
-            failure: What the fault is to the caller, if that is known already.
+            events: The events; at least one.
+            soft: Whether they are the result of `stop`.
+            limit_seconds: The time limit, if it caused the fault.
+            failure: The error for the fault; by default it is derived from the fault.
         """
         last = events[-1]
         if isinstance(last, Refused):
@@ -431,12 +435,12 @@ class Completion:
             self._end(Cause.SOFT_END if soft and self.state is not State.TAIL else Cause.ANSWER)
 
     def _fail(self, error: DeltawireError) -> None:
-        """End it with a failure that is not of the answer: it was refused, or cannot be read on."""
+        """End it with an error from outside of the event stream: a rejection, or an exception while reading."""
         if self.state is State.ENDED:
             return
         events: list[Event] = []
         if self._begun:
-            # What came is reported; unless the defect is where that is known.
+            # Return the events so far, unless the exception is in the reader itself.
             with contextlib.suppress(Exception):
                 events = self._reader.finish(Fault(error.reason, error.message))
         if events:
@@ -445,7 +449,7 @@ class Completion:
             self._end(Cause.FAULT, error)
 
     def _end(self, cause: Cause, failure: DeltawireError | None = None) -> None:
-        """The one place where a completion ends."""
+        """End the completion. No other method sets ENDED."""
         self.state = advance(self.state, cause)
         self.ended_by = cause
         self.failure = failure
@@ -463,7 +467,7 @@ class Completion:
             self._reading.reschedule(now + DRAIN_SECONDS)
 
     def _failure_of(self, fault: Fault, limit_seconds: float | None) -> DeltawireError:
-        """What a fault is to the caller. After the first event all that is the provider's is ABORTED: start again from the top."""
+        """The error for a fault. After the first event, all faults of the provider are ABORTED."""
         provider_id = self.resolution.provider.id
         metadata = self._metadata(limit_seconds)
         if fault.reason is Reason.UPSTREAM_ERROR:
@@ -501,34 +505,34 @@ class Completion:
 
 
 class _Clock:
-    """The two limits of one completion, its own and that of the provider's silence, on one timer of the loop.
+    """The two timeouts of a completion, its own and the one between events, on one timer of the event loop.
 
-    Moving the silence's limit costs no timer: one that fires too early is set anew.
+    A later deadline between events does not reschedule the timer; a timer that fires too early is set again.
 
     Args:
-        time_out: Called once, when a limit has passed.
+        time_out: Called once, at the first deadline.
 
     Attributes:
-        end_by: When the completion has to end, on the loop's clock.
-        allowed: Seconds of silence that are allowed now.
+        end_by: The deadline of the completion, on the loop's clock.
+        allowed: The current timeout between events, in seconds.
     """
 
     def __init__(self, time_out: Callable[[], None]) -> None:
         self.end_by = float("inf")
         self.allowed = float("inf")
         self._quiet_until = float("inf")
-        # None once it is stopped. Else the completion and it would refer to each other until the garbage is collected, which may
-        # be much later.
+        # None after `stop`, because the reference cycle with the completion would last until a garbage collection, possibly for
+        # long.
         self._time_out: Callable[[], None] | None = time_out
         self._timer: asyncio.TimerHandle | None = None
 
     @property
     def is_over(self) -> bool:
-        """Whether the completion's own limit has passed."""
+        """Whether the completion's own deadline has passed."""
         return asyncio.get_running_loop().time() >= self.end_by
 
     def allow(self, seconds: float) -> None:
-        """Allow so much silence from now on."""
+        """Start the timeout between events."""
         if self._time_out is None:
             return
         self.allowed = seconds
@@ -537,11 +541,11 @@ class _Clock:
             self._set()
 
     def pause(self) -> None:
-        """Allow any silence until the next `allow`."""
+        """Suspend the timeout between events until the next `allow`."""
         self._quiet_until = float("inf")
 
     def check(self) -> None:
-        """Time out if a limit has passed, else wait for that."""
+        """Call `time_out` if a deadline has passed, else set the timer."""
         self._timer = None
         if self._time_out is None:
             return
@@ -551,7 +555,7 @@ class _Clock:
             self._set()
 
     def stop(self) -> None:
-        """No limit counts any more."""
+        """Cancel both timeouts."""
         self._time_out = None
         if self._timer is not None:
             self._timer.cancel()
@@ -566,7 +570,7 @@ class _Clock:
 
 
 class _Gaps:
-    """The times between the engine's events, on the monotonic clock. Events of one read came together."""
+    """The gaps between the engine's events, on the monotonic clock. Events of one read have the same time."""
 
     __slots__ = ("_count", "_last", "_worst", "first")
 
@@ -577,7 +581,7 @@ class _Gaps:
         self._count = 0
 
     def receive(self, count: int, now: float) -> None:
-        """Take note of so many events that came now."""
+        """Record that `count` events were received now."""
         if self.first is None:
             self.first = now
         else:
@@ -587,12 +591,12 @@ class _Gaps:
 
     @property
     def mean(self) -> float | None:
-        """Between two events; `None` if there were fewer."""
+        """The mean gap; `None` with fewer than two events."""
         return (self._last - self.first) / (self._count - 1) if self.first is not None and self._count > 1 else None
 
     @property
     def worst(self) -> float | None:
-        """The longest; `None` if there were fewer than two events."""
+        """The longest gap; `None` with fewer than two events."""
         return self._worst if self._count > 1 else None
 
 

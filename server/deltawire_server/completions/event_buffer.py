@@ -1,4 +1,4 @@
-"""Between the task that reads an answer and the call that writes it: events wait here, bounded, and are joined."""
+"""A bounded queue of events between the task that reads an answer and the call that writes it. Merges queued deltas."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
     from deltawire_server.sansio.events import StreamEvent
 
 _PIECES = (TextDelta, ReasoningDelta, ToolCallArguments)
-"""What can be joined with more of its kind, so that it makes sense to hold it back."""
+"""The events that can be merged, so that a delay makes sense."""
 
 
 class EventBuffer:
-    """Where the reader task puts events and the caller takes them: one of each, bounded by bytes.
+    """A queue for one producer, the reader task, and one consumer, the caller. Bounded by bytes.
 
     Args:
-        limit: Bytes that may wait before `full`.
-        delay: Seconds that pieces may be held back so that more can be joined with them; anything else is given at once, and
-            with it all that came before.
+        limit: Size in bytes at which it is `full`.
+        delay: Seconds for which deltas may be delayed to merge more of them. Any other event is returned at once, with all events
+            before it.
     """
 
     def __init__(self, limit: int, delay: float = 0.0) -> None:
         self._limit = limit
         self._delay = delay
-        self._due = 0.0  # on the loop's clock, when what waits must not be held back any longer
+        self._due = 0.0  # when the delay of the queued events ends, on the loop's clock
         self._waiting = Coalescer()
         self._closed = False
         self._something = asyncio.Event()
@@ -39,16 +39,16 @@ class EventBuffer:
 
     @property
     def size(self) -> int:
-        """Bytes of memory that wait."""
+        """Memory of the queued events, in bytes."""
         return self._waiting.size
 
     @property
     def full(self) -> bool:
-        """Whether so much waits that the reader should `await room()` before it reads on."""
+        """Whether the limit is reached, so that the reader task must `await room()` before it continues."""
         return self._waiting.size >= self._limit
 
     def put(self, events: Sequence[StreamEvent]) -> None:
-        """Let events wait; never blocks, ask `full` afterwards."""
+        """Queue events. Never blocks; check `full` afterwards."""
         if self._delay and not self._waiting:
             self._due = asyncio.get_running_loop().time() + self._delay
         self._waiting.receive(events)
@@ -57,15 +57,15 @@ class EventBuffer:
         self._something.set()
 
     def close(self) -> None:
-        """Nothing more comes. What waits can still be taken."""
+        """Mark the end. Queued events can still be taken."""
         self._closed = True
         self._pressing.set()
         self._something.set()
 
     async def take(self) -> list[StreamEvent]:
-        """All that waits, joined; waits for something if nothing does. Empty means that nothing more comes.
+        """Remove and return all queued events, merged; waits while there are none. An empty list is the end.
 
-        A take that is cancelled has taken nothing, and the next one goes on waiting where it was.
+        A cancelled call removes nothing.
         """
         while not self._waiting and not self._closed:
             self._something.clear()
@@ -81,6 +81,6 @@ class EventBuffer:
         return events
 
     async def room(self) -> None:
-        """Wait until what waited was taken."""
+        """Wait until the queued events are taken."""
         self._room.clear()
         await self._room.wait()

@@ -1,4 +1,4 @@
-"""What is known of a completion, as its record, its retained stream and its messages need it."""
+"""The data of a completion that its record, its retained stream and its messages share."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ if TYPE_CHECKING:
     from deltawire_server.upstream.request import Sampling
 
 NOTHING_YET = Usage(0, Provenance.ESTIMATED)
-"""What a completion has cost before its engine said or sent anything."""
+"""The usage before the engine sends anything."""
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionInfo:
-    """What is settled of a completion before its engine is asked.
+    """The data of a completion that is fixed before the request is sent to the engine.
 
     Attributes:
-        completion_id: The caller's own, or generated.
-        model: Its id in the registry.
-        alias: The name that the caller used, if that was another.
-        provider_id: Who answers.
-        create_time: Unix time, in seconds.
-        sampling: As it is sent.
+        completion_id: The completion id of the caller, or a generated one.
+        model: The model's id in the registry.
+        alias: The alias in the request; empty if it has the model's id.
+        provider_id: The provider's id.
+        create_time: Unix time in seconds.
+        sampling: The sampling parameters that are sent.
     """
 
     completion_id: str
@@ -39,7 +39,7 @@ class CompletionInfo:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """How long things took, in seconds; `None` for what did not happen. See `deltawire.v1.Timings`."""
+    """Durations in seconds; `None` for phases that were not reached. See `deltawire.v1.Timings`."""
 
     total: float
     queue: float | None = None
@@ -50,7 +50,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a completion failed; `reason` is `None` if the caller's own cancel or deadline was it."""
+    """The error of a failed completion; `reason` is `None` if the caller's cancel or deadline was the cause."""
 
     code: Code
     reason: Reason | None
@@ -58,43 +58,43 @@ class Outcome:
 
     @classmethod
     def of(cls, error: DeltawireError) -> Outcome:
-        """What is to be remembered of a failure: no trace, which would keep the whole call in memory."""
+        """The outcome of an error, without its traceback, which would keep the whole call in memory."""
         return cls(error.code, error.reason, error.message)
 
 
 class CompletionView(Protocol):
-    """A completion, under way or retained, as far as its messages speak of it."""
+    """The parts of a running or retained completion that its messages have."""
 
     @property
     def head(self) -> CompletionInfo:
-        """What is settled of it."""
+        """Its id, model, provider and sampling."""
 
     @property
     def timings(self) -> Timings:
-        """How long things took, to its end or to now."""
+        """The durations up to its end or to now."""
 
     @property
     def failure(self) -> DeltawireError | None:
-        """Why it did not end by itself, if it did not."""
+        """The error that ended it, if any."""
 
 
 class ActiveCompletion(CompletionView, Protocol):
-    """A completion under way, as far as its record and its retained stream need it."""
+    """The parts of a running completion that its record and its retained stream use."""
 
     @property
     def begun(self) -> bool:
-        """Whether its engine has begun."""
+        """Whether its answer has begun."""
 
     @property
     def attempts(self) -> int:
-        """How many replicas of the provider were asked."""
+        """Number of replicas that the request was sent to."""
 
     @property
     def usage(self) -> Usage:
-        """What it has cost so far."""
+        """The usage so far."""
 
     def stop(self, reason: StopReason) -> None:
-        """End it now, as it is: its caller wants no more."""
+        """End it now without a fault."""
 
     def end(self, fault: Fault) -> None:
-        """End it now, with a fault that no event brought."""
+        """End it now with a fault."""

@@ -1,4 +1,4 @@
-"""How a stream is told, as the layers below gRPC see it: plain, checked already. None of it changes any text."""
+"""The validated stream options of the layers below gRPC. They do not change the content of the answer."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class StreamOptions:
-    """How a stream is told. Times are seconds.
+    """Options of a stream. Durations are in seconds.
 
     Attributes:
-        usage_updates: Tell of the usage while the answer is generated.
-        max_coalesce_delay: How long a delta may be held back so that more can be joined with it; 0 for not at all, at most 10.
-        heartbeat_interval: Tell a heartbeat when nothing else was told for this long, 0.1 to 3600; `None` for none.
-        early_heartbeats: Heartbeats begin before `Started`; then there is an interval.
-        retention: Keep the stream, so that it can be resumed, for this long without a reader; `None` for not at all.
+        usage_updates: Whether to send the usage while the answer is generated.
+        max_coalesce_delay: How long a delta may be delayed to merge more of them, 0 to 10; 0 for no delay.
+        heartbeat_interval: Time without an event after which a heartbeat is sent, 0.1 to 3600; `None` for no heartbeats.
+        early_heartbeats: Whether heartbeats are sent before `Started`; requires an interval.
+        retention: How long the stream is retained for resuming without a reader; `None` for no retention.
     """
 
     usage_updates: bool = False

@@ -1,10 +1,10 @@
-"""What is known of a completion by its id, from the moment it is admitted until some time after its end.
+"""The records of completions by id, from admission until some time after their end.
 
-    begin ──▶ running ── end ──▶ retained, as long as its stream is kept ──▶ remembered ──▶ forgotten
-                          └────────────────── without one ──────────────────────┘
+    begin ──▶ running ── end ──▶ retained, while its stream is retained ──▶ remembered ──▶ removed
+                          └──────────── without a retained stream ─────────────┘
 
-Ids are each caller's own: an id of another caller is reported as unknown. What is remembered of an ended completion is how it
-ended and what it cost, without what a caller can make large; number, bytes and time are bounded.
+Each caller has its own ids: an id of another caller is not found. A remembered record has the outcome and the usage of a
+completion, without data that a caller can make large. Number, memory and age of remembered records are bounded.
 """
 
 from __future__ import annotations
@@ -27,43 +27,43 @@ if TYPE_CHECKING:
     from deltawire_server.upstream.request import Sampling
 
 MAX_REMEMBERED = 10_000
-"""Ended completions that are remembered: minutes of a busy process. One takes about 1.5 KiB."""
+"""Limit for remembered records: some minutes of a busy process. One takes about 1.5 KiB."""
 
 MAX_REMEMBERED_BYTES = 32 * 1024 * 1024
-"""Of all of them. Each takes at most 8 KiB (ids, names, a message, short lists of the sampling), so that callers with the longest
-of all these leave room for 4,096."""
+"""Memory limit for all remembered records. Each takes at most 8 KiB (ids, names, a message, short lists of the sampling), so there
+is room for at least 4,096."""
 
 RECORD_BYTES = 1536
-"""What a record takes besides its texts: the objects, and its places in tables."""
+"""Memory of a record without its texts: the objects and their slots in tables."""
 
 MAX_MESSAGE = 1024
-"""Bytes that are remembered of an error's message; no answer to a caller has more of it."""
+"""Limit for a remembered error message in bytes; responses do not have more of it either."""
 
 MAX_LISTS_BYTES = 2048
-"""Memory of the sampling's texts and lists up to which they are remembered: more than a caller usually sends."""
+"""Memory limit for the texts and lists of the sampling; larger ones are dropped. Callers usually send less."""
 
 REMEMBERED_SECONDS = 600.0
-"""For how long: enough for whoever lost a connection to ask what became of its call."""
+"""How long a record is remembered: enough for a caller that lost its connection to look up the result."""
 
 _GENERATED = re.compile(r"cmpl-[0-9a-f]{32}-(?P<owner>[0-9a-f]{8})")
 
 
 @dataclass(slots=True)
 class Record:
-    """One completion: all that is known of it by its id.
+    """The record of one completion.
 
     Attributes:
-        caller: Whose it is; empty where callers are not told apart.
-        completion_id: Unique among the caller's.
-        fingerprint: The same for equal requests; empty if the id was made here, so that no request can have it again.
-        running: While it is under way and its model has been found.
-        begun: Whether the engine ever began, once it has ended.
-        head: Once its model was found.
-        usage: What it has cost in all, once it has ended.
-        outcome: Why it failed, if it did.
+        caller: The caller; empty if callers are not distinguished.
+        completion_id: The id, unique for the caller.
+        fingerprint: The same for equal requests; empty for a generated id, which no other request can have.
+        running: The completion while it is running and its model is resolved.
+        begun: Whether the answer began; set at the end.
+        head: The fixed data; set when the model is resolved.
+        usage: The total usage; set at the end.
+        outcome: The error, if it failed.
         ended: Whether it has ended.
-        stream: Its messages, if they are kept.
-        size: Bytes of memory that it takes, once it is only remembered.
+        stream: Its retained stream, if any.
+        size: Memory in bytes; set when it is only remembered.
     """
 
     caller: str
@@ -83,11 +83,11 @@ class Record:
 
     @property
     def is_abandoned(self) -> bool:
-        """Whether its stream had its last reader and its generation is being stopped: its id is free for another attempt."""
+        """Whether its stream lost its last reader and generation is being stopped: its id may be used again."""
         return bool(self.fingerprint) and self.stream is None and not self.ended
 
     def run(self, running: ActiveCompletion) -> None:
-        """It is under way from now on; a cancel that came earlier takes effect."""
+        """Set the running completion. An earlier `cancel` or `fail` takes effect now."""
         self.running = running
         self.head = running.head
         if self.stream is not None:
@@ -98,25 +98,25 @@ class Record:
             running.end(self._fault)
 
     def fail(self, fault: Fault) -> None:
-        """End it with a fault, now or as soon as it is under way; of one that has ended, nothing changes."""
+        """End it with a fault, now or as soon as it is running. No effect after its end."""
         self._fault = fault
         if self.running is not None:
             self.running.end(fault)
 
     def cancel(self) -> None:
-        """End it softly, now or as soon as it is under way; of one that has ended, nothing changes."""
+        """End it without a fault, now or as soon as it is running. No effect after its end."""
         self._stop_asked = True
         if self.running is not None:
             self.running.stop(StopReason.CANCELLED)
 
     def note(self) -> None:
-        """Take over what the running completion knows, which will soon be gone."""
+        """Copy the results of the running completion, which is about to be removed."""
         if self.running is not None:
             self.usage = self.running.usage
             self.begun = self.running.begun
 
     def shrink(self) -> None:
-        """Keep only what is remembered of an ended completion; `size` is right from then on."""
+        """Drop what is not remembered of an ended completion, and set `size`."""
         if self.outcome is not None:
             message = self.outcome.message.encode(errors="replace")[:MAX_MESSAGE].decode(errors="ignore")
             self.outcome = replace(self.outcome, message=message)
@@ -133,19 +133,19 @@ class Record:
 
 
 def _lists_bytes(sampling: Sampling) -> int:
-    """Memory of a sampling's texts and lists; each entry of `logit_bias` takes two numbers and its place in a table."""
+    """Memory of a sampling's texts and lists; each entry of `logit_bias` takes two numbers and a slot in a table."""
     texts = sum(map(getsizeof, (*sampling.stop, *sampling.bad_words)))
     entries = len(sampling.stop) + len(sampling.bad_words)
     return texts + 8 * entries + 40 * len(sampling.stop_token_ids) + 128 * len(sampling.logit_bias)
 
 
 class Records:
-    """All completions of this process.
+    """The records of this process.
 
     Args:
-        max_remembered: Ended ones that are remembered, without what is retained.
-        remembered_seconds: For how long.
-        max_bytes: Memory that they may take.
+        max_remembered: Limit for remembered records; retained ones do not count.
+        remembered_seconds: How long they are remembered.
+        max_bytes: Memory limit for them.
     """
 
     def __init__(
@@ -163,37 +163,37 @@ class Records:
         self._remembered: OrderedDict[tuple[str, str], Record] = OrderedDict()  # oldest end first
 
     def kept(self) -> tuple[Record, ...]:
-        """Those that are under way or retained, now."""
+        """The running and retained completions."""
         return tuple(self._kept.values())
 
     @property
     def size(self) -> int:
-        """Bytes of memory of what is only remembered."""
+        """Memory of remembered records, in bytes."""
         return self._size
 
     def current(self, caller: str, completion_id: str) -> Record | None:
-        """The caller's completion of this id that is under way or retained."""
+        """The caller's running or retained completion of this id."""
         return self._kept.get((caller, completion_id))
 
     def begin(self, caller: str, completion_id: str = "", fingerprint: bytes = b"") -> Record:
-        """A new completion.
+        """Add a record for a new completion.
 
         Args:
-            caller: Whose it is.
-            completion_id: The caller's own; empty to mint one: "cmpl-", 32 hexadecimal digits that nobody can guess, "-", and
-                eight that say which process made it.
+            caller: The caller.
+            completion_id: The caller's own id; empty to generate one: "cmpl-", 32 random hexadecimal digits, "-", and eight
+                hexadecimal digits that identify this process.
             fingerprint: The same for equal requests.
 
         Raises:
-            CallerError: COMPLETION_ALREADY_EXISTS: the caller has one of this id under way or retained.
+            CallerError: COMPLETION_ALREADY_EXISTS: the caller has a running or retained completion of this id.
         """
         key = (caller, completion_id or f"cmpl-{secrets.token_hex(16)}-{self._owner}")
         taken = self._kept.get(key)
         if taken is not None and not taken.is_abandoned:
-            state = "is retained" if taken.ended else "is under way"
+            state = "is retained" if taken.ended else "is running"
             raise CallerError(
                 Reason.COMPLETION_ALREADY_EXISTS,
-                f"completion {completion_id!r} {state}, with another request: choose another completion_id, or resume that one",
+                f"completion {completion_id!r} {state} with another request: use another completion_id, or resume that completion",
                 metadata={"completion_id": completion_id},
             )
         self._drop(key)
@@ -201,11 +201,11 @@ class Records:
         return record
 
     def end(self, record: Record, outcome: Outcome | None) -> None:
-        """It has ended; without a retained stream it is only remembered from now on.
+        """Record the end of a completion. Without a retained stream it is only remembered from now on.
 
         Args:
-            record: Which.
-            outcome: Why it failed; `None` if it did not.
+            record: The record.
+            outcome: The error; `None` without one.
         """
         record.note()
         record.running = None
@@ -215,7 +215,7 @@ class Records:
             self._remember(record)
 
     def released(self, record: Record) -> None:
-        """Its stream is no longer retained."""
+        """Record that its stream was dropped."""
         record.stream = None
         if record.ended:
             self._remember(record)
@@ -224,8 +224,8 @@ class Records:
         """The caller's completion of this id.
 
         Raises:
-            CallerError: COMPLETION_NOT_FOUND: it has none, whoever else may have one.
-            GatewayError: WRONG_REPLICA: it has none here, and another process made the id.
+            CallerError: COMPLETION_NOT_FOUND: the caller has no completion of this id; another caller may have one.
+            GatewayError: WRONG_REPLICA: the caller has none here, and another process generated the id.
         """
         self._forget()
         key = (caller, completion_id)
@@ -237,7 +237,7 @@ class Records:
         if generated and generated["owner"] != self._owner:
             raise GatewayError(
                 Reason.WRONG_REPLICA,
-                f"completion {completion_id!r} is of another gateway process, or of one before a restart: only that one has it",
+                f"completion {completion_id!r} belongs to another gateway process, or to this one before a restart",
                 metadata=metadata,
             )
         raise CallerError(
@@ -261,7 +261,7 @@ class Records:
             self._size -= record.size
 
     def _forget(self) -> None:
-        """Drop what has been remembered for long enough, and the oldest of too many or too large ones."""
+        """Drop expired records, and the oldest ones beyond the limits."""
         limit = time.monotonic() - self._remembered_seconds
         while self._remembered:
             key, oldest = next(iter(self._remembered.items()))

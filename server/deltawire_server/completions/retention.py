@@ -1,14 +1,14 @@
-"""Streams that are kept, so that a caller who lost its connection can go on where it was.
+"""Retained streams: a caller that lost its connection can resume after its last message.
 
-    whoever generates ── put ──▶ RetainedStream: numbered messages, bounded ── follow(after) ──▶ any number of readers
+    the generating task ── put ──▶ RetainedStream: numbered messages, bounded ── follow(after) ──▶ any number of readers
 
-A message's number is given here, once, after joining: what is replayed is what was sent. A stream lives as long as somebody
-reads it, and `retain_for` seconds longer; if it is still being generated then, it is stopped.
+A message gets its sequence number here, once, after merging, so a replay is identical to the first transmission. A stream is
+retained while it has a reader and for `retain_for` seconds afterwards; if it is still being generated then, generation stops.
 
-Memory is bounded: a stream drops its oldest messages at `max_stream_bytes`; all streams together drop, at `max_bytes`, the
-ended ones that ended first, and if none is left, the oldest messages of the one that is written to. Beyond that, and so that
-readers who keep up get on whatever the others do, each stream under way keeps its newest message, and what its slowest reader
-has not taken yet as long as that is not more than `UNREAD_BYTES`, which is what other streams hold for a caller too.
+Memory is bounded. At `max_stream_bytes`, a stream drops its oldest messages. At `max_bytes` of all streams, the ended streams are
+dropped in the order of their ends, then the oldest messages of the stream that is written to. Independent of these limits, each
+running stream keeps its newest message and up to `UNREAD_BYTES` that its slowest reader has not taken, as streams without
+retention do, so that readers that keep up can continue.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from deltawire_server.sansio.events import StreamEvent, Usage
 
 UNREAD_BYTES = 256 * 1024
-"""What is kept for a reader beyond the limits; one that is further behind has to come back for what is left."""
+"""Bytes that are kept for the slowest reader beyond the limits; a slower one fails with SLOW_CALLER and may resume."""
 
 STREAM_BYTES = 2048
-"""What a stream weighs without its messages: head, timings, bookkeeping."""
+"""Memory of a stream without its messages."""
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -45,12 +45,12 @@ MIB = 1024 * KIB
 
 @dataclass(frozen=True, slots=True)
 class RetentionLimits:
-    """What may be kept; the settings say why each default is what it is.
+    """Memory limits of retained streams; the settings explain the defaults.
 
     Attributes:
-        max_stream_bytes: Of one stream.
-        max_bytes: Of all of them.
-        max_completed_bytes: Above this, a stream's last message does not repeat the whole answer.
+        max_stream_bytes: Limit for one stream.
+        max_bytes: Limit for all streams together.
+        max_completed_bytes: Size above which the last message of a stream does not repeat the answer.
     """
 
     max_stream_bytes: int = 8 * MIB
@@ -59,13 +59,13 @@ class RetentionLimits:
 
 
 class RetainedStream:
-    """One stream. Made by `Retention.open`; the generating task calls `run`, `put` and `close`; readers `follow` within `read`.
+    """One stream. Created by `Retention.open`. The generating task calls `run`, `put` and `close`; readers `follow` within `read`.
 
     Attributes:
-        expire_time: Unix time at which it will be dropped; `None` while it is being read.
-        size: Bytes that are kept of it.
-        abandoned: Called if its last reader has left before its end and it is not to be kept: there is no one to generate for.
-        left: How the last reader left then.
+        expire_time: Unix time at which it is dropped; `None` while it has a reader.
+        size: Its memory in bytes.
+        abandoned: Called if its last reader leaves before its end and it is not retained, to stop generation.
+        left: The outcome of the last reader in that case.
     """
 
     def __init__(self, retention: Retention, retain_for: float, dropped: Callable[[], None], *, whole: bool) -> None:
@@ -75,7 +75,7 @@ class RetainedStream:
         self.left: Outcome | None = None
         self._retention = retention
         self._head: CompletionInfo | None = None
-        self._running: ActiveCompletion | None = None  # until it is closed; it holds the whole answer
+        self._running: ActiveCompletion | None = None  # `None` after `close`, because it holds the whole answer
         self._attempts = 0
         self._usage = NOTHING_YET
         self._timings = Timings(0.0)
@@ -84,107 +84,107 @@ class RetainedStream:
         self._on_dropped = dropped
         self._whole_end = whole
         self._messages: list[StreamEvent] = []
-        self._first = 0  # the sequence of the first of them
+        self._first = 0  # the sequence number of the first of them
         self._closed = False
         self._dropped = False
-        # Where each reader is: the sequence of what it takes next.
+        # The sequence number of the next message of each reader.
         self._places: dict[object, int] = {}
-        self._whole = False  # whether its last message was put
+        self._whole = False  # whether it has its last message
         self._timer: asyncio.TimerHandle | None = None
         self._news = asyncio.Event()
 
     @property
     def head(self) -> CompletionInfo:
-        """What is settled of its completion.
+        """The fixed data of its completion.
 
         Raises:
-            LookupError: Its model has not been found.
+            LookupError: Its model is not resolved yet.
         """
         if self._head is None:
-            raise LookupError("the completion's model has not been found")
+            raise LookupError("the completion's model is not resolved yet")
         return self._head
 
     @property
     def is_retained(self) -> bool:
-        """Whether it outlives its readers."""
+        """Whether it is retained without a reader."""
         return self._retain_for > 0
 
     @property
     def attempts(self) -> int:
-        """How many replicas of the provider were asked, to its end or so far."""
+        """Number of replicas that the request was sent to so far."""
         return self._attempts if self._running is None else self._running.attempts
 
     @property
     def usage(self) -> Usage:
-        """What its completion has cost so far, or in all."""
+        """The usage of its completion so far."""
         return self._usage if self._running is None else self._running.usage
 
     @property
     def timings(self) -> Timings:
-        """How long things took, to its end or to now."""
+        """The durations up to its end or to now."""
         return self._timings if self._running is None else self._running.timings
 
     @property
     def failure(self) -> DeltawireError | None:
-        """Why its completion did not end by itself, if it did not."""
+        """The error that ended its completion, if any."""
         return self._failure if self._running is None else self._running.failure
 
     @property
     def last_sequence(self) -> int | None:
-        """Of the newest message; `None` before the first."""
+        """The sequence number of the newest message; `None` before the first."""
         return self._first + len(self._messages) - 1 if self._first or self._messages else None
 
     @property
     def closed(self) -> bool:
-        """Whether its completion has ended, and nothing more comes."""
+        """Whether its completion has ended."""
         return self._closed
 
     @property
     def completed(self) -> Completed | None:
-        """Its last message, if that has come and is kept."""
+        """Its last message, if it has one and it is retained."""
         last = self._messages[-1] if self._messages else None
         return last if isinstance(last, Completed) else None
 
     def run(self, running: ActiveCompletion) -> None:
-        """Its completion is under way."""
+        """Set its running completion."""
         self._running = running
         self._head = running.head
 
     def put(self, events: Sequence[StreamEvent]) -> None:
-        """Number these and keep them, as far as the limits allow. Nothing after `close`."""
+        """Append events with the next sequence numbers, within the limits. Must not be called after `close`."""
         if self._dropped:
-            return  # nobody reads it, and its completion is about to end
+            return  # no reader is left, and the completion is about to end
         kept = list(events) if self._whole_end else [self._retention.fitted(event) for event in events]
         self._messages += kept
         self._whole = isinstance(kept[-1], Completed)
         self._grow(sum(map(weight, kept)))
-        self._tell()
+        self._wake()
 
     def close(self, failure: DeltawireError | None = None) -> None:
-        """Nothing more comes; readers that have read all end, with the failure if there was one."""
+        """Mark the end. Readers end after the last message, with the error if there is one."""
         if not self._closed:
-            # Not the exception itself, whose traceback refers to all that the call had.
+            # A copy, because the traceback of the exception refers to all data of the call.
             self._closed, self._failure = True, failure and failure.again()
         if self._running is not None:
             self._timings, self._usage = self._running.timings, self._running.usage
             self._attempts = self._running.attempts
             self._running = None
         if not self._messages:
-            self.drop()  # the answer did not begin: there is nothing to resume
+            self.drop()  # the answer did not begin, so there is nothing to resume
         elif not self._dropped:
             self._retention.ended(self)
-        self._tell()
+        self._wake()
 
     @contextmanager
     def read(self, left: Callable[[], Outcome], after: int | None = None) -> Iterator[Reader]:
-        """Be a reader, who `follow`s; the stream does not expire meanwhile.
+        """Register a reader; the stream does not expire while the context is entered. Call `follow` on the yielded reader.
 
         Args:
-            left: Asked how the reader left, if it was cancelled.
-            after: The sequence of the last message that the reader has; `None` if it has none.
+            left: Returns the outcome of the reader if it is cancelled.
+            after: The sequence number of the last message that the reader has; `None` if it has none.
 
         Raises:
-            CallerError: COMPLETION_GONE: what comes next for this reader was dropped, or has never been.
+            CallerError: COMPLETION_GONE: the next message of this reader was dropped, or does not exist.
         """
         reader = Reader(self, 0 if after is None else after + 1)
         self._check_place(reader.position, after)
@@ -205,32 +205,32 @@ class RetainedStream:
                 self._leave(outcome)
 
     def moved(self, reader: Reader, position: int) -> None:
-        """A reader has taken what comes before this sequence."""
+        """Record that a reader has taken all messages before this sequence number."""
         self._places[reader] = position
 
     def since(self, position: int) -> list[StreamEvent]:
-        """The messages from this sequence on; empty if there is none yet.
+        """The messages from this sequence number on; empty if there are none yet.
 
         Raises:
-            GatewayError: SLOW_CALLER: that one was dropped.
+            GatewayError: SLOW_CALLER: the first of them was dropped.
         """
         if position < self._first:
-            message = "the caller was slower than what is retained of its stream lasts"
+            message = "the caller was too slow: its next message was dropped from the retained stream"
             raise GatewayError(Reason.SLOW_CALLER, message)
         return self._messages[position - self._first :]
 
     async def news(self) -> bool:
-        """Wait for more; whether there may be."""
+        """Wait for a change; return false if the stream has ended."""
         if self._closed:
             return False
         await self._news.wait()
         return True
 
     def finish(self) -> None:
-        """Check that a reader that has read all has read a whole stream.
+        """Check that a reader that has read all messages has read the whole stream.
 
         Raises:
-            CallerError: COMPLETION_GONE: it was dropped before its end.
+            CallerError: COMPLETION_GONE: the stream was dropped before its end.
             DeltawireError: The completion failed.
         """
         if self._failure is not None:
@@ -239,7 +239,7 @@ class RetainedStream:
             raise self._missing("it was dropped before its end")
 
     def shorten(self, size: int) -> None:
-        """Drop the oldest messages, down to this size, or to what readers who keep up have not taken yet."""
+        """Drop the oldest messages down to this size, but keep up to `UNREAD_BYTES` that readers have not taken."""
         unread = min(self._places.values(), default=self._first + len(self._messages)) - self._first
         count = 0
         freed = 0
@@ -253,7 +253,7 @@ class RetainedStream:
         self._shrink(freed)
 
     def drop(self) -> None:
-        """Keep nothing of it any more. Readers that have not read all yet are told so."""
+        """Drop all messages. Readers that have not read all of them fail with COMPLETION_GONE or SLOW_CALLER."""
         if self._dropped:
             return
         self._dropped = True
@@ -262,7 +262,7 @@ class RetainedStream:
         self._first += len(self._messages)
         self._messages.clear()
         self.size = 0
-        self._tell()
+        self._wake()
         self._on_dropped()
 
     def _grow(self, size: int) -> None:
@@ -273,7 +273,7 @@ class RetainedStream:
         self.size -= size
         self._retention.grown(self, -size)
 
-    def _tell(self) -> None:
+    def _wake(self) -> None:
         news, self._news = self._news, asyncio.Event()
         news.set()
 
@@ -281,9 +281,9 @@ class RetainedStream:
         if position > self._first + len(self._messages):
             raise self._missing(f"it has no message {after}" + ("" if self._closed else " yet"))
         if self._dropped and self._first:
-            raise self._missing("it is no longer kept")
+            raise self._missing("it is no longer retained")
         if position < self._first:
-            raise self._missing(f"messages before {self._first} are no longer kept")
+            raise self._missing(f"messages before {self._first} are no longer retained")
 
     def _missing(self, what: str) -> CallerError:
         metadata = {"completion_id": self.head.completion_id}
@@ -296,7 +296,7 @@ class RetainedStream:
         )
 
     def _leave(self, outcome: Outcome | None) -> None:
-        """The last reader has left."""
+        """Handle the end of the last reader."""
         if self._dropped:
             return
         if self._retain_for:
@@ -321,11 +321,11 @@ class RetainedStream:
 
 
 class Reader:
-    """A reader of a stream, made by `RetainedStream.read`; `follow` from where it is.
+    """A reader of a stream, created by `RetainedStream.read`.
 
     Args:
-        stream: What it reads.
-        position: The sequence of the first message that it wants.
+        stream: The stream.
+        position: The sequence number of the first message that it reads.
     """
 
     def __init__(self, stream: RetainedStream, position: int) -> None:
@@ -333,10 +333,10 @@ class Reader:
         self.position = position
 
     async def follow(self) -> AsyncGenerator[list[tuple[int, StreamEvent]]]:
-        """The messages from here on, each with its sequence; at the end of what there is, waits for more.
+        """The messages from `position` on, each with its sequence number, to the end of the stream.
 
         Raises:
-            GatewayError: SLOW_CALLER: the reader was so slow that its next message was dropped.
+            GatewayError: SLOW_CALLER: the reader was too slow, and its next message was dropped.
             CallerError: COMPLETION_GONE: the stream was dropped before its end.
             DeltawireError: The completion failed; raised after its last message.
         """
@@ -353,51 +353,51 @@ class Reader:
 
 
 class Retention:
-    """All retained streams, within their common bounds.
+    """All retained streams, with their common memory limits.
 
     Args:
-        limits: The bounds.
-        memory: What all calls of the process hold; what is retained counts there too.
+        limits: The limits.
+        memory: The memory ledger of the process, which includes retained streams.
     """
 
     def __init__(self, limits: RetentionLimits | None = None, memory: Ledger | None = None) -> None:
         self._limits = limits or RetentionLimits()
         self._hold = (memory or Ledger(sys.maxsize)).hold(self._drop_ended)
         self._size = 0
-        self._ended: OrderedDict[RetainedStream, None] = OrderedDict()  # the one that ended first is the first
+        self._ended: OrderedDict[RetainedStream, None] = OrderedDict()  # in the order of their ends
 
     @property
     def size(self) -> int:
-        """Bytes that are kept now."""
+        """Memory of all streams, in bytes."""
         return self._size
 
     def open(self, retain_for: float, dropped: Callable[[], None], *, whole: bool = False) -> RetainedStream:
-        """Keep a stream from now on. `read` it at once: until its first reader it does not expire.
+        """Create a stream. Call its `read` at once: it does not expire before its first reader.
 
         Args:
-            retain_for: Seconds that it is kept without a reader, and for which its completion is under way without one; with 0
-                it ends with its last reader.
-            dropped: Called once, when nothing of it is kept any more.
-            whole: Whether its last message is kept whole, however large it is.
+            retain_for: Seconds for which it is retained, and its completion runs, without a reader; with 0 it ends with its last
+                reader.
+            dropped: Called once, when it is dropped.
+            whole: Whether to keep its last message unchanged, however large it is.
         """
         stream = RetainedStream(self, retain_for, dropped, whole=whole)
         self.grown(stream, stream.size)
         return stream
 
     def fitted(self, event: StreamEvent) -> StreamEvent:
-        """An event as it is kept: a last message that is too large does not repeat the answer."""
+        """The event to retain: a last message that is too large is replaced by one without the answer."""
         if not isinstance(event, Completed) or weight(event) <= self._limits.max_completed_bytes:
             return event
         return event.without_messages()
 
     def grown(self, stream: RetainedStream, size: int) -> None:
-        """A stream weighs so much more, or less; make room if that is too much."""
+        """Record that the memory of a stream changed by `size` bytes; drop messages or streams if a limit is exceeded."""
         self._size += size
         self._hold.set(self._size)
         if size <= 0:
             return
         if stream.size > self._limits.max_stream_bytes:
-            # Down to seven eighths, so that not every message has to make room for itself.
+            # Down to seven eighths, so that not every further message drops one.
             stream.shorten(self._limits.max_stream_bytes * 7 // 8)
         while self._size > self._limits.max_bytes and self._ended:
             next(iter(self._ended)).drop()
@@ -405,16 +405,16 @@ class Retention:
             stream.shorten(stream.size - (self._size - self._limits.max_bytes))
 
     def _drop_ended(self) -> None:
-        """Drop all streams that have ended: there is no memory left for the calls under way."""
+        """Drop all ended streams, because the process is at its memory limit."""
         while self._ended:
             next(iter(self._ended)).drop()
 
     def ended(self, stream: RetainedStream) -> None:
-        """From now on it can be dropped as a whole."""
+        """Record that a stream has ended, so that it may be dropped as a whole."""
         self._ended[stream] = None
 
     def dropped(self, stream: RetainedStream) -> None:
-        """Nothing of it is kept any more."""
+        """Record that a stream was dropped."""
         self._size -= stream.size
         self._hold.set(self._size)
         self._ended.pop(stream, None)

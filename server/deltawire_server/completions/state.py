@@ -1,11 +1,11 @@
-"""Where a completion is, and everything that can happen to it: the whole life of a completion as one table.
+"""The states of a completion, the causes of transitions, and the table of transitions.
 
               ASKED           BEGUN               FINISHED
     QUEUED ──────────▶ ASKING ─────▶ STREAMING ─────────────▶ TAIL
        │                 │               │                      │
        └─────────────────┴───────────────┴──────────────────────┴──▶ ENDED   by ANSWER, FAULT, SOFT_END or CALLER
 
-There is no way out of ENDED: an end is decided once, and what happens after it changes nothing.
+ENDED is final.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ if TYPE_CHECKING:
 
 
 class State(enum.Enum):
-    """Where a completion is."""
+    """The state of a completion."""
 
     QUEUED = enum.auto()
-    """Its model is known; nothing has been sent."""
+    """Its model is resolved; the request was not sent."""
     ASKING = enum.auto()
-    """Images are fetched, the request is sent, the first event is awaited."""
+    """Images are fetched, the request is sent, and the first event was not received."""
     STREAMING = enum.auto()
     """The engine generates."""
     TAIL = enum.auto()
-    """Every choice has its finish reason; the usage and the end of the answer are awaited."""
+    """Every choice has a finish reason; the usage and the true end were not received."""
     ENDED = enum.auto()
-    """How it ended is known and does not change any more."""
+    """It has ended; its outcome is final."""
 
 
 class Cause(enum.Enum):
-    """What happens to a completion. The first three lead on, the others end it."""
+    """The cause of a transition. The first three are progress, the others end the completion."""
 
     ASKED = enum.auto()
-    """The provider is asked."""
+    """The request to the provider begins."""
     BEGUN = enum.auto()
-    """The engine's first event came."""
+    """The engine's first event was received."""
     FINISHED = enum.auto()
-    """The last finish reason came."""
+    """The last finish reason was received."""
     ANSWER = enum.auto()
-    """The answer is whole."""
+    """The answer is complete."""
     FAULT = enum.auto()
-    """Something failed: the provider, this process, or a limit."""
+    """An error of the provider or the gateway, or an exceeded limit."""
     SOFT_END = enum.auto()
-    """The caller wants no more, by CancelChatCompletion or its soft time limit: what came is the answer."""
+    """CancelChatCompletion, or the caller's soft time limit: the answer ends without a fault."""
     CALLER = enum.auto()
-    """The caller left: a cancel, a deadline, a lost connection."""
+    """The caller's RPC ended: a cancel, a deadline, a lost connection."""
 
 
 TRANSITIONS: Mapping[tuple[State, Cause], State] = MappingProxyType(
@@ -72,21 +72,21 @@ TRANSITIONS: Mapping[tuple[State, Cause], State] = MappingProxyType(
         (State.TAIL, Cause.CALLER): State.ENDED,
     }
 )
-"""Where each cause leads from each state. What is not here cannot happen: nothing is answered before it is asked, no soft end
-cuts an answer whose choices have all finished (it is whole), and nothing follows an end."""
+"""The next state for each state and cause. Other pairs are impossible: there is no answer before the request, an end by the caller
+in TAIL gives a complete answer, and nothing follows ENDED."""
 
 
 class IllegalTransitionError(RuntimeError):
-    """A cause came in a state in which it cannot: a defect of this program, not of the engine or the caller."""
+    """A cause that is impossible in the current state: a bug of the gateway, not of the engine or the caller."""
 
 
 def advance(state: State, cause: Cause) -> State:
     """The state after a cause.
 
     Raises:
-        IllegalTransitionError: The cause cannot come in this state.
+        IllegalTransitionError: The cause is impossible in this state.
     """
     try:
         return TRANSITIONS[state, cause]
     except KeyError:
-        raise IllegalTransitionError(f"{cause.name} cannot come in state {state.name}") from None
+        raise IllegalTransitionError(f"{cause.name} is impossible in state {state.name}") from None

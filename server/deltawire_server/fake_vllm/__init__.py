@@ -1,13 +1,13 @@
-"""A vLLM look-alike: plays recordings and made-up answers over HTTP, with faults, for tests, demos and users' own tests.
+"""A fake vLLM server: plays recordings and generated answers over HTTP, with faults, for tests and demos.
 
-The law of this folder: it needs nothing but the standard library and msgspec, and knows nothing of the gateway.
+This folder uses only the standard library and msgspec, and nothing of the gateway.
 
-    wire         the shapes: chunks of a stream, whole answers, errors
-    described    what it says of itself: the fields that it knows
-    script       what one chat request gets, at which pace and with which fault
-    connection   HTTP requests, read by hand; notices when a client goes
-    player       HTTP answers, written by hand: chunk boundaries, pauses, broken ends
-    server       `FakeVllm`: the endpoints, what was received, what comes next
+    wire         the formats: chunks of a stream, whole answers, errors
+    described    the OpenAPI document, with the supported fields
+    script       the answer to one chat request, with its pace and its fault
+    connection   reads HTTP requests; detects when a client disconnects
+    player       writes HTTP responses: chunk boundaries, pauses, broken ends
+    server       `FakeVllm`: the endpoints, the received requests, the next answers
 
 From a shell: `python -m deltawire_server.fake_vllm --help`.
 """

@@ -1,4 +1,4 @@
-"""The look-alike from a shell."""
+"""The command line of the fake vLLM server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
-  python -m deltawire_server.fake_vllm                                  a short answer to whatever is asked, port 8000
+  python -m deltawire_server.fake_vllm                                  a short answer to every request, port 8000
   python -m deltawire_server.fake_vllm --tokens 200 --tokens-per-second 40
   python -m deltawire_server.fake_vllm --recording tests/transcripts/tool-one.sse
   python -m deltawire_server.fake_vllm --after 5 --end reset            every stream breaks after five chunks
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or Ctrl-C.
 
     Args:
-        arguments: The command line; the process's own if not given.
+        arguments: The command line; by default that of the process.
 
     Returns:
         The exit status: 0 after a signal, 1 if the address cannot be used.
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             script = Script.generated(
                 tokens=options.tokens, tokens_per_second=options.tokens_per_second, tool_call=options.tool_call, **knobs
             )
-        # A benchmark opens more connections than a shell's usual 1024 files.
+        # A benchmark opens more connections than the usual limit of 1024 files.
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         models = options.model or ["fake"]
@@ -88,7 +88,7 @@ async def _serve(fake: FakeVllm, models: Sequence[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m deltawire_server.fake_vllm",
-        description="A vLLM look-alike: plays recordings or made-up answers, with faults. No model, no accelerator.",
+        description="A fake vLLM server: plays recordings or generated answers, with faults. No model, no accelerator.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         "--port",
         type=int,
         default=8000,
-        help="0 for a free one, which the first line of output names (default %(default)s)",
+        help="0 for a free port, which the first line of output has (default %(default)s)",
     )
     add("--model", action="append", metavar="NAME", help="served name; repeat for aliases (default fake)")
     add(
@@ -108,36 +108,41 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="LoRA adapter of the first model; repeat for more",
     )
-    add("--api-key", metavar="KEY", help="asked for on /v1/*")
+    add("--api-key", metavar="KEY", help="API key required on /v1/*")
     add(
         "--without-field",
         action="append",
         default=[],
         metavar="NAME",
-        help="field of a chat request that it says it does not know; repeat for more",
+        help="field of a chat request to leave out of the OpenAPI document; repeat for more",
     )
     add(
         "--without-endpoint",
         action="append",
         default=[],
         metavar="PATH",
-        help="endpoint that is not there, such as /tokenize or /openapi.json; repeat for more",
+        help="endpoint that does not exist, such as /tokenize or /openapi.json; repeat for more",
     )
-    answer = parser.add_argument_group("what every chat request gets")
+    answer = parser.add_argument_group("answer to every chat request")
     add = answer.add_argument
     add(
-        "--recording", type=Path, metavar="FILE", help="this .sse or .body file, bit for bit; else an answer is made up"
+        "--recording",
+        type=Path,
+        metavar="FILE",
+        help="play this .sse or .body file verbatim; by default, an answer is generated",
     )
-    add("--tokens", type=int, default=24, metavar="N", help="length of a made-up answer (default %(default)s)")
-    add("--tokens-per-second", type=float, default=0.0, metavar="R", help="pace of each stream (default: flat out)")
-    add("--tool-call", action="store_true", help="make up a call whose arguments come in N pieces, even if unasked")
+    add("--tokens", type=int, default=24, metavar="N", help="length of a generated answer (default %(default)s)")
+    add("--tokens-per-second", type=float, default=0.0, metavar="R", help="pace of each stream (default: unlimited)")
+    add(
+        "--tool-call", action="store_true", help="generate a tool call whose arguments have N pieces, for every request"
+    )
     add(
         "--chunks-per-write",
         type=int,
         default=32,
         metavar="N",
-        help="flat out: tokens handed to the socket at once, each in an HTTP chunk of its own (default %(default)s); "
-        "paced streams write each alone",
+        help="without a pace: tokens written at once, each in its own HTTP chunk (default %(default)s); "
+        "with a pace, each is written separately",
     )
     pace = parser.add_argument_group("delays and faults (times in seconds)")
     add = pace.add_argument

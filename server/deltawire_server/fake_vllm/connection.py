@@ -1,7 +1,7 @@
-"""HTTP/1.1 written by hand, since a proper server would refuse to do it wrong.
+"""An HTTP/1.1 server connection of its own, because a library would not send invalid responses.
 
-A `Connection` reads requests one after another and hands each to its handler, which writes the answer (see `player`). It
-notices when the client goes, in the middle of an answer too.
+A `Connection` reads one request after another and calls the handler, which writes the response (see `player`). It detects a
+client that disconnects, also within a response.
 """
 
 from __future__ import annotations
@@ -28,13 +28,12 @@ class Request:
 
     Attributes:
         method: `GET`, `POST` ….
-        path: Without the query.
-        query: The query's parameters; of repeated ones the last.
-        headers: By lower-case name; of repeated ones the last.
+        path: The path without the query.
+        query: The query's parameters; the last one of repeated ones.
+        headers: The headers by lower-case name; the last one of repeated ones.
         raw: The body's bytes.
         body: The decoded JSON body; `None` if there is none or it cannot be decoded.
-        closed_early: Set when the client has closed its connection before the end of the answer, and the generation has
-            been given up.
+        closed_early: Set when the client has disconnected before the end of the answer, and generation has stopped.
     """
 
     method: str
@@ -47,16 +46,16 @@ class Request:
 
 
 class Metronome:
-    """Wakes many paced streams by few timers: those due within the same millisecond together.
+    """Wakes many paced streams with few timers: one for all streams that are due within the same millisecond.
 
-    A timer each costs more than sending a token does. vLLM too sends in bursts, every stream's token after each step.
+    A timer for each stream would cost more than sending a token. vLLM sends in bursts too: a token of every stream per step.
     """
 
     def __init__(self) -> None:
         self._waiting: dict[int, list[asyncio.Future[None]]] = {}
 
     async def wait(self, due: float) -> None:
-        """Wait until the loop's clock has passed `due`, and at most a millisecond more."""
+        """Wait until the time `due` of the loop's clock, and at most 1 ms more."""
         loop = asyncio.get_running_loop()
         waiter = loop.create_future()
         tick = int(due * 1000) + 1
@@ -77,13 +76,13 @@ class Connection(asyncio.Protocol):
     """One client's connection.
 
     Args:
-        handler: Answers a request by writing to `transport`; it is cancelled when the client goes.
-        opened: The open connections; this one adds and removes itself.
-        metronome: What paced answers keep time by.
+        handler: Answers a request by writing to `transport`; cancelled when the client disconnects.
+        opened: The set of open connections; this one adds and removes itself.
+        metronome: The timers of paced answers.
 
     Attributes:
-        transport: Where the answer goes.
-        writable: Cleared while more than `UNSENT_LIMIT` bytes wait for the client.
+        transport: The transport to write to.
+        writable: Cleared while more than `UNSENT_LIMIT` bytes are unsent.
     """
 
     transport: asyncio.Transport
@@ -105,42 +104,42 @@ class Connection(asyncio.Protocol):
         self._ended_by_us = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Start to listen."""
+        """Register the connection."""
         self.transport = cast("asyncio.Transport", transport)
         self.transport.set_write_buffer_limits(high=UNSENT_LIMIT)
         self._opened.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - a close and a reset are the same to vLLM
-        """Give up what is under way."""
+        """Cancel the answer in progress."""
         self._opened.discard(self)
         self._lost = True
         if self._task is not None:
             self._task.cancel()
 
     def eof_received(self) -> None:
-        """Close: like vLLM, take half a close for a whole one."""
+        """Close the connection, as vLLM does after a half-close."""
 
     def pause_writing(self) -> None:
-        """Let the stream wait for its client."""
+        """Pause the stream."""
         self.writable.clear()
 
     def resume_writing(self) -> None:
-        """Let the stream go on."""
+        """Resume the stream."""
         self.writable.set()
 
     def data_received(self, data: bytes) -> None:
-        """Collect a request; it waits while another one is being answered."""
+        """Collect a request, which is processed after the one before it."""
         self._received += data
         if self._task is None:
             self._next()
 
     def drop(self) -> None:
-        """End the connection as a killed process does; what was not sent yet is lost."""
+        """Abort the connection, as a killed process does; unsent data is lost."""
         self._ended_by_us = True
         self.transport.abort()
 
     def close(self) -> None:
-        """Send what waits, then close."""
+        """Send unsent data, then close."""
         self._ended_by_us = True
         self.transport.close()
 
@@ -172,7 +171,7 @@ class Connection(asyncio.Protocol):
         self._task = asyncio.get_running_loop().create_task(self._serve(request))
 
     def _refuse(self, status: int) -> None:
-        """Answer what is no request that this server reads, and close."""
+        """Answer an unsupported request with an error, and close."""
         self.transport.write(f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-length: 0\r\n\r\n".encode())
         self.transport.close()
 

@@ -1,4 +1,4 @@
-"""What vLLM 0.32 says of itself at `/openapi.json`, as far as a chat request goes: which fields it knows, and no more."""
+"""The part of vLLM 0.32's `/openapi.json` about chat requests: the names of the supported fields."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ FUNCTION_FIELDS = ("name", "description", "parameters", "strict")
 
 
 def openapi(version: str, without: Collection[str] = ()) -> dict[str, Any]:
-    """Give the document, with its references where vLLM's has them.
+    """Build the document, with references in the same places as vLLM's.
 
     Args:
-        version: Of vLLM.
-        without: Fields of a chat request, or of a tool's function, that it does not know.
+        version: The version of vLLM.
+        without: Fields of a chat request, or of a tool's function, to leave out.
     """
 
-    def described(names: Collection[str], **known: dict[str, Any]) -> dict[str, Any]:
-        properties = {name: known.get(name, {"title": name}) for name in names if name not in without}
+    def described(names: Collection[str], **schemas: dict[str, Any]) -> dict[str, Any]:
+        properties = {name: schemas.get(name, {"title": name}) for name in names if name not in without}
         return {"type": "object", "additionalProperties": True, "properties": properties}
 
     tools = {"anyOf": [{"type": "array", "items": _reference("ChatCompletionToolsParam")}, {"type": "null"}]}

@@ -1,4 +1,4 @@
-"""Plays an answer: every chunk boundary, pause and broken end is decided here."""
+"""Writes an answer with its chunk boundaries, pauses and broken ends."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Player:
     """Writes one answer to one connection.
 
     Args:
-        connection: Where to.
-        script: How; what to send is given to `play`.
+        connection: The connection to write to.
+        script: The pace and the fault; `play` takes the content.
     """
 
     def __init__(self, connection: Connection, script: Script) -> None:
@@ -38,22 +38,22 @@ class Player:
         self._script = script
         self._write = connection.transport.write
         self._frame: Callable[[bytes], bytes] = http_chunk if script.chunked else bytes
-        # Chunks still to play before the end that the script asks for; below zero there is no such place.
+        # The number of chunks before the end of the script; negative without a limit.
         self._left = -1 if script.after is None else script.after
-        # A paced token goes out by itself.
+        # With a pace, each token is written separately.
         self._at_once = 1 if script.chunk_delay else script.chunks_per_write
         self._held: list[bytes] = []
         self._due = 0.0
         self._clock = asyncio.get_running_loop().time
 
     async def play(self, steps: Iterable[Sequence[bytes | asyncio.Event]]) -> None:
-        """Send the answer; returns when it has ended, in whichever way, with everything handed to the socket.
+        """Send the answer; returns after its end, when all data is written to the transport.
 
         Args:
-            steps: The body's HTTP chunks, in groups that are sent at one time; at an event playing waits.
+            steps: The body's HTTP chunks, in groups that are sent together; an event pauses until it is set.
 
         Raises:
-            asyncio.CancelledError: The client has gone.
+            asyncio.CancelledError: The client disconnected.
         """
         script = self._script
         if script.headers_delay:
@@ -88,20 +88,20 @@ class Player:
         await self._end(complete=True)
 
     async def _pace(self) -> None:
-        """Wait until the next step is due: a schedule, so that what one step is late the next ones make up for."""
+        """Wait until the next step is due. A schedule, so that later steps make up for a late one."""
         now = self._clock()
         self._due = self._due + self._script.chunk_delay if self._due else now
         if self._due > now:
             await self._wait(self._connection.metronome.wait(self._due))
 
     async def _gate(self, event: asyncio.Event) -> None:
-        """Send what is held and wait for the event; the schedule starts anew from there."""
+        """Send the buffered chunks and wait for the event; the schedule then starts again."""
         self._flush()
         await self._wait(event.wait())
         self._due = 0.0
 
     async def _send(self) -> None:
-        """Send what is held, then let the client catch up, or at least the other streams have a turn."""
+        """Send the buffered chunks, then wait for the client if it is slow, or give other streams a turn."""
         self._flush()
         if not self._connection.writable.is_set():
             await self._connection.writable.wait()
@@ -114,7 +114,7 @@ class Player:
             self._held.clear()
 
     async def _head(self, steps: Iterable[Sequence[bytes | asyncio.Event]]) -> bool:
-        """Send status line and headers; tell whether that was all of them."""
+        """Send the status line and headers; return whether they are complete."""
         script = self._script
         fields = {"date": formatdate(usegmt=True), "server": "uvicorn"}
         if script.chunked:
@@ -140,11 +140,11 @@ class Player:
         return True
 
     async def _end(self, following: bytes = b"data: {", *, complete: bool) -> None:
-        """End the answer as its script says.
+        """End the answer according to the script.
 
         Args:
-            following: What would have been sent next.
-            complete: Whether it can end as HTTP asks.
+            following: The data that would have been sent next.
+            complete: Whether a valid end of the HTTP response is possible.
         """
         match self._script.end:
             case "clean" | "no_done" if complete:
@@ -162,16 +162,16 @@ class Player:
                 self._connection.close()
 
     async def _reset(self) -> None:
-        """Close with RST once all is with the kernel."""
+        """Close with RST after all data is written to the socket."""
         transport = self._connection.transport
         transport.set_write_buffer_limits(0)
         await self._connection.writable.wait()
-        # Lingering for no time makes the kernel send RST.
+        # With a linger time of 0, the kernel sends RST.
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._connection.drop()
 
     async def _wait(self, awaited: Coroutine[Any, Any, object]) -> None:
-        """Await something, with comment lines where the script has them."""
+        """Wait, and send comment lines if the script has them."""
         if not (self._script.keep_alive and self._script.chunked):
             await awaited
             return

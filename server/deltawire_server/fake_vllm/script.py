@@ -1,11 +1,11 @@
-"""What one chat request gets: an answer, its pace, and how it goes wrong.
+"""The answer to one chat request, with its pace and its fault.
 
-    Script.generated(tokens=50)                       made up to fit the request
-    Script.recording("tool-one.sse")                  a real vLLM's bytes, bit for bit
-    Script.chunks([chunk.role(), gate, b": hm"])         put together by hand
+    Script.generated(tokens=50)                        generated for the request
+    Script.recording("tool-one.sse")                   the recorded bytes of a real vLLM
+    Script.chunks([chunk.role(), gate, b": hm"])       given piece by piece
     Script.answer(b"...", status=503), Script.error(…) one body, not streamed
 
-All take the knobs of `Knobs`; `but` changes them afterwards.
+All take the parameters of `Knobs`; `but` changes them afterwards.
 """
 
 from __future__ import annotations
@@ -31,27 +31,26 @@ EVENT_STREAM = "text/event-stream; charset=utf-8"
 
 
 class Knobs(TypedDict, total=False):
-    """How an answer is sent. Times are in seconds; each defaults to nothing out of the ordinary.
+    """How an answer is sent. Durations are in seconds; the defaults are those of a normal answer.
 
     Attributes:
-        headers_delay: Wait before the status line.
-        header_pause: Wait after each line of the head: a slow server.
-        header_bytes: End as `end` says after so many bytes of the head (0: none at all), and send no body.
-        first_delay: Wait between the head and the first chunk: a long prefill.
-        chunk_delay: Time from one chunk to the next, on a schedule kept on average; for generated answers, from one
-            token to the next. 0: flat out.
-        chunks_per_write: Flat out only: HTTP chunks handed to the socket at once. 1: each alone.
-        keep_alive: Send a comment line each time so long has passed in waiting. 0: none.
-        after: End as `end` says after so many HTTP chunks. `None`: after the last.
+        headers_delay: Delay before the status line.
+        header_pause: Delay after each line of the status line and headers: a slow server.
+        header_bytes: Apply `end` after this number of bytes of the status line and headers, which may be 0, and send no body.
+        first_delay: Delay between the headers and the first chunk: a long prefill.
+        chunk_delay: Mean time from one chunk to the next; for generated answers, from one token to the next. 0: no delay.
+        chunks_per_write: Without `chunk_delay`, the number of HTTP chunks written at once.
+        keep_alive: Interval of comment lines during a delay. 0: none.
+        after: Apply `end` after this number of HTTP chunks. `None`: after the last one.
         end: How the answer ends.
-            `clean`: as HTTP asks.
+            `clean`: a valid end of the HTTP response.
             `no_done`: the same, but without `[DONE]`.
-            `eof`: the connection is closed between two HTTP chunks, and the last one never comes.
-            `cut`: it is closed in the middle of an HTTP chunk.
-            `reset`: it is reset (RST).
-            `hang`: nothing more comes, and it stays open.
-        status: HTTP status.
-        content_type: The header of that name.
+            `eof`: the connection is closed between two HTTP chunks, without the last chunk.
+            `cut`: the connection is closed within an HTTP chunk.
+            `reset`: the connection is reset (RST).
+            `hang`: no more data is sent, and the connection stays open.
+        status: The HTTP status.
+        content_type: The Content-Type header.
         headers: Further headers.
     """
 
@@ -71,13 +70,13 @@ class Knobs(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Script:
-    """An answer to one chat request; make it with one of the class methods and give it to `FakeVllm.play`.
+    """An answer to one chat request. Create it with one of the class methods and pass it to `FakeVllm.play`.
 
     Attributes:
-        pieces: The body's HTTP chunks; at an `asyncio.Event` playing waits until it is set. `None`: generated.
-        chunked: Send the pieces as HTTP chunks; else as one body with a `content-length`.
+        pieces: The body's HTTP chunks; an `asyncio.Event` pauses until it is set. `None`: generated.
+        chunked: Whether to send the pieces as HTTP chunks, or as one body with a `content-length`.
         tokens: Length of a generated answer.
-        tool_call: Generate a tool call even where the request leaves the choice.
+        tool_call: Whether to generate a tool call even if the request does not require one.
 
     The other attributes are those of `Knobs`.
     """
@@ -103,13 +102,13 @@ class Script:
     def generated(
         cls, *, tokens: int = 24, tokens_per_second: float = 0.0, tool_call: bool = False, **knobs: Unpack[Knobs]
     ) -> Self:
-        """Make up a text, or a tool call where the request insists on one.
+        """Generate a text, or a tool call if the request requires one.
 
         Args:
-            tokens: Tokens of each choice, if the request's `max_tokens` does not cut it shorter. Where `tool_call`
-                makes the call, the pieces of its arguments, at least two.
-            tokens_per_second: Pace of each choice; 0 for flat out. It sets `chunk_delay`.
-            tool_call: Call the first tool, with an argument `text` as long as `tokens` says.
+            tokens: Number of tokens of each choice, unless the request's `max_tokens` is lower. With `tool_call`, the number of
+                pieces of the arguments, at least two.
+            tokens_per_second: Pace of each choice; 0 for no limit. It sets `chunk_delay`.
+            tool_call: Call the first tool, with an argument `text` of `tokens` pieces.
             **knobs: See `Knobs`.
         """
         if tokens_per_second:
@@ -124,11 +123,11 @@ class Script:
         chop: Callable[[bytes], Iterable[bytes]] | None = None,
         **knobs: Unpack[Knobs],
     ) -> Self:
-        """Play a recorded body bit for bit, with the status and the content type of its `.meta.json` if it has one.
+        """Play a recorded body verbatim, with the status and the content type of its `.meta.json` if it has one.
 
         Args:
             path: A `.sse` file, or a `.body` file, which is sent with a `content-length`.
-            chop: Cuts a `.sse` file into HTTP chunks. Without it they are the recorded ones, else the SSE events.
+            chop: Splits a `.sse` file into HTTP chunks. By default, they are the recorded ones, or the SSE events.
             **knobs: See `Knobs`.
 
         Raises:
@@ -154,12 +153,11 @@ class Script:
 
     @classmethod
     def chunks(cls, pieces: Iterable[dict[str, Any] | bytes | asyncio.Event], **knobs: Unpack[Knobs]) -> Self:
-        """Play what is given, piece by piece.
+        """Play the given pieces.
 
         Args:
-            pieces: A dict is sent as an SSE event (`Chunks` makes the usual ones), bytes as they are, each as one HTTP
-                chunk; at an `asyncio.Event` playing waits until it is set. If there is a dict among them, `[DONE]`
-                is added unless it is there.
+            pieces: A dict is sent as an SSE event (`Chunks` creates the usual ones), bytes verbatim, each as one HTTP chunk; an
+                `asyncio.Event` pauses until it is set. If there is a dict, `[DONE]` is appended unless it is there.
             **knobs: See `Knobs`.
         """
         given = tuple(pieces)
@@ -170,7 +168,7 @@ class Script:
 
     @classmethod
     def answer(cls, body: bytes | dict[str, Any], **knobs: Unpack[Knobs]) -> Self:
-        """Answer with one body and its `content-length`; JSON unless `content_type` says otherwise."""
+        """Answer with one body and its `content-length`; JSON unless `content_type` is given."""
         knobs.setdefault("content_type", "application/json")
         return cls(pieces=(body if isinstance(body, bytes) else msgspec.json.encode(body),), chunked=False, **knobs)
 
@@ -183,16 +181,16 @@ class Script:
         param: str | None = None,
         **knobs: Unpack[Knobs],
     ) -> Self:
-        """Answer with an error of vLLM's shape and that HTTP status; see `wire.error_body`."""
+        """Answer with an error in vLLM's format and this HTTP status; see `wire.error_body`."""
         knobs["status"] = code
         return cls.answer(error_body(code, message, kind, param), **knobs)
 
     def but(self, **knobs: Unpack[Knobs]) -> Self:
-        """Give the same answer with some knobs changed."""
+        """A copy with some parameters changed."""
         return dataclasses.replace(self, **knobs)
 
     def trimmed(self) -> Sequence[bytes | asyncio.Event]:
-        """Give the pieces to play: without `[DONE]` at their end, however it is cut, where `end` is `no_done`."""
+        """The pieces to play: without `[DONE]` at the end, however it is split, if `end` is `no_done`."""
         pieces = list(self.pieces or ())
         if self.end != "no_done":
             return pieces

@@ -1,4 +1,4 @@
-"""The look-alike itself: vLLM's endpoints over recorded or made-up answers."""
+"""The fake server: vLLM's endpoints with recorded or generated answers."""
 
 from __future__ import annotations
 
@@ -23,40 +23,40 @@ if TYPE_CHECKING:
 CHAT = "/v1/chat/completions"
 MAX_MODEL_LEN = 4096
 
-# More than any benchmark opens at once; the kernel takes as many as it allows.
+# More connections than any benchmark opens at once; the kernel applies its own limit.
 BACKLOG = 4096
 
 
 class FakeVllm:
-    """A vLLM look-alike on a port of its own.
+    """A fake vLLM server on its own port.
 
         async with FakeVllm(api_key="k") as vllm:
             vllm.play(Script.recording("tool-one.sse"), Script.error(503, "busy"))
             …                                   # the code under test talks to vllm.base_url
-            chat = await vllm.received()        # what it asked for
-            await chat.closed_early.wait()      # it has hung up
+            chat = await vllm.received()        # the request that it sent
+            await chat.closed_early.wait()      # it has disconnected
 
-    One difference is on purpose: vLLM generates on while a client does not read; this waits for it, so that endless
-    streams need no memory.
+    One intended difference: vLLM continues to generate while a client does not read; this server waits for the client, so
+    that endless streams need no memory.
 
     Args:
-        default: What a chat request gets when nothing is queued; a short generated text if not given.
-        models: The served names, at least one. As with vLLM, answers give the first, whichever was asked for.
-        adapters: LoRA adapters of the first name, which is then their `parent`. Answers give the adapter that was asked for.
-        api_key: Asked for on `/v1/*` alone; `None` for none.
-        host: Address to listen on.
-        port: 0 for a free one.
-        ssl_context: Serve TLS with it.
-        without_fields: Fields of a chat request, or of a tool's function, that it says it does not know, as older ones do not.
-            It takes them all the same, as those do.
-        without_endpoints: Paths that are not there, such as `/tokenize`.
+        default: The answer if none is queued; by default a short generated text.
+        models: The served names, at least one. As in vLLM, answers have the first name, whichever name the request has.
+        adapters: LoRA adapters of the first name, which is their `parent`. Answers have the adapter of the request.
+        api_key: The API key required on `/v1/*` only; `None` for none.
+        host: The address to listen on.
+        port: The port; 0 for a free one.
+        ssl_context: The context for TLS; `None` for plain HTTP.
+        without_fields: Fields of a chat request, or of a tool's function, to leave out of the OpenAPI document, as in older
+            versions. Like those, the server ignores them in requests.
+        without_endpoints: Paths that do not exist, such as `/tokenize`.
 
     Attributes:
-        requests: All that was received, in order.
-        running: Chat requests being answered, from arrival to end; it is `vllm:num_requests_running`.
-        version: What it says that it is; with `without_fields` it can be changed while it runs, as by an upgrade.
+        requests: All received requests, in order.
+        running: Number of chat requests in progress, the metric `vllm:num_requests_running`.
+        version: The reported version; it and `without_fields` may be changed at run time, as by an upgrade.
         without_fields: See above.
-        healthy: Set to `False` and `/health` answers 503, as after the engine's death.
+        healthy: If `False`, `/health` answers 503, as after a crash of the engine.
     """
 
     def __init__(
@@ -105,17 +105,17 @@ class FakeVllm:
         self._routes = {key: route for key, route in routes.items() if key[1] not in without_endpoints}
 
     async def __aenter__(self) -> Self:
-        """Listen; `base_url` is known from here on."""
+        """Start to listen; `base_url` is valid from here on."""
         await self.start_listening()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Stop, and drop every connection."""
+        """Stop listening and abort every connection."""
         await self.crash()
 
     @property
     def port(self) -> int:
-        """The port; 0 before the first `start_listening` if a free one was asked for."""
+        """The port; 0 before the first `start_listening` if a free one is requested."""
         return self._port
 
     @property
@@ -130,42 +130,42 @@ class FakeVllm:
 
     @property
     def connections(self) -> int:
-        """How many connections are open."""
+        """Number of open connections."""
         return len(self._connections)
 
     def play(self, *scripts: Script) -> None:
-        """Queue what the next chat requests get, one each; a request refused for its own faults takes none."""
+        """Queue the answers to the next chat requests, one for each; a request that is rejected as invalid takes none."""
         self._queued.extend(scripts)
 
     async def received(self, count: int = 1) -> Request:
-        """Wait until `count` chat requests have come since the start, and give the last of them."""
+        """Wait until `count` chat requests were received since the start, and return the last of them."""
         while len(chats := self.chats) < count:
             self._arrived.clear()
             await self._arrived.wait()
         return chats[count - 1]
 
     def load_adapter(self, name: str) -> None:
-        """Serve one more LoRA adapter, as after `/v1/load_lora_adapter`; nothing changes if it is there."""
+        """Serve one more LoRA adapter, as after `/v1/load_lora_adapter`. No effect if it is served already."""
         self._adapters[name] = None
 
     def unload_adapter(self, name: str) -> None:
-        """Serve a LoRA adapter no longer: chat requests for it are 404 from now on.
+        """Remove a LoRA adapter: chat requests for it get 404 from now on.
 
         Raises:
-            KeyError: There is none of that name.
+            KeyError: There is no adapter of this name.
         """
         del self._adapters[name]
 
     def sleep(self) -> None:
-        """Fall asleep: chat requests get their head and then nothing, while `/health` stays 200."""
+        """Put the engine to sleep: chat requests get headers only, while `/health` stays 200."""
         self._awake.clear()
 
     def wake(self) -> None:
-        """Wake up: what came meanwhile is answered."""
+        """Wake the engine: requests received meanwhile are answered."""
         self._awake.set()
 
     async def start_listening(self) -> None:
-        """Listen, again on the same port if it was stopped.
+        """Start to listen; after a stop, on the same port.
 
         Raises:
             OSError: The address cannot be used.
@@ -176,18 +176,18 @@ class FakeVllm:
         self._port = self._server.sockets[0].getsockname()[1]
 
     async def stop_listening(self) -> None:
-        """Refuse connections from now on; open ones stay."""
+        """Refuse new connections; open ones stay."""
         if self._server is not None:
             self._server.close()
             self._server = None
             await asyncio.sleep(0)
 
     async def crash(self) -> None:
-        """Stop listening and cut every connection, as `kill -9` does; `start_listening` brings it back."""
+        """Stop listening and abort every connection, as `kill -9` does; `start_listening` restarts it."""
         await self.stop_listening()
         for connection in tuple(self._connections):
             connection.drop()
-        while self._connections or self.running:  # noqa: ASYNC110 - it takes a turn or two of the loop
+        while self._connections or self.running:  # noqa: ASYNC110 - it takes one or two iterations of the loop
             await asyncio.sleep(0)
 
     async def _answer(self, request: Request, connection: Connection) -> None:
@@ -225,7 +225,7 @@ class FakeVllm:
             self.running -= 1
 
     def _prepare(self, script: Script, request: Request) -> tuple[Script, Iterable[Sequence[bytes | asyncio.Event]]]:
-        """Give what to play: the script's own pieces, or an answer made up now."""
+        """The steps to play: the script's pieces, or a generated answer."""
         if script.pieces is not None:
             return script, [[piece] for piece in script.trimmed()]
         generation = Generation(
@@ -253,7 +253,7 @@ class FakeVllm:
         return script, [[generation.body()]]
 
     def _refusal(self, body: Any) -> Script | None:  # noqa: ANN401 - it is any JSON
-        """Give the error for what vLLM refuses; `None` if the request stands."""
+        """The error for a request that vLLM rejects; `None` for a valid one."""
         if not isinstance(body, dict):
             message = "1 validation error:\n  {'type': 'json_invalid', 'loc': 'body', 'msg': 'JSON decode error'}"
             return Script.error(400, message, "Bad Request", "body")
@@ -280,7 +280,7 @@ class FakeVllm:
         return Script.error(404, message, "NotFoundError", "model")
 
     def _answering(self, model: str | None) -> str:
-        """Give the name that answers to a request for this one bear."""
+        """The model name in the answer to a request for this name."""
         return model if model in self._adapters else self._models[0]
 
     async def _list_models(self, _: Request, connection: Connection) -> None:
@@ -311,7 +311,7 @@ class FakeVllm:
             "owned_by": "vllm",
             "root": f"/adapters/{name}" if adapter else f"/models/{self._models[0]}",
             "parent": self._models[0] if adapter else None,
-            "max_model_len": None if adapter else MAX_MODEL_LEN,  # vLLM says it of base models alone
+            "max_model_len": None if adapter else MAX_MODEL_LEN,  # vLLM reports it for base models only
             "permission": [permission],
         }
 

@@ -1,10 +1,10 @@
-"""What vLLM 0.32 puts into a chat answer, member for member and in its order.
+"""The members of vLLM 0.32's chat answers, in the same order.
 
     role · text … text · finish · usage · [DONE]        one SSE event each
     role · call · arguments … arguments · finish · …    a tool call, as the hermes parser sends it
 
-`Chunks` gives single chunks as dicts, to put a stream together by hand; `Generation` writes a whole answer, streamed or
-not, to a request.
+`Chunks` builds single chunks as dicts, for a stream that a test defines; `Generation` generates the whole answer to a request,
+streamed or not.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 FINGERPRINT = "vllm-0.32.0-4769c46b"
 DONE = b"data: [DONE]\n\n"
 
-# Cut as a tokenizer would: a word keeps the space before it.
+# Split like a tokenizer: a word keeps the space before it.
 WORDS = re.findall(
     r" ?\w+|\. |[^\w ]",
     "The sea keeps every letter that the rivers send, reads them by moonlight, and answers with the tide. ",
@@ -31,13 +31,13 @@ WORDS = re.findall(
 
 
 def event(chunk: dict[str, Any]) -> bytes:
-    """Write a chunk as one SSE event, in vLLM's style: chunks compact, errors with spaces."""
+    """Encode a chunk as one SSE event in vLLM's style: chunks compact, errors with spaces."""
     text = json.dumps(chunk).encode() if "error" in chunk else msgspec.json.encode(chunk)
     return b"data: %b\n\n" % text
 
 
 def error_body(status: int, message: str, kind: str, param: str | None = None) -> dict[str, Any]:
-    """Give the body that vLLM answers errors with, which is also that of an error event within a stream.
+    """Build the body of vLLM's errors, which is also that of an error event within a stream.
 
     Args:
         status: The HTTP status; it is repeated as `code`.
@@ -49,13 +49,13 @@ def error_body(status: int, message: str, kind: str, param: str | None = None) -
 
 
 def prompt_tokens(request: dict[str, Any]) -> int:
-    """Count the prompt of a chat request, or a prompt that is given as text: some for the template, one for each word."""
+    """Count the tokens of a chat request or a text: a fixed number for the template, and one for each word."""
     return 8 + sum(len(str(message).split()) for message in request.get("messages") or (request.get("prompt"),))
 
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
-    """Makes the chunks of one streamed answer, each a dict for `Script.chunks`.
+    """Builds the chunks of one streamed answer, each a dict for `Script.chunks`.
 
     Attributes:
         id: The completion's id.
@@ -68,7 +68,7 @@ class Chunks:
     created: int = 1_795_329_025
 
     def role(self, index: int = 0) -> dict[str, Any]:
-        """Open a choice; vLLM sends this when the first token is ready, not before."""
+        """Begin a choice; vLLM sends this when the first token is ready."""
         choice = {
             "index": index,
             "delta": {"role": "assistant", "content": ""},
@@ -78,27 +78,27 @@ class Chunks:
         return self._chunk([choice]) | {"prompt_token_ids": None, "prompt_text": None}
 
     def text(self, text: str, index: int = 0) -> dict[str, Any]:
-        """Send a piece of the answer's text."""
+        """A piece of the answer's text."""
         return self.delta({"content": text}, index)
 
     def reasoning(self, text: str, index: int = 0) -> dict[str, Any]:
-        """Send a piece of the model's reasoning."""
+        """A piece of the model's reasoning."""
         return self.delta({"reasoning": text}, index)
 
     def call(
         self, name: str, call_id: str = "chatcmpl-tool-0000000000000001", position: int = 0, index: int = 0
     ) -> dict[str, Any]:
-        """Open the tool call at `position` of choice `index`; it has no arguments yet."""
+        """Begin the tool call at `position` of choice `index`, without arguments."""
         entry = {"id": call_id, "type": "function", "index": position, "function": {"name": name}}
         return self.delta({"content": None, "tool_calls": [entry]}, index)
 
     def arguments(self, fragment: str, position: int = 0, index: int = 0) -> dict[str, Any]:
-        """Send a piece of a call's arguments: raw JSON text, cut anywhere."""
+        """A piece of a call's arguments: JSON text, split anywhere."""
         entry = {"index": position, "function": {"arguments": fragment}}
         return self.delta({"content": None, "tool_calls": [entry]}, index)
 
     def delta(self, delta: dict[str, Any], index: int = 0) -> dict[str, Any]:
-        """Send any delta of choice `index`."""
+        """Any delta of choice `index`."""
         return self._chunk(
             [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None, "token_ids": None}]
         )
@@ -106,7 +106,7 @@ class Chunks:
     def finish(
         self, reason: str = "stop", index: int = 0, delta: dict[str, Any] | None = None, *, usage_follows: bool = False
     ) -> dict[str, Any]:
-        """End a choice, with its last delta if there is one; the fingerprint is on this chunk unless usage follows."""
+        """End a choice, with its last delta if there is one; this chunk has the fingerprint unless usage follows."""
         choice = {
             "index": index,
             "delta": delta or {},
@@ -118,7 +118,7 @@ class Chunks:
         return self._chunk([choice]) | ({} if usage_follows else {"system_fingerprint": FINGERPRINT})
 
     def usage(self, prompt: int, completion: int) -> dict[str, Any]:
-        """Count the tokens of the whole answer: the chunk without choices that `include_usage` asks for."""
+        """The usage of the whole answer: the chunk without choices that `include_usage` requests."""
         counts = {"prompt_tokens": prompt, "total_tokens": prompt + completion, "completion_tokens": completion}
         return self._chunk([]) | {"usage": counts, "system_fingerprint": FINGERPRINT}
 
@@ -129,7 +129,7 @@ class Chunks:
 
 @dataclass(slots=True)
 class Generation:
-    """A made-up answer to one chat request: the same request gets the same answer, but for the ids.
+    """A generated answer to one chat request. The same request gets the same answer, except for the ids.
 
     It honours `max_tokens` (or `max_completion_tokens`), `ignore_eos`, `n`, `stream_options` and `tool_choice`; nothing
     else of the request changes it.
@@ -157,7 +157,7 @@ class Generation:
     _finish: str = field(init=False)
 
     def __post_init__(self) -> None:
-        """Decide name, pieces, length and finish reason."""
+        """Choose name, pieces, length and finish reason."""
         request = self.request
         self.choices = request.get("n") or 1
         self.prompt_tokens = prompt_tokens(request)
@@ -175,7 +175,7 @@ class Generation:
             whole = self.tokens
         limit = request.get("max_completion_tokens") or request.get("max_tokens")
         if limit is not None and (whole > limit or (request.get("ignore_eos") and not self._name)):
-            # A call is not lengthened: its arguments are complete, and a model would be held by its grammar.
+            # A call is not lengthened, because its arguments are complete.
             self.completion_tokens, self._finish = limit, "length"
         else:
             self.completion_tokens = whole
@@ -184,11 +184,11 @@ class Generation:
 
     @property
     def id(self) -> str:
-        """`chatcmpl-` and the caller's own id, or a number."""
+        """`chatcmpl-` and the request's id, or a number."""
         return f"chatcmpl-{self.request_id or self.request.get('request_id') or f'{self.number:016x}'}"
 
     def steps(self) -> Iterator[list[bytes]]:
-        """Stream the answer: for each step of the engine, the SSE events that it sends, every choice's in turn.
+        """Stream the answer: the SSE events of each step of the engine, for all choices in turn.
 
         The first step opens the choices and has their first token; the last one ends the stream.
         """
@@ -203,14 +203,14 @@ class Generation:
             return _numbered(msgspec.json.encode(chunk), prompt, count) if counted else event(chunk)
 
         opening = [numbered(chunks.role(index), 0) for index in order]
-        # What does not change from token to token is written once per stream.
+        # The parts that do not change from token to token are encoded once per stream.
         plain = [[msgspec.json.encode(delta) for delta in self._deltas(chunks, index)] for index in order]
         ready = [[b"data: %b\n\n" % chunk for chunk in of_choice] for of_choice in plain]
         streamed = last - 1 if self._finish == "length" else last
         cycle = len(self._pieces)
         offset = 1 if self._name else 0
         for count in range(1, streamed + 1):
-            # A call's first token is its name; its pieces are not repeated.
+            # The first token of a call is its name; its pieces are not repeated.
             which = count - 1 if offset else (count - 1) % cycle
             if counted:
                 step = [_numbered(of_choice[which], prompt, count) for of_choice in plain]
@@ -223,7 +223,7 @@ class Generation:
         for index in order:
             delta = None
             if self._finish == "length":
-                # The token that meets the limit rides on the finish chunk.
+                # The token at the limit is in the chunk with the finish reason.
                 which = last - 1 if offset else (last - 1) % cycle
                 delta = json.loads(plain[index][which])["choices"][0]["delta"]
             closing.append(numbered(chunks.finish(self._finish, index, delta, usage_follows=usage), last))
@@ -232,7 +232,7 @@ class Generation:
         yield [*closing, DONE]
 
     def body(self) -> bytes:
-        """Give the answer as one JSON body."""
+        """The answer as one JSON body."""
         completion = self.completion_tokens * self.choices
         body = {
             "id": self.id,
@@ -297,8 +297,8 @@ class Generation:
 
 
 def _numbered(chunk: bytes, prompt: int, completion: int) -> bytes:
-    """Write a chunk as an SSE event with the choice's own count so far, as `continuous_usage_stats` asks."""
-    # Its place among the members differs from vLLM's on the first and last chunk of a choice; JSON does not mind.
+    """Encode a chunk as an SSE event with the choice's usage so far, for `continuous_usage_stats`."""
+    # The order of members differs from vLLM's in the first and last chunk of a choice, which does not matter in JSON.
     return (
         b'data: %b,"usage":{"prompt_tokens":%d,"total_tokens":%d,"completion_tokens":%d,"completion_tokens_details":null}}\n\n'
         % (chunk[:-1], prompt, prompt + completion, completion)
@@ -306,7 +306,7 @@ def _numbered(chunk: bytes, prompt: int, completion: int) -> bytes:
 
 
 def _call(tools: list[dict[str, Any]], tool_choice: object) -> tuple[str, list[str]]:
-    """Make a call of the named tool, else of the first, with the least arguments that its schema asks for."""
+    """Build a call of the named tool, or of the first one, with the minimal arguments for its schema."""
     name = tool_choice["function"]["name"] if isinstance(tool_choice, dict) else tools[0]["function"]["name"]
     schema = next((tool["function"].get("parameters") or {} for tool in tools if tool["function"]["name"] == name), {})
     arguments = json.dumps(_sample({**schema, "type": "object"}), ensure_ascii=False)
@@ -314,13 +314,13 @@ def _call(tools: list[dict[str, Any]], tool_choice: object) -> tuple[str, list[s
 
 
 def _long_call(tools: list[dict[str, Any]], tokens: int) -> tuple[str, list[str]]:
-    """Make a call of the first tool whose argument `text` takes exactly `tokens` pieces (at least two)."""
+    """Build a call of the first tool whose argument `text` has exactly `tokens` pieces (at least two)."""
     name = tools[0]["function"]["name"] if tools else "write"
     return name, ['{"text": "', *(WORDS[count % len(WORDS)] for count in range(tokens - 2)), '"}']
 
 
 def _sample(schema: dict[str, Any]) -> object:
-    """Give the plainest value that fits the usual kinds of JSON schema."""
+    """A minimal value for the usual kinds of JSON schema."""
     if "const" in schema:
         return schema["const"]
     if schema.get("enum"):

@@ -1,14 +1,14 @@
-"""Images that a request names by address: whether they may be fetched, and fetching them without being led astray.
+"""Fetches the images of a request that are given by URL, with protection against server-side request forgery (SSRF).
 
-A gateway stands where its callers do not, so what it fetches for them must never be a machine that only it can reach. In
-the order in which a request meets them:
+The gateway may reach hosts that its callers cannot, so a fetch must never connect to an internal host. The modules, in the order
+of their use:
 
-    urls        reads an address, in one form that nobody can read differently
-    policy      what the operator allows: hosts, schemes, ports, sizes, times
+    urls        parses and normalizes a URL
+    policy      the operator's limits: hosts, schemes, ports, sizes, timeouts
     addresses   which IP addresses are public
-    connect     looks names up, judges every address, and connects to nothing that was not judged
-    fetch       one image: its redirects, each judged anew, and its bytes, counted
-    sniff       what the bytes are
+    connect     looks up names, validates every address, and connects only to validated addresses
+    fetch       fetches one image, validates each redirect, and limits its bytes
+    sniff       detects the media type
     load        all images of a request
-    data_urls   addresses that hold the image themselves
+    data_urls   decodes `data:` URLs
 """

@@ -1,7 +1,7 @@
-"""Which IP addresses are on the public internet, and which names never lead there.
+"""Which IP addresses are on the public internet, and which names never resolve to one.
 
-Tables of our own, not Python's `is_global`: what that says has changed between Python's patch releases, takes some
-tunnels to private networks for public, and does not know the addresses by which clouds tell machines their secrets.
+This module has its own tables instead of Python's `is_global`, which differs between patch releases of Python, treats some tunnels
+to private networks as public, and does not cover the metadata services of clouds.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _NOT_PUBLIC_V4 = {
     IPv4Network("224.0.0.0/4"): "multicast",
     IPv4Network("240.0.0.0/4"): "reserved, broadcast",
 }
-"""What of IPv4 is refused, and why."""
+"""The refused IPv4 networks, with the reason."""
 
 _PUBLIC_V6 = IPv6Network("2000::/3")
-"""All that is given out. Outside are loopback, unspecified, IPv4-mapped and -compatible, private (fc00::/7, where AWS has
-fd00:ec2::254), link-local, multicast and what is reserved."""
+"""The global unicast addresses. Outside of it are loopback, unspecified, IPv4-mapped and IPv4-compatible, private (fc00::/7, with
+fd00:ec2::254 of AWS), link-local, multicast and reserved addresses."""
 
 _NOT_PUBLIC_V6 = {
     IPv6Network("2001::/23"): "protocol assignments: Teredo, which hides an IPv4 address, benchmarking, ORCHID",
@@ -42,11 +42,11 @@ _NOT_PUBLIC_V6 = {
     IPv6Network("2002::/16"): "6to4, which hides an IPv4 address",
     IPv6Network("3fff::/20"): "documentation",
 }
-"""What of that is refused, and why."""
+"""The refused networks within it, with the reason."""
 
 _NAT64 = IPv6Network("64:ff9b::/96")
-"""By which networks without IPv4 reach it: an IPv4 address in its last 32 bits. The other prefix, 64:ff9b:1::/48, is for
-private use, and where it hides the address is each network's own affair: it is outside 2000::/3 and refused."""
+"""The prefix of NAT64, with an IPv4 address in the last 32 bits. The other prefix, 64:ff9b:1::/48, is for private use with a
+network-specific format; it is outside of 2000::/3 and refused."""
 
 _NOT_PUBLIC_NAMES = {
     "localhost": "this machine",
@@ -55,11 +55,11 @@ _NOT_PUBLIC_NAMES = {
     "home.arpa": "home networks",
     "localdomain": "what many systems call their own network",
 }
-"""Names, with all below them, that are never public, and why."""
+"""Names that are never public, with all their subdomains, and the reason."""
 
 
 def is_public(ip: IPAddress) -> bool:
-    """Whether an address is on the public internet and not one that only looks so."""
+    """Whether an address is on the public internet."""
     if isinstance(ip, IPv6Address):
         if ip in _NAT64:
             return is_public(IPv4Address(ip.packed[-4:]))
@@ -68,9 +68,9 @@ def is_public(ip: IPAddress) -> bool:
 
 
 def may_be_public(name: str) -> bool:
-    """Whether a host's name may lead to the public internet: it has a dot, and no ending of a private network.
+    """Whether a host name may resolve to a public address: it has a dot, and not the suffix of a private network.
 
     Args:
-        name: In lower case, without a dot at its end.
+        name: The name in lower case, without a trailing dot.
     """
     return "." in name and not any(f".{name}".endswith(f".{private}") for private in _NOT_PUBLIC_NAMES)

@@ -1,9 +1,8 @@
-"""Connections to judged addresses only.
+"""Opens connections to validated addresses only.
 
-A host is looked up once, here, and all that it leads to has to be allowed; the connection is made to these addresses and
-the name is not looked up again, so what a second answer would say does not matter. What is judged once more when a socket
-is made, just before it connects, is the very address that it connects to. That holds for IP addresses too, about which
-no resolver is asked, and makes looking at the peer afterwards needless.
+A host name is looked up once, and all its addresses must be allowed. The connection uses these addresses without another lookup,
+which prevents DNS rebinding. The address is validated again when its socket is created, just before it connects. That includes IP
+addresses in URLs, which need no lookup, so the peer address need not be checked afterwards.
 """
 
 from __future__ import annotations
@@ -26,27 +25,27 @@ Permits = Callable[[IPAddress], bool]
 """Whether an address may be connected to."""
 
 LookUp = Callable[[str], Awaitable[Sequence[IPAddress]]]
-"""The addresses of a name that is in lower case and without a dot at its end; none if there is no such name."""
+"""Returns the addresses of a name in lower case without a trailing dot; none if the name does not exist."""
 
 LOOK_UP_THREADS = 8
-"""Of their own: a name server that does not answer would hold those in which vLLM's own host is looked up."""
+"""Separate threads, so that a name server that does not answer cannot block lookups of the engines' hosts."""
 
 NOWHERE = "leads to no address that images may be fetched from"
-"""Of a name that is not there, and of one that is and leads to where only the gateway can reach: nobody is to learn which."""
+"""The same message for a name that does not exist and for an internal one, so that callers cannot probe internal names."""
 
 _NO_SUCH_NAME = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}  # not every system has the second
 
 
 class RefusedError(Exception):
-    """An image must not be fetched; the message follows the field's name."""
+    """An image must not be fetched; the message continues the name of the field."""
 
 
 class UnavailableError(Exception):
-    """An image could not be fetched; the message follows "the image at HOST"."""
+    """An image could not be fetched; the message continues "the image at HOST"."""
 
 
 class SystemNames:
-    """Looks names up as the operating system does, in threads of its own."""
+    """Looks up names with the operating system's resolver, in its own threads."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(LOOK_UP_THREADS, thread_name_prefix="image-hosts")
@@ -55,10 +54,10 @@ class SystemNames:
         """The addresses of a name.
 
         Raises:
-            UnavailableError: It could not be looked up.
+            UnavailableError: The lookup failed.
         """
         loop = asyncio.get_running_loop()
-        # With a dot at its end it is the whole name: no search list makes an internal one of it.
+        # The trailing dot makes it absolute, so that no search domain is appended.
         look_up = loop.run_in_executor(self._threads, _addresses, f"{name}.")
         try:
             return await look_up
@@ -68,7 +67,7 @@ class SystemNames:
             raise UnavailableError("cannot be looked up now") from error
 
     def close(self) -> None:
-        """Begin no more look-ups; those under way end by themselves."""
+        """Start no more lookups; those in progress are not waited for."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
@@ -77,17 +76,17 @@ def _addresses(name: str) -> tuple[IPAddress, ...]:
     return tuple(dict.fromkeys(ip_address(address[0]) for *_, address in found))
 
 
-async def judged_addresses(look_up: LookUp, permits: Permits, address: WebAddress) -> list[Address]:
-    """The addresses that the host of a web address leads to, if all of them may be connected to.
+async def validated_addresses(look_up: LookUp, permits: Permits, address: WebAddress) -> list[Address]:
+    """The addresses of the host of a URL, if all of them are allowed.
 
     Args:
-        look_up: Says where names lead.
-        permits: Says which addresses may be connected to.
-        address: Its host is not looked up if it is an IP address; that one was judged with the web address.
+        look_up: Looks up names.
+        permits: Whether an IP address may be connected to.
+        address: The URL. If its host is an IP address, it is already validated and needs no lookup.
 
     Raises:
-        RefusedError: It leads nowhere, or also to an address that may not be connected to: one such address is as bad as all.
-        UnavailableError: It could not be looked up.
+        RefusedError: The host has no address, or at least one that is not allowed.
+        UnavailableError: The lookup failed.
     """
     found = [address.ip] if address.ip is not None else await look_up(address.host)
     if not found or (address.ip is None and not all(map(permits, found))):
@@ -95,12 +94,12 @@ async def judged_addresses(look_up: LookUp, permits: Permits, address: WebAddres
     return [(socket.AF_INET if ip.version == 4 else socket.AF_INET6, (str(ip), address.port)) for ip in found]
 
 
-def judged_socket(permits: Permits, address: Address) -> socket.socket:
-    """A socket for an address that is connected to next.
+def validated_socket(permits: Permits, address: Address) -> socket.socket:
+    """Create a socket for the address that is connected to next.
 
     Raises:
-        PermissionError: The address may not be connected to.
+        PermissionError: The address is not allowed.
     """
     if not permits(ip_address(address[1][0])):
-        raise PermissionError("an address that was not judged so")
+        raise PermissionError("the address is not allowed")
     return open_socket(address)

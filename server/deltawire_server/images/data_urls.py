@@ -1,4 +1,4 @@
-"""`data:` URLs, which hold what they stand for."""
+"""Decodes `data:` URLs (RFC 2397)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from deltawire_server.pacing import give_way
 
 _TOKEN = r"[A-Za-z0-9!#$&^_.+*'`|~-]+"  # noqa: S105 (a word of MIME's grammar)
-# Declared types are looked at for their form only: the bytes say what it is.
+# Only the syntax of the declared type is checked; the bytes determine the type.
 _HEAD = re.compile(rf"data:(?:{_TOKEN}/{_TOKEN})?(?:;{_TOKEN}=(?:{_TOKEN}|%22[^,;]*%22))*(;base64)?", re.IGNORECASE)
 _LONGEST_HEAD = 1024
 _PRINTABLE = bytes(range(0x21, 0x7F))
@@ -16,27 +16,27 @@ _SHOWN = 40
 
 
 PIECE_BYTES = 1024 * 1024
-"""Of what is decoded in one go: about 5 ms."""
+"""Characters that are decoded in one step: about 5 ms."""
 
 
 class DataUrlError(ValueError):
-    """A text is no `data:` URL, or holds too much; the message says what is wrong with it."""
+    """A text is not a valid `data:` URL, or its data is too large; the message has the problem."""
 
 
 def is_data_url(text: str) -> bool:
-    """Whether a text means to be one: it begins with `data:`, in any case."""
+    """Whether a text begins with `data:`, in upper or lower case."""
     return text[:5].lower() == "data:"
 
 
 async def data_of(text: str, max_bytes: int) -> bytes:
-    """Decode what a `data:` URL holds. Other calls get their turn after each `PIECE_BYTES`.
+    """Decode a `data:` URL. Other tasks get a turn after each `PIECE_BYTES`.
 
     Args:
-        text: data:image/png;base64,… or with percent signs instead of base64; parameters may stand before base64.
-        max_bytes: Most that it may hold: of a longer one nothing is decoded.
+        text: data:image/png;base64,… or with percent-encoding instead of base64; may have parameters before base64.
+        max_bytes: Limit for the decoded data; a longer text is not decoded.
 
     Raises:
-        DataUrlError: It is invalid by RFC 2397, or its base64 has another alphabet or no padding; or it is too long.
+        DataUrlError: The text violates RFC 2397, its base64 has another alphabet or no padding, or it is too long.
     """
     comma = text.find(",", 0, _LONGEST_HEAD)
     head = _HEAD.fullmatch(text, 0, max(comma, 0))
@@ -46,7 +46,7 @@ async def data_of(text: str, max_bytes: int) -> bytes:
         raise DataUrlError("must be ASCII after the comma")
     is_base64 = head[1] is not None
     size = len(text) - comma - 1 - 2 * text.count("%", comma)
-    if (size // 4 * 3 - 2 if is_base64 else size) > max_bytes:  # as the padding may stand for two
+    if (size // 4 * 3 - 2 if is_base64 else size) > max_bytes:  # the padding may replace two bytes
         raise too_large(max_bytes)
     decoded: list[bytes] = []
     rest = b""
@@ -68,12 +68,12 @@ async def data_of(text: str, max_bytes: int) -> bytes:
 
 
 def too_large(max_bytes: int) -> DataUrlError:
-    """The violation about more than `max_bytes`."""
+    """The error for more than `max_bytes` of data."""
     return DataUrlError(f"holds more than {max_bytes} bytes, the most of an image")
 
 
 def _end_of_piece(text: str, start: int) -> int:
-    """Where a piece ends that does not end within an escape such as %2B."""
+    """The end of a piece, which is not within an escape such as %2B."""
     end = start + PIECE_BYTES
     if end >= len(text):
         return len(text)
@@ -85,7 +85,7 @@ def _unescaped(text: str) -> bytes:
     data = text.encode()
     if data.translate(None, _PRINTABLE):
         raise DataUrlError("must hold printable ASCII after the comma")
-    # Quoted-printable writes = for %, and its decoder needs no object for each escape, as urllib's does.
+    # As quoted-printable, with = for %: its decoder creates no object for each escape, in contrast to urllib's.
     unescaped = binascii.a2b_qp(data.replace(b"=", b"=3D").replace(b"%", b"="))
     if len(unescaped) != len(data) - 2 * data.count(b"%"):
         raise DataUrlError("must hold two hexadecimal digits after each % after the comma")

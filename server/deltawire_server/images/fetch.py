@@ -1,10 +1,9 @@
-"""One image, fetched: its redirects, each judged as the first address was, and its bytes, counted as they come.
+"""Fetches one image: validates each redirect like the first URL, and counts the bytes as they arrive.
 
-The transport alone, without the httpx around it that providers have: httpx takes an address as text, to be read once more,
-and here the parts that were judged have to be the parts that are used.
+It uses the transport without httpx: httpx parses a URL from text again, but the validated parts must be the parts that are used.
 
-Nothing of a caller, of the operator or of an earlier answer goes along: no credentials, no cookies, no referrer, and no
-proxy from the environment, which would look the name up for itself. Nothing is unpacked, so nothing can swell.
+A request has no credentials, no cookies and no referrer, and ignores proxies in the environment, which would look up the name
+themselves. Compressed responses are refused, so there is no decompression bomb.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from deltawire_server.images.connect import (
     RefusedError,
     SystemNames,
     UnavailableError,
-    judged_addresses,
-    judged_socket,
+    validated_addresses,
+    validated_socket,
 )
 from deltawire_server.images.sniff import KINDS, media_type_of
 from deltawire_server.images.urls import UrlError, WebAddress, joined
@@ -45,23 +44,23 @@ if TYPE_CHECKING:
 _OK = 200
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _UNTYPED = frozenset({"", "application/octet-stream", "binary/octet-stream"})
-"""What servers declare that do not know what a file is; others have to declare an image."""
+"""The content types of servers without a known type for a file; all others must be an image type."""
 
 _MISLED = "redirects to an address that images may not be fetched from"
 
 
 class Budget:
-    """How many bytes may still be fetched for one request."""
+    """The bytes that may still be fetched for one request."""
 
     def __init__(self, total: int) -> None:
         self._total = total
         self._left = total
 
     def take(self, count: int) -> None:
-        """Use some of them up.
+        """Take bytes from the budget.
 
         Raises:
-            UnavailableError: There are not that many.
+            UnavailableError: The budget is exceeded.
         """
         self._left -= count
         if self._left < 0:
@@ -69,14 +68,14 @@ class Budget:
 
 
 class Fetcher:
-    """Fetches images; safe for any number at once.
+    """Fetches images. Safe for concurrent calls.
 
     Args:
-        policy: What is allowed.
-        permits: Says which addresses may be connected to.
-        look_up: Says where names lead.
-        tls: For https: a context that verifies, or `True` for the system's authorities.
-        user_agent: How servers are told who asks.
+        policy: The operator's policy.
+        permits: Whether an IP address may be connected to.
+        look_up: Looks up names; `None` for the operating system's resolver.
+        tls: For https: a context that verifies certificates, or `True` for the system's authorities.
+        user_agent: The User-Agent header.
     """
 
     def __init__(
@@ -91,7 +90,7 @@ class Fetcher:
         self._open: set[Connection] = set()
 
     def violation(self, address: WebAddress) -> str | None:
-        """Why nothing may be fetched from an address, as far as one can see without looking up its host; `None` if it may."""
+        """Why a URL must not be fetched, without a lookup of its host; `None` if it may."""
         violation = self._policy.violation(address)
         if violation is None and not (may_be_public(address.host) if address.ip is None else self._permits(address.ip)):
             return NOWHERE
@@ -101,12 +100,12 @@ class Fetcher:
         """Fetch an image.
 
         Args:
-            address: Where it is; there must be no `violation` about it.
-            budget: What may be fetched; what is, is taken from it.
+            address: Its URL, without a `violation`.
+            budget: The budget of the request, from which the fetched bytes are taken.
 
         Raises:
-            RefusedError: Its host, or where it redirects to, is not allowed.
-            UnavailableError: It is not there, too large, too slow, or no image.
+            RefusedError: Its host, or the target of a redirect, is not allowed.
+            UnavailableError: The image does not exist, is too large or too slow, or is not an image.
         """
         try:
             async with asyncio.timeout(self._policy.timeout):
@@ -117,7 +116,7 @@ class Fetcher:
             raise UnavailableError(_problem(error)) from error
 
     async def close(self) -> None:
-        """Close its connections; what is under way fails."""
+        """Close all connections; fetches in progress fail."""
         for connection in tuple(self._open):
             connection.close()
         self._system_names.close()
@@ -135,7 +134,7 @@ class Fetcher:
         raise UnavailableError(f"redirects more than {self._policy.max_redirects} times")
 
     def _next(self, address: WebAddress, location: str) -> WebAddress:
-        """Where a redirect leads, if that is allowed; whatever is wrong with it is told in the same words."""
+        """The target of a redirect, if it is allowed. All violations have the same message."""
         if not location:
             raise UnavailableError("redirects to nowhere")
         try:
@@ -151,14 +150,14 @@ class Fetcher:
             raise UnavailableError(f"was answered with HTTP status {response.status}")
         encoding = _header(response, b"content-encoding").lower()
         if encoding not in ("", "identity"):
-            raise UnavailableError("came encoded, which was not asked for")
+            raise UnavailableError("was sent compressed, which the request did not allow")
         declared = _header(response, b"content-type").partition(";")[0].strip().lower()
         if declared not in _UNTYPED and not declared.startswith("image/"):
             raise UnavailableError(f"is declared as {declared[:80]!r} and not as an image")
         limit = self._policy.max_image_bytes
         if int(_header(response, b"content-length") or 0) > limit:
             raise _too_large(limit)
-        # The declared length may be missing, or a lie.
+        # The declared length may be missing or wrong.
         received = bytearray()
         async for chunk in response:
             budget.take(len(chunk))
@@ -168,19 +167,19 @@ class Fetcher:
         data = bytes(received)
         media_type = media_type_of(data)
         if media_type is None:
-            raise UnavailableError(f"is no {KINDS} file")
+            raise UnavailableError(f"is not a {KINDS} file")
         return ImageData(data, media_type)
 
     @contextlib.asynccontextmanager
     async def _get(self, address: WebAddress) -> AsyncIterator[Exchange]:
-        """Ask for what is at an address, on a connection of its own: the response, of which only the head has arrived."""
+        """Send a GET request on a new connection; yields the response after its headers."""
         connection = await dial(
             address.host,
-            functools.partial(judged_addresses, self._look_up, self._permits, address),
+            functools.partial(validated_addresses, self._look_up, self._permits, address),
             self._context if address.scheme == "https" else None,
             self._connection,
-            None,  # the only clock is `fetch`'s own
-            functools.partial(judged_socket, self._permits),
+            None,  # the timeout of `fetch` applies
+            functools.partial(validated_socket, self._permits),
         )
         self._open.add(connection)
         try:
@@ -192,7 +191,7 @@ class Fetcher:
             self._open.discard(connection)
 
     def _connection(self, sock: socket.socket | None) -> Connection:
-        # It is closed after its response, and so is never idle.
+        # It is closed after its response, so it is never idle.
         return Connection(sock, Connection.close, lambda *_: None)
 
     @functools.cached_property
@@ -200,7 +199,7 @@ class Fetcher:
         return tls_context(self._tls)
 
     def _head(self, address: WebAddress) -> bytes:
-        """The parts as they are; nothing is read or escaped once more."""
+        """The request line and headers, from the validated parts without another parsing or escaping."""
         host = f"[{address.host}]" if ":" in address.host else address.host
         lines = (
             f"GET {address.target} HTTP/1.1",
@@ -214,18 +213,18 @@ class Fetcher:
 
 
 def _problem(error: httpx.TransportError) -> str:
-    """What the caller is told; the words of the transport say where connections went."""
+    """The message for the caller. It does not have the transport's message, which would reveal the network of the gateway."""
     if isinstance(error.__cause__, ssl.SSLCertVerificationError):
         return "has a certificate that is not valid for it"
     if isinstance(error, ConnectFailedError):
         return "cannot be reached"
     if isinstance(error, ConnectionLostError) and error.begun:
         return "broke off"
-    return "was not answered as HTTP asks for"
+    return "was not answered with valid HTTP"
 
 
 def _header(response: Exchange, name: bytes) -> str:
-    """The first header of this name, in lower case; empty if there is none."""
+    """The value of the first header of this name, which is in lower case; empty without one."""
     return next((value.decode("utf-8", "replace") for key, value in response.headers if key.lower() == name), "")
 
 

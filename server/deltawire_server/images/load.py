@@ -1,4 +1,4 @@
-"""All images of a request: from addresses to bytes, or every address that is refused at once."""
+"""Replaces the image URLs of a request by the images, or reports all refused URLs together."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
     from deltawire_server.upstream.request import ChatRequest
 
 FETCHES_OF_A_REQUEST = 4
-"""At once: enough to wait for several servers at the same time, too few to be used for flooding one."""
+"""Concurrent fetches per request: enough to wait for several servers, too few for an attack on one."""
 
 MAX_FETCHES = 32
-"""At once, of all requests: each holds an image in memory, which makes half a gibibyte at the default limit; more wait."""
+"""Concurrent fetches of all requests; further ones wait. Each holds an image in memory, 512 MiB in all at the default limit."""
 
-_NOT_HERE = "may not be an address at this gateway: send the image as data, or have the operator set images.urls"
+_NOT_HERE = "must not be a URL at this gateway: send the image as data, or ask the operator to set images.urls"
 
 
 class Images:
-    """Puts images in the place of their addresses, as far as the operator allows it.
+    """Replaces image URLs by the images, if the operator allows it.
 
     Args:
-        policy: What is allowed; by default no address.
-        permits: Says which IP addresses may be connected to. For tests, which have no others than this machine's.
-        look_up: Says where names lead, in the place of the operating system. For tests.
-        tls: For https: a context that verifies, in the place of the system's authorities. For tests.
-        user_agent: How servers are told who asks.
+        policy: The operator's policy; by default, URLs are refused.
+        permits: Whether an IP address may be connected to. For tests, which use loopback addresses.
+        look_up: Looks up names instead of the operating system's resolver. For tests.
+        tls: For https: a context that verifies certificates, instead of the system's authorities. For tests.
+        user_agent: The User-Agent header.
     """
 
     def __init__(
@@ -56,13 +56,13 @@ class Images:
         self._turns = asyncio.Semaphore(MAX_FETCHES)
 
     async def load(self, request: ChatRequest) -> ChatRequest:
-        """The request with every image in it, at the place of its address; the request itself if it has no addresses.
+        """Replace every image URL of a request by the image.
 
-        Cancelling ends what is under way. Addresses are left as they are if the engine is to fetch them.
+        Returns the same request if it has no URLs, or if the policy leaves fetching to the engine. Cancellation ends all fetches.
 
         Raises:
-            CallerError: INVALID_REQUEST if addresses are not allowed, with each field; IMAGE_UNAVAILABLE for the first image
-                that could not be fetched.
+            CallerError: INVALID_REQUEST with each URL that is not allowed; IMAGE_UNAVAILABLE for the first image that could not
+                be fetched.
         """
         wanted = [part for message in request.messages for part in message.content if isinstance(part, ImageUrl)]
         if not wanted or self._policy.urls == "pass":
@@ -80,7 +80,7 @@ class Images:
         return replace(request, messages=tuple(messages))
 
     async def close(self) -> None:
-        """Close its connections; calls under way fail."""
+        """Close all connections; calls in progress fail."""
         await self._fetcher.close()
 
     async def _fetch_all(self, wanted: Sequence[ImageUrl]) -> list[ImageData]:
@@ -101,7 +101,7 @@ class Images:
                     for image, address in zip(wanted, addresses, strict=True)
                 ]
         except BaseExceptionGroup as failures:
-            # The first; the others were ended because of it.
+            # The first one; it cancelled the others.
             raise failures.exceptions[0] from None
         return [fetch.result() for fetch in fetches]
 

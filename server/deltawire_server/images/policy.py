@@ -1,4 +1,4 @@
-"""What the operator allows: who fetches, from where, how much and for how long."""
+"""The operator's policy for image URLs: who fetches, from which hosts, with which limits."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ ANY_HOST = "*"
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What the operator allows; the settings say why each default is what it is.
+    """The operator's policy; the settings explain the defaults.
 
     Attributes:
-        urls: "refuse" addresses, "fetch" them here, or "pass" them on for the engine to fetch.
-        allowed_hosts: From where images may be fetched: names in lower case, "*.example.com" for all below one, IP addresses
-            (IPv6 in brackets), "*" for any; each may end in ":port", else it is for the schemes' own.
+        urls: "refuse" URLs, "fetch" them in the gateway, or "pass" them to the engine.
+        allowed_hosts: The hosts to fetch from: names in lower case, "*.example.com" for all subdomains, IP addresses (IPv6 in
+            brackets), "*" for any. Each may end with ":port"; without it, only the scheme's default port is allowed.
         schemes: "https", "http" or both.
-        max_image_bytes: Bytes of one image.
-        max_fetched_bytes: Bytes of all images together that are fetched for one request.
-        timeout: Seconds for one image, from looking up its host to its last byte.
-        max_redirects: Of one image.
+        max_image_bytes: Limit for one image in bytes.
+        max_fetched_bytes: Limit for all fetched images of a request together, in bytes.
+        timeout: Time limit for one image in seconds, from the name lookup to the last byte.
+        max_redirects: Limit for the redirects of one image.
     """
 
     urls: Literal["refuse", "fetch", "pass"] = "refuse"
@@ -38,7 +38,7 @@ class Policy:
     max_redirects: int = 3
 
     def violation(self, address: WebAddress) -> str | None:
-        """Why nothing may be fetched from an address, as far as one can see without looking up its host; `None` if it may."""
+        """Why a URL must not be fetched, without a lookup of its host; `None` if it may."""
         if address.scheme not in self.schemes:
             return f"must begin with {' or '.join(f'{scheme}://' for scheme in self.schemes)}"
         if not any(_allows(rule, address) for rule in self.allowed_hosts):

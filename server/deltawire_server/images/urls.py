@@ -1,8 +1,8 @@
-"""Web addresses of images, read so strictly that nobody after us can read them differently.
+"""Parses and normalizes the URLs of images, strictly.
 
-A request to a server that it was not judged for mostly begins with two parsers that disagree. So whatever they disagree
-on (backslashes, white space, credentials, spellings of numbers, look-alike letters) is refused or brought into one form
-here, and from then on only that form is used: the parts go to the connection as they were judged.
+Server-side request forgery often uses URLs that two parsers read differently. So whatever parsers disagree on (backslashes, white
+space, credentials, number formats, look-alike letters) is refused or normalized here. After that, only the validated parts are
+used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from urllib.parse import quote, urljoin
 import idna
 
 MAX_URL_LENGTH = 8000
-"""Characters: what HTTP servers can be relied on to take, says RFC 9110."""
+"""Limit in characters: the length that RFC 9110 recommends every HTTP server to support."""
 
 _MAX_HOST_LENGTH = 253  # of a name in the DNS
 _HIGHEST_PORT = 65535
@@ -25,23 +25,23 @@ _URL = re.compile(r"(https?)://([^/?#]*)([^#]*)(?:#.*)?", re.IGNORECASE)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]+)(?::([0-9]{1,5}))?")
 _NAME = re.compile(r"(?:[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?\.)*[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
-_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")  # a last label that makes resolvers take the name for an IPv4 address
-_UNTOUCHED = "%/?:@!$&'()*+,;=-._~[]"  # what may stand in a path or query; the rest is escaped
+_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")  # a last label with which resolvers treat the name as an IPv4 address
+_UNTOUCHED = "%/?:@!$&'()*+,;=-._~[]"  # allowed in a path or query; other characters are escaped
 
 
 class UrlError(ValueError):
-    """A text is no web address; the message says what is wrong with it."""
+    """A text is not a valid URL; the message has the problem."""
 
 
 @dataclass(frozen=True, slots=True)
 class WebAddress:
-    """A web address in the one form that is used.
+    """A normalized URL.
 
     Attributes:
         scheme: "http" or "https".
-        host: A name in ASCII and lower case without a dot at its end, or an IP address in its usual form without brackets.
-        port: Also if it is the scheme's own.
-        target: Path and query; begins with a slash, and is ASCII.
+        host: A name in ASCII and lower case without a trailing dot, or an IP address in canonical form without brackets.
+        port: The port, which may be the scheme's default.
+        target: Path and query in ASCII; begins with a slash.
         ip: The host, if it is an IP address.
     """
 
@@ -53,27 +53,27 @@ class WebAddress:
 
     @property
     def on_usual_port(self) -> bool:
-        """Whether the port is the scheme's own."""
+        """Whether the port is the scheme's default."""
         return self.port == _PORTS[self.scheme]
 
     def __str__(self) -> str:
-        """The whole address, without a fragment."""
+        """The URL without a fragment."""
         host = f"[{self.host}]" if isinstance(self.ip, IPv6Address) else self.host
         port = "" if self.on_usual_port else f":{self.port}"
         return f"{self.scheme}://{host}{port}{self.target}"
 
 
 def web_address(text: str) -> WebAddress:
-    """Read an address.
+    """Parse a URL.
 
     Args:
-        text: http or https, with a host, without credentials. Names in any script; a fragment is left out.
+        text: An http or https URL with a host and without credentials. Names may be in any script; a fragment is dropped.
 
     Raises:
-        UrlError: It is none, or one that programs do not agree on.
+        UrlError: The URL is invalid or ambiguous.
     """
-    _see_length(text)
-    _see_characters(text)
+    _check_length(text)
+    _check_characters(text)
     match = _URL.fullmatch(text)
     if match is None:
         raise UrlError("must begin with https://, http:// or data:")
@@ -90,38 +90,38 @@ def web_address(text: str) -> WebAddress:
     if not target.startswith("/"):
         target = f"/{target}"
     address = WebAddress(scheme, host, port, quote(target, safe=_UNTOUCHED), ip)
-    _see_length(str(address))  # escapes make it longer
+    _check_length(str(address))  # escapes make it longer
     return address
 
 
 def joined(base: WebAddress, reference: str) -> WebAddress:
-    """Where a redirect leads.
+    """Resolve the target of a redirect.
 
     Args:
-        base: Whence it leads.
-        reference: A whole address, or one that leaves out what it has in common with `base`.
+        base: The URL that redirects.
+        reference: An absolute URL, or one relative to `base`.
 
     Raises:
-        UrlError: To no web address, or to one that programs do not agree on.
+        UrlError: The target is invalid or ambiguous.
     """
-    _see_characters(reference)
+    _check_characters(reference)
     if _SCHEME.match(reference):
-        # Not for `urljoin`, which takes an address of the same scheme for one that leaves it out, and its host with it.
+        # Not with `urljoin`, which treats a URL with the same scheme and without a host as relative.
         return web_address(reference)
     try:
         whole = urljoin(str(base), reference)
-    except ValueError:  # of an IPv6 address
-        raise UrlError("must be a web address") from None
+    except ValueError:  # for an invalid IPv6 address
+        raise UrlError("must be a valid URL") from None
     return web_address(whole)
 
 
-def _see_length(text: str) -> None:
+def _check_length(text: str) -> None:
     if len(text) > MAX_URL_LENGTH:
         raise UrlError(f"must not be longer than {MAX_URL_LENGTH} characters; send the image as data")
 
 
-def _see_characters(text: str) -> None:
-    """Refuse what some programs drop or take for something else, before anything else reads the text."""
+def _check_characters(text: str) -> None:
+    """Refuse characters that some parsers drop or interpret differently."""
     if any(character.isspace() or not character.isprintable() or character == "\\" for character in text):
         raise UrlError("must not hold white space, control characters or backslashes")
 
@@ -141,11 +141,11 @@ def _host(text: str) -> tuple[str, IPv4Address | IPv6Address | None]:
 
 
 def _name(text: str) -> str:
-    """A host's name as the DNS has it: full-width and enclosed letters become the plain ones that resolvers take them for."""
+    """A host name in DNS form. Full-width and enclosed letters become the plain letters that resolvers map them to."""
     name = text
     if not text.isascii():
         try:
-            # First its length, since the library's work grows faster than that.
+            # Limit the length first, because the library's work grows faster than the length.
             name = idna.encode(text[: _MAX_HOST_LENGTH + 2], uts46=True).decode()
         except UnicodeError:
             raise UrlError("must name a host that can be in the DNS") from None

@@ -1,12 +1,13 @@
-"""What a completion means: the bytes of vLLM's event stream in, events out.
+"""Decodes vLLM's event stream into the events of a completion.
 
-The rule of this package: no I/O, no clock, no event loop, no threads, no gRPC, no protobuf. Everything is a function of the
-content of the bytes, so the same stream gives the same events however its bytes are cut. An import contract enforces it.
+This package has no I/O, no clock, no event loop, no threads, no gRPC and no protobuf; an import contract enforces it. The events
+depend only on the content of the stream, not on how its bytes are split.
 
-    bytes ──sse──▶ payloads ──decode──▶ chunks ──completion──▶ events ──coalesce──▶ fewer, larger events
+    bytes ──sse──▶ payloads ──decode──▶ chunks ──reader──▶ events ──coalesce──▶ fewer, larger events
 
-`completion` uses `tool_calls` (fragments in, verdicts out), `usage` (accounts in, the best figure out), `characters` (halves of
-characters joined over chunks), `pieces` (no event too large for a message) and `empty_arguments` (may a call have none?).
+`reader` uses `tool_calls` (assembles fragments and gives verdicts), `usage` (combines usage reports), `characters` (joins
+surrogate pairs across chunks), `pieces` (splits events that are too large for a message) and `empty_arguments` (whether a call
+may have no arguments).
 
-Two verbs everywhere: `receive(x)` takes the next piece and returns what it gives, `finish(...)` says that there is no more.
+All classes have the same two methods: `receive(x)` takes the next piece and returns its results; `finish(...)` marks the end.
 """

@@ -1,8 +1,7 @@
-"""Text that is not Unicode: halves of characters are joined over chunks, and what stays broken becomes U+FFFD.
+"""Repairs text with surrogates: joins pairs across chunks, and replaces lone surrogates by U+FFFD.
 
-JSON writes a character above U+FFFF as two escapes, the halves of a surrogate pair. A relay that counts text in UTF-16 units
-may cut between them, so that one chunk ends in a high half and the next one begins with a low half. Neither half alone can go
-into a message of the API.
+JSON escapes a character above U+FFFF as a surrogate pair. A proxy that counts text in UTF-16 units may split the pair, so that
+one chunk ends with a high surrogate and the next one begins with a low one. A lone surrogate is not valid in a protobuf string.
 """
 
 from __future__ import annotations
@@ -16,20 +15,20 @@ if TYPE_CHECKING:
 
 REPLACEMENT = "\ufffd"
 BROKEN = "broken character"
-"""What an anomaly of this kind is called."""
+"""The name of this anomaly."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def mend(text: str, anomalies: Counter[str]) -> str:
-    """Join the surrogate pairs of a whole text and replace lone halves.
+    """Join the surrogate pairs of a whole text and replace lone surrogates.
 
     Args:
         text: Any text.
-        anomalies: Counts the lone halves.
+        anomalies: Counts the lone surrogates.
 
     Returns:
-        Text that can be encoded as UTF-8; the same object if nothing is wrong with it.
+        Text that can be encoded as UTF-8; the same object if it has no surrogates.
     """
     if _SURROGATE.search(text) is None:
         return text
@@ -40,22 +39,22 @@ def mend(text: str, anomalies: Counter[str]) -> str:
 
 
 class Halves:
-    """Mends texts that come in pieces: a high half at the end of a piece waits for the next piece of the same text.
+    """Repairs texts that arrive in pieces: keeps a high surrogate at the end of a piece for the next piece of the text.
 
     Args:
-        anomalies: Counts the halves that are replaced.
+        anomalies: Counts the surrogates that are replaced.
     """
 
     def __init__(self, anomalies: Counter[str]) -> None:
         self._anomalies = anomalies
         self.pending: dict[Hashable, str] = {}
-        """The halves that wait, by text. While it is empty, a piece without surrogates needs no mending."""
+        """The kept high surrogates by text. While it is empty, a piece without surrogates needs no repair."""
 
     def receive(self, key: Hashable, piece: str) -> str:
-        """Take the next piece of the text that `key` names.
+        """Take the next piece of the text with this key.
 
         Returns:
-            The piece, mended; with the half that came before it, and without the one that now waits.
+            The repaired piece, with the surrogate kept before it and without one that is kept now.
         """
         piece = self.pending.pop(key, "") + piece
         if _SURROGATE.search(piece) is None:
@@ -67,10 +66,10 @@ class Halves:
         return mend(piece, self._anomalies)
 
     def finish(self, key: Hashable) -> str:
-        """Say that the text has ended.
+        """End the text with this key.
 
         Returns:
-            U+FFFD if a half still waits, else nothing.
+            U+FFFD if a surrogate is still kept, else an empty text.
         """
         return mend(self.pending.pop(key, ""), self._anomalies)
 

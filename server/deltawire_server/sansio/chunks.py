@@ -1,6 +1,6 @@
-"""One event of the stream, decoded: a chunk of the answer, an error, or a marker. `decode` makes them.
+"""The types of a decoded event of the stream: a chunk of the answer, an error, or a marker. `decode` returns them.
 
-Only the fields that mean something here are decoded. What a vLLM may leave out, send as null or add is no error.
+They have only the fields that are used. Absent, null and additional fields are not an error.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ from typing import Annotated, Any
 import msgspec
 
 MAX_COUNT = 2**31 - 1
-"""The largest count of tokens, and the largest number of a token, that the API can hold."""
+"""The largest token count and the largest token id of the API, an int32."""
 
 Byte = Annotated[int, msgspec.Meta(ge=0, le=255)]
-"""One of a token's bytes."""
+"""A byte of a token."""
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
-"""Tokens."""
+"""A number of tokens."""
 
 TokenId = Annotated[int, msgspec.Meta(ge=-MAX_COUNT - 1, le=MAX_COUNT)]
-"""A token's number in the vocabulary."""
+"""The id of a token in the vocabulary."""
 
 
 class MalformedChunkError(ValueError):
-    """An event's payload is not a chunk, or what it says has no meaning: the answer cannot be read on."""
+    """The payload of an event is not a valid chunk; the rest of the answer cannot be read."""
 
 
 class Marker(enum.Enum):
-    """An event that is no JSON."""
+    """An event without JSON."""
 
     NOTHING = enum.auto()
-    """No data: relays send such events to keep a connection open."""
+    """No data: proxies send such events to keep a connection open."""
     DONE = enum.auto()
     """`[DONE]`, the last event of a stream."""
 
@@ -39,7 +39,7 @@ class Marker(enum.Enum):
 class _Part(msgspec.Struct, frozen=True, gc=False):
     """A decoded JSON object.
 
-    A field of type `None` is one that belongs elsewhere: if it holds anything, `decode` takes its slow path and puts it there.
+    A field of type `None` belongs elsewhere: if it has a value, `decode` uses its slow path and moves the value there.
     """
 
 
@@ -61,7 +61,7 @@ class ToolEntry(_Part, frozen=True):
 
 
 class Delta(_Part, frozen=True):
-    """What a choice adds. vLLM calls reasoning `reasoning`, and before 0.12 called it `reasoning_content`."""
+    """The new output of a choice. Before vLLM 0.12, the field `reasoning` was `reasoning_content`."""
 
     content: str | None = None
     reasoning: str | None = None
@@ -71,7 +71,7 @@ class Delta(_Part, frozen=True):
 
 
 class TopLogprob(_Part, frozen=True):
-    """A likely token. vLLM sends null for a probability that it could not compute."""
+    """An alternative token. vLLM sends null for a log-probability that it could not compute."""
 
     token: str
     logprob: float | None = None
@@ -94,7 +94,7 @@ class Logprobs(_Part, frozen=True):
 
 
 class Choice(_Part, frozen=True):
-    """One choice's share of a chunk."""
+    """The part of a chunk for one choice."""
 
     index: int | None = 0
     delta: Delta | None = None
@@ -105,19 +105,19 @@ class Choice(_Part, frozen=True):
 
 
 class PromptDetails(_Part, frozen=True):
-    """Of the prompt's tokens."""
+    """Details of the prompt tokens."""
 
     cached_tokens: Count | None = None
 
 
 class CompletionDetails(_Part, frozen=True):
-    """Of the generated tokens."""
+    """Details of the completion tokens."""
 
     reasoning_tokens: Count | None = None
 
 
 class UsageFigures(_Part, frozen=True):
-    """Tokens used: of one choice so far, or in the chunk without choices of all. `None` where no usable count came."""
+    """Token counts: of one choice so far, or in the chunk without choices, of all choices. `None` without a valid count."""
 
     prompt_tokens: Count | None = None
     completion_tokens: Count | None = None
@@ -126,7 +126,7 @@ class UsageFigures(_Part, frozen=True):
 
 
 class ErrorBody(_Part, frozen=True):
-    """An error in the engine's words: empty, or 0, where it gives none. `code` is an HTTP status."""
+    """An error event of the engine; absent fields are empty or 0. `code` is an HTTP status."""
 
     message: str = ""
     type: str = ""
@@ -135,7 +135,7 @@ class ErrorBody(_Part, frozen=True):
 
 
 class Chunk(_Part, frozen=True):
-    """One event that is no error. Kept to what is needed: one is made for every token."""
+    """An event that is not an error. Minimal, because there is one for every token."""
 
     choices: list[Choice] | None = None
     usage: UsageFigures | None = None
@@ -145,7 +145,7 @@ class Chunk(_Part, frozen=True):
 
 
 class LooseChunk(Chunk, frozen=True):
-    """A chunk in an unusual form. Its text, reasoning, names and arguments may hold halves of surrogate pairs."""
+    """A chunk from the slow path. Its text, reasoning, names and arguments may have lone surrogates."""
 
     anomalies: dict[str, int] = {}
-    """What was wrong with it and did not matter, with counts."""
+    """Its anomalies that were repaired or ignored, with counts."""

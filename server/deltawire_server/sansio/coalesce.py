@@ -1,8 +1,8 @@
-"""Merging queued deltas: neighboring deltas of one kind and choice become one when the caller is slower than the engine.
+"""Merges queued deltas: adjacent deltas of the same kind and choice become one if the caller is slower than the engine.
 
-A gRPC message costs the same whatever is in it, so fewer messages save work under load. Nothing is held back: `take` returns
-all that is queued, and the writer calls it as soon as its last write is done. At low load nothing is queued, and every token
-is sent alone.
+The cost of a gRPC message hardly depends on its size, so fewer messages save work under load. Merging adds no delay: `take`
+returns all queued events, and the writer calls it as soon as its last write is done. At low load the queue is empty, and every
+token is sent in its own message.
 
 Texts, reasoning, and the argument fragments of one call are merged; never across another event, so the order stays, and never
 into a delta of more than `PIECE_CHARACTERS`, so every message stays below a client's receive limit.
@@ -30,21 +30,21 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 EVENT_BYTES = 64
-"""Memory that an event takes besides its texts: the object, and its place in a list."""
+"""Memory of an event without its texts: the object and its slot in a list."""
 
 _TOKEN_BYTES = 80
-"""Memory that a token's log-probability takes besides its text and bytes: the object, its place in a tuple, and the number."""
+"""Memory of a token's log-probability without its text and bytes: the object, its slot in a tuple, and the float."""
 
 _TUPLE_BYTES = 48
 
 _TEXTS = (TextDelta, ReasoningDelta)
-"""A tuple, since `isinstance` with a union is slower, and this runs for every token."""
+"""A tuple, because `isinstance` with a union is slower and runs for every token."""
 
 
 class Coalescer:
-    """A queue of events that merges what it can.
+    """A queue that merges deltas.
 
-    `size` is the memory that the queued events take, in bytes, for a caller that bounds it.
+    `size` is the memory of the queued events in bytes; the caller may bound it.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Coalescer:
         self.size = 0
 
     def __len__(self) -> int:
-        """How many events are queued, not yet merged."""
+        """Number of queued events, before merging."""
         return len(self._events)
 
     def receive(self, events: Sequence[StreamEvent]) -> None:
@@ -61,7 +61,7 @@ class Coalescer:
         self.size += sum(map(weight, events))
 
     def take(self) -> list[StreamEvent]:
-        """All that is queued, merged where that is allowed; then the queue is empty. Write it, in order, then come again."""
+        """Remove and return all queued events, with deltas merged. Write them in order, then call this again."""
         waiting, self._events, self.size = self._events, [], 0
         if len(waiting) < 2:
             return waiting
@@ -106,7 +106,7 @@ def _piece_size(delta: TextDelta | ReasoningDelta) -> int:
 
 
 def _join_texts(run: list[TextDelta | ReasoningDelta]) -> TextDelta | ReasoningDelta:
-    """One delta for several of one kind and choice."""
+    """Merge deltas of the same kind and choice."""
     text = "".join([delta.text for delta in run])
     logprobs: tuple[TokenLogprob, ...] = ()
     if any(delta.logprobs for delta in run):
@@ -115,11 +115,11 @@ def _join_texts(run: list[TextDelta | ReasoningDelta]) -> TextDelta | ReasoningD
 
 
 def weight(event: StreamEvent) -> int:
-    """How many bytes of memory an event takes in a list.
+    """Memory of an event in a list, in bytes.
 
-    It is what was allocated; the allocator rounds each object up to a multiple of 16 bytes.
+    The allocator also rounds each object up to a multiple of 16 bytes; this does not include that.
     """
-    if type(event) is TextDelta and not event.logprobs:  # the commonest, once per token
+    if type(event) is TextDelta and not event.logprobs:  # the most frequent event, one per token
         return EVENT_BYTES + getsizeof(event.text)
     if isinstance(event, _TEXTS):
         return EVENT_BYTES + getsizeof(event.text) + logprobs_weight(event.logprobs)
@@ -131,7 +131,7 @@ def weight(event: StreamEvent) -> int:
 
 
 def logprobs_weight(logprobs: Sequence[TokenLogprob]) -> int:
-    """How many bytes of memory the log-probabilities of some tokens take."""
+    """Memory of the log-probabilities of tokens, in bytes."""
     size = _TUPLE_BYTES if logprobs else 0
     for token in logprobs:
         size += _TOKEN_BYTES + getsizeof(token.token) + getsizeof(token.raw_bytes)

@@ -1,14 +1,14 @@
-"""An event's payload in, what it says out: fast for the usual form, forgiving for every other whose meaning is plain.
+"""Decodes the payload of an event: a fast path for vLLM's own format, and a tolerant slow path for variations of it.
 
-The usual form is decoded by msgspec straight into the structures of `chunks`. What that refuses is read again with the
-standard library's JSON, field by field:
+msgspec decodes the usual format directly into the structures of `chunks`. Payloads that it rejects are decoded again with the
+standard library's JSON parser, field by field:
 
-    a figure that cannot be used (a count of -1, a log-probability that is a word)    left out, an anomaly
-    text in parts, arguments as an object, fields at a place near their own           put where they belong
+    an invalid number (a count of -1, a log-probability that is a string)             omitted, an anomaly
+    text in parts, arguments as an object, misplaced fields                           moved to the right field
     bytes that are not UTF-8                                                          U+FFFD, an anomaly
-    halves of surrogate pairs in text that comes in pieces                            kept, for `characters.Halves`
-    an error of any shape                                                             its code, and an excerpt of its words
-    not JSON, not an object, choices that are no list, content without a meaning      MalformedChunkError
+    lone surrogates in text that arrives in pieces                                    kept, for `characters.Halves`
+    an error in any format                                                            its code and an excerpt of its message
+    not JSON, not an object, choices that are not a list, invalid content             MalformedChunkError
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ DONE = b"[DONE]"
 """The payload of the last event of a stream."""
 
 EXCERPT_BYTES = 512
-"""Of the words of an error in an unknown shape, or of an event that is not a chunk: enough to recognize its sender."""
+"""Limit for the excerpt of an error in an unknown format, or of an invalid event: enough to recognize the sender."""
 
 MESSAGE_BYTES = 8192
-"""Of the message of an error in vLLM's own shape, which says what to change."""
+"""Limit for the message of an error in vLLM's own format."""
 
-_WORDS = ("message", "detail", "details", "error")
+_MESSAGES = ("message", "detail", "details", "error")
 _CODES = ("code", "status", "status_code")
 _STATUS = re.compile(r"[1-5][0-9]{2}")
 _ARGUMENTS = re.compile(r'"arguments"\s*:\s*(?=[\[{])')
@@ -70,10 +70,10 @@ def decode_chunk(payload: bytes) -> Chunk | ErrorBody | Marker:
         payload: The event's data.
 
     Returns:
-        The chunk (a `LooseChunk` if its form is unusual), the error that the event is, or the marker.
+        The chunk (a `LooseChunk` from the slow path), the error, or the marker.
 
     Raises:
-        MalformedChunkError: It is none of these; the answer cannot be read on.
+        MalformedChunkError: The payload is invalid; the rest of the answer cannot be read.
     """
     try:
         chunk = _decoder.decode(payload)
@@ -94,7 +94,7 @@ def decode_chunk(payload: bytes) -> Chunk | ErrorBody | Marker:
 
 
 def _number(text: str) -> int | float:
-    """A JSON integer; one of any length costs no more than its text, and what no field can hold need not be exact."""
+    """Convert a JSON integer. One that is too long for any field becomes infinity, so the work is bounded."""
     return int(text) if len(text) <= 20 else math.inf
 
 
@@ -102,10 +102,10 @@ _json = json.JSONDecoder(strict=False, parse_int=_number)
 
 
 class _Reading:
-    """Reads one payload on the slow path.
+    """Decodes one payload on the slow path.
 
     Raises:
-        MalformedChunkError: From every method, where there is no meaning to be found.
+        MalformedChunkError: From every method, if the payload is invalid.
     """
 
     def __init__(self, payload: bytes) -> None:
@@ -150,20 +150,20 @@ class _Reading:
         return body
 
     def _error(self, error: Object, otherwise: object = "") -> ErrorBody:
-        said = next((error[key] for key in _WORDS if error.get(key)), otherwise)
+        message = next((error[key] for key in _MESSAGES if error.get(key)), otherwise)
         codes = (str(error.get(key)) for key in _CODES)
         kind, param = error.get("type"), error.get("param")
         return ErrorBody(
-            self._words(said, MESSAGE_BYTES if said is error.get("message") else EXCERPT_BYTES),
+            self._as_excerpt(message, MESSAGE_BYTES if message is error.get("message") else EXCERPT_BYTES),
             self._excerpt(kind) if isinstance(kind, str) else "",
             self._excerpt(param) if isinstance(param, str) else "",
             next((int(code) for code in codes if _STATUS.fullmatch(code)), 0),
         )
 
-    def _words(self, said: object, limit: int) -> str:
-        if isinstance(said, str):
-            return self._excerpt(said, limit)
-        return self._excerpt(json.dumps(said, ensure_ascii=False))
+    def _as_excerpt(self, message: object, limit: int) -> str:
+        if isinstance(message, str):
+            return self._excerpt(message, limit)
+        return self._excerpt(json.dumps(message, ensure_ascii=False))
 
     def _excerpt(self, text: str, limit: int = EXCERPT_BYTES) -> str:
         encoded = mend(text[:limit], self._anomalies).encode()
@@ -178,7 +178,7 @@ class _Reading:
         whole = 0 if index is None else _whole(index)
         if whole is None:
             raise MalformedChunkError("an event is not a chunk: a choice's index is not a number")
-        # The form of an answer that is not streamed has `message` in the place of `delta`.
+        # An answer that is not streamed has `message` instead of `delta`.
         delta = choice.get("delta") if choice.get("delta") is not None else choice.get("message")
         return Choice(
             whole,
@@ -198,7 +198,7 @@ class _Reading:
         return Delta(content, reasoning + thoughts, None, self._entries(delta))
 
     def _parts(self, content: object) -> tuple[str, str]:
-        """The text and the reasoning of a content: a text, or a part or a list of parts."""
+        """The text and the reasoning of `content`, which is a text, a part or a list of parts."""
         if content is None or isinstance(content, str):
             return content or "", ""
         texts: list[str] = []
@@ -246,14 +246,14 @@ class _Reading:
         )
 
     def _as_text(self, arguments: object) -> str:
-        """The JSON text of arguments that came as JSON: as it was written if its place is found, else written anew."""
+        """The JSON text of arguments that are JSON instead of text: verbatim if it is found in the payload, else re-encoded."""
         for value, text in self._verbatim:
             if value == arguments:
                 return text
         return json.dumps(arguments)
 
     def _find_arguments(self) -> Iterator[tuple[object, str]]:
-        """Each object or list that is called "arguments", and its text. In a JSON string the quotes would be escaped."""
+        """Each object or list under the key "arguments", with its text. Inside a JSON string the quotes would be escaped."""
         position = 0
         while found := _ARGUMENTS.search(self._text, position):
             value, position = _json.raw_decode(self._text, found.end())
@@ -269,7 +269,7 @@ class _Reading:
         return Logprobs([self._token(token) for token in content or ()])
 
     def _token(self, token: object) -> LogprobEntry:
-        """A token, also one of which nothing can be read: entries are as many as tokens."""
+        """Decode a token. An unreadable one gives an empty entry, so that there are as many entries as tokens."""
         if not isinstance(token, dict):
             self._anomalies["token that cannot be read"] += 1
             return LogprobEntry("")
@@ -336,7 +336,7 @@ class _Reading:
         return self._label(value, "stop reason", numbers=False)
 
     def _label(self, value: object, what: str, *, numbers: bool = True) -> str | None:
-        """A short text that does not come in pieces; a number too, where it can only stand for itself."""
+        """A short text that is never split; with `numbers`, an integer is converted to text."""
         if isinstance(value, str):
             return mend(value, self._anomalies)
         if value is not None:
@@ -347,7 +347,7 @@ class _Reading:
 
 
 def _whole(value: object) -> int | None:
-    """A number that numbers something: as an integer, as 1.0 or as "1"."""
+    """An index as an integer, from an integer, 1.0 or "1"."""
     if isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value):
         return int(value)
     if isinstance(value, float) and value.is_integer():

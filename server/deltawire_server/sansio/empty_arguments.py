@@ -1,4 +1,4 @@
-"""Whether a tool's JSON Schema allows a call without arguments, for which an empty object stands."""
+"""Whether a tool's JSON Schema allows a call without arguments, which is treated as an empty object."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ import json
 from urllib.parse import unquote
 
 MAX_NODES = 1000
-"""Subschemas that are looked at. Only those that apply to the same value are, so real schemas have a few."""
+"""Limit for the subschemas visited. Only those for the same value are visited, of which real schemas have few."""
 
 
 def allows_empty_object(schema_text: str) -> bool:
-    """Whether `{}` can follow a schema, as far as a look at its requirements shows.
+    """Whether a schema allows `{}`, according to the keywords that this function evaluates.
 
-    Keywords that require something of an object are followed through `allOf`, `anyOf`, `oneOf` and references within the schema;
-    others are taken to allow it. The work is linear in the text, plus at most `MAX_NODES` subschemas.
+    These are the keywords that require something of an object, also within `allOf`, `anyOf`, `oneOf` and local references; all
+    others are ignored. The work is linear in the text, plus at most `MAX_NODES` subschemas.
 
     Args:
-        schema_text: JSON text; empty for no schema, which allows everything.
+        schema_text: JSON text; empty for no schema.
 
     Returns:
-        False also where the schema cannot be read to its end: a call with made-up arguments must not look complete.
+        False also if the schema cannot be evaluated: a call without arguments must not succeed then.
     """
     if not schema_text.strip():
         return True
     try:
-        # Numbers are only compared with 0, and Python refuses to read very long integers.
-        return _Look(json.loads(schema_text, parse_int=float)).allows()
+        # As floats, because numbers are only compared with 0 and Python rejects very long integers.
+        return _Evaluation(json.loads(schema_text, parse_int=float)).allows()
     except (ValueError, LookupError, RecursionError):
         return False
 
 
-class _Look:
-    """One look at a schema."""
+class _Evaluation:
+    """One evaluation of a schema."""
 
     def __init__(self, root: object) -> None:
         self._root = root
@@ -64,7 +64,7 @@ class _Look:
         )
 
     def _find(self, reference: object) -> object:
-        """The part that a JSON Pointer in a fragment names."""
+        """The subschema for a JSON Pointer in a fragment."""
         if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
             raise ValueError("the reference leads out of the schema, or to an anchor")
         node = self._root
@@ -80,6 +80,6 @@ class _Look:
 
 
 def _items(schema: dict[str, object], keyword: str) -> list[object]:
-    """The parts of a keyword that has a list of them."""
+    """The items of a keyword whose value is a list."""
     parts = schema.get(keyword)
     return parts if isinstance(parts, list) else []

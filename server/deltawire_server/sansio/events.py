@@ -1,14 +1,15 @@
-"""What happened, as frozen values: what this package returns and everything above it uses.
+"""The events of a completion, as frozen values.
 
-The events of one answer come in this order, where `{x}` may come any number of times:
+The events of one answer have this order, where `{x}` is any number of x:
 
     Refused
     Started {TextDelta | ReasoningDelta | ToolCallStarted | ToolCallArguments} {end of a choice} Completed
 
-The end of a choice is `{ToolCallStarted | ToolCallArguments | ToolCallSucceeded | ToolCallFailed} ChoiceFinished`, after
-what is left of its text. Nothing of a choice comes after its `ChoiceFinished`.
+The end of a choice is the rest of its text, then
+`{ToolCallStarted | ToolCallArguments | ToolCallSucceeded | ToolCallFailed} ChoiceFinished`. No event of a choice follows its
+`ChoiceFinished`.
 
-`choice` is the choice's index, `index` a tool call's index within its choice.
+`choice` is the index of the choice, `index` the index of a tool call within its choice.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from deltawire_server.errors import Reason  # noqa: TC001 (msgspec reads the ann
 
 
 class StopReason(enum.Enum):
-    """Why a choice ended; `deltawire.v1.StopReason` without its prefix, with the proto's numbers."""
+    """Why a choice ended: `deltawire.v1.StopReason` without its prefix, with the same numbers."""
 
     END_OF_TURN = 1
     END_OF_MESSAGE = 2
@@ -36,7 +37,7 @@ class StopReason(enum.Enum):
 
 
 class FailureReason(enum.Enum):
-    """Why a tool call cannot be executed, the first that applies; with the proto's numbers."""
+    """Why a tool call failed, the first reason that applies; with the numbers of the proto."""
 
     MISSING_NAME = 1
     UNKNOWN_TOOL = 2
@@ -47,7 +48,7 @@ class FailureReason(enum.Enum):
 
 
 class Provenance(enum.Enum):
-    """How far a usage figure can be trusted; with the proto's numbers."""
+    """The accuracy of a usage; with the numbers of the proto."""
 
     EXACT = 1
     LOWER_BOUND = 2
@@ -55,11 +56,11 @@ class Provenance(enum.Enum):
 
 
 class _Value(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
-    """A value without identity; free of cycles, so the garbage collector need not look at it."""
+    """An immutable value. It has no reference cycles, so the garbage collector does not track it."""
 
 
 class Alternative(_Value, frozen=True):
-    """A likely token: its text, the natural logarithm of its probability (`None` if not known), its bytes."""
+    """An alternative token: its text, the natural logarithm of its probability (`None` if unknown), its bytes."""
 
     token: str
     logprob: float | None
@@ -67,7 +68,7 @@ class Alternative(_Value, frozen=True):
 
 
 class TokenLogprob(_Value, frozen=True):
-    """A generated token, and the likeliest ones at its place. `logprob` is `None` if the engine could not compute it."""
+    """A generated token and its alternatives. `logprob` is `None` if the engine could not compute it."""
 
     token: str
     logprob: float | None
@@ -76,14 +77,14 @@ class TokenLogprob(_Value, frozen=True):
 
 
 class Fault(_Value, frozen=True):
-    """What ended an answer before its end.
+    """The error that ended an answer early.
 
     Attributes:
-        reason: In one word.
-        message: For people.
-        upstream_code: The code in the engine's error event; 0 if there was none.
-        upstream_type: The error's type in the engine's words.
-        upstream_param: The request field that the engine blames.
+        reason: The reason.
+        message: A message for people.
+        upstream_code: The code of the engine's error event; 0 without one.
+        upstream_type: The type of the engine's error.
+        upstream_param: The `param` of the engine's error: the field that it is about.
     """
 
     reason: Reason
@@ -94,7 +95,7 @@ class Fault(_Value, frozen=True):
 
 
 class Usage(_Value, frozen=True):
-    """Tokens used over all choices; `None` where the engine did not say."""
+    """Tokens used by all choices; `None` if the engine did not report the number."""
 
     completion_tokens: int
     provenance: Provenance
@@ -104,24 +105,24 @@ class Usage(_Value, frozen=True):
 
 
 class _Event(_Value, frozen=True, tag_field="event"):
-    """Something that happened."""
+    """Base class of events."""
 
 
 class Refused(_Event, frozen=True, tag="refused"):
-    """The engine did not begin to answer; there is no other event."""
+    """The engine did not begin an answer; there is no other event."""
 
     fault: Fault
 
 
 class Started(_Event, frozen=True, tag="started"):
-    """The engine has begun, under its own id and name for the model."""
+    """The answer has begun; with the engine's own id of it and name of the model."""
 
     upstream_id: str
     upstream_model: str
 
 
 class TextDelta(_Event, frozen=True, tag="text_delta"):
-    """A piece of text; empty only if it just carries log-probabilities."""
+    """A piece of text; empty only if it has log-probabilities."""
 
     choice: int
     text: str
@@ -137,7 +138,7 @@ class ReasoningDelta(_Event, frozen=True, tag="reasoning_delta"):
 
 
 class ToolCallStarted(_Event, frozen=True, tag="tool_call_started"):
-    """A call's id and name are settled."""
+    """The id and the name of a call are final."""
 
     choice: int
     index: int
@@ -146,7 +147,7 @@ class ToolCallStarted(_Event, frozen=True, tag="tool_call_started"):
 
 
 class ToolCallArguments(_Event, frozen=True, tag="tool_call_arguments"):
-    """A piece of a call's arguments, as the model wrote it."""
+    """A piece of a call's arguments, verbatim."""
 
     choice: int
     index: int
@@ -155,7 +156,7 @@ class ToolCallArguments(_Event, frozen=True, tag="tool_call_arguments"):
 
 
 class ToolCallSucceeded(_Event, frozen=True, tag="tool_call_succeeded"):
-    """A call is whole: a known tool, and arguments that are the text of a JSON object."""
+    """A call is complete: it names an offered tool, and its arguments are the text of a JSON object."""
 
     choice: int
     index: int
@@ -167,8 +168,8 @@ class ToolCallSucceeded(_Event, frozen=True, tag="tool_call_succeeded"):
 class ToolCallFailed(_Event, frozen=True, tag="tool_call_failed"):
     """A call cannot be executed.
 
-    `byte_offset` is where parsing stopped, in UTF-8 bytes; `None` if nothing was parsed or all of it parses. `instance_path` is
-    a JSON Pointer to what does not follow the schema; `None` for other reasons.
+    `byte_offset` is where parsing stopped, in UTF-8 bytes; `None` if nothing was parsed or all of it is valid. `instance_path` is
+    a JSON Pointer to the value that violates the schema; `None` for other reasons.
     """
 
     choice: int
@@ -183,7 +184,7 @@ class ToolCallFailed(_Event, frozen=True, tag="tool_call_failed"):
 
 
 class ChoiceFinished(_Event, frozen=True, tag="choice_finished"):
-    """A choice has ended. `matched_stop` is the stop text or token that the engine names, the caller's or not."""
+    """A choice has ended. `matched_stop` is the stop text or token that the engine reports, the caller's or not."""
 
     choice: int
     stop_reason: StopReason
@@ -193,7 +194,7 @@ class ChoiceFinished(_Event, frozen=True, tag="choice_finished"):
 
 
 class FinishedChoice(_Value, frozen=True):
-    """A choice, whole: what its events add up to. `logprobs` is kept only on demand."""
+    """A whole choice: the sum of its events. `logprobs` is kept only on demand."""
 
     index: int
     text: str
@@ -208,9 +209,9 @@ class FinishedChoice(_Value, frozen=True):
 
 
 class Completed(_Event, frozen=True, tag="completed"):
-    """The answer has ended; nothing follows. `fault` is set if it was broken off.
+    """The answer has ended; no event follows. `fault` is set if an error ended it.
 
-    `messages_omitted` means that the choices have no content, because it is too large to be repeated.
+    `messages_omitted` means that the choices have no content, because it is too large to repeat.
     """
 
     usage: Usage
@@ -219,7 +220,7 @@ class Completed(_Event, frozen=True, tag="completed"):
     messages_omitted: bool = False
 
     def without_messages(self) -> Completed:
-        """The same end without the content of its choices."""
+        """A copy without the content of the choices."""
         bare = (
             msgspec.structs.replace(choice, text="", reasoning="", tool_calls=(), failed_tool_calls=(), logprobs=())
             for choice in self.choices
@@ -242,20 +243,20 @@ Event = (
 
 
 class UsageUpdate(_Event, frozen=True, tag="usage_update"):
-    """What the answer has cost so far."""
+    """The usage so far."""
 
     usage: Usage
 
 
 class NoticeKind(enum.Enum):
-    """What a notice is about; with the proto's numbers."""
+    """The kind of a notice; with the numbers of the proto."""
 
     ANOTHER_REPLICA = 1
     FIELDS_NOT_CHECKED = 2
 
 
 class Notice(_Event, frozen=True, tag="notice"):
-    """Something that the caller should know; `field` is the request's field that it is about, empty for none."""
+    """A notice for the caller; `field` is the request field that it is about, empty for none."""
 
     kind: NoticeKind
     message: str
@@ -263,8 +264,8 @@ class Notice(_Event, frozen=True, tag="notice"):
 
 
 class Heartbeat(_Event, frozen=True, tag="heartbeat"):
-    """Nothing has happened for a while."""
+    """Sent if there was no other event for the heartbeat interval."""
 
 
 StreamEvent = Event | UsageUpdate | Notice | Heartbeat
-"""What a stream consists of: an answer's events, and what the gateway adds."""
+"""The events of a stream: those of the answer, and those that the gateway adds."""

@@ -1,8 +1,8 @@
-"""The size of what is sent: no delta is so large that its message would exceed what a gRPC client receives by default.
+"""Splits deltas whose message would exceed the default receive limit of gRPC clients, 4 MiB.
 
-That limit is 4 MiB. A text of `PIECE_CHARACTERS` takes at most 1 MiB in UTF-8, and the log-probabilities beside it at most
-another, so a message stays below it with room for ids and the envelope. Verdicts of tool calls are bounded by
-`tool_calls.MAX_CALL_BYTES`, and `Completed` by leaving out its messages.
+A text of `PIECE_CHARACTERS` takes at most 1 MiB in UTF-8, and its log-probabilities at most another 1 MiB, which leaves room for
+ids and the envelope. `tool_calls.MAX_CALL_BYTES` limits the verdicts of tool calls; `Completed` omits its messages if it is too
+large.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
     from deltawire_server.sansio.events import Event
 
 PIECE_CHARACTERS = 256 * 1024
-"""Of one delta's text or fragment. No token comes near it: only an engine that sends its answer at once does."""
+"""Limit for the text or fragment of a delta. Only an engine that sends its whole answer at once exceeds it."""
 
 _MAX_TOKEN_CHARACTERS = 1024
-_TOKEN_OVERHEAD = 32  # bytes of a token's message beside its text and bytes, and more than that
+_TOKEN_OVERHEAD = 32  # upper limit of a token's message without its text and bytes, in bytes
 
 
 def split(text: str) -> list[str]:
-    """A text in pieces of at most `PIECE_CHARACTERS`, at least one."""
+    """Split a text into pieces of at most `PIECE_CHARACTERS`; at least one piece."""
     if len(text) <= PIECE_CHARACTERS:
         return [text]
     return [text[start : start + PIECE_CHARACTERS] for start in range(0, len(text), PIECE_CHARACTERS)]
 
 
 def divide(events: Iterable[Event]) -> Iterator[Event]:
-    """The same events, with deltas that are too large divided; put together they say the same."""
+    """Split the deltas that are too large. Their concatenation is unchanged."""
     for event in events:
         if isinstance(event, ToolCallArguments):
             for fragment in split(event.fragment):
@@ -46,7 +46,7 @@ def divide(events: Iterable[Event]) -> Iterator[Event]:
 
 
 def logprobs_size(tokens: Sequence[TokenLogprob]) -> int:
-    """How much of `PIECE_CHARACTERS` the log-probabilities of a delta take, which may have as many of their own."""
+    """Upper limit of the bytes of log-probabilities in a message; `PIECE_CHARACTERS` limits this too, separately."""
     size = 0
     for token in tokens:
         size += _TOKEN_OVERHEAD + len(token.token) + len(token.raw_bytes)
@@ -56,13 +56,13 @@ def logprobs_size(tokens: Sequence[TokenLogprob]) -> int:
 
 
 def _groups(tokens: Sequence[TokenLogprob]) -> Iterator[tuple[TokenLogprob, ...]]:
-    """The tokens in order, in groups that each fit into a message."""
+    """The tokens in order, in groups that fit into a message."""
     group: list[TokenLogprob] = []
     size = 0
     for token in tokens:
         own = logprobs_size((token,))
         if own > PIECE_CHARACTERS:
-            # Not a token's size; the text beside it is complete all the same.
+            # No real token is that large. The text of the delta is still complete.
             token = TokenLogprob(
                 token.token[:_MAX_TOKEN_CHARACTERS], token.logprob, token.raw_bytes[:_MAX_TOKEN_CHARACTERS]
             )

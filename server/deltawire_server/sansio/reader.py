@@ -1,39 +1,38 @@
-"""One answer: the bytes of the engine's event stream in, its events out, to the last one.
+"""Reads one answer: from the bytes of the engine's event stream to events, up to the last one.
 
-**Phases.** An answer is whole at its *true end*, and not before. The engine says twice that a choice has ended: with a finish
-reason, after which some engines and relays still send output of that choice, and with the true end of the answer: an account
-of usage without choices that comes when every choice has a finish reason, `[DONE]`, or the end of the body. So verdicts on tool
-calls and `ChoiceFinished` wait for the true end, and what comes until then is part of its choice.
+**Phases.** An answer is complete only at its *true end*. A finish reason does not end a choice, because some engines and proxies
+send more output of the choice after it. The true end of the answer is a usage report without choices after the finish reasons of
+all choices, `[DONE]`, or the end of the body. Verdicts on tool calls and `ChoiceFinished` are returned at the true end; output
+before it is part of its choice.
 
-    WAITING   no choice has come
-    OPEN      a choice has come, and one that was asked for lacks a finish reason
-    TAIL      every choice that was asked for has a finish reason; the true end has not come
+    WAITING   no choice was received
+    OPEN      a choice was received, and at least one requested choice has no finish reason
+    TAIL      every requested choice has a finish reason; the true end was not received
     ENDED     `Refused` or `Completed` was returned
 
 **Inputs and transitions** (`TRANSITIONS` decides; a pair without an entry raises `TransitionError`):
 
     input                                           WAITING     OPEN       TAIL
     CHOICES    a chunk with choices                 OPEN        OPEN       TAIL
-    FINISHED   the last finish reason came with it  -           TAIL       -
+    FINISHED   it had the last finish reason        -           TAIL       -
     ACCOUNT    a chunk with usage, without choices  WAITING     OPEN       WHOLE
     NOTHING    a chunk with neither                 WAITING     OPEN       TAIL
     DONE       `[DONE]`                             REFUSED     FAULTED    WHOLE
-    BROKEN     an error event, or an event that     REFUSED     FAULTED    FAULTED
-               cannot be read
+    BROKEN     an error event, or an invalid event  REFUSED     FAULTED    FAULTED
     END        `finish()`: the body has ended       REFUSED     FAULTED    WHOLE
-    FAULT      `finish(fault)`: silence, a reset,   REFUSED     FAULTED    WHOLE
+    FAULT      `finish(fault)`: a timeout, a reset, REFUSED     FAULTED    WHOLE
                a time limit, a shutdown
     STOP       `stop(reason)`                       STOPPED     STOPPED    WHOLE
 
-REFUSED, FAULTED, WHOLE and STOPPED lead to ENDED, where nothing is possible: further data is an anomaly, and `finish` and `stop`
-return nothing. REFUSED is one `Refused`. The others end in `Completed`: FAULTED with the fault, WHOLE and STOPPED without
-one, unless the engine gave "abort" or "error" as a choice's finish reason.
+REFUSED, FAULTED, WHOLE and STOPPED lead to ENDED. In ENDED, further data is an anomaly, and `finish` and `stop` return no events.
+REFUSED returns one `Refused`. The others return `Completed`: FAULTED with the fault, WHOLE and STOPPED without one, unless the
+finish reason of a choice is "abort" or "error".
 
-This class has no clock. While `in_tail` is true the engine may send nothing more, so the code that reads the body waits only
-for a short time and then calls `finish`.
+The reader has no clock. While `in_tail` is true, the engine may send nothing more; the code that reads the body must then wait
+only for a short time and call `finish`.
 
-**Order.** Within a chunk: reasoning, text, tool calls. At the end, for each choice by ascending index: what is left of its
-text, its verdicts by ascending index, `ChoiceFinished`; then `Completed`.
+**Order.** Within a chunk: reasoning, text, tool calls. At the end, for each choice by ascending index: the rest of its text, its
+verdicts by ascending index, `ChoiceFinished`; then `Completed`.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ if TYPE_CHECKING:
     from deltawire_server.sansio import chunks
 
 ENDED_BY_ITSELF = frozenset({"stop", "tool_calls"})
-"""The engine's words for an end that the model chose; only then may its calls be executed."""
+"""The finish reasons for an end by the model itself; only then may tool calls be executed."""
 
 STOP_REASONS: Mapping[str, StopReason] = MappingProxyType(
     {
@@ -89,7 +88,7 @@ STOP_REASONS: Mapping[str, StopReason] = MappingProxyType(
         "error": StopReason.ERROR,
     }
 )
-"""What each of the engine's finish reasons means. A word that is not here is kept, counted, and taken for END_OF_TURN."""
+"""The stop reason for each finish reason. Any other finish reason is END_OF_TURN, and is counted as an anomaly."""
 
 ENGINE_FAULTS: Mapping[str, Fault] = MappingProxyType(
     {
@@ -97,7 +96,7 @@ ENGINE_FAULTS: Mapping[str, Fault] = MappingProxyType(
         "error": Fault(Reason.UPSTREAM_ERROR, "the provider ended the answer with an error"),
     }
 )
-"""The finish reasons that are themselves a failure."""
+"""The finish reasons that are an error of the engine."""
 
 FAULT_STOP_REASONS: Mapping[Reason, StopReason] = MappingProxyType(
     {
@@ -106,33 +105,33 @@ FAULT_STOP_REASONS: Mapping[Reason, StopReason] = MappingProxyType(
         Reason.DURATION_LIMIT_EXCEEDED: StopReason.TIME_LIMIT,
     }
 )
-"""How a choice ended that a fault cut off; every other fault is ERROR."""
+"""The stop reason of a choice that a fault cut off; for all other faults it is ERROR."""
 
-MAX_WORD_BYTES = 256
-"""Of a finish reason: real ones are one word. The rest is cut off."""
+MAX_FINISH_REASON_BYTES = 256
+"""Limit for a finish reason, which is truncated; real ones are one word."""
 
 MAX_MATCHED_BYTES = 4096
-"""Of the stop text that the engine names. With 128 choices, `Completed` still fits into a message."""
+"""Limit for the stop text that the engine reports, so that `Completed` with 128 choices fits into a message."""
 
 MAX_HELD_BYTES = 16 * 1024 * 1024
-"""Of one answer. The arguments of 128 tool calls with 64 KiB each take half of it; what a text takes is bounded by
-`MAX_WHOLE_BYTES`."""
+"""Memory limit for one answer. The arguments of 128 tool calls with 64 KiB each take half of it. `MAX_WHOLE_BYTES` limits the
+text."""
 
 JOINED_TOKENS = 256
-"""After so many tokens their texts are joined: 15 KiB at most are wasted, and no text is copied more than twice."""
+"""The number of tokens after which their texts are joined: at most 15 KiB of overhead, and each text is copied at most twice."""
 
 ENTRY_BYTES = 64
-"""Memory that a fragment of a tool call takes besides its text."""
+"""Memory of a fragment of a tool call without its text."""
 
 MAX_WHOLE_BYTES = 4 * 1024 * 1024 - 64 * 1024
-"""The default limit of gRPC clients, less an envelope."""
+"""The default receive limit of gRPC clients minus an envelope."""
 
 LATE = "event after the end"
-"""What an anomaly of this kind is called."""
+"""The name of this anomaly."""
 
 
 class Phase(enum.Enum):
-    """How far an answer has come."""
+    """The phase of an answer; see the module."""
 
     WAITING = enum.auto()
     OPEN = enum.auto()
@@ -141,7 +140,7 @@ class Phase(enum.Enum):
 
 
 class Input(enum.Enum):
-    """What can happen to an answer."""
+    """An input of the state machine; see the module."""
 
     CHOICES = enum.auto()
     FINISHED = enum.auto()
@@ -192,27 +191,27 @@ TRANSITIONS: Mapping[tuple[Phase, Input], Phase | Ending] = MappingProxyType(
         (Phase.TAIL, Input.STOP): Ending.WHOLE,
     }
 )
-"""Where each input leads from each phase; what is not here is impossible."""
+"""The next phase or the ending for each phase and input; other pairs are impossible."""
 
 _TRUE_ENDS = frozenset({Input.ACCOUNT, Input.DONE, Input.END})
 _NO_DELTA = Delta()
-_ENDED: Phase = Phase.ENDED  # not a literal, so that a type checker sees that methods change `phase`
+_ENDED: Phase = Phase.ENDED  # not a literal, so that the type checker does not narrow `phase` across method calls
 
 
 class TransitionError(RuntimeError):
-    """An input came in a phase in which it is impossible: a defect of this program, not of the engine."""
+    """An input that is impossible in the current phase: a bug of the gateway, not of the engine."""
 
 
 class Limits:
-    """What an answer may take. Each default gives its reason where it is defined.
+    """The limits for an answer. The reason for each default is at its definition.
 
     Args:
-        max_event_bytes: One event of the stream.
-        max_calls: Tool calls of one choice.
-        max_call_bytes: One call: its arguments, and its name twice. At most `tool_calls.MAX_CALL_BYTES`; more has no effect.
-        max_held_bytes: Memory that the reader may hold of the answer: what `Completed` repeats, and the calls' arguments.
-        max_completed_bytes: What `Completed` may repeat. If an answer has more, its `Completed` has no messages.
-        max_whole_bytes: The same, if `Completed` is all that is sent. An answer with more is broken off.
+        max_event_bytes: Size of one event of the stream.
+        max_calls: Number of tool calls of one choice.
+        max_call_bytes: Size of one call: its arguments and twice its name. Capped at `tool_calls.MAX_CALL_BYTES`.
+        max_held_bytes: Memory for the answer: the content for `Completed`, and the arguments of the calls.
+        max_completed_bytes: Size of the content in `Completed`. For a larger answer, `Completed` has no messages.
+        max_whole_bytes: The same if only `Completed` is sent. A larger answer ends with ANSWER_TOO_LARGE.
     """
 
     __slots__ = (
@@ -243,7 +242,7 @@ class Limits:
 
 
 class _Text:
-    """A text that grows by tokens. Each of them takes 50 bytes besides its characters, so they are joined now and then."""
+    """A text that grows by tokens. A string takes 50 bytes besides its characters, so tokens are joined periodically."""
 
     __slots__ = ("_joined", "_tokens")
 
@@ -252,21 +251,21 @@ class _Text:
         self._tokens: list[str] = []
 
     def write(self, text: str) -> None:
-        """Add to its end."""
+        """Append a text."""
         self._tokens.append(text)
         if len(self._tokens) == JOINED_TOKENS:
             self._joined.append("".join(self._tokens))
             self._tokens.clear()
 
     def whole(self) -> str:
-        """All of it."""
+        """The whole text."""
         return "".join([*self._joined, *self._tokens])
 
 
 class _Choice:
     """One choice while it is being generated."""
 
-    __slots__ = ("calls", "index", "late_calls", "logprobs", "matched", "reasoning", "text", "word")
+    __slots__ = ("calls", "finish_reason", "index", "late_calls", "logprobs", "matched", "reasoning", "text")
 
     def __init__(self, index: int, calls: tool_calls.ToolCallAssembler) -> None:
         self.index = index
@@ -274,25 +273,25 @@ class _Choice:
         self.text = _Text()
         self.reasoning = _Text()
         self.logprobs: list[TokenLogprob] = []
-        self.word = ""  # the last finish reason
-        self.matched: str | int | None = None  # the stop reason beside it
-        self.late_calls = False  # whether tool entries came after it
+        self.finish_reason = ""  # the last one
+        self.matched: str | int | None = None  # the `stop_reason` of the same chunk
+        self.late_calls = False  # whether tool entries followed it
 
 
 class CompletionReader:
     """Reads one answer.
 
     Args:
-        choice_count: How many choices were asked for.
-        offered_tools: The tools that the model was given: by name the JSON Schema of the arguments, as JSON text; empty for none.
+        choice_count: Number of choices that the request has.
+        offered_tools: The tools of the request: by name, the JSON Schema of the arguments as JSON text, empty for none.
         stop: The caller's stop texts.
         stop_token_ids: The caller's stop tokens.
-        incremental: Whether to return events of tool calls while they are written.
-        argument_checks: By the tool's name, the check for a call's arguments; see `ToolCallAssembler`.
-        whole: Whether `Completed` is all that is sent: it repeats the log-probabilities too, and an answer with more than it may
-            repeat is broken off.
-        limits: What the answer may take.
-        generate_id: Makes ids for calls that have none.
+        incremental: Whether to return events for tool calls while their arguments are generated.
+        argument_checks: By tool name, the check of a call's arguments; see `ToolCallAssembler`.
+        whole: Whether only `Completed` is sent. If so, it has the log-probabilities too, and an answer that is too large for it
+            ends with ANSWER_TOO_LARGE.
+        limits: The limits for the answer.
+        generate_id: Generates an id for a call without one.
     """
 
     def __init__(
@@ -320,18 +319,18 @@ class CompletionReader:
         self._sse = sse.SSEDecoder(max_event_bytes=self._limits.max_event_bytes)
         self._call_ids = tool_calls.CallIds(generate_id)
         self._choices: dict[int, _Choice] = {}
-        self._reads_on = True  # whether further events matter, after a true end only to be counted
-        self._awaits_done = False  # whether the answer ended with an account, which `[DONE]` usually follows
+        self._reads_on = True  # whether to decode further events; after a true end, only to count them
+        self._awaits_done = False  # whether a usage report ended the answer; `[DONE]` usually follows it
         self.phase = Phase.WAITING
-        """How far the answer has come; once ENDED, there is nothing more to read."""
+        """The phase of the answer; in ENDED, stop reading."""
         self.event_count = 0
-        """Events with data read up to the end; comments and events without data are not counted."""
+        """Number of events with data up to the end; comments and events without data are not counted."""
         self.anomalies: Counter[str] = Counter()
-        """What no engine should send and did not matter, with counts, for the log. Complete when the body has ended."""
-        self._kept = 0  # bytes of memory of what `Completed` is going to repeat, without calls
-        self._calls_held = 0  # bytes of memory of the calls' fragments
-        self._said = 0  # what `Completed` would repeat: about its bytes on the wire, and not more
-        self._omits = False  # whether that is too much, so that it repeats nothing
+        """Anomalies in the stream that were repaired or ignored, with counts, for the log. Complete at the end of the body."""
+        self._kept = 0  # memory of the content for `Completed` without calls, in bytes
+        self._calls_held = 0  # memory of the calls' fragments, in bytes
+        self._content_size = 0  # a lower bound of the content's size in `Completed`, in bytes
+        self._omits = False  # whether `Completed` has no messages because they are too large
         self._usage = UsageMeter(self.anomalies)
         self._halves = Halves(self.anomalies)
 
@@ -339,7 +338,7 @@ class CompletionReader:
         """Take the next bytes of the body.
 
         Returns:
-            What happened, in order; ends with `Refused` or `Completed` if the answer ended. Nothing after that.
+            The new events, in order; the last one is `Refused` or `Completed` if the answer ended. No events after that.
         """
         events: list[Event] = []
         if not self._reads_on:
@@ -360,18 +359,18 @@ class CompletionReader:
         return events
 
     def finish(self, fault: Fault | None = None) -> list[Event]:
-        """Say that no more bytes come.
+        """End the body.
 
         Args:
-            fault: Why, if reading stopped before the end of the body: a reset, a silence, a time limit, a shutdown. In TAIL it
-                has no effect: the answer is whole.
+            fault: The cause, if reading stopped before the end of the body: a reset, a timeout, a time limit, a shutdown. In
+                TAIL it has no effect, because the answer is complete.
 
         Returns:
-            The remaining events, ending with `Refused` or `Completed`; nothing if the answer had ended already.
+            The remaining events, the last one `Refused` or `Completed`; none if the answer had already ended.
         """
         events: list[Event] = []
         if self.phase is not _ENDED:
-            # The blank line after the last event may be missing. An event that was cut off is not JSON.
+            # The blank line after the last event may be missing. A truncated event is not JSON.
             self._take([payload for payload in self._sse.finish() if _is_complete(payload)], events)
         if self.phase is not _ENDED:
             self._advance(Input.END if fault is None else Input.FAULT, events, fault)
@@ -379,14 +378,14 @@ class CompletionReader:
         return events
 
     def stop(self, reason: StopReason) -> list[Event]:
-        """Say that the caller wants no more: what has come is the answer, and that is no fault.
+        """End the answer for the caller, without a fault.
 
         Args:
-            reason: How the choices ended that have no finish reason. In OPEN and WAITING, all choices that were asked for are
-                in the answer, also those of which nothing came.
+            reason: The stop reason of the choices without a finish reason. In OPEN and WAITING, the answer has all requested
+                choices, including those without any output.
 
         Returns:
-            The remaining events, ending with `Completed`; nothing if the answer had ended already.
+            The remaining events, the last one `Completed`; none if the answer had already ended.
         """
         events: list[Event] = []
         if self.phase is not _ENDED:
@@ -401,17 +400,17 @@ class CompletionReader:
 
     @property
     def in_tail(self) -> bool:
-        """Whether only the true end is missing: wait for it a short time, then call `finish`."""
+        """Whether only the true end is missing: wait a short time for it, then call `finish`."""
         return self.phase is Phase.TAIL
 
     @property
     def held(self) -> int:
-        """Bytes of memory that this holds of the answer."""
+        """Memory that this reader holds for the answer, in bytes."""
         return self._kept + self._calls_held
 
     @property
     def usage(self) -> Usage:
-        """What is known of the tokens used so far."""
+        """The usage so far."""
         return self._usage.usage
 
     def _take(self, payloads: Iterable[bytes], events: list[Event]) -> None:
@@ -434,7 +433,7 @@ class CompletionReader:
             self.anomalies[LATE] += 1
 
     def _receive_large(self, payload: bytes, events: list[Event]) -> None:
-        """An event that can hold more than fits into a message, as a smaller one cannot."""
+        """Process an event that may give deltas too large for a message; smaller events cannot."""
         large: list[Event] = []
         try:
             self._receive_payload(payload, large)
@@ -442,7 +441,7 @@ class CompletionReader:
             events.extend(pieces.divide(large))
 
     def _receive_payload(self, payload: bytes, events: list[Event]) -> None:
-        """One event of the stream. Once per token."""
+        """Process one event of the stream. Once per token."""
         chunk = decode_chunk(payload)
         if not isinstance(chunk, Chunk):
             self._receive_other(chunk, events)
@@ -453,7 +452,7 @@ class CompletionReader:
             loose = True
             self.anomalies.update(chunk.anomalies)
         if chunk.choices:
-            # In OPEN and TAIL the phase stays, so there is no look-up: this runs once per token.
+            # No lookup in OPEN and TAIL, where the phase does not change: this runs once per token.
             if self.phase is Phase.WAITING:
                 self._advance(Input.CHOICES, events)
                 events.append(Started(chunk.id or "", chunk.model or ""))
@@ -488,7 +487,7 @@ class CompletionReader:
         events: list[Event],
         loose: bool,
     ) -> None:
-        """One choice's share of a chunk: figures, reasoning, text, tool calls, finish reason. Once per token."""
+        """Process the part of a chunk for one choice: usage, reasoning, text, tool calls, finish reason. Once per token."""
         choice = self._choices.get(part.index or 0) or self._begin_choice(part.index or 0)
         if usage is not None:
             self._usage.receive_running(choice.index, usage)
@@ -505,7 +504,7 @@ class CompletionReader:
             tokens = _tokens(part.logprobs)
             if self._whole:
                 choice.logprobs.extend(tokens)
-                self._said += pieces.logprobs_size(tokens)
+                self._content_size += pieces.logprobs_size(tokens)
                 self._kept += logprobs_weight(tokens)
         if reasoning:
             self._keep(choice.reasoning, reasoning)
@@ -515,38 +514,38 @@ class CompletionReader:
             self._keep(choice.text, text or "")
             events.append(TextDelta(choice.index, text or "", tokens))
         if delta.tool_calls:
-            choice.late_calls = bool(choice.word)
+            choice.late_calls = bool(choice.finish_reason)
             self._receive_entries(choice, delta.tool_calls, events)
         if part.finish_reason:
             self._receive_finish(choice, part.finish_reason, part.stop_reason)
 
     def _keep(self, kept: _Text, text: str) -> None:
         """Keep a text for `Completed`. Once per token."""
-        self._said += len(text)
+        self._content_size += len(text)
         if not self._omits:
             kept.write(text)
             self._kept += _memory(text)
 
     def _check_size(self, events: list[Event]) -> None:
-        """Forget what `Completed` cannot repeat, or break the answer off if it must repeat all or holds too much."""
+        """Apply the size limits: drop the content for `Completed`, or end the answer with ANSWER_TOO_LARGE."""
         limits = self._limits
         limit = limits.max_whole_bytes if self._whole else limits.max_completed_bytes
         message = ""
-        if self._said > limit and not self._omits:
+        if self._content_size > limit and not self._omits:
             self.forget()
             if self._whole:
                 message = f"the answer has more than {limit} bytes, too many for one message: stream it"
         if self.held > limits.max_held_bytes:
             self.forget()
             message = (
-                f"the answer takes more than {limits.max_held_bytes} bytes of memory, its tool calls above all: ask for less of"
-                " it, by choice_count or max_tokens"
+                f"the answer takes more than {limits.max_held_bytes} bytes of memory, mostly for tool calls: reduce"
+                " choice_count or max_tokens"
             )
         if message:
             self._advance(Input.BROKEN, events, Fault(Reason.ANSWER_TOO_LARGE, message))
 
     def forget(self) -> None:
-        """Forget what was kept for `Completed`, which repeats nothing then; tool calls that have no verdict yet are kept."""
+        """Drop the content for `Completed`, which then has no messages. Tool calls without a verdict are kept."""
         self._omits = True
         self._kept = 0
         for choice in self._choices.values():
@@ -555,7 +554,7 @@ class CompletionReader:
     def _receive_entries(self, choice: _Choice, entries: list[chunks.ToolEntry], events: list[Event]) -> None:
         for entry in entries:
             if entry.function is not None and entry.function.arguments:
-                self._said += len(entry.function.arguments)
+                self._content_size += len(entry.function.arguments)
                 self._calls_held += _memory(entry.function.arguments) + ENTRY_BYTES
         try:
             events.extend(choice.calls.receive(entries))
@@ -563,13 +562,13 @@ class CompletionReader:
             events.extend(error.events)
             raise
 
-    def _receive_finish(self, choice: _Choice, word: str, matched: str | int | None) -> None:
-        """The last finish reason is the one that counts, with the stop reason beside it."""
-        if not choice.word:
+    def _receive_finish(self, choice: _Choice, finish_reason: str, matched: str | int | None) -> None:
+        """Record a finish reason with the `stop_reason` of its chunk. The last one counts."""
+        if not choice.finish_reason:
             self._unfinished -= 1
-        elif word != choice.word:
+        elif finish_reason != choice.finish_reason:
             self.anomalies["second finish reason"] += 1
-        choice.word, choice.matched, choice.late_calls = word, matched, False
+        choice.finish_reason, choice.matched, choice.late_calls = finish_reason, matched, False
 
     def _begin_choice(self, index: int) -> _Choice:
         if not 0 <= index < self._choice_count:
@@ -596,13 +595,13 @@ class CompletionReader:
         fault: Fault | None = None,
         cut_as: StopReason = StopReason.ERROR,
     ) -> None:
-        """Do what the table says.
+        """Perform the transition for an input.
 
         Args:
-            what: What happened.
-            events: Takes the last events if this ends the answer.
-            fault: What is wrong; by default an answer that ends too early is incomplete.
-            cut_as: How the choices ended that have no finish reason, if there is no fault.
+            what: The input.
+            events: Receives the last events if this ends the answer.
+            fault: The fault; by default, an answer that ends too early is incomplete.
+            cut_as: The stop reason of the choices without a finish reason, if there is no fault.
         """
         target = TRANSITIONS.get((self.phase, what))
         if target is None:
@@ -624,7 +623,7 @@ class CompletionReader:
         self._awaits_done = what is Input.ACCOUNT
 
     def _incomplete(self, what: Input) -> Fault:
-        """What is wrong with an answer that ends before every choice has a finish reason."""
+        """The fault of an answer that ends before every choice has a finish reason."""
         if self.phase is Phase.WAITING:
             if what is Input.DONE:
                 return Fault(Reason.UPSTREAM_MALFORMED, "the stream ended without a choice")
@@ -635,7 +634,7 @@ class CompletionReader:
     def _complete(
         self, ending: Ending, events: list[Event], fault: Fault | None, cut_as: StopReason, *, trusted: bool
     ) -> None:
-        """End every choice, and with them the answer."""
+        """End every choice and the answer."""
         if self.phase is Phase.WAITING:
             events.append(Started("", ""))
         if ending is Ending.STOPPED:
@@ -644,7 +643,10 @@ class CompletionReader:
                     self._begin_choice(index)
         choices = [choice for _, choice in sorted(self._choices.items())]
         if fault is None:
-            fault = next((ENGINE_FAULTS[choice.word] for choice in choices if choice.word in ENGINE_FAULTS), None)
+            fault = next(
+                (ENGINE_FAULTS[choice.finish_reason] for choice in choices if choice.finish_reason in ENGINE_FAULTS),
+                None,
+            )
         whole = [self._finish_choice(choice, events, cut_as, trusted=trusted, ok=fault is None) for choice in choices]
         completed = Completed(self.usage, tuple(whole), fault)
         events.append(completed.without_messages() if self._omits else completed)
@@ -652,14 +654,17 @@ class CompletionReader:
     def _finish_choice(
         self, choice: _Choice, events: list[Event], cut_as: StopReason, *, trusted: bool, ok: bool
     ) -> FinishedChoice:
-        """The rest of a choice's text, its verdicts, its end.
+        """End a choice: append the rest of its text, its verdicts and its `ChoiceFinished`.
 
         Args:
-            choice: Which one.
-            events: Takes the events.
-            cut_as: How it ended if it has no finish reason.
+            choice: The choice.
+            events: Receives the events.
+            cut_as: The stop reason if it has no finish reason.
             trusted: Whether this is the true end, so that tool entries after the finish reason are complete too.
-            ok: Whether the answer ends without a fault; else no call may be executed.
+            ok: Whether the answer ends without a fault; otherwise no call may be executed.
+
+        Returns:
+            The whole choice.
         """
         if rest := self._halves.finish((choice.index, ReasoningDelta)):
             self._keep(choice.reasoning, rest)
@@ -667,27 +672,31 @@ class CompletionReader:
         if rest := self._halves.finish((choice.index, TextDelta)):
             self._keep(choice.text, rest)
             events.append(TextDelta(choice.index, rest))
-        word = choice.word
-        by_itself = word in ENDED_BY_ITSELF
-        cut = not word or (word in STOP_REASONS and not by_itself) or (choice.late_calls and not trusted)
+        finish_reason = choice.finish_reason
+        by_itself = finish_reason in ENDED_BY_ITSELF
+        cut = (
+            not finish_reason
+            or (finish_reason in STOP_REASONS and not by_itself)
+            or (choice.late_calls and not trusted)
+        )
         verdicts = choice.calls.finish(cut=cut)
         events.extend(verdicts)
         succeeded = tuple(event for event in verdicts if isinstance(event, ToolCallSucceeded))
         failed = tuple(event for event in verdicts if isinstance(event, ToolCallFailed))
         matched = choice.matched
-        reason = STOP_REASONS.get(word, StopReason.END_OF_TURN) if word else cut_as
+        reason = STOP_REASONS.get(finish_reason, StopReason.END_OF_TURN) if finish_reason else cut_as
         if by_itself and (succeeded or failed):
             reason = StopReason.END_OF_MESSAGE
         elif by_itself and matched is not None and matched in self._stops:
             reason = StopReason.STOP_SEQUENCE
-        shown = _cut(word, MAX_WORD_BYTES)
-        if word and word not in STOP_REASONS:
-            self.anomalies[f"finish reason {shown!r}"] += 1
-        if isinstance(matched, str) and matched != _cut(matched, MAX_MATCHED_BYTES):
+        truncated = _truncate(finish_reason, MAX_FINISH_REASON_BYTES)
+        if finish_reason and finish_reason not in STOP_REASONS:
+            self.anomalies[f"finish reason {truncated!r}"] += 1
+        if isinstance(matched, str) and matched != _truncate(matched, MAX_MATCHED_BYTES):
             self.anomalies["stop reason too long"] += 1
             matched = None
         executable = ok and by_itself and bool(succeeded) and not failed
-        events.append(ChoiceFinished(choice.index, reason, shown, executable, matched))
+        events.append(ChoiceFinished(choice.index, reason, truncated, executable, matched))
         return FinishedChoice(
             choice.index,
             choice.text.whole(),
@@ -695,7 +704,7 @@ class CompletionReader:
             succeeded,
             failed,
             reason,
-            shown,
+            truncated,
             executable,
             matched,
             tuple(choice.logprobs),
@@ -703,17 +712,17 @@ class CompletionReader:
 
 
 def _memory(text: str) -> int:
-    """At most so many bytes of memory a text takes as part of a longer one."""
+    """Upper limit of the memory of a text as part of a longer one, in bytes."""
     return len(text) if text.isascii() else 4 * len(text)
 
 
-def _cut(text: str, limit: int) -> str:
-    """The beginning of a text, at most so many bytes in UTF-8."""
+def _truncate(text: str, limit: int) -> str:
+    """The beginning of a text, at most `limit` bytes in UTF-8."""
     return text.encode()[:limit].decode(errors="ignore")
 
 
 def _is_complete(payload: bytes) -> bool:
-    """Whether an event whose blank line is missing is there to its end."""
+    """Whether the last event, whose blank line is missing, is complete."""
     try:
         decode_chunk(payload)
     except MalformedChunkError:

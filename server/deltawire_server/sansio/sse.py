@@ -1,27 +1,27 @@
-"""Server-sent events: bytes cut anywhere in, the `data` of each event out.
+"""Decodes server-sent events: from bytes in arbitrary pieces to the `data` of each event.
 
 Follows the WHATWG specification of event streams: lines end in LF, CRLF or CR; a blank line ends an event; several
-`data` lines are joined by LF; a line that begins with a colon is a comment. Other fields (`event`, `id`, `retry`) mean nothing
+`data` lines are joined by LF; a line that begins with a colon is a comment. Other fields (`event`, `id`, `retry`) are not used
 in a chat stream and are ignored. Unlike the specification, `finish` returns an event whose blank line is missing: some
-servers close the connection without it, and only the reader of the payload can see whether the event is complete.
+servers close the connection without it, and only a decoder of the payload can check whether the event is complete.
 
-Each byte is copied a bounded number of times: an event in many pieces is kept in a list and joined once, when the blank
-line that ends it comes. So the work is linear however the bytes are cut.
+The work is linear in the number of bytes, however they are split: the pieces of an event are kept in a list and joined once,
+when its blank line is received.
 """
 
 from __future__ import annotations
 
 MAX_EVENT_BYTES = 16 * 1024 * 1024
-"""A chunk with twenty alternatives for each of a few hundred tokens is under a megabyte; above this it is no vLLM."""
+"""A chunk with twenty alternatives for each of a few hundred tokens is below 1 MB, so no vLLM sends larger events."""
 
 _BOM = b"\xef\xbb\xbf"
 
 
 class EventTooLargeError(ValueError):
-    """An event is larger than the decoder may hold.
+    """An event exceeds the size limit.
 
     Attributes:
-        payloads: The events that the same bytes completed before it.
+        payloads: The payloads of the events before it that the same bytes completed.
     """
 
     def __init__(self, limit: int, payloads: list[bytes]) -> None:
@@ -33,28 +33,28 @@ class SSEDecoder:
     """Splits an event stream into the payloads of its events.
 
     Args:
-        max_event_bytes: The largest event: all its lines together, with the line ends between them.
+        max_event_bytes: Size limit of an event: all its lines and the line ends between them.
     """
 
     def __init__(self, *, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         self._max_event_bytes = max_event_bytes
-        self._pieces: list[bytes] = []  # of the event that has not ended yet; between pieces there is no blank line
+        self._pieces: list[bytes] = []  # of the incomplete event; they have no blank line between them
         self._size = 0
-        self._after_lf = False  # whether the last piece ends in LF, so that another one is a blank line
-        self._after_cr = False  # whether the last byte was a CR, so that an LF now belongs to it
-        self._head: bytes | None = b""  # what may turn out to be a byte order mark; `None` once that is settled
+        self._after_lf = False  # whether the last piece ends with LF, so that another LF is a blank line
+        self._after_cr = False  # whether the last byte was CR, so that a following LF belongs to it
+        self._head: bytes | None = b""  # a possible prefix of a byte order mark; `None` after the check
 
     def receive(self, data: bytes) -> list[bytes]:
         """Take the next bytes.
 
         Args:
-            data: Any piece of the stream, also an empty one.
+            data: Any piece of the stream; may be empty.
 
         Returns:
             The payloads of the events that these bytes complete, in order.
 
         Raises:
-            EventTooLargeError: An event exceeds the limit; the stream cannot be read on.
+            EventTooLargeError: An event exceeds the limit; the rest of the stream cannot be read.
         """
         if self._head is not None:
             data = self._without_mark(self._head + data)
@@ -72,7 +72,7 @@ class SSEDecoder:
             self._size = 0
         lines = data.split(b"\n")
         if len(lines) % 2 and not any(lines[1::2]):
-            # Every event is one line, as vLLM writes them. Splitting at one byte is several times faster than at two.
+            # Every event is one line, as in vLLM's streams. Splitting at one byte is several times faster than at two.
             events, rest = lines[:-1:2], lines[-1]
         else:
             events = data.split(b"\n\n")
@@ -83,10 +83,10 @@ class SSEDecoder:
         return payloads
 
     def finish(self) -> list[bytes]:
-        """Say that the stream has ended.
+        """End the stream.
 
         Returns:
-            The payload of the last event if its blank line is missing; it may be cut off anywhere.
+            The payload of the last event if its blank line is missing; it may be truncated.
         """
         event = b"".join(self._pieces).removesuffix(b"\n")
         self._pieces.clear()
@@ -105,18 +105,18 @@ class SSEDecoder:
         return payloads
 
     def _keep(self, piece: bytes, payloads: list[bytes]) -> None:
-        """Keep a piece of an event that has not ended; `payloads` are of those that have."""
+        """Keep a piece of the incomplete event; `payloads` are those of the complete events, for the exception."""
         if not piece:
             return
         self._pieces.append(piece)
         self._size += len(piece)
         self._after_lf = piece.endswith(b"\n")
-        # A last LF may be half of the blank line that ends the event, and then is not part of it.
+        # A last LF may belong to the blank line after the event, so it does not count.
         if self._size - self._after_lf > self._max_event_bytes:
             raise EventTooLargeError(self._max_event_bytes, payloads)
 
     def _without_mark(self, head: bytes) -> bytes:
-        """The first bytes without a byte order mark; nothing as long as they may still become one."""
+        """The first bytes without a byte order mark; empty while they may still be the prefix of one."""
         if len(head) < len(_BOM) and _BOM.startswith(head):
             self._head = head
             return b""
@@ -131,7 +131,7 @@ class SSEDecoder:
 
 
 def _payload(event: bytes) -> list[bytes]:
-    """The data of an event of any lines, in a list; an empty list if it has none, as a comment."""
+    """The data of an event with any number of lines, in a list; an empty list without data."""
     values = [
         line[6:] if line.startswith(b"data: ") else line[5:]
         for line in event.split(b"\n")

@@ -1,12 +1,12 @@
-"""Tokens used: from the accounts that the engine gives, the best figure there is, and how far it can be trusted.
+"""Usage accounting: combines the usage reports of the engine into the best available numbers, with their accuracy.
 
-    every account is missing or unusable                    ESTIMATED: the chunks with output, counted
-    only running figures, or a final account that lacks     LOWER_BOUND: the largest that is known; the prompt once, the
-    a count, or one that more output followed               sum over the choices of each one's largest figure
-    the final account, with both counts                     EXACT
+    no valid report                                         ESTIMATED: the number of chunks with output
+    only running reports, or a final report that lacks      LOWER_BOUND: the largest numbers; the prompt is counted once,
+    a count, or one that more output followed               and the largest numbers of the choices are added up
+    a final report with both counts                         EXACT
 
-The final account is the one without choices that no output follows; it counts all choices. A running figure counts the
-choice that it comes with. A count that cannot be used is `None` here and never ends an answer.
+The final report is a chunk without choices that no output follows; it counts all choices. A running report counts the choice of
+its chunk. An invalid count is `None` here and never ends an answer.
 """
 
 from __future__ import annotations
@@ -23,42 +23,42 @@ if TYPE_CHECKING:
 
 
 class UsageMeter:
-    """Collects the accounts of one answer.
+    """Collects the usage reports of one answer.
 
     Args:
-        anomalies: Counts the final accounts that lack a count.
+        anomalies: Counts the final reports that lack a count.
     """
 
     def __init__(self, anomalies: Counter[str]) -> None:
         self._anomalies = anomalies
-        self._running: dict[int, UsageFigures] = {}  # of each choice the ones with the most tokens
+        self._running: dict[int, UsageFigures] = {}  # for each choice the report with the most tokens
         self.final: UsageFigures | None = None
-        """The last account without choices, if no output followed it."""
-        self._overtaken: UsageFigures | None = None  # the largest account that more output followed
+        """The last report without choices, if no output followed it."""
+        self._overtaken: UsageFigures | None = None  # the largest report that more output followed
         self.output_chunks = 0
-        """Chunks' shares with text, reasoning or tool entries; the reader counts them."""
+        """Number of chunks with text, reasoning or tool entries, per choice; the reader counts them."""
 
     def receive_running(self, choice: int, figures: UsageFigures) -> None:
-        """Take the figures beside a choice's share of a chunk. Once per token."""
-        known = self._running.get(choice)
-        if known is None or (figures.completion_tokens or 0) >= (known.completion_tokens or 0):
+        """Take a running report of a choice. Once per token."""
+        before = self._running.get(choice)
+        if before is None or (figures.completion_tokens or 0) >= (before.completion_tokens or 0):
             self._running[choice] = figures
 
     def receive_account(self, figures: UsageFigures) -> None:
-        """Take an account without choices: the final one, unless `continue_after_account` is called."""
+        """Take a report without choices: the final one, unless `continue_after_account` is called."""
         if figures.prompt_tokens is None or figures.completion_tokens is None:
             self._anomalies["usage account without a count"] += 1
         self.final = figures
 
     def continue_after_account(self) -> None:
-        """More choices came: at least as much as the last account says was used."""
-        known, account, self.final = self._overtaken, self.final, None
-        if known is None or (account and (account.completion_tokens or 0) >= (known.completion_tokens or 0)):
+        """Note that output followed the last report, whose numbers are now a lower bound."""
+        before, account, self.final = self._overtaken, self.final, None
+        if before is None or (account and (account.completion_tokens or 0) >= (before.completion_tokens or 0)):
             self._overtaken = account
 
     @property
     def usage(self) -> Usage:
-        """What is known so far; the counts are at most 2**31 - 1, what the API can hold."""
+        """The usage so far; the counts are at most 2**31 - 1, the limit of the API."""
         running = list(self._running.values())
         accounts = [account for account in (self._overtaken, *running, self.final) if account is not None]
         cached = [tokens for tokens in map(_cached_tokens, accounts) if tokens is not None]

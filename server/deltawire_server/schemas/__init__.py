@@ -1,20 +1,20 @@
-"""Whether a tool call's arguments follow the tool's JSON Schema.
+"""Validates the arguments of tool calls against the JSON Schema of the tool.
 
-Both sides are hostile: the schema comes from a caller, the arguments from a model, and the check blocks the event loop. So
-nothing outside of the schema is ever read, patterns run on an engine without backtracking, and all work is counted before it
-is done. What is too large or too much work is refused: the schema with `SchemaError`, the arguments with a sentence like any
-other that says that they do not follow it.
+Both inputs are untrusted: the schema is the caller's, the arguments are the model's, and validation blocks the event loop. So
+references outside of the schema are never read, patterns run on a regex engine without backtracking, and the work is estimated
+before it is done. A schema that is too large or too much work is refused with `SchemaError`; such arguments fail validation with a
+message.
 
-The draft is the one that `$schema` names, 2020-12 if it names none. Formats are checked, unknown ones pass.
+The draft is that of `$schema`, by default 2020-12. Known formats are checked; unknown formats are ignored.
 
-In the order in which to read the files:
+The modules, in reading order:
 
-    check        a schema's text in, its check out
-    shape        how large and how deep a text is, before it is parsed
-    effort       how much work a check may be, before it is done
-    references   what the references of a schema may mean
-    sentences    the error messages, of a schema and of arguments
-    strict       the checks of one answer
+    check        compiles a schema to a check
+    shape        measures the size and depth of a text before it is parsed
+    effort       estimates the work of a check before it runs
+    references   resolves the references of a schema
+    sentences    the error messages for schemas and arguments
+    strict       the checks for one answer
 """
 
 from deltawire_server.schemas.check import MAX_SCHEMA_BYTES, argument_check, compiled_checks

@@ -1,4 +1,4 @@
-"""A schema's text in, its check out."""
+"""Compiles the text of a schema to a check of arguments."""
 
 from __future__ import annotations
 
@@ -23,46 +23,46 @@ if TYPE_CHECKING:
     from deltawire_server.schemas.effort import Counted
 
 MAX_SCHEMA_BYTES = 256 * 1024
-"""Of one schema's text; real ones have up to some tens of KiB. The Python standard library takes 10 ms to decode this much."""
+"""Limit for the text of a schema. Real ones have up to tens of KiB; the standard library decodes 256 KiB in 10 ms."""
 
 MAX_SCHEMA_NODES = 4000
-"""Objects and arrays of one schema; 16 other values count as one. Each takes 5 to 12 us to read and compile, in which other calls
-wait, and up to 1.4 KB. A parameter with a type and a description is one, an optional one that pydantic wrote is four."""
+"""Limit for the objects and arrays of a schema; 16 other values count as one. Each takes 5 to 12 us to parse and compile, which
+blocks other calls, and up to 1.4 KB. A parameter with a type and a description is one, an optional one of pydantic is four."""
 
 MAX_REQUEST_NODES = 20_000
-"""Objects and arrays of all schemas of one request: 128 tools with 30 optional parameters each. Other calls run in between."""
+"""Limit for the objects and arrays of all schemas of a request: 128 tools with 30 optional parameters each."""
 
 MAX_DEPTH = 100
-"""Objects and arrays within each other, in a schema and in arguments; the validator goes down by recursion."""
+"""Limit for the nesting depth of schemas and arguments, because the validator is recursive."""
 
 MAX_NUMBER_LENGTH = 1000
-"""Characters of one number in the arguments, and digits before or after its point if it is written out without an exponent.
-Reading and dividing a number takes time by the square of its length."""
+"""Limit for the characters of a number in the arguments, and for its digits before or after the decimal point without an exponent.
+Parsing and dividing take quadratic time."""
 
 MAX_PATTERNS = 32
-"""Of one schema. Each costs up to about a millisecond and `_PATTERN_BYTES`, once."""
+"""Limit for the patterns of a schema. Compiling one takes up to about 1 ms and `_PATTERN_BYTES`."""
 
 MAX_EFFORT = 1_000_000
-"""Units that the checks of one answer may take, all calls of all choices together; also what one schema may take for a single
-value. A unit is about 20 ns, so all of them block other calls for 20 to 40 ms."""
+"""Limit for the units of work of the checks of one answer, for all calls of all choices together; also for one schema and a single
+value. A unit is about 20 ns, so an answer blocks other calls for at most 20 to 40 ms."""
 
 MAX_CACHE_BYTES = 8 * 1024 * 1024
-"""Memory of the checks that are kept, estimated: those of 128 tools with ten parameters each take a third of it."""
+"""Limit for the estimated memory of cached checks. Those of 128 tools with ten parameters each take a third of it."""
 
 _VALUES_PER_NODE = 16
-_PIECE = 1000  # nodes of schemas after which other tasks run
-_PIECE_CHARACTERS_PER_NODE = 64  # to measure the text
+_PIECE = 1000  # nodes of schemas after which other tasks get a turn
+_PIECE_CHARACTERS_PER_NODE = 64  # for measuring the text
 _PATTERN_BYTES = 250_000
 _NODE_BYTES = 1536  # of a compiled subschema, measured: 200 to 1,400
-_TEXT_FACTOR = 4  # bytes for each of the schema's text, in the cache's key, in names and in enumerations
+_TEXT_FACTOR = 4  # bytes per character of the schema, for the cache key, names and enumerations
 
 _CALL_EFFORT = 500
-_VALUE_EFFORT = 40  # to parse it and to hand it to the validator
-_TEXT_BYTES_PER_UNIT = 16  # of the arguments, for the same
-_STEP_EFFORT = 75  # of `Effort.count`
-_MAX_STEPS = 10_000  # of `Effort.count`, for one call
-_MAX_EXPLANATION = 4_000  # of `Counted.explanation`: about 25 ms
-_EXPLANATION_EFFORT = 300  # for each of it
+_VALUE_EFFORT = 40  # for parsing and conversion
+_TEXT_BYTES_PER_UNIT = 16  # of the arguments, for parsing
+_STEP_EFFORT = 75  # per step of `Effort.count`
+_MAX_STEPS = 10_000  # limit for the steps of `Effort.count` for one call
+_MAX_EXPLANATION = 4_000  # limit for `Counted.explanation`: about 25 ms
+_EXPLANATION_EFFORT = 300  # per unit of `Counted.explanation`
 
 _TOO_MUCH = "the arguments are too much work to check against the tool's schema"
 _NO_PLACE = (
@@ -71,13 +71,14 @@ _NO_PLACE = (
 
 
 async def compiled_checks(schemas: Mapping[str, str]) -> tuple[dict[str, SchemaCheck], dict[str, SchemaError]]:
-    """Make the checks of one request's tools, while other tasks run in between.
+    """Compile the checks for the tools of a request. Other tasks get turns.
 
     Args:
-        schemas: The JSON texts, by the tools' names.
+        schemas: The JSON texts by tool name.
 
     Returns:
-        The checks by the tools' names, and for those that cannot be checked, why. Refuse the request for them, or go on without.
+        The checks, and the errors of the schemas that cannot be compiled, each by tool name. The caller refuses the request, or
+        does not check these tools.
     """
     checks: dict[str, SchemaCheck] = {}
     errors: dict[str, SchemaError] = {}
@@ -104,32 +105,32 @@ async def compiled_checks(schemas: Mapping[str, str]) -> tuple[dict[str, SchemaC
                 check = _compiled(schema_text, nodes)
             checks[name] = check
         except SchemaError as error:
-            # Without its traceback, which refers to this frame, and that to it: all would wait for the garbage collector.
+            # Without the traceback, which is a reference cycle with this frame.
             errors[name] = error.with_traceback(None)
     return checks, errors
 
 
 def argument_check(schema_text: str) -> SchemaCheck:
-    """Make the check for a tool's arguments. The last ones made are kept, since the same tools come with every request.
+    """Compile the check for a tool's arguments. The most recent checks are cached.
 
     Args:
         schema_text: The JSON text of an object.
 
     Returns:
-        To be called with the JSON text of an object.
+        The check; call it with the JSON text of an object.
 
     Raises:
-        SchemaError: It is not a valid schema, is too large or too much work, or refers to what is not in it. Name the field
-            and pass the message on.
+        SchemaError: The schema is invalid, too large, too much work, or has a reference to outside of it. Report the message
+            with the name of the field.
     """
     return _cache.get(schema_text) or _compiled(schema_text, _count_nodes(schema_text))
 
 
 def _count_nodes(schema_text: str) -> int:
-    """Count what `MAX_SCHEMA_NODES` limits.
+    """Count the nodes that `MAX_SCHEMA_NODES` limits.
 
     Raises:
-        SchemaError: There are too many, or the text is too large or too deep.
+        SchemaError: There are too many nodes, or the text is too large or too deep.
     """
     if len(schema_text) > MAX_SCHEMA_BYTES or len(schema_text.encode("utf-8", "surrogatepass")) > MAX_SCHEMA_BYTES:
         raise SchemaError(f"is larger than {MAX_SCHEMA_BYTES} bytes")
@@ -149,7 +150,7 @@ def _count_nodes(schema_text: str) -> int:
 
 def _compiled(schema_text: str, nodes: int) -> SchemaCheck:
     try:
-        # Numbers are not looked at here but for their size, and Python's `int` refuses to read very long ones.
+        # Only the magnitude of numbers is used here, and Python's `int` rejects very long ones.
         effort = Effort(json.loads(schema_text, parse_int=_rough))
     except json.JSONDecodeError as error:
         raise SchemaError(f"is not JSON: {error.msg}") from None
@@ -164,10 +165,10 @@ def _compiled(schema_text: str, nodes: int) -> SchemaCheck:
             schema_text,
             validate_formats=True,
             mask=VALUE,
-            # Neither over HTTP nor from files: a reference would make the gateway read for the caller.
+            # No references over HTTP or to files, which would give callers access to the gateway's network and files.
             offline=True,
-            # Takes time by the length of pattern and text only. The price: look-around and back-references are refused.
-            # The other engine's limit of steps is no bound on time, since one step may read the whole text.
+            # A regex engine in linear time; look-around and back-references are not supported.
+            # The step limit of the other engine does not bound the time, because one step may read the whole text.
             pattern_options=jsonschema_rs.RegexOptions(size_limit=_PATTERN_BYTES, dfa_size_limit=_PATTERN_BYTES),
         )
     except jsonschema_rs.ValidationError as error:
@@ -182,13 +183,13 @@ def _compiled(schema_text: str, nodes: int) -> SchemaCheck:
 
 @dataclass(frozen=True, slots=True)
 class SchemaCheck:
-    """The check of one schema; an `ArgumentCheck`.
+    """The check for one schema; an `ArgumentCheck`.
 
     Attributes:
-        validator: What checks.
-        effort: How much work that is.
-        nodes: Of the schema; see `MAX_SCHEMA_NODES`.
-        size: Bytes that this takes in memory, estimated.
+        validator: The compiled validator.
+        effort: The estimator of its work.
+        nodes: Number of nodes of the schema; see `MAX_SCHEMA_NODES`.
+        size: Estimated memory in bytes.
     """
 
     validator: jsonschema_rs.Validator
@@ -197,11 +198,11 @@ class SchemaCheck:
     size: int
 
     def __call__(self, arguments: str, budget: CheckBudget | None = None) -> tuple[str, str] | None:
-        """What is wrong with arguments: a JSON Pointer and a sentence; `None` if they follow the schema.
+        """Check arguments; return a JSON Pointer and a message, or `None` if they are valid.
 
         Args:
             arguments: JSON text.
-            budget: What is left for the answer's checks, in units; by default all that an answer may take.
+            budget: The remaining units of the answer; by default a full budget.
         """
         budget = budget or CheckBudget(MAX_EFFORT)
         text_effort = _CALL_EFFORT + len(arguments) // _TEXT_BYTES_PER_UNIT
@@ -216,7 +217,7 @@ class SchemaCheck:
         try:
             value = reading.read(arguments)
             values = measured.values + reading.long_numbers
-            # Escapes in the text only make it longer.
+            # The decoded texts are not longer, because escapes only lengthen a text.
             size = len(arguments) if arguments.isascii() else 4 * len(arguments)
             effort = self._effort_of(value, values, size, budget)
             if effort is None or not budget.take(effort):
@@ -230,16 +231,16 @@ class SchemaCheck:
             return "", "the arguments have half of a surrogate pair, which is no character"
 
     def _effort_of(self, value: object, values: int, size: int, budget: CheckBudget) -> int | None:
-        """The units that the check takes; `None` if they are more than what is left."""
+        """The units of the check; `None` if the budget is too small."""
         if self.effort.bound is not None:
             bound = self.effort.bound * values + self.effort.bytes_bound * size // BYTES
-            if bound <= budget.left // 2:  # so that the next calls of the answer have some
+            if bound <= budget.left // 2:  # so that some is left for further calls of the answer
                 return bound
         counted = self._count(value, budget)
         return None if counted is None else counted.effort
 
     def _count(self, value: object, budget: CheckBudget, *, explained: bool = False) -> Counted | None:
-        """Count the check in steps, which use up some of the budget themselves; `None` if it is more than what is left."""
+        """Count the units of the check, which takes units itself; `None` if the budget is too small."""
         most_steps = min(_MAX_STEPS, budget.left // _STEP_EFFORT)
         try:
             counted = self.effort.count(value, most_steps, budget.left, explained=explained)
@@ -250,7 +251,7 @@ class SchemaCheck:
         return counted
 
     def _explain(self, value: object, effort: int, budget: CheckBudget) -> tuple[str, str]:
-        """Say what is wrong, if that is cheap: at most the check once more, and a list of errors."""
+        """The path and the message of the problem, if the work for them is within the budget."""
         if self.effort.has_alternatives:
             counted = self._count(value, budget, explained=True)
             if counted is None or counted.explanation > _MAX_EXPLANATION:
@@ -265,7 +266,7 @@ class SchemaCheck:
 
 
 class _Cache:
-    """The last checks made, by the schema's text."""
+    """The most recently used checks by the text of the schema."""
 
     def __init__(self) -> None:
         self._checks: OrderedDict[str, SchemaCheck] = OrderedDict()
@@ -280,7 +281,7 @@ class _Cache:
     def keep(self, schema_text: str, check: SchemaCheck) -> None:
         if check.size > MAX_CACHE_BYTES:
             return
-        if schema_text in self._checks:  # two requests at once made it
+        if schema_text in self._checks:  # two concurrent requests compiled it
             self.size -= self._checks[schema_text].size
         self._checks[schema_text] = check
         self.size += check.size
@@ -293,29 +294,29 @@ _cache = _Cache()
 
 
 class _UnusableError(Exception):
-    """The arguments cannot be checked; the message says why."""
+    """The arguments cannot be checked; the message has the reason."""
 
 
 def _rough(text: str) -> int | float:
-    """About the size of an integer."""
+    """The integer, or infinity for a long one."""
     return int(text) if len(text) < 20 else float("inf")
 
 
 class _Reading:
-    """Reads arguments.
+    """Parses arguments.
 
     Attributes:
-        long_numbers: How many values the long numbers stand for, beyond themselves.
+        long_numbers: The additional cost of long numbers, as a number of values.
     """
 
     def __init__(self) -> None:
         self.long_numbers = 0
 
     def read(self, text: str) -> object:
-        """The value of a JSON text.
+        """Parse a JSON text.
 
         Raises:
-            _UnusableError: Parsers read it differently, or it has a number that is too long.
+            _UnusableError: The text has duplicate keys or a number that is too long.
         """
         return json.loads(
             text, parse_int=self._integer, parse_float=self._number, object_pairs_hook=_object_without_repeats
@@ -328,7 +329,7 @@ class _Reading:
         return int(text)
 
     def _number(self, text: str) -> Decimal:
-        """The number as it is written: a float would make an infinity of 1e400, and 0.1 of 0.10000000000000000001."""
+        """The exact number: as a float, 1e400 would be infinity and 0.10000000000000000001 would be 0.1."""
         if len(text) > MAX_NUMBER_LENGTH:
             raise _UnusableError(f"a number has more than {MAX_NUMBER_LENGTH} digits")
         try:
@@ -342,7 +343,7 @@ class _Reading:
 
 
 def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Parsers differ in which of several equal keys wins, so one of them would read what was not checked."""
+    """Build an object; reject duplicate keys, because parsers differ in which of them they use."""
     value = dict(pairs)
     if len(value) < len(pairs):
         [(key, _)] = Counter(key for key, _ in pairs).most_common(1)

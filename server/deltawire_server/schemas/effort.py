@@ -1,13 +1,13 @@
-"""How much work a check may be, counted before it is done.
+"""Estimates the work of a check before it runs.
 
-**Units.** One unit is about 20 ns: what the validator takes to try an empty subschema. The weights below are measured.
+**Units.** One unit is about 20 ns: the time in which the validator applies an empty subschema. The weights below are measured.
 
-**Two ways.** `Effort.bound` multiplies the most that may be tried along one path into a value by the number of values. It takes
-no time, but knows nothing of schemas that contain themselves, and far too much of those with many alternatives.
-`Effort.count` goes through the arguments as the validator does and remembers what each pair of a subschema and a value takes. So
-it needs a step for each such pair, however often the validator would come there.
+**Two methods.** `Effort.bound` multiplies the maximum work along one path into a value by the number of values. It takes no time,
+but it does not apply to recursive schemas, and it is far too high for schemas with many alternatives. `Effort.count` traverses
+the arguments like the validator and caches the work of each pair of a subschema and a value, so it takes one step per pair, even
+if the validator visits a pair more often.
 
-Neither knows where the validator stops early, so both are at least what it does.
+Neither considers that the validator may stop early, so both are upper limits.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 MAX_CHAIN = 1000
-"""Subschemas one within the other or referring to one another, along one path; the validator goes down by recursion."""
+"""Limit for the nested or referenced subschemas along one path, because the validator is recursive."""
 
 MAX_EDGES = 20_000
-"""Pairs of subschemas of which one contains the other or refers to it: an anchor can mean several."""
+"""Limit for the pairs of subschemas of which one contains or references the other; an anchor may have several targets."""
 
 _SAME_VALUE = frozenset(("allOf", "anyOf", "oneOf", "not", "if", "then", "else", "dependentSchemas", "dependencies"))
-"""The keywords whose subschemas are tried on the same value."""
+"""The keywords whose subschemas apply to the same value."""
 
 _REFERENCES = frozenset(("$ref", "$dynamicRef", "$recursiveRef"))
 
 _UNEVALUATED_FACTOR = 4
-"""To find what is left over, the validator tries the neighboring keywords again: two to three times were measured."""
+"""The validator applies the adjacent keywords again to find unevaluated parts: measured two to three times."""
 
 _COMPARED_FRACTION = 100  # 2 us
 _COMPARED = 10
-"""To compare a value with one of an enumeration that has not only texts, for each value in that."""
+"""For the comparison of a value with each value of an enumeration that does not consist of texts only."""
 
 BYTES = 16
-"""The weights of texts are per so many bytes."""
+"""The number of bytes that the weights of texts refer to."""
 
-_PATTERN_BYTES_WEIGHT = 12 * BYTES  # 240 ns per byte, where a pattern has too many states for a table of them
+_PATTERN_BYTES_WEIGHT = 12 * BYTES  # 240 ns per byte, for a pattern with too many states for a DFA
 _FORMAT_BYTES_WEIGHT = 2 * BYTES  # idn-hostname; and JSON in a text
 _LENGTH_BYTES_WEIGHT = 1  # counting characters, hashing
 
@@ -59,7 +59,7 @@ _BYTES_WEIGHTS = {
     "const": _LENGTH_BYTES_WEIGHT,
 }
 
-_UNIQUE_WEIGHT = 100  # for each value within an array of up to 15, in which each item is compared with each other
+_UNIQUE_WEIGHT = 100  # per value in an array of up to 15 items, which are compared pairwise
 _DIVISION_WEIGHT = 150
 _LONG_DIVISION_WEIGHT = 20_000  # by a number of hundreds of digits
 
@@ -69,7 +69,7 @@ _HEAVY_KEYWORDS = frozenset(
         "required",
     )
 )  # fmt: skip
-"""The keywords that take more than one unit."""
+"""The keywords whose weight is not one unit."""
 
 _OF_OBJECTS = frozenset(
     ("properties", "patternProperties", "additionalProperties", "propertyNames", "unevaluatedProperties")
@@ -81,10 +81,10 @@ _PATH_KEYWORDS = _SAME_VALUE | _REFERENCES | _OF_OBJECTS | _OF_ARRAYS
 
 
 class TooMuchError(Exception):
-    """Counting takes more steps than it may, or what is counted is more than it may be.
+    """Counting exceeds the limit for steps, or the result exceeds the limit for units.
 
     Attributes:
-        steps: Steps of counting.
+        steps: The number of steps.
     """
 
     def __init__(self, steps: int) -> None:
@@ -93,13 +93,13 @@ class TooMuchError(Exception):
 
 
 class Counted(NamedTuple):
-    """What a check takes.
+    """The work of a check.
 
     Attributes:
-        effort: Units.
-        steps: Steps of counting.
-        explanation: If it was asked for, the size of the largest list of errors that can be made, as tries times values: if an
-            `anyOf` or `oneOf` fails, the validator keeps all errors of all branches, each with a copy of its value.
+        effort: The units.
+        steps: The number of steps of counting.
+        explanation: If requested, the size of the largest possible list of errors, in units times values: if an `anyOf` or
+            `oneOf` fails, the validator keeps all errors of all branches, each with a copy of its value.
     """
 
     effort: int
@@ -108,7 +108,7 @@ class Counted(NamedTuple):
 
 
 class _Node:
-    """A subschema, as far as it takes work. One without subschemas is a leaf; equal leaves are one object."""
+    """The cost of a subschema. One without subschemas is a leaf; equal leaves are shared."""
 
     __slots__ = (
         "additional", "alternatives", "bound", "bytes_bound", "bytes_weight", "contains", "every", "factor", "has_parts",
@@ -117,7 +117,7 @@ class _Node:
 
     def __init__(self, weight: int, bytes_weight: int, *, is_leaf: bool = False) -> None:
         self.is_leaf = is_leaf
-        self.has_parts = False  # whether any of those below is tried on a part of the value
+        self.has_parts = False  # whether a subschema applies to a part of the value
         self.weight = weight
         self.bytes_weight = bytes_weight
         self.bound = weight
@@ -125,32 +125,32 @@ class _Node:
         self.factor = 1
         self.unique = False
         self.alternatives = False
-        self.same: list[_Node] = []  # tried on the same value, without the leaves, which are part of the weight
+        self.same: list[_Node] = []  # applied to the same value; leaves are included in the weight instead
         self.properties: dict[str, _Node] = {}
-        self.patterns = 0  # regular expressions tried on each name
-        self.every: list[_Node] = []  # tried on each value of an object
-        self.additional: _Node | None = None  # tried on those without a property of their own
+        self.patterns = 0  # regular expressions applied to each name
+        self.every: list[_Node] = []  # applied to each value of an object
+        self.additional: _Node | None = None  # applied to values without an entry in `properties`
         self.names: _Node | None = None
         self.prefix: list[_Node] = []
-        self.items: _Node | None = None  # tried on the items after those of the prefix
-        self.contains: list[_Node] = []  # tried on each item
+        self.items: _Node | None = None  # applied to the items after the prefix
+        self.contains: list[_Node] = []  # applied to each item
         self.inner: list[_Node] = []  # all of these that are not leaves
 
 
 class Effort:
-    """What the checks against one schema take.
+    """Estimates the work of checks against one schema.
 
     Args:
         schema: The whole schema, parsed. Numbers with a fraction are `float`.
 
     Raises:
-        SchemaError: It refers to itself without end, has too long a chain of references, or references that are not understood.
+        SchemaError: The schema has infinite recursion, too long a chain of references, or an unsupported reference.
 
     Attributes:
-        patterns: How many regular expressions it has.
-        bound: Units for each value; `None` if the schema contains itself.
-        least: The same, where a schema that contains itself does so only once.
-        bytes_bound: Units for each `BYTES` bytes of the arguments; holds if `bound` is a number.
+        patterns: Number of its regular expressions.
+        bound: Units per value; `None` for a recursive schema.
+        least: The same, with only one level of recursion.
+        bytes_bound: Units per `BYTES` bytes of the arguments; valid if `bound` is not `None`.
         has_alternatives: Whether it has `anyOf` or `oneOf`.
     """
 
@@ -175,20 +175,20 @@ class Effort:
         self.bound = None if recursive else self._root.bound
         self.bytes_bound = self._root.bytes_bound
         self.has_alternatives = any(node.alternatives for node in nodes)
-        # What is kept has no part of the schema's text but the names of properties.
+        # The rest has no part of the schema except the names of properties.
         del self._references, self._leaves, self._nodes, self._waiting
 
     def count(self, value: object, most_steps: int, most: int, *, explained: bool = False) -> Counted:
-        """Count what the check of arguments takes.
+        """Count the work of a check.
 
         Args:
             value: The arguments, parsed.
-            most_steps: How many pairs of a subschema and a value to look at; each takes about a microsecond.
-            most: How many units it may be.
-            explained: Whether to count the list of errors, too.
+            most_steps: Limit for the pairs of a subschema and a value; each takes about 1 us.
+            most: Limit for the units.
+            explained: Whether to estimate the list of errors too.
 
         Raises:
-            TooMuchError: It is more.
+            TooMuchError: A limit is exceeded.
         """
         counter = _Counter(most_steps, most, explained=explained)
         try:
@@ -271,11 +271,11 @@ class Effort:
 
 
 _LOOKS_PER_STEP = 8
-"""Parts of a value that are gone over in the time of one step."""
+"""Number of parts of a value that are iterated over in the time of one step."""
 
 
 class _Counter:
-    """Counts what the check of one value takes."""
+    """Counts the work of the check of one value."""
 
     def __init__(self, most_steps: int, most: int, *, explained: bool) -> None:
         self.steps = 0
@@ -288,7 +288,7 @@ class _Counter:
         self._lengths: dict[int, int] = {}
 
     def count(self, node: _Node, value: object) -> int:
-        """The units of trying a subschema on a value."""
+        """The units for applying a subschema to a value."""
         self.steps += 1
         key = (id(node), id(value))
         if key in self._known:
@@ -354,13 +354,13 @@ class _Counter:
         return effort
 
     def _look_at(self, number: int) -> None:
-        """Book steps for so many parts of a value: to go over them takes time, also if no subschema is tried on them."""
+        """Add steps for the iteration over parts of a value, which takes time even if no subschema applies to them."""
         self.steps += number // _LOOKS_PER_STEP
         if self.steps > self._most_steps:
             raise TooMuchError(self.steps)
 
     def _size(self, value: object) -> int:
-        """Values, and a KiB of text as one more."""
+        """Number of values; each KiB of text counts as one more."""
         if isinstance(value, str):
             return 1 + len(value) // 1024
         if not isinstance(value, dict | list):
@@ -374,21 +374,21 @@ class _Counter:
 
 
 def length_of_number(value: object) -> int:
-    """How many times the work of a short number this one takes, beyond the first: it is computed with at each try."""
+    """The additional work of a long number, as a multiple of that of a short one, each time a subschema is applied."""
     if isinstance(value, Decimal):
         return (len(value.as_tuple().digits) + abs(value.adjusted())) // 8
     return value.bit_length() // 32 if isinstance(value, int) else 0
 
 
 def _listed(value: object, *, named: bool) -> Iterable[object]:
-    """The subschemas of a keyword that has one, a list of them, or one for each of several names."""
+    """The subschemas of a keyword: one, a list of them, or one for each name."""
     if isinstance(value, list):
         return value
     return value.values() if named and isinstance(value, dict) else (value,)
 
 
 def _weights(schema: dict[str, Any]) -> tuple[int, int]:
-    """The units of trying a subschema by itself: on any value, and for `BYTES` bytes of a text."""
+    """The units for applying a subschema without its parts: to any value, and per `BYTES` bytes of a text."""
     weight = 1 + len(schema)
     bytes_weight = 0
     if _HEAVY_KEYWORDS.isdisjoint(schema):
@@ -412,7 +412,7 @@ def _weights(schema: dict[str, Any]) -> tuple[int, int]:
 
 
 def _comparison(value: object) -> int:
-    """What it takes to compare with each value in a list, or with one: next to nothing if they are texts, which are hashed."""
+    """The units for comparing with a value or each value of a list; 1 for texts only, which are hashed."""
     if isinstance(value, str) or (isinstance(value, list) and all(isinstance(part, str) for part in value)):
         return 1
     weight = 0
@@ -426,12 +426,12 @@ def _comparison(value: object) -> int:
 
 
 def _inside_out(nodes: list[_Node], parts: Callable[[_Node], list[_Node]]) -> tuple[list[_Node], bool]:
-    """Each node after its parts, and whether a node is part of itself.
+    """The nodes in topological order, parts first, and whether there is a cycle.
 
     Raises:
         SchemaError: A path is too long.
     """
-    # Most have none; they need no path.
+    # Most nodes have no parts and need no search.
     order = [node for node in nodes if not parts(node)]
     seen = set(order)
     path = dict[_Node, Iterator[_Node]]()
@@ -459,7 +459,7 @@ def _inside_out(nodes: list[_Node], parts: Callable[[_Node], list[_Node]]) -> tu
 
 
 def _bound(node: _Node) -> None:
-    """Set what may be tried along one path into a value, from what is set of the parts. One that is not yet counts by itself."""
+    """Set the maximum work along one path into a value from that of the parts. A part without it counts with its own weight."""
     bound, bytes_bound = node.weight, node.bytes_weight
     every: Iterable[_Node] = node.same
     if node.has_parts:

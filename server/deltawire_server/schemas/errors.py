@@ -1,5 +1,5 @@
-"""What can be wrong with a schema."""
+"""The exception for schemas."""
 
 
 class SchemaError(ValueError):
-    """An invalid schema, or one that the gateway does not check; the message says why, and where if that is known."""
+    """A schema that is invalid or that the gateway does not support; the message has the problem and, if known, its path."""

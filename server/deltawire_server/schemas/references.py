@@ -1,4 +1,4 @@
-"""What the references of a schema may mean."""
+"""Resolves the references of a schema."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MAX_LOOKUPS = 20_000
-"""Different references of a schema, times the places at which each is looked up: its root and its `$id`s."""
+"""Limit for the number of different references times the number of bases (the root and each `$id`)."""
 
 _REMEDY = (
     "only references to what is within the schema are followed; use a JSON Pointer (#/…), an anchor, or the $id itself, "
@@ -21,28 +21,28 @@ _REMEDY = (
 )
 
 _PLAIN = re.compile(r"(?:[a-z][a-z0-9+.-]*:(?://[a-z0-9.-]*)?)?[A-Za-z0-9_~/:.-]*")
-"""An address of which there is no equivalent spelling: no capitals before the path, no port, no percent-encoding."""
+"""A URI without equivalent spellings: no upper case before the path, no port, no percent-encoding."""
 
 _DOTS = re.compile(r"(?:^|/)\.{1,2}(?:/|$)")
 _PORT = re.compile(r"^[^/]*//[^/]*:")
 _HIDDEN = re.compile(r"%(?:2f|7e|25)", re.IGNORECASE)
-"""`/`, `~` and `%`, percent-encoded: how often they are decoded decides what they mean."""
+"""Percent-encoded `/`, `~` and `%`, whose meaning depends on how often they are decoded."""
 
 _INDEX = re.compile(r"0|[1-9][0-9]{0,5}")
 
 
 class References:
-    """The places of a schema that its references may mean.
+    """The possible targets of the references in a schema.
 
-    A schema can be named in many ways: by a pointer from the root or from the nearest `$id`, by an anchor (which is an `$id` in
-    draft-06 and draft-07 and an `id` in draft-04), by an address relative to the nearest `$id`. All places that a reference
-    may mean in any draft are returned, so none that the validator follows is missing.
+    A reference may be a JSON Pointer from the root or from the nearest `$id`, an anchor (an `$id` in draft-06 and draft-07, an
+    `id` in draft-04), or a URI relative to the nearest `$id`. The result has the targets in all drafts, so it includes the one
+    that the validator uses.
 
     Args:
         schema: The whole schema.
 
     Attributes:
-        patterns: How many regular expressions the schema has.
+        patterns: Number of regular expressions in the schema.
     """
 
     def __init__(self, schema: object) -> None:
@@ -62,10 +62,10 @@ class References:
                 waiting.extend(part for part in node if isinstance(part, dict | list))
 
     def targets(self, reference: str) -> list[object]:
-        """The places that a reference may mean, one or more.
+        """The possible targets of a reference, at least one.
 
         Raises:
-            SchemaError: There is none, or the reference is not of a form that is understood.
+            SchemaError: There is no target, or the form of the reference is not supported.
         """
         found = self._found.get(reference)
         if found is None:
@@ -116,7 +116,7 @@ def _is_plain(address: str) -> bool:
 
 
 def _last_step(address: str) -> str:
-    """Two plain addresses that mean the same end in the same step."""
+    """The last path segment, which is the same for two plain URIs with the same target."""
     return address.rstrip("/").rpartition("/")[2]
 
 

@@ -1,4 +1,4 @@
-"""What is told, of a schema and of arguments: short whatever was sent, and with no more of it than helps."""
+"""The error messages for schemas and arguments, of bounded length, with only short excerpts of the input."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ if TYPE_CHECKING:
     from jsonschema_rs import ValidationError
 
 MAX_MESSAGE = 300
-"""Characters of a sentence. It is for people, and for models to correct themselves by."""
+"""Limit for a message in characters. Messages are for people, and for models to correct their arguments."""
 
 VALUE = "\ufffc"
-"""Stands for the value in the validator's sentences, which would otherwise repeat all of it."""
+"""The placeholder for the value in the validator's messages, which would otherwise have the whole value."""
 
-_SHOWN = 60  # characters of a value in a sentence
+_SHOWN = 60  # characters of a value in a message
 
 
 def pointer(path: Iterable[str | int]) -> str:
-    """A place as a JSON Pointer; "" is the whole."""
+    """Convert a path to a JSON Pointer; "" is the whole document."""
     return "".join(f"/{str(step).replace('~', '~0').replace('/', '~1')}" for step in path)
 
 
 def sentence(error: ValidationError) -> str:
-    """What is wrong with a value: the validator's words, and as much of the value as helps."""
+    """The message for an invalid value: the validator's message with a short form of the value."""
     message = error.message
     if isinstance(error.kind, ValidationErrorKind.FalseSchema):
         message = f"{VALUE} is not allowed here"
@@ -36,7 +36,7 @@ def sentence(error: ValidationError) -> str:
 
 
 def schema_sentence(error: ValidationError) -> str:
-    """What is wrong with a schema, to go on after its field's name, and where if that is known."""
+    """The message for an invalid schema, with the path if known. It continues the name of the field."""
     message = sentence(error)
     if isinstance(error.kind, ValidationErrorKind.Format) and error.kind.format == "regex":
         message = (
@@ -51,7 +51,7 @@ def schema_sentence(error: ValidationError) -> str:
 
 
 def shown(value: object) -> str:
-    """A value in a sentence."""
+    """The short form of a value in a message."""
     if isinstance(value, dict):
         return "this object"
     if isinstance(value, list):
@@ -60,15 +60,15 @@ def shown(value: object) -> str:
         return cut(str(value))
     if isinstance(value, str):
         value = cut(value)
-    # A lone surrogate cannot go into a message.
+    # A lone surrogate is not valid in a protobuf string.
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace").decode()
 
 
 def cut(text: str) -> str:
-    """As much of a text as a sentence can hold."""
+    """The beginning of a text, for a message."""
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
 def shorten(text: str) -> str:
-    """A sentence that is not too long."""
+    """Truncate a message."""
     return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 1]}…"

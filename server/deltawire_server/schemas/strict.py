@@ -1,4 +1,4 @@
-"""Which checks apply to the arguments of a request's tool calls."""
+"""Selects the argument checks for the tool calls of a request."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ if TYPE_CHECKING:
     from deltawire_server.upstream.request import ArgumentCheck, ChatRequest
 
 MAX_STRICT_SCHEMAS = 1024 * 1024
-"""Characters of all schemas of strict tools that are checked."""
+"""Limit for the schemas of all strict tools together, in characters; above it, they are not checked."""
 
 
 async def argument_checks(
     request: ChatRequest, engine: Engine
 ) -> Mapping[str, Callable[[str], tuple[str, str] | None]]:
-    """The checks of one answer: those that the caller asked for, else those of strict tools that the engine may not enforce.
+    """The checks for one answer: those that the caller requested, else those of strict tools if the engine may not enforce them.
 
-    A proxy may drop `strict`; then the model's arguments follow the schema or not. A schema that cannot be checked, or not in
-    time, is left to the engine: the caller did not ask the gateway for a check.
+    A proxy may drop `strict`, and then the arguments may violate the schema. A schema that the gateway does not support is not
+    checked here, because the caller did not request a check.
 
     Args:
-        request: What is asked.
-        engine: What answers.
+        request: The request.
+        engine: The engine.
 
     Returns:
-        By the tool's name. They share one `CheckBudget`, so use them for one answer only.
+        The checks by tool name. They share one `CheckBudget`, so use them for one answer only.
     """
     checks = request.argument_checks
     if not checks and not engine.strict_is_enforced:

@@ -1,1 +1,1 @@
-"""Who generates: providers, spoken to over HTTP. The only folder that knows httpx, and it knows neither gRPC nor protobuf."""
+"""The providers: HTTP clients of vLLM. Only this package imports httpx; it imports neither gRPC nor protobuf."""

@@ -1,7 +1,7 @@
-"""What a provider must be able to do, and the values that pass between it and the layers above.
+"""The interface of a provider, and the values that it exchanges with the layers above.
 
-`vllm` fulfils it over HTTP; tests fulfil it in memory. Everything a provider raises is a `ProviderError` or a
-`CallerError`, and says nothing yet about whether the answer had begun: that is for whoever read it to know.
+`vllm` implements it over HTTP; tests implement it in memory. A provider raises only `ProviderError` and `CallerError`. They do
+not depend on whether the answer had begun; the reader of the answer adds that.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class CallContext:
-    """What of a caller's metadata goes on to the provider.
+    """The parts of a caller's metadata that are sent to the provider.
 
     Attributes:
         request_id: Printable ASCII, at most 128 characters.
-        token: The caller's own token for the provider (`x-vllm-api-token`), fit for a header; it comes before the operator's.
-            `None` if it has none, or if it must not be sent to this provider.
-        traceparent: Valid by W3C Trace Context; `None` if there was none, or none that is.
+        token: The caller's own token for the provider (`x-vllm-api-token`), valid in a header. It has precedence over the
+            operator's. `None` if there is none, or if it must not be sent to this provider.
+        traceparent: A valid W3C Trace Context header; `None` if the call had no valid one.
         tracestate: The same; `None` without a `traceparent`.
-        token_withheld: Whether the caller sent a token that this provider must not get: failures then explain it.
+        token_withheld: Whether the caller sent a token that must not be sent to this provider; errors then explain it.
     """
 
     request_id: str
@@ -42,24 +42,24 @@ class CallContext:
     token_withheld: bool = False
 
     def __post_init__(self) -> None:
-        """Keep the token as a `Secret`, also if a plain text was given."""
+        """Wrap the token in a `Secret`."""
         if self.token is not None:
             object.__setattr__(self, "token", Secret(self.token))
 
     def without_token(self) -> Self:
-        """The same for a provider that must not get the caller's token."""
+        """A copy for a provider that must not receive the caller's token."""
         return self if self.token is None else replace(self, token=None, token_withheld=True)
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model as its provider lists it.
+    """A model in a provider's listing.
 
     Attributes:
-        id: The name the provider calls it by.
-        engine_root: What it was loaded from; empty if the provider does not say.
-        base_model: The base model of a LoRA adapter; empty for others.
-        max_context_tokens: Longest prompt and answer together; `None` if the provider does not say.
+        id: The provider's name of the model.
+        engine_root: The path or repository that it was loaded from; empty if the provider does not report it.
+        base_model: The base model of a LoRA adapter; empty for other models.
+        max_context_tokens: Limit of prompt and answer together; `None` if the provider does not report it.
     """
 
     id: str
@@ -69,7 +69,7 @@ class ServedModel:
 
 
 class HealthStatus(enum.Enum):
-    """How a provider is; the values are those of `deltawire.v1.HealthStatus`."""
+    """The health of a provider; the values are those of `deltawire.v1.HealthStatus`."""
 
     OK = 1
     ERROR = 2
@@ -77,7 +77,7 @@ class HealthStatus(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """How a provider is, and if it is not well, why: one sentence for people."""
+    """The health of a provider; for ERROR, `message` has the cause in one sentence."""
 
     status: HealthStatus
     message: str = ""
@@ -85,11 +85,11 @@ class Health:
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """How long to wait for a provider, in seconds.
+    """Timeouts for a provider's answers, in seconds.
 
     Attributes:
-        first_event: From sending the request to the first event of the answer; a long prompt or queue is silent.
-        silence: Between two events. Comments and headers are no events: an engine that sleeps may send them for ever.
+        first_event: From sending the request to the first event; vLLM sends none during a long prefill or queue.
+        silence: Between two events. Comments and headers do not count: an engine that hangs may go on sending them.
     """
 
     first_event: float = 600.0
@@ -97,10 +97,10 @@ class Timeouts:
 
 
 class BrokenBodyError(Exception):
-    """The body of an answer is broken: what arrived before was yielded, and more cannot be read.
+    """The body of an answer violates HTTP: all bytes before that were yielded, and no more can be read.
 
     Attributes:
-        fault: What is wrong with it, unless the answer was whole before.
+        fault: The fault to report, unless the answer was already complete.
     """
 
     def __init__(self, fault: Fault) -> None:
@@ -110,15 +110,15 @@ class BrokenBodyError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class OpenStream:
-    """A provider that answers a chat request.
+    """A provider's open answer to a chat request.
 
     Attributes:
-        body: The body of its event stream as it arrives, cut anywhere; it ends where the body ends or the connection breaks,
-            and raises `BrokenBodyError` where the provider violates HTTP.
-        notices: What the caller should know of how it came about.
-        replicas_tried: How many were asked: those that failed, and the one that answers.
-        failed: Call it if the answer ends with a fault of the provider's, with its reason: for UPSTREAM_TIMEOUT and others, the
-            replica gets no calls for a while. Never raises.
+        body: The body of the event stream as it arrives, in arbitrary pieces. It ends at the end of the body or if the
+            connection is lost; it raises `BrokenBodyError` if the provider violates HTTP.
+        notices: Notices for the caller about this attempt.
+        replicas_tried: Number of replicas that the request was sent to: those that failed, and the one that answers.
+        failed: Call this with the reason if the answer ends with a fault of the provider. For some reasons, such as
+            UPSTREAM_TIMEOUT, it ejects the replica. Never raises.
     """
 
     body: AsyncIterator[bytes]
@@ -129,11 +129,11 @@ class OpenStream:
 
 @dataclass(frozen=True, slots=True)
 class TokenCount:
-    """How many tokens a prompt has.
+    """The token count of a prompt.
 
     Attributes:
-        prompt_tokens: The figure that a completion's usage would give.
-        max_context_tokens: Longest prompt and answer together; `None` if the provider does not say.
+        prompt_tokens: The same number as in the usage of a completion.
+        max_context_tokens: Limit of prompt and answer together; `None` if the provider does not report it.
     """
 
     prompt_tokens: int
@@ -141,7 +141,7 @@ class TokenCount:
 
 
 class Provider(Protocol):
-    """A server of models. Safe for any number of calls at once; `close` ends it."""
+    """A configured backend. Safe for concurrent calls; `close` it at the end."""
 
     @property
     def id(self) -> str:
@@ -149,84 +149,85 @@ class Provider(Protocol):
 
     @property
     def kind(self) -> str:
-        """What it is: "vllm"."""
+        """The kind of provider: "vllm"."""
 
     @property
     def base_urls(self) -> tuple[str, ...]:
-        """Where it is, without credentials: the address of each of its replicas, at least one, in the operator's order."""
+        """The address of each replica, without credentials, at least one, in the operator's order."""
 
     @property
     def default_max_tokens(self) -> int | None:
-        """The operator's `max_tokens` for requests that name none; `None` leaves it to the model's context."""
+        """The operator's `max_tokens` for requests that set none; `None` leaves the limit to the model's context."""
 
     @property
     def has_token(self) -> bool:
-        """Whether the operator configured a token; then what it lists is the same for every caller."""
+        """Whether the operator configured a token; if so, the listing is the same for every caller."""
 
     @property
     def accepts_caller_tokens(self) -> bool:
-        """Whether the operator lets it have the tokens of callers that do not name it; see `Providers.token_for`."""
+        """Whether it may receive the tokens of callers that do not name it; see `Providers.token_for`."""
 
     @property
     def engine(self) -> Engine:
-        """What answers at its addresses, as far as it is known: a vLLM itself, or a proxy."""
+        """What was detected at its addresses: vLLM, a proxy, or unknown."""
 
     @property
     def timeouts(self) -> Timeouts:
-        """How long its answers may take. `stream_chat` applies `first_event`; the reader of an answer applies `silence`."""
+        """The timeouts for its answers. `stream_chat` applies `first_event`; the reader of an answer applies `silence`."""
 
     @property
     def refresh_interval(self) -> float:
-        """Seconds between two listings, for whoever keeps them up to date."""
+        """Seconds between two listings by the registry."""
 
     def stream_chat(
         self, request: ChatRequest, model: str, call: CallContext
     ) -> AbstractAsyncContextManager[OpenStream]:
-        """Ask for a completion; entering yields the answer as it arrives, once its first event has come.
+        """Request a completion; entering the context yields the answer after its first event is received.
 
-        If a replica fails before that, one other may be asked; see `policy`. Both together have `timeouts.first_event` seconds.
+        If a replica fails before that, the request may be sent to one other; see `policy`. `timeouts.first_event` limits both
+        attempts together.
 
-        Iterating the body ends where the body ends or the connection breaks; what is missing shows in the events. Leaving closes
-        the connection unless the body was read to its end, so that the provider stops generating.
+        Iteration over the body ends at its end or if the connection is lost; the events show what is missing. Leaving the
+        context closes the connection unless the body was read to its end, so that the provider stops generating.
 
         Args:
-            request: What to ask.
+            request: The request.
             model: The provider's own name of the model.
             call: The caller's metadata.
 
         Raises:
-            CallerError: The provider refuses the request, by an HTTP status or by an error event that comes first;
-                FIELD_NOT_SUPPORTED for fields that its version does not know; INVALID_REQUEST for extra fields that the
-                operator does not allow. The request has to change.
-            ProviderError: No replica that was asked answers; UPSTREAM_TIMEOUT if no event came in time; MODEL_NOT_SERVED for a
+            CallerError: The provider rejects the request, with an HTTP status or with an error event that comes first;
+                FIELD_NOT_SUPPORTED for fields that its version does not support; INVALID_REQUEST for extra fields that the
+                operator does not allow. The caller must change the request.
+            ProviderError: Every attempt failed; UPSTREAM_TIMEOUT if no event was received in time; MODEL_NOT_SERVED for a
                 model that the operator does not allow.
         """
 
     async def count_tokens(self, request: ChatRequest, model: str, call: CallContext) -> TokenCount:
-        """How many tokens the prompt of a request would have. Nothing is generated.
+        """Count the tokens of a request's prompt. Nothing is generated.
 
         Args:
-            request: What would be asked.
+            request: The request.
             model: The provider's own name of the model.
             call: The caller's metadata.
 
         Raises:
-            CallerError: Images, which cannot be counted; or as for `stream_chat`.
-            ProviderError: ENDPOINT_NOT_SUPPORTED if it does not offer that; it is away, refuses, or answers nonsense.
+            CallerError: The request has images, which cannot be counted; or as for `stream_chat`.
+            ProviderError: ENDPOINT_NOT_SUPPORTED if the provider has no such endpoint; or as for `list_models`.
         """
 
     async def list_models(self, token: str | None = None) -> tuple[ServedModel, ...]:
-        """What it serves now and the operator allows, in its order.
+        """List the models that it serves now and the operator allows, in the provider's order.
 
         Args:
             token: The caller's token, used if the operator configured none.
 
         Raises:
-            ProviderError: It is away, refuses, or answers nonsense.
+            ProviderError: It cannot be reached, answers with an error, or sends a malformed response.
         """
 
     async def check_health(self) -> Health:
-        """How it is: well if every replica is, else with the address of each that is not. Never raises."""
+        """Check every replica: OK if all are healthy, else the problem of each unhealthy one with its address. Never raises."""
 
     async def close(self) -> None:
-        """End it: its connections are closed, calls under way fail."""
+        """Close all connections; calls in progress fail."""

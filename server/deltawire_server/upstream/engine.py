@@ -1,13 +1,13 @@
-"""What answers at a provider's address: a vLLM itself, or a proxy in front of it. And which fields a vLLM knows.
+"""Detects the engine at a replica's address (vLLM or a proxy in front of it) and the request fields that it supports.
 
-Some proxies pass vLLM's `/openapi.json` on, but drop fields of the requests; others have a document of their own. So the
-document counts only if nothing stands between: `/version`, `/openapi.json` and `/health` all have to look as vLLM's do.
+Some proxies forward vLLM's `/openapi.json` but drop fields of requests; others serve their own document. So the document is
+used only without a proxy: `/version`, `/openapi.json` and `/health` must all look like vLLM's.
 
-    start ──▶ look ──known──▶ look again after FRESH_SECONDS, and after each failure of the replica
+    start ──▶ probe ──detected──▶ probe again after FRESH_SECONDS, and after each failure of the replica
                ▲ │
-               └─┘ not known: again after 1, 2, 4 … 60 seconds
+               └─┘ not detected: probe again after 1, 2, 4 … 60 seconds
 
-Looking again costs two small requests as long as `/version` is the same.
+A repeated probe takes two small requests if `/version` is unchanged.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 
 FRESH_SECONDS = 300.0
-"""How long what was read is used: an upgrade takes about as long."""
+"""How long the result of a probe is used: about the time that an upgrade takes."""
 
 RETRY_SECONDS = 1.0
-"""Until the next look if nothing is known; each time twice as long."""
+"""Delay until the next probe if the engine was not detected; it doubles each time."""
 
 MAX_RETRY_SECONDS = 60.0
-"""How long at most."""
+"""Upper limit of that delay."""
 
 VERSION, OPENAPI, HEALTH = "/version", "/openapi.json", "/health"
 
@@ -42,14 +42,14 @@ _PROXY_HEADERS = (
     *("via", "x-envoy-", "x-litellm-", "x-kong-", "x-served-by", "x-cache", "x-amz", "x-azure-", "x-goog-"),
     *("cf-ray", "x-powered-by", "x-proxy", "x-nginx", "x-vllm-router"),
 )
-"""How the names of headers begin that proxies add and vLLM never sends."""
+"""Prefixes of the headers that proxies add and vLLM never sends."""
 
 _OWN_FIELD = "add_generation_prompt"
-"""A field that every vLLM with chat has, and no other API."""
+"""A field of chat requests that every vLLM has and no other API."""
 
 
 class EngineKind(enum.Enum):
-    """What answers; the values are those of `deltawire.v1.Engine.Kind`."""
+    """The kind of an engine; the values are those of `deltawire.v1.Engine.Kind`."""
 
     UNKNOWN = 1
     VLLM = 2
@@ -58,14 +58,14 @@ class EngineKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """What is known of what answers at an address.
+    """The result of a probe of an address.
 
     Attributes:
-        kind: A vLLM itself, a proxy, or not known (yet).
-        version: vLLM's, in its own words; empty if it is not known. Of several replicas each one's, joined by commas.
-        detail: For people: why the kind is PROXY or UNKNOWN, or why fields cannot be checked; empty if all is known.
-        fields: The names of the fields of a chat request that it knows, and `vllm_fields.STRICT` if a tool may have that;
-            `None` if they are not known. Always `None` for a proxy.
+        kind: vLLM, a proxy, or unknown (also before the first probe).
+        version: vLLM's version string; empty if unknown. For several replicas, the different versions, joined by commas.
+        detail: Why the kind is PROXY or UNKNOWN, or why fields cannot be checked; empty if `fields` is set.
+        fields: The names of the supported fields of a chat request, with `vllm_fields.STRICT` if tools support it; `None` if
+            unknown. Always `None` for a proxy.
     """
 
     kind: EngineKind
@@ -75,17 +75,17 @@ class Engine:
 
     @property
     def strict_is_enforced(self) -> bool:
-        """Whether `strict` of a tool reaches a vLLM that knows it. If not, check the arguments in the gateway."""
+        """Whether `strict` of a tool reaches a vLLM. If not, check the arguments in the gateway."""
         return self.kind is EngineKind.VLLM
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """What an address answered.
+    """An HTTP response.
 
     Attributes:
         status: The HTTP status.
-        headers: By lower-case name.
+        headers: The headers by lower-case name.
         body: The whole body.
     """
 
@@ -95,11 +95,11 @@ class Document:
 
 
 def recognize(answers: Mapping[str, Document | str], before: Engine | None = None) -> Engine:
-    """Decide what answers.
+    """Determine the engine from the responses to a probe.
 
     Args:
-        answers: By path; instead of a document, why there is none.
-        before: What answered before: its fields are kept if the version is the same and `/openapi.json` was not read.
+        answers: The response for each path, or an error message if there is none.
+        before: The previous result: its fields are kept if the version is the same and `/openapi.json` was not fetched.
     """
     documents = {path: answer for path, answer in answers.items() if isinstance(answer, Document)}
     sign = next(_signs_of_proxy(documents), "")
@@ -112,7 +112,7 @@ def recognize(answers: Mapping[str, Document | str], before: Engine | None = Non
 
 
 def described(answers: Mapping[str, Document | str], before: Engine | None = None) -> Engine:
-    """What a vLLM says of itself, where it is known that nothing stands between; see `recognize`."""
+    """The result for an address that is known to be a vLLM without a proxy; see `recognize` for the arguments."""
     version = _version(answers.get(VERSION))
     openapi = answers.get(OPENAPI)
     if openapi is None and before is not None and version == before.version:
@@ -122,7 +122,7 @@ def described(answers: Mapping[str, Document | str], before: Engine | None = Non
     names = field_names(openapi.body) if openapi.status == 200 else frozenset()
     if names:
         return Engine(EngineKind.VLLM, version, fields=names)
-    why = "it lists no fields of chat requests" if openapi.status == 200 else f"HTTP {openapi.status}"
+    why = "it does not list the fields of chat requests" if openapi.status == 200 else f"HTTP {openapi.status}"
     return Engine(EngineKind.VLLM, version, f"{OPENAPI}: {why}")
 
 
@@ -136,7 +136,7 @@ def _signs_of_proxy(documents: Mapping[str, Document]) -> Iterator[str]:
                 yield f"{path} has the header {excerpt(name)}"
     version = documents.get(VERSION)
     if version is not None and version.status < 500 and not _version(version):
-        yield f"{VERSION} is not as vLLM's"
+        yield f"{VERSION} differs from vLLM's"
     health = documents.get(HEALTH)
     if health is not None and health.body and health.status < 500:
         yield f"{HEALTH} has a body, vLLM's has none"
@@ -151,10 +151,10 @@ def _signs_of_proxy(documents: Mapping[str, Document]) -> Iterator[str]:
 
 
 def _version(answer: Document | str | None) -> str:
-    """The version in vLLM's `/version`, which has nothing else; empty if it is not that."""
-    said = _decoded(answer.body) if isinstance(answer, Document) and answer.status == 200 else None
-    version = at(said, "version")
-    return excerpt(version) if isinstance(version, str) and isinstance(said, dict) and len(said) == 1 else ""
+    """The version in vLLM's `/version` document, which has no other member; empty if the answer is not such a document."""
+    document = _decoded(answer.body) if isinstance(answer, Document) and answer.status == 200 else None
+    version = at(document, "version")
+    return excerpt(version) if isinstance(version, str) and isinstance(document, dict) and len(document) == 1 else ""
 
 
 def _decoded(body: bytes) -> object:
@@ -165,18 +165,18 @@ def _decoded(body: bytes) -> object:
 
 
 class EngineReader:
-    """Finds out what answers at one address, and keeps it up to date.
+    """Probes one address in the background and keeps the result up to date.
 
     Args:
-        fetch: Reads the document at a path; returns why not if it cannot. It does not raise.
-        failures: How often the address has failed so far: after another failure another version may answer.
-        kind: What the operator says that it is; `None` to find out.
-        changed: Called with what is known when that has changed, for the log.
-        retry_seconds: Until the second look if the first finds nothing.
-        fresh_seconds: Until the next look if something is known.
+        fetch: Fetches the document at a path, or returns an error message. It must not raise.
+        failures: Returns the number of failures of the address so far: after a failure, another version may be running.
+        kind: The kind that the operator configured; `None` to detect it.
+        changed: Called with each new result that differs from the one before, for the log.
+        retry_seconds: Delay until the second probe if the first detects nothing.
+        fresh_seconds: Delay until the next probe after one that detected the engine.
 
     Attributes:
-        engine: What is known now.
+        engine: The latest result.
     """
 
     def __init__(
@@ -190,43 +190,43 @@ class EngineReader:
         fresh_seconds: float = FRESH_SECONDS,
     ) -> None:
         if kind is EngineKind.PROXY:
-            self.engine = Engine(kind, detail="the gateway's settings say that a proxy is in front of it")
+            self.engine = Engine(kind, detail="the gateway's settings configure it as a proxy")
         else:
-            self.engine = Engine(kind or EngineKind.UNKNOWN, detail="it was not asked yet")
+            self.engine = Engine(kind or EngineKind.UNKNOWN, detail="it was not probed yet")
         self._fetch = fetch
         self._failures = failures
         self._kind = kind
         self._changed = changed
         self._retry_seconds = retry_seconds
         self._fresh_seconds = fresh_seconds
-        self._looked_after: int | None = None  # so many failures; `None` before the first look
+        self._probed_at: int | None = None  # the number of failures at the last probe; `None` before the first
         self._lock = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Look now and on, until `close`; nothing if that has begun. Needs a running loop."""
+        """Probe now and repeatedly until `close`. Does nothing if already started. Needs a running event loop."""
         if self._task is None and self._kind is not EngineKind.PROXY:
-            self._task = asyncio.create_task(self._keep_looking(), name="look at an engine")
+            self._task = asyncio.create_task(self._keep_probing(), name="probe an engine")
 
     async def known(self) -> Engine:
-        """What answers. Waits for the first look, and for a new look after a failure; never for a repeated one."""
+        """The latest result. Waits for the first probe, and for a new one after a failure; never for a periodic one."""
         if self._kind is not EngineKind.PROXY:
             async with self._lock:
-                if self._looked_after != self._failures():
-                    await self._look()
+                if self._probed_at != self._failures():
+                    await self._probe()
         return self.engine
 
     async def close(self) -> None:
-        """Stop looking."""
+        """Stop probing."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
 
-    async def _keep_looking(self) -> None:
+    async def _keep_probing(self) -> None:
         delay = self._retry_seconds
         while True:
             async with self._lock:
-                await self._look()
+                await self._probe()
             if self.engine.fields is not None or self.engine.kind is EngineKind.PROXY:
                 delay = self._retry_seconds
                 await asyncio.sleep(self._fresh_seconds)
@@ -234,31 +234,31 @@ class EngineReader:
                 await asyncio.sleep(delay)
                 delay = min(2 * delay, MAX_RETRY_SECONDS)
 
-    async def _look(self) -> None:
+    async def _probe(self) -> None:
         before, failures = self.engine, self._failures()
         paths = [VERSION] if before.fields is not None else [VERSION, OPENAPI]
         if self._kind is None:
             paths.append(HEALTH)
-        answers = await self._read(paths)
+        answers = await self._fetch_all(paths)
         if before.fields is not None and _version(answers[VERSION]) != before.version:
-            answers |= await self._read([OPENAPI])
-        # What is known stays if it cannot be read once more; but not after a failure, which may be a restart.
-        unread = any(isinstance(answer, str) for answer in answers.values())
-        if not (unread and before.fields is not None and failures == self._looked_after):
+            answers |= await self._fetch_all([OPENAPI])
+        # A failed periodic probe keeps the result; after a failure of the replica it does not, since that may be a restart.
+        incomplete = any(isinstance(answer, str) for answer in answers.values())
+        if not (incomplete and before.fields is not None and failures == self._probed_at):
             self.engine = recognize(answers, before) if self._kind is None else described(answers, before)
-        self._looked_after = failures
+        self._probed_at = failures
         if self.engine != before:
             self._changed(self.engine)
 
-    async def _read(self, paths: Sequence[str]) -> dict[str, Document | str]:
+    async def _fetch_all(self, paths: Sequence[str]) -> dict[str, Document | str]:
         return dict(zip(paths, await asyncio.gather(*map(self._fetch, paths)), strict=True))
 
 
 def joined(engines: Mapping[str, Engine]) -> Engine:
-    """What is known of a provider from what is known of each of its replicas.
+    """Combine the results for the replicas of a provider.
 
     Args:
-        engines: By the address of the replica; at least one.
+        engines: The result for the address of each replica; at least one.
     """
     kinds = {engine.kind for engine in engines.values()}
     kind = next(kind for kind in (EngineKind.PROXY, EngineKind.UNKNOWN, EngineKind.VLLM) if kind in kinds)
@@ -271,38 +271,38 @@ def joined(engines: Mapping[str, Engine]) -> Engine:
     return Engine(kind, ", ".join(versions), "; ".join(details))
 
 
-def check_fields(asked: Mapping[str, str], engine: Engine, provider_id: str) -> tuple[Notice, ...]:
-    """Refuse a request with fields that its vLLM does not know.
+def check_fields(fields: Mapping[str, str], engine: Engine, provider_id: str) -> tuple[Notice, ...]:
+    """Refuse a request with fields that the engine does not support.
 
     Args:
-        asked: From `vllm_fields.fields_to_check`.
-        engine: What answers. Only if it is known to be a vLLM, and to know certain fields, is anything refused.
-        provider_id: Whose it is.
+        fields: From `vllm_fields.fields_to_check`.
+        engine: The engine. If its fields are unknown, no request is refused.
+        provider_id: The provider's id.
 
     Returns:
         A notice for each field that could not be checked.
 
     Raises:
-        CallerError: FIELD_NOT_SUPPORTED, with each field that is not known.
+        CallerError: FIELD_NOT_SUPPORTED, with each unsupported field.
     """
     if engine.fields is None:
         return tuple(
             Notice(
                 NoticeKind.FIELDS_NOT_CHECKED,
-                f"it is not known which fields provider {provider_id!r} knows ({engine.detail}); if it does not know {name},"
+                f"the fields that provider {provider_id!r} supports are unknown ({engine.detail}); if it does not support {name},"
                 " it ignores it",
                 path,
             )
-            for name, path in sorted(asked.items())
+            for name, path in sorted(fields.items())
         )
-    unknown = sorted(asked.keys() - engine.fields)
+    unknown = sorted(fields.keys() - engine.fields)
     if not unknown:
         return ()
     version = f"vLLM {engine.version}" if engine.version else "a vLLM"
     raise CallerError(
         Reason.FIELD_NOT_SUPPORTED,
-        f"provider {provider_id!r} is {version}, which does not know {', '.join(unknown)} and would ignore it: leave out "
-        + ", ".join(asked[name] for name in unknown),
-        metadata={"field": asked[unknown[0]], "provider": provider_id, "version": engine.version},
-        violations=[Violation(asked[name], f"{version} does not know {name}: leave it out") for name in unknown],
+        f"provider {provider_id!r} is {version}, which does not support {', '.join(unknown)} and would ignore it: leave out "
+        + ", ".join(fields[name] for name in unknown),
+        metadata={"field": fields[unknown[0]], "provider": provider_id, "version": engine.version},
+        violations=[Violation(fields[name], f"{version} does not support {name}: leave it out") for name in unknown],
     )

@@ -1,4 +1,4 @@
-"""Fields of the engine's request body for which this API has none: only those that the operator allows."""
+"""Validates `extra_body`: fields of vLLM's request body that this API lacks and the operator allows."""
 
 from __future__ import annotations
 
@@ -14,25 +14,28 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _GATEWAYS = frozenset({"stream", "stream_options", "request_id"})
-"""What the gateway says by itself: without it, it could not read the answer, or not find it in the engine's log."""
+"""Fields that only the gateway sets: it needs them to read the answer and to find the request in the engine's log."""
 
 
 NAMED_ONLY = ("*template*", "*processor*", "mm_*", "*_kwargs", "*_xargs", "*transfer*")
-"""Patterns of fields that reach outside of their request or change the engine: templates and code that the engine runs, where it
-sends its cache, how it decodes media, what its plugins get. No pattern of the operator's covers one, only its name: a
-pattern is written for what a version has, and the next version has more."""
+"""Patterns of fields with effects beyond their request: templates and code that the engine runs, the destination of its cache,
+the decoding of media, arguments of plugins. The operator must allow each by its exact name; a pattern does not match them,
+because a later version of vLLM may have more fields that it matches."""
 
 
 def allowed_extra(text: str, allowed: Sequence[str], provider_id: str) -> dict[str, msgspec.Raw]:
-    """The further fields of a request's body, each value to the letter.
+    """Decode and validate the extra fields of a request's body.
 
     Args:
         text: JSON text of an object; empty for none.
-        allowed: Names of fields, or shell patterns of names, that the operator allows; of `NAMED_ONLY` fields, only names.
-        provider_id: Whose fields they are.
+        allowed: Names of fields, or shell patterns of names, that the operator allows; `NAMED_ONLY` fields only by name.
+        provider_id: The provider's id.
+
+    Returns:
+        The value of each field, verbatim.
 
     Raises:
-        CallerError: INVALID_REQUEST with each field that is not allowed, or that is said otherwise.
+        CallerError: INVALID_REQUEST with each field that is not allowed, or that the request sets in another way.
     """
     if not text:
         return {}
@@ -40,7 +43,7 @@ def allowed_extra(text: str, allowed: Sequence[str], provider_id: str) -> dict[s
     violations = []
     for name in extra:
         if name in FIELDS:
-            violation = f"has a field of its own: use {FIELDS[name]}"
+            violation = f"is set by a field of its own: use {FIELDS[name]}"
         elif name in _GATEWAYS:
             violation = "is set by the gateway: leave it out"
         elif name in allowed or (_matches(name, allowed) and not _matches(name, NAMED_ONLY)):
@@ -51,7 +54,7 @@ def allowed_extra(text: str, allowed: Sequence[str], provider_id: str) -> dict[s
                 " gateway's settings"
             )
             if _matches(name, allowed):
-                violation += ", by its name, since no pattern covers what reaches outside of the request"
+                violation += ", by its exact name, because patterns do not match fields with effects beyond the request"
         violations.append(Violation(f"chat.extra_body.{name}", violation))
     if violations:
         raise invalid_request(violations)

@@ -1,10 +1,10 @@
-"""A provider's error: how its words are read, and which failure it is for the caller.
+"""Decodes a provider's error and maps it to the error of the call.
 
     bytes of a body or of an error event ──read_error──▶ UpstreamError ──failure_of──▶ DeltawireError
 
-vLLM answers some bad requests with status 200 and an error event. The code of the event is read as a status, so that the
-caller cannot see a difference. Proxies and other servers have other shapes of errors; their words reach the caller too, in
-an excerpt.
+vLLM answers some invalid requests with status 200 and an error event. The event's `code` is used as the HTTP status, so both
+cases give the caller the same error. Proxies and other servers use other error formats; the caller receives an excerpt of
+those.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 RETRY_SECONDS = 1.0
-"""When to try again, if the provider does not say: about what it takes to notice a restarted or rebalanced replica."""
+"""Retry delay if the provider sends no Retry-After: about the time until a restarted or rebalanced replica is noticed."""
 
 MAX_RETRY_SECONDS = 3600.0
-"""When to try again at the latest, whatever the provider says: no caller waits longer."""
+"""Upper limit of the retry delay, whatever Retry-After the provider sends."""
 
 MAX_EXCERPT_BYTES = 512
-"""Of words in an unknown shape. A message in vLLM's own shape is passed on whole: the caller can act on it."""
+"""Limit for an error text in an unknown format. A message in vLLM's own format is passed on whole."""
 
 NOT_JSON = (msgspec.DecodeError, UnicodeError, RecursionError)
-"""What msgspec raises for bytes that are not JSON, not UTF-8, or nested too deeply."""
+"""The exceptions that msgspec raises for bytes that are not JSON, not UTF-8, or nested too deeply."""
 
 REASONS: Mapping[int, Reason] = MappingProxyType(
     {
         400: Reason.UPSTREAM_REJECTED,
-        # Of the gateway's own token; a caller's own is UPSTREAM_UNAUTHENTICATED.
+        # For the operator's token; for the caller's token it is UPSTREAM_UNAUTHENTICATED.
         401: Reason.PROVIDER_MISCONFIGURED,
         403: Reason.PROVIDER_MISCONFIGURED,
-        # Unless the body says that it is the model.
+        # Unless the error is about the model.
         404: Reason.PROVIDER_MISCONFIGURED,
         405: Reason.PROVIDER_MISCONFIGURED,
         408: Reason.UPSTREAM_UNAVAILABLE,
@@ -53,17 +53,18 @@ REASONS: Mapping[int, Reason] = MappingProxyType(
         504: Reason.UPSTREAM_UNAVAILABLE,
     }
 )
-"""By status. Any other 2xx or 3xx is PROVIDER_MISCONFIGURED, another 4xx UPSTREAM_REJECTED, the rest UPSTREAM_ERROR."""
+"""By HTTP status. Any other 2xx or 3xx is PROVIDER_MISCONFIGURED, any other 4xx UPSTREAM_REJECTED, the rest UPSTREAM_ERROR."""
 
 FIELDS: Mapping[str, str] = MappingProxyType(
     {
         **vllm_fields.FIELDS,
-        # Not fields of a body, but of what vLLM makes of it.
+        # Not fields of the body: vLLM derives them from it.
         "input_tokens": "chat.messages",
         "prompt": "chat.messages",
     }
 )
-"""The request field that vLLM's `param` stands for; it may come as `stop`, `body.stop` or `body.messages.0.content`."""
+"""The request field for the first name of vLLM's `param`, which has forms such as `stop`, `body.stop` and
+`body.messages.0.content`."""
 
 _CONTEXT = re.compile(
     r"""
@@ -79,30 +80,45 @@ _CONTEXT = re.compile(
     """,
     re.IGNORECASE | re.VERBOSE,
 )
-"""How vLLM's versions begin the message of a prompt or answer that is too long. Matched at the beginning only: later on a
-message may quote the request."""
+"""How the versions of vLLM begin the message for a prompt or answer that is too long. Matched at the beginning only: further
+on, a message may quote the request."""
+
+_FORMAT = re.compile(
+    r"""
+    (litellm\.BadRequestError:\ |\w+Exception\ -\ )*  # LiteLLM's prefixes
+    (   grammar\ error:                             # llguidance
+    |   invalid\ (grammar|regex|structural\ tag|json\ schema)
+    |   failed\ to\ (transform|convert|compile|parse)\ .{0,40}\b(grammar|regex|schema|structural\ tag)
+    |   error\ parsing\ regex                        # outlines
+    |   regex\ (uses|does\ not)\b
+    )
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+"""How vLLM's backends for structured outputs begin the message for a regular expression, grammar or schema that they cannot
+compile. vLLM sets no `param` for these."""
 
 _CONTEXT_CODES = frozenset({"context_length_exceeded", "context_window_exceeded"})
-"""What OpenAI and proxies write as the error's code or type."""
+"""The error codes or types that OpenAI and proxies use for a context that is too long."""
 
 _STATUS = re.compile(r"[1-5]\d\d")
 _HTML = re.compile(r"\s*<(!doctype|html|head|body|\?xml)", re.IGNORECASE)
 _TITLE = re.compile(r"<title[^>]*>\s*([^<]{1,200}?)\s*</title", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Control characters but tabs and line feeds, which vLLM's messages have to be read by people."""
+"""Control characters except tabs and line feeds, which vLLM uses to lay out its messages."""
 
 
 @dataclass(frozen=True, slots=True)
 class UpstreamError:
-    """A provider's error in its own words.
+    """A decoded error of a provider.
 
     Attributes:
-        status: The HTTP status, or the code of an error event; 0 if it gave none.
-        message: Its sentence, or an excerpt of at most `MAX_EXCERPT_BYTES` of what it said instead; empty if it said nothing.
-        type: Its kind, such as "NotFoundError".
-        param: The field it blames.
-        retry_after: Seconds, from a Retry-After header; `None` if there was none.
+        status: The HTTP status, or the code of an error event; 0 if there is none.
+        message: The error's message, or an excerpt of at most `MAX_EXCERPT_BYTES` of the body; empty if there is neither.
+        type: The error's type, such as "NotFoundError".
+        param: The field that the error is about.
+        retry_after: Seconds, from a Retry-After header; `None` without one.
     """
 
     status: int
@@ -113,15 +129,18 @@ class UpstreamError:
 
 
 def read_error(body: bytes, status: int = 0, retry_after: str = "") -> UpstreamError:
-    """Read an error in whatever shape it has. Never raises.
+    """Decode an error in any format. Never raises.
 
-    Shapes: vLLM's `{"error": {…}}`, `{"error": "…"}` and, before 0.10, the fields at the top; FastAPI's `{"detail": …}` with
+    Formats: vLLM's `{"error": {…}}`, `{"error": "…"}` and, before 0.10, its fields at the top level; FastAPI's `{"detail": …}` with
     a string or a list of objects; `{"message": …}` and `{"details": …}` of proxies; other JSON; HTML; text.
 
     Args:
-        body: Of a response with an error status, or the data of an event.
-        status: The HTTP status; 0 for an event, which has its status in its `code`.
-        retry_after: The Retry-After header. Seconds are read, dates are not.
+        body: The body of a response with an error status, or the data of an event.
+        status: The HTTP status; 0 for an event, whose `code` is used instead.
+        retry_after: The Retry-After header. A number of seconds is used; a date is ignored.
+
+    Returns:
+        The error; pass it to `failure_of`.
     """
     wait = float(retry_after) if retry_after.isascii() and retry_after.isdecimal() else None
     try:
@@ -132,7 +151,7 @@ def read_error(body: bytes, status: int = 0, retry_after: str = "") -> UpstreamE
         return UpstreamError(status, excerpt(_json(document)) if document else "", retry_after=wait)
     error = document.get("error") or document
     fields = error if isinstance(error, dict) else {"message": error, "code": document.get("code")}
-    message, param = _words(fields)
+    message, param = _message_and_param(fields)
     if fields is document and document.get("object") != "error":
         message = excerpt(message)
     code = str(fields.get("code"))
@@ -146,7 +165,7 @@ def read_error(body: bytes, status: int = 0, retry_after: str = "") -> UpstreamE
 
 
 def is_error(payload: bytes) -> bool:
-    """Whether the data of an event is an error, in any of the shapes that `read_error` knows, and not a chunk."""
+    """Whether the data of an event is an error, in any format that `read_error` decodes, and not a chunk."""
     try:
         document: Any = msgspec.json.decode(payload)
     except NOT_JSON:
@@ -159,7 +178,7 @@ def is_error(payload: bytes) -> bool:
 
 
 def excerpt(text: str) -> str:
-    """Text on one line without control characters, in at most `MAX_EXCERPT_BYTES` of UTF-8."""
+    """The beginning of a text on one line without control characters, in at most `MAX_EXCERPT_BYTES` of UTF-8."""
     line = _CONTROL.sub(" ", text[: 4 * MAX_EXCERPT_BYTES]).strip()
     encoded = line.encode(errors="replace")
     if len(encoded) <= MAX_EXCERPT_BYTES:
@@ -174,74 +193,76 @@ def failure_of(
     callers_token: bool = False,
     token_withheld: bool = False,
     model: str = "",
+    format_field: str = "",
     begun: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> DeltawireError:
-    """The failure that a provider's error is for the caller, from an HTTP status or from an error event.
+    """Map a provider's error, from an HTTP response or an error event, to the error of the call.
 
     Args:
-        error: What the provider said.
-        provider_id: Which provider.
-        callers_token: Whether the token came with the call: then a wrong one is the caller's.
-        token_withheld: Whether the call had a token that was not sent: then sending it may help.
-        model: The name that the caller asked for; empty if the request was about none.
-        begun: Whether the first event of the answer had come: then the failure is ABORTED (UPSTREAM_ERROR), whatever it is.
-        metadata: More values for the failure's metadata.
+        error: The provider's error.
+        provider_id: The provider's id.
+        callers_token: Whether the token that was sent is the caller's; if so, 401 and 403 are the caller's error.
+        token_withheld: Whether the call had a token that was not sent to this provider; if so, the error explains that.
+        model: The model name in the call; empty if the request has none.
+        format_field: The path of the response format in the call, from `vllm_fields.format_field`; empty if there is none.
+        begun: Whether the first event of the answer was received; if so, the code is always ABORTED (UPSTREAM_ERROR).
+        metadata: More values for the error's metadata.
 
     Returns:
-        A `CallerError` if the request has to change, else a `ProviderError`; raise it.
+        A `CallerError` if the caller must change the request, else a `ProviderError`; raise it.
     """
     status = error.status
-    said = error.message or (f"HTTP {status}" if status else "it gave no reason")
+    detail = error.message or (f"HTTP {status}" if status else "no reason given")
     values = {**(metadata or {}), "provider": provider_id}
     if begun:
         if status:
             values["upstream_code"] = str(status)
-        message = f"provider {provider_id!r} ended the answer with an error: {said}"
+        message = f"provider {provider_id!r} ended the answer with an error: {detail}"
         return ProviderError(Reason.UPSTREAM_ERROR, message, code=Code.ABORTED, metadata=values)
     reason = _reason(status)
     values["upstream_code" if reason is Reason.UPSTREAM_ERROR else "http_status"] = str(status)
     if status in (401, 403) and callers_token:
-        message = f"provider {provider_id!r} refuses the token in x-vllm-api-token: {said}"
+        message = f"provider {provider_id!r} rejects the token in x-vllm-api-token: {detail}"
         return CallerError(Reason.UPSTREAM_UNAUTHENTICATED, message, metadata=values)
     if status in (401, 403) and token_withheld:
         return token_not_sent(provider_id, values)
     if status == 404 and error.type == "NotFoundError" and error.param == "model":
-        return CallerError(Reason.MODEL_NOT_FOUND, said, metadata={**values, "model": model})
+        return CallerError(Reason.MODEL_NOT_FOUND, detail, metadata={**values, "model": model})
     if reason is Reason.UPSTREAM_REJECTED:
-        return _rejection(error, said, values)
+        return _rejection(error, detail, values, format_field)
     if reason is Reason.PROVIDER_MISCONFIGURED:
         remedy = "check its token" if status in (401, 403) else "check its base URL"
         message = f"provider {provider_id!r} answered HTTP {status}: {remedy} in the gateway's settings"
-        return ProviderError(reason, f"{message}; it said: {said}" if error.message else message, metadata=values)
+        return ProviderError(reason, f"{message}; its error: {detail}" if error.message else message, metadata=values)
     if reason in (Reason.UPSTREAM_UNAVAILABLE, Reason.UPSTREAM_OVERLOADED):
         wait = RETRY_SECONDS if error.retry_after is None else min(error.retry_after, MAX_RETRY_SECONDS)
-        message = f"provider {provider_id!r} cannot take the request now: {said}"
+        message = f"provider {provider_id!r} cannot accept the request now: {detail}"
         return ProviderError(reason, message, metadata=values, retry_after=wait)
-    return ProviderError(reason, f"provider {provider_id!r} failed: {said}", metadata=values)
+    return ProviderError(reason, f"provider {provider_id!r} failed: {detail}", metadata=values)
 
 
 def token_not_sent(provider_id: str, metadata: Mapping[str, str]) -> CallerError:
-    """The failure of a call that a provider refuses for its token, while the caller's own token was not sent.
+    """The error if a provider rejects the token of a call and the caller's own token was not sent to it.
 
     Args:
-        provider_id: Which provider.
-        metadata: Of the failure.
+        provider_id: The provider's id.
+        metadata: The error's metadata.
 
     Returns:
-        UPSTREAM_UNAUTHENTICATED, with the remedy; raise it.
+        UPSTREAM_UNAUTHENTICATED, with a message that says how to send the token; raise it.
     """
     return CallerError(
         Reason.UPSTREAM_UNAUTHENTICATED,
-        f"provider {provider_id!r} refuses the call for its token; the one in x-vllm-api-token was not sent, since the call"
-        f" does not name the provider: name the model as '{provider_id}/…', or set the provider in the request's field for"
-        f" it, or have the operator set providers.{provider_id}.accept_caller_tokens",
+        f"provider {provider_id!r} rejects the call because of its token; the one in x-vllm-api-token was not sent, because"
+        f" the call does not name the provider: name the model as '{provider_id}/…', or set the request's provider field,"
+        f" or ask the operator to set providers.{provider_id}.accept_caller_tokens",
         metadata=metadata,
     )
 
 
 def field_of(param: str) -> str:
-    """The path of the request field that vLLM's `param` names; empty if it names none that this API has."""
+    """The path of the request field for vLLM's `param`; empty if this API has no such field."""
     name, *rest = param.removeprefix("body.").replace("[", ".").replace("]", "").split(".")
     path = FIELDS.get(name, "")
     if path and rest and rest[0].isdecimal():
@@ -259,36 +280,40 @@ def _reason(status: int) -> Reason:
     return Reason.UPSTREAM_ERROR
 
 
-def _rejection(error: UpstreamError, said: str, metadata: dict[str, str]) -> CallerError:
+def _rejection(error: UpstreamError, detail: str, metadata: dict[str, str], format_field: str) -> CallerError:
     field = field_of(error.param)
-    violations = (Violation(field, said),) if field else ()
+    message = detail
+    if format_field and (field == FIELDS["response_format"] or (not field and _FORMAT.match(detail))):
+        field = format_field
+        message = f"{field}: {detail}"
+    violations = (Violation(field, detail),) if field else ()
     if field:
         metadata["field"] = field
-    too_long = error.param == "input_tokens" or error.type in _CONTEXT_CODES or _CONTEXT.match(said) is not None
+    too_long = error.param == "input_tokens" or error.type in _CONTEXT_CODES or _CONTEXT.match(detail) is not None
     reason = Reason.CONTEXT_LENGTH_EXCEEDED if too_long else Reason.UPSTREAM_REJECTED
-    return CallerError(reason, said, metadata=metadata, violations=violations)
+    return CallerError(reason, message, metadata=metadata, violations=violations)
 
 
-def _words(fields: dict[str, Any]) -> tuple[str, str]:
-    """The message of an error, and the field it blames; each empty if there is none."""
+def _message_and_param(fields: dict[str, Any]) -> tuple[str, str]:
+    """The message of an error and the field that it is about; each empty if there is none."""
     for name in ("message", "detail", "details"):
-        said = fields.get(name)
-        if isinstance(said, str) and said:
-            return _UNPRINTABLE.sub("\ufffd", said) if name == "message" else excerpt(said), ""
-        if isinstance(said, list) and said and all(isinstance(item, dict) for item in said):
-            places = [".".join(map(str, place)) if isinstance(place := item.get("loc"), list) else "" for item in said]
+        value = fields.get(name)
+        if isinstance(value, str) and value:
+            return _UNPRINTABLE.sub("\ufffd", value) if name == "message" else excerpt(value), ""
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            places = [".".join(map(str, place)) if isinstance(place := item.get("loc"), list) else "" for item in value]
             sentences = [
                 f"{place}: {item.get('msg', '')}" if place else _text(item.get("msg")) or _json(item)
-                for place, item in zip(places, said, strict=True)
+                for place, item in zip(places, value, strict=True)
             ]
             return excerpt("; ".join(sentences)), places[0]
-        if said:
-            return excerpt(_json(said)), ""
+        if value:
+            return excerpt(_json(value)), ""
     return "", ""
 
 
 def _plain(text: str) -> str:
-    """An excerpt of text; of an HTML page no more than its title."""
+    """An excerpt of a text; only the title of an HTML page."""
     if _HTML.match(text):
         title = _TITLE.search(text)
         return excerpt(f"an HTML page: {html.unescape(title[1])}" if title else "an HTML page")

@@ -1,6 +1,6 @@
-"""The opening of an answer: its bytes up to the first event, from which is known whether the engine answers.
+"""Reads the opening of an answer: its bytes up to the first event, which shows whether the engine accepted the request.
 
-vLLM sends status 200 before it has looked at the request. Until the first event another replica can take the call.
+vLLM sends status 200 before it validates the request. Until the first event, the call can be retried at another replica.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from deltawire_server.errors import DeltawireError
 
 MAX_OPENING_BYTES = 1024 * 1024
-"""Kept of an opening. After that the answer counts as begun, and whoever reads it has limits of their own."""
+"""Limit for an opening. A longer one counts as begun; the reader of the answer applies its own limits."""
 
 
 async def read_opening(
@@ -37,16 +37,16 @@ async def read_opening(
     """Read an event stream until the first chunk with a choice.
 
     Args:
-        receive: Returns the next bytes of the body; `None` at its end, or where the connection broke.
-        provider_id: Whose it is.
-        failure_of: Makes the failure of an error event.
+        receive: Returns the next bytes of the body; `None` at its end or if the connection is lost.
+        provider_id: The provider's id.
+        failure_of: Maps an error event to the exception to raise.
 
     Returns:
-        What was read, in pieces; the answer is this and what `receive` returns next.
+        The bytes that were read, in pieces; the answer continues with the next result of `receive`.
 
     Raises:
-        DeltawireError: What `failure_of` returned, for an error event.
-        ProviderError: UPSTREAM_UNAVAILABLE: the body ended. UPSTREAM_MALFORMED: it is no event stream of a chat.
+        DeltawireError: The result of `failure_of`, for an error event.
+        ProviderError: UPSTREAM_UNAVAILABLE: the body ended. UPSTREAM_MALFORMED: it is not the event stream of a chat.
     """
     decoder = sse.SSEDecoder()
     opening: list[bytes] = []
@@ -57,22 +57,22 @@ async def read_opening(
         try:
             if any(_begins(payload, failure_of) for payload in decoder.receive(piece)) or size > MAX_OPENING_BYTES:
                 return opening
-        except ValueError as error:  # what `sansio` raises for bytes that it cannot read
+        except ValueError as error:  # `sansio` raises it for malformed bytes
             message = f"provider {provider_id!r}: {error}"
             raise ProviderError(Reason.UPSTREAM_MALFORMED, message, metadata={"provider": provider_id}) from error
     message = f"provider {provider_id!r} closed the connection before it answered"
-    with contextlib.suppress(ValueError):  # a last event may lack its blank line; if it is cut, it is none
+    with contextlib.suppress(ValueError):  # the last event may lack its blank line; a truncated one is ignored
         if any(_begins(payload, failure_of) for payload in decoder.receive(b"\n\n")):
             return opening
-    said = excerpt(b"".join(opening)[: 4 * MAX_EXCERPT_BYTES].decode(errors="replace"))
-    message += f"; it had sent: {said}" if said else ""
+    received = excerpt(b"".join(opening)[: 4 * MAX_EXCERPT_BYTES].decode(errors="replace"))
+    message += f"; it had sent: {received}" if received else ""
     raise ProviderError(
         Reason.UPSTREAM_UNAVAILABLE, message, metadata={"provider": provider_id}, retry_after=RETRY_SECONDS
     )
 
 
 def _begins(payload: bytes, failure_of: Callable[[UpstreamError], DeltawireError]) -> bool:
-    """Whether an event is a chunk with a choice; not if it means nothing."""
+    """Whether an event is a chunk with a choice."""
     event = decode_chunk(payload)
     if isinstance(event, ErrorBody):
         raise failure_of(read_error(payload))

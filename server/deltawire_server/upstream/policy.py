@@ -1,7 +1,7 @@
-"""What the failure of a replica means for the others: is the call repeated at another one, is this one ejected?
+"""Maps each failure of a replica to what follows: a retry at another replica, an ejection of this one.
 
-A call is repeated at most once, and only if its answer had not begun and the failure says nothing about the request. An
-ejected replica gets no calls for a while; see `replicas`.
+A call is retried at most once, and only if its answer had not begun and the request cannot be the cause. An ejected replica
+receives no calls for some time; see `replicas`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MAX_ATTEMPTS = 2
-"""How many replicas one call asks at most: more would multiply the load of a fault that all replicas have."""
+"""Attempts per call: more would multiply the load if all replicas have the same fault."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +24,10 @@ class Action:
     """What follows from a failure.
 
     Attributes:
-        repeat: Ask one other replica, if the answer had not begun.
-        eject: Send this replica no calls for a while, if the answer had not begun.
-        eject_after_start: The same, if the answer had begun.
-        answer: It shows that the replica works: it has read the request and blames it.
+        repeat: Retry at one other replica, if the answer had not begun.
+        eject: Eject this replica, if the answer had not begun.
+        eject_after_start: Eject this replica, if the answer had begun.
+        answer: The failure shows that the replica works: it processed the request and rejected it.
     """
 
     repeat: bool = False
@@ -41,29 +41,29 @@ _ANSWER = Action(answer=True)
 
 ACTIONS: Mapping[Reason, Action] = MappingProxyType(
     {
-        # The connection failed or broke before the first event, HTTP 408, 502, 503 and 504.
+        # No connection, a lost connection before the first event, HTTP 408, 502, 503 and 504.
         Reason.UPSTREAM_UNAVAILABLE: Action(repeat=True, eject=True),
         # HTTP 429.
         Reason.UPSTREAM_OVERLOADED: Action(repeat=True, eject=True),
-        # What came is no event stream. Later on it may be the model that exceeded a limit, which says nothing of the replica.
+        # Not an event stream. After the start, the output may have exceeded a limit, which is not the replica's fault.
         Reason.UPSTREAM_MALFORMED: Action(repeat=True, eject=True),
-        # A certificate, a host name, a token or a path that is wrong, perhaps at this replica only; no engine was asked.
+        # A wrong certificate, host name, token or path, possibly at this replica only; the request reached no engine.
         Reason.PROVIDER_MISCONFIGURED: Action(repeat=True, eject=True),
-        # HTTP 500, an error event. Never repeated: the request may be what breaks the engine.
+        # HTTP 500, an error event. Never repeated: the request may have caused it.
         Reason.UPSTREAM_ERROR: Action(eject=True, eject_after_start=True),
-        # Silence. Never repeated: the engine may still generate, and the caller has waited long enough.
+        # A timeout. Never repeated: the engine may still generate, and the caller's time is used up.
         Reason.UPSTREAM_TIMEOUT: Action(eject=True, eject_after_start=True),
-        # The connection broke within the answer.
+        # The connection was lost within the answer.
         Reason.UPSTREAM_INCOMPLETE: Action(eject_after_start=True),
         # An administrator of the engine aborted the request.
         Reason.UPSTREAM_ABORTED: _NOTHING,
-        # The request has to change, or the model is not there: another replica would say the same.
+        # The request must change, or the model does not exist: another replica would answer the same.
         Reason.CONTEXT_LENGTH_EXCEEDED: _ANSWER,
         Reason.ENDPOINT_NOT_SUPPORTED: _ANSWER,
         Reason.MODEL_NOT_FOUND: _ANSWER,
         Reason.UPSTREAM_REJECTED: _ANSWER,
         Reason.UPSTREAM_UNAUTHENTICATED: _ANSWER,
-        # The gateway's own; no replica has a part in them.
+        # The gateway's own reasons, which do not depend on a replica.
         Reason.ACCESS_CHANGED: _NOTHING,
         Reason.ANSWER_TOO_LARGE: _NOTHING,
         Reason.COMPLETION_ALREADY_EXISTS: _NOTHING,

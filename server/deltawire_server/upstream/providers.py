@@ -1,12 +1,11 @@
-"""The configured providers by id, and what each serves now.
+"""The configured providers by id, and their cached model listings.
 
-A listing is fetched at most once per provider at a time, however many ask (single flight), and kept for five seconds:
-long enough that a burst of calls for an unknown model costs one request, short enough that a new model is found soon.
-A failure is not kept, and what was kept before it is dropped: the provider is not what it was. Where the operator
-configured no token, each caller's own token has a listing of its own: what one may see, another need not.
+At most one request for a listing per provider is in flight; concurrent callers share it. A listing is cached for five seconds:
+a burst of calls for an unknown model costs one request, and a new model is found soon. A failure is not cached and removes
+the cached listing. If the operator configured no token, each caller's token has its own listing, because access may differ.
 
-While the process runs, other providers may take the place of these. Those that have to go are retired: nobody finds them
-any more, but whoever holds one has it until the end of the call.
+`replace` exchanges the providers at run time. Removed providers are retired: `get` no longer returns them, but calls in
+progress use them to the end.
 """
 
 from __future__ import annotations
@@ -31,18 +30,18 @@ _log = get_logger(__name__)
 LISTING_SECONDS = 5.0
 
 TOKEN_LISTINGS = 32
-"""Listings by callers' own tokens that are kept at once; the oldest makes room. Each may be a few MiB, and any text is a token."""
+"""Limit for cached listings by callers' tokens; the oldest is evicted. Each may take a few MiB, and any text is a token."""
 
 _Key = tuple["Provider", "str | None"]
-"""A listing: whose, and by which caller's token. Not by the id, which another provider may have the next moment."""
+"""The key of a listing: the provider and the caller's token. Not the id, which a later provider may have."""
 
 
 class Providers:
     """The configured providers.
 
     Args:
-        providers: Their ids must differ.
-        listing_seconds: How long a listing is good for.
+        providers: The providers; their ids must differ.
+        listing_seconds: How long a listing is cached.
     """
 
     def __init__(self, providers: Iterable[Provider], *, listing_seconds: float = LISTING_SECONDS) -> None:
@@ -67,29 +66,29 @@ class Providers:
         """The provider of this id.
 
         Raises:
-            CallerError: There is none; the message lists those there are.
+            CallerError: PROVIDER_NOT_FOUND; the message lists the configured ids.
         """
         provider = self._providers.get(provider_id)
         if provider is None:
-            known = ", ".join(self._providers) or "none"
+            configured = ", ".join(self._providers) or "none"
             raise CallerError(
                 Reason.PROVIDER_NOT_FOUND,
-                f"provider {excerpt(provider_id)!r} is not configured; configured: {known}",
+                f"provider {excerpt(provider_id)!r} is not configured; configured: {configured}",
                 metadata={"provider": provider_id},
             )
         return provider
 
     def token_for(self, provider_id: str, token: str | None, *, named: bool) -> str | None:
-        """The caller's token if a provider may have it, else `None`.
+        """The caller's token if it may be sent to a provider, else `None`.
 
-        It may if the call names the provider, if the operator set `accept_caller_tokens` for it, or if it is the only one
-        configured, so that every call means it. A bare model name may lead to any provider that lists such a name: a token
-        sent there would be known to a server that the caller did not choose.
+        It may if the call names the provider, if the operator set `accept_caller_tokens` for it, or if it is the only
+        configured provider. A bare model name may resolve to any provider that lists it, so without this rule a server that
+        the caller did not choose could receive the token.
 
         Args:
-            provider_id: Which provider the token would be sent to.
-            token: As it came with the call; `None` if none came.
-            named: Whether the call names this provider, by "provider/model" or in a field of its own.
+            provider_id: The provider that the token would be sent to.
+            token: The token of the call; `None` if it has none.
+            named: Whether the call names this provider, as "provider/model" or in its provider field.
         """
         provider = self._providers.get(provider_id)
         if provider is None or not (named or provider.accepts_caller_tokens or len(self._providers) == 1):
@@ -98,9 +97,9 @@ class Providers:
 
     @contextlib.contextmanager
     def held(self, provider: Provider) -> Iterator[None]:
-        """Keep a provider open while entered, even if it is retired meanwhile: for a call, from finding it to its end.
+        """Keep a provider open while the context is entered, even if it is retired meanwhile.
 
-        Enter without awaiting anything after `get`, or it may be gone by then.
+        Use it for the whole of a call. Enter it without an `await` after `get`; otherwise the provider may be closed.
         """
         self._holds[provider] += 1
         try:
@@ -113,13 +112,13 @@ class Providers:
                     self._close_soon(provider)
 
     def replace(self, providers: Iterable[Provider]) -> None:
-        """Serve by these from now on, all at once: whoever looks sees all of the old ones or all of the new ones.
+        """Replace the providers, atomically.
 
-        A provider that is in both stays as it is. The others of the old ones are retired: what is under way at them goes
-        on, what they listed is forgotten, and once nobody holds one it is closed.
+        A provider that is in both sets is unchanged. The others of the old set are retired: their calls in progress continue,
+        their listings are dropped, and each is closed once no call holds it.
 
         Args:
-            providers: Their ids must differ. None that was retired before.
+            providers: The new providers; their ids must differ, and none may have been retired before.
         """
         before, self._providers = self._providers, _by_id(providers)
         retired = {provider for provider in before.values() if self._providers.get(provider.id) is not provider}
@@ -130,10 +129,10 @@ class Providers:
                 self._close_soon(provider)
 
     async def check_health(self, provider_id: str) -> Health:
-        """How a provider is; one that is down is an answer.
+        """Check the health of a provider. An unhealthy provider is a result, not an exception.
 
         Raises:
-            CallerError: No such provider.
+            CallerError: PROVIDER_NOT_FOUND.
         """
         provider = self.get(provider_id)
         with self.held(provider):
@@ -142,16 +141,16 @@ class Providers:
     async def listing(
         self, provider_id: str, token: str | None = None, *, fresh: bool = False
     ) -> tuple[ServedModel, ...]:
-        """What a provider serves, at most five seconds old.
+        """The models that a provider serves, at most five seconds old.
 
         Args:
-            provider_id: Which.
+            provider_id: The provider's id.
             token: The caller's token, used if the operator configured none.
-            fresh: Ask the provider even if a listing is at hand; joins a request that is under way.
+            fresh: Do not use the cached listing; a request in progress is shared all the same.
 
         Raises:
-            CallerError: No such provider.
-            ProviderError: It is away, refuses, or answers nonsense.
+            CallerError: PROVIDER_NOT_FOUND.
+            ProviderError: It cannot be reached, answers with an error, or sends a malformed response.
         """
         provider = self.get(provider_id)
         key = (provider, None if provider.has_token else token)
@@ -163,16 +162,16 @@ class Providers:
             fetch = asyncio.create_task(self._fetch(key), name=f"list {provider_id}")
             self._fetches[key] = fetch
             fetch.add_done_callback(lambda done: self._fetched(key, done))
-        # Shielded: that one caller gave up must not fail the others that wait for the same listing.
+        # Shielded: a cancelled caller must not cancel the request that other callers wait for.
         return await asyncio.shield(fetch)
 
     async def close(self) -> None:
-        """Close every provider at once, retired ones too, and wait for it."""
+        """Close all providers, including retired ones, without waiting for calls in progress."""
         fetches = tuple(self._fetches.values())
         for fetch in fetches:
             fetch.cancel()
         await asyncio.gather(*fetches, return_exceptions=True)
-        retired, self._retired = self._retired, set()  # whoever lets go of one now has nothing left to close
+        retired, self._retired = self._retired, set()  # so that the end of a call does not close one again
         for provider in (*self._providers.values(), *retired):
             await provider.close()
         await asyncio.gather(*self._closing)
@@ -192,18 +191,18 @@ class Providers:
             self._listings.pop(key, None)
             if isinstance(error, DeltawireError) or not isinstance(error, Exception):
                 raise
-            # Whatever it is, it must not take the listings of other providers with it.
+            # An unexpected exception must not affect the listings of other providers.
             _log.exception("a provider's listing failed in an unexpected way", provider=provider.id)
             message = f"provider {provider.id!r} cannot be listed: {type(error).__name__}: {excerpt(str(error))}"
             raise ProviderError(Reason.UPSTREAM_MALFORMED, message, metadata={"provider": provider.id}) from error
         if self._providers.get(provider.id) is not provider:
-            return models  # for those who asked before it was retired
+            return models  # it was retired meanwhile, so do not cache
         now = time.monotonic()
-        # Callers' tokens come and go; their listings must not stay.
+        # Remove expired listings, because callers' tokens change.
         self._listings = {
             other: kept
             for other, kept in self._listings.items()
-            if other != key and now - kept[0] < self._listing_seconds  # added again below, as the newest
+            if other != key and now - kept[0] < self._listing_seconds  # added below, as the newest
         }
         self._listings[key] = (now, models)
         own = [other for other in self._listings if other[1] is not None]
@@ -214,7 +213,7 @@ class Providers:
     def _fetched(self, key: _Key, fetch: asyncio.Task[tuple[ServedModel, ...]]) -> None:
         del self._fetches[key]
         if not fetch.cancelled():
-            fetch.exception()  # seen, even if everybody who waited for it has left
+            fetch.exception()  # retrieve it so that asyncio does not log it if no caller waits any more
 
 
 def _by_id(providers: Iterable[Provider]) -> dict[str, Provider]:

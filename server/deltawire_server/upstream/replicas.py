@@ -1,15 +1,15 @@
-"""Which of a provider's replicas to ask: servers of which any may answer. No I/O, only the choice.
+"""Load balancing over the replicas of a provider. No I/O, only the choice.
 
-A chat goes to the replica with the fewest streams, counted here: other gateways' streams are not seen. By that alone a
-replica that fails fast would get most calls, since it always has the fewest. So a replica that fails is ejected:
+A call goes to the replica with the fewest streams of this gateway. By that rule alone, a replica that fails fast would receive
+most calls, because it always has the fewest streams. So a replica that fails is ejected:
 
-    AVAILABLE ──eject──▶ EJECTED ──its time is over──▶ PROBATION ──an answer──▶ RETURNING ──RAMP_SECONDS──▶ AVAILABLE
-                            ▲                              │                        │
-                            └────────── eject, for twice as long as before ─────────┘
+    AVAILABLE ──eject──▶ EJECTED ──time expires──▶ PROBATION ──an answer──▶ RETURNING ──RAMP_SECONDS──▶ AVAILABLE
+                            ▲                           │                        │
+                            └───────── eject, for twice as long as before ───────┘
 
-EJECTED: it gets no calls. PROBATION: one call at a time, so that a replica that still fails costs one call. RETURNING: its
-share grows with time to that of the others. The only replica that is available is never ejected; if it fails, the
-one that was ejected first is put on probation at once.
+EJECTED: it receives no calls. PROBATION: it receives one call at a time, so that a replica that still fails costs one call.
+RETURNING: its share grows with time to that of the others. The only available replica is never ejected; if it fails, the
+replica that was ejected first enters PROBATION at once.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 EJECT_SECONDS = 5.0
-"""How long a replica is ejected for its first failure: as long as connecting may take, so that a dead one delays few calls."""
+"""Duration of the first ejection: the same as the connect timeout, so that a dead replica delays few calls."""
 
 MAX_EJECT_SECONDS = 60.0
-"""How long at most: each failure after a return doubles the time. A replica that is repaired is found within a minute."""
+"""Limit of the duration, which each failure after a return doubles. A repaired replica is used again within a minute."""
 
 RAMP_SECONDS = 30.0
-"""From the first answer after an ejection until the replica has its full share, and its next ejection is short again."""
+"""From the first answer after an ejection until the replica has its full share and its next ejection is a first one."""
 
 MIN_SHARE = 0.1
-"""The share with which a replica returns."""
+"""The initial share of a replica that returns."""
 
 _NEVER = float("-inf")
 _MAX_LEVEL = 16
 
 
 class State(enum.Enum):
-    """How far a replica is from its full share; see the module."""
+    """The state of a replica; see the module."""
 
     AVAILABLE = enum.auto()
     RETURNING = enum.auto()
@@ -56,11 +56,11 @@ class Replica:
     """One server of a provider.
 
     Attributes:
-        root: Where its paths begin, without a slash at the end.
-        clock: Seconds that never go back.
-        streams: How many calls are with it now.
-        failures: How often it has failed in a way that ejects: after each it may be another process that answers.
-        turn: Grows with each call that it gets, by more the smaller its share is.
+        root: The prefix of its paths, without a trailing slash.
+        clock: A monotonic clock in seconds.
+        streams: Number of calls that it processes now.
+        failures: Number of its failures that eject: after each, another process may be running.
+        turn: Grows with each call that it receives, more for a smaller share.
     """
 
     root: str
@@ -68,7 +68,7 @@ class Replica:
     streams: int = 0
     failures: int = 0
     turn: float = 0.0
-    _ejections: int = 0  # all there were
+    _ejections: int = 0  # the total
     _level: int = 0  # ejections since it was last AVAILABLE
     _ejected_at: float = _NEVER
     _ejected_until: float = _NEVER
@@ -76,12 +76,12 @@ class Replica:
 
     @property
     def base_url(self) -> str:
-        """Its address for people, and for chat and listings."""
+        """Its address in logs and listings; the prefix of `/chat/completions` and `/models`."""
         return f"{self.root}/v1"
 
     @property
     def state(self) -> State:
-        """Where it is now."""
+        """The current state."""
         now = self.clock()
         if not self._level:
             return State.AVAILABLE
@@ -93,7 +93,7 @@ class Replica:
 
     @property
     def share(self) -> float:
-        """Its share, relative to that of the available ones: 1, or from 0.1 to 1 while it is RETURNING."""
+        """Its share relative to AVAILABLE replicas: 1, or from 0.1 to 1 while RETURNING."""
         if self.state is not State.RETURNING or self._answered_at is None:
             return 1.0
         return MIN_SHARE + (1 - MIN_SHARE) * (self.clock() - self._answered_at) / RAMP_SECONDS
@@ -108,65 +108,67 @@ class Attempt:
         self._ejections = replica._ejections
 
     def answered(self) -> None:
-        """The replica answered: with a first event, or with an error that blames the request."""
+        """Record that the replica answered: with a first event, or with a rejection of the request."""
         replica = self.replica
         if self._current and replica.state in _AWAY:
             replica._answered_at = replica._ejected_until = replica.clock()
 
     def failed(self) -> float:
-        """The replica failed in a way that ejects it.
+        """Record a failure of the replica, and eject it.
 
         Returns:
-            For how many seconds this ejected it; 0 if it did not: it is ejected already, the call went to it before its last
-            ejection, or no other replica is available.
+            The duration of the ejection in seconds; 0 if there is none because it is ejected already, the call was sent
+            before its last ejection, or no other replica is available.
         """
         replica = self.replica
         replica.failures += 1
         if not self._current:
             return 0.0
         if replica.state is State.EJECTED:
-            replica._ejected_at = replica.clock()  # the next call that has no better choice tries another one
+            replica._ejected_at = (
+                replica.clock()
+            )  # so that the next call without a better choice goes to another replica
             return 0.0
         return self._replicas._eject(replica)
 
     @property
     def _current(self) -> bool:
-        """Whether the replica was not ejected since the call went to it."""
+        """Whether the replica was not ejected since the start of this attempt."""
         return self._ejections == self.replica._ejections
 
 
 class Replicas:
-    """A provider's replicas. At any time at least one of them is available or returning.
+    """A provider's replicas. At any time, at least one of them is AVAILABLE or RETURNING.
 
     Args:
-        roots: Where each one's paths begin; at least one.
-        clock: Seconds that never go back.
+        roots: The prefix of the paths of each replica; at least one.
+        clock: A monotonic clock in seconds.
     """
 
     def __init__(self, roots: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
         self.all = tuple(Replica(root, clock) for root in roots)
         self._turn = 0.0
 
-    def choose(self, asked: Sequence[Replica] = ()) -> Replica:
-        """The best replica for a call; take it with `attempt` before awaiting anything.
+    def choose(self, tried: Sequence[Replica] = ()) -> Replica:
+        """The best replica for a call; enter `attempt` with it before any `await`.
 
-        One on probation without a call comes first; then, by streams per share, those that are available or returning; if
-        there are none but those in `asked`, the one that was ejected least recently. Equals take turns.
+        A replica in PROBATION without a call comes first; then AVAILABLE and RETURNING ones, by streams per share; then the one
+        that was ejected least recently. Equal ones take turns.
 
         Args:
-            asked: Those that the call has asked already, not all there are.
+            tried: The replicas that the call was already sent to; must not be all of them.
         """
-        best = min((replica for replica in self.all if replica not in asked), key=_rank)
-        # Not from its own last turn alone: one that was away for long must not get all calls until it has caught up.
+        best = min((replica for replica in self.all if replica not in tried), key=_rank)
+        # Not only from its own last turn: a replica that returns must not receive all calls until it has caught up.
         self._turn = max(self._turn, best.turn)
         best.turn = self._turn + 1 / best.share
         return best
 
     @contextlib.contextmanager
     def attempt(self, replica: Replica) -> Iterator[Attempt]:
-        """Count a call at a replica, while entered; say how it went by the methods of what this yields."""
+        """Count a call at a replica while entered; report its result with the methods of the yielded `Attempt`."""
         if replica.state is State.AVAILABLE:
-            replica._level = 0  # it has answered for long enough: a later ejection is a first one
+            replica._level = 0  # fully recovered, so the next ejection is a first one
         replica.streams += 1
         try:
             yield Attempt(replica, self)
@@ -174,7 +176,7 @@ class Replicas:
             replica.streams -= 1
 
     def in_order(self) -> tuple[Replica, ...]:
-        """All in the operator's order, but the ejected ones last: for what should come from the same one each time."""
+        """All replicas in the operator's order, ejected ones last: for requests that should go to the same one each time."""
         return tuple(sorted(self.all, key=lambda replica: replica.state is State.EJECTED))
 
     def _eject(self, replica: Replica) -> float:

@@ -1,6 +1,6 @@
-"""A chat request as the layers below gRPC see it: plain frozen values, checked already, free of protobuf and of vLLM's names.
+"""The validated chat request of the layers below gRPC: frozen dataclasses, independent of protobuf and of vLLM's names.
 
-`None` and empty mean absent: what is absent is not sent, so that the model's own defaults apply.
+`None` and empty values mean absent. Absent values are not sent, so that the model's own defaults apply.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Role(enum.Enum):
-    """Who speaks; the values are the chat API's own words."""
+    """The role of a message; the values are those of the chat API."""
 
     SYSTEM = "system"
     DEVELOPER = "developer"
@@ -25,7 +25,7 @@ class Role(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class PastCall:
-    """A tool call of an earlier turn; `arguments` is JSON text, passed on to the letter."""
+    """A tool call of an earlier turn; `arguments` is JSON text, sent verbatim."""
 
     call_id: str
     tool_name: str
@@ -34,11 +34,11 @@ class PastCall:
 
 @dataclass(frozen=True, slots=True)
 class ImageUrl:
-    """An image that is still where its address says.
+    """An image that is not fetched yet.
 
     Attributes:
-        url: http or https.
-        field: The request's field that says so, for errors.
+        url: An http or https URL.
+        field: The path of the request field with the URL, for errors.
     """
 
     url: str
@@ -47,7 +47,7 @@ class ImageUrl:
 
 @dataclass(frozen=True, slots=True)
 class ImageData:
-    """An image itself; `media_type` is what its bytes say that it is, such as "image/png"."""
+    """The bytes of an image; `media_type` is detected from them, such as "image/png"."""
 
     data: bytes = field(repr=False)
     media_type: str
@@ -62,11 +62,11 @@ class ChatMessage:
     """One turn.
 
     Attributes:
-        role: Who speaks.
-        content: In order; may be empty for the assistant only.
-        reasoning: The assistant's reasoning; empty for none.
-        tool_calls: The assistant's calls.
-        call_id: For TOOL, the call that this answers.
+        role: The role.
+        content: The pieces in order; empty only for ASSISTANT.
+        reasoning: The reasoning of ASSISTANT; empty for none.
+        tool_calls: The tool calls of ASSISTANT.
+        call_id: For TOOL, the id of the call that this message answers.
     """
 
     role: Role
@@ -78,7 +78,7 @@ class ChatMessage:
 
 @dataclass(frozen=True, slots=True)
 class ToolSpec:
-    """A tool; `input_schema` is JSON text of an object, passed on to the letter; empty for a tool without arguments."""
+    """A tool; `input_schema` is JSON text of an object, sent verbatim; empty for a tool without arguments."""
 
     name: str
     description: str = ""
@@ -87,7 +87,7 @@ class ToolSpec:
 
 
 class ToolMode(enum.Enum):
-    """A rule for all tools; the values are the chat API's own words."""
+    """The tool choice for all tools; the values are those of the chat API."""
 
     AUTO = "auto"
     REQUIRED = "required"
@@ -102,7 +102,7 @@ class NamedTool:
 
 
 class FormatKind(enum.Enum):
-    """The forms that an answer's text can be held to."""
+    """The formats that a request can require of the text."""
 
     JSON_OBJECT = "json_object"
     JSON_SCHEMA = "json_schema"
@@ -114,13 +114,13 @@ class FormatKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class TextFormat:
-    """What form the text must have.
+    """The format that a request requires of the text.
 
     Attributes:
-        kind: Which of the forms.
-        value: By kind: nothing, a schema as JSON text, a grammar, a regular expression, texts, a structural tag as JSON text.
-        name: Of a JSON schema.
-        strict: Of a JSON schema; `None` if not said.
+        kind: The kind of format.
+        value: By kind: empty, a schema as JSON text, a grammar, a regular expression, texts, a structural tag as JSON text.
+        name: The name of a JSON schema.
+        strict: `strict` of a JSON schema; `None` if not set.
     """
 
     kind: FormatKind
@@ -131,7 +131,7 @@ class TextFormat:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are chosen and when to stop; the units and ranges are those of `deltawire.v1.Sampling`."""
+    """Sampling parameters and stop conditions; the units and ranges are those of `deltawire.v1.Sampling`."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -151,10 +151,10 @@ class Sampling:
 
 
 class CheckBudget:
-    """What the checks of one answer may take, all calls of all choices together.
+    """The work that argument checks of one answer may do, for all calls of all choices together.
 
     Attributes:
-        left: Units of work; what a unit is, the checks say.
+        left: Remaining units of work; the checks define the unit.
     """
 
     __slots__ = ("left",)
@@ -163,7 +163,7 @@ class CheckBudget:
         self.left = left
 
     def take(self, units: int) -> bool:
-        """Use some of it up, if there is as much; whether there was."""
+        """Take units if that many remain; return whether they did."""
         if units > self.left:
             return False
         self.left -= units
@@ -174,12 +174,12 @@ class ArgumentCheck(Protocol):
     """Checks a call's arguments against its tool's schema."""
 
     def __call__(self, arguments: str, budget: CheckBudget | None = None, /) -> tuple[str, str] | None:
-        """What is wrong with the JSON text of an object: a JSON Pointer and a sentence; `None` if it follows the schema."""
+        """Check the JSON text of an object; return a JSON Pointer and a message, or `None` if it is valid."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """How much to think; `None` and empty leave it to the model. `effort` is the chat API's own word, such as "high"."""
+    """Reasoning parameters; `None` and empty leave the model's default. `effort` is a value of the chat API such as "high"."""
 
     effort: str = ""
     token_budget: int | None = None
@@ -188,29 +188,29 @@ class Reasoning:
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """What to ask a model.
+    """A chat request.
 
     Attributes:
-        model: The name that the caller asked for.
-        messages: At least one.
-        tools: Names differ.
+        model: The model name in the call.
+        messages: The messages; at least one.
+        tools: The tools; their names differ.
         tool_choice: `None` leaves the engine's default.
         parallel_tool_calls: `None` leaves the engine's default.
-        sampling: How tokens are chosen.
+        sampling: Sampling parameters and stop conditions.
         response_format: `None` for free text.
-        top_logprobs: Alternatives per token, 0 for none; `None` asks for no log-probabilities.
-        choice_count: 1 or more.
-        allowed_tools: The names of those of the tools that the model gets to see; empty for all.
-        reasoning: How much to think.
-        incremental_tool_calls: Whether calls are told while they are written.
-        argument_checks: By the tool's name, the check of its calls' arguments; none for tools whose calls are not checked.
-        soft_time_limit: Seconds after which the answer ends as it is; `None` for no limit.
-        completion_id: The caller's own; empty for none.
-        priority: Lower goes earlier; `None` leaves the engine's default.
-        cache_salt: Empty for none.
-        chat_template_kwargs: JSON text of an object, to be passed on to the letter; empty for none.
-        extra_body: JSON text of an object with further fields of the engine's; empty for none.
-        user: Who the end user is; empty if not said.
+        top_logprobs: Alternatives per token, 0 for none; `None` requests no log-probabilities.
+        choice_count: Number of choices, 1 or more.
+        allowed_tools: The names of the tools that are sent to the model; empty for all.
+        reasoning: Reasoning parameters.
+        incremental_tool_calls: Whether events for tool calls are sent while the arguments are generated.
+        argument_checks: The check of the arguments by tool name; tools without an entry are not checked.
+        soft_time_limit: Seconds after which the answer ends, without an error; `None` for no limit.
+        completion_id: The caller's own completion id; empty for none.
+        priority: Lower values are scheduled earlier; `None` leaves the engine's default.
+        cache_salt: The salt of the prefix cache; empty for none.
+        chat_template_kwargs: JSON text of an object, sent verbatim; empty for none.
+        extra_body: JSON text of an object with further fields of the engine's request body; empty for none.
+        user: The id of the end user; empty for none.
     """
 
     model: str
@@ -236,7 +236,7 @@ class ChatRequest:
 
     @property
     def offered_tools(self) -> tuple[ToolSpec, ...]:
-        """The tools that the model gets to see: none of them under NONE."""
+        """The tools that are sent to the model: none if `tool_choice` is NONE."""
         if self.tool_choice is ToolMode.NONE:
             return ()
         return tuple(tool for tool in self.tools if not self.allowed_tools or tool.name in self.allowed_tools)

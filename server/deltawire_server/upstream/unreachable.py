@@ -1,4 +1,4 @@
-"""What a failure of the transport means for a call: a reason, and one sentence for people."""
+"""Maps a failure of the transport to a reason and a message."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from deltawire_server.upstream.transport.errors import ConnectFailedError, Proto
 
 
 def reason_of(error: Exception) -> tuple[Reason, str]:
-    """The reason of a request that failed, as long as the answer has not begun, and one sentence about the server.
+    """The reason and the message for a request that failed before its answer began.
 
-    PROVIDER_MISCONFIGURED if someone has to change a setting, a certificate or a name first; UPSTREAM_MALFORMED if the server
-    sent what HTTP does not allow; else UPSTREAM_UNAVAILABLE.
+    PROVIDER_MISCONFIGURED if a setting, a certificate or a name must change; UPSTREAM_MALFORMED if the server violated HTTP;
+    else UPSTREAM_UNAVAILABLE.
 
     Args:
-        error: What the transport or the HTTP client raised.
+        error: The exception of the transport or the HTTP client.
     """
     match error:
         case ProtocolViolationError():
@@ -23,5 +23,5 @@ def reason_of(error: Exception) -> tuple[Reason, str]:
         case ConnectFailedError(misconfigured=True):
             return Reason.PROVIDER_MISCONFIGURED, str(error)
         case httpx.InvalidURL():
-            return Reason.PROVIDER_MISCONFIGURED, "its address is not a valid one"
+            return Reason.PROVIDER_MISCONFIGURED, "its address is invalid"
     return Reason.UPSTREAM_UNAVAILABLE, str(error)

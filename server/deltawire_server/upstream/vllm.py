@@ -1,8 +1,8 @@
-"""A provider: a vLLM server, or several alike. Which of them is asked, and what happens if it fails.
+"""A provider of one or more vLLM replicas: selects a replica for each call and retries at another one after a failure.
 
-Until the first event of the answer has come, one other replica may be asked; `policy` says after which failures. The first
-one may have taken the request all the same and generate for no reader: calls are at-least-once on the engine, as they are
-for callers that try again.
+A call may be retried at one other replica until the first event of the answer is received; `policy` lists the failures that
+allow it. The first replica may still process the request and generate without a reader: requests reach the engine
+at least once, as they do if a caller retries.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from deltawire_server.upstream.request import ChatRequest
 
 COUNTS_AT_ONCE = 16
-"""More wait for these: of the connections, most are for answers."""
+"""Concurrent token counts; further ones wait. Most connections are for answers."""
 
 T = TypeVar("T")
 
@@ -52,32 +52,32 @@ _log = get_logger(__name__)
 
 
 def root_url(base_url: str) -> str:
-    """Where a vLLM's paths begin: the base URL without trailing slashes and without `/v1`, which not all paths have.
+    """The prefix of all paths of a vLLM: the base URL without trailing slashes and without `/v1`, which not all paths have.
 
     Args:
-        base_url: As operators write it: with or without `/v1`, with a prefix, with trailing slashes.
+        base_url: As in the operator's configuration: with or without `/v1`, with a prefix, with trailing slashes.
     """
     return base_url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 class VllmProvider:
-    """A vLLM server, or several that serve the same models.
+    """One or more vLLM servers (replicas) that serve the same models.
 
     Args:
         provider_id: The operator's name for it.
         base_urls: At least one, one for each replica: http or https; with or without `/v1`.
         api_token: The operator's token; `None` sends none.
-        headers: Further headers of every request, none that is set here; their values are secrets.
+        headers: Further headers of every request, except those that this class sets; their values are secrets.
         allowed_models: Names, or shell patterns of names, of the models that may be used; empty for all.
-        allowed_extra_fields: Names, or shell patterns of names, of the body's fields that `extra_body` may have; empty for none.
-        tls: For https: a context that verifies as the operator asked.
-        default_max_tokens: For requests that name none; `None` leaves it to the model's context.
-        max_connections: Above what may be in flight at once: a full pool would make calls wait for each other.
-        connect_timeout: Seconds to reach it.
-        timeouts: How long its answers may take.
+        allowed_extra_fields: Names, or shell patterns of names, of the fields that `extra_body` may set; empty for none.
+        tls: For https: a context that verifies certificates as the operator configured.
+        default_max_tokens: `max_tokens` of requests that set none; `None` leaves the limit to the model's context.
+        max_connections: Must exceed the number of concurrent calls: with a full pool, calls would wait for each other.
+        connect_timeout: Seconds for connecting.
+        timeouts: Limits for answers.
         refresh_interval: Seconds between two listings.
         user_agent: The User-Agent header of every request.
-        engine: What the operator says that answers at the addresses; `None` to find out.
+        engine: The kind of engine that the operator configured for the addresses; `None` to detect it.
     """
 
     kind = "vllm"
@@ -106,7 +106,7 @@ class VllmProvider:
         client = httpx.AsyncClient(
             transport=Transport(tls, max_connections),
             headers={**(headers or {}), "user-agent": user_agent, "accept-encoding": "identity"},
-            # One caller's must not travel with another's request; by its policy, since the client copies other forms.
+            # One caller's cookies must not be sent with another's request. A policy, because the client copies other jars.
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
             follow_redirects=False,
             trust_env=False,
@@ -135,33 +135,33 @@ class VllmProvider:
         return self._api.has_token
 
     def __repr__(self) -> str:
-        """Without the token: this lands in logs."""
+        """Without the token, because the result is logged."""
         return f"VllmProvider({', '.join(map(repr, (self.id, *self.base_urls)))})"
 
     @property
     def engine(self) -> Engine:
-        """What answers; see `Provider.engine`."""
+        """The detected engine; see `Provider.engine`."""
         return joined({replica.base_url: reader.engine for replica, reader in self._engines.items()})
 
     @contextlib.asynccontextmanager
     async def stream_chat(self, request: ChatRequest, model: str, call: CallContext) -> AsyncIterator[OpenStream]:
-        """Ask for a completion; see `Provider.stream_chat`."""
+        """Request a completion; see `Provider.stream_chat`."""
         self._require_allowed(model)
         body = chat_body(request, model, allowed_extra(request.extra_body, self._allowed_extra_fields, self.id))
         to_check = vllm_fields.fields_to_check(body, request)
         content = await encode_body(body, request.messages)
-        name = request.model
-        del body, request  # from here on `content` has the only copy
+        name, form = request.model, vllm_fields.format_field(request)
+        del body, request  # `content` now has the only copy
 
-        async def ask(replica: Replica) -> tuple[httpx.Response, AsyncGenerator[bytes], tuple[Notice, ...]]:
+        async def send(replica: Replica) -> tuple[httpx.Response, AsyncGenerator[bytes], tuple[Notice, ...]]:
             unchecked = await self._check_fields(replica, to_check)
-            return (*await self._api.open(replica, content, name, call), unchecked)
+            return (*await self._api.open(replica, content, name, call, form), unchecked)
 
         with contextlib.ExitStack() as held:
             try:
-                attempt, answer, failures = await self._first_answer(held, ask, self.timeouts.first_event)
+                attempt, answer, failures = await self._first_answer(held, send, self.timeouts.first_event)
             finally:
-                content.clear()  # no other replica is asked any more
+                content.clear()  # no further attempt
             response, pieces, unchecked = answer
             try:
                 async with contextlib.aclosing(pieces):
@@ -169,23 +169,23 @@ class VllmProvider:
                     failed = functools.partial(self._failed_after_start, attempt)
                     yield OpenStream(pieces, notices, len(failures) + 1, failed)
             finally:
-                # Closing the socket is what makes vLLM stop; a cancelled call must not return before that is done.
+                # vLLM stops generating when the socket is closed. Shielded: a cancelled call must wait for that too.
                 await asyncio.shield(close_response(response))
 
     async def count_tokens(self, request: ChatRequest, model: str, call: CallContext) -> TokenCount:
-        """How many tokens a prompt has; see `Provider.count_tokens`."""
+        """Count the tokens of a prompt; see `Provider.count_tokens`."""
         self._require_allowed(model)
         _require_text(request)
         extra = allowed_extra(request.extra_body, self._allowed_extra_fields, self.id)
         content = await encode_body(count_body(request, model, extra), request.messages)
         async with self._counting:
             with contextlib.ExitStack() as held:
-                ask = functools.partial(self._api.count, content=content, name=request.model, call=call)
-                _, count, _ = await self._first_answer(held, ask, COUNT_SECONDS)
+                send = functools.partial(self._api.count, content=content, name=request.model, call=call)
+                _, count, _ = await self._first_answer(held, send, COUNT_SECONDS)
                 return count
 
     async def list_models(self, token: str | None = None) -> tuple[ServedModel, ...]:
-        """What it serves now; see `Provider.list_models`. An entry without an id, or with a very long one, is left out."""
+        """List the served models; see `Provider.list_models`. Entries without an id, or with a very long one, are left out."""
         for reader in self._engines.values():
             reader.start()
         failures: list[DeltawireError] = []
@@ -199,7 +199,7 @@ class VllmProvider:
         raise self._failure_of_all(failures)
 
     async def check_health(self) -> Health:
-        """How it is; see `Provider.check_health`. An engine that is asleep is unhealthy, though its `/health` is 200."""
+        """Check every replica; see `Provider.check_health`. An engine that sleeps is unhealthy although `/health` is 200."""
         problems = await asyncio.gather(*map(self._api.problem, self._replicas.all))
         unhealthy = {base_url: problem for base_url, problem in zip(self.base_urls, problems, strict=True) if problem}
         if not unhealthy:
@@ -211,7 +211,7 @@ class VllmProvider:
         return Health(HealthStatus.ERROR, message)
 
     async def close(self) -> None:
-        """Close its connections; calls under way fail."""
+        """Close all connections; calls in progress fail."""
         await asyncio.gather(*(reader.close() for reader in self._engines.values()))
         await self._api.close()
 
@@ -229,20 +229,20 @@ class VllmProvider:
         return not allowed or any(fnmatchcase(model, pattern) for pattern in allowed)
 
     async def _first_answer(
-        self, held: contextlib.ExitStack, ask: Callable[[Replica], Awaitable[T]], seconds: float
+        self, held: contextlib.ExitStack, send: Callable[[Replica], Awaitable[T]], seconds: float
     ) -> tuple[Attempt, T, list[DeltawireError]]:
-        """Have a replica answer; if it fails, and `policy` allows it, one other.
+        """Send a request to a replica; if that fails and `policy` allows a retry, to one other.
 
         Args:
-            held: What the replica that answers is counted in, as busy with a call.
-            ask: Asks a replica.
-            seconds: How long it may take, all together.
+            held: Takes over the attempt that succeeded: the replica's stream count includes it until this is closed.
+            send: Sends the request to a replica.
+            seconds: Time limit of all attempts together.
 
         Returns:
-            The attempt that succeeded, what `ask` returned, and the failures before it.
+            The attempt that succeeded, the result of `send`, and the failures before it.
 
         Raises:
-            DeltawireError: No replica that was asked answered.
+            DeltawireError: Every attempt failed.
         """
         failures: dict[Replica, DeltawireError] = {}
         deadline = asyncio.get_running_loop().time() + seconds
@@ -252,7 +252,7 @@ class VllmProvider:
                 attempt = holding.enter_context(self._replicas.attempt(replica))
                 try:
                     async with asyncio.timeout_at(deadline):
-                        answer = await ask(replica)
+                        answer = await send(replica)
                 except TimeoutError:
                     failures[replica] = self._silence(seconds)
                 except DeltawireError as error:
@@ -262,8 +262,8 @@ class VllmProvider:
                     held.push(holding.pop_all())
                     return attempt, answer, list(failures.values())
                 self._failed(attempt, failures[replica])
-            asked = len(failures)
-            if not ACTIONS[failures[replica].reason].repeat or asked == min(MAX_ATTEMPTS, len(self._replicas.all)):
+            attempts = len(failures)
+            if not ACTIONS[failures[replica].reason].repeat or attempts == min(MAX_ATTEMPTS, len(self._replicas.all)):
                 raise self._failure_of_all(list(failures.values()))
 
     def _failed(self, attempt: Attempt, error: DeltawireError) -> None:
@@ -274,7 +274,7 @@ class VllmProvider:
 
     def _failed_after_start(self, attempt: Attempt, reason: Reason) -> None:
         if ACTIONS[reason].eject_after_start:
-            self._eject(attempt, reason, "an answer that had begun failed")
+            self._eject(attempt, reason, "an answer failed after its first event")
 
     def _eject(self, attempt: Attempt, reason: Reason, message: str) -> None:
         seconds = attempt.failed()
@@ -292,36 +292,36 @@ class VllmProvider:
     def _silence(self, seconds: float) -> ProviderError:
         return ProviderError(
             Reason.UPSTREAM_TIMEOUT,
-            f"provider {self.id!r} did not begin its answer within {seconds:g} seconds",
+            f"provider {self.id!r} sent no event within {seconds:g} seconds",
             metadata={"provider": self.id, "limit_seconds": f"{seconds:g}"},
         )
 
     def _failure_of_all(self, failures: Sequence[DeltawireError]) -> DeltawireError:
-        """The failure of a call: the last one's; but if all of them could be repeated, what a later call helps most."""
+        """The error of a call: the last failure, or if all of them allow a retry, one with the most temporary reason."""
         *_, last = failures
         if len(failures) == 1 or not ACTIONS[last.reason].repeat:
             return last
         waits = [failure.retry_after for failure in failures if failure.retry_after is not None]
         return ProviderError(
             min((failure.reason for failure in failures), key=_MOST_TEMPORARY.index),
-            f"none of the {len(failures)} replicas that were asked took the request: "
+            f"all {len(failures)} replicas that the request was sent to failed: "
             + "; ".join(failure.message for failure in failures),
             metadata={name: value for failure in failures for name, value in failure.metadata.items()},
             retry_after=min(waits, default=None),
         )
 
     async def _check_fields(self, replica: Replica, to_check: Mapping[str, str]) -> tuple[Notice, ...]:
-        """Refuse fields that a replica would ignore; a notice for each that could not be checked."""
+        """Refuse fields that a replica would ignore; return a notice for each field that could not be checked."""
         if not to_check:
             return ()
         return check_fields(to_check, await self._engines[replica].known(), self.id)
 
     def _log_engine(self, replica: Replica, engine: Engine) -> None:
-        known = {"provider": self.id, "base_url": replica.base_url, "engine": engine.kind.name.lower()}
+        context = {"provider": self.id, "base_url": replica.base_url, "engine": engine.kind.name.lower()}
         if engine.fields is None:
-            _log.warning("request fields are not checked", **known, version=engine.version, detail=engine.detail)
+            _log.warning("request fields are not checked", **context, version=engine.version, detail=engine.detail)
         else:
-            _log.info("request fields are checked", **known, version=engine.version)
+            _log.info("request fields are checked", **context, version=engine.version)
 
     def _passed_over(self, failures: Sequence[DeltawireError]) -> tuple[Notice, ...]:
         if not failures:
@@ -336,14 +336,14 @@ _MOST_TEMPORARY = (
     Reason.UPSTREAM_MALFORMED,
     Reason.PROVIDER_MISCONFIGURED,
 )
-"""The reasons for which another replica is asked, beginning with what passes soonest."""
+"""The reasons that allow a retry at another replica, the most temporary first."""
 
 
 def _require_text(request: ChatRequest) -> None:
     violations = [
         Violation(
             f"chat.messages[{turn}].{message.role.value}.content[{place}].image",
-            "an image cannot be counted without being computed: leave it out",
+            "the tokens of an image cannot be counted without running the model: leave it out",
         )
         for turn, message in enumerate(request.messages)
         for place, part in enumerate(message.content)

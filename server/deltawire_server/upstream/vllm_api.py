@@ -1,8 +1,8 @@
-"""The HTTP API of one vLLM server: each method makes one request and reads its answer.
+"""The HTTP API of one vLLM server: each method sends one request and reads the response.
 
-httpx over a transport of our own, whose exceptions say who broke what: a server that cannot be reached is unavailable unless
-someone has to change a setting, one that violates HTTP is malformed, and a body that ends early just ends, since what is missing
-shows in its events. Which server is asked, and which one next, is for `vllm`.
+httpx over the gateway's own transport. An unreachable server is UPSTREAM_UNAVAILABLE, or PROVIDER_MISCONFIGURED if a setting
+must change. A violation of HTTP is UPSTREAM_MALFORMED. A body that ends early ends without an error, because its events show
+what is missing. `vllm` selects the server.
 """
 
 from __future__ import annotations
@@ -35,36 +35,36 @@ if TYPE_CHECKING:
     from deltawire_server.upstream.vllm_request import Body
 
 CONTROL_SECONDS = 5.0
-"""For listings and health: an engine's API server answers them without the engine, so a slow one is not well."""
+"""Time limit for listings and health checks: vLLM's API server answers them without the engine, so a slow one is unhealthy."""
 
 COUNT_SECONDS = 60.0
-"""For a count of tokens: the API server renders and counts by itself, for a long prompt and between others' for seconds."""
+"""Time limit for a token count: the API server renders and counts itself, which takes seconds for long or concurrent prompts."""
 
 MAX_DOCUMENT_BYTES = 2 * 1024 * 1024
-"""Of what a server says of itself; vLLM's OpenAPI document has a quarter of that."""
+"""Limit for a response that is read as a whole; vLLM's OpenAPI document has a quarter of it."""
 
 MAX_SERVED_NAME = 1024
-"""Characters of a served model's name; one that is longer is left out. It is far beyond the names of files and repositories, and
-with all else that a listing holds, a model stays below the 4 MiB of a message."""
+"""Limit for the characters of a served model's name; a model with a longer one is left out. File and repository names are far
+shorter, and with it a model in a listing stays below the 4 MiB of a message."""
 
 TOKENIZE = "/tokenize"
 
 MAX_ERROR_BYTES = 1024 * 1024
-"""Of an error's body: vLLM quotes the request in some, and a cut one cannot be read; a wrong URL may answer with anything."""
+"""Limit for an error's body. Large, because vLLM quotes the request in some errors and a truncated one cannot be decoded."""
 
 MAX_PIECE = 16 * 1024
-"""Of an answer's body that is taken in one step: up to 8 ms if it consists of short events."""
+"""Bytes of an answer's body that are processed in one step: up to 8 ms if they are short events."""
 
 D = TypeVar("D")
 
 _log = get_logger(__name__)
 
 _BROKEN = (httpx.TransportError, httpx.InvalidURL)
-"""What the transport raises, and httpx for an address that cannot be one, such as 256.1.1.1."""
+"""What the transport raises, and what httpx raises for an invalid address such as 256.1.1.1."""
 
 
 _NOT_OFFERED = frozenset({403, 404, 405, 501})
-"""The statuses of an endpoint that is not there, or not for us."""
+"""The statuses of an endpoint that does not exist or that the gateway may not use."""
 
 
 class VllmApi:
@@ -73,8 +73,8 @@ class VllmApi:
     Args:
         provider_id: The operator's name for it.
         api_token: The operator's token; `None` sends none.
-        client: Sends them.
-        connect_timeout: Seconds to reach a server.
+        client: The HTTP client.
+        connect_timeout: Seconds for connecting.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class VllmApi:
         self._id = provider_id
         self._api_token = None if api_token is None else Secret(api_token)
         self._client = client
-        # No time limit on reads: those of answers are counted from events, and those of documents over all of it.
+        # No read timeout: the limits for answers are between events, and those for documents cover the whole document.
         self._timeout = httpx.Timeout(None, connect=connect_timeout)
 
     @property
@@ -92,7 +92,7 @@ class VllmApi:
         return self._api_token is not None
 
     async def close(self) -> None:
-        """Close all connections; requests under way fail."""
+        """Close all connections; requests in progress fail."""
         await self._client.aclose()
 
     def _headers(self, token: str | None) -> dict[str, str]:
@@ -102,7 +102,7 @@ class VllmApi:
     def _call_headers(self, call: CallContext) -> dict[str, str]:
         headers = self._headers(call.token)
         headers["content-type"] = "application/json"
-        # vLLM tells the id in every chunk and takes it for its own: each attempt needs another.
+        # vLLM uses this as the id of the request, so each attempt needs a different one.
         headers["x-request-id"] = f"{call.request_id}-{secrets.token_hex(4)}"
         if call.traceparent:
             headers["traceparent"] = call.traceparent
@@ -111,20 +111,20 @@ class VllmApi:
         return headers
 
     async def engine_document(self, replica: Replica, path: str) -> Document | str:
-        """What a replica says of itself at a path that needs no key; why not, if that cannot be read."""
+        """Fetch a document that needs no API key from a replica; return the error message if that fails."""
         try:
             return await self._get(replica, f"{replica.root}{path}", self._headers(None))
         except DeltawireError as error:
             return error.message
 
     async def count(self, replica: Replica, *, content: Body, name: str, call: CallContext) -> TokenCount:
-        """Have a replica count; `name` is what the caller calls the model."""
+        """Have a replica count the tokens of a prompt; `name` is the model name in the call."""
         url = f"{replica.root}{TOKENIZE}"
         headers = self._call_headers(call)
         document = await self._document(replica, "POST", url, headers, COUNT_SECONDS, content)
         if document.status != httpx.codes.OK:
             raise self._not_counted(document, name, call)
-        counted = self._decoded(document, _Counted, f"{TOKENIZE} with something else than a count")
+        counted = self._decoded(document, _Counted, f"{TOKENIZE} with something other than a token count")
         return TokenCount(counted.count, counted.max_model_len)
 
     def _not_counted(self, document: Document, name: str, call: CallContext) -> DeltawireError:
@@ -135,7 +135,7 @@ class VllmApi:
             token_withheld=call.token_withheld,
             model=name,
         )
-        # The key of `/v1` is not asked for here: who forbids it forbids the endpoint.
+        # vLLM does not check the API key here, so 403 is about the endpoint.
         if document.status not in _NOT_OFFERED or error.reason is Reason.MODEL_NOT_FOUND:
             return error
         return ProviderError(
@@ -146,18 +146,19 @@ class VllmApi:
         )
 
     async def open(
-        self, replica: Replica, content: Body, name: str, call: CallContext
+        self, replica: Replica, content: Body, name: str, call: CallContext, format_field: str = ""
     ) -> tuple[httpx.Response, AsyncGenerator[bytes]]:
-        """Send a chat request, and read up to the first event of the answer.
+        """Send a chat request and read up to the first event of the answer.
 
         Args:
-            replica: Which one to ask.
+            replica: The replica to send it to.
             content: The request's body.
-            name: What the caller calls the model.
+            name: The model name in the call.
             call: The caller's metadata.
+            format_field: The path of the response format in the call, for errors about it; empty if there is none.
 
         Returns:
-            The response, which the caller has to close, and its whole body.
+            The response, which the caller must close, and its whole body.
         """
         headers = {**self._call_headers(call), "accept": "text/event-stream"}
         url = f"{replica.base_url}/chat/completions"
@@ -167,6 +168,7 @@ class VllmApi:
             callers_token=call.token is not None,
             token_withheld=call.token_withheld,
             model=name,
+            format_field=format_field,
         )
         response = await self._send(replica, "POST", url, headers, content)
         try:
@@ -175,10 +177,10 @@ class VllmApi:
             content_type = response.headers.get("content-type", "")
             if not content_type.startswith("text/event-stream"):
                 message = f"provider {self._id!r} answered with {content_type or 'no content type'} instead of an event stream"
-                said = (await _read_error(response)).message
+                detail = (await _read_error(response)).message
                 raise ProviderError(
                     Reason.UPSTREAM_MALFORMED,
-                    f"{message}: {excerpt(said)}" if said else message,
+                    f"{message}: {excerpt(detail)}" if detail else message,
                     metadata={"provider": self._id},
                 )
             pieces = response.aiter_raw()
@@ -192,7 +194,7 @@ class VllmApi:
         return response, _body(opening, pieces)
 
     async def list_models(self, replica: Replica, token: str | None) -> tuple[ServedModel, ...]:
-        """What a server serves; the operator's token comes before the caller's."""
+        """List the models of a server. The operator's token has precedence over the caller's."""
         headers = self._headers(None if self._api_token else token)
         document = await self._get(replica, f"{replica.base_url}/models", headers)
         if document.status != httpx.codes.OK:
@@ -203,26 +205,26 @@ class VllmApi:
         return tuple(model for model in models if len(model.id) <= MAX_SERVED_NAME)
 
     async def problem(self, replica: Replica) -> str:
-        """What is wrong with a replica; empty if it is healthy."""
+        """Check the health of a replica; return the problem in words, empty if it is healthy."""
         headers = self._headers(None)
         try:
             document = await self._get(replica, f"{replica.root}/health", headers)
             if not 200 <= document.status < 300:
                 return f"HTTP {document.status}"
             document = await self._get(replica, f"{replica.root}/is_sleeping", headers)
-            if document.status == httpx.codes.OK and _says_asleep(document.body):
+            if document.status == httpx.codes.OK and _is_asleep(document.body):
                 return "the engine is asleep"
-            # vLLM's /health asks for no key: a wrong one would seem healthy, and every call would fail.
+            # vLLM's /health needs no API key: with a wrong one the replica would seem healthy while every call fails.
             if self._api_token is not None and (
                 await self._get(replica, f"{replica.base_url}/models", headers)
             ).status in (
                 401,
                 403,
             ):
-                return "it refuses the token in the gateway's settings"
+                return "it rejects the token in the gateway's settings"
         except DeltawireError as error:
-            said = error.message.removeprefix(f"provider {self._id!r} ")
-            return said.removeprefix("cannot be reached: ")
+            problem = error.message.removeprefix(f"provider {self._id!r} ")
+            return problem.removeprefix("cannot be reached: ")
         return ""
 
     async def _get(self, replica: Replica, url: str, headers: Mapping[str, str]) -> Document:
@@ -237,11 +239,12 @@ class VllmApi:
         seconds: float,
         content: Body | None = None,
     ) -> Document:
-        """Send a request and read all of the answer, whatever its status.
+        """Send a request and read the whole response, whatever its status.
 
         Raises:
-            ProviderError: UPSTREAM_UNAVAILABLE: it is away, or all of it took longer than `seconds`; PROVIDER_MISCONFIGURED: its
-                certificate or its name is wrong; UPSTREAM_MALFORMED: it violates HTTP, or has more than `MAX_DOCUMENT_BYTES`.
+            ProviderError: UPSTREAM_UNAVAILABLE: the server cannot be reached, or the response took longer than `seconds`;
+                PROVIDER_MISCONFIGURED: its certificate or its name is wrong; UPSTREAM_MALFORMED: it violates HTTP, or the
+                response has more than `MAX_DOCUMENT_BYTES`.
         """
         body = bytearray()
         try:
@@ -264,13 +267,13 @@ class VllmApi:
         try:
             return msgspec.json.decode(document.body, type=kind)
         except NOT_JSON as error:
-            message = f"provider {self._id!r} answered {instead}: is its base URL right?"
+            message = f"provider {self._id!r} answered {instead}: check its base URL in the gateway's settings"
             raise ProviderError(Reason.UPSTREAM_MALFORMED, message, metadata={"provider": self._id}) from error
 
     async def _send(
         self, replica: Replica, method: str, url: str, headers: Mapping[str, str], content: Body | None = None
     ) -> httpx.Response:
-        """Send a request; the response has begun, and is the caller's to close."""
+        """Send a request; return the response, which the caller must close, after its headers."""
         try:
             if content is not None:
                 headers = {**headers, "content-length": str(content.size)}
@@ -280,12 +283,12 @@ class VllmApi:
             raise self._unreachable(replica, error) from error
 
     def _unreachable(self, replica: Replica, error: Exception) -> ProviderError:
-        reason, said = reason_of(error)
+        reason, detail = reason_of(error)
         problem = "sent a broken response" if reason is Reason.UPSTREAM_MALFORMED else "cannot be reached"
-        return self._unavailable(replica, f"{problem}: {said}", reason)
+        return self._unavailable(replica, f"{problem}: {detail}", reason)
 
     def _unavailable(self, replica: Replica, what: str, reason: Reason = Reason.UPSTREAM_UNAVAILABLE) -> ProviderError:
-        # The address is for the operator: callers have no business with it.
+        # The address is logged for the operator and not sent to callers.
         _log.info("replica failed", provider=self._id, base_url=replica.base_url, reason=reason.name, error=what)
         return ProviderError(
             reason,
@@ -302,22 +305,22 @@ class _Listing(msgspec.Struct):
 
 
 class _Counted(msgspec.Struct):
-    """The body of a count. The token ids that come with it are not read."""
+    """The body of a token count. Its token ids are not decoded."""
 
     count: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
     max_model_len: Annotated[int, msgspec.Meta(gt=0, le=2**31 - 1)] | None = None
 
 
-async def _read(response: httpx.Response, body: bytearray, most: int) -> None:
-    """Read a body to its end, or until there is more than `most` bytes of it."""
+async def _read(response: httpx.Response, body: bytearray, limit: int) -> None:
+    """Read a body to its end, or until it has more than `limit` bytes."""
     async for data in response.aiter_raw():
         body += data
-        if len(body) > most:
+        if len(body) > limit:
             break
 
 
 async def _read_error(response: httpx.Response) -> UpstreamError:
-    """What an error response says, as far as it comes in time."""
+    """Decode an error response, from the part of its body that arrives within `CONTROL_SECONDS`."""
     body = bytearray()
     with contextlib.suppress(TimeoutError, *_BROKEN):
         async with asyncio.timeout(CONTROL_SECONDS):
@@ -326,7 +329,7 @@ async def _read_error(response: httpx.Response) -> UpstreamError:
 
 
 async def _next(pieces: AsyncIterator[bytes]) -> bytes | None:
-    """The next piece of a body; `None` at its end, or where the connection was lost."""
+    """The next piece of a body; `None` at its end or if the connection is lost."""
     try:
         return await anext(pieces)
     except ProtocolViolationError:
@@ -336,10 +339,10 @@ async def _next(pieces: AsyncIterator[bytes]) -> bytes | None:
 
 
 async def _body(opening: Sequence[bytes], pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
-    """The body up to its end or to where the connection was lost: for what the answer is, both are the same.
+    """The body up to its end or until the connection is lost: its events show whether it is complete.
 
     Yields:
-        At most `MAX_PIECE` bytes at a time; a piece of that size waits for its turn.
+        At most `MAX_PIECE` bytes at a time. Before a piece of that size, other tasks get a turn.
 
     Raises:
         BrokenBodyError: The provider violated HTTP; all bytes before that were yielded.
@@ -360,7 +363,7 @@ async def _body(opening: Sequence[bytes], pieces: AsyncIterator[bytes]) -> Async
 
 
 async def close_response(response: httpx.Response) -> None:
-    """Close a response; if it has not arrived as a whole, its connection, which makes vLLM stop."""
+    """Close a response. If it was not read to its end, this closes its connection, which makes vLLM stop generating."""
     with contextlib.suppress(*_BROKEN):
         await response.aclose()
 
@@ -383,9 +386,9 @@ def _served_model(card: dict[str, Any]) -> ServedModel:
     )
 
 
-def _says_asleep(body: bytes) -> bool:
+def _is_asleep(body: bytes) -> bool:
     try:
-        said = msgspec.json.decode(body)
+        document = msgspec.json.decode(body)
     except NOT_JSON:
         return False
-    return isinstance(said, dict) and said.get("is_sleeping") is True
+    return isinstance(document, dict) and document.get("is_sleeping") is True

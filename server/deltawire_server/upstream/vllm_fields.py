@@ -1,6 +1,7 @@
-"""Which fields of a chat request's body a vLLM knows. It ignores the others silently; these functions find them.
+"""Which fields of a chat request's body a version of vLLM supports. vLLM ignores all other fields silently.
 
-A vLLM lists what it knows in its OpenAPI document; `engine` reads that. Requests of nothing but `CORE` need none of it.
+vLLM lists the supported fields in its OpenAPI document, which `engine` reads. A request with only `CORE` fields needs no
+check.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from deltawire_server.upstream.request import Sampling
+from deltawire_server.upstream.request import FormatKind, Sampling
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,10 +44,10 @@ FIELDS: Mapping[str, str] = MappingProxyType(
         **{field.name: f"chat.sampling.{field.name}" for field in fields(Sampling)},
     }
 )
-"""The request field that each field of the body stands for; what is not here comes from `extra_body`."""
+"""The request field for each field of the body. Any other field of the body comes from `extra_body`."""
 
 STRICT = "tools.function.strict"
-"""The one field further down that an older vLLM ignores silently, and whose absence would show only in bad arguments."""
+"""The one nested field that an older vLLM ignores silently; the only effect would be invalid arguments."""
 
 CORE = frozenset(
     {
@@ -63,15 +64,25 @@ CORE = frozenset(
         *("ignore_eos", "logit_bias", "logprobs", "top_logprobs", "tools", "tool_choice", "response_format", "user"),
     }
 )
-"""Known to every vLLM since 0.6, the first that calls tools by itself, and so to every one that this is good for."""
+"""Fields that every vLLM since 0.6 supports, the first version with automatic tool choice and the oldest supported one."""
+
+_FORMAT_FIELDS: Mapping[FormatKind, str] = MappingProxyType(
+    {
+        FormatKind.JSON_SCHEMA: "chat.response_format.json_schema.schema",
+        FormatKind.GRAMMAR: "chat.response_format.grammar",
+        FormatKind.REGEX: "chat.response_format.regex",
+        FormatKind.CHOICE: "chat.response_format.choice.values",
+        FormatKind.STRUCTURAL_TAG: "chat.response_format.structural_tag",
+    }
+)
 
 
 def fields_to_check(body: Mapping[str, Any], request: ChatRequest) -> dict[str, str]:
-    """The fields of a body that not every vLLM knows, each with the path of the request field that it is made from.
+    """The fields of a body that not every vLLM supports, each with the path of the request field that sets it.
 
     Args:
-        body: Of a chat request.
-        request: What it was made from.
+        body: The body of a chat request.
+        request: The request that the body was built from.
     """
     found = {name: FIELDS.get(name, f"chat.extra_body.{name}") for name in body.keys() - CORE}
     offered = {tool.name for tool in request.offered_tools}
@@ -82,11 +93,24 @@ def fields_to_check(body: Mapping[str, Any], request: ChatRequest) -> dict[str, 
     return found
 
 
+def format_field(request: ChatRequest) -> str:
+    """The path of the request field that vLLM compiles to constrain the text; empty if there is none.
+
+    Also empty for a JSON schema beside tools: vLLM's error for it reads like that for a tool's schema.
+    """
+    form = request.response_format
+    if form is None or (form.kind is FormatKind.JSON_SCHEMA and request.offered_tools):
+        return ""
+    return _FORMAT_FIELDS.get(form.kind, "")
+
+
 def field_names(document: bytes | None) -> frozenset[str]:
-    """The names of the fields of a chat request's body, and `STRICT` if it is one; empty if the document does not say.
+    """The names of the supported fields of a chat request's body; empty if the document does not list them.
+
+    `STRICT` is among them if a tool supports it, or if the document does not list the fields of a tool's function.
 
     Args:
-        document: An OpenAPI document; `None` for none.
+        document: An OpenAPI document; `None` if there is none.
     """
     spec = _decoded(document)
     body = at(spec, "paths", CHAT_PATH, "post", "requestBody", "content", "application/json", "schema")
@@ -95,7 +119,7 @@ def field_names(document: bytes | None) -> frozenset[str]:
         return frozenset()
     tool = _properties(spec, properties.get("tools"))
     function = _properties(spec, tool.get("function"))
-    # What does not tell a function's fields is not taken for one that has none.
+    # A document that does not list a function's fields does not show that `strict` is unsupported.
     strict = {STRICT} if "strict" in function or "name" not in function else set()
     return frozenset(properties.keys() | strict)
 
@@ -108,19 +132,19 @@ def _decoded(body: bytes | None) -> object:
 
 
 def at(value: object, *path: str) -> object:
-    """What stands at a path of names within JSON objects; `None` if nothing does."""
+    """The value at a path of names within nested JSON objects; `None` if there is none."""
     for name in path:
         value = value.get(name) if isinstance(value, dict) else None
     return value
 
 
 def _properties(spec: object, schema: object) -> dict[str, object]:
-    """The properties of a schema, or of the items of one of lists: behind references and beside null."""
-    left = [schema]
+    """The properties of a schema, or of its items if it is of lists. Follows references and `anyOf`, `allOf`, `oneOf`."""
+    pending = [schema]
     for _ in range(_MAX_SCHEMAS):
-        if not left:
+        if not pending:
             break
-        part = left.pop()
+        part = pending.pop()
         if not isinstance(part, dict):
             continue
         properties = part.get("properties")
@@ -132,9 +156,9 @@ def _properties(spec: object, schema: object) -> dict[str, object]:
         for word in ("anyOf", "allOf", "oneOf"):
             choices = part.get(word)
             found += choices if isinstance(choices, list) else ()
-        left += reversed(found)
+        pending += reversed(found)
     return {}
 
 
 _MAX_SCHEMAS = 100
-"""Looked at for one schema's properties: vLLM's need four, and one that leads to itself must end."""
+"""Limit of the schemas visited for one schema's properties: vLLM's document needs 4; the limit ends reference cycles."""

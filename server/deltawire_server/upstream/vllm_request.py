@@ -1,12 +1,12 @@
-"""The body of a chat request in vLLM's words.
+"""Builds the body of vLLM's chat request.
 
-What is absent is left out, so that the model's own defaults apply. Where vLLM's names are not this API's:
+Fields that the request does not set are left out, so that the model's own defaults apply. Fields with different names:
 
     choice_count        n
     top_logprobs        logprobs: true, and top_logprobs
     response_format     response_format for the JSON forms, structured_outputs for the others
-    tool NONE           neither tools nor tool_choice: vLLM's own `none` leaves the tools in the prompt
-    allowed_tools       only these of the tools
+    tool_choice NONE    neither tools nor tool_choice, because vLLM's `none` leaves the tools in the prompt
+    allowed_tools       only these tools in tools
     reasoning           reasoning_effort, thinking_token_budget, include_reasoning
 """
 
@@ -38,19 +38,19 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 
 STEP_BYTES = 3 * 128 * 1024
-"""What is encoded in one go: 1 to 10 ms. A multiple of 3, so that the base64 of pieces is that of the whole."""
+"""Bytes that are encoded in one step, in 1 to 10 ms. A multiple of 3, so that the base64 of pieces can be concatenated."""
 
 _MESSAGE_BYTES = 2048
-"""As how many bytes a message counts besides its own: what it takes to encode a short one."""
+"""The fixed cost of encoding a message, in bytes: added to its own size."""
 
 _PLACE_BYTES = b"\0"
 _PLACE = msgspec.Raw(_PLACE_BYTES)
-"""Stands for what is encoded by itself. No JSON text has this byte, which is escaped in strings."""
+"""A placeholder for content that is encoded separately. JSON text never has this byte, because strings escape it."""
 
 _NO_ARGUMENTS = '{"type": "object", "properties": {}}'
 
 _PLAIN = ("priority", "cache_salt", "user")
-"""Fields that vLLM calls by the same name; `None` and empty ones are left out."""
+"""Fields with the same name in vLLM; `None` and empty ones are left out."""
 
 _PLAIN_SAMPLING = (
     "temperature",
@@ -65,10 +65,10 @@ _PLAIN_SAMPLING = (
     "min_tokens",
     "ignore_eos",
 )
-"""Scalars that vLLM calls by the same name; `None` is left out."""
+"""Scalars with the same name in vLLM; `None` is left out."""
 
 _LISTED_SAMPLING = ("stop", "stop_token_ids", "bad_words")
-"""Lists that vLLM calls by the same name; empty ones are left out."""
+"""Lists with the same name in vLLM; empty ones are left out."""
 
 _PROMPT_FIELDS = (
     "add_generation_prompt",
@@ -78,7 +78,7 @@ _PROMPT_FIELDS = (
     "media_io_kwargs",
     "mm_processor_kwargs",
 )
-"""What else of a chat request's body changes its prompt, under the same names in a request to count it."""
+"""Further fields of a chat request's body that change the prompt; a `/tokenize` request has them under the same names."""
 
 
 async def request_body(request: ChatRequest, model: str) -> bytes:
@@ -88,12 +88,12 @@ async def request_body(request: ChatRequest, model: str) -> bytes:
 
 
 def chat_body(request: ChatRequest, model: str, extra: Mapping[str, msgspec.Raw] | None = None) -> dict[str, Any]:
-    """The body of a streamed chat request, but for its messages.
+    """Build the body of a streamed chat request, without its messages.
 
     Args:
-        request: What to ask.
+        request: The request.
         model: The provider's own name of the model.
-        extra: Further fields of the body, checked already.
+        extra: Further fields of the body, already validated.
 
     Returns:
         The body; POST it, encoded by `encode_body`, to `/v1/chat/completions`.
@@ -102,7 +102,7 @@ def chat_body(request: ChatRequest, model: str, extra: Mapping[str, msgspec.Raw]
         "model": model,
         "messages": _PLACE,
         "stream": True,
-        # The running figures are what is left of the usage if the answer breaks off.
+        # If the answer breaks off, the running counts are the only usage there is.
         "stream_options": {"include_usage": True, "continuous_usage_stats": True},
     }
     if request.choice_count != 1:
@@ -128,15 +128,15 @@ def chat_body(request: ChatRequest, model: str, extra: Mapping[str, msgspec.Raw]
 
 
 def count_body(request: ChatRequest, model: str, extra: Mapping[str, msgspec.Raw] | None = None) -> dict[str, Any]:
-    """The body, but for its messages, that has vLLM count the prompt that `chat_body` would make.
+    """Build the body, without its messages, of a request to count the prompt of the chat request of `chat_body`.
 
-    vLLM's count takes no part of a chat request that only some templates look at; a chat request hands those to the
-    template as arguments, and so does this.
+    `/tokenize` lacks the fields of a chat request that only some templates use. vLLM passes those to the template as
+    arguments, and so does this function.
 
     Args:
-        request: What would be asked; its messages hold no images.
+        request: The chat request; its messages must not have images.
         model: The provider's own name of the model.
-        extra: Further fields of the chat request's body, checked already.
+        extra: Further fields of the chat request's body, already validated.
 
     Returns:
         The body; POST it, encoded by `encode_body`, to `/tokenize`.
@@ -148,7 +148,7 @@ def count_body(request: ChatRequest, model: str, extra: Mapping[str, msgspec.Raw
     arguments: dict[str, Any] = msgspec.json.decode(given, type=dict[str, msgspec.Raw])
     extra = extra or {}
     if request.reasoning.effort:
-        # Templates know either the effort or a switch; vLLM sets both, the switch only if the caller did not.
+        # Templates use either the effort or a switch; vLLM sets both, the switch only if the caller did not.
         arguments.setdefault("enable_thinking", request.reasoning.effort != "none")
         arguments["reasoning_effort"] = request.reasoning.effort
     if "documents" in extra:
@@ -160,12 +160,12 @@ def count_body(request: ChatRequest, model: str, extra: Mapping[str, msgspec.Raw
 
 
 class Body:
-    """A request's body, encoded piece by piece each time that it is sent: it takes the memory of what it is made of.
+    """A request's body, encoded piece by piece each time it is sent: it holds the contents, not their encoded form.
 
-    Iterate over it once for each attempt, and `clear` it when it is not needed any more.
+    Iterate over it once for each attempt; `clear` it after the last one.
 
     Attributes:
-        size: Bytes of the JSON text.
+        size: Length of the JSON text in bytes.
     """
 
     def __init__(self) -> None:
@@ -173,12 +173,12 @@ class Body:
         self._parts: list[bytes | str | ImageData] = []
 
     def add(self, part: bytes) -> None:
-        """Continue with JSON text."""
+        """Append JSON text."""
         self._parts.append(part)
         self.size += len(part)
 
     async def add_large(self, content: str | ImageData) -> None:
-        """Continue with a JSON string. Other calls get their turn while a text is measured."""
+        """Append a JSON string. Other tasks get a turn while the length of a text is computed."""
         self._parts.append(content)
         if isinstance(content, ImageData):
             self.size += len(_image_head(content)) + 4 * -(-len(content.data) // 3) + 1
@@ -188,7 +188,7 @@ class Body:
             await give_way()
 
     def clear(self) -> None:
-        """Let go of what it is made of; it is empty then."""
+        """Drop the contents; the body is empty afterwards."""
         self._parts.clear()
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
@@ -203,14 +203,14 @@ class Body:
 
 
 async def encode_body(body: Mapping[str, Any], messages: Iterable[ChatMessage]) -> Body:
-    """Encode a body with its messages as JSON. Other calls get their turn after about each `STEP_BYTES`.
+    """Encode a body with its messages as JSON. Other tasks get a turn about every `STEP_BYTES`.
 
     Args:
         body: From `chat_body` or `count_body`.
-        messages: The request's.
+        messages: The request's messages.
 
     Returns:
-        The JSON text, of which images and long texts are encoded when it is sent.
+        The body to send; images and long texts are encoded while it is sent.
     """
     head, tail = msgspec.json.encode(body).split(_PLACE_BYTES)
     encoded = Body()
@@ -234,19 +234,19 @@ async def encode_body(body: Mapping[str, Any], messages: Iterable[ChatMessage]) 
 
 
 class _Large:
-    """The contents of a message that are encoded in pieces: images, and texts once those before have `STEP_BYTES`."""
+    """The contents of a message that are encoded in pieces: images, and all texts after the first `STEP_BYTES` of text."""
 
     def __init__(self) -> None:
         self.contents: list[str | ImageData] = []
         self._left = STEP_BYTES
 
     def text(self, text: str) -> str | msgspec.Raw:
-        """The text, or a place for it."""
+        """The text, or a placeholder for it."""
         self._left -= len(text)
         return text if self._left >= 0 else self.add(text)
 
     def add(self, content: str | ImageData) -> msgspec.Raw:
-        """A place for what is encoded in pieces."""
+        """Add content that is encoded in pieces; return its placeholder."""
         self.contents.append(content)
         return _PLACE
 
@@ -269,7 +269,7 @@ def _image_head(image: ImageData) -> bytes:
 
 
 def _message(message: ChatMessage, large: _Large) -> dict[str, Any]:
-    # Places are in the order in which their contents are added: each value is made where it stands.
+    # Placeholders must be in the order in which their contents are added, so build each value in place.
     body: dict[str, Any] = {"role": message.role.value, "content": _content(message, large)}
     if message.role is Role.TOOL:
         body["tool_call_id"] = message.call_id
@@ -288,7 +288,7 @@ def _message(message: ChatMessage, large: _Large) -> dict[str, Any]:
 
 
 def _content(message: ChatMessage, large: _Large) -> str | msgspec.Raw | list[dict[str, Any]] | None:
-    """One text as a plain string, since many chat templates concatenate it; several as a list; none beside calls as null."""
+    """A single text as a string, because many chat templates concatenate it; otherwise a list; null for tool calls only."""
     if len(message.content) == 1 and isinstance(text := message.content[0], str):
         return large.text(text)
     if message.content:
@@ -305,7 +305,7 @@ def _part(part: Content, large: _Large) -> dict[str, Any]:
 
 
 def _tool(tool: ToolSpec) -> dict[str, Any]:
-    # As it came: decoded and encoded again, a schema could lose what a decoder does not keep.
+    # Verbatim: decoding and encoding could change a schema.
     parameters = msgspec.Raw((tool.input_schema or _NO_ARGUMENTS).encode())
     function: dict[str, Any] = {"name": tool.name, "parameters": parameters}
     if tool.description:

@@ -65,7 +65,7 @@ async def test_nothing_listens(http: httpx.AsyncClient) -> None:
 async def test_names_that_do_not_resolve(http: httpx.AsyncClient) -> None:
     """Someone has to change the name; a label too long for the DNS never will resolve."""
     error = await failure_of(http, f"http://{'a' * 64}.example")
-    assert (str(error), error.misconfigured) == ("its host name is not a valid one", True)
+    assert (str(error), error.misconfigured) == ("its host name is invalid", True)
 
 
 @pytest.mark.parametrize(

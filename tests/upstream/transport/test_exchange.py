@@ -81,7 +81,7 @@ NO_HTTP = "ProtocolViolationError: it does not speak HTTP"
 NO_HTTP11 = "ProtocolViolationError: it does not speak HTTP/1.1"
 SPEAKS_TLS = "ConnectFailedError: it speaks TLS at this port: use https, or another port"
 SHORT = "ConnectionLostError: the body of its response is shorter than its Content-Length"
-PACKED = "ProtocolViolationError: the body of its response is compressed, which was not asked for"
+PACKED = "ProtocolViolationError: the body of its response is compressed, which the request did not allow"
 LARGE_HEAD = f"ProtocolViolationError: the head of its response is larger than {MAX_HEAD_BYTES} bytes"
 OVERHEAD = (
     f"ProtocolViolationError: its response has more than {MAX_OVERHEAD_BYTES} bytes of chunk extensions or trailers"

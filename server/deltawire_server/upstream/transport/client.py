@@ -1,4 +1,4 @@
-"""The transport that an `httpx.AsyncClient` takes: pools of connections, one for each origin."""
+"""The transport for an `httpx.AsyncClient`, with a connection pool for each origin."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from deltawire_server.upstream.transport.dial import Address
 
 KEEPALIVE_SECONDS = 4.0
-"""uvicorn, which serves vLLM, closes idle connections after five; ours close first, or a request meets a closing one."""
+"""Idle time after which a connection is closed. uvicorn, vLLM's server, closes it after 5 s; closing first avoids a race."""
 
 ADDRESSES_SECONDS = 10.0
-"""How long the addresses of a name are used: a burst of calls must not become a burst of look-ups, which take turns in a few
-threads. A connection that fails has them looked up again."""
+"""How long the addresses of a name are cached, so that a burst of calls is not a burst of lookups in a few threads. A failure to
+connect discards them."""
 
 _PORTS = {"http": 80, "https": 443}
 
@@ -31,14 +31,13 @@ _PORTS = {"http": 80, "https": 443}
 class Transport(httpx.AsyncBaseTransport):
     """HTTP/1.1 for an `httpx.AsyncClient`. It belongs to the event loop of its first request.
 
-    What it raises is in `errors`. Requests must have a method whose responses have bodies, and a Content-Length if they have a
-    body themselves.
-    The times in a request's `timeout` count as httpx has them, but `connect` includes the look-up of the name and TLS, and
-    `read` counts for sending too.
+    `errors` has the exceptions. A request must have a method whose responses have a body, and a Content-Length if it has a body.
+    The timeouts of a request are those of httpx, but `connect` includes the name lookup and TLS, and `read` applies to sending
+    too.
 
     Args:
         tls: For https: a context, `True` for the system's authorities, or `False` to accept any certificate.
-        max_connections: Of each origin, open at once; more requests wait.
+        max_connections: Limit of open connections for each origin; further requests wait.
     """
 
     def __init__(self, tls: ssl.SSLContext | bool = True, max_connections: int = 100) -> None:
@@ -47,7 +46,7 @@ class Transport(httpx.AsyncBaseTransport):
         self._pools: dict[tuple[str, str, int], _Pool] = {}
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send a request; the response has begun."""
+        """Send a request; return the response after its headers."""
         head = _head(request)
         timeout = request.extensions.get("timeout", {})
         connection = await self._pool(request.url).take(timeout.get("pool"), timeout.get("connect"))
@@ -55,7 +54,7 @@ class Transport(httpx.AsyncBaseTransport):
         return httpx.Response(exchange.status, headers=exchange.headers, stream=exchange)
 
     async def aclose(self) -> None:
-        """Close all connections; requests under way fail."""
+        """Close all connections; requests in progress fail."""
         for pool in self._pools.values():
             pool.close()
 
@@ -74,7 +73,7 @@ class Transport(httpx.AsyncBaseTransport):
 
 
 def tls_context(tls: ssl.SSLContext | bool) -> ssl.SSLContext:
-    """What https is verified by. Call it for the first such connection: the system's authorities take long to load.
+    """The TLS context for https. Create it for the first connection, because the system's authorities take long to load.
 
     Args:
         tls: A context, `True` for the system's authorities, or `False` to accept any certificate.
@@ -89,13 +88,13 @@ def tls_context(tls: ssl.SSLContext | bool) -> ssl.SSLContext:
 
 
 class _Pool:
-    """The connections to one origin: the one that was used last is used next, so that the others can expire."""
+    """The connections to one origin. The most recently used one is used next, so that the others can expire."""
 
     def __init__(self, host: str, port: int, tls: ssl.SSLContext | None, max_connections: int) -> None:
         self._host = host
         self._port = port
         self._tls = tls
-        self._free = asyncio.Semaphore(max_connections)  # as many are not busy
+        self._free = asyncio.Semaphore(max_connections)  # the number of connections that are not busy
         self._open: set[Connection] = set()
         self._idle: dict[Connection, None] = {}
         self._closed = False
@@ -104,7 +103,7 @@ class _Pool:
         self._stale_at = float("-inf")  # on the loop's clock
 
     async def take(self, wait: float | None, connect: float | None) -> Connection:
-        """A connection to send a request on; busy from now on."""
+        """Acquire a connection for a request."""
         try:
             async with asyncio.timeout(wait):
                 await self._free.acquire()
@@ -134,7 +133,7 @@ class _Pool:
             connection.close()
 
     async def _look_up(self) -> Sequence[Address]:
-        """The origin's addresses; each is the first in turn, so that connections are spread over them."""
+        """The origin's addresses, rotated by one each time to spread connections over them."""
         async with self._looking_up:
             now = asyncio.get_running_loop().time()
             if now >= self._stale_at:
@@ -163,7 +162,7 @@ def _head(request: httpx.Request) -> bytes:
     """The request line and the headers.
 
     Raises:
-        httpx.LocalProtocolError: A header would end early and begin another, or the body has no length yet.
+        httpx.LocalProtocolError: A header has a line break, or the length of the body is unknown.
     """
     lines = [b"%s %s HTTP/1.1" % (request.method.encode("ascii"), request.url.raw_path)]
     lines += [b"%s: %s" % header for header in request.headers.raw]

@@ -1,4 +1,4 @@
-"""One connection: a request and its response at a time, and closed at the first thing that is out of order."""
+"""One connection: one request at a time, and closed at the first violation of the protocol."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Callable
 
 SLICE_BYTES = 256 * 1024
-"""Of a request's body, given to the socket at once; the next follows when the server has taken most of it."""
+"""Bytes of a request's body that are written at once; the next ones follow when the server has received most of them."""
 
 
 READ_BYTES = 64 * 1024
-"""What is read from a socket at once. The event loop's own choice is 256 KiB, which each answer that is read slowly would hold."""
+"""Bytes that are read at once. The event loop's default is 256 KiB, which each slow reader would hold."""
 
 _buffer = memoryview(bytearray(READ_BYTES))
-"""Of all connections: what is read into it is copied before anything else is read."""
+"""The read buffer of all connections: its content is copied before the next read."""
 
 
 class Connection(asyncio.BufferedProtocol):
     """A connection to an origin: `claim` it, then `send` a request.
 
     Args:
-        sock: Connected; `None` if TLS wraps it.
-        on_idle: Called when a response was complete and the connection can take another request.
-        on_closed: Called once, when it cannot be used any more, with whether it was claimed then.
+        sock: The connected socket; `None` with TLS.
+        on_idle: Called when a response is complete and the connection can be reused.
+        on_closed: Called once, when the connection is closed, with whether it was claimed.
 
     Attributes:
-        error: Why it cannot be used any more; `None` as long as it can.
+        error: Why the connection is closed; `None` while it is open.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Connection(asyncio.BufferedProtocol):
         self.error: httpx.TransportError | None = None
         self._claimed = False
         self._paused = False
-        self._full = False  # what was written is more than the socket takes now
+        self._full = False  # whether the write buffer is above its high-water mark
         self._sent = False
         self._expiry: asyncio.TimerHandle | None = None
         self._transport: asyncio.Transport
@@ -62,12 +62,12 @@ class Connection(asyncio.BufferedProtocol):
         """Send a request and wait for the head of its response.
 
         Args:
-            head: The request's head.
-            body: Its body, in pieces. No piece is asked for before the server has taken most of those before it.
-            read_timeout: Seconds that the server may neither take nor send anything; `None` for no limit.
+            head: The request line and headers.
+            body: The body, in pieces. The next piece is requested after the server has received most of those before it.
+            read_timeout: Seconds without progress in either direction; `None` for no limit.
 
         Raises:
-            httpx.TransportError: There is no response. The connection is closed then, as when canceled.
+            httpx.TransportError: There is no response. The connection is closed, as it is if this is canceled.
         """
         exchange = self._exchange = Exchange(self, read_timeout)
         self._sent = False
@@ -76,14 +76,14 @@ class Connection(asyncio.BufferedProtocol):
         return exchange
 
     def claim(self) -> bool:
-        """Take it for a request, which has to be sent before anything is awaited.
+        """Reserve it for a request, which must be sent before any `await`.
 
         Returns:
-            Whether it can be used. An idle connection on which anything has arrived, the end included, is closed instead.
+            Whether it can be used. If an idle connection has received any data or the end, it is closed instead.
         """
         if self._expiry is not None:
             self._expiry.cancel()
-            # The loop may not have reported it yet.
+            # The event loop may not have reported the data yet.
             if self._poll.poll(0):
                 self.close()
         self._claimed = self.error is None
@@ -94,7 +94,7 @@ class Connection(asyncio.BufferedProtocol):
         self._expiry = asyncio.get_running_loop().call_later(seconds, self.close)
 
     def close(self, error: httpx.TransportError | None = None) -> None:
-        """Close it now: what has not been sent is dropped, and a response under way fails."""
+        """Close it now: unsent data is dropped, and a response in progress fails."""
         if self.error is not None:
             return
         self.error = error or ConnectionLostError("the gateway closed the connection")
@@ -106,32 +106,32 @@ class Connection(asyncio.BufferedProtocol):
         self._on_closed(self, claimed)
 
     def resume(self) -> None:
-        """Read the socket again, if that was paused."""
+        """Resume reading if it was paused."""
         if self._paused and self.error is None:
             self._paused = False
             self._transport.resume_reading()
 
-    # What the event loop calls.
+    # Called by the event loop.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """It is open."""
+        """The connection is open."""
         self._transport = cast("asyncio.Transport", transport)
         self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 (the loop's guess)
-        """Where to read into."""
+        """The buffer to read into."""
         return _buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        """So many bytes arrived."""
+        """`nbytes` bytes were received."""
         self._receive(bytes(_buffer[:nbytes]))
 
     def eof_received(self) -> None:
-        """The server sends no more, so neither do we."""
+        """The server sends no more data; close the connection."""
         self._end(None)
 
     def connection_lost(self, error: Exception | None) -> None:
-        """It is closed. What the server sent before it stopped reading still counts: a refusal of a large request."""
+        """The connection is closed. Read what the server sent before, such as its rejection of a large request."""
         if error is not None and self._exchange is not None and self._socket is not None:
             with contextlib.suppress(OSError):
                 while self._exchange is not None:
@@ -143,20 +143,20 @@ class Connection(asyncio.BufferedProtocol):
         self._end(error)
 
     def pause_writing(self) -> None:
-        """The socket takes no more for now."""
+        """The write buffer is full."""
         self._full = True
 
     def resume_writing(self) -> None:
-        """The socket takes more."""
+        """The write buffer has room."""
         self._full = False
         if self._exchange is not None:
             self._exchange.wake()
 
     def _receive(self, data: bytes) -> None:
-        """Take bytes. Out of turn they belong to no request, and must never be taken for the next one's response."""
+        """Process received bytes. Without a request in progress, they must never become part of the next response."""
         exchange = self._exchange
         if exchange is None:
-            self.close(ProtocolViolationError("it sent something before it was asked"))
+            self.close(ProtocolViolationError("it sent data before a request"))
             return
         exchange.feed(data)
         if exchange.done:
@@ -166,7 +166,7 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.pause_reading()
 
     async def _write(self, exchange: Exchange, head: bytes, body: AsyncIterable[bytes]) -> None:
-        """Give the socket the request, as fast as the server takes it."""
+        """Write the request, as fast as the server receives it."""
         waiting = bytearray(head)
         async for piece in body:
             waiting += piece
@@ -179,15 +179,15 @@ class Connection(asyncio.BufferedProtocol):
         self._sent = True
 
     async def _takes_more(self, exchange: Exchange) -> bool:
-        """Wait until the server has taken most of what was written; whether it wants the rest.
+        """Wait until the server has received most of the written bytes; return whether to send the rest.
 
-        A server that reads as fast as this writes would let no other call have its turn. So this waits in any case, but never
-        after the last slice, when the response may come at once, and only a request that was sent leaves its connection usable.
+        This always waits at least once, because a server that reads fast would otherwise starve other tasks. It is not called
+        after the last slice: the response may arrive at once, and a connection is reusable only if its request was sent.
         """
         if not self._full:
             asyncio.get_running_loop().call_soon(exchange.wake)
             await exchange.wait()
-        # The server has refused the request and will not read the rest of it.
+        # With an error status, the server does not read the rest of the request.
         while not (exchange.done or exchange.status >= httpx.codes.MULTIPLE_CHOICES):
             if not self._full:
                 return True
@@ -195,7 +195,7 @@ class Connection(asyncio.BufferedProtocol):
         return False
 
     def _finish(self, exchange: Exchange) -> None:
-        """The response has ended."""
+        """Handle the end of the response."""
         sent = self._sent and not self._transport.get_write_buffer_size()
         if not (exchange.complete and exchange.reusable and sent):
             self.close()
@@ -206,13 +206,13 @@ class Connection(asyncio.BufferedProtocol):
             self._on_idle(self)
 
     def _end(self, error: Exception | None) -> None:
-        """The server has ended the connection."""
+        """Handle the end of the connection by the server."""
         if self._exchange is not None:
             self._exchange.end(error)
         self.close(ConnectionLostError("it closed the connection before it responded"))
 
     def _detach(self) -> None:
-        """Part with the exchange; if its response has not ended, it fails."""
+        """Detach the exchange; if its response has not ended, it fails."""
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
             if self.error is not None:

@@ -1,4 +1,4 @@
-"""New connections: the name's addresses, the first of them that accepts, TLS."""
+"""Opens connections: name lookup, the first address that accepts, TLS."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from deltawire_server.upstream.transport.connection import Connection
 
 HEAD_START_SECONDS = 0.25
-"""That an address gets before the next one is tried beside it, as RFC 8305 recommends."""
+"""Delay before the next address is tried concurrently, as RFC 8305 recommends."""
 
 Address = tuple[socket.AddressFamily, tuple[str | int, ...]]
-"""An address family and a socket address of it."""
+"""An address family and a socket address."""
 
 
 def open_socket(address: Address) -> socket.socket:
-    """A socket for an address; it is not connected yet."""
+    """Create an unconnected socket for an address."""
     return socket.socket(address[0], socket.SOCK_STREAM)
 
 
@@ -39,16 +39,16 @@ async def dial(
     """Open a connection.
 
     Args:
-        host: What the server's certificate has to be for: a name as the DNS has it, or an IP address without brackets.
+        host: The host that the server's certificate must be for: a name in DNS form, or an IP address without brackets.
         look_up: Returns the addresses of the host, at least one, in the order in which to try them.
-        tls: For TLS; `None` for plain TCP.
-        make: Makes the connection's protocol from its socket; from `None` if TLS wraps that.
-        connect_timeout: Seconds that it may take, with the look-up of the name and the TLS handshake; `None` for no limit.
-        open_socket: Makes the socket for the very address that is connected to next; raises `OSError` if it must not be.
+        tls: The TLS context; `None` for plain TCP.
+        make: Creates the connection from its socket, or from `None` with TLS.
+        connect_timeout: Time limit in seconds, including the name lookup and the TLS handshake; `None` for no limit.
+        open_socket: Creates the socket for the address that is connected to next; raises `OSError` if that is not allowed.
 
     Raises:
-        ConnectFailedError: It could not be opened.
-        Exception: What `look_up` raised that is neither a `UnicodeError` nor an `OSError`.
+        ConnectFailedError: The connection could not be opened.
+        Exception: Any other exception of `look_up` than `UnicodeError` and `OSError`.
     """
     loop = asyncio.get_running_loop()
     late = "its host name was not looked up"
@@ -65,7 +65,7 @@ async def dial(
                 server_hostname=host.rstrip(".") if tls else None,
             )
     except TimeoutError as error:
-        # The operating system's own, ETIMEDOUT, has a number.
+        # ETIMEDOUT of the operating system has an errno.
         if error.errno is not None:
             raise connect_failure(error) from error
         raise ConnectFailedError(f"{late} within {connect_timeout:g} seconds") from None
@@ -75,11 +75,11 @@ async def dial(
 
 
 async def look_up(host: str, port: int) -> list[Address]:
-    """The addresses of a host, the two families in turn, in the resolver's order.
+    """The addresses of a host in the resolver's order, alternating between the two families.
 
     Raises:
-        UnicodeError: It cannot be a name.
-        OSError: It does not resolve, or not now.
+        UnicodeError: The host is not a valid name.
+        OSError: The name does not resolve, or the lookup failed.
     """
     try:
         family = socket.AF_INET if ip_address(host).version == 4 else socket.AF_INET6
@@ -93,7 +93,7 @@ async def look_up(host: str, port: int) -> list[Address]:
 
 
 async def _first(addresses: Sequence[Address], open_socket: Callable[[Address], socket.socket]) -> socket.socket:
-    """A socket that is connected to the first address that accepts; the last failure if none does."""
+    """A socket connected to the first address that accepts; raises the last failure if none does."""
     if len(addresses) == 1:
         return await _connect(addresses[0], open_socket)
     waiting = list(addresses)

@@ -1,12 +1,12 @@
-"""What the transport raises, by who broke what. The messages are sentences about the server, without its address.
+"""The exceptions of the transport. The messages are about the server and do not have its address.
 
 httpx.TransportError
 ├── ConnectFailedError        no connection: nothing was sent
 ├── ConnectionLostError       the connection ended before the response was complete
 ├── ProtocolViolationError    the server sent what HTTP, or the request, does not allow
-└── httpx.PoolTimeout, ReadTimeout, LocalProtocolError    a limit of ours passed, or the request cannot be sent
+└── httpx.PoolTimeout, ReadTimeout, LocalProtocolError    a timeout of the gateway, or a request that cannot be sent
 
-The first says whether someone has to change a setting; callers distinguish the others by whether the response had begun.
+The first has whether a setting must change; callers distinguish the others by whether the response had begun.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import httpx
 
 
 class ConnectFailedError(httpx.ConnectError):
-    """There is no connection, and nothing of the request was sent.
+    """There is no connection, and no part of the request was sent.
 
     Attributes:
-        misconfigured: Whether someone has to change a setting, a certificate or a name before trying again makes sense.
+        misconfigured: Whether a setting, a certificate or a name must change before a retry can succeed.
     """
 
     def __init__(self, message: str, *, misconfigured: bool = False) -> None:
@@ -35,7 +35,7 @@ class ConnectionLostError(httpx.ReadError):
     """The connection ended before the response was complete. The server may have received the request.
 
     Attributes:
-        begun: Whether the head of the response had arrived.
+        begun: Whether the headers of the response were received.
     """
 
     def __init__(self, message: str, *, begun: bool = False) -> None:
@@ -44,7 +44,7 @@ class ConnectionLostError(httpx.ReadError):
 
 
 class ProtocolViolationError(httpx.RemoteProtocolError):
-    """The server sent what HTTP, or the request, does not allow. Trying again is of no use."""
+    """The server sent what HTTP, or the request, does not allow. A retry does not help."""
 
 
 _OS_ERRORS = {
@@ -67,32 +67,32 @@ _CERTIFICATES = {
     62: "its certificate is for another host",
     64: "its certificate is for another IP address",
 }
-"""By OpenSSL's X509_V_ERR codes."""
+"""Messages by OpenSSL's X509_V_ERR code."""
 
 _TLS = {
     "WRONG_VERSION_NUMBER": "it does not speak TLS at this port: use http, or another port",
     "RECORD_LAYER_FAILURE": "it does not speak TLS at this port: use http, or another port",
     "TLSV13_ALERT_CERTIFICATE_REQUIRED": "it requires a client certificate",
 }
-"""By OpenSSL's reason codes; later versions report the first as the second."""
+"""Messages by OpenSSL's reason; later versions report the second one instead of the first."""
 
 
 def connect_failure(error: Exception) -> ConnectFailedError:
-    """What an exception of looking up a name, connecting or the TLS handshake means.
+    """Map an exception of the name lookup, the connection or the TLS handshake to an error.
 
     Args:
-        error: A `UnicodeError` or an `OSError`, which those of `socket` and `ssl` are.
+        error: A `UnicodeError` or an `OSError`, which includes those of `socket` and `ssl`.
     """
     match error:
         case ssl.SSLCertVerificationError():
-            message = _CERTIFICATES.get(error.verify_code, f"its certificate is not valid: {error.verify_message}")
+            message = _CERTIFICATES.get(error.verify_code, f"its certificate is invalid: {error.verify_message}")
             return ConnectFailedError(message, misconfigured=True)
         case ssl.SSLError():
             words = (error.reason or "no reason given").replace("_", " ").lower()
             message = _TLS.get(error.reason or "", f"the TLS handshake failed: {words}")
             return ConnectFailedError(message, misconfigured=True)
         case UnicodeError():
-            return ConnectFailedError("its host name is not a valid one", misconfigured=True)
+            return ConnectFailedError("its host name is invalid", misconfigured=True)
         case socket.gaierror():
             if error.errno in _NO_SUCH_NAME:
                 return ConnectFailedError("its host name does not resolve", misconfigured=True)

@@ -1,4 +1,4 @@
-"""One request's response: parsed as it arrives, bounded, and read as the body of an `httpx.Response`."""
+"""The response to one request: parsed as it arrives, with limits, and read as the body of an `httpx.Response`."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 MAX_HEAD_BYTES = 64 * 1024
-"""Of the response's head, including those of the 1xx responses before it."""
+"""Limit for the status line and headers of a response, including those of 1xx responses before it."""
 
 MAX_HEADERS = 128
 
 MAX_OVERHEAD_BYTES = 16 * 1024
-"""After the head, without a byte of body: chunk sizes, chunk extensions, trailers. It is counted in steps of this size, so
-between once and twice as much is read before the response fails."""
+"""Limit for bytes after the headers that are not body (chunk sizes, chunk extensions, trailers) in a row. It is checked in steps of
+this size, so the response fails after one to two times as many bytes."""
 
 HIGH_WATER_BYTES = 64 * 1024
-"""Received and not yet read, above which the socket is not read: the server is slowed down by TCP."""
+"""Received and unread bytes above which reading the socket is paused, so that TCP flow control slows the server down."""
 
 _TLS_RECORDS = frozenset({0x15, 0x16})
-"""The first byte of a TLS alert and of a TLS handshake; no HTTP response begins so."""
+"""The first byte of a TLS alert and of a TLS handshake, which no HTTP response begins with."""
 
 
 class Carrier(Protocol):
-    """What an exchange needs of its connection."""
+    """The methods of a connection that an exchange uses."""
 
     def resume(self) -> None:
-        """Read the socket again, if that was paused."""
+        """Resume reading if it was paused."""
 
     def close(self) -> None:
         """Close the connection now."""
@@ -48,19 +48,19 @@ class Carrier(Protocol):
 class Exchange(httpx.AsyncByteStream):
     """The response to one request. One task at a time may wait for it.
 
-    Iterating yields all that has arrived, in one piece. Everything that arrived before a failure is yielded first.
+    Iteration yields all received bytes of the body in one piece. Bytes before a failure are yielded before it is raised.
 
     Args:
-        connection: What the response arrives on.
-        timeout: Seconds to wait for the head, and each time for more of the body; `None` for no limit.
+        connection: The connection of the response.
+        timeout: Seconds to wait for the headers, and for each further piece of the body; `None` for no limit.
 
     Attributes:
-        headers: Of the response, in order, once `head_complete`.
-        status: Its status code; 0 until `head_complete`.
-        head_complete: Whether the head of the final response has arrived.
-        complete: Whether the response arrived as a whole.
-        reusable: Whether the connection may be used again, once `complete`.
-        error: What ended the response before it was complete; `None` if nothing did.
+        headers: The headers, in order; valid with `head_complete`.
+        status: The status code; 0 before `head_complete`.
+        head_complete: Whether the headers of the final response were received.
+        complete: Whether the whole response was received.
+        reusable: Whether the connection may be reused; valid with `complete`.
+        error: The error that ended the response early; `None` without one.
     """
 
     def __init__(self, connection: Carrier, timeout: float | None) -> None:
@@ -75,32 +75,32 @@ class Exchange(httpx.AsyncByteStream):
         self._pieces: list[bytes] = []
         self._unread = 0
         self._room = MAX_HEAD_BYTES
-        self._framing = b""  # the header that says how long the body is; without one it ends with the connection
+        self._framing = b""  # the header that delimits the body; without one, the end of the connection does
         self._waiter: asyncio.Future[None] | None = None
-        # The parser looks callbacks up when it is made; this one needs no Python frame.
+        # The parser looks up its callbacks when it is created; this one needs no Python frame.
         self.on_body: Callable[[bytes], None] = self._pieces.append
         self._parser = httptools.HttpResponseParser(self)
 
     @property
     def done(self) -> bool:
-        """Whether nothing more is expected."""
+        """Whether the response has ended."""
         return self.complete or self.error is not None
 
     @property
     def full(self) -> bool:
-        """Whether more has arrived than should wait to be read."""
+        """Whether reading the socket should pause."""
         return self._unread > HIGH_WATER_BYTES
 
-    # What the connection calls.
+    # Called by the connection.
 
     def feed(self, data: bytes) -> None:
-        """Parse what has arrived."""
+        """Parse received bytes."""
         if self._room == MAX_HEAD_BYTES and data[0] in _TLS_RECORDS:
             self.fail(ConnectFailedError("it speaks TLS at this port: use https, or another port", misconfigured=True))
             return
         self._unread += len(data)
         while data and not self.done:
-            # Never beyond the limit: how the bytes were cut on their way must make no difference.
+            # Not beyond the limit, so that the result does not depend on how the bytes are split.
             step = min(self._room, MAX_OVERHEAD_BYTES)
             self._parse(data[:step])
             data = data[step:]
@@ -109,17 +109,17 @@ class Exchange(httpx.AsyncByteStream):
         self.wake()
 
     def end(self, error: Exception | None) -> None:
-        """The connection has ended: cleanly, or with an error."""
+        """Handle the end of the connection, with or without an error."""
         if self.done:
             return
         if not self.head_complete:
             if isinstance(error, ssl.SSLError):
-                # In TLS 1.3 a server refuses a client's certificate only after the handshake.
+                # In TLS 1.3, a server rejects a client's certificate only after the handshake.
                 self.fail(connect_failure(error))
             else:
                 self.fail(ConnectionLostError("it closed the connection before it responded"))
         elif self._framing == b"content-length" and error is None:
-            # A wrong length and a server that was stopped look the same.
+            # A wrong length and a stopped server cannot be distinguished.
             self.fail(ConnectionLostError("the body of its response is shorter than its Content-Length", begun=True))
         elif self._framing or error is not None:
             self.fail(ConnectionLostError("it closed the connection in the middle of its response", begun=True))
@@ -135,21 +135,21 @@ class Exchange(httpx.AsyncByteStream):
             self.wake()
 
     def release(self) -> None:
-        """Nothing more will be fed: parser and exchange no longer keep each other in memory."""
+        """Drop the parser, to break its reference cycle with the exchange. `feed` must not be called any more."""
         del self._parser
 
     def wake(self) -> None:
-        """Let the task that waits look again."""
+        """Wake the waiting task."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    # What the caller of the request does.
+    # Called by the reader of the response.
 
     async def wait(self) -> None:
-        """Wait until something has changed.
+        """Wait for a change.
 
         Raises:
-            httpx.ReadTimeout: Nothing did within the limit.
+            httpx.ReadTimeout: There was none within the timeout.
         """
         self._waiter = asyncio.get_running_loop().create_future()
         try:
@@ -159,7 +159,7 @@ class Exchange(httpx.AsyncByteStream):
                 async with asyncio.timeout(self._timeout):
                     await self._waiter
         except BaseException as error:
-            # Also when canceled: closing the connection is what makes an engine stop.
+            # Also if canceled, because an engine stops generating when its connection is closed.
             self._connection.close()
             if isinstance(error, TimeoutError):
                 raise httpx.ReadTimeout(f"it sent nothing for {self._timeout:g} seconds") from None
@@ -168,10 +168,10 @@ class Exchange(httpx.AsyncByteStream):
             self._waiter = None
 
     async def head(self) -> None:
-        """Wait for the head.
+        """Wait for the headers.
 
         Raises:
-            httpx.TransportError: There will be none.
+            httpx.TransportError: The response failed before them.
         """
         while not self.head_complete:
             if self.error is not None:
@@ -183,7 +183,7 @@ class Exchange(httpx.AsyncByteStream):
         return self
 
     async def __anext__(self) -> bytes:
-        """What has arrived of the body since the last time; waits if that is nothing."""
+        """The received bytes of the body; waits if there are none."""
         while not self._pieces:
             if self.error is not None:
                 raise self.error
@@ -197,21 +197,21 @@ class Exchange(httpx.AsyncByteStream):
         return data
 
     async def aclose(self) -> None:
-        """Close the connection, unless the response has arrived as a whole; what is unread is dropped."""
+        """Close the connection unless the whole response was received; unread bytes are dropped."""
         if not self.done:
             self._connection.close()
-        # httpx's response refers to itself, and so keeps this until the garbage is collected.
+        # httpx's response has a reference cycle and keeps this object until a garbage collection.
         self._pieces.clear()
 
-    # What the parser calls. Raising stops it.
+    # Called by the parser. An exception stops it.
 
     def on_message_begin(self) -> None:
-        """A response begins: the first, or one after a 1xx response."""
+        """A response begins: the first one, or the next one after a 1xx response."""
         if self.complete:
             raise ProtocolViolationError("it sent two responses to one request")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header, or a trailer, which is ignored."""
+        """A header. Trailers are ignored."""
         if self.head_complete:
             return
         if len(self.headers) == MAX_HEADERS:
@@ -219,7 +219,7 @@ class Exchange(httpx.AsyncByteStream):
         self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
-        """A head is complete; that of a 1xx response is ignored."""
+        """The headers are complete. Those of a 1xx response are ignored."""
         status = self._parser.get_status_code()
         if 100 <= status < 200 and status != 101:
             self.headers.clear()
@@ -236,8 +236,8 @@ class Exchange(httpx.AsyncByteStream):
             if (lower == b"content-encoding" and value.lower() not in (b"", b"identity")) or (
                 lower == b"transfer-encoding" and value.lower() != b"chunked"
             ):
-                # The caller gets the head all the same: the status of a compressed error page is worth having.
-                raise ProtocolViolationError("the body of its response is compressed, which was not asked for")
+                # The caller can still read the status and the headers, for example of a compressed error page.
+                raise ProtocolViolationError("the body of its response is compressed, which the request did not allow")
 
     def on_message_complete(self) -> None:
         """A response is complete; a 1xx response is ignored."""
@@ -252,8 +252,8 @@ class Exchange(httpx.AsyncByteStream):
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
             self.reusable = False
-            said = error.__context__
-            self.fail(said if isinstance(said, ProtocolViolationError) else self._violation(), error)
+            raised = error.__context__
+            self.fail(raised if isinstance(raised, ProtocolViolationError) else self._violation(), error)
         if len(self._pieces) > pieces:
             self._room = MAX_OVERHEAD_BYTES
         elif self._room == 0:
