@@ -1,4 +1,4 @@
-"""`deltawire-server`: read the settings, serve until told to stop."""
+"""`deltawire-server`: reads the settings and serves until a signal stops it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Without the program's name; by default the process's own.
 
     Returns:
-        0 after a stop that was asked for, 1 if it could not serve, 2 for wrong settings. Give it to `sys.exit`.
+        The exit status for `sys.exit`: 0 after a signal, 1 if it could not serve, 2 for invalid settings.
     """
-    with signals.noted():
+    with signals.recorded():
         return _main(sys.argv[1:] if argv is None else argv)
 
 
 def _main(arguments: Sequence[str]) -> int:
-    # What gRPC itself writes is no entry of the log, and callers without a key can make it write a line for each call.
+    # gRPC's own output is not in the log format, and callers without a key could make it write a line for each call.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         import uvloop
@@ -34,10 +34,10 @@ def _main(arguments: Sequence[str]) -> int:
         from deltawire_server import app, settings
         from deltawire_server.errors import RegistryError
         from deltawire_server.lifecycle import ListenError
-        from deltawire_server.registry.database import said
+        from deltawire_server.registry.database import cause_text
     except ModuleNotFoundError as error:
         print(
-            f"deltawire-server needs the server's libraries ({error.name} is missing): pip install 'deltawire[server]'",
+            f"deltawire-server needs the server dependencies ({error.name} is missing): pip install 'deltawire[server]'",
             file=sys.stderr,
         )
         return 2
@@ -49,7 +49,7 @@ def _main(arguments: Sequence[str]) -> int:
         print(settings.effective(invocation.settings, invocation.origins))
         return 0
     try:
-        # Reloaded from where they came from: the same flags, environment and file.
+        # A reload uses the same flags, environment and file.
         uvloop.run(app.serve(invocation.settings, lambda: settings.parse(arguments, os.environ).settings))
     except settings.SettingsError as error:
         return _refused(error.problems)
@@ -57,9 +57,9 @@ def _main(arguments: Sequence[str]) -> int:
         print(f"deltawire-server: {error}", file=sys.stderr)
         return 1
     except RegistryError as error:
-        # Its own words are for callers, who have no business with paths; here the operator reads.
+        # The error's own message is for callers and contains no paths. This one is for the operator.
         url = settings.shown_database_url(invocation.settings.registry.database_url)
-        cause = said(error.__cause__ or error)
+        cause = cause_text(error.__cause__ or error)
         print(f"deltawire-server: cannot use the database {url}: {cause}", file=sys.stderr)
         return 1
     return 0

@@ -13,7 +13,7 @@ import pytest
 import structlog
 
 from deltawire_server.errors import Reason, RegistryError
-from deltawire_server.registry import database, follower
+from deltawire_server.registry import change_log_reader, database
 from deltawire_server.registry import postgres as postgres_database
 from deltawire_server.registry.change_log_reader import ChangeLogReader
 from deltawire_server.registry.registered_index import RegisteredIndex
@@ -33,7 +33,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing waits longer between two attempts than tests want to."""
     monkeypatch.setattr(database, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(postgres_database, "RECONNECT_SECONDS", 0.01)
-    monkeypatch.setattr(follower, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(change_log_reader, "RETRY_SECONDS", 0.01)
 
 
 @pytest.fixture

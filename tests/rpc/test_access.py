@@ -164,7 +164,7 @@ async def test_only_its_owner_changes_a_registration_or_an_operator(start_gatewa
 
 
 async def test_a_registration_without_an_owner_needs_operate(start_gateway: StartGateway) -> None:
-    """As an open gateway makes them, where everybody changes everything: once the gateway is closed, an operator does."""
+    """As an open gateway makes them, where every caller may change everything: once the gateway is closed, an operator does."""
     pb = model_registry_pb2
     async with start_gateway() as gateway:
         for name in ("one", "two"):
@@ -394,7 +394,7 @@ async def test_access_is_loaded_anew(start_gateway: StartGateway, vllm: FakeVllm
         assert (await lines.find("access loaded"))["access"] == "keys: 1, mTLS identities: 0"
         revoked = await failure_of(gateway.create(metadata=bearer("secret-of-the-old")))
         assert revoked.reason == "UNAUTHENTICATED"
-        assert "or does no longer" in revoked.message
+        assert "or was revoked" in revoked.message
         await gateway.create(metadata=bearer("secret-of-the-new"))
     assert "secret-of" not in lines.getvalue()
 

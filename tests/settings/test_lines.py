@@ -29,7 +29,7 @@ def mutual(pem: Path) -> dict[str, str]:
 
 
 def test_without_lines_nobody_is_named(read: Parse) -> None:
-    """Everybody may do everything then; empty settings are a template's way to leave them out."""
+    """Every caller may do everything then; empty settings are a template's way to leave them out."""
     for file in ("", '[access]\nkeys = ""\nkeys_file = ""'):
         access = read("--vllm-url", URL, file=file).settings.access
         assert (access.principals, access.warnings, access.keys, access.keys_file) == ((), (), None, None)

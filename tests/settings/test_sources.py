@@ -250,8 +250,10 @@ def test_two_names_for_one_key(read: Parse, problems: Problems) -> None:
         ),
         (
             "[providers.GPU]\nbase_url = 'http://h'",
-            "providers.GPU (from FILE): not a valid provider id: use lower-case letters, digits, -, _ and ., "
-            + "starting with a letter or digit",
+            (
+                "providers.GPU (from FILE): not a valid provider id: use lower-case letters, digits, -, _ and ., "
+                "starting with a letter or digit"
+            ),
         ),
     ],
 )

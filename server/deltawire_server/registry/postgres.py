@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import psycopg
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from deltawire_server.registry.database import Database, said
+from deltawire_server.registry.database import Database, cause_text
 from deltawire_server.telemetry import get_logger
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class PostgresDatabase(Database):
                         await self._ask(connection, "SELECT 1")  # fails if the connection is not there any more
             except (psycopg.Error, OSError) as error:
                 if not deaf:
-                    _log.warning("the database does not announce changes", error=said(error))
+                    _log.warning("the database does not announce changes", error=cause_text(error))
                 deaf = True
             await asyncio.sleep(RECONNECT_SECONDS)
 

@@ -12,7 +12,7 @@ from sqlalchemy import AsyncAdaptedQueuePool, create_engine, event
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from deltawire_server.registry.database import Database, said
+from deltawire_server.registry.database import Database, cause_text
 from deltawire_server.telemetry import get_logger
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class SqliteDatabase(Database):
                         await asyncio.sleep(POLL_SECONDS)
             except (SQLAlchemyError, OSError) as error:
                 if not blind:
-                    _log.warning("the database's changes cannot be seen", error=said(error))
+                    _log.warning("the database's changes cannot be seen", error=cause_text(error))
                 blind = True
             await asyncio.sleep(POLL_SECONDS)
 

@@ -18,7 +18,7 @@ from sqlalchemy import delete, func, insert, literal, make_url, select, update
 from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
 from deltawire_server.errors import Reason, RegistryError
-from deltawire_server.registry.database import BUSY_SECONDS, said
+from deltawire_server.registry.database import BUSY_SECONDS, cause_text
 from deltawire_server.registry.rows import (
     DamagedRecordError,
     model_of,
@@ -416,7 +416,7 @@ def _translated(what: str) -> Iterator[None]:
     try:
         yield
     except (SQLAlchemyError, OSError) as error:
-        _log.error("database unusable", call=what, error=said(error))
+        _log.error("database unusable", call=what, error=cause_text(error))
         raise RegistryError(
             Reason.STORE_UNAVAILABLE,
             "the registry's database cannot be used now; models that are known already can still be called",

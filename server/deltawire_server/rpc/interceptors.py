@@ -302,7 +302,7 @@ class CallInterceptor(aio.ServerInterceptor):
         call_record(context).latch.succeed()
 
     def _is_known(self, context: _Context) -> bool:
-        return self._access.knows(_keys(context), _identities(context))
+        return self._access.is_principal(_keys(context), _identities(context))
 
     def _authorize(self, method: str, record: CallRecord, context: _Context) -> None:
         """Let the call in or raise; the log line gets the caller's name, and of one who may not, what is missing."""

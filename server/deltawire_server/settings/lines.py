@@ -111,7 +111,10 @@ def read(path: Path | None, text: SecretStr | None) -> tuple[tuple[Entry, ...], 
 
 
 # A file that was emptied by mistake, or to revoke the last key, must not open the gateway to every caller.
-_NO_CALLER = "has no access line, so no caller could call: add a line; or remove the access settings, and every caller may do everything"
+_NO_CALLER = (
+    "has no access line, so no caller could call: add a line; to allow every caller to do everything, remove the access "
+    "settings"
+)
 
 
 def _validated(lines: Iterable[tuple[str, str, str]]) -> tuple[list[Entry], list[tuple[str, str]]]:
