@@ -201,7 +201,7 @@ async def test_settings_reach_the_parts(vllm: FakeVllm, tmp_path: Path, monkeypa
     assert provider._allowed_extra_fields == ("return_*",)  # type: ignore[attr-defined]
     assert provider._api._client.headers["x-team"] == "search"  # type: ignore[attr-defined]
     assert provider._api._client._transport._max_connections == 11 + SPARE_CONNECTIONS  # type: ignore[attr-defined]
-    assert provider._timeout.connect == 21  # type: ignore[attr-defined]
+    assert provider._api._timeout.connect == 21  # type: ignore[attr-defined]
 
 
 async def test_tls_to_the_provider(start_gateway: StartGateway, certificates: Certificates) -> None:
