@@ -223,11 +223,15 @@ class Feed:
             # What has not been told yet is not missed: whoever serves next gives a snapshot, since this process's
             # revisions end with it.
             raise GatewayError(
-                Reason.DRAINING, "this process is shutting down; watch again, another one serves", retry_after=0.0
+                Reason.DRAINING,
+                "this gateway process is shutting down: watch again on a new connection",
+                retry_after=0.0,
             )
         if begun != self._interruptions:
             raise GatewayError(
-                Reason.ACCESS_CHANGED, "who may call has changed; watch again from the last revision", retry_after=0.0
+                Reason.ACCESS_CHANGED,
+                "the access settings have changed: watch again from the last revision",
+                retry_after=0.0,
             )
 
     def _next(self, place: int) -> _Entry | None:
@@ -265,8 +269,8 @@ class Feed:
         if place < self._start:
             raise GatewayError(
                 Reason.SLOW_WATCHER,
-                f"more models were removed since the last message of this watch than the {self._removed_bytes} bytes of them"
-                " that are kept for watches; watch again without a revision, for a snapshot",
+                f"since the last message of this watch, more models were removed than the {self._removed_bytes} bytes of removed"
+                " models that are kept: watch again without a revision, for a snapshot",
                 metadata={"limit_bytes": str(self._removed_bytes)},
             )
 
@@ -282,8 +286,8 @@ class Feed:
                 return place, complete
         raise CallerError(
             Reason.REVISION_GONE,
-            "the watch cannot go on from that revision: too much has happened since, or it is of another process or a time"
-            " before a restart; watch again without a revision, for a snapshot",
+            "the watch cannot resume at this revision: it is too old, or from another process or before a restart: watch again"
+            " without a revision, for a snapshot",
         )
 
 
