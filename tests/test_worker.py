@@ -282,8 +282,8 @@ async def test_a_provider_that_is_replaced_before_it_is_asked(make_worker: MakeW
             events = [event async for batch in completion.batches() for event in batch]
             assert isinstance(events[-1], Completed)
             assert completion.failure is None
-            assert not provider._client.is_closed  # type: ignore[attr-defined]
-        await until(lambda: provider._client.is_closed)  # type: ignore[attr-defined]
+            assert not provider._api._client.is_closed  # type: ignore[attr-defined]
+        await until(lambda: provider._api._client.is_closed)  # type: ignore[attr-defined]
 
 
 async def test_another_attempt_finds_the_same_stream(make_worker: MakeWorker, vllm: FakeVllm) -> None:

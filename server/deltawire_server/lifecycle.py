@@ -3,8 +3,8 @@
     STARTING ── start ──▶ SERVING ── stop ──▶ DRAINING ──▶ STOPPED
 
 On draining, the health service first reports NOT_SERVING, and calls are still accepted until load balancers have noticed. Then
-every connection gets a GOAWAY, so that clients connect elsewhere, and active calls may end. Health only covers this process: a failed
-provider does not change it, or all gateways would leave the load balancing at once.
+every connection gets a GOAWAY, so that clients connect elsewhere, and active calls may end. Health only covers this process: a
+failed provider does not change it, or all gateways would leave the load balancing at once.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ MAX_PENDING_REQUESTS = 1_000_000
 
 MAX_PING_STRIKES = 20
 """Pings that may arrive sooner than `min_ping_interval` after the previous one; more close the connection with ENHANCE_YOUR_CALM.
-In gRPC, 0 means any number. A message from the server resets the count. The limit allows bursts, such as those of a proxy with several
-timers, but not a flood, which has hundreds."""
+In gRPC, 0 means any number. A message from the server resets the count. The limit allows bursts, such as those of a proxy with
+several timers, but not a flood, which has hundreds."""
 
 FLUSH_SECONDS = 0.2
 """Time to flush the last messages to the sockets."""

@@ -13,8 +13,9 @@ import pytest
 import structlog
 
 from deltawire_server.errors import Reason, RegistryError
-from deltawire_server.registry import change_log_reader, database
+from deltawire_server.registry import change_log_reader
 from deltawire_server.registry import postgres as postgres_database
+from deltawire_server.registry import sqlite as sqlite_database
 from deltawire_server.registry.change_log_reader import ChangeLogReader
 from deltawire_server.registry.registered_index import RegisteredIndex
 from deltawire_server.registry.store import Change, ChangeKind, Store
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing waits longer between two attempts than tests want to."""
-    monkeypatch.setattr(database, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(sqlite_database, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(postgres_database, "RECONNECT_SECONDS", 0.01)
     monkeypatch.setattr(change_log_reader, "RETRY_SECONDS", 0.01)
 

@@ -404,7 +404,10 @@ async def test_a_file_that_others_may_use_is_warned_of(tmp_path: Path) -> None:
         await store.open()
     await store.close()
     (warning,) = [entry for entry in logs if entry["log_level"] == "warning"]
-    assert (warning["event"], warning["path"]) == ("others on this machine may use the database: chmod 600", str(path))
+    assert (warning["event"], warning["path"]) == (
+        "other users of this machine can access the database: chmod 600",
+        str(path),
+    )
 
 
 @pytest.mark.parametrize(

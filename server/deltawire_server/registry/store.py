@@ -1,9 +1,9 @@
 """Registered models in a database: SQLite, or PostgreSQL for gateways on several machines.
 
 Each write is one transaction, has a revision one above that of the write before it, and leaves a record of what it did,
-by which other processes catch up. That a name has one owner is the database's own constraint, so it holds between
-processes too. Whatever the database cannot do is a `RegistryError` with STORE_UNAVAILABLE whose cause is in the log and
-not in the message: the message goes to callers, who have no business with paths and SQL.
+by which other processes catch up. A constraint of the database ensures that a name has one owner, also across processes. Errors of
+the database become a `RegistryError` with STORE_UNAVAILABLE. The cause is in the log and not in the message, because callers must
+not see paths and SQL.
 """
 
 from __future__ import annotations
@@ -290,7 +290,7 @@ class Store:
                     await connection.execute(delete(MODELS).where(MODELS.c.id == model_id))
                     change = Change(next_revision, ChangeKind.REMOVED, model_id, model)
                     await _record(connection, change)
-            # A name that the database cannot even hold is nobody's.
+            # A name that the database cannot store belongs to no model.
             except (_OvertakenError, DataError):
                 return None
         return change
@@ -323,8 +323,8 @@ class Store:
             if new > limit and new > old:
                 raise RegistryError(
                     Reason.REGISTRY_FULL,
-                    f"the registry has room for {limit} {what}, and with this there would be {new}: unregister models, use"
-                    f" fewer aliases or annotations, or have the operator raise registry.max_{what}",
+                    f"the registry's limit is {limit} {what}, and this change would make {new}: unregister models, use"
+                    f" fewer aliases or annotations, or ask the operator to raise registry.max_{what}",
                     metadata={"limit": str(limit), "setting": f"registry.max_{what}"},
                 )
 
@@ -419,7 +419,7 @@ def _translated(what: str) -> Iterator[None]:
         _log.error("database unusable", call=what, error=cause_text(error))
         raise RegistryError(
             Reason.STORE_UNAVAILABLE,
-            "the registry's database cannot be used now; models that are known already can still be called",
+            "the registry's database is unavailable; models that are already registered can still be called",
             retry_after=1.0,
         ) from error
 
@@ -440,7 +440,7 @@ def database_of(url: str, busy_seconds: float = BUSY_SECONDS) -> Database:
         parsed = make_url(url)
     except (SQLAlchemyError, ValueError):
         # Without its cause, which may repeat a part of the URL.
-        raise ValueError('the database URL is none; an example is "sqlite:////var/lib/registry.db"') from None
+        raise ValueError('the database URL is not valid; an example is "sqlite:////var/lib/registry.db"') from None
     kind = parsed.get_backend_name()
     if kind == "sqlite":
         return SqliteDatabase(parsed.set(drivername="sqlite+aiosqlite"), busy_seconds)
