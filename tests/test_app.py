@@ -219,7 +219,7 @@ async def test_tls_to_the_provider(start_gateway: StartGateway, certificates: Ce
 
 
 async def test_serving_says_who_may_call(start_gateway: StartGateway, lines: Lines) -> None:
-    """Everybody, and that is no warning where only this machine gets there; or how many are known, and by what."""
+    """Every caller, which is no warning if only this machine can connect; or the number of keys and identities."""
     async with start_gateway():
         assert (await lines.find("serving"))["access"] == "every caller may do everything"
     async with start_gateway(access={"keys": "ops all secret-of-ops-itself; ci call sha256:" + "0" * 64}):

@@ -20,7 +20,7 @@ from deltawire_server.rpc import validate
 from deltawire_server.secret import Secret
 from deltawire_server.telemetry import configure_logging
 from deltawire_server.upstream.base import CallContext
-from deltawire_server.upstream.vllm import VllmProvider
+from deltawire_server.upstream.vllm_api import VllmApi
 from deltawire_server.worker import Worker
 from tests.support.gateway import Running, ask, failure_of, read
 
@@ -44,8 +44,8 @@ DEFECTS = [
     (Access, "authorize"),
     (validate, "chat_request"),
     (ModelRegistry, "resolve"),
-    (VllmProvider, "_send"),
-    (VllmProvider, "_call_headers"),
+    (VllmApi, "_send"),
+    (VllmApi, "_call_headers"),
     (Worker, "_run"),
 ]
 """Where a call breaks: from its first look at the metadata to the request that is sent."""

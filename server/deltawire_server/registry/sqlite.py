@@ -180,7 +180,7 @@ def _use_log(connection: Connection) -> None:
 def _prepare(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
     # Left to itself the driver begins transactions late and not at all for tables, so half a migration could stay.
     connection.isolation_level = None
-    # A text that is none would fail the whole query; as bytes it is one damaged record.
+    # Invalid UTF-8 would fail the whole query; returned as bytes, it makes only one record damaged.
     connection.driver_connection.text_factory = _text_or_bytes
     cursor = connection.cursor()
     cursor.execute("PRAGMA foreign_keys = ON")

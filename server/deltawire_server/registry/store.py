@@ -106,7 +106,7 @@ class Store:
         limits: How much can be registered. What the database has beyond them stays, and can be changed to something smaller.
 
     Raises:
-        ValueError: The URL is none, or of another database, or its driver is not installed.
+        ValueError: The URL is invalid, the database is not supported, or its driver is not installed.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class Store:
         """The first `PAGE` changes after a revision, in their order; `None` if they cannot all be had: `load` then.
 
         They cannot if they are too many to have been kept, if one of them is damaged, which is logged, or if the database
-        is older than the revision, since somebody has brought back a copy of it.
+        is older than the revision, because a backup was restored.
 
         Raises:
             RegistryError: The database cannot be read.
@@ -387,7 +387,7 @@ def _change(revision: int, kind: str, model_id: object, record: object) -> Chang
     """The change of a record.
 
     Raises:
-        DamagedRecordError: It is none that this release writes.
+        DamagedRecordError: It is not a record that this release writes.
     """
     if kind not in ChangeKind.__members__ or not isinstance(model_id, str):
         raise DamagedRecordError(f"revision {revision}: {kind!r} of {model_id!r}")
@@ -433,8 +433,8 @@ def database_of(url: str, busy_seconds: float = BUSY_SECONDS) -> Database:
         busy_seconds: How long a write waits for another process's.
 
     Raises:
-        ValueError: The URL is none, or of another database, or its driver is not installed. It is not repeated: it may
-            hold a password.
+        ValueError: The URL is invalid, the database is not supported, or its driver is not installed. The message does not
+            contain the URL, which may have a password.
     """
     try:
         parsed = make_url(url)
