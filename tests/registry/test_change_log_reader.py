@@ -13,9 +13,8 @@ import pytest
 import structlog
 
 from deltawire_server.errors import Reason, RegistryError
-from deltawire_server.registry import change_log_reader
+from deltawire_server.registry import change_log_reader, sqlite
 from deltawire_server.registry import postgres as postgres_database
-from deltawire_server.registry import sqlite as sqlite_database
 from deltawire_server.registry.change_log_reader import ChangeLogReader
 from deltawire_server.registry.registered_index import RegisteredIndex
 from deltawire_server.registry.store import Change, ChangeKind, Store
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing waits longer between two attempts than tests want to."""
-    monkeypatch.setattr(sqlite_database, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(sqlite, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(postgres_database, "RECONNECT_SECONDS", 0.01)
     monkeypatch.setattr(change_log_reader, "RETRY_SECONDS", 0.01)
 
