@@ -75,11 +75,11 @@ def test_chats_need_call_and_the_registry_read_or_change() -> None:
             assert (needs is Permission.READ) == name.startswith(("Get", "List", "Watch", "Check"))
 
 
-def test_without_principals_everybody_may_do_everything() -> None:
+def test_without_principals_every_caller_may_do_everything() -> None:
     """Nobody is asked, not even who sends what is no key."""
     access = Access()
     assert access.open
-    assert access.summary == "everybody may do everything"
+    assert access.summary == "every caller may do everything"
     assert {access.authorize(method, None, []) for method in NEEDS} == {None}
     assert access.authorize("/deltawire.v1.Test/Echo", SECRET, [FRONTEND]) is None
 
@@ -163,10 +163,10 @@ def test_refusals_say_the_remedy() -> None:
     assert (missing.code, missing.metadata) == (Code.UNAUTHENTICATED, {})
     assert "send a key as `authorization: Bearer …`" in missing.message
     assert "certificate" not in missing.message
-    assert "connect with a client certificate that it knows" in refusal(both, CHAT).message
-    assert "does not know the key, or does no longer" in refusal(both, CHAT, "wrong-wrong-wrong").message
+    assert "connect with an authorized client certificate" in refusal(both, CHAT).message
+    assert "the key is not valid, or was revoked" in refusal(both, CHAT, "wrong-wrong-wrong").message
     stranger = refusal(both, CHAT, None, Identity(NameKind.URI, "a:b"), BATCH).message
-    assert "none of the client certificate's names (uri:a:b, dns:batch.mesh)" in stranger
+    assert "no name of the client certificate (uri:a:b, dns:batch.mesh)" in stranger
 
 
 def test_replaced_principals_count_at_once() -> None:
@@ -196,7 +196,7 @@ def test_an_owner_is_a_name_with_its_credential() -> None:
 
 
 def test_what_was_let_in_and_is_no_longer_admitted() -> None:
-    """By the line's name and credential and the permission that the method needs; everybody is, where everybody may call."""
+    """By the line's name and credential and the permission that the method needs; every caller is, if there are no principals."""
     before = principal(f"ci all {SECRET}")
     access = Access([before])
     assert access.admits(before.owner, CHAT)
@@ -300,17 +300,17 @@ def test_the_permissions_of_a_line_are_written_in_order() -> None:
         (f"ci {SECRET}", "must be three words, not 2"),
         (f"ci call read {SECRET}", "must be three words, not 4"),
         (f"ci all {SECRET} x", "must be three words, not 4"),
-        (f"geheim:x all {SECRET}", "the name must be letters, digits and . _ - @ /"),
+        (f"geheim:x all {SECRET}", "the name must be at most 64 letters, digits and . _ - @ /"),
         (f"{'geheim' * 11} all {SECRET}", "at most 64"),
-        (f"-geheim all {SECRET}", "first a letter or digit"),
+        (f"-geheim all {SECRET}", "starting with a letter or digit"),
         (f"gehéim all {SECRET}", "the name must be"),
-        (f"ci {SECRET} call", "some of call, read, change, operate, with commas and no spaces between them, or all"),
+        (f"ci {SECRET} call", "some of call, read, change, operate, separated by commas without spaces, or all"),
         (f"ci call,geheim {SECRET}", "some of call, read, change, operate"),
         (f"ci call, {SECRET}", "some of call, read, change, operate"),
         (f"ci all,call {SECRET}", "some of call, read, change, operate"),
         (f"ci CALL {SECRET}", "some of call, read, change, operate"),
-        ("ci call geheim-geheim-x", "at least 16 characters: make one by `openssl rand -hex 32`"),
-        ("ci call geheim-geheim-geheïm", "printable ASCII: a key has to fit into a header"),
+        ("ci call geheim-geheim-x", "at least 16 characters: generate one by `openssl rand -hex 32`"),
+        ("ci call geheim-geheim-geheïm", "printable ASCII, because a key is sent in a header"),
         ("ci call geheim-geheim-\x7f-geheim", "printable ASCII"),
         ("ci call sha256:geheim", 'followed by 64 hexadecimal digits: `printf %s "$KEY" | sha256sum`'),
         (f"ci call sha256:{DIGEST}0", "followed by 64 hexadecimal digits"),

@@ -219,20 +219,20 @@ async def test_tls_to_the_provider(start_gateway: StartGateway, certificates: Ce
 
 
 async def test_serving_says_who_may_call(start_gateway: StartGateway, lines: Lines) -> None:
-    """Everybody, and that is no warning where only this machine gets there; or how many are known, and by what."""
+    """Every caller, which is no warning if only this machine can connect; or the number of keys and identities."""
     async with start_gateway():
-        assert (await lines.find("serving"))["access"] == "everybody may do everything"
+        assert (await lines.find("serving"))["access"] == "every caller may do everything"
     async with start_gateway(access={"keys": "ops all secret-of-ops-itself; ci call sha256:" + "0" * 64}):
         await lines.find("serving", access="keys: 2, mTLS identities: 0")
     assert {entry["level"] for entry in lines.entries} <= {"info", "debug"}
     assert "secret" not in lines.getvalue()
 
 
-async def test_everybody_on_other_machines_is_warned_of(
+async def test_warning_about_callers_on_other_machines(
     vllm: FakeVllm, tmp_path: Path, lines: Lines, certificates: Certificates
 ) -> None:
     """Unless somebody says who may call: lines of their own, or the authority of mutual TLS."""
-    event = "everybody on other machines may do everything"
+    event = "callers on other machines may do everything"
     tls = {"tls_cert_file": certificates.server, "tls_key_file": certificates.server_key}
     mutual = tls | {"tls_client_ca_file": certificates.authority}
     warned: list[int] = []
@@ -256,8 +256,8 @@ async def test_a_keys_file_that_is_not_kept_safe(vllm: FakeVllm, tmp_path: Path,
         await gateway.reload(settings)
     warnings = [entry["problem"] for entry in lines.entries if entry["level"] == "warning"]
     assert [warning.partition(f" {keys}")[0] for warning in warnings] == [
-        "others than its owner can write",
-        "everybody on this machine can read the keys in",
+        "users other than the owner can write",
+        "all users of this machine can read the keys in",
     ] * 2
     assert "secret" not in lines.getvalue()
 
@@ -357,7 +357,7 @@ async def test_a_reload_does_not_open_a_closed_gateway(
 ) -> None:
     """Nothing of such settings takes effect, and the keys count on."""
     async with running(settings_of(vllm.base_url, tmp_path, access=CLOSED)) as gateway:
-        with pytest.raises(SettingsError, match=r"access: .* everybody .* access\.open = true"):
+        with pytest.raises(SettingsError, match=r"access: .* every caller .* access\.open = true"):
             await gateway.gateway.reload(settings_of(vllm.base_url, tmp_path, access=lost, provider={"max_tokens": 7}))
         assert (await failure_of(gateway.create())).reason == "UNAUTHENTICATED"
         await gateway.create(metadata=(("authorization", "Bearer secret-of-ops-itself"),))
@@ -376,7 +376,7 @@ async def test_a_reload_opens_a_gateway_that_is_to_be_open(vllm: FakeVllm, tmp_p
         await gateway.gateway.reload(settings_of(vllm.base_url, tmp_path, access=CLOSED))
         assert (await failure_of(gateway.create())).reason == "UNAUTHENTICATED"
     said = [entry["access"] for entry in lines.entries if entry["event"] == "access loaded"]
-    assert said == [*["everybody may do everything"] * 2, "keys: 1, mTLS identities: 0"]
+    assert said == [*["every caller may do everything"] * 2, "keys: 1, mTLS identities: 0"]
 
 
 @pytest.mark.parametrize("damage", ["emptied", "removed", "unreadable", "section removed"])

@@ -352,7 +352,7 @@ async def test_grace_has_an_end(start_gateway: StartGateway, vllm: FakeVllm, lin
         drained = asyncio.create_task(gateway.gateway.drain())
         events, failure = await read_badly(stream)
         await drained
-        await lines.find("calls under way are ended")
+        await lines.find("active calls are ended")
         await vllm.chats[0].closed_early.wait()
     completed = events[-1].completed
     assert completed.choices[0].message.text == "so far"
@@ -439,7 +439,7 @@ async def test_a_unix_socket_that_is_listened_on_is_refused(start_gateway: Start
     """It is not taken away from its owner; one that a killed process left behind is taken over."""
     address = f"unix:{tmp_path}/gateway.sock"
     async with start_gateway(server={"listen": [address]}) as gateway:
-        with pytest.raises(ListenError, match="another process does"):
+        with pytest.raises(ListenError, match="another process listens on it"):
             await lifecycle(listen=[address]).start([])
         await read_well(gateway.stream())
     left_behind = socket.socket(socket.AF_UNIX)

@@ -215,7 +215,7 @@ async def test_a_process_that_hangs_up(vllm: FakeVllm, tmp_path: Path) -> None:
             process.signal(signal.SIGHUP)
             refused = await process.logged("settings refused")
             (problem,) = refused["problems"]
-            assert problem.startswith(f"providers.vllm.base_url (from file {file}): must not carry credentials")
+            assert problem.startswith(f"providers.vllm.base_url (from file {file}): must not contain credentials")
             assert "hush" not in str(refused)
             await read_well(gateway.stream())
             file.write_text(f"{table.format(other.base_url)}[server]\nmax_streams = 7\n")

@@ -1,4 +1,4 @@
-"""`deltawire-server`: read the settings, serve until told to stop."""
+"""`deltawire-server`: reads the settings and serves until a signal stops it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 GC_THRESHOLDS = (2_000, 5, 200)
-"""A whole collection takes 1 us for each object of active calls, so a tenth of a second with hundreds of them: it is thirty times
-as rare as by default. Little waits for it: what can be large is in no reference cycle when a call has ended."""
+"""A full collection takes 1 us for each object of the active calls, so 0.1 s with hundreds of calls; these thresholds make it thirty
+times as rare as the defaults. Little memory waits for it: when a call has ended, its large objects are in no reference cycles."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,14 +25,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Without the program's name; by default the process's own.
 
     Returns:
-        0 after a stop that was asked for, 1 if it could not serve, 2 for wrong settings. Give it to `sys.exit`.
+        The exit status for `sys.exit`: 0 after a signal, 1 if it could not serve, 2 for invalid settings.
     """
-    with signals.noted():
+    with signals.recorded():
         return _main(sys.argv[1:], owns_process=True) if argv is None else _main(argv)
 
 
 def _main(arguments: Sequence[str], *, owns_process: bool = False) -> int:
-    # What gRPC itself writes is no entry of the log, and callers without a key can make it write a line for each call.
+    # gRPC's own output is not in the log format, and callers without a key could make it write a line for each call.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         import uvloop
@@ -40,10 +40,10 @@ def _main(arguments: Sequence[str], *, owns_process: bool = False) -> int:
         from deltawire_server import app, settings
         from deltawire_server.errors import RegistryError
         from deltawire_server.lifecycle import ListenError
-        from deltawire_server.registry.database import said
+        from deltawire_server.registry.database import cause_text
     except ModuleNotFoundError as error:
         print(
-            f"deltawire-server needs the server's libraries ({error.name} is missing): pip install 'deltawire[server]'",
+            f"deltawire-server needs the server dependencies ({error.name} is missing): pip install 'deltawire[server]'",
             file=sys.stderr,
         )
         return 2
@@ -55,13 +55,13 @@ def _main(arguments: Sequence[str], *, owns_process: bool = False) -> int:
         print(settings.effective(invocation.settings, invocation.origins))
         return 0
     if owns_process:
-        # Modules and classes live until the end. The garbage collector would go over all of them again and again, 50 ms each time.
-        # Only here: what the event loop and gRPC make later must not be frozen, since they crash when it is freed.
+        # The modules and classes so far live until the end. Without freeze, each full collection would traverse them, which blocks
+        # the event loop for 50 ms. Objects of uvloop and gRPC must not be frozen: the process crashes when they are freed.
         gc.collect()
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
     try:
-        # Reloaded from where they came from: the same flags, environment and file.
+        # A reload uses the same flags, environment and file.
         uvloop.run(app.serve(invocation.settings, lambda: settings.parse(arguments, os.environ).settings))
     except settings.SettingsError as error:
         return _refused(error.problems)
@@ -69,9 +69,9 @@ def _main(arguments: Sequence[str], *, owns_process: bool = False) -> int:
         print(f"deltawire-server: {error}", file=sys.stderr)
         return 1
     except RegistryError as error:
-        # Its own words are for callers, who have no business with paths; here the operator reads.
+        # The error's own message is for callers and contains no paths. This one is for the operator.
         url = settings.shown_database_url(invocation.settings.registry.database_url)
-        cause = said(error.__cause__ or error)
+        cause = cause_text(error.__cause__ or error)
         print(f"deltawire-server: cannot use the database {url}: {cause}", file=sys.stderr)
         return 1
     return 0

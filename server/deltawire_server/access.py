@@ -1,13 +1,13 @@
-"""Who may call, and what each may do: principals, the permission that every RPC needs, and the judgement. Pure.
+"""Access control: principals, the permission that each RPC requires, and the authorization of calls. No I/O.
 
-A principal is one line, `NAME PERMISSIONS CREDENTIAL`:
+A principal is one access line, `NAME PERMISSIONS CREDENTIAL`:
 
-    ci        call,read  sha256:9f86d0…                  known by its key, of which only the digest is written down
-    ops       all        Zm9vYmFyYmF6cXV4                 known by its key, which is hashed here and forgotten
-    frontend  call       mtls:uri:spiffe://mesh/frontend  known by a name in its client certificate
+    ci        call,read  sha256:9f86d0…                  authenticated by its key; the line has only the digest
+    ops       all        Zm9vYmFyYmF6cXV4                 authenticated by its key; only the digest is kept in memory
+    frontend  call       mtls:uri:spiffe://mesh/frontend  authenticated by a name in its client certificate
 
-A key that comes is hashed and its digest looked up: no key is kept, and none is compared with another by its content.
-Without any principal everybody may do everything.
+The key of a call is hashed and its digest looked up. No key is stored, and keys are never compared directly. Without any
+principal, every caller may do everything.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 MIN_KEY = 16
-"""Characters of a key. Its digest is quick to compute, so what protects a key is that it cannot be guessed."""
+"""Characters of a key, at least. The digest is fast to compute, so a key must be too long to guess."""
 
 FORM = "NAME PERMISSIONS CREDENTIAL, like `ci call,read sha256:…`"
-"""What a line looks like, to follow "write"."""
+"""The form of a line, to follow "write"."""
 
 REVOKED = "the access of this caller was revoked or changed during the call: call again with a valid credential"
 """The message of ACCESS_CHANGED."""
@@ -43,10 +43,10 @@ _WORDS = 3
 
 
 class Permission(enum.Enum):
-    """What a principal may do; the values are the words of a line.
+    """What a principal may do; the values are the words of an access line.
 
-    `CHANGE` lets it register models, and change and unregister those that it registered. `OPERATE` extends that to models that
-    others registered, or that have no known owner. No RPC needs it alone, and without `CHANGE` it has no effect.
+    `CHANGE` allows a principal to register models, and to change and unregister models that it registered. `OPERATE` extends
+    this to models that others registered, or that have no known owner. `OPERATE` has no effect without `CHANGE`.
     """
 
     CALL = "call"
@@ -75,16 +75,16 @@ NEEDS: Mapping[str, Permission] = MappingProxyType(
         "/deltawire.v1.ModelRegistry/RefreshModels": Permission.CHANGE,
     }
 )
-"""What every RPC needs, by its method as gRPC names it. A test holds it whole: what is not in it nobody could call."""
+"""The permission that each RPC requires, by the gRPC method path. A test checks that it contains every RPC."""
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A key, of which only the digest is known.
+    """The digest of a key.
 
     Attributes:
         digest: SHA-256 of the key's UTF-8 bytes, 32 bytes.
-        clear: Whether its line held the key itself, which is then as secret as the key.
+        clear: Whether the access line contained the key itself; then the line is as secret as the key.
     """
 
     digest: bytes = field(repr=False)
@@ -97,9 +97,9 @@ class Key:
 
 
 class NameKind(enum.Enum):
-    """Which kind of name in a certificate; the values are the words of a line. Names of different kinds never match.
+    """The kinds of names in a certificate; the values are the words of an access line. Names of different kinds never match.
 
-    There is no kind for e-mail and IP addresses: authorities issue those by other rules than names of services.
+    E-mail and IP addresses are not supported, because certificate authorities verify them by other rules than service names.
     """
 
     URI = "uri"
@@ -115,31 +115,31 @@ class Identity:
     """A name in a client certificate that the listener has verified.
 
     Attributes:
-        kind: Where in the certificate the name is.
-        name: Compared byte by byte.
+        kind: The field of the certificate.
+        name: The name, compared byte by byte.
     """
 
     kind: NameKind
     name: str
 
     def __str__(self) -> str:
-        """As a line has it after `mtls:`."""
+        """The form in an access line, after `mtls:`."""
         return f"{self.kind.value}:{self.name}"
 
     @property
     def owner(self) -> str:
-        """What marks the data of a caller with this certificate where there are no principals."""
+        """The owner of data from a caller with this certificate, if there are no principals."""
         return _owner("certificate", str(self))
 
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Somebody who may call.
+    """A caller with permissions.
 
     Attributes:
-        name: For logs and refusals; unique among those of an `Access`.
-        permissions: What it may do, at least one.
-        credential: By what it is known; unique as well.
+        name: For logs and error messages; unique within an `Access`.
+        permissions: At least one.
+        credential: What authenticates it; unique within an `Access`.
     """
 
     name: str
@@ -148,18 +148,18 @@ class Principal:
 
     @property
     def owner(self) -> str:
-        """What marks this principal's data: the same for the same name with the same credential, and for nothing else.
+        """The owner of this principal's data. It is equal only for the same name with the same credential.
 
-        A later principal of the same name with another credential is another owner.
+        A later principal with the same name and another credential is another owner.
         """
         return _owner("principal", self.name, self._credential(exact=True))
 
     def line(self) -> str:
-        """The line that `parse_line` makes this principal from; with the digest where there was a key."""
+        """The access line of this principal, for `parse_line`; with the digest instead of a key."""
         return self._line(exact=True)
 
     def masked(self) -> str:
-        """The line as it may be shown to anybody."""
+        """The access line without secrets."""
         return self._line(exact=False)
 
     def _line(self, *, exact: bool) -> str:
@@ -174,45 +174,45 @@ class Principal:
 
 
 class Access:
-    """Judges calls. One for the process; `replace` its principals when they change.
+    """Authorizes calls. There is one per process; call `replace` when the principals change.
 
     Args:
-        principals: Names and credentials unique; none lets everybody do everything.
+        principals: With unique names and credentials. If empty, every caller may do everything.
     """
 
     def __init__(self, principals: Iterable[Principal] = ()) -> None:
-        self._known: Mapping[Key | Identity, Principal] = {}
+        self._principals: Mapping[Key | Identity, Principal] = {}
         self._owners: Mapping[str, Principal] = {}
         self.replace(principals)
 
     def replace(self, principals: Iterable[Principal]) -> None:
-        """Check calls against these principals from now on. For calls that were let in before, ask `admits`.
+        """Authorize calls by these principals from now on. For calls that were admitted before, see `admits`.
 
         Args:
             principals: As for the constructor.
         """
-        # One assignment: a call is judged by the old ones or by the new ones, never by some of each.
-        self._known = {principal.credential: principal for principal in principals}
-        self._owners = {principal.owner: principal for principal in self._known.values()}
+        # A single assignment, so that a call is authorized by the old set or by the new set, never by a mixture.
+        self._principals = {principal.credential: principal for principal in principals}
+        self._owners = {principal.owner: principal for principal in self._principals.values()}
 
     @property
     def open(self) -> bool:
-        """Whether everybody may do everything."""
-        return not self._known
+        """Whether every caller may do everything."""
+        return not self._principals
 
     @property
     def summary(self) -> str:
-        """Who may call, in a few words for the log."""
+        """A summary of the principals for the log."""
         if self.open:
-            return "everybody may do everything"
-        keys = sum(isinstance(credential, Key) for credential in self._known)
-        return f"keys: {keys}, mTLS identities: {len(self._known) - keys}"
+            return "every caller may do everything"
+        keys = sum(isinstance(credential, Key) for credential in self._principals)
+        return f"keys: {keys}, mTLS identities: {len(self._principals) - keys}"
 
     def admits(self, owner: str, method: str) -> bool:
-        """Whether a call that was let in earlier would be let in now, as the same caller.
+        """Whether a call that was admitted earlier would be admitted now, as the same caller.
 
         Args:
-            owner: The `owner` of the principal that it was let in as; empty or an identity's if there were no principals.
+            owner: The `owner` of the principal that was admitted; empty, or that of an `Identity`, if there were no principals.
             method: As for `authorize`.
         """
         if self.open:
@@ -221,19 +221,19 @@ class Access:
         return principal is not None and NEEDS[method] in principal.permissions
 
     def authorize(self, method: str, bearer_key: str | None, identities: Iterable[Identity]) -> Principal | None:
-        """Let a call in, or refuse it. A key alone decides if there is one: no certificate makes up for a wrong key.
+        """Authorize a call. If it has a key, only the key counts: a valid certificate does not compensate for an invalid key.
 
         Args:
-            method: As gRPC names it, `/deltawire.v1.ModelRegistry/GetModel`; one of `NEEDS`.
+            method: The gRPC method path, `/deltawire.v1.ModelRegistry/GetModel`; one of `NEEDS`.
             bearer_key: From `bearer_key`.
-            identities: The names in the caller's verified certificate; the first that is known counts.
+            identities: The names in the caller's verified certificate; the first name of a principal counts.
 
         Returns:
-            The principal; `None` if everybody may do everything.
+            The principal; `None` if every caller may do everything.
 
         Raises:
-            GatewayError: UNAUTHENTICATED, there is no credential that is known; PERMISSION_DENIED, its principal may not
-                do this. Tell the caller; neither holds a key.
+            GatewayError: UNAUTHENTICATED: there is no valid credential. PERMISSION_DENIED: the principal lacks the permission.
+                Send the error to the caller; it contains no key.
         """
         if self.open:
             return None
@@ -243,13 +243,13 @@ class Access:
             raise GatewayError(
                 Reason.PERMISSION_DENIED,
                 f"{principal.name} lacks the permission {needs.value}, which {method.rpartition('/')[2]} needs: "
-                "let the gateway's operator grant it, or call as somebody who has it",
+                "ask the gateway's operator to grant it, or use a credential that has it",
                 metadata={"caller": principal.name, "needs": needs.value},
             )
         return principal
 
-    def knows(self, authorization: Sequence[str], identities: Iterable[Identity]) -> bool:
-        """Whether a caller is a principal, whatever it may do; true of every caller if everybody may do everything.
+    def is_principal(self, authorization: Sequence[str], identities: Iterable[Identity]) -> bool:
+        """Whether a caller is a principal, with any permission. True for every caller if every caller may do everything.
 
         Args:
             authorization: As for `bearer_key`.
@@ -262,41 +262,42 @@ class Access:
 
     def _principal(self, bearer_key: str | None, identities: Iterable[Identity]) -> Principal:
         if bearer_key is not None:
-            principal = self._known.get(Key.of(bearer_key))
+            principal = self._principals.get(Key.of(bearer_key))
             if principal is None:
-                raise _unauthenticated(f"this gateway does not know the key, or does no longer: {_HOW} that it knows")
+                raise _unauthenticated(f"the key is not valid, or was revoked: {_HOW} that is valid")
             return principal
         shown = [*identities]
         for identity in shown:
-            principal = self._known.get(identity)
+            principal = self._principals.get(identity)
             if principal is not None:
                 return principal
         if shown:
             raise _unauthenticated(
-                f"this gateway knows none of the client certificate's names ({', '.join(map(str, shown))}): let its "
-                f"operator add one, or {_HOW}"
+                f"no name of the client certificate ({', '.join(map(str, shown))}) is authorized on this gateway: ask its "
+                f"operator to add one, or {_HOW}"
             )
-        certificates = any(isinstance(credential, Identity) for credential in self._known)
-        other = ", or connect with a client certificate that it knows" if certificates else ""
-        raise _unauthenticated(f"this gateway has to know its callers: {_HOW}{other}")
+        certificates = any(isinstance(credential, Identity) for credential in self._principals)
+        other = ", or connect with an authorized client certificate" if certificates else ""
+        raise _unauthenticated(f"this gateway requires authentication: {_HOW}{other}")
 
 
 def bearer_key(values: Sequence[str]) -> str | None:
     """The key in a call's `authorization` headers, for `Access.authorize`.
 
     Args:
-        values: Of all headers of that name.
+        values: The values of all headers of that name.
 
     Returns:
-        `None` without any.
+        The key; `None` if there is no header.
 
     Raises:
-        GatewayError: UNAUTHENTICATED: not `Bearer KEY`, or two that differ. Nothing of them is repeated: it may be a key.
+        GatewayError: UNAUTHENTICATED: a header is not `Bearer KEY`, or two headers differ. The message does not quote them,
+            because they may contain a key.
     """
     if not values:
         return None
     if len(set(values)) > 1:
-        # Whoever looked at the call on its way may have judged another one than we would.
+        # A proxy may have checked another header than the gateway would use.
         raise _unauthenticated("the call has several authorization headers that differ: send one, `Bearer …`")
     scheme, _, key = values[0].strip().partition(" ")
     key = key.strip()
@@ -306,17 +307,17 @@ def bearer_key(values: Sequence[str]) -> str | None:
 
 
 def parse_line(text: str) -> Principal | None:
-    """Read one line.
+    """Parse one access line.
 
     Args:
-        text: `NAME PERMISSIONS CREDENTIAL`, and a comment from a `#` on that begins a word.
+        text: `NAME PERMISSIONS CREDENTIAL`. A `#` at the start of a word begins a comment.
 
     Returns:
-        `None` if nothing is on it, or only a comment.
+        The principal; `None` for an empty line or a comment.
 
     Raises:
-        ValueError: It is wrong. The message says in what and what to write, and repeats no word of the line, since any of
-            them may be a key in the wrong place.
+        ValueError: The line is invalid. The message says what is wrong and what to write. It quotes no word of the line,
+            because any word may be a misplaced key.
     """
     words = _COMMENT.sub("", text).split()
     if not words:
@@ -326,7 +327,7 @@ def parse_line(text: str) -> Principal | None:
     name, permissions, credential = words
     if not _NAME.fullmatch(name):
         raise ValueError(
-            f"the name must be letters, digits and . _ - @ /, first a letter or digit, at most 64 in all: write {FORM}"
+            f"the name must be at most 64 letters, digits and . _ - @ /, starting with a letter or digit: write {FORM}"
         )
     return Principal(name, _permissions(permissions), _credential(credential))
 
@@ -338,9 +339,7 @@ def _permissions(text: str) -> frozenset[Permission]:
         return frozenset(map(Permission, text.split(",")))
     except ValueError:
         known = ", ".join(permission.value for permission in Permission)
-        problem = (
-            f"the permissions must be some of {known}, with commas and no spaces between them, or all: write {FORM}"
-        )
+        problem = f"the permissions must be some of {known}, separated by commas without spaces, or all: write {FORM}"
     # Outside of the handler: the exception there repeats the word.
     raise ValueError(problem)
 
@@ -348,11 +347,11 @@ def _permissions(text: str) -> frozenset[Permission]:
 def _credential(text: str) -> Key | Identity:
     kind, colon, rest = text.partition(":")
     if not all("!" <= character <= "~" for character in text):
-        raise ValueError("the credential must be printable ASCII: a key has to fit into a header")
+        raise ValueError("the credential must be printable ASCII, because a key is sent in a header")
     if not colon:
         if len(text) < MIN_KEY:
             raise ValueError(
-                f"the key must have at least {MIN_KEY} characters: make one by `openssl rand -hex 32`, or write its digest "
+                f"the key must have at least {MIN_KEY} characters: generate one by `openssl rand -hex 32`, or write its digest "
                 "as sha256:…"
             )
         return Key.of(text, clear=True)
@@ -364,7 +363,7 @@ def _credential(text: str) -> Key | Identity:
         return Key(bytes.fromhex(rest))
     if kind == "mtls":
         return _identity(rest)
-    # A misspelt kind would else be a key that can be guessed.
+    # Otherwise a misspelled kind would become a guessable key.
     raise ValueError("the credential must begin with sha256: or mtls:, or be a key, which has no colon")
 
 
@@ -384,7 +383,7 @@ def _identity(text: str) -> Identity:
 
 
 def _owner(*parts: str) -> str:
-    # A digest, so that neither a credential nor a name can be read from it; NUL separates, as no part has it.
+    # A digest, so that it reveals neither the credential nor the name. NUL is the separator, because no part contains it.
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

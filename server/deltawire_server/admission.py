@@ -1,7 +1,7 @@
-"""How many completions one process runs at once, counted in one place.
+"""Admission control: limits the number of completions that the process runs at once.
 
-A call takes its place before its request is received, so that `max_streams` also bounds what is received, parsed and
-validated. The place then goes to the completion, which may outlive the call.
+A call takes a place before its request is received, so that `max_streams` also limits how many requests are received, parsed
+and validated at once. The call then hands its place over to the completion, which may outlive the call.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ class Admission:
     """The places of one process.
 
     Args:
-        limit: How many there are, at least 1.
+        limit: The number of places, at least 1.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self.active = 0
-        """How many are taken."""
+        """The number of places that are taken."""
 
     def place(self) -> Place:
-        """A place that is not taken yet; call `take`, and `release` at the end."""
+        """A place that is not taken yet. Call `take`, and `release` at the end."""
         return Place(self)
 
     def enter(self) -> None:
         """Take one place.
 
         Raises:
-            GatewayError: TOO_MANY_STREAMS: all are taken. The caller retries after the time that the error names.
+            GatewayError: TOO_MANY_STREAMS: all places are taken. The caller may retry after the error's `retry_after`.
         """
         if self.active >= self._limit:
             raise GatewayError(
                 Reason.TOO_MANY_STREAMS,
-                f"this gateway serves {self._limit} completions at once and no more",
+                f"this gateway already serves {self._limit} completions, which is its limit: retry later",
                 metadata={"limit": str(self._limit)},
                 retry_after=RETRY_SECONDS,
             )
         self.active += 1
 
     def leave(self) -> None:
-        """Give one place back."""
+        """Release one place."""
         self.active -= 1
 
 
@@ -55,7 +55,7 @@ class Place:
     """One place, taken or not. Leaving its `with` block releases it.
 
     Args:
-        admission: Where it is.
+        admission: The limit that it counts against.
     """
 
     def __init__(self, admission: Admission) -> None:
@@ -63,7 +63,7 @@ class Place:
         self._taken = False
 
     def take(self) -> None:
-        """Take it; no effect if it is taken.
+        """Take the place; no effect if it is taken.
 
         Raises:
             GatewayError: TOO_MANY_STREAMS, as `Admission.enter`.
@@ -73,13 +73,13 @@ class Place:
             self._taken = True
 
     def release(self) -> None:
-        """Give it back; no effect if it is not taken."""
+        """Release the place; no effect if it is not taken."""
         if self._taken:
             self._taken = False
             self._admission.leave()
 
     def hand_over(self) -> Place:
-        """Take it, if it is not taken, for another owner, who releases what this returns. Releasing this has no effect then.
+        """Take the place if it is not taken, and move it to another owner. The new owner must release the returned `Place`.
 
         Raises:
             GatewayError: TOO_MANY_STREAMS, as `Admission.enter`.

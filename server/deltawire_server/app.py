@@ -1,4 +1,4 @@
-"""The composition root: settings in, a running gateway out. The only module that knows every part."""
+"""The composition root: creates a gateway from settings. The only module that imports every part."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ if TYPE_CHECKING:
     from deltawire_server.settings import ProviderSettings, Settings
 
 SPARE_CONNECTIONS = 32
-"""Of each provider's pool, above the completions that are admitted: for listings and health, which must not wait."""
+"""Connections of each provider's pool in addition to those of completions: for listings and health checks, which must not wait."""
 
 REVOKED_SECONDS = 1.0
-"""What completions whose caller's access is revoked get to send their last message; then the calls themselves are ended."""
+"""Time for completions of a revoked caller to send their last message; then the calls are ended."""
 
 RELOADED = frozenset({"providers", "access"})
-"""The sections of the settings that `Gateway.reload` takes over; what changes in the others waits for a restart."""
+"""The sections of the settings that `Gateway.reload` applies; changes in the others require a restart."""
 
 SERVICES = (
     chat_completion_pb2.DESCRIPTOR.services_by_name["ChatCompletion"].full_name,
@@ -58,7 +58,7 @@ SERVICES = (
 
 _CERTIFICATES = ("server.tls_cert_file", "server.tls_key_file", "server.tls_client_ca_file")
 _WOULD_OPEN = (
-    "access: no line says who may call any more, which would let everybody do everything: restore keys_file or keys, or set "
+    "access: there are no access lines any more, so every caller could do everything: restore keys_file or keys, or set "
     "access.open = true (environment DELTAWIRE_ACCESS_OPEN)"
 )
 _USER_AGENT = f"deltawire/{__version__}"
@@ -69,17 +69,17 @@ _log = get_logger(__name__)
 
 
 class Gateway:
-    """A gateway, from its settings: `async with Gateway(settings) as gateway`, then it serves on `gateway.addresses`.
+    """A gateway. Within `async with Gateway(settings) as gateway` it serves on `gateway.addresses`.
 
-    Leaving cancels what is under way; `drain` first to let it end.
+    Exit cancels active calls; call `drain` before to let them end.
 
     Args:
-        settings: Checked already.
+        settings: Valid settings.
 
     Raises:
-        SettingsError: When made: what a provider's settings name cannot be used.
-        ListenError: On entering: an address cannot be listened on.
-        RegistryError: On entering: the registry's database cannot be used.
+        SettingsError: From the constructor: a file that a provider's settings name cannot be used.
+        ListenError: On entry: the gateway cannot listen on an address.
+        RegistryError: On entry: the registry's database cannot be used.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -113,7 +113,7 @@ class Gateway:
             self._access,
             admission=self._worker.admission,
             memory=memory,
-            # What is being received is not in the account of memory, so that there must be room for it beside the limit.
+            # Requests that are being received do not count against the memory limit, so there must be room for them beside it.
             reception=Reception(
                 min(settings.server.max_receiving, max(1, memory.limit // (2 * settings.server.max_receive_bytes))),
                 settings.server.receive_timeout,
@@ -129,7 +129,7 @@ class Gateway:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """What it listens on."""
+        """The addresses that it listens on."""
         return self._lifecycle.addresses
 
     async def __aenter__(self) -> Self:
@@ -155,7 +155,7 @@ class Gateway:
         exposed = plaintext_addresses(server)
         if exposed:
             _log.warning("serving without TLS to other machines", addresses=list(exposed))
-        self._warn_of_access(self._settings)
+        self._log_access_warnings(self._settings)
         return self
 
     async def __aexit__(
@@ -164,18 +164,18 @@ class Gateway:
         await self._close()
 
     async def reload(self, settings: Settings) -> None:
-        """Take over new settings while serving: all that can be, or nothing if any of it cannot be used.
+        """Apply new settings while serving: every change in the sections of `RELOADED`, or nothing if this fails.
 
-        Providers whose settings are the same stay as they are, with their connections. Others are made anew, and calls
-        under way at the old ones go on to their end. Keys that need a restart are named in the log, and stay as they were; so
-        are those of certificates, which are read at the start only, if their files have changed.
+        Providers with unchanged settings keep their connections. The others are created again, and active calls of the old
+        ones run to their end. The log names changed keys that require a restart, which keep their old values. Certificates are
+        read only at startup, so the log also names their keys if the files have changed.
 
         Args:
-            settings: Checked already.
+            settings: Valid settings.
 
         Raises:
-            SettingsError: What a provider's settings name cannot be used, or settings that would open a gateway to everybody
-                do not set `access.open`; all is as it was.
+            SettingsError: A file that a provider's settings name cannot be used, or the settings remove all access lines without
+                setting `access.open`. Nothing has changed.
         """
         if not (self._access.open or settings.access.principals or settings.access.open):
             raise SettingsError([_WOULD_OPEN])
@@ -193,7 +193,7 @@ class Gateway:
             present.get(provider_id) or _provider(provider_id, provider, self._connections)
             for provider_id, provider in after.items()
         ]
-        # All that can be refused was: from here on each section of RELOADED takes effect.
+        # Nothing fails from here on: each section of RELOADED takes effect.
         self._providers.replace(providers)
         self._registry.providers_changed(changed | (before.keys() ^ after.keys()))
         self._load_access(settings)
@@ -212,49 +212,49 @@ class Gateway:
             _log.warning("changed settings need a restart", keys=waiting)
 
     def _load_access(self, settings: Settings) -> None:
-        """Check calls from now on by what freshly read settings say of who may call, and end those that they say to end."""
+        """Authorize calls by the new settings from now on, and end active calls of revoked callers if the settings say so."""
         if settings.access.principals != self._settings.access.principals:
             self._access.replace(settings.access.principals)
             self._registry.interrupt_watches()
             if settings.access.revoke == "end":
                 self._run(self._end_revoked(), "end revoked calls")
         _log.info("access loaded", access=self._access.summary)
-        self._warn_of_access(settings)
+        self._log_access_warnings(settings)
 
     def _run(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        """Run a task until it ends, at the latest with the gateway."""
+        """Run a task until it ends or the gateway is closed."""
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _end_revoked(self) -> None:
         def admits(owner: str) -> bool:
-            # All methods of completions need the same permission.
+            # All methods of completions require the same permission.
             return self._access.admits(owner, STREAM_CHAT)
 
         await self._worker.end_revoked(admits)
         await asyncio.sleep(REVOKED_SECONDS)
-        # Then the calls that are left: their request is still received or validated, or they are no completion.
+        # Now end the remaining calls: their requests are still being received or validated, or they run no completion.
         await self._calls.end_revoked()
-        # Some of them may have begun a completion meanwhile.
+        # Some of them may have started a completion in the meantime.
         await self._worker.end_revoked(admits)
 
     async def drain(self) -> None:
-        """Turn NOT_SERVING, take calls until balancers have noticed, then let those under way end."""
+        """Report NOT_SERVING, accept calls for `server.drain_delay` seconds, then let active calls end."""
         await self._lifecycle.stop()
 
     async def stop(self) -> None:
-        """Cancel what is under way; also while draining."""
+        """Cancel active calls; also possible while draining."""
         await self._lifecycle.stop(at_once=True)
 
-    def _warn_of_access(self, settings: Settings) -> None:
+    def _log_access_warnings(self, settings: Settings) -> None:
         for warning in settings.access.warnings:
-            _log.warning("the access keys file is not kept safe", problem=warning)
+            _log.warning("the access keys file has unsafe permissions", problem=warning)
         server = self._settings.server
         exposed = [address for address in server.listen if not is_local(address)]
-        # With mutual TLS the authority says who gets there.
+        # With mutual TLS, the certificate authority decides who can connect.
         if self._access.open and exposed and server.tls_client_ca_file is None:
-            _log.warning("everybody on other machines may do everything", addresses=exposed)
+            _log.warning("callers on other machines may do everything", addresses=exposed)
 
     async def _close(self) -> None:
         for task in self._tasks:
@@ -267,58 +267,58 @@ class Gateway:
 
 
 async def serve(settings: Settings, reload: Callable[[], Settings]) -> None:
-    """Serve until SIGTERM or SIGINT, then drain; a second signal cancels what is still under way.
+    """Serve until SIGTERM or SIGINT, then drain; a second signal cancels active calls.
 
-    On SIGHUP settings are read anew and taken over. Wrong ones are refused in the log, and those in effect stay.
+    SIGHUP reads the settings again and applies them. If they are invalid, the log says why, and the current settings stay.
 
     Args:
-        settings: To begin with.
-        reload: Reads them anew; raises `SettingsError` if they are wrong.
+        settings: The initial settings.
+        reload: Reads the settings again; raises `SettingsError` if they are invalid.
 
     Raises:
-        SettingsError: What a provider's settings name cannot be used.
-        ListenError: An address cannot be listened on.
+        SettingsError: A file that a provider's settings name cannot be used.
+        ListenError: The gateway cannot listen on an address.
         RegistryError: The registry's database cannot be used.
     """
     configure_logging(settings.log.level, settings.log.format)
-    asked = asyncio.Event()
-    insisted = asyncio.Event()
-    hung_up = asyncio.Event()
+    drain_requested = asyncio.Event()
+    stop_requested = asyncio.Event()
+    reload_requested = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in signals.STOP:
-        loop.add_signal_handler(number, lambda: (insisted if asked.is_set() else asked).set())
-    loop.add_signal_handler(signals.RELOAD, hung_up.set)
-    if set(signals.STOP) & set(signals.taken()):  # the settings are new, so an early SIGHUP asks for nothing
+        loop.add_signal_handler(number, lambda: (stop_requested if drain_requested.is_set() else drain_requested).set())
+    loop.add_signal_handler(signals.RELOAD, reload_requested.set)
+    if set(signals.STOP) & set(signals.take_recorded()):  # an early SIGHUP needs no reload: the settings are new
         _log.info("stopped before serving")
         return
     async with Gateway(settings) as gateway:
-        reloading = asyncio.create_task(_reload_on(hung_up, gateway, reload))
-        await asked.wait()
+        reloading = asyncio.create_task(_reload_on(reload_requested, gateway, reload))
+        await drain_requested.wait()
         reloading.cancel()
         draining = asyncio.create_task(gateway.drain())
-        insisting = asyncio.create_task(insisted.wait())
-        await asyncio.wait([draining, insisting], return_when=asyncio.FIRST_COMPLETED)
-        insisting.cancel()
+        stopping = asyncio.create_task(stop_requested.wait())
+        await asyncio.wait([draining, stopping], return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
         await gateway.stop()
         await asyncio.wait([draining])
     _log.info("stopped")
 
 
-async def _reload_on(hung_up: asyncio.Event, gateway: Gateway, reload: Callable[[], Settings]) -> None:
-    """Reload each time the event is set, one after the other, until cancelled."""
+async def _reload_on(requested: asyncio.Event, gateway: Gateway, reload: Callable[[], Settings]) -> None:
+    """Reload each time the event is set, one reload at a time, until cancelled."""
     while True:
-        await hung_up.wait()
-        hung_up.clear()
+        await requested.wait()
+        requested.clear()
         try:
             await gateway.reload(reload())
         except SettingsError as error:
             _log.error("settings refused", problems=list(error.problems))
-        except Exception:  # noqa: BLE001 (a defect must not be the last reload)
+        except Exception:  # noqa: BLE001 (a defect must not prevent later reloads)
             _log.exception("settings not reloaded")
 
 
 def _digests(settings: Settings) -> dict[str, bytes]:
-    """The digests of the certificate files that settings name, by their keys; a file that cannot be read has none."""
+    """The digests of the certificate files in the settings, by key, without files that cannot be read."""
     paths: dict[str, object] = {key: getattr(settings.server, key.partition(".")[2]) for key in _CERTIFICATES}
     paths |= {
         f"providers.{provider_id}.tls_verify": each.tls_verify for provider_id, each in settings.providers.items()
@@ -332,7 +332,7 @@ def _digests(settings: Settings) -> dict[str, bytes]:
 
 
 def _changed_keys(before: Settings, after: Settings) -> list[str]:
-    """The keys, as `section.key`, that differ in sections that are not reloaded."""
+    """The changed keys, as `section.key`, of sections that are not reloaded."""
     return [
         f"{section}.{key}"
         for section in type(before).model_fields
@@ -375,7 +375,7 @@ def _tls(provider_id: str, verify: bool | Path) -> ssl.SSLContext | bool:
     try:
         return ssl.create_default_context(cafile=verify)
     except OSError as error:
-        problem = f"{verify} cannot be used ({error}): give a PEM file with the certificates of authorities"
+        problem = f"{verify} cannot be used ({error}): give a PEM file with the certificates of certificate authorities"
         raise SettingsError([f"providers.{provider_id}.tls_verify: {problem}"]) from error
 
 

@@ -1,13 +1,13 @@
-"""Every way in which a call can fail, named for whose promise was broken.
+"""The errors of calls, by who has to act.
 
-    DeltawireError          a call's failure: status code, reason, message, details
-    ├── CallerError         the caller asked for what cannot be done: its request has to change
-    ├── ProviderError       a provider did not do its part: its answer, its silence or its absence
-    ├── RegistryError       the registry cannot do it: a name that is taken, a database that is gone
-    └── GatewayError        this process does not do it: not for this caller, or full, draining, or defective
+    DeltawireError          the error of a call: status code, reason, message, details
+    ├── CallerError         the request is invalid or cannot be served: the caller has to change it
+    ├── ProviderError       a provider failed: an error, a timeout, a malformed answer, or no connection
+    ├── RegistryError       the registry failed: a name that is taken, an unavailable database
+    └── GatewayError        this process refuses or fails: access, limits, shutdown, or a defect
 
-Nothing here knows gRPC: `rpc.status` turns a failure into a status with details. A layer that meets a foreign library's
-exception raises one of these in its place, from it.
+This module is independent of gRPC: `rpc.status` converts an error to a status with details. A layer that catches an exception
+of another library raises one of these from it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Code(enum.IntEnum):
-    """The gRPC status codes in use, by their numbers on the wire."""
+    """The gRPC status codes that the gateway uses; the values are their numbers."""
 
     CANCELLED = 1
     INVALID_ARGUMENT = 3
@@ -41,7 +41,7 @@ class Code(enum.IntEnum):
 
 
 class Reason(enum.Enum):
-    """`deltawire.v1.ErrorReason` without its prefix; the values are the proto's numbers, and a test holds them equal."""
+    """`deltawire.v1.ErrorReason` without its prefix; the values are the proto's numbers, which a test checks."""
 
     INVALID_REQUEST = 1
     CONTEXT_LENGTH_EXCEEDED = 2
@@ -101,7 +101,7 @@ CODES: Mapping[Reason, Code] = MappingProxyType(
         Reason.UPSTREAM_OVERLOADED: Code.RESOURCE_EXHAUSTED,
         # Not UNAVAILABLE, which clients retry: the engine may still work on the request.
         Reason.UPSTREAM_TIMEOUT: Code.DEADLINE_EXCEEDED,
-        # Not UNAVAILABLE: the request may be what breaks the engine, so nobody should send it again blindly.
+        # Not UNAVAILABLE: the request may be the cause of the engine's error, so clients must not retry it automatically.
         Reason.UPSTREAM_ERROR: Code.INTERNAL,
         Reason.UPSTREAM_MALFORMED: Code.INTERNAL,
         Reason.UPSTREAM_INCOMPLETE: Code.ABORTED,
@@ -133,27 +133,27 @@ CODES: Mapping[Reason, Code] = MappingProxyType(
         Reason.REGISTRY_FULL: Code.RESOURCE_EXHAUSTED,
     }
 )
-"""The status code of each reason, as long as the answer has not begun."""
+"""The status code of each reason, if the answer has not begun."""
 
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """One broken rule: `field` is a path into the request such as ``chat.messages[2].tool.call_id``."""
+    """One invalid field: `field` is its path in the request, such as ``chat.messages[2].tool.call_id``."""
 
     field: str
     description: str
 
 
 class DeltawireError(Exception):
-    """A call's failure.
+    """The error of a call.
 
     Args:
-        reason: Why, for programs.
-        message: Why, for people; one sentence that says what to do. Never a token or another caller's data.
-        code: The status code; by default the one that `CODES` gives the reason.
-        metadata: The values behind the message, as the proto's comment on the reason lists them.
-        violations: For INVALID_ARGUMENT, every broken rule.
-        retry_after: Seconds after which trying again makes sense; `None` if it does not.
+        reason: The machine-readable reason.
+        message: The human-readable reason: one sentence that says what to do. It never contains a token or another caller's data.
+        code: The status code; by default that of the reason in `CODES`.
+        metadata: The values in the message, as documented in the proto's comment on the reason.
+        violations: For INVALID_ARGUMENT, every invalid field.
+        retry_after: Seconds after which the caller may retry; `None` if a retry does not help.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class DeltawireError(Exception):
         self.retry_after = retry_after
 
     def again(self) -> Self:
-        """The same failure once more, for another call: an exception that is raised twice keeps the traces of both."""
+        """A copy for another call: an exception that is raised twice accumulates both tracebacks."""
         return type(self)(
             self.reason,
             self.message,
@@ -187,35 +187,35 @@ class DeltawireError(Exception):
 
 
 class CallerError(DeltawireError):
-    """The caller asked for what cannot be done: its request has to change."""
+    """The request is invalid or cannot be served: the caller has to change it."""
 
 
 class ProviderError(DeltawireError):
-    """A provider did not do its part: its answer, its silence or its absence."""
+    """A provider failed: an error, a timeout, a malformed answer, or no connection."""
 
 
 class RegistryError(DeltawireError):
-    """The registry cannot do it: a name that is taken, a database that is gone."""
+    """The registry failed: a name that is taken, an unavailable database."""
 
 
 class GatewayError(DeltawireError):
-    """This process does not do it: not for this caller, or not now, being full, draining, or defective."""
+    """This process refuses or fails: access, limits, shutdown, or a defect."""
 
 
 def internal_error(what: str = "", *, cause: BaseException | None = None) -> GatewayError:
-    """The failure of a call that met a defect of this program. The caller sees no details; the log has them.
+    """The error of a call that failed because of a defect in the gateway. Only the log has the details.
 
     Args:
-        what: The defect in words, for the log, if there is no exception.
+        what: A description of the defect for the log, if there is no exception.
         cause: The exception, if there is one.
     """
-    error = GatewayError(Reason.INTERNAL, "the gateway failed; report this with the request id")
+    error = GatewayError(Reason.INTERNAL, "internal error of the gateway: report it with the request id")
     error.__cause__ = RuntimeError(what) if cause is None else cause
     return error
 
 
 def invalid_request(violations: Sequence[Violation]) -> CallerError:
-    """The failure of a request that breaks rules: one message that lists them all.
+    """The error of an invalid request: one message that lists all violations.
 
     Args:
         violations: At least one.

@@ -1,10 +1,10 @@
-"""The gRPC server's life: starting, serving, draining, stopped.
+"""The lifecycle of the gRPC server: starting, serving, draining, stopped.
 
     STARTING ── start ──▶ SERVING ── stop ──▶ DRAINING ──▶ STOPPED
 
-Draining is for balancers and clients: health turns NOT_SERVING first, and calls are taken on until the balancers have noticed;
-then every connection gets a GOAWAY, so that clients connect elsewhere, and the calls under way may end. Health says whether *this
-process* takes calls: a dead provider does not change it, or all replicas would leave the mesh at once.
+On draining, the health service first reports NOT_SERVING, and calls are still accepted until load balancers have noticed. Then
+every connection gets a GOAWAY, so that clients connect elsewhere, and active calls may end. Health only covers this process: a
+failed provider does not change it, or all gateways would leave the load balancing at once.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ if TYPE_CHECKING:
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 
 FAREWELL_SECONDS = 1.0
-"""What calls that are ended get to tell their callers; one whose caller does not read is cancelled then."""
+"""Time for ended calls to send their last message; calls whose callers do not read are cancelled afterwards."""
 
 MAX_PENDING_REQUESTS = 1_000_000
-"""Calls that wait until Python takes them; more than any machine's connections carry at once."""
+"""Calls that wait for a Python handler; more than the connections of any machine carry at once."""
 
 MAX_PING_STRIKES = 20
-"""Pings sooner than `min_ping_interval` after the one before that end a connection, with ENHANCE_YOUR_CALM; in gRPC 0 means any
-number. A message that the server sends resets the count. A burst is harmless, such as that of a proxy with several timers;
-a flood has hundreds."""
+"""Pings that may arrive sooner than `min_ping_interval` after the previous one; more close the connection with ENHANCE_YOUR_CALM.
+In gRPC, 0 means any number. A message from the server resets the count. The limit allows bursts, such as those of a proxy with
+several timers, but not a flood, which has hundreds."""
 
 FLUSH_SECONDS = 0.2
-"""What the last words get to leave this process."""
+"""Time to flush the last messages to the sockets."""
 
 _log = get_logger(__name__)
 
 
 class ListenError(Exception):
-    """An address cannot be listened on."""
+    """The gateway cannot listen on an address."""
 
 
 class State(enum.Enum):
-    """Where the server is in its life."""
+    """The state of the server."""
 
     STARTING = enum.auto()
     SERVING = enum.auto()
@@ -61,25 +61,25 @@ class State(enum.Enum):
 
 
 class Calls(Protocol):
-    """The calls under way, as draining needs to see them."""
+    """The active calls, for draining."""
 
     def refuse_new_calls(self) -> None:
-        """From now on new calls fail."""
+        """Refuse new calls from now on."""
 
     def end_calls(self) -> None:
-        """End what is under way, and tell its callers."""
+        """End active calls with a last message to their callers."""
 
     async def wait_idle(self) -> None:
-        """Wait until no call is under way."""
+        """Wait until no call is active."""
 
 
 class Lifecycle:
     """One gRPC server.
 
     Args:
-        settings: Where it listens, and its limits.
-        interceptors: In order.
-        calls: The calls under way, to drain.
+        settings: The listener and its limits.
+        interceptors: The interceptors, in order.
+        calls: The active calls, to drain.
     """
 
     def __init__(self, settings: ServerSettings, interceptors: Sequence[aio.ServerInterceptor], calls: Calls) -> None:
@@ -87,18 +87,18 @@ class Lifecycle:
         self._calls = calls
         self._health = health.Health()
         self.descriptors = descriptors.raise_limit()
-        """How many files and connections the process may have open."""
+        """The limit of open files and connections of the process."""
         self.max_connections = descriptors.connections(self.descriptors, settings.max_connections)
-        """How many of them clients may have."""
+        """The limit of client connections."""
         self._server = aio.server(interceptors=interceptors, options=_options(settings, self.max_connections))
         self._stopping: asyncio.Task[None] | None = None
         self._going_away: asyncio.Task[None] | None = None
         self.state = State.STARTING
         self.addresses: tuple[str, ...] = ()
-        """What it listens on, once started; with the port that was given for port 0."""
+        """The addresses that it listens on, after `start`; with the selected port for port 0."""
 
     def add_service(self, add: Callable[[aio.Server], None]) -> None:
-        """Add a service before `start`: `add` gets the server."""
+        """Add a service before `start`. `add` is called with the server."""
         add(self._server)
 
     async def start(self, services: Sequence[str]) -> None:
@@ -108,7 +108,7 @@ class Lifecycle:
             services: The full names of the services that were added, for health and reflection.
 
         Raises:
-            ListenError: An address is taken, or is none of this machine's; or the certificate cannot be used.
+            ListenError: An address is in use or does not belong to this machine, or the certificate cannot be used.
         """
         self._server.add_generic_rpc_handlers((self._health.handler(),))
         if self._settings.reflection:
@@ -120,10 +120,10 @@ class Lifecycle:
         self.state = State.SERVING
 
     async def stop(self, *, at_once: bool = False) -> None:
-        """Drain and stop; when this returns, no call is under way.
+        """Drain and stop. When this returns, no call is active.
 
         Args:
-            at_once: Cancel what is under way instead of waiting for it; also hastens a stop that has begun.
+            at_once: Cancel active calls instead of waiting for them; also shortens a stop that has begun.
         """
         if at_once and self._stopping is not None:
             self._stopping.cancel()
@@ -142,14 +142,14 @@ class Lifecycle:
                 await asyncio.sleep(settings.drain_delay)
             self._calls.refuse_new_calls()
             if not at_once:
-                # Sends GOAWAY now. Its grace only has to be longer than ours, which an open health watch would use up.
+                # Sends GOAWAY now. gRPC's grace must be longer than the gateway's own, because open health watches would use it up.
                 grace = settings.drain_grace + 2 * FAREWELL_SECONDS
                 self._going_away = asyncio.create_task(self._server.stop(grace), name="goaway")
                 try:
                     async with asyncio.timeout(settings.drain_grace):
                         await self._calls.wait_idle()
                 except TimeoutError:
-                    _log.warning("calls under way are ended", grace=settings.drain_grace)
+                    _log.warning("active calls are ended", grace=settings.drain_grace)
             self._calls.end_calls()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(FAREWELL_SECONDS):
@@ -163,7 +163,7 @@ class Lifecycle:
         if address.startswith("unix:"):
             _check_socket(address.removeprefix("unix:"))
         try:
-            # A unix socket does not leave the machine, and its file's permissions say who may use it.
+            # A unix socket is not reachable from other machines, and its file's permissions control access.
             if credentials is None or address.startswith("unix:"):
                 port = self._server.add_insecure_port(address)
             else:
@@ -174,7 +174,7 @@ class Lifecycle:
 
     def _add_reflection(self, names: list[str]) -> None:
         reflection.enable_server_reflection(names, self._server)
-        # The library only knows v1alpha; v1 has the same messages, and newer tools ask for it first.
+        # The library only supports v1alpha. v1 has the same messages, and newer tools try it first.
         handlers = {
             "ServerReflectionInfo": grpc.stream_stream_rpc_method_handler(
                 reflection.aio.ReflectionServicer(names).ServerReflectionInfo,
@@ -186,7 +186,7 @@ class Lifecycle:
 
 
 def _check_socket(path: str) -> None:
-    """Refuse a socket that another process listens on: grpc would take it away from there, and remove it in the end."""
+    """Refuse a socket that another process listens on: grpc would replace the socket, and remove it on shutdown."""
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(path.removeprefix("//"))
@@ -194,32 +194,32 @@ def _check_socket(path: str) -> None:
             return
         except OSError as error:
             raise ListenError(f"cannot listen on unix:{path}: {error}") from error
-    raise ListenError(f"cannot listen on unix:{path}: another process does")
+    raise ListenError(f"cannot listen on unix:{path}: another process listens on it")
 
 
 def _options(settings: ServerSettings, connections: int) -> list[tuple[str, int]]:
     return [
-        # Else a second process on the same port starts silently and takes half of the connections.
+        # Otherwise a second process on the same port would start without an error and get half of the connections.
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", settings.max_receive_bytes),
-        # Only the first algorithm, "identity": a compressed request is refused by its headers. Else 30 KiB from a caller that
-        # is not known yet become 32 MiB here, and most of a request's bytes, images, gain nothing by compression.
+        # Only the first algorithm, "identity": a compressed request is refused by its headers. Otherwise 30 KiB from an
+        # unauthenticated caller could become 32 MiB here. Images, the largest part of requests, do not compress anyway.
         ("grpc.compression_enabled_algorithms_bitset", 1),
-        # By default grpc itself cancels calls of a burst, without a reason: admission is the service's.
+        # By default, grpc itself cancels calls of a burst without a reason. The gateway has its own admission control.
         ("grpc.server.max_pending_requests", MAX_PENDING_REQUESTS),
         ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_REQUESTS),
         ("grpc.keepalive_time_ms", _milliseconds(settings.keepalive_time)),
-        # The one that decides when a peer that vanished is noticed; grpc.keepalive_timeout_ms has no effect.
+        # This option determines when a vanished peer is detected; grpc.keepalive_timeout_ms has no effect.
         ("grpc.http2.ping_timeout_ms", _milliseconds(settings.ping_timeout)),
-        # This is the name that works; grpc.http2.min_recv_ping_interval_without_data_ms is ignored.
+        # This name is effective; grpc.http2.min_recv_ping_interval_without_data_ms is ignored.
         ("grpc.http2.min_ping_interval_without_data_ms", _milliseconds(settings.min_ping_interval)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_ping_strikes", MAX_PING_STRIKES),
         ("grpc.max_concurrent_streams", settings.max_concurrent_streams),
-        # Of each address, and silent ones too.
+        # Applies to each address, and includes idle connections.
         ("grpc.max_allowed_incoming_connections", max(1, connections // len(settings.listen))),
         ("grpc.server_handshake_timeout_ms", _milliseconds(settings.handshake_timeout)),
-        # Without it the window grows to megabytes for a caller that does not read.
+        # With the probe, the window grows to megabytes for a caller that does not read.
         ("grpc.http2.bdp_probe", 0),
     ]
 
@@ -229,7 +229,7 @@ def _credentials(settings: ServerSettings) -> grpc.ServerCredentials | None:
         return None
     client_ca = settings.tls_client_ca_file
     try:
-        # Only to find out what is wrong with them: grpc itself would not say. A password is not asked for.
+        # Only to report errors in the files, which grpc does not. The empty password prevents a prompt.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(settings.tls_cert_file, settings.tls_key_file, password="")
         if client_ca is not None:
@@ -249,5 +249,5 @@ def _milliseconds(seconds: float) -> int:
 
 
 def plaintext_addresses(settings: ServerSettings) -> tuple[str, ...]:
-    """The addresses on which others than this machine are served without TLS; name them when starting."""
+    """The addresses that serve other machines without TLS, for a warning at startup."""
     return () if settings.tls else tuple(address for address in settings.listen if not is_local(address))

@@ -1,11 +1,11 @@
-"""One account of the memory that calls hold: their requests, answers, queues and retained streams.
+"""Accounts for the memory of all calls: their requests, answers, queues and retained streams.
 
-    Ledger ── hold ──▶ Hold: `set` what one call holds now, `close` at its end
+    Ledger ── hold ──▶ Hold: `set` the size of one call's data, `close` at its end
 
-The account has what callers and engines can make large. It lacks what is bounded by a constant: about 100 MiB of the process
-itself, and for each call the last 400 KiB that were read from the provider and what gRPC has queued for the caller.
+The account includes everything that callers and engines can make large. It excludes what is bounded by a constant: about 100 MiB of
+the process itself and, for each call, the last 400 KiB read from the provider and the data that gRPC has queued for the caller.
 
-At seven eighths of the limit new calls are refused, so that those under way can end. At the limit the largest ones are ended.
+At seven eighths of the limit, new calls are refused, so that active calls can end. At the limit, the largest calls are ended.
 """
 
 from __future__ import annotations
@@ -25,37 +25,37 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 SHARE = 0.5
-"""Of the memory that the process may use, for what calls hold. The rest is for the process itself, for the copies that gRPC and
-the sockets make, and for what the allocator cannot reuse."""
+"""The share of the process's memory for the data of calls. The rest is for the process itself, for the copies that gRPC and the
+sockets make, and for memory that the allocator cannot reuse."""
 
 REFUSE = 7 / 8
-"""Of the limit: from there on new calls are refused."""
+"""The share of the limit above which new calls are refused."""
 
 RETRY_SECONDS = 1.0
-"""When a refused call should try again: calls end all the time."""
+"""When a refused call may be retried: calls end all the time."""
 
 MIB = 1024 * 1024
 
 LARGE_BYTES = 1 * MIB
-"""Requests above this are parsed and validated one after the other. One of 30 MiB takes steps of 10 to 40 ms, in which nothing else
-runs; of several at once, all would have a step before any other call."""
+"""Requests above this size are parsed and validated one at a time. One of 30 MiB blocks the event loop in steps of 10 to 40 ms;
+with several at once, each would run a step before any other call."""
 
 REST_SECONDS = 0.005
-"""Between two such requests, for other calls: one takes several turns of the event loop."""
+"""Pause between two such requests for other calls, which need several iterations of the event loop."""
 
 TRIM_BYTES = 8 * MIB
-"""Growth of the process after which the allocator is asked to return what is free to the kernel."""
+"""Growth of the process after which the allocator returns free memory to the kernel."""
 
 TRIM_SECONDS = 1.0
-"""Between two looks at the size of the process, which take 20 us each."""
+"""Interval between checks of the process's size, which take 20 us each."""
 
 MMAP_BYTES = 256 * 1024
-"""What the allocator gets from the kernel for each such object, and returns when that is freed. Without it glibc raises the size
-to that of the largest object that was freed, and then keeps up to hundreds of MiB in pieces after large requests."""
+"""The allocator maps objects of at least this size separately and returns their memory when they are freed. By default, glibc
+raises this threshold to the size of the largest freed object, and then keeps up to hundreds of MiB after large requests."""
 
 ARENAS = 1
-"""Heaps of the allocator. By default each thread gets one of its own, and gRPC has many threads: what one of them frees stays in
-its heap, unused by the others. Receiving 31 MiB with gRPC alone kept 105 MiB with the default, and 5 MiB with one heap."""
+"""Heaps of the allocator. By default, each of gRPC's many threads gets its own heap, and memory that is freed in one heap is not
+reused by others. After receiving 31 MiB with gRPC alone, the process kept 105 MiB by default, and 5 MiB with one heap."""
 
 _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
@@ -65,15 +65,15 @@ _CGROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
 
 
 class Ledger:
-    """What all calls of this process hold.
+    """The memory of all calls of this process.
 
     Args:
         limit: Bytes.
 
     Attributes:
-        held: Bytes that are held now.
+        held: Bytes in use.
         limit: Bytes.
-        trim: Called when a large request was received, which takes gRPC twice its bytes for a moment.
+        trim: Called after a large request was received, for which gRPC briefly uses twice its size.
     """
 
     def __init__(self, limit: int) -> None:
@@ -86,7 +86,7 @@ class Ledger:
 
     @contextlib.asynccontextmanager
     async def turn(self, size: int) -> AsyncIterator[None]:
-        """Wait until no other large request is worked on; a request of at most `LARGE_BYTES` does not wait.
+        """Wait until no other large request is processed; a request of at most `LARGE_BYTES` does not wait.
 
         Args:
             size: Bytes of the request.
@@ -103,32 +103,32 @@ class Ledger:
         """Check that there is memory for a new call.
 
         Args:
-            size: Bytes that it is about to hold.
+            size: Bytes that it will use.
 
         Raises:
-            GatewayError: MEMORY_LIMIT_EXCEEDED: there is not. The caller retries after the time that the error names.
+            GatewayError: MEMORY_LIMIT_EXCEEDED: there is not. The caller may retry after the error's `retry_after`.
         """
         if self.held + size > self.limit * REFUSE:
             raise GatewayError(
                 Reason.MEMORY_LIMIT_EXCEEDED,
-                "this gateway holds as much as it may for the calls under way: retry later, or elsewhere",
+                "the active calls use all memory that this gateway may use for calls: retry later, or on another gateway",
                 metadata={"limit_bytes": str(self.limit)},
                 retry_after=RETRY_SECONDS,
             )
 
     def hold(self, evict: Callable[[], object] | None = None) -> Hold:
-        """What one call holds, nothing yet; `close` it at its end.
+        """Open the account of one call, with 0 bytes. `close` it at the end of the call.
 
         Args:
-            evict: Called at the limit if it is among the largest: gives back what it can, at once or soon, by `set` or `close`.
-                `None` if it cannot.
+            evict: Called at the limit if this account is among the largest. It frees memory, now or soon, by `set` or `close`.
+                `None` if the call cannot free memory.
         """
         hold = Hold(self, evict)
         self._holds.add(hold)
         return hold
 
     def changed(self, size: int) -> None:
-        """So many bytes more are held, or fewer; at the limit, make room. Called by `Hold`."""
+        """Add bytes, or subtract them if negative; at the limit, evict. Called by `Hold`."""
         self.held += size
         if size <= 0 or self.held <= self.limit or self._making_room:
             return
@@ -143,12 +143,12 @@ class Ledger:
             self._making_room = False
 
     def closed(self, hold: Hold) -> None:
-        """It holds nothing any more. Called by `Hold`."""
+        """Remove the account of a call. Called by `Hold`."""
         self._holds.discard(hold)
 
 
 class Hold:
-    """What one call holds, made by `Ledger.hold`. Leaving its `with` block closes it.
+    """The account of one call, created by `Ledger.hold`. As a context manager, it closes on exit.
 
     Attributes:
         size: Bytes.
@@ -164,16 +164,16 @@ class Hold:
         self._closed = False
 
     def set(self, size: int) -> None:
-        """It holds so many bytes now. No effect after `close`."""
+        """Set the bytes that the call uses now. No effect after `close`."""
         if size != self.size and not self._closed:
             more, self.size = size - self.size, size
             self._ledger.changed(more)
 
     def close(self) -> None:
-        """It holds nothing any more."""
+        """Set the bytes to 0 and remove the account."""
         self.set(0)
         self._closed = True
-        self.evict = None  # what it belongs to has it, and both would wait for the garbage collector
+        self.evict = None  # breaks a reference cycle, which only the garbage collector would free
         self._ledger.closed(self)
 
     def __enter__(self) -> Self:
@@ -189,7 +189,7 @@ class Allocator:
     """The memory allocator of the C library, configured to return memory to the kernel. Only glibc supports this.
 
     Args:
-        status: The kernel's account of this process's memory.
+        status: The kernel's file with the size of this process.
     """
 
     def __init__(self, status: Path = Path("/proc/self/statm")) -> None:
@@ -202,14 +202,14 @@ class Allocator:
             library.mallopt(_M_ARENA_MAX, ARENAS)
 
     def trim(self) -> None:
-        """Return what is free to the kernel, in another thread: 1 ms for 6 MiB. No effect while that is under way."""
+        """Return free memory to the kernel in another thread: 1 ms for 6 MiB. No effect while a trim is running."""
         if self._trim is not None and (self._trimming is None or self._trimming.done()):
             self._trimming = asyncio.get_running_loop().run_in_executor(None, self._trim, 0)
 
     async def trim_for_ever(self) -> None:
-        """Trim again and again while the process has grown by more than `TRIM_BYTES`, until canceled.
+        """Trim periodically while the process has grown by more than `TRIM_BYTES`, until canceled.
 
-        Again and again, since the kernel cannot say how much of it is free.
+        Trims are repeated because the kernel cannot report how much of the growth is free memory.
         """
         least = self._resident()
         while True:
@@ -220,19 +220,19 @@ class Allocator:
                 self.trim()
 
     def _resident(self) -> int:
-        """Bytes of this process in memory; 0 where the kernel does not say."""
+        """The resident size of this process in bytes; 0 if the kernel does not report it."""
         pages = _read(self._status).split()
         return int(pages[1]) * mmap.PAGESIZE if len(pages) > 1 else 0
 
 
 def default_limit(cgroup: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/proc/meminfo")) -> int:
-    """The limit, in bytes, where the operator sets none: `SHARE` of what the process may use.
+    """The default limit in bytes: `SHARE` of the memory that the process may use.
 
-    That is the limit of its cgroup, of version 2 or 1, or the machine's memory if that is less or no limit can be read.
+    That memory is the limit of its cgroup (version 2 or 1), or the machine's memory if this is less or no limit can be read.
 
     Args:
-        cgroup: Where the file system of cgroups is mounted: what a container sees there is its own.
-        meminfo: The kernel's account of the machine's memory.
+        cgroup: The mount point of the cgroup file system; a container sees its own cgroup there.
+        meminfo: The kernel's file with the size of the machine's memory.
     """
     limits = [int(text) for name in _CGROUP_LIMITS if (text := _read(cgroup / name).strip()).isdecimal()]
     total = re.search(r"^MemTotal: +(\d+) kB$", _read(meminfo), re.MULTILINE)

@@ -1,9 +1,9 @@
-"""Long work in steps, between which other calls get time.
+"""Splits long work into steps, and lets other calls run between the steps.
 
-A call passes through the event loop about ten times. If long work only went to the end of the loop's queue after each step,
-every one of these turns would wait for one more step of each request that is worked on: with ten steps of 10 ms a call would be
-delayed by a second as soon as there are ten such requests. So all long work of the process forms one line: one step in a turn
-of the loop, and after some milliseconds of steps the loop is left to the others for about as long as a short call takes.
+A call needs about ten iterations of the event loop. If long work only yielded to the loop after each step, each of these
+iterations would run one step of every large request: with ten large requests and steps of 10 ms, a call would be delayed by a
+second. So all long work of the process shares one queue. Each iteration of the loop runs at most one step, and after a few
+milliseconds of steps the queue pauses for about as long as a short call takes.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ import weakref
 from collections import deque
 
 WORK_SECONDS = 0.005
-"""Steps after which others get time."""
+"""Duration of steps after which the queue pauses."""
 
 REST = 0.5
-"""Of the time that the steps took. Half of 5 ms: a health check takes 1 to 2 ms if nothing else runs."""
+"""Duration of a pause, as a share of the time that the steps took. With 5 ms of steps it is 2.5 ms: an undisturbed health check
+takes 1 to 2 ms."""
 
 
 async def give_way() -> None:
-    """Wait in line for the next step of long work. A step should take at most some milliseconds."""
+    """Wait for the turn of the next step of long work. A step should take at most a few milliseconds."""
     await _line().turn()
 
 
 class _Line:
-    """The tasks of one event loop that wait for their next step."""
+    """The queue of one event loop: the tasks that wait for their next step."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = weakref.proxy(loop)
@@ -45,7 +46,7 @@ class _Line:
         await turn
 
     def _move(self) -> None:
-        """After a step: begin the next one, or let others run first. What they did in this turn counts as well."""
+        """After a step: start the next one, or pause. Other work in this iteration of the loop counts as well."""
         now = time.perf_counter()
         self._worked += now - self._began
         self._began = now

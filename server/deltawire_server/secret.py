@@ -1,13 +1,13 @@
-"""The type of every secret that the gateway holds: tokens, keys, the values of headers, URLs that may hold a password."""
+"""The type of all secrets: tokens, keys, values of headers, and URLs that may contain a password."""
 
 from __future__ import annotations
 
 
 class Secret(str):
-    """A text that shows its value only where it is used.
+    """A string whose repr is a mask.
 
-    It is a `str`, so that libraries take it. Its repr is a mask: that is what dataclasses, exceptions and debuggers print of
-    what they hold. Formatting it, as a header needs, gives the value: never format one into a message.
+    It is a `str`, so that libraries accept it. Dataclasses, exceptions and debuggers print the repr. Formatting it returns the
+    value, as headers need it: never format a secret into a message.
     """
 
     __slots__ = ()

@@ -1,6 +1,6 @@
-"""The signals that a process gets before its event loop can take them: noted from the first instruction on, and not lost.
+"""Records the signals that arrive before the event loop handles them, so that none is lost.
 
-Importing the gateway's libraries takes most of a second, in which SIGHUP and SIGTERM would end the process as if it had crashed.
+Importing the gateway's libraries takes most of a second. By default, SIGHUP or SIGTERM would kill the process in this time.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 STOP = (signal.SIGTERM, signal.SIGINT)
 RELOAD = signal.SIGHUP
 
-_noted: list[int] = []
+_recorded: list[int] = []
 
 
 @contextlib.contextmanager
-def noted() -> Iterator[None]:
-    """Note the signals while entered. Enter before anything that takes time; the event loop asks for `taken` when it takes over."""
-    before = {number: signal.signal(number, _note) for number in (*STOP, RELOAD)}
+def recorded() -> Iterator[None]:
+    """Record signals within this context. Enter it first. Call `take_recorded` once the event loop handles signals."""
+    before = {number: signal.signal(number, _record) for number in (*STOP, RELOAD)}
     try:
         yield
     finally:
@@ -30,12 +30,12 @@ def noted() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def taken() -> tuple[int, ...]:
-    """The signals that came meanwhile, in order; they are forgotten here. Install the real handlers first."""
-    came = tuple(_noted)
-    _noted.clear()
-    return came
+def take_recorded() -> tuple[int, ...]:
+    """Return the recorded signals in order, and clear them. Install the final handlers before this call."""
+    numbers = tuple(_recorded)
+    _recorded.clear()
+    return numbers
 
 
-def _note(number: int, _: FrameType | None) -> None:
-    _noted.append(number)
+def _record(number: int, _: FrameType | None) -> None:
+    _recorded.append(number)

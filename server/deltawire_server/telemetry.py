@@ -1,7 +1,7 @@
-"""Logs: one line per event, as JSON for machines or as text for people, to standard error.
+"""Logging: one line per event, as JSON or text, to standard error.
 
-Everything goes through the standard library's logging, ours by structlog and other libraries' as they are, so one setting
-rules all. Values of keys that name secrets are masked whatever logs them.
+All records go through the standard library's logging, those of the gateway by structlog, so one setting applies to all. The values
+of keys that name secrets are masked in every record.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _SECRET_WORDS = ("token", "authorization", "password", "secret", "api_key")
 _COUNTS = ("prompt_tokens", "completion_tokens", "reasoning_tokens", "cached_prompt_tokens", "max_tokens")
-"""Keys that hold a secret's word and are none."""
+"""Keys that contain one of these words and are not secret."""
 
 
 def configure_logging(level: str, form: str, *, stream: TextIO | None = None) -> None:
@@ -25,8 +25,8 @@ def configure_logging(level: str, form: str, *, stream: TextIO | None = None) ->
 
     Args:
         level: The lowest level to log: debug, info, warning or error.
-        form: "json", "text", or "auto": text on a terminal, else JSON.
-        stream: Where to; standard error by default.
+        form: "json", "text", or "auto": text to a terminal, JSON to anything else.
+        stream: The output; standard error by default.
     """
     output = sys.stderr if stream is None else stream
     shared: list[Processor] = [
@@ -43,7 +43,7 @@ def configure_logging(level: str, form: str, *, stream: TextIO | None = None) ->
         shared.append(structlog.processors.format_exc_info)
     else:
         shared.append(escape_unprintable)
-        # Where rich is installed, structlog's own choice prints the values of local variables: tokens, keys, prompts.
+        # If rich is installed, structlog's default formatter prints local variables, which may be tokens, keys and prompts.
         renderer = structlog.dev.ConsoleRenderer(
             colors=output.isatty(), exception_formatter=structlog.dev.plain_traceback
         )
@@ -67,18 +67,18 @@ def configure_logging(level: str, form: str, *, stream: TextIO | None = None) ->
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    # At INFO, httpx logs a line per request, where the call's own line says more; at DEBUG, aiosqlite what callers write.
+    # At INFO, httpx logs a line per request, which the call's own line makes redundant. At DEBUG, aiosqlite logs callers' data.
     for name in ("httpx", "aiosqlite"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _holds_no_header(record: logging.LogRecord) -> bool:
-    """Drop what grpc logs of a header that is not UTF-8: its value, which may be a token. The call's own line remains."""
+    """Drop grpc's log records of headers that are not UTF-8, because they contain the value, which may be a token."""
     return not (record.name.startswith("grpc") and str(record.msg).startswith("Invalid encoding on"))
 
 
 def mask_secrets(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """Replace what a secret-sounding key holds: a last line of defence, nothing should log one."""
+    """Mask the values of keys that name secrets. This is a safeguard: no code should log a secret."""
     for key in event:
         if key not in _COUNTS and any(word in key.lower() for word in _SECRET_WORDS):
             event[key] = "***"
@@ -86,7 +86,7 @@ def mask_secrets(_logger: WrappedLogger, _method: str, event: EventDict) -> Even
 
 
 def escape_unprintable(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """Escape what moves a terminal's cursor or hides text: values come from callers and providers."""
+    """Escape control characters, which could manipulate a terminal: values come from callers and providers."""
     for key, value in event.items():
         if isinstance(value, str) and not value.isprintable():
             event[key] = repr(value)
@@ -94,6 +94,6 @@ def escape_unprintable(_logger: WrappedLogger, _method: str, event: EventDict) -
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:
-    """A logger for a module; call it with an event's name and its values as keywords."""
+    """A logger for a module. Call it with the name of an event, and its values as keyword arguments."""
     logger: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger(name)
     return logger

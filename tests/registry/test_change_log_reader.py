@@ -250,7 +250,7 @@ async def test_who_has_missed_too_much_reads_everything(url: str, store: Store) 
         new = await inserted(other, plain("new", "gone-alias"))
     with structlog.testing.capture_logs() as logs:
         await memory.follower.catch_up()
-    assert [line["event"] for line in logs] == ["changes are missing: everything is read anew"]
+    assert [line["event"] for line in logs] == ["changes are missing: all models are read again"]
     assert memory.told == [(gone, None), (changed, now), (None, new)]
     assert memory.models == [now, new, same]
     assert memory.known.find("gone") == now

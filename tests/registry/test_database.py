@@ -18,7 +18,7 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from deltawire_server.errors import Reason, RegistryError
-from deltawire_server.registry.database import said
+from deltawire_server.registry.database import cause_text
 from deltawire_server.registry.store import Store
 from tests.registry.databases import LLAMA, engine_of, execute, plain, whole
 from tests.support.gateway import until
@@ -404,7 +404,10 @@ async def test_a_file_that_others_may_use_is_warned_of(tmp_path: Path) -> None:
         await store.open()
     await store.close()
     (warning,) = [entry for entry in logs if entry["log_level"] == "warning"]
-    assert (warning["event"], warning["path"]) == ("others on this machine may use the database: chmod 600", str(path))
+    assert (warning["event"], warning["path"]) == (
+        "other users of this machine can access the database: chmod 600",
+        str(path),
+    )
 
 
 @pytest.mark.parametrize(
@@ -420,4 +423,4 @@ async def test_a_file_that_others_may_use_is_warned_of(tmp_path: Path) -> None:
 )
 def test_what_a_driver_quotes(words: str, shown: str) -> None:
     """Secrets of a connection string or a URL are masked, wherever its error goes."""
-    assert said(ValueError(words)) == shown
+    assert cause_text(ValueError(words)) == shown

@@ -347,7 +347,7 @@ async def test_a_watcher_that_misses_dropped_changes_is_cut_and_no_other() -> No
         assert (rest, failure.reason, failure.code) == ([], Reason.SLOW_WATCHER, Code.RESOURCE_EXHAUSTED)
         assert isinstance(failure, GatewayError)
         assert failure.metadata == {"limit_bytes": "1"}
-        assert failure.message.startswith("more models were removed since the last message of this watch")
+        assert failure.message.startswith("since the last message of this watch, more models were removed")
         assert "without a revision" in failure.message
         feed.publish(ADDED, D)
         assert changes(await take(quick, 1)) == [(ADDED, "d")]

@@ -116,7 +116,7 @@ async def test_what_is_known_goes_on_and_nothing_is_half_done(
             assert failure.reason is Reason.STORE_UNAVAILABLE
             assert failure.retry_after == 1.0
             assert failure.message == (
-                "the registry's database cannot be used now; models that are known already can still be called"
+                "the registry's database is unavailable; models that are already registered can still be called"
             )
         assert await registry.get("a") == mine
         assert (await registry.resolve("mine")).model == mine

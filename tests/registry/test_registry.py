@@ -59,7 +59,7 @@ async def test_a_served_name_is_too_loose_to_delete_by(registry: ModelRegistry) 
     await registry.register("mine", "alpha", "llama")
     failure = await failure_of(registry.unregister("llama"))
     assert failure.reason is Reason.MODEL_NOT_FOUND
-    assert "leads to model 'mine': name that" in failure.message
+    assert "resolves to model 'mine': use that id" in failure.message
     assert (await registry.get("mine")).id == "mine"
 
 

@@ -257,7 +257,7 @@ async def test_how_much_can_be_registered(url: str, limits: StoreLimits, what: s
         await store.insert(replace(plain("c", "c1"), annotations=notes))
     assert (failure.value.reason, failure.value.code) == (Reason.REGISTRY_FULL, Code.RESOURCE_EXHAUSTED)
     assert failure.value.metadata["setting"] == f"registry.max_{what}"
-    assert f"have the operator raise registry.max_{what}" in failure.value.message
+    assert f"ask the operator to raise registry.max_{what}" in failure.value.message
     assert await models_of(store) == [first, second]
     assert list(whole(url)) == []
     if what != "models":

@@ -164,7 +164,7 @@ async def test_only_its_owner_changes_a_registration_or_an_operator(start_gatewa
 
 
 async def test_a_registration_without_an_owner_needs_operate(start_gateway: StartGateway) -> None:
-    """As an open gateway makes them, where everybody changes everything: once the gateway is closed, an operator does."""
+    """As an open gateway makes them, where every caller may change everything: once the gateway is closed, an operator does."""
     pb = model_registry_pb2
     async with start_gateway() as gateway:
         for name in ("one", "two"):
@@ -316,7 +316,10 @@ async def test_a_certificate_that_is_not_known(
     ):
         failure = await failure_of(caller.create())
     assert failure.reason == "UNAUTHENTICATED"
-    assert f"certificate's names ({'dns:stranger.mesh' if alternative_names else 'cn:stranger'})" in failure.message
+    assert (
+        f"name of the client certificate ({'dns:stranger.mesh' if alternative_names else 'cn:stranger'})"
+        in failure.message
+    )
 
 
 async def test_a_common_name_does_not_count_beside_alternative_names(
@@ -394,7 +397,7 @@ async def test_access_is_loaded_anew(start_gateway: StartGateway, vllm: FakeVllm
         assert (await lines.find("access loaded"))["access"] == "keys: 1, mTLS identities: 0"
         revoked = await failure_of(gateway.create(metadata=bearer("secret-of-the-old")))
         assert revoked.reason == "UNAUTHENTICATED"
-        assert "or does no longer" in revoked.message
+        assert "or was revoked" in revoked.message
         await gateway.create(metadata=bearer("secret-of-the-new"))
     assert "secret-of" not in lines.getvalue()
 

@@ -124,7 +124,7 @@ async def test_nothing_is_written_after_the_end(lines: Lines) -> None:
         await writer.write(cast("Any", b"late"))
 
     assert await call(answer, streaming=True) == ([b"last"], grpc.StatusCode.OK, "")
-    assert "a message came after the end of its call" in lines.getvalue()
+    assert "a message was written after the end of its call" in lines.getvalue()
 
 
 class Context:

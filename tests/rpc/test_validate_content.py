@@ -145,7 +145,7 @@ def test_number() -> None:
     with pytest.raises(CallerError) as caught:
         chat_request(ask(messages=[turn, turn, turn, turn]), limits)
     assert caught.value.violations == (
-        Violation("chat.messages[2].user.content[0].image", "is one image too many: a request may have 4"),
+        Violation("chat.messages[2].user.content[0].image", "exceeds the limit of 4 images in a request"),
     )
 
 

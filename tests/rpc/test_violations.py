@@ -150,7 +150,7 @@ def test_a_mode_of_a_later_version() -> None:
     choice = tool_pb2.ToolChoice()
     choice.mode = 50  # type: ignore[assignment]
     (violation,) = refused(ask(tools=[tool_pb2.Tool(name="t")], tool_choice=choice))
-    assert violation.description.endswith("mode 50 is not known here")
+    assert violation.description.endswith("mode 50 is not supported")
 
 
 def test_the_violations_of_an_update_mask_are_bounded() -> None:

@@ -272,7 +272,7 @@ async def test_draining_ends_watches_at_once(start_gateway: StartGateway, lines:
             assert failure.retry_seconds == 0.0
         async with asyncio.timeout(WAIT):
             await drained
-    assert not any(entry["event"] == "calls under way are ended" for entry in lines.entries)
+    assert not any(entry["event"] == "active calls are ended" for entry in lines.entries)
 
 
 async def test_a_watcher_that_does_not_read_holds_up_no_drain(start_gateway: StartGateway, lines: Lines) -> None:
@@ -286,7 +286,7 @@ async def test_a_watcher_that_does_not_read_holds_up_no_drain(start_gateway: Sta
             await gateway.gateway.drain()
         entry = await lines.find("call", method=WATCH)
         assert (entry["code"], entry["reason"]) == ("UNAVAILABLE", "DRAINING")
-    assert not any(entry["event"] == "calls under way are ended" for entry in lines.entries)
+    assert not any(entry["event"] == "active calls are ended" for entry in lines.entries)
 
 
 async def test_during_the_delay_watches_go_on(start_gateway: StartGateway) -> None:

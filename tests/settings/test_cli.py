@@ -126,7 +126,7 @@ def test_serving_is_what_is_asked_for_otherwise(read: Parse) -> None:
 def test_a_secret_is_not_taken_from_a_flag(problems: Problems) -> None:
     """It would show in ps; the message says where it belongs."""
     (line,) = problems("--vllm-url", URL, "--set", "providers.vllm.api_token=geheim")
-    assert "shows in ps" in line
+    assert "visible in ps" in line
     assert "DELTAWIRE_PROVIDERS_VLLM_API_TOKEN" in line
     assert "geheim" not in line
 
@@ -134,7 +134,7 @@ def test_a_secret_is_not_taken_from_a_flag(problems: Problems) -> None:
 def test_a_table_is_not_taken_from_a_flag(problems: Problems) -> None:
     """Its values are secrets too; the message says where they belong."""
     assert problems("--vllm-url", URL, "--set", 'providers.vllm.headers={x = "geheim"}') == (
-        "providers.vllm.headers (from flag --set): only the settings file sets these: write [providers.vllm.headers] there",
+        "providers.vllm.headers (from flag --set): only the settings file can set these: write [providers.vllm.headers] there",
     )
 
 
@@ -182,7 +182,7 @@ def test_effective_reads_back_as_it_was(read: Parse) -> None:
     """Without secrets, the printed settings are a settings file."""
     settings = read("--set", 'server.listen=unix:/tmp/\x7f"ü😀\\,127.0.0.1:2', VLLM_URL=URL).settings
     text = effective(settings)
-    remarks = ("tls_", "max_", "api_", "keys", "everybody may do everything")
+    remarks = ("tls_", "max_", "api_", "keys", "every caller may do everything")
     assert not [
         line
         for line in text.splitlines()

@@ -29,7 +29,7 @@ def mutual(pem: Path) -> dict[str, str]:
 
 
 def test_without_lines_nobody_is_named(read: Parse) -> None:
-    """Everybody may do everything then; empty settings are a template's way to leave them out."""
+    """Every caller may do everything then; empty settings are a template's way to leave them out."""
     for file in ("", '[access]\nkeys = ""\nkeys_file = ""'):
         access = read("--vllm-url", URL, file=file).settings.access
         assert (access.principals, access.warnings, access.keys, access.keys_file) == ((), (), None, None)
@@ -106,28 +106,28 @@ def test_what_is_there_twice(problems: Problems, keys_file: Path, second: str, w
     keys_file.write_text(f"ops all {SECRET}\n")
     (line,) = problems("--access-keys-file", str(keys_file), VLLM_URL=URL, DELTAWIRE_ACCESS_KEYS=second)
     assert line == (
-        f"access.keys (from environment DELTAWIRE_ACCESS_KEYS): line 1: the {what} is that of {keys_file} line 1 again: "
-        "give each its own"
+        f"access.keys (from environment DELTAWIRE_ACCESS_KEYS): line 1: the {what} is the same as that of {keys_file} line "
+        "1: give each line its own"
     )
     keys_file.write_text(f"ops all {SECRET}\n{second}\n")
     (line,) = problems("--access-keys-file", str(keys_file), VLLM_URL=URL)
-    assert f"{keys_file} line 2: the {what} is that of {keys_file} line 1 again" in line
+    assert f"{keys_file} line 2: the {what} is the same as that of {keys_file} line 1" in line
 
 
 def test_an_identity_twice(problems: Problems, mutual: dict[str, str]) -> None:
     """Is a credential twice as well."""
     (line,) = problems(VLLM_URL=URL, DELTAWIRE_ACCESS_KEYS="a call mtls:dns:x;b read mtls:dns:x", **mutual)
-    assert "line 2: the credential is that of line 1 again" in line
+    assert "line 2: the credential is the same as that of line 1" in line
 
 
 @pytest.mark.parametrize("text", ["", "\n", "# ci all 0123456789abcdef\n"])
-def test_a_file_that_names_nobody(problems: Problems, keys_file: Path, text: str) -> None:
-    """Emptied by mistake, it must not open the gateway to everybody; the message says how to mean that."""
+def test_a_file_without_lines(problems: Problems, keys_file: Path, text: str) -> None:
+    """A file emptied by mistake must not open the gateway to every caller; the message says how to do that on purpose."""
     keys_file.write_text(text)
     (line,) = problems("--access-keys-file", str(keys_file), VLLM_URL=URL)
-    assert "names nobody" in line
-    assert "start without access settings" in line
-    assert "names nobody" in problems(VLLM_URL=URL, DELTAWIRE_ACCESS_KEYS=" ; # nobody")[0]
+    assert "has no access line" in line
+    assert "remove the access settings" in line
+    assert "has no access line" in problems(VLLM_URL=URL, DELTAWIRE_ACCESS_KEYS=" ; # no caller")[0]
 
 
 def test_identities_need_client_certificates(problems: Problems, keys_file: Path, mutual: dict[str, str]) -> None:
@@ -157,7 +157,7 @@ def test_a_wrong_client_ca_is_the_only_error(problems: Problems, mutual: dict[st
 def test_a_file_that_is_not_there(problems: Problems, tmp_path: Path) -> None:
     """Or is none."""
     (line,) = problems("--access-keys-file", str(tmp_path / "no"), VLLM_URL=URL)
-    assert "no does not exist: give the path of a text file with lines of access keys" in line
+    assert "no does not exist: give the path of a text file with access lines" in line
     (line,) = problems("--access-keys-file", str(tmp_path), VLLM_URL=URL)
     assert "is not a file" in line
 
@@ -176,15 +176,15 @@ def test_bytes_that_are_no_text(read: Parse, problems: Problems, keys_file: Path
     [
         (0o600, f"ci all {SECRET}", []),
         (0o640, f"ci all {SECRET}", []),
-        (0o644, f"ci all {SECRET}", ["everybody on this machine can read"]),
+        (0o644, f"ci all {SECRET}", ["all users of this machine can read"]),
         (0o644, f"ci all sha256:{DIGEST}", []),
-        (0o660, f"ci all sha256:{DIGEST}", ["others than its owner can write"]),
-        (0o602, f"ci all sha256:{DIGEST}", ["others than its owner can write"]),
-        (0o666, f"ci all {SECRET}", ["others than its owner can write", "everybody on this machine can read"]),
+        (0o660, f"ci all sha256:{DIGEST}", ["users other than the owner can write"]),
+        (0o602, f"ci all sha256:{DIGEST}", ["users other than the owner can write"]),
+        (0o666, f"ci all {SECRET}", ["users other than the owner can write", "all users of this machine can read"]),
     ],
 )
-def test_how_the_file_is_kept(read: Parse, keys_file: Path, mode: int, line: str, warnings: list[str]) -> None:
-    """Whoever can write it can let himself in, whoever reads a key has it: a warning with a remedy, and no failure."""
+def test_permissions_of_the_file(read: Parse, keys_file: Path, mode: int, line: str, warnings: list[str]) -> None:
+    """A file that other users can write, or one with keys that they can read, causes a warning with a remedy, not a failure."""
     keys_file.write_text(line)
     keys_file.chmod(mode)
     access = read("--access-keys-file", str(keys_file), VLLM_URL=URL).settings.access
@@ -229,15 +229,17 @@ def test_printed_settings_say_who_may_call(read: Parse, keys_file: Path, mutual:
         assert secret not in text
 
 
-def test_printed_settings_say_that_everybody_may_call(read: Parse) -> None:
-    """Where nobody is named."""
-    shown = '# keys_file is not set\n# keys is not set\nopen = false\nrevoke = "end"\n# everybody may do everything\n'
+def test_printed_settings_say_that_every_caller_may_call(read: Parse) -> None:
+    """Without access lines."""
+    shown = (
+        '# keys_file is not set\n# keys is not set\nopen = false\nrevoke = "end"\n# every caller may do everything\n'
+    )
     assert f"[access]\n{shown}" in effective(read(VLLM_URL=URL).settings)
 
 
-def test_the_mask_is_no_line() -> None:
-    """Printed settings that are read again are told what is missing in them."""
-    with pytest.raises(ValidationError, match="only stands for the lines in printed settings"):
+def test_the_mask_is_not_a_line() -> None:
+    """For printed settings that are read again, the message says what is missing."""
+    with pytest.raises(ValidationError, match="only the mask of the lines in printed settings"):
         AccessSettings.model_validate({"keys": "***"})
 
 
@@ -250,7 +252,7 @@ def test_keys_of_the_wrong_type_are_not_shown(problems: Problems) -> None:
 def test_open_contradicts_lines(problems: Problems) -> None:
     """Whichever of the two is a mistake, it is not guessed."""
     (line,) = problems(VLLM_URL=URL, DELTAWIRE_ACCESS_OPEN="true", DELTAWIRE_ACCESS_KEYS=f"a call {SECRET}")
-    assert line.startswith("access.open (from environment DELTAWIRE_ACCESS_OPEN): is true, but there are lines")
+    assert line.startswith("access.open (from environment DELTAWIRE_ACCESS_OPEN): is true, but there are access lines")
     assert "remove either" in line
 
 

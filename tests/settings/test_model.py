@@ -88,7 +88,7 @@ def test_settings_are_frozen() -> None:
 
 def test_built_directly_it_is_checked_as_well() -> None:
     """Settings that exist can be served with, whoever made them."""
-    with pytest.raises(ValidationError, match="nobody to generate"):
+    with pytest.raises(ValidationError, match="no provider is configured"):
         Settings()
 
 
@@ -110,16 +110,16 @@ def test_addresses(given: object, kept: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("unix:", "names no socket: write unix:/path"),
-        ("unix://", "names no socket"),
+        ("unix:", "has no path: write unix:/path"),
+        ("unix://", "has no path"),
         ("127.0.0.1", "has no port from 0 to 65535: write host:port"),
         ("127.0.0.1:65536", "has no port from 0 to 65535"),
         ("127.0.0.1:http", "has no port"),
         ("127.0.0.1:²", "has no port"),
         (":50051", "has no host: write 127.0.0.1:50051"),
         ("::1:50051", "needs brackets: write [::1]:50051"),
-        ("[127.0.0.1]:50051", "is no address"),
-        ("http://127.0.0.1:50051", "is no address: write host:port"),
+        ("[127.0.0.1]:50051", "is not a valid address"),
+        ("http://127.0.0.1:50051", "is not a valid address: write host:port"),
         ("", "has no port"),
         ([], "at least 1"),
     ],
@@ -150,7 +150,7 @@ def test_what_other_machines_can_reach(listen: str, *, local: bool) -> None:
 
 def test_certificate_and_key_go_together(pem: Path) -> None:
     """Either alone is an error, both are TLS, and a client CA needs them."""
-    assert "needs its key" in refusal(ServerSettings, tls_cert_file=pem)
+    assert "needs its private key" in refusal(ServerSettings, tls_cert_file=pem)
     assert "needs a certificate" in refusal(ServerSettings, tls_key_file=pem)
     assert "needs TLS" in refusal(ServerSettings, tls_client_ca_file=pem)
     server = ServerSettings(tls_cert_file=pem, tls_key_file=pem, tls_client_ca_file=pem, listen=("0.0.0.0:1",))
@@ -221,7 +221,7 @@ def test_a_ca_file_is_kept_expanded(pem: Path, monkeypatch: pytest.MonkeyPatch) 
         ("/nowhere/ca.pem", "/nowhere/ca.pem does not exist"),
         ("", "true, false or the path"),
         (2, "true, false or the path"),
-        ("~nobody-of-that-name/ca.pem", "write the whole path"),
+        ("~nobody-of-that-name/ca.pem", "write the absolute path"),
     ],
 )
 def test_tls_verify_that_is_neither(given: object, message: str) -> None:
@@ -255,7 +255,7 @@ def test_replicas(given: object) -> None:
 def test_one_server_twice(again: str) -> None:
     """However it is written; a path, a port or a scheme of its own makes another."""
     text = refusal(ProviderSettings, base_url=["http://other", "http://host/v1", again])
-    assert f"names one server twice, by http://host/v1 and {again.rstrip('/')}: take one of them out" in text
+    assert f"contains the same server twice, as http://host/v1 and {again.rstrip('/')}: remove one of them" in text
     different = ["http://host", "https://host", "http://host:8000", "http://host/v2", "http://host/a/v1"]
     assert ProviderSettings.model_validate({"base_url": different}).base_url == tuple(different)
 
@@ -263,21 +263,21 @@ def test_one_server_twice(again: str) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"x team": "geheim"}, "'x team' is no header's name"),
-        ({"x\r\ny": "geheim"}, "is no header's name"),
-        ({"": "geheim"}, "'' is no header's name"),
+        ({"x team": "geheim"}, "'x team' is not a valid header name"),
+        ({"x\r\ny": "geheim"}, "is not a valid header name"),
+        ({"": "geheim"}, "'' is not a valid header name"),
         (
             {"Authorization": "Bearer geheim"},
             "must not set Authorization, which the gateway sets itself: give the token",
         ),
-        ({"X-Request-Id": "geheim"}, "must not set X-Request-Id, which the gateway sets itself: take it out"),
+        ({"X-Request-Id": "geheim"}, "must not set X-Request-Id, which the gateway sets itself: remove it"),
         ({"content-length": "geheim"}, "must not set content-length"),
         ({"x-team": "geheim", "X-Team": "geheim"}, "sets X-Team twice"),
-        ({"x-team": "geheim\r\nx: y"}, "must give x-team a value of printable ASCII on one line"),
-        ({"x-team": "geheim\x7f"}, "must give x-team a value of printable ASCII"),
-        ({"x-team": "geheimä"}, "must give x-team a value of printable ASCII"),
-        ({"x-team": " "}, "must give x-team a value"),
-        ({"x-team": "***"}, "only stands for a value in printed settings"),
+        ({"x-team": "geheim\r\nx: y"}, "must set x-team to one line of printable ASCII"),
+        ({"x-team": "geheim\x7f"}, "must set x-team to one line of printable ASCII"),
+        ({"x-team": "geheimä"}, "must set x-team to one line of printable ASCII"),
+        ({"x-team": " "}, "must set x-team to one line"),
+        ({"x-team": "***"}, "only the mask of a value in printed settings"),
     ],
 )
 def test_headers_that_cannot_be_sent(given: object, message: str) -> None:
@@ -293,7 +293,7 @@ def test_allowed_names(name: str) -> None:
     for given, kept in (("m", ("m",)), (["a", " b/* "], ("a", "b/*")), ("a,b", ("a", "b")), ([], ())):
         provider = ProviderSettings.model_validate({"base_url": URL, name: given})
         assert getattr(provider, name) == kept
-    assert "holds an empty name" in refusal(ProviderSettings, base_url=URL, **{name: "a,"})
+    assert "contains an empty name" in refusal(ProviderSettings, base_url=URL, **{name: "a,"})
 
 
 @pytest.mark.parametrize(
@@ -302,12 +302,12 @@ def test_allowed_names(name: str) -> None:
         ("", "must begin with http:// or https://"),
         ("localhost:8000", "did you mean http://localhost:8000?"),
         ("ftp://host", "must begin with http:// or https://"),
-        ("http://", "names no host"),
-        ("http:///v1", "names no host"),
-        ("http://host:port", "is no URL"),
-        ("http://[::1", "is no URL"),
-        ("http://host/v1?x=1", "before any ? or #"),
-        ("http://host/v1#x", "before any ? or #"),
+        ("http://", "has no host"),
+        ("http:///v1", "has no host"),
+        ("http://host:port", "is not a valid URL"),
+        ("http://[::1", "is not a valid URL"),
+        ("http://host/v1?x=1", "query (?) or a fragment (#)"),
+        ("http://host/v1#x", "query (?) or a fragment (#)"),
         ("http://ho st", "white space"),
         ("http://host/\x7f", "control characters"),
         ("http://user:geheim@host", "give the token as api_token"),
@@ -328,7 +328,7 @@ def test_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ProviderSettings(base_url=(URL,), api_token=SecretStr(" ")).api_token is None
     assert ProviderSettings(base_url=(URL,)).api_token is None
     assert "printable ASCII" in refusal(ProviderSettings, base_url=URL, api_token="two\r\nlines")
-    assert "only stands for a token" in refusal(ProviderSettings, base_url=URL, api_token="***")
+    assert "only the mask of a token" in refusal(ProviderSettings, base_url=URL, api_token="***")
 
 
 @pytest.mark.parametrize(
@@ -353,18 +353,18 @@ def test_database_urls(given: str, kept: str, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("/var/lib/r.db", "is no database URL: write sqlite:////"),
+        ("/var/lib/r.db", "is not a database URL: write sqlite:////"),
         ("postgresql+asyncpg://u:geheim@h/d", "'postgresql+asyncpg' is not supported: write"),
-        ("postgresql://u:geheim@h", "names no database: write postgresql://"),
-        ("postgresql://u:***@h/d", "give its own"),
-        ("postgresql://u@h/d?password=***", "give its own"),
+        ("postgresql://u:geheim@h", "has no database name: write postgresql://"),
+        ("postgresql://u:***@h/d", "give the secret itself"),
+        ("postgresql://u@h/d?password=***", "give the secret itself"),
         ("postgresql://u:geheim@geheim/geheim@h/d", "write %40 for @ and %2F for /"),
         ("postgresql://u:geheim@geheim@h/d", "write %40 for @"),
         ("postgresql://u/geheim:x@h/d", "write %40 for @ and %2F for /"),
-        ("postgresql://u:geheim/x@h", "names no database"),
-        ("postgresql://u:1@geheim:geheim/d", "is no database URL: write postgresql://user@host:5432/name"),
-        ("sqlite://r.db", "names a host"),
-        ("sqlite:///~nobody-of-that-name/r.db", "write the whole path"),
+        ("postgresql://u:geheim/x@h", "has no database name"),
+        ("postgresql://u:1@geheim:geheim/d", "is not a database URL: write postgresql://user@host:5432/name"),
+        ("sqlite://r.db", "has a host"),
+        ("sqlite:///~nobody-of-that-name/r.db", "write the absolute path"),
     ],
 )
 def test_database_urls_that_are_none(given: str, message: str) -> None:
@@ -453,18 +453,18 @@ def test_hosts_of_images(given: object, kept: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("https://images.example.com", "is no host: write images.example.com"),
-        ("images.example.com/a", "is no host"),
-        ("user@images.example.com", "is no host"),
-        ("images.*.com", "is no host"),
-        ("*example.com", "is no host"),
-        ("", "is no host"),
-        ("2600::1", "is no host"),
-        ("bücher.example", "must be written as the DNS has it: xn--…"),
+        ("https://images.example.com", "is not a valid host: write images.example.com"),
+        ("images.example.com/a", "is not a valid host"),
+        ("user@images.example.com", "is not a valid host"),
+        ("images.*.com", "is not a valid host"),
+        ("*example.com", "is not a valid host"),
+        ("", "is not a valid host"),
+        ("2600::1", "is not a valid host"),
+        ("bücher.example", "must be written in Punycode, as in the DNS: xn--…"),
         ("images.example.com:0", "has no port from 1 to 65535"),
         ("images.example.com:65536", "has no port from 1 to 65535"),
-        ("127.1", "is no address"),
-        ("[::1::]", "is no address"),
+        ("127.1", "is not a valid IP address"),
+        ("[::1::]", "is not a valid IP address"),
         ((), "is empty, so nothing could be fetched: list hosts, or write * for any"),
     ],
 )

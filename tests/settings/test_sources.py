@@ -118,7 +118,7 @@ def test_headers_are_in_the_file_only(read: Parse, problems: Problems) -> None:
             "X-Cell": "7",
         }
     assert problems(VLLM_URL=URL, DELTAWIRE_PROVIDERS_VLLM_HEADERS="x=geheim") == (
-        "environment DELTAWIRE_PROVIDERS_VLLM_HEADERS: only the settings file sets these: write [providers.vllm.headers] there",
+        "environment DELTAWIRE_PROVIDERS_VLLM_HEADERS: only the settings file can set these: write [providers.vllm.headers] there",
     )
 
 
@@ -170,7 +170,7 @@ def test_a_variable_that_may_mean_two_providers(problems: Problems) -> None:
     """It is not guessed."""
     file = f'providers = {{a-b = {{base_url = "{URL}"}}, a_b = {{base_url = "{URL}"}}}}'
     (line,) = problems(file=file, DELTAWIRE_PROVIDERS_A_B_MAX_TOKENS="3")
-    assert line.startswith("environment DELTAWIRE_PROVIDERS_A_B_MAX_TOKENS: may mean provider a-b or a_b")
+    assert line.startswith("environment DELTAWIRE_PROVIDERS_A_B_MAX_TOKENS: may refer to provider a-b or a_b")
 
 
 def test_two_names_for_one_key(read: Parse, problems: Problems) -> None:
@@ -193,10 +193,10 @@ def test_two_names_for_one_key(read: Parse, problems: Problems) -> None:
         ("[servr]", "servr (from FILE): no such section; did you mean server?"),
         (
             "[zzz]",
-            "zzz (from FILE): no such section; there are server, access, stream, retention, images, providers, registry, log",
+            "zzz (from FILE): no such section; valid ones are server, access, stream, retention, images, providers, registry, log",
         ),
         ("[server]\nmax_stream = 1", "server.max_stream (from FILE): no such key; did you mean server.max_streams?"),
-        ("[log]\nzzz = 1", "log.zzz (from FILE): no such key; there are level, format"),
+        ("[log]\nzzz = 1", "log.zzz (from FILE): no such key; valid ones are level, format"),
         ("log = 3", "log (from FILE): must be a table: write [log] and the keys under it"),
         (
             "providers.gpu = 3",
@@ -234,7 +234,7 @@ def test_two_names_for_one_key(read: Parse, problems: Problems) -> None:
         ),
         (
             "[providers.vllm]\nbase_url = ['http://h', 'http://h/v1/']",
-            "providers.vllm.base_url (from FILE): names one server twice, by http://h and http://h/v1: take one of them out",
+            "providers.vllm.base_url (from FILE): contains the same server twice, as http://h and http://h/v1: remove one of them",
         ),
         (
             "[providers.vllm]\nallowed_models = [5]",
@@ -250,7 +250,10 @@ def test_two_names_for_one_key(read: Parse, problems: Problems) -> None:
         ),
         (
             "[providers.GPU]\nbase_url = 'http://h'",
-            "providers.GPU (from FILE): no provider id: use lower-case letters, digits, -, _ and ., first a letter or digit",
+            (
+                "providers.GPU (from FILE): not a valid provider id: use lower-case letters, digits, -, _ and ., "
+                "starting with a letter or digit"
+            ),
         ),
     ],
 )

@@ -1,21 +1,22 @@
-"""Which models can be called, under which names. The only folder that knows a database; it knows neither gRPC nor HTTP.
+"""The registry: which models can be called, under which names. Only this folder uses a database; it uses neither gRPC nor HTTP.
 
-    registry ─┬─ rules      a registration: what may be asked for, and whether it is served
-              ├─ catalog    the Llama models by all their names, and what of a listing a name means
-              ├─ lookup     a name to its model: registered, else discovered
-              ├─ listings   what the providers serve, as one call sees it
-              ├─ pages      sizes and tokens of a list
+    registry ─┬─ rules               validates registrations
+              ├─ catalog             the names of the Llama models, and which entry of a listing a name refers to
+              ├─ lookup              resolves a name to a model: a registered one first, then a discovered one
+              ├─ scopes              names that are reserved for a provider
+              ├─ listings            the listings of the providers, as one call sees them
+              ├─ pages               page sizes and page tokens
               │
-              ├─ writes     database first, then memory, each write as a whole
-              ├─ follower   memory in step with the database, whoever writes ──▶ known, what is registered
-              ├─ refresh    every provider listed again and again            ──▶ served, what was listed last
-              ├─ view       both together, and what changes in them
-              ├─ feed       the changes, for those who watch
+              ├─ writes              writes the database first, then memory
+              ├─ change_log_reader   applies the database's changes to memory ──▶ registered_index
+              ├─ refresh             lists every provider periodically        ──▶ listing_cache
+              ├─ view                all models, registered and discovered, and their changes
+              ├─ feed                the changes, for watchers
               │
-              └─ store      what is kept, in one order of changes
-                 ├─ database   what differs between SQLite and, in postgres, PostgreSQL
-                 ├─ schema     the tables and how they came to be
-                 └─ records    models as rows
+              └─ store               the registered models and the log of changes
+                 ├─ database         the interface of the databases, implemented in sqlite and postgres
+                 ├─ tables           the tables and their migrations
+                 └─ rows             converts models to rows
 
-`registry` is what others call. All pass `model`s around; `messages` shows names in failures.
+`registry` is the API for other packages. `model` defines the models; `messages` formats names for error messages.
 """

@@ -22,7 +22,7 @@ class KnownModel:
     """A Llama as its makers published it.
 
     Attributes:
-        family: Its generation, or "safety" for those that judge others' words.
+        family: Its generation, or "safety" for models that classify content.
         descriptor: Its makers' name for it, with the variant after a colon if there are several; no two have the same.
         repository: Where it is on the Hugging Face hub. Two that differ only in how many files hold the weights share one.
         max_sequence_length: Tokens of prompt and answer together that it was made for; a provider may allow fewer.

@@ -1,7 +1,7 @@
-"""Keeps memory in step with the database, in which other processes write too.
+"""Applies the database's changes to memory. Other processes may write to the same database.
 
-Changes are applied in the order of their revisions, each once, whoever made them: this process's own writes come the same
-way. Whoever cannot have all of them reads everything anew, and finds out what is different by comparing.
+Changes are applied once each, in the order of their revisions, including this process's own writes. If changes are missing, all
+models are read again and compared with memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from deltawire_server.registry.store import Store
 
 CHANGES_AT_ONCE = 100
-"""Changes that are applied without giving way to other tasks: some milliseconds of work."""
+"""Changes that are applied before other tasks run: a few milliseconds of work."""
 
 RETRY_SECONDS = 1.0
 """Between attempts to read changes that could not be read."""
@@ -32,12 +32,12 @@ _log = get_logger(__name__)
 
 
 class ChangeLogReader:
-    """Applies changes to what is known.
+    """Applies changes to the index in memory.
 
     Args:
-        store: Open.
-        known: What is in memory; from now on only this changes it.
-        on_change: Called with each registration as it was and as it is, once memory has it; `None` where it is not there.
+        store: The open store.
+        known: The index in memory; only this object changes it from now on.
+        on_change: Called with each registration before and after a change, when memory has it; `None` if there is none.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ChangeLogReader:
         self._lock = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         self.revision = 0
-        """Of the last change that memory has."""
+        """The revision of the last change in memory."""
 
     async def start(self) -> None:
         """Read everything, then follow until `stop`.
@@ -64,13 +64,13 @@ class ChangeLogReader:
         self._task = asyncio.create_task(self._follow(), name="follow the registry's database")
 
     async def stop(self) -> None:
-        """Follow no longer."""
+        """Stop following the database."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
 
     async def catch_up(self) -> None:
-        """Apply what others have changed.
+        """Apply the changes of other processes.
 
         Raises:
             RegistryError: The database cannot be read.
@@ -79,14 +79,14 @@ class ChangeLogReader:
             await self._catch_up()
 
     async def applied(self, change: Change) -> None:
-        """Apply a change of our own, after those that others made before it. The database has it: this cannot fail."""
+        """Apply a change of this process, after earlier changes of others. It is already committed, so this does not fail."""
         async with self._lock:
             if change.revision > self.revision + 1:
                 try:
                     await self._catch_up()
                 except RegistryError as error:
-                    # Ours is told when it is read with the others'.
-                    _log.warning("a change is known later", model=change.model_id, error=error.message)
+                    # The change is applied when it is read together with the others.
+                    _log.warning("a change will be applied later", model=change.model_id, error=error.message)
             elif change.revision == self.revision + 1:
                 self._apply(change)
 
@@ -103,7 +103,7 @@ class ChangeLogReader:
                 pass  # logged where it happened
             except Exception:  # noqa: BLE001 (a defect must not end the following for good)
                 _log.exception("the registry cannot follow its database")
-                self.revision = 0  # nobody knows what memory has: everything is read anew
+                self.revision = 0  # the state of memory is uncertain: read everything again
             else:
                 return
             await asyncio.sleep(RETRY_SECONDS)
@@ -112,7 +112,7 @@ class ChangeLogReader:
         while True:
             changes = await self._store.changes_after(self.revision)
             if changes is None:
-                _log.warning("changes are missing: everything is read anew", revision=self.revision)
+                _log.warning("changes are missing: all models are read again", revision=self.revision)
                 await self._reload()
                 return
             if not changes:
@@ -123,16 +123,16 @@ class ChangeLogReader:
     async def _reload(self) -> None:
         revision, models = await self._store.load(self._known.models)
         before = dict(self._known.models)
-        # Those that were removed first: their names may be others' now.
+        # Removed models first, because other models may have their names now.
         steps: list[tuple[Model | None, Model | None]] = [
             (before[model_id], None) for model_id in sorted(before.keys() - {model.id for model in models})
         ]
         steps += [(before.get(model.id), model) for model in models if model is not before.get(model.id)]
-        # At the start, or after a defect, when it is not known what memory has.
+        # At startup, or after a defect, when the state of memory is uncertain.
         anew = self.revision == 0
         if anew:
             self._known.load(models)
-        # Else one model at a time, so that whatever did not change can be called meanwhile.
+        # Otherwise one model at a time, so that unchanged models can be called meanwhile.
         for count, (old, new) in enumerate(steps):
             if count % CHANGES_AT_ONCE == CHANGES_AT_ONCE - 1:
                 await give_way()

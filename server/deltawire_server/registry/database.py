@@ -1,8 +1,7 @@
-"""What differs between the databases: how to open one, how writers wait for each other, how others are told.
+"""The interface of the supported databases: opening, locking between writers, notifications of changes.
 
-Both are used through SQLAlchemy's asynchronous engine. A transaction that writes begins by taking the one lock that all
-writers take, so that no two of them ever meet; what it announces, others hear once it has been committed. They are
-in `sqlite` and `postgres`.
+Implementations are in `sqlite` and `postgres`; both use SQLAlchemy's asynchronous engine. Every writing transaction first
+acquires one lock, so that writes never conflict. Other processes are notified when a transaction is committed.
 """
 
 from __future__ import annotations
@@ -18,18 +17,18 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 BUSY_SECONDS = 10.0
-"""How long a write waits for those of other processes: SQLite gives its lock in no order, so that one that waits while another
-process writes without a pause may be passed over many times."""
+"""How long a write waits for the writes of other processes. SQLite's lock is not fair, so a writer may fail to acquire it many
+times while another process writes continuously."""
 
 _SECRETS = re.compile(r"(?i)(\b\w*(?:pass|secret)\w*\s*=\s*|://[^\s/@]*:)(?:'(?:[^'\\]|\\.)*'|[^\s'@]+)")
-"""Where a connection string or a URL that a driver quotes has a secret."""
+"""Matches secrets in connection strings and URLs that a driver quotes."""
 
 
 class Database(ABC):
-    """A database that holds a registry.
+    """The database of a registry.
 
     Args:
-        engine: With its driver; closed with this.
+        engine: The engine with its driver; `close` closes it.
     """
 
     def __init__(self, engine: AsyncEngine) -> None:
@@ -37,36 +36,36 @@ class Database(ABC):
 
     @abstractmethod
     async def open(self) -> None:
-        """Whatever has to be done before the first connection.
+        """Prepare the database for the first connection.
 
         Raises:
-            SQLAlchemyError, OSError: It cannot be used.
+            SQLAlchemyError, OSError: The database cannot be used.
         """
 
     @abstractmethod
     def reading(self) -> AbstractAsyncContextManager[AsyncConnection]:
-        """A transaction that sees one state of the database, whatever others write meanwhile.
+        """A transaction with a consistent snapshot of the database.
 
-        It raises SQLAlchemyError or OSError, as `writing` does, if the database cannot be used or does not answer.
+        Like `writing`, it raises SQLAlchemyError or OSError if the database cannot be used or does not answer.
         """
 
     @abstractmethod
     def writing(self) -> AbstractAsyncContextManager[AsyncConnection]:
-        """A transaction that may write; committed on leaving, rolled back on leaving with an exception."""
+        """A transaction that may write. It is committed on exit, and rolled back on exit with an exception."""
 
     @abstractmethod
     async def lock_migrations(self, connection: AsyncConnection) -> None:
-        """Within a writing transaction, wait until no other process changes tables."""
+        """Within a writing transaction, acquire the lock for changes to tables."""
 
     @abstractmethod
     async def announce(self, connection: AsyncConnection, revision: int) -> None:
-        """Within a writing transaction, have the others told of its revision once it is committed."""
+        """Within a writing transaction, notify the other processes of its revision when it is committed."""
 
     @abstractmethod
     def changes_elsewhere(self) -> AsyncGenerator[None]:
-        """Something may have changed since it was last asked, each time: also when nothing has, and at first.
+        """Yield whenever other processes may have changed something, including once at the start.
 
-        Goes on when the database is back from wherever it was; ends only by being closed.
+        Some of these may be spurious. Continues after an outage of the database, and ends only when it is closed.
         """
 
     async def close(self) -> None:
@@ -74,7 +73,7 @@ class Database(ABC):
         await self._engine.dispose()
 
 
-def said(error: BaseException) -> str:
-    """What a database's failure says, for the log: the first line of its driver's words, with secrets masked."""
+def cause_text(error: BaseException) -> str:
+    """The text of a database error for the log: the first line of the driver's message, with secrets masked."""
     words = str(getattr(error, "orig", error)).partition("\n")[0]
     return _SECRETS.sub(r"\1***", words) or "no answer in time"

@@ -1,11 +1,11 @@
-"""The changes of all models in their order, for any number of watchers.
+"""The log of changes to all models, for any number of watchers.
 
-There is one log, and a watcher is only a place in it: a slow one costs no memory and delays no other. The log always keeps the
-last change of each model that there is, and of earlier ones `SUPERSEDED_BYTES`: a watcher that has not read those when they
-are dropped receives the model as it is now. So whatever happens to all models of a provider at once, a watcher that reads
-misses nothing. Of removed models the log keeps `REMOVED_BYTES`; a watcher that missed more than those has to begin anew.
+There is one log, and a watcher is a position in it: a slow watcher costs no memory and does not delay others. The log always
+keeps the last change of each existing model, and `SUPERSEDED_BYTES` of earlier changes. A watcher that has not read an earlier
+change when it is dropped receives the current model instead. So a watcher that reads misses nothing, even if all models of a
+provider change at once. Of removed models the log keeps `REMOVED_BYTES`; a watcher that missed more must start again.
 
-A revision names a place in this process's log; another process's is unknown here, and so is one from before a restart.
+A revision is a position in the log of this process. Revisions of another process, or from before a restart, are invalid here.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MAX_DIGITS = 18
 """In a place: more than there ever are, and read at once, however long what a caller sends is."""
 
 BOOKMARK_SECONDS = 60.0
-"""After so much silence a watcher hears that nothing has happened: it knows that it is still watching, and where."""
+"""After so many seconds without changes, a watcher gets a bookmark with the current revision, which shows that the watch works."""
 
 _MIN_DROPPED = 1024
 """Dropped entries at which the log is first rewritten without them: that takes microseconds."""
@@ -141,12 +141,12 @@ class Feed:
         self._wake()
 
     def interrupt(self) -> None:
-        """End all watches, for their callers to be judged anew. Who may watch on does so where it was."""
+        """End all watches, so that their callers are authorized again. Authorized callers may resume at their revision."""
         self._interruptions += 1
         self._wake()
 
     def close(self) -> None:
-        """End all watches: this process stops. Their callers go on elsewhere."""
+        """End all watches on shutdown. Their callers watch again on another process."""
         self._closed = True
         self._wake()
 
@@ -172,7 +172,7 @@ class Feed:
                 ACCESS_CHANGED: it was interrupted. DRAINING: this process stops; also at once if it was closed before.
         """
         begun = self._interruptions
-        self._hold_open(begun)
+        self._check_open(begun)
         # `complete` is the last place up to which the watcher had received everything: what was added since may be new to it.
         if revision:
             place, complete = self._place(revision)
@@ -182,7 +182,7 @@ class Feed:
             bookmark_at = complete = place
             for model in models:
                 yield Step(added, model, "")
-                self._hold_open(begun)
+                self._check_open(begun)
         while True:
             if place != bookmark_at:
                 self._check_kept(place)
@@ -202,7 +202,7 @@ class Feed:
                 yield Step(kind, entry.model, self._name(place, complete))
             elif not await self._wait():
                 bookmark_at = place
-            self._hold_open(begun)
+            self._check_open(begun)
 
     async def _wait(self) -> bool:
         """Wait for a change; `False` if none came for so long that a bookmark is due."""
@@ -218,16 +218,19 @@ class Feed:
         self._more.set()
         self._more = asyncio.Event()
 
-    def _hold_open(self, begun: int) -> None:
+    def _check_open(self, begun: int) -> None:
         if self._closed:
-            # What has not been told yet is not missed: whoever serves next gives a snapshot, since this process's
-            # revisions end with it.
+            # Unsent changes are not lost: revisions are invalid in other processes, so the next one sends a snapshot.
             raise GatewayError(
-                Reason.DRAINING, "this process is shutting down; watch again, another one serves", retry_after=0.0
+                Reason.DRAINING,
+                "this gateway process is shutting down: watch again on a new connection",
+                retry_after=0.0,
             )
         if begun != self._interruptions:
             raise GatewayError(
-                Reason.ACCESS_CHANGED, "who may call has changed; watch again from the last revision", retry_after=0.0
+                Reason.ACCESS_CHANGED,
+                "the access settings have changed: watch again from the last revision",
+                retry_after=0.0,
             )
 
     def _next(self, place: int) -> _Entry | None:
@@ -238,7 +241,7 @@ class Feed:
         return None
 
     def _supersede(self, entry: _Entry, model_id: str) -> None:
-        """Keep what is no longer the last change of its model, and drop the oldest of those that are too many."""
+        """Keep a change that is not the last one of its model any more, and drop the oldest ones above the limit."""
         if self._removed.pop(model_id, None) is not None:
             self._removed_size -= entry.size
         entry.size = _memory_of(entry.model)
@@ -250,7 +253,7 @@ class Feed:
             oldest.model = None
 
     def _remove(self, entry: _Entry, model_id: str) -> None:
-        """Keep the last change of a removed model, and drop the oldest of those that are too many."""
+        """Keep the last change of a removed model, and drop the oldest ones above the limit."""
         entry.size = _memory_of(entry.model)
         self._removed[model_id] = entry
         self._removed_size += entry.size
@@ -265,8 +268,8 @@ class Feed:
         if place < self._start:
             raise GatewayError(
                 Reason.SLOW_WATCHER,
-                f"more models were removed since the last message of this watch than the {self._removed_bytes} bytes of them"
-                " that are kept for watches; watch again without a revision, for a snapshot",
+                f"since the last message of this watch, more models were removed than the {self._removed_bytes} bytes of removed"
+                " models that are kept: watch again without a revision, for a snapshot",
                 metadata={"limit_bytes": str(self._removed_bytes)},
             )
 
@@ -282,8 +285,8 @@ class Feed:
                 return place, complete
         raise CallerError(
             Reason.REVISION_GONE,
-            "the watch cannot go on from that revision: too much has happened since, or it is of another process or a time"
-            " before a restart; watch again without a revision, for a snapshot",
+            "the watch cannot resume at this revision: it is too old, or from another process or before a restart: watch again"
+            " without a revision, for a snapshot",
         )
 
 

@@ -1,8 +1,8 @@
-"""What the providers said last of what they serve, and whether they still answer.
+"""The last listing of each provider, and whether the provider still answers.
 
-Every listing that is the same for all callers goes through here, whoever asked for it, so that one look at a provider
-tells all: a look-up, a refresh, a registration. A provider that stops answering keeps its last listing: its models are
-UNAVAILABLE and not gone. What only a caller's own token shows is not kept here, and is nobody else's to see.
+Every listing that is the same for all callers is recorded here, whether a look-up, a refresh or a registration requested it. If a
+provider stops answering, its last listing is kept, and its models are UNAVAILABLE. Listings that depend on a caller's own token are
+not recorded, because other callers must not see them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ListingCache:
 
     Args:
         providers: All there are.
-        on_change: Called with a provider's id when what is known of it has changed, at once and before anybody else runs.
+        on_change: Called with a provider's id when its record has changed, synchronously, before any other task runs.
     """
 
     def __init__(self, providers: Providers, on_change: Callable[[str], None] = lambda _: None) -> None:
@@ -64,7 +64,7 @@ class ListingCache:
     async def listing(
         self, provider_id: str, token: str | None = None, *, fresh: bool = False, named: bool = False
     ) -> tuple[ServedModel, ...]:
-        """Ask a provider; see `Providers.listing`. What it says is known to all from then on.
+        """Request a provider's listing and record it; see `Providers.listing`.
 
         Args:
             provider_id: Which.
@@ -74,7 +74,7 @@ class ListingCache:
 
         Raises:
             CallerError: No such provider; UPSTREAM_UNAUTHENTICATED if it requires a token and the caller's was not sent.
-            ProviderError: It is away, refuses, or answers nonsense.
+            ProviderError: It is unreachable, refuses the request, or its answer is malformed.
         """
         if not self.shared(provider_id, token, named=named):
             return await self._providers.listing(provider_id, token, fresh=fresh)
@@ -120,7 +120,7 @@ class ListingCache:
         return ModelState.SERVING if served_name in self._models[provider_id] else ModelState.UNAVAILABLE
 
     def forget(self, provider_ids: Iterable[str]) -> None:
-        """Know nothing of these any more: they are gone, or are others now."""
+        """Remove the records of these providers, which were removed or replaced."""
         for provider_id in provider_ids:
             self._models.pop(provider_id, None)
             self._failures.pop(provider_id, None)

@@ -1,7 +1,6 @@
-"""What the providers serve, as one call sees it: what they said last where that is enough, else what they say now.
+"""The listings of the providers as one call sees them: the last ones if they suffice, otherwise new ones.
 
-vLLM answers with its first served name whatever it was asked by, so models are told apart by their listed names and
-answers are never matched on.
+vLLM always answers with its first served name, so models are distinguished by their listed names, never by answers.
 """
 
 from __future__ import annotations
@@ -44,12 +43,12 @@ class Listings:
         self._asked: set[str] = set()
 
     async def recall(self, provider_ids: Iterable[str]) -> None:
-        """Have what these said last, also of those that do not answer any more; ask only those that never were."""
+        """Load the last listings of these providers, even of those that do not answer; request only missing ones."""
         provider_ids = tuple(provider_ids)
         await self.fetch(each for each in provider_ids if not self._recalled(each))
 
     async def fetch(self, provider_ids: Iterable[str]) -> None:
-        """Have what these say now, at most five seconds old; what those that do not answer said last."""
+        """Load listings that are at most five seconds old; for providers that do not answer, the last ones."""
         missing = [each for each in provider_ids if each not in self._asked]
         self._asked.update(missing)
         results = await asyncio.gather(

@@ -4,7 +4,7 @@
                └── memory ──┘   └── memory, what the providers said last, what they say now ─┘
 
 Registered names come first. A name that begins with a provider's id leads to that provider or nowhere; see `scopes`.
-Providers are asked only about names that nothing else resolves: a call for what is there waits for no provider.
+Providers are called only for names that nothing else resolves: a call for a known model waits for no provider.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ async def find(name: str, known: RegisteredIndex, listings: Listings) -> Model:
 
     Raises:
         CallerError: MODEL_NOT_FOUND, whose message lists some that there are; MODEL_AMBIGUOUS.
-        ProviderError: Nobody who could serve it can be asked.
+        ProviderError: No provider that could serve it answers.
     """
     model = registered(name, known, listings.provider_ids)
     if model is not None:

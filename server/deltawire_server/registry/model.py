@@ -85,7 +85,7 @@ class Model:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The id, then the aliases: all that nobody else may be called."""
+        """The id, then the aliases. No other model may have any of them."""
         return (self.id, *self.aliases)
 
     @property
@@ -100,5 +100,5 @@ class Model:
 
 
 def scoped_id(provider_id: str, provider_model_id: str) -> str:
-    """The id of a model that nobody gave a name of its own: "provider_id/provider_model_id"."""
+    """The id of a model without a registered name: "provider_id/provider_model_id"."""
     return f"{provider_id}/{provider_model_id}"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import psycopg
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from deltawire_server.registry.database import Database, said
+from deltawire_server.registry.database import Database, cause_text
 from deltawire_server.telemetry import get_logger
 
 if TYPE_CHECKING:
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 CHANNEL = "deltawire_registry"
-"""On which the database tells of changes; only the revision is said."""
+"""The channel of notifications, whose payload is the revision."""
 
 LISTEN_SECONDS = 5.0
-"""How long a listening connection is believed without a word: one that a firewall dropped would be silent for ever."""
+"""How long a listening connection may be silent before it is checked: one that a firewall dropped stays silent forever."""
 
 RECONNECT_SECONDS = 0.5
 """Between attempts to listen again: soon enough to hear of changes within a second of the database's return."""
@@ -51,7 +51,7 @@ class PostgresDatabase(Database):
         super().__init__(
             create_async_engine(
                 url,
-                # Parameters are callers' notes: they have no business in the log.
+                # Parameters are callers' data, which must not be logged.
                 hide_parameters=True,
                 # A connection that a restart of the database has cut is not handed out.
                 pool_pre_ping=True,
@@ -113,7 +113,7 @@ class PostgresDatabase(Database):
                         await self._ask(connection, "SELECT 1")  # fails if the connection is not there any more
             except (psycopg.Error, OSError) as error:
                 if not deaf:
-                    _log.warning("the database does not announce changes", error=said(error))
+                    _log.warning("the database does not announce changes", error=cause_text(error))
                 deaf = True
             await asyncio.sleep(RECONNECT_SECONDS)
 

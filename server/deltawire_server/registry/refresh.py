@@ -1,6 +1,6 @@
-"""Lists every provider again and again, each at its own interval and in a task of its own.
+"""Lists every provider periodically, each at its own interval and in its own task.
 
-So one that is away, slow or odd holds up nobody else, nor its own next turn.
+So a provider that is unreachable or slow does not delay others.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Refresher:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
-        """List them all now and on; call it again when providers have come, gone or been replaced."""
+        """List all providers, now and periodically. Call it again when providers were added, removed or replaced."""
         providers = {provider.id: provider for provider in self._providers.all()}
         for provider_id, turn in tuple(self._turns.items()):
             if providers.get(provider_id) is not turn.provider:
@@ -77,7 +77,7 @@ class Refresher:
                 self._turns[provider_id] = _Turn(provider, task, stale)
 
     async def stop(self) -> None:
-        """List nobody any more."""
+        """Stop all listings."""
         self._turns.clear()
         tasks = tuple(self._tasks)
         for task in tasks:
@@ -85,7 +85,7 @@ class Refresher:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def mark_stale(self, provider_id: str) -> None:
-        """A call found that a provider is not what it was: look at once, but at most once a second."""
+        """List a provider now, at most once per second, because a call suggests that its listing is out of date."""
         turn = self._turns.get(provider_id)
         if turn is not None:
             turn.stale.set()

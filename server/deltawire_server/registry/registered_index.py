@@ -1,4 +1,4 @@
-"""The registered models in memory, by every way they are looked up: no look-up ever waits for the database."""
+"""The registered models in memory, indexed by id, name and target, so that no look-up waits for the database."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class RegisteredIndex:
-    """Models by id, by name and by target. Empty at first; only `follower` changes it once the registry is open.
+    """Models by id, by name and by target. Initially empty; only `ChangeLogReader` changes it while the registry is open.
 
     Attributes:
         models: All of them, by id.
@@ -25,7 +25,7 @@ class RegisteredIndex:
         self._targets: dict[tuple[str, str], dict[str, Model]] = {}
 
     def load(self, models: Iterable[Model]) -> None:
-        """Know these and no others."""
+        """Replace all models."""
         self.models.clear()
         self._names.clear()
         self._targets.clear()
@@ -33,16 +33,16 @@ class RegisteredIndex:
             self.add(model)
 
     def add(self, model: Model) -> None:
-        """Know one more, whose names must be free."""
+        """Add a model, whose names must not be taken."""
         self.models[model.id] = model
         self._names.update(dict.fromkeys(model.names, model))
         self._targets.setdefault(model.target, {})[model.id] = model
 
     def remove(self, model: Model) -> None:
-        """Forget one that is known."""
+        """Remove a model that was added."""
         del self.models[model.id]
         for name in model.names:
-            # While everything is read anew, another model may have the name before this one is removed.
+            # During a reload, another model may have the name before this one is removed.
             if self._names.get(name) is model:
                 del self._names[name]
         others = self._targets[model.target]
@@ -55,18 +55,18 @@ class RegisteredIndex:
         return self._names.get(name)
 
     def serving(self, provider_id: str, served_name: str) -> Model | None:
-        """The model registered for what a provider serves; of several the one with the scoped id, else the first."""
+        """The model registered for a served name; of several, the one with the scoped id, or else the first by id."""
         others = self._targets.get((provider_id, served_name))
         if others is None:
             return None
         return others.get(scoped_id(provider_id, served_name)) or others[min(others)]
 
     def has_target(self, target: tuple[str, str]) -> bool:
-        """Whether a model is registered for what a provider serves."""
+        """Whether a model is registered for a provider's served name."""
         return target in self._targets
 
     def same(self, wanted: Model) -> Model | None:
-        """The model that is registered just as wanted; `None` if all its names are free.
+        """The existing model with an equal registration; `None` if all names are free.
 
         Raises:
             RegistryError: A name is taken.
@@ -84,7 +84,7 @@ class RegisteredIndex:
         return None
 
     def free(self, wanted: Model) -> None:
-        """Hold that a model may bear all its names: nobody else does.
+        """Check that no other model has one of the names.
 
         Raises:
             RegistryError: A name is taken.
@@ -99,12 +99,12 @@ MEND = "update or unregister that one first, or choose another name"
 
 
 def taken(name: str, model_id: str, why: str, remedy: str = MEND) -> RegistryError:
-    """The failure of a registration whose name is not free.
+    """The error for a registration whose name is taken.
 
     Args:
         name: The name.
-        model_id: Whose it is.
-        why: What comes after the name in the message.
+        model_id: The model that has the name.
+        why: The message after the name.
         remedy: What to do.
     """
     return RegistryError(
@@ -115,7 +115,7 @@ def taken(name: str, model_id: str, why: str, remedy: str = MEND) -> RegistryErr
 
 
 def _differences(stored: Model, wanted: Model) -> list[str]:
-    """The fields in which two registrations of an id differ. The order of aliases means nothing."""
+    """The fields in which two registrations of an id differ. The order of aliases is ignored."""
     pairs = {
         "provider_id": (stored.provider_id, wanted.provider_id),
         "provider_model_id": (stored.provider_model_id, wanted.provider_model_id),

@@ -1,8 +1,8 @@
-"""The registry of models: what others call.
+"""The registry of models: the API for other packages.
 
-Registered models are kept in memory, in step with the database: a look-up never waits for it, and goes on when it is away.
-A write goes to the database first and to memory when it has succeeded. What is not registered is discovered: looked up in
-the listings of the providers, which are refreshed again and again.
+Registered models are cached in memory, so a look-up never waits for the database and works during its outages. A write goes to the
+database first, and to memory when it has succeeded. Models that are not registered are discovered: looked up in the listings of the
+providers, which are refreshed periodically.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ if TYPE_CHECKING:
 _log = get_logger(__name__)
 
 ATTEMPTS = 100
-"""Of a write that others overtake, each on what they have just made of the model. They succeed meanwhile, so it ends with
-them; only a defect uses all of these up."""
+"""Attempts of a write that conflicts with others, each with the new state of the model. Because the others succeed, conflicts end;
+only a defect exhausts the attempts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Resolution:
-    """Where a name leads.
+    """The result of resolving a name.
 
     Attributes:
-        model: What it names.
-        alias: The name that was asked for, if it is not the model's id; else empty.
-        provider: Who serves the model: call it with `model.provider_model_id`.
+        model: The model.
+        alias: The requested name, if it is not the model's id; otherwise empty.
+        provider: The provider of the model: call it with `model.provider_model_id`.
         sends_token: Whether the provider may have the caller's token; if not, call it by `CallContext.without_token`.
     """
 
@@ -63,7 +63,7 @@ class Resolution:
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which models a list shows; `None` and an empty provider are for all."""
+    """Which models a list includes; `None` and an empty provider match all."""
 
     provider_id: str = ""
     type: ModelType | None = None
@@ -71,7 +71,7 @@ class Filter:
     source: ModelSource | None = None
 
     def takes(self, model: Model) -> bool:
-        """Whether a model is shown."""
+        """Whether a model is included."""
         return (
             self.provider_id in ("", model.provider_id)
             and self.type in (None, model.type)
@@ -81,12 +81,12 @@ class Filter:
 
 
 class ModelRegistry:
-    """Which models can be called, and under which names. `open` it before anything else, `close` it in the end.
+    """Which models can be called, and under which names. Call `open` first and `close` last.
 
     Args:
-        store: Where registered models are kept; opened and closed with the registry.
-        providers: Who serves; theirs is the owner's to close.
-        feed: Where changes are published.
+        store: The database; the registry opens and closes it.
+        providers: The providers; the caller closes them.
+        feed: Publishes the changes.
     """
 
     def __init__(self, store: Store, providers: Providers, feed: Feed | None = None) -> None:
@@ -101,7 +101,7 @@ class ModelRegistry:
         self._refresher = Refresher(providers, self._served)
 
     async def open(self) -> None:
-        """Open the store and read all registered models into memory; then call the others. `close` even if this fails.
+        """Open the store and read all registered models into memory. Call `close` even if this fails.
 
         Raises:
             RegistryError: The database cannot be used.
@@ -112,11 +112,11 @@ class ModelRegistry:
         self._warn_of_reserved_names()
 
     def start_refreshing(self) -> None:
-        """List the providers, now and again and again until `close`."""
+        """List the providers now, and periodically until `close`."""
         self._refresher.start()
 
     def providers_changed(self, provider_ids: Iterable[str]) -> None:
-        """These providers have come, gone, or are others now: what they said before counts no more."""
+        """Drop the listings of these providers, which were added, removed or replaced, and list them again."""
         self._served.forget(provider_ids)
         self._warn_of_reserved_names()
         self._refresher.start()
@@ -129,18 +129,18 @@ class ModelRegistry:
             if not may_have(name, model, self._providers.ids)
         ]
         if reserved:
-            _log.warning("registered names lead nowhere: they are reserved for a provider", names=some(reserved))
+            _log.warning("registered names cannot be called: they are reserved for a provider", names=some(reserved))
 
     def interrupt_watches(self) -> None:
-        """End all watches, with ACCESS_CHANGED: their callers are judged anew when they watch on."""
+        """End all watches with ACCESS_CHANGED. Their callers are authorized again when they resume."""
         self._feed.interrupt()
 
     def stop_watches(self) -> None:
-        """End all watches, with DRAINING: this process stops."""
+        """End all watches with DRAINING on shutdown."""
         self._feed.close()
 
     async def close(self) -> None:
-        """Let the writes under way finish, then close the store."""
+        """Wait for active writes, then close the store."""
         self._feed.close()
         await self._refresher.stop()
         await self._view.stop()
@@ -160,21 +160,21 @@ class ModelRegistry:
         token: str | None = None,
         owner: str = "",
     ) -> Model:
-        """Give a served model an id and aliases.
+        """Register a served model under an id and aliases.
 
-        The same again changes nothing, asks no provider and gives back what is stored, with its times: whoever
-        registers at start-up may do so while the provider is still loading. What other processes have just done counts.
+        If an equal registration exists, this changes nothing, calls no provider, and returns the stored model. So a program that
+        registers at startup may do so while the provider is still loading. Recent changes of other processes are included.
 
         Args:
-            model_id: The id. If it equals the provider's name, the id becomes "provider_id/provider_model_id".
-            provider_id: Who serves it; empty for the only provider there is.
-            provider_model_id: Its name there; empty for `model_id`.
-            model_type: What it is for: a `ModelType`, or the number of one as it came; 0 is LLM.
+            model_id: The id. If it equals the provider's name of the model, the id becomes "provider_id/provider_model_id".
+            provider_id: The provider; empty if there is only one.
+            provider_model_id: The name of the model at the provider; empty for `model_id`.
+            model_type: A `ModelType`, or the number of one from a request; 0 is LLM.
             aliases: Further names, at most 32.
-            annotations: Free notes.
-            embedding_dimension: Numbers in a vector that it makes; for EMBEDDING, and only then.
+            annotations: Free text by key.
+            embedding_dimension: Length of the vectors; required for EMBEDDING, and not allowed for other types.
             token: The caller's token for the provider; used if `provider_id` is given, see `Providers.token_for`.
-            owner: The caller's name; that of the first registration stays.
+            owner: The caller's name; the owner of the first registration stays.
 
         Raises:
             CallerError: Rules are broken (INVALID_REQUEST lists all of them), or there is no such provider.
@@ -209,14 +209,14 @@ class ModelRegistry:
         token: str | None = None,
         owner: str | None = None,
     ) -> Model:
-        """Change a registered model; what is not named stays. Nothing is written if nothing is different.
+        """Change fields of a registered model. Nothing is written if no value is different.
 
         Args:
             name: Its id or one of its aliases.
             changes: New values by the names in `rules.UPDATABLE`.
-            etag: Only if it still has this one; empty for in any case.
-            token: The caller's token for the provider; used if the changes or the name say which provider.
-            owner: Only if this caller registered it; `None` for in any case.
+            etag: The expected etag; empty for any.
+            token: The caller's token for the provider; used if the changes or the name specify the provider.
+            owner: The caller that must have registered the model; `None` for any.
 
         Raises:
             GatewayError: PERMISSION_DENIED: another caller registered it.
@@ -245,31 +245,31 @@ class ModelRegistry:
                 raise _overtaken(model)
 
     async def unregister(self, name: str, etag: str = "", token: str | None = None, owner: str | None = None) -> None:
-        """Forget a registered model. What its provider serves stays callable by the provider's own name.
+        """Remove a registered model. While its provider serves it, it can still be called by the provider's own name.
 
         Args:
             name: Its id or one of its aliases.
-            etag: Only if it still has this one; empty for in any case.
+            etag: The expected etag; empty for any.
             token: The caller's token for the providers.
-            owner: Only if this caller registered it; `None` for in any case, also if its record cannot be read.
+            owner: The caller that must have registered the model; `None` for any, even if the record cannot be read.
 
         Raises:
             GatewayError: PERMISSION_DENIED: another caller registered it.
             CallerError: MODEL_NOT_FOUND.
             RegistryError: ETAG_MISMATCH. MODEL_DISCOVERED if it is served but not registered. STORE_UNAVAILABLE.
-            ProviderError: No model of this name is registered, and no provider can be asked whether it serves one.
+            ProviderError: No model of this name is registered, and no provider answers whether it serves one.
         """
         attempts = 0
         while True:
             revision = None
-            # Else it is not looked up first: the database may have it though memory cannot read it.
+            # Otherwise the model is not looked up first: the database may have a damaged record that is not in memory.
             if etag or owner is not None:
                 model = await self._registered(name, etag, token)
                 _require_owner(model, owner)
                 revision = model.revision
             if await self._writes.delete(name, revision):
                 return
-            model = await self._registered(name, etag, token)  # says why not, unless somebody is at it right now
+            model = await self._registered(name, etag, token)  # raises the reason, unless another write is in progress
             attempts += 1
             if attempts == ATTEMPTS:
                 raise _overtaken(model)
@@ -294,13 +294,13 @@ class ModelRegistry:
         if model.source is ModelSource.DISCOVERED:
             raise RegistryError(
                 Reason.MODEL_DISCOVERED,
-                f"model {model.id!r} is not registered but discovered: it is there for as long as provider"
-                f" {model.provider_id!r} serves it",
+                f"model {model.id!r} is not registered but discovered: it exists as long as provider {model.provider_id!r}"
+                " serves it",
                 metadata={"model": model.id},
             )
         raise CallerError(
             Reason.MODEL_NOT_FOUND,
-            f"no registered model has the id or alias {quoted(name)}; it leads to model {model.id!r}: name that",
+            f"no registered model has the id or alias {quoted(name)}; it resolves to model {model.id!r}: use that id",
             metadata={"model": cut(name)},
         )
 
@@ -313,16 +313,16 @@ class ModelRegistry:
 
         Raises:
             CallerError: MODEL_NOT_FOUND, whose message lists some that there are; MODEL_AMBIGUOUS.
-            ProviderError: Nobody who could serve it can be asked: try again.
+            ProviderError: No provider that could serve it answers: retry.
         """
         model = await lookup.find(name, self._known, Listings(self._served, token, self._named_by(name)))
         return self._view.as_seen(model) if model.source is ModelSource.REGISTERED else model
 
     async def resolve(self, name: str, token: str | None = None) -> Resolution:
-        """The model of this name and who serves it.
+        """The model of this name and its provider.
 
         Args:
-            name: As for `get`; empty for the only chat model that there is.
+            name: As for `get`; empty for the only chat model.
             token: The caller's token for the providers.
 
         Raises:
@@ -341,10 +341,9 @@ class ModelRegistry:
     async def list(
         self, page_size: int = 0, page_token: str = "", token: str | None = None, wanted: Filter | None = None
     ) -> tuple[list[Model], str, tuple[str, ...]]:
-        """A page of all models, registered and discovered, by ascending id; of models with many notes a shorter one.
+        """A page of all models, registered and discovered, by ascending id. It is shorter if models have large annotations.
 
-        A page begins after the last id of the one before, whatever has come or gone meanwhile: what stays is seen
-        exactly once.
+        A page begins after the last id of the previous page, so a model that exists throughout is listed exactly once.
 
         Args:
             page_size: 1 to 1000; 0 for 100, more is taken as 1000.
@@ -353,8 +352,8 @@ class ModelRegistry:
             wanted: Which models; the same for all pages.
 
         Returns:
-            The models; the token of the next page, empty on the last; and the providers that could not be listed: of what
-            they serve there is what they said last.
+            The models; the token of the next page, empty on the last page; and the providers that could not be listed, whose
+            models are those of the last listing.
 
         Raises:
             CallerError: A negative page size, or a token that is not from a page of this filter.
@@ -418,7 +417,7 @@ class ModelRegistry:
         return results
 
     def mark_stale(self, provider_id: str) -> None:
-        """A call found that a provider is not what it was: it is listed at once, and not only at its next turn."""
+        """List a provider now, because a call failed in a way that suggests an out-of-date listing."""
         self._refresher.mark_stale(provider_id)
 
     def _named_by(self, name: str) -> dict[str, str]:
@@ -478,7 +477,7 @@ def _overtaken(model: Model) -> RegistryError:
 
 
 def require_type(model: Model, wanted: ModelType) -> None:
-    """Hold that a model is of the type a call needs.
+    """Check that a model has the type that a call requires.
 
     Raises:
         CallerError: MODEL_WRONG_TYPE.
@@ -487,6 +486,6 @@ def require_type(model: Model, wanted: ModelType) -> None:
         raise CallerError(
             Reason.MODEL_WRONG_TYPE,
             f"model {model.id!r} is of type {model.type.name} rather than the expected type {wanted.name};"
-            f" ListModels tells each model's type",
+            f" ListModels returns each model's type",
             metadata={"model": model.id, "type": model.type.name},
         )

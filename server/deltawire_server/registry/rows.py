@@ -80,7 +80,7 @@ def model_of_record(record: object) -> Model:
     """The model of such a text.
 
     Raises:
-        DamagedRecordError: It is none that this release writes.
+        DamagedRecordError: It is not a record that this release writes.
     """
     try:
         values = json.loads(_text(record))

@@ -48,7 +48,7 @@ def requested(
     annotations: Mapping[str, str],
     embedding_dimension: int | None,
 ) -> Model:
-    """The model that a request describes, if it keeps all limits; it may still be served by nobody.
+    """The model that a request describes, if it is within all limits; its provider may not serve it.
 
     Its id and its name at the provider are those of the request: `as_registered` and `as_served` give them their
     final form.
@@ -81,7 +81,7 @@ def requested(
 
 
 UPDATABLE = ("provider_id", "provider_model_id", "type", "aliases", "annotations", "embedding_dimension")
-"""What of a registered model can change. Not its id: that is how callers know it."""
+"""The fields of a registered model that can change. The id cannot, because callers use it."""
 
 
 def changed(model: Model, changes: Mapping[str, Any], providers: Providers) -> Model:
@@ -191,7 +191,7 @@ def _kind(model_type: ModelType | int) -> ModelType | None:
 
 def _kind_violations(model_type: ModelType | int, kind: ModelType | None, dimension: int | None) -> Iterable[Violation]:
     if kind is None:
-        yield Violation("type", f"{model_type} is no model type")
+        yield Violation("type", f"{model_type} is not a valid model type")
     elif kind is ModelType.EMBEDDING and dimension is None:
         yield Violation("embedding_dimension", "is required for an EMBEDDING model: how many numbers a vector has")
     elif kind is not ModelType.EMBEDDING and dimension is not None:
@@ -201,7 +201,7 @@ def _kind_violations(model_type: ModelType | int, kind: ModelType | None, dimens
 
 
 def _final_id(model_id: str, provider_id: str, served_name: str) -> str:
-    """The identifier rule: another name than the provider's is an alias and stays, the provider's own is scoped."""
+    """The identifier rule: an id that differs from the provider's name is kept; the provider's own name gets a scope."""
     return scoped_id(provider_id, served_name) if model_id == served_name else model_id
 
 
@@ -226,7 +226,7 @@ def _alias_violations(aliases: Sequence[str], model_id: str, before: Sequence[st
     if len(aliases) > MAX_ALIASES:
         yield Violation("aliases", f"are {len(aliases)}; at most {MAX_ALIASES} are allowed")
     seen = {model_id}
-    # Those beyond the limit are not looked at: one violation tells all about them.
+    # Aliases beyond the limit are not checked: the violation above covers them.
     for position, alias in enumerate(aliases[:MAX_ALIASES]):
         field = f"aliases[{position}]"
         if alias not in before:

@@ -1,8 +1,8 @@
-"""Names that begin with a provider's id and a slash: they are reserved for what that provider serves.
+"""Names that begin with a provider's id and a slash: they are reserved for the models of that provider.
 
-An id or alias "b/adapter" that led to another provider would receive the prompts, and the tokens, that callers mean for b.
-So such a name is refused at registration, and one that a database already has, from before b was configured, leads nowhere
-for as long as b is configured.
+If an id or alias "b/adapter" resolved to another provider, that provider would receive prompts and tokens that callers intend for
+b. So such a name is refused at registration. A name that was registered before b was configured cannot be called while b is
+configured.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from sqlalchemy import AsyncAdaptedQueuePool, create_engine, event
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from deltawire_server.registry.database import Database, said
+from deltawire_server.registry.database import Database, cause_text
 from deltawire_server.telemetry import get_logger
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class SqliteDatabase(Database):
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[AsyncConnection]:
         """With the file's one write lock from the begin."""
-        self._hold_file()
+        self._check_file()
         async with self._writer.begin() as connection:
             yield connection
 
@@ -85,14 +85,14 @@ class SqliteDatabase(Database):
     async def changes_elsewhere(self) -> AsyncGenerator[None]:
         """Looks at the number that SQLite changes for a connection when another one has committed."""
         if self._in_memory:
-            await asyncio.Event().wait()  # nobody else can reach it
+            await asyncio.Event().wait()  # no other process can access it
         blind = False
         while True:
             try:
                 async with self._engine.connect() as connection:
                     version: object = None
                     while True:
-                        self._hold_file()
+                        self._check_file()
                         async with connection.begin():
                             seen = (await connection.exec_driver_sql("PRAGMA data_version")).scalar()
                         blind = False
@@ -102,7 +102,7 @@ class SqliteDatabase(Database):
                         await asyncio.sleep(POLL_SECONDS)
             except (SQLAlchemyError, OSError) as error:
                 if not blind:
-                    _log.warning("the database's changes cannot be seen", error=said(error))
+                    _log.warning("the database's changes cannot be seen", error=cause_text(error))
                 blind = True
             await asyncio.sleep(POLL_SECONDS)
 
@@ -124,8 +124,8 @@ class SqliteDatabase(Database):
         status = self._path.stat()
         return status.st_dev, status.st_ino
 
-    def _hold_file(self) -> None:
-        """Hold that the file is still the one that was opened: what is written to a removed one is gone with the process.
+    def _check_file(self) -> None:
+        """Check that the file is still the one that was opened: writes to a removed file would be lost with the process.
 
         Raises:
             OSError: It is not.
@@ -164,15 +164,15 @@ def _make_private(path: Path) -> None:
         for file in (path, Path(f"{path}-wal"), Path(f"{path}-shm")):
             with suppress(FileNotFoundError):
                 if file.stat().st_mode & 0o777 & ~PRIVATE:
-                    _log.warning("others on this machine may use the database: chmod 600", path=str(file))
+                    _log.warning("other users of this machine can access the database: chmod 600", path=str(file))
 
 
 def _use_log(connection: Connection) -> None:
     """Let readers and a writer of several processes not wait for each other: the file remembers it."""
     if connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal":
         return
-    # Processes that do this at once are told "locked" and not made to wait. It is as good if another one does it, or
-    # if none can, because the file may only be read.
+    # Processes that do this at the same time get "locked" instead of waiting. That is harmless: another process sets it, or
+    # none can, because the file is read-only.
     with suppress(OperationalError):
         connection.exec_driver_sql("PRAGMA journal_mode = WAL")
 
@@ -180,7 +180,7 @@ def _use_log(connection: Connection) -> None:
 def _prepare(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
     # Left to itself the driver begins transactions late and not at all for tables, so half a migration could stay.
     connection.isolation_level = None
-    # A text that is none would fail the whole query; as bytes it is one damaged record.
+    # Invalid UTF-8 would fail the whole query; returned as bytes, it makes only one record damaged.
     connection.driver_connection.text_factory = _text_or_bytes
     cursor = connection.cursor()
     cursor.execute("PRAGMA foreign_keys = ON")

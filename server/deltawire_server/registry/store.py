@@ -1,9 +1,9 @@
 """Registered models in a database: SQLite, or PostgreSQL for gateways on several machines.
 
 Each write is one transaction, has a revision one above that of the write before it, and leaves a record of what it did,
-by which other processes catch up. That a name has one owner is the database's own constraint, so it holds between
-processes too. Whatever the database cannot do is a `RegistryError` with STORE_UNAVAILABLE whose cause is in the log and
-not in the message: the message goes to callers, who have no business with paths and SQL.
+by which other processes catch up. A constraint of the database ensures that a name has one owner, also across processes. Errors of
+the database become a `RegistryError` with STORE_UNAVAILABLE. The cause is in the log and not in the message, because callers must
+not see paths and SQL.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sqlalchemy import delete, func, insert, literal, make_url, select, update
 from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
 from deltawire_server.errors import Reason, RegistryError
-from deltawire_server.registry.database import BUSY_SECONDS, said
+from deltawire_server.registry.database import BUSY_SECONDS, cause_text
 from deltawire_server.registry.rows import (
     DamagedRecordError,
     model_of,
@@ -106,7 +106,7 @@ class Store:
         limits: How much can be registered. What the database has beyond them stays, and can be changed to something smaller.
 
     Raises:
-        ValueError: The URL is none, or of another database, or its driver is not installed.
+        ValueError: The URL is invalid, the database is not supported, or its driver is not installed.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class Store:
         """The first `PAGE` changes after a revision, in their order; `None` if they cannot all be had: `load` then.
 
         They cannot if they are too many to have been kept, if one of them is damaged, which is logged, or if the database
-        is older than the revision, since somebody has brought back a copy of it.
+        is older than the revision, because a backup was restored.
 
         Raises:
             RegistryError: The database cannot be read.
@@ -290,7 +290,7 @@ class Store:
                     await connection.execute(delete(MODELS).where(MODELS.c.id == model_id))
                     change = Change(next_revision, ChangeKind.REMOVED, model_id, model)
                     await _record(connection, change)
-            # A name that the database cannot even hold is nobody's.
+            # A name that the database cannot store belongs to no model.
             except (_OvertakenError, DataError):
                 return None
         return change
@@ -323,8 +323,8 @@ class Store:
             if new > limit and new > old:
                 raise RegistryError(
                     Reason.REGISTRY_FULL,
-                    f"the registry has room for {limit} {what}, and with this there would be {new}: unregister models, use"
-                    f" fewer aliases or annotations, or have the operator raise registry.max_{what}",
+                    f"the registry's limit is {limit} {what}, and this change would make {new}: unregister models, use"
+                    f" fewer aliases or annotations, or ask the operator to raise registry.max_{what}",
                     metadata={"limit": str(limit), "setting": f"registry.max_{what}"},
                 )
 
@@ -387,7 +387,7 @@ def _change(revision: int, kind: str, model_id: object, record: object) -> Chang
     """The change of a record.
 
     Raises:
-        DamagedRecordError: It is none that this release writes.
+        DamagedRecordError: It is not a record that this release writes.
     """
     if kind not in ChangeKind.__members__ or not isinstance(model_id, str):
         raise DamagedRecordError(f"revision {revision}: {kind!r} of {model_id!r}")
@@ -416,10 +416,10 @@ def _translated(what: str) -> Iterator[None]:
     try:
         yield
     except (SQLAlchemyError, OSError) as error:
-        _log.error("database unusable", call=what, error=said(error))
+        _log.error("database unusable", call=what, error=cause_text(error))
         raise RegistryError(
             Reason.STORE_UNAVAILABLE,
-            "the registry's database cannot be used now; models that are known already can still be called",
+            "the registry's database is unavailable; models that are already registered can still be called",
             retry_after=1.0,
         ) from error
 
@@ -433,14 +433,14 @@ def database_of(url: str, busy_seconds: float = BUSY_SECONDS) -> Database:
         busy_seconds: How long a write waits for another process's.
 
     Raises:
-        ValueError: The URL is none, or of another database, or its driver is not installed. It is not repeated: it may
-            hold a password.
+        ValueError: The URL is invalid, the database is not supported, or its driver is not installed. The message does not
+            contain the URL, which may have a password.
     """
     try:
         parsed = make_url(url)
     except (SQLAlchemyError, ValueError):
         # Without its cause, which may repeat a part of the URL.
-        raise ValueError('the database URL is none; an example is "sqlite:////var/lib/registry.db"') from None
+        raise ValueError('the database URL is not valid; an example is "sqlite:////var/lib/registry.db"') from None
     kind = parsed.get_backend_name()
     if kind == "sqlite":
         return SqliteDatabase(parsed.set(drivername="sqlite+aiosqlite"), busy_seconds)

@@ -87,7 +87,7 @@ class View:
             self._task.add_done_callback(self._looked_at_all)
 
     def as_seen(self, model: Model) -> Model:
-        """A registered model with its state; not as somebody may have changed it since."""
+        """A registered model with its current state, without later changes to the registration."""
         state = self._served.state(*model.target)
         seen = self.models.get(model.id)
         if seen is not None and seen.revision == model.revision and seen.state is state:

@@ -103,7 +103,7 @@ class Writes:
             )
 
     def _is_current(self, model: Model) -> bool:
-        """Whether nobody has changed a model since, as far as memory knows: else its names say nothing of others'."""
+        """Whether a model is unchanged in memory; otherwise its names must not be compared with those of others."""
         known = self._known.models.get(model.id)
         return known is not None and known.revision == model.revision
 
@@ -119,7 +119,7 @@ class Writes:
             return False
 
     async def _to_the_end(self, write: Coroutine[object, object, T]) -> T:
-        """Do a write as a whole even if its caller gives up: memory must not miss what the database has."""
+        """Complete a write even if its caller is cancelled, so that memory has every change of the database."""
         task = asyncio.create_task(write)
         self._tasks.add(task)
         task.add_done_callback(self._done)
@@ -128,5 +128,5 @@ class Writes:
     def _done(self, task: asyncio.Task[object]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            # Looked at here in case nobody waits any more.
+            # Retrieve the exception so that asyncio does not log it if the caller was cancelled.
             task.exception()

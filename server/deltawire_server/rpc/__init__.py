@@ -1,12 +1,12 @@
-"""The gRPC side: the only folder, with `lifecycle`, that knows gRPC and protobuf.
+"""The gRPC layer: only this folder and `lifecycle` depend on gRPC and protobuf.
 
-A call's way through it, in the order of the files one needs to read:
+The request flow, in the order of the modules:
 
-    interceptors      every call: request id, who calls, drain, admission, failure to status, one log line
-    reception         its request, received only then; health and reflection are what callers without a key reach
-    wire              bytes in, refused if they hold too much to be parsed
+    interceptors      every call: request id, authorization, drain, admission, errors to statuses, one log line
+    reception         receives the request, only after that; also serves health and reflection to callers without a key
+    wire              refuses requests with too many fields or bytes before they are parsed
     chat_completion   the ChatCompletion service        model_registry   the ModelRegistry service
-    validate          a request message in, a checked value out, or every violated field
-    convert           events in, response messages out
-    status            a failure in, google.rpc.Status and trailers out
+    validate          converts a request message to a validated value, or reports every invalid field
+    convert           converts events to response messages
+    status            converts an error to google.rpc.Status and trailers
 """

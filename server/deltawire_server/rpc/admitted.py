@@ -1,4 +1,4 @@
-"""The calls under way that access control let in, so that those whose caller loses its access can be ended."""
+"""The active calls that access control admitted, so that the calls of a revoked caller can be ended."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class Admitted:
         """Handle a call within this context.
 
         Args:
-            owner: What `Access.admits` knows the caller by.
-            method: As gRPC names it.
-            begun: Whether a message of its answer was sent. Such a call is not ended here: a stream that has begun ends with
-                its completion, whose last message says why.
+            owner: The caller's owner, for `Access.admits`.
+            method: The gRPC method path.
+            begun: Whether a message of the answer was sent. `end` skips such a call: a stream that has begun ends with its
+                completion, whose last message has the reason.
 
         Raises:
             GatewayError: ACCESS_CHANGED: `end` ended the call. Send it to the caller.
@@ -56,7 +56,7 @@ class Admitted:
             self._calls.discard(call)
 
     async def end(self, admits: Callable[[str, str], bool]) -> None:
-        """End every call that is no longer admitted and has not begun; others get their turn in between.
+        """End every call that is no longer admitted and whose answer has not begun. Other calls run in between.
 
         Args:
             admits: `Access.admits`.

@@ -36,34 +36,33 @@ if TYPE_CHECKING:
     _Context = aio.ServicerContext[Any, Any]
 
 MAX_COMPLETED_BYTES = 1024 * 1024
-"""A quarter of what other languages receive by default: a stream must not die on its last message."""
+"""A quarter of the default receive limit of gRPC clients, so that a stream never fails on its last message."""
 
 MAX_RESPONSE_BYTES = 4 * 1024 * 1024
-"""Of CreateChatCompletion: the default limit of gRPC clients."""
+"""The largest response of CreateChatCompletion: the default receive limit of gRPC clients."""
 
 COPIES = 2
-"""Of a request while it is validated: the message, and what is made of it."""
+"""Copies of a request in memory during validation: the message and the validated value."""
 
 FINGERPRINT_STEP = 4 * 1024 * 1024
-"""Bytes of a request that are hashed before other calls get their turn: about 10 ms without help of the processor."""
+"""Bytes of a request that are hashed before other calls run: about 10 ms without SHA instructions."""
 
 LOGPROBS_STEP = 1000
-"""Tokens whose log-probabilities are written into a response before other calls get their turn: up to 20 ms with 20
-alternatives each."""
+"""Tokens whose log-probabilities are added to a response before other calls run: up to 20 ms with 20 alternatives each."""
 
 MAX_RETENTION = 600.0
-"""Seconds; see the settings."""
+"""Seconds; see `settings.model.RetentionSettings`."""
 
 
 class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
-    """Answers chat requests.
+    """Implements the ChatCompletion service.
 
     Args:
-        worker: Runs them.
-        max_completed_bytes: Above this, `Completed` leaves out the messages, which the stream has said already.
-        max_retention: The longest time that a caller may ask a stream to be kept, in seconds; 0 for no retention.
-        slow_caller_timeout: How long one message of a stream may wait for its caller, in seconds.
-        content_limits: What a request's messages may hold.
+        worker: Runs the completions.
+        max_completed_bytes: Size above which `Completed` omits the messages, which the stream has sent already.
+        max_retention: The longest retention that a caller may request, in seconds; 0 disables retention.
+        slow_caller_timeout: Seconds that one message of a stream may wait for its caller.
+        content_limits: Limits of the messages in a request.
     """
 
     def __init__(
@@ -84,7 +83,7 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
     async def CreateChatCompletion(  # noqa: N802 (the RPC's name)
         self, request: chat_pb.CreateChatCompletionRequest, context: _Context
     ) -> chat_pb.CreateChatCompletionResponse:
-        """The whole answer, or the failure that the stream would end with."""
+        """Return the whole answer, or fail as the stream would."""
         if not request.HasField("chat"):
             raise invalid_request([Violation("chat", "is required")])
         record = call_record(context)
@@ -111,7 +110,7 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
     async def StreamChatCompletion(  # type: ignore[override]  # noqa: N802 (written to, which is cheaper than yielding)
         self, request: chat_pb.StreamChatCompletionRequest, context: _Context
     ) -> None:
-        """The answer as typed events: a new one, one that is retained from now on, or the rest of one that was."""
+        """Stream an answer as typed events: a new one, with or without retention, or the rest of a retained one."""
         record = call_record(context)
         caller = _caller(record, context)
         start = request.WhichOneof("start")
@@ -123,7 +122,7 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
             completion_id, after = validate_options.resume(request)
             await self._follow(self._worker.resume(caller, completion_id), after, caller, record, context)
             return
-        # An id that is in use joins its completion, which has a place, or is refused.
+        # A call with an id that is in use joins that completion, which has a place, or is refused.
         if record.place is not None and not self._worker.is_current(caller, request.chat.completion_id):
             record.place.take()
         chat = await self._validated(request.chat, record)
@@ -149,7 +148,7 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
     async def CancelChatCompletion(  # noqa: N802 (the RPC's name)
         self, request: chat_pb.CancelChatCompletionRequest, context: _Context
     ) -> chat_pb.CancelChatCompletionResponse:
-        """A soft end; what it met."""
+        """End a completion gracefully; return its state before."""
         completion = self._look_up(request.completion_id, context)
         response = chat_pb.CancelChatCompletionResponse(
             state=convert.state(completion), usage=convert.usage(completion.usage)
@@ -160,13 +159,13 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
     async def GetChatCompletion(  # noqa: N802 (the RPC's name)
         self, request: chat_pb.GetChatCompletionRequest, context: _Context
     ) -> chat_pb.GetChatCompletionResponse:
-        """State, usage, and the result if it is retained."""
+        """Return state and usage, and the result if it is retained."""
         return convert.get_response(self._look_up(request.completion_id, context))
 
     async def CountTokens(  # noqa: N802 (the RPC's name)
         self, request: chat_pb.CountTokensRequest, context: _Context
     ) -> chat_pb.CountTokensResponse:
-        """How many tokens a prompt has; nothing is generated."""
+        """Count the tokens of a prompt; nothing is generated."""
         if not request.HasField("chat"):
             raise invalid_request([Violation("chat", "is required")])
         record = call_record(context)
@@ -189,7 +188,7 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         )
 
     async def _validated(self, chat: chat_pb.ChatRequest, record: CallRecord) -> ChatRequest:
-        """The request as the worker takes it; from its completion on, that accounts for its memory."""
+        """The validated request. Its memory is accounted here until the completion does so."""
         size = COPIES * record.request_bytes
         self._worker.memory.admit(size)
         with self._worker.memory.hold() as held:
@@ -198,7 +197,7 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
                 return await validate.chat_request(chat, self._content_limits)
 
     def _look_up(self, completion_id: str, context: _Context) -> Record:
-        """What is known of the caller's completion now."""
+        """The record of the caller's completion."""
         record = call_record(context)
         validate_options.completion_id(completion_id, "completion_id")
         record.values["completion_id"] = completion_id
@@ -209,7 +208,7 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
     async def _follow(
         self, stream: RetainedStream, after: int | None, caller: Caller, record: CallRecord, context: _Context
     ) -> None:
-        """Write a stream from where this caller is, to its end."""
+        """Write a stream from the caller's position to its end."""
         messages = convert.ResponseWriter(stream, self._max_completed_bytes)
         writer = self._writer(context, record, _slow_reader if stream.is_retained else _slow_caller)
         with stream.read(caller.left, after) as reader, _noted(record, stream):
@@ -218,24 +217,24 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
                     for sequence, event in numbered:
                         await writer.write(messages.message(sequence, event), last=_is_whole(event))
         if not record.latch.succeeded:
-            record.latch.succeed()  # it had the last message before, and that was without a fault
+            record.latch.succeed()  # the caller already had the last message, and it had no fault
 
     def _writer(self, context: _Context, record: CallRecord, slow: Callable[[float], GatewayError]) -> StreamWriter:
         return StreamWriter(context, record, self._slow_caller_timeout, slow)
 
 
 def _is_whole(event: StreamEvent) -> bool:
-    """Whether an event ends a stream without a fault."""
+    """Whether an event ends a stream without an error."""
     return isinstance(event, Completed) and event.fault is None
 
 
 def _slow_caller(limit: float) -> GatewayError:
-    message = f"the caller did not take a message for {limit:g} seconds"
+    message = f"the caller did not receive a message for {limit:g} seconds"
     return GatewayError(Reason.SLOW_CALLER, message, metadata={"limit_seconds": f"{limit:g}"})
 
 
 def _slow_reader(limit: float) -> GatewayError:
-    message = f"the caller did not take a message for {limit:g} seconds; the stream is retained and can be resumed"
+    message = f"the caller did not receive a message for {limit:g} seconds; the stream is retained and can be resumed"
     return GatewayError(Reason.SLOW_CALLER, message, metadata={"limit_seconds": f"{limit:g}"})
 
 
@@ -264,7 +263,7 @@ async def _fill(response: chat_pb.CreateChatCompletionResponse, completion: Comp
 
 
 async def _fingerprint(request: chat_pb.CreateChatCompletionRequest | chat_pb.StreamChatCompletionRequest) -> bytes:
-    """The same for equal requests of one method: such a one is the same call, sent again."""
+    """A digest that is the same for equal requests of one method: an equal request is a retry of the same call."""
     digest = hashlib.sha256(request.DESCRIPTOR.name.encode())
     data = memoryview(request.SerializeToString(deterministic=True))
     for start in range(0, len(data), FINGERPRINT_STEP):
@@ -279,7 +278,7 @@ def _caller(record: CallRecord, context: _Context) -> Caller:
 
 @contextmanager
 def _noted(record: CallRecord, completion: Completion | RetainedStream) -> Iterator[None]:
-    """Have the log line say what became of a completion, whatever its end."""
+    """Add a completion's result to the log line, however it ends."""
     try:
         yield
     finally:

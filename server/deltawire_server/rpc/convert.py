@@ -1,4 +1,4 @@
-"""Events in, response messages out."""
+"""Converts events to response messages."""
 
 from __future__ import annotations
 
@@ -38,15 +38,16 @@ if TYPE_CHECKING:
     from deltawire_server.upstream.request import Sampling
 
 MAX_PATH_BYTES = 16 * 1024
-"""Of a JSON Pointer, whose steps are keys that the model wrote; it stands beside arguments of nearly 4 MiB."""
+"""The longest JSON Pointer that is sent. Its steps are keys that the model wrote, and the same message has arguments of up to
+nearly 4 MiB."""
 
 
 class ResponseWriter:
-    """Turns the events of one completion into numbered messages; the same number and event always give the same message.
+    """Converts the events of one completion to numbered messages. The result depends only on the number and the event.
 
     Args:
-        completion: Whose events they are.
-        max_completed_bytes: Above this, `Completed` leaves out the messages.
+        completion: The completion.
+        max_completed_bytes: Size above which `Completed` omits the messages.
     """
 
     def __init__(self, completion: CompletionView, max_completed_bytes: int) -> None:
@@ -59,8 +60,8 @@ class ResponseWriter:
         """The message of an event.
 
         Args:
-            sequence: Which of the stream's messages it is, from 0; events that were joined are one.
-            event: Anything but `Refused`, of which the worker makes an error.
+            sequence: The message's number in the stream, from 0; merged events are one message.
+            event: Any event except `Refused`, which the worker converts to an error.
         """
         response = chat_pb.StreamChatCompletionResponse(sequence=sequence)
         match event:
@@ -103,14 +104,14 @@ class ResponseWriter:
             case Heartbeat():
                 response.heartbeat.SetInParent()
             case Refused():
-                raise TypeError(f"{type(event).__name__} is no message of a stream")
+                raise TypeError(f"{type(event).__name__} is not sent in a stream")
             case _:
                 assert_never(event)
         return response
 
 
 def started(head: CompletionInfo) -> chat_pb.Started:
-    """Who answers, and how it was asked."""
+    """The first message: model, provider and sampling."""
     return chat_pb.Started(
         completion_id=head.completion_id,
         model=head.model,
@@ -122,7 +123,7 @@ def started(head: CompletionInfo) -> chat_pb.Started:
 
 
 def completed(completion: CompletionView, event: Completed) -> chat_pb.Completed:
-    """The end, with everything that is known of the answer."""
+    """The last message: the whole answer with usage and timings."""
     message = chat_pb.Completed(
         usage=usage(event.usage),
         timings=_timings(completion.timings),
@@ -135,7 +136,7 @@ def completed(completion: CompletionView, event: Completed) -> chat_pb.Completed
 
 
 def get_response(record: Record) -> chat_pb.GetChatCompletionResponse:
-    """What has become of a completion."""
+    """The response of GetChatCompletion."""
     response = chat_pb.GetChatCompletionResponse(
         completion_id=record.completion_id, state=state(record), usage=usage(record.usage)
     )
@@ -155,7 +156,7 @@ def get_response(record: Record) -> chat_pb.GetChatCompletionResponse:
 
 
 def state(record: Record) -> chat_pb.CompletionState.ValueType:
-    """How far a completion has come."""
+    """The state of a completion."""
     if not record.ended:
         return chat_pb.COMPLETION_STATE_RUNNING
     return chat_pb.COMPLETION_STATE_COMPLETED if record.outcome is None else chat_pb.COMPLETION_STATE_FAILED
@@ -264,7 +265,7 @@ def logprobs(tokens: Sequence[TokenLogprob]) -> list[chat_pb.TokenLogprob]:
 
 
 def usage(usage: Usage) -> chat_pb.Usage:
-    """What was used, as far as it is known."""
+    """The usage, as far as it is known."""
     return chat_pb.Usage(
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,

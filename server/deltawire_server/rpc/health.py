@@ -1,7 +1,7 @@
-"""gRPC's health service, for callers without an access key: what a request may hold and what is kept of it is bounded.
+"""gRPC's health service. Callers need no access key, so the size and the number of their requests are limited.
 
-All services have the same health, that of this process. So a check whose request has not arrived at once is answered for the
-process, and the rest of the request is not received, however long the name in it is.
+All services have the health of this process. So if the request of a check does not arrive immediately, the check returns the
+health of the process, and the rest of the request is not received.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 SERVICE = "grpc.health.v1.Health"
 
 MAX_WATCHES = 1024
-"""Watches of health in all. One takes about 20 KiB; clients that watch have one on each of their connections."""
+"""Health watches of all connections. One takes about 20 KiB; a client that watches has one on each of its connections."""
 
 MAX_CONNECTION_WATCHES = 64
-"""Watches of health on one connection. A client needs one; a proxy may carry those of many clients on one connection."""
+"""Health watches on one connection. A client needs one; a proxy may forward those of many clients over one connection."""
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class Health:
-    """Answers the health service's calls. Its methods raise `DeltawireError`s, which `CallInterceptor` makes statuses of."""
+    """Implements the health service. Its methods raise `DeltawireError`s, which `CallInterceptor` converts to statuses."""
 
     def __init__(self) -> None:
         self._services = frozenset({""})
@@ -47,25 +47,25 @@ class Health:
         self._watches: Counter[str] = Counter()
 
     def handler(self) -> grpc.GenericRpcHandler:
-        """What to add to the server."""
+        """The handler to add to the server."""
         serialize = health_pb2.HealthCheckResponse.SerializeToString
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-            # Streams of requests, so that they are not received before these methods read them; see `reception`.
+            # Registered with streamed requests, so that gRPC does not receive them before these methods read; see `reception`.
             "Check": grpc.stream_unary_rpc_method_handler(self.check, None, serialize),
             "Watch": grpc.stream_stream_rpc_method_handler(self.watch, None, serialize),
         }
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
     def start(self, services: Sequence[str]) -> None:
-        """From now on these services, by their full names, are known and serve."""
+        """Report these services, by their full names, as SERVING from now on."""
         self._services |= frozenset(services)
 
     def stop(self) -> None:
-        """From now on every service is NOT_SERVING; watches are sent that."""
+        """Report every service as NOT_SERVING from now on, also to active watches."""
         self._stopping.set()
 
     async def check(self, requests: object, context: _Context) -> health_pb2.HealthCheckResponse:
-        """Whether a service serves.
+        """Return whether a service serves.
 
         Raises:
             CallerError: NOT_FOUND: there is no such service.
@@ -74,23 +74,23 @@ class Health:
         data = await arrived(context)
         if data is not None:
             self._require_known(data)
-        # Else this is the answer for the process, which has the same health as each of its services.
+        # Otherwise the result is that of the process, which is the same for each of its services.
         return health_pb2.HealthCheckResponse(status=self._status())
 
     async def watch(self, requests: object, context: _Context) -> None:
-        """Whether a service serves, now and whenever it changes, until the caller or the process ends.
+        """Stream whether a service serves, now and after each change, until the caller or the process ends.
 
         Raises:
             CallerError: NOT_FOUND: there is no such service.
-            GatewayError: TOO_MANY_STREAMS: there are too many watches already. DURATION_LIMIT_EXCEEDED: the request did not
-                come with its call.
+            GatewayError: TOO_MANY_STREAMS: there are too many watches. DURATION_LIMIT_EXCEEDED: the request did not arrive
+                together with its call.
         """
         del requests
         data = await arrived(context)
         if data is None:
             raise GatewayError(
                 Reason.DURATION_LIMIT_EXCEEDED,
-                "a request to watch health must come with its call: watch again",
+                "the request of a health watch must arrive together with its call: watch again",
                 code=Code.UNAVAILABLE,
                 metadata={"limit_seconds": "0"},
                 retry_after=RETRY_SECONDS,
@@ -118,14 +118,14 @@ class Health:
             known = ", ".join(sorted(self._services - {""}))
             raise CallerError(
                 Reason.INVALID_REQUEST,
-                f"there is no service of this name: ask for one of {known}, or for none to learn of the process",
+                f"there is no service with this name: use one of {known}, or an empty name for the whole process",
                 code=Code.NOT_FOUND,
             )
 
     @contextlib.contextmanager
     def _counted(self, peer: str) -> Iterator[None]:
         if self._watches.total() >= MAX_WATCHES:
-            raise _too_many(MAX_WATCHES, "in all")
+            raise _too_many(MAX_WATCHES, "in total")
         if self._watches[peer] >= MAX_CONNECTION_WATCHES:
             raise _too_many(MAX_CONNECTION_WATCHES, "on one connection")
         self._watches[peer] += 1
@@ -140,7 +140,7 @@ class Health:
 def _too_many(limit: int, where: str) -> GatewayError:
     return GatewayError(
         Reason.TOO_MANY_STREAMS,
-        f"this gateway has {limit} watches of health {where} and no more: use Check, or end one",
+        f"this gateway already has {limit} health watches {where}, which is its limit: use Check, or end a watch",
         metadata={"limit": str(limit)},
         retry_after=RETRY_SECONDS,
     )

@@ -1,10 +1,10 @@
-"""What every call goes through: who calls, the drain gate, admission, receiving, a status for what failed, and a log line.
+"""The interceptor of every call: authorization, drain, admission, receiving the request, error to status, and one log line.
 
-The order is by cost. A call is refused by its headers and certificate before its request is received, and its request is parsed
-and validated only if there is a place for it.
+The cheapest checks come first. A call is refused by its headers and certificate before its request is received, and its request
+is parsed and validated only if there is a place for it.
 
-Handlers raise `DeltawireError` and know nothing of statuses. Nothing is sent before a handler sends it: not even initial
-metadata, so that a call that fails before its first event stays retriable for clients and proxies.
+Handlers raise `DeltawireError`, which the interceptor converts to a status. Nothing is sent before the handler sends it, not even
+initial metadata, so that clients and proxies can retry a call that fails before its first event.
 """
 
 from __future__ import annotations
@@ -62,22 +62,22 @@ ADMITTED = frozenset(
         "/deltawire.v1.ChatCompletion/CountTokens",
     }
 )
-"""The methods that need a place: each of their requests is as large as a chat, and costs an engine."""
+"""The methods that need a place: their requests contain a whole chat and use an engine."""
 
 DEADLINE_SLACK = 0.1
-"""Seconds: the caller's clock runs out first, and then its cancel arrives before our own clock says the same."""
+"""Seconds: a caller's deadline passes first on its own clock, so its cancellation arrives before the deadline passes here."""
 
 MAX_LOGGED = 4096
-"""Bytes of an error in a log line: it may quote the request, and what a caller sends must not fill a disk."""
+"""Bytes of an error in a log line: it may quote the request, and callers must not be able to fill the disk."""
 
 DRAINING_RETRY_SECONDS = 0.1
-"""When to retry a call that met the end of this process: on a new connection, which its client has to make first."""
+"""When to retry a call that is refused on shutdown: its client has to open a new connection first."""
 
 RESET_TURNS = 2
-"""Turns of the event loop after which grpc has canceled the handler of a call that was reset before it began."""
+"""Iterations of the event loop after which grpc has canceled the handler of a call that was reset before it began."""
 
 UNREAD_SECONDS = 0.5
-"""How long a call that has failed is under way until its caller has the status."""
+"""How long a failed call counts as active while its status is sent."""
 
 _log = get_logger(__name__)
 
@@ -89,20 +89,20 @@ if TYPE_CHECKING:
 
 
 class CallRecord:
-    """One call's share of the log line, filled in on the way.
+    """The state of one call, with the values for its log line.
 
     Attributes:
-        call: What of the caller's metadata goes on.
-        caller: Who calls: the principal, or where anybody may call, the name in a verified certificate; empty if neither
-            is known.
-        owner: What marks the caller's completions; empty if callers cannot be distinguished. A later caller of the same name
-            with another credential has another one.
+        call: The caller's metadata that is forwarded to the provider.
+        caller: The name of the principal or, if every caller may call, the name in a verified certificate; empty if there is
+            neither.
+        owner: The owner of the caller's completions; empty if callers cannot be distinguished. A later caller with the same
+            name and another credential has another owner.
         begun: Whether a message of a stream was sent.
         may_operate: Whether the caller may change models that others registered.
-        latch: How it ends.
-        values: What the handler adds to the log line: model, usage and the like.
-        place: The call's in `Admission`, if its method needs one; taken already, unless the call may resume a completion.
-        request_bytes: Of the request as it came.
+        latch: Whether the call has succeeded or failed.
+        values: Values that the handler adds to the log line, such as model and usage.
+        place: The call's place in `Admission`, if its method needs one; it is taken, unless the call may resume a completion.
+        request_bytes: Bytes of the serialized request.
     """
 
     def __init__(self, call: CallContext) -> None:
@@ -121,7 +121,7 @@ _record: contextvars.ContextVar[CallRecord] = contextvars.ContextVar("deltawire_
 
 
 def call_record(context: _Context) -> CallRecord:
-    """The record of the call that is being handled; one without a log line, made now, if no interceptor saw the call."""
+    """The record of the current call; a new one, which is not logged, if the call did not pass the interceptor."""
     try:
         return _record.get()
     except LookupError:
@@ -129,19 +129,19 @@ def call_record(context: _Context) -> CallRecord:
 
 
 def call_context(context: _Context) -> CallContext:
-    """What of a caller's metadata goes on to the provider."""
+    """The caller's metadata that is forwarded to the provider."""
     return call_record(context).call
 
 
 class CallInterceptor(aio.ServerInterceptor):
-    """Wraps every call. Health and reflection answer to the end and wait for no place; their log lines are at level debug.
+    """Wraps every call. Health and reflection are served until shutdown, need no place, and are logged at level debug.
 
     Args:
-        end_calls: Ends the calls under way that can be ended with a word to the caller.
-        end_watches: Ends those that would go on for ever.
-        access: Who may call; by default everybody.
-        admission: The places of completions; by default without a bound.
-        memory: What all calls hold; large requests are parsed in turn.
+        end_calls: Ends the active calls that can send a last message to the caller.
+        end_watches: Ends the calls that would otherwise never end.
+        access: Authorizes calls; by default every caller may do everything.
+        admission: The places of completions; by default without a limit.
+        memory: The memory of all calls; large requests are parsed one at a time.
         reception: Receives the requests.
     """
 
@@ -170,20 +170,20 @@ class CallInterceptor(aio.ServerInterceptor):
         self._idle.set()
 
     def refuse_new_calls(self) -> None:
-        """From now on new calls fail with UNAVAILABLE (DRAINING); those under way go on, but watches. Then `wait_idle`."""
+        """Refuse new calls with UNAVAILABLE (DRAINING) from now on, and end watches. Other calls continue: see `wait_idle`."""
         self._draining = True
         self._end_watches()
 
     def end_calls(self) -> None:
-        """End what is under way, now, and tell its callers. Then `wait_idle` for a moment."""
+        """End active calls now, with a last message to their callers. Call `wait_idle` with a short timeout afterwards."""
         self._end_calls()
 
     async def end_revoked(self) -> None:
-        """End the calls whose callers are no longer admitted, with ACCESS_CHANGED, but streams that have begun."""
+        """End the calls of callers that are no longer admitted with ACCESS_CHANGED, except streams that have begun."""
         await self._admitted.end(self._access.admits)
 
     async def wait_idle(self) -> None:
-        """Wait until no call is under way."""
+        """Wait until no call is active."""
         await self._idle.wait()
 
     async def intercept_service(
@@ -191,14 +191,14 @@ class CallInterceptor(aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler:
-        """Find the handler and wrap it in one that receives nothing before the call is let in."""
+        """Wrap the handler in one that receives nothing before the call is admitted."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
         if handler is None:
-            return cast("_Handler", handler)  # grpc takes None for an unknown method; its types do not say so
+            return cast("_Handler", handler)  # grpc accepts None for an unknown method, unlike its types
         streams = handler.response_streaming
         names = {True: "stream", False: "unary"}
-        # As grpc.RpcMethodHandler names what it holds, by what it takes and what it answers.
+        # The attributes of grpc.RpcMethodHandler are named by the arity of requests and responses.
         behaviour = cast("_Behaviour", getattr(handler, f"{names[handler.request_streaming]}_{names[streams]}"))
         parse = cast("_Parser", handler.request_deserializer or bytes)
         if method.startswith(reflection.SERVICES):
@@ -237,11 +237,11 @@ class CallInterceptor(aio.ServerInterceptor):
                             async with self._memory.turn(len(data)):
                                 request = _parsed(parse, data)
                             del data
-                        admitted.enter_context(_gone_is_cancelled())
+                        admitted.enter_context(_disconnect_is_cancellation())
                         running = behaviour(request, context)
-                        del request  # the handler has it, and lets go of it when it is sent
+                        del request  # the handler holds it, and releases it when it is sent to the provider
                         response = await running
-                        if response is not None:  # a stream has sent its id with its first message
+                        if response is not None:  # a stream sends the request id with its first message
                             await context.send_initial_metadata(((REQUEST_ID, record.call.request_id),))
                             record.latch.succeed()
                         record.latch.check_succeeded()
@@ -252,18 +252,19 @@ class CallInterceptor(aio.ServerInterceptor):
                     error = internal_error(cause=defect)
                 outcome.fail(error)
                 if record.latch.succeeded:
-                    return None  # the caller has the whole answer; what failed after it is for the log
+                    return None  # the caller has the whole answer; a later failure is only logged
                 record.latch.fail()
-            # The failure's traceback and the exception that `abort` raises refer to this frame, in circles: what it has of the
-            # request would be freed when the garbage collector finds them, which may be never.
+            # The traceback of the error and the exception that `abort` raises form reference cycles with this frame. They would
+            # keep the request until the garbage collector runs, which may be never.
             data = b""
             request = None  # noqa: F841 (see above)
             error.__traceback__ = error.__cause__ = error.__context__ = outcome.defect = None
             message = shorten(error.message, MAX_MESSAGE)
-            # Until the status is out. It waits behind what the caller does not read, which a drain must not wait for.
+            # The call counts as active until its status is sent. If the caller does not read, the status is queued, and a drain
+            # must not wait for it.
             unread = asyncio.get_running_loop().call_later(UNREAD_SECONDS, counted.close)
             try:
-                with _gone_is_cancelled():
+                with _disconnect_is_cancellation():
                     trailers = trailers_of(error, record.call.request_id)
                     return await context.abort(grpc_code(error.code), message, trailers)
             finally:
@@ -276,15 +277,15 @@ class CallInterceptor(aio.ServerInterceptor):
             _check_token(record.call)
             self._admit(method, record, place)
         except GatewayError:
-            # A refusal with its status and log line costs more than to see whether the caller has reset the call already.
+            # Sending and logging a refusal costs more than checking whether the caller has already reset the call.
             for _ in range(RESET_TURNS):
                 await asyncio.sleep(0)
             raise
 
     def _admit(self, method: str, record: CallRecord, place: Place) -> None:
-        """Refuse the call if this process ends, or if its method needs a place and there is none."""
+        """Refuse the call if this process shuts down, or if its method needs a place and there is none."""
         if self._draining:
-            message = "this process is shutting down; another one serves"
+            message = "this gateway process is shutting down: retry on a new connection"
             raise GatewayError(Reason.DRAINING, message, retry_after=DRAINING_RETRY_SECONDS)
         if method not in ADMITTED:
             return
@@ -292,25 +293,25 @@ class CallInterceptor(aio.ServerInterceptor):
         try:
             place.take()
         except GatewayError:
-            # It may resume a completion that has a place, which only its request says.
+            # The call may resume a completion that already has a place. This is known only after the request is received.
             if method != STREAM_CHAT:
                 raise
 
     async def _reflect(self, library: Any, parse: _Parser, messages: Any, context: _Context) -> None:  # noqa: ANN401
-        """A call of reflection, in the place of the library's own handler."""
+        """Serve a call of reflection in place of the library's own handler."""
         await self._reflection.answer(library, functools.partial(_parsed, parse), messages, context)
         call_record(context).latch.succeed()
 
     def _is_known(self, context: _Context) -> bool:
-        return self._access.knows(_keys(context), _identities(context))
+        return self._access.is_principal(_keys(context), _identities(context))
 
     def _authorize(self, method: str, record: CallRecord, context: _Context) -> None:
-        """Let the call in or raise; the log line gets the caller's name, and of one who may not, what is missing."""
+        """Authorize the call or raise. The log line gets the caller's name and, on a refusal, the missing permission."""
         if self._access.open:
             identity = next(iter(_identities(context)), None)
             if identity is not None:
                 record.caller, record.owner = identity.name, identity.owner
-            return  # also those whose authorization header is for somebody else on the way
+            return  # an authorization header is ignored: it may be for a proxy
         key = bearer_key(_keys(context))
         try:
             principal = self._access.authorize(method, key, _identities(context))
@@ -326,10 +327,10 @@ class CallInterceptor(aio.ServerInterceptor):
     def _logged(
         self, method: str, record: CallRecord, context: _Context, metadata: Mapping[str, str]
     ) -> Iterator[_Outcome]:
-        """Log the call when it has ended, however that was."""
+        """Log the call when it ends, whatever the outcome."""
         begin = time.monotonic()
         outcome = _Outcome()
-        # Until something better is known: a caller's cancel and deadline both arrive as a cancelled task.
+        # The default: a caller's cancellation and deadline both arrive as cancellation of the task.
         outcome.code = "CANCELLED"
         try:
             yield outcome
@@ -383,12 +384,12 @@ class _Outcome:
 
 
 @contextlib.contextmanager
-def _gone_is_cancelled() -> Iterator[None]:
-    """Where grpc cannot write any more the caller has gone: no defect, and its cancel is on the way."""
+def _disconnect_is_cancellation() -> Iterator[None]:
+    """Treat a failed write as cancellation: the caller has disconnected, and grpc will cancel the task."""
     try:
         yield
-    except aio.InternalError as gone:
-        raise asyncio.CancelledError from gone
+    except aio.InternalError as disconnected:
+        raise asyncio.CancelledError from disconnected
 
 
 @contextlib.contextmanager
@@ -401,7 +402,7 @@ def _entered(record: CallRecord) -> Iterator[None]:
 
 
 def _parsed(parse: _Parser, data: bytes) -> object:
-    """The request's message. Not left to gRPC, which calls a message that cannot be parsed UNKNOWN and logs a traceback.
+    """Parse the request. gRPC itself would fail with UNKNOWN and log a traceback if it cannot be parsed.
 
     Raises:
         CallerError: INVALID_REQUEST.
@@ -413,8 +414,8 @@ def _parsed(parse: _Parser, data: bytes) -> object:
 
 
 def deadline_passed(context: _Context) -> bool:
-    """Whether the call's own deadline has passed, or is about to."""
-    remaining = cast("float | None", context.time_remaining())  # None without a deadline; grpc's types do not say so
+    """Whether the call's own deadline has passed or is less than `DEADLINE_SLACK` away."""
+    remaining = cast("float | None", context.time_remaining())  # None without a deadline, unlike grpc's types
     return remaining is not None and remaining <= DEADLINE_SLACK
 
 
@@ -432,10 +433,10 @@ def _keys(context: _Context) -> list[str]:
 
 
 def _identities(context: _Context) -> list[Identity]:
-    """The names in the client certificate that the listener verified, URIs first; none without one.
+    """The names in the verified client certificate, URIs first; empty without a certificate.
 
-    The common name only where there is no alternative name of any kind, as in RFC 6125 and grpc: an authority that verifies
-    the alternative names may let the client choose the common name.
+    The common name counts only if there is no alternative name of any kind, as in RFC 6125 and grpc: a certificate authority that
+    verifies the alternative names may let the client choose the common name.
     """
     authenticated = context.auth_context()
     properties = {NameKind.URI: "peer_uri", NameKind.DNS: "peer_dns"}
@@ -460,7 +461,7 @@ def _call_context(metadata: Mapping[str, str]) -> CallContext:
 
 
 def _check_token(call: CallContext) -> None:
-    """Refuse a provider's token that cannot be in a header. If it were dropped, the operator's token would be sent instead.
+    """Refuse a provider token that is not valid in a header. If it were dropped, the operator's token would be sent instead.
 
     Raises:
         CallerError: INVALID_REQUEST.

@@ -1,4 +1,4 @@
-"""How a call ends: open until it is decided, decided once."""
+"""The outcome of a call, which is set once."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from deltawire_server.errors import internal_error
 
 
 class Latch:
-    """The end of one call. Every way out of a call passes it, and OK has to be earned.
+    """The outcome of one call.
 
-    A call succeeds by its response, or by the fault-free last message of its stream; without either it is an internal error, never
-    OK. Once the end is decided, no message can be written.
+    A call succeeds with its response, or with the last message of its stream if that has no error. Without either, the call fails
+    with an internal error, never OK. Once the outcome is set, no message can be written.
     """
 
     def __init__(self) -> None:
@@ -18,28 +18,28 @@ class Latch:
 
     @property
     def succeeded(self) -> bool:
-        """Whether the call ends OK."""
+        """Whether the call ends with OK."""
         return self._succeeded
 
     def check_open(self) -> None:
-        """Raise if the end is decided: whatever is to be written now comes after it, which is a defect."""
+        """Raise if the outcome is set: to write a message after it is a defect."""
         if not self._open:
-            raise RuntimeError("a message came after the end of its call")
+            raise RuntimeError("a message was written after the end of its call")
 
     def succeed(self) -> None:
-        """The call ends OK: its response is made, or the last message of its stream, without a fault, was written."""
+        """Set the outcome to OK: the response is complete, or the last message of the stream was written without an error."""
         self.check_open()
         self._open, self._succeeded = False, True
 
     def fail(self) -> None:
-        """The call ends with a failure. One that has succeeded stays so."""
+        """Set the outcome to failure, unless the call has succeeded."""
         self._open = False
 
     def check_succeeded(self) -> None:
-        """Check that there is a reason for OK.
+        """Check that the outcome is OK.
 
         Raises:
-            GatewayError: INTERNAL: nothing was recorded.
+            GatewayError: INTERNAL: no success was recorded.
         """
         if not self._succeeded:
             raise internal_error("a call ended without a success or a failure")

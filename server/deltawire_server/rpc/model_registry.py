@@ -1,6 +1,6 @@
-"""The ModelRegistry service: requests in, the registry's rules, answers out.
+"""The ModelRegistry service.
 
-Failures are raised as they come from below; whoever serves this turns them into statuses.
+Methods raise the `DeltawireError`s of the registry, which `CallInterceptor` converts to statuses.
 """
 
 # gRPC gives the methods their names and arguments.
@@ -86,21 +86,21 @@ HEALTH_STATUSES: Mapping[HealthStatus, pb.HealthStatus.ValueType] = MappingProxy
 )
 
 SLOW_WATCHER_SECONDS = 30.0
-"""How long a watcher may not read, by default: as long as a chat's caller."""
+"""How long a watcher may take to receive a message by default: as long as the caller of a chat."""
 
 FAREWELL_SECONDS = 0.5
-"""How long a watcher may still not read when watches are ended: enough for one that only was not quick."""
+"""The same when watches are ended on shutdown: enough for a watcher that is only slow."""
 
 _Choice = TypeVar("_Choice", ModelType, ModelState, ModelSource)
 
 
 class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
-    """Answers the ModelRegistry service's calls. Every method raises the `DeltawireError`s of what it calls.
+    """Implements the ModelRegistry service. Every method raises the `DeltawireError`s of the registry.
 
     Args:
-        registry: Open.
-        providers: Those of the registry.
-        slow_watcher_seconds: How long a watcher may not read.
+        registry: The open registry.
+        providers: The providers of the registry.
+        slow_watcher_seconds: How long a watcher may take to receive a message.
     """
 
     def __init__(
@@ -113,14 +113,14 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
         self._watches: set[StreamWriter] = set()
 
     def end_watches(self) -> None:
-        """End all watches with DRAINING: this process stops. One that is not read is not waited for."""
+        """End all watches with DRAINING on shutdown. Watchers that do not read get `FAREWELL_SECONDS`."""
         self._watches_ended = True
         self._registry.stop_watches()
         for writer in self._watches:
             writer.hasten(FAREWELL_SECONDS)
 
     async def RegisterModel(self, request: pb.RegisterModelRequest, context: Context) -> pb.RegisterModelResponse:
-        """Give a served model an id and aliases."""
+        """Register a served model under an id and aliases."""
         model = await self._registry.register(
             request.model_id,
             request.provider_id,
@@ -135,13 +135,13 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
         return pb.RegisterModelResponse(model=model_message(model))
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
-        """One model, by any of its names."""
+        """Return one model, by any of its names."""
         _require("model_id", request.model_id)
         model = await self._registry.get(request.model_id, call_context(context).token)
         return pb.GetModelResponse(model=model_message(model))
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
-        """A page of all models."""
+        """Return a page of all models."""
         wanted = Filter(
             request.provider_id,
             _chosen("type", request.type, MODEL_TYPES),
@@ -158,7 +158,7 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
         )
 
     async def UnregisterModel(self, request: pb.UnregisterModelRequest, context: Context) -> pb.UnregisterModelResponse:
-        """Forget a registered model."""
+        """Remove a registered model."""
         _require("model_id", request.model_id)
         await self._registry.unregister(
             request.model_id, request.etag, call_context(context).token, _only_of(call_record(context))
@@ -180,7 +180,7 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
     async def WatchModels(  # type: ignore[override]  # (written to, as a stream of answers is)
         self, request: pb.WatchModelsRequest, context: Context
     ) -> None:
-        """All models, and then every change to them."""
+        """Stream all models, and then every change to them."""
         writer = StreamWriter(context, call_record(context), self._slow_watcher_seconds, self._slow)
         self._watches.add(writer)
         if self._watches_ended:
@@ -195,15 +195,19 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
     def _slow(self, limit: float) -> GatewayError:
         """The failure of a watcher that does not read."""
         if self._watches_ended:
-            return GatewayError(Reason.DRAINING, "this process is shutting down; watch another one", retry_after=0.0)
+            return GatewayError(
+                Reason.DRAINING,
+                "this gateway process is shutting down: watch again on a new connection",
+                retry_after=0.0,
+            )
         return GatewayError(
             Reason.SLOW_WATCHER,
-            f"this watch was not read for {limit:g} seconds; watch again from the last revision",
+            f"the watcher did not receive a message for {limit:g} seconds: watch again from the last revision",
             metadata={"limit_seconds": f"{limit:g}"},
         )
 
     async def RefreshModels(self, request: pb.RefreshModelsRequest, context: Context) -> pb.RefreshModelsResponse:
-        """What the providers list now."""
+        """Request the current listings of the providers."""
         results = await self._registry.refresh(request.provider_id, call_context(context).token)
         response = pb.RefreshModelsResponse()
         for provider_id, result in results.items():
@@ -214,7 +218,7 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
         return response
 
     async def ListProviders(self, request: pb.ListProvidersRequest, context: Context) -> pb.ListProvidersResponse:
-        """A page of the configured providers."""
+        """Return a page of the configured providers."""
         page = pages.asked_for(request.page_size, request.page_token, "providers")
         providers = {
             provider.id: pb.Provider(
@@ -233,7 +237,7 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
         request: pb.CheckProviderHealthRequest,
         context: Context,
     ) -> pb.CheckProviderHealthResponse:
-        """How a provider is; one that is down is an answer."""
+        """Check the health of a provider. A failed health check is a successful call."""
         _require("provider_id", request.provider_id)
         provider = self._providers.get(request.provider_id)
         health = await self._providers.check_health(provider.id)
@@ -245,10 +249,10 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
 
 
 def changes_of(request: pb.UpdateModelRequest) -> dict[str, object]:
-    """The new values that a request names, by field.
+    """The new values in a request, by field.
 
     Raises:
-        CallerError: INVALID_REQUEST: a path that cannot be changed, or nothing to change.
+        CallerError: INVALID_REQUEST: a path of the mask cannot be changed, or there is nothing to change.
     """
     given = request.model
     paths = list(request.update_mask.paths) or [
@@ -260,9 +264,9 @@ def changes_of(request: pb.UpdateModelRequest) -> dict[str, object]:
     known = ", ".join(rules.UPDATABLE)
     for path in paths:
         if path not in rules.UPDATABLE:
-            violations.add("update_mask", f"{quoted(path)} cannot be changed; what can: {known}")
+            violations.add("update_mask", f"{quoted(path)} cannot be changed: use some of {known}")
     if not paths:
-        violations.add("update_mask", f"names nothing to change; set some of {known}")
+        violations.add("update_mask", f"is empty, so there is nothing to change: set some of {known}")
     violations.raise_any()
     values: dict[str, object] = {
         "provider_id": given.provider_id,
@@ -276,14 +280,14 @@ def changes_of(request: pb.UpdateModelRequest) -> dict[str, object]:
 
 
 def step_message(step: Step) -> pb.WatchModelsResponse:
-    """A step of a watch as it goes over the wire."""
+    """The message for a step of a watch."""
     if step.kind is None or step.model is None:
         return pb.WatchModelsResponse(bookmark=True, revision=step.revision)
     return pb.WatchModelsResponse(change=CHANGES[step.kind], model=model_message(step.model), revision=step.revision)
 
 
 def model_message(model: Model) -> pb.Model:
-    """A model as it goes over the wire."""
+    """The message for a model."""
     return pb.Model(
         id=model.id,
         provider_id=model.provider_id,
@@ -305,7 +309,7 @@ def model_message(model: Model) -> pb.Model:
 
 
 def engine_message(engine: Engine) -> pb.Engine:
-    """What answers at a provider's addresses, as it goes over the wire."""
+    """The message for the engine of a provider."""
     return pb.Engine(kind=ENGINE_KINDS[engine.kind], version=engine.version, detail=shorten(engine.detail, MAX_MESSAGE))
 
 
@@ -318,18 +322,18 @@ def _timestamp(time: datetime | None) -> Timestamp | None:
 
 
 def _chosen(field: str, number: int, meanings: Mapping[_Choice, int]) -> _Choice | None:
-    """What a filter's number means; `None` for all."""
+    """The enum value for a filter's number; `None` for all."""
     if not number:
         return None
     for meaning, value in meanings.items():
         if value == number:
             return meaning
     known = ", ".join(f"{value} ({meaning.name})" for meaning, value in meanings.items())
-    raise invalid_request([Violation(field, f"{number} is none that there is; there are {known}, and 0 for all")])
+    raise invalid_request([Violation(field, f"{number} is not a valid value: use one of {known}, or 0 for all")])
 
 
 def _only_of(record: CallRecord) -> str | None:
-    """Whose registrations a caller may change: its own; `None` if all."""
+    """The owner whose registrations a caller may change; `None` for all owners."""
     return None if record.may_operate else record.caller
 
 

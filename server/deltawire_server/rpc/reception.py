@@ -1,8 +1,8 @@
-"""Receiving requests: only after access and admission, a bounded number at a time, within a bounded time.
+"""Receives requests after authorization and admission, with a limit on their number and time.
 
-gRPC receives the request of a unary method before its handler runs. So every handler of ours is registered as one whose
-requests are a stream: gRPC then receives nothing beyond the first 64 KiB (the HTTP/2 window of a stream) until `read` is
-called. On the wire the two are the same.
+gRPC receives the request of a unary method before the handler runs. So every handler of the gateway is registered as one with
+streamed requests: gRPC then receives at most the first 64 KiB (the HTTP/2 window of a stream) until `read` is called. On the wire
+there is no difference.
 """
 
 from __future__ import annotations
@@ -26,54 +26,53 @@ if TYPE_CHECKING:
 
 ARRIVAL_TURNS = 3
 ARRIVAL_SECONDS = 0.0003
-"""So many times so long a request is awaited where no key is needed: for health and reflection.
+"""How often and how long to wait for a request that needs no key, which is one of health or reflection.
 
-Clients send a small request together with the call's headers, or microseconds later: gRPC has it before the handler runs.
-To read it opens the window to all of its message, whatever the size; in this time one or two MiB arrive from the same machine.
-Several turns of the event loop, so that what arrived while the loop was busy is seen."""
+Clients send a small request together with the call's headers, or microseconds later, so gRPC has it before the handler runs.
+A read opens the window for the whole message, whatever its size; in this time, 1 to 2 MiB may arrive from the same machine.
+The wait spans several iterations of the event loop, to see requests that arrived while the loop was busy."""
 
 
 QUICK_SECONDS = 0.003
-"""A request that takes longer to arrive waits in line before gRPC copies it: it may be a large one."""
+"""A request that takes longer to arrive may be large, so it waits for `give_way` before gRPC copies it."""
 
 SHARE = 4
-"""One caller may have one in so many of the turns: the others' requests do not wait for a caller that does not send its own."""
+"""One caller may use this fraction of the turns, so that a caller that sends slowly does not block others."""
 
 _readings: set[asyncio.Task[object]] = set()
-"""Those that have not ended: asyncio itself keeps no task."""
+"""References to the running reads: asyncio itself keeps only weak references to tasks."""
 
 
 class Reception:
-    """Receives requests of callers who may call.
+    """Receives the requests of admitted calls.
 
     Args:
-        limit: Requests that are received at once, of one caller a quarter of them; further calls wait, with at most 64 KiB of
-            theirs in memory.
-        timeout: Seconds that one request may wait for its turn, and that it may then take.
+        limit: Requests that are received at once; one caller may use a quarter of them. Further calls wait, each with at most
+            64 KiB of its request in memory.
+        timeout: Seconds that a request may wait for its turn, and seconds that it may then take.
     """
 
     def __init__(self, limit: int = 64, timeout: float = 60.0) -> None:
         self._limit = limit
         self._turns = asyncio.Semaphore(limit)
-        # Those of callers with a request that is received or waits.
+        # One for each caller with a request that is being received or waits.
         self._shares: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._timeout = timeout
 
     async def receive(self, context: _Context, check: Callable[[bytes], Awaitable[None]], caller: str) -> bytes:
         """The bytes of the call's request; parse and validate them next.
 
-        A second message is never received, as by gRPC's own unary handlers: its sender meets a closed window.
+        A second message is never received, as with gRPC's own unary handlers, because the window stays closed.
 
         Args:
             context: The call.
-            check: Checks the bytes while the call still has its turn: no more requests are in memory unchecked than have one.
-            caller: What distinguishes the caller from others.
+            check: Checks the bytes during the call's turn, so that the number of unchecked requests in memory is limited.
+            caller: Identifies the caller.
 
         Raises:
-            CallerError: What `check` raises; INVALID_REQUEST with UNIMPLEMENTED, which is gRPC's code for it: the call has
-                no request.
-            GatewayError: DURATION_LIMIT_EXCEEDED: the request did not arrive in time. TOO_MANY_STREAMS: other requests
-                arrive too slowly for this one to get a turn in time.
+            CallerError: From `check`; or INVALID_REQUEST with UNIMPLEMENTED, as in gRPC: the call has no request.
+            GatewayError: DURATION_LIMIT_EXCEEDED: the request did not arrive in time. TOO_MANY_STREAMS: the request got no turn
+                in time, because other requests arrive too slowly.
         """
         share = self._shares.get(caller)
         if share is None:
@@ -95,7 +94,7 @@ class Reception:
             limit = f"{self._timeout:g}"
             raise GatewayError(
                 Reason.DURATION_LIMIT_EXCEEDED,
-                f"the request did not arrive within {limit} seconds: send it faster, or less of it",
+                f"the request did not arrive within {limit} seconds: send it faster, or send a smaller one",
                 metadata={"limit_seconds": limit},
             )
         data = _message(reading.result())
@@ -112,18 +111,18 @@ class Reception:
         except TimeoutError:
             raise GatewayError(
                 Reason.TOO_MANY_STREAMS,
-                f"this gateway receives {self._limit} requests at once, of one caller a quarter of them, and had no turn for this "
-                f"one in {self._timeout:g} seconds",
+                f"this gateway receives at most {self._limit} requests at once, a quarter of them from one caller, and this "
+                f"one had no turn within {self._timeout:g} seconds: retry later",
                 metadata={"limit": str(self._limit)},
                 retry_after=RETRY_SECONDS,
             ) from None
 
 
 async def arrived(context: _Context) -> bytes | None:
-    """The bytes of a request that is already here or arrives at once.
+    """The bytes of a request that has arrived or arrives immediately.
 
     Returns:
-        `None` if it does not: end the call then, since the request is received for as long as the call lasts.
+        The bytes; `None` if it does not arrive. Then end the call, because gRPC receives the request as long as the call lasts.
 
     Raises:
         CallerError: INVALID_REQUEST with UNIMPLEMENTED: the call has no request.
@@ -137,9 +136,9 @@ async def arrived(context: _Context) -> bytes | None:
 
 
 def _reading(context: _Context) -> asyncio.Task[object]:
-    """Begin to read. Never cancel it: gRPC would not free a message that it has received for a reader that is canceled.
+    """Start a read. Never cancel it: gRPC does not free a message that it has received for a canceled reader.
 
-    It ends with its call at the latest.
+    The read ends with its call at the latest.
     """
     reading = asyncio.create_task(_read_in_turn(context.read()))
     _readings.add(reading)
@@ -149,9 +148,9 @@ def _reading(context: _Context) -> asyncio.Task[object]:
 
 @types.coroutine
 def _read_in_turn(read: Coroutine[object, None, object]) -> Generator[object, None, object]:
-    """Drive gRPC's read, with a pause between the arrival of the request and gRPC's copies of it.
+    """Run gRPC's read coroutine, with a pause between the arrival of the request and gRPC's copies of it.
 
-    gRPC copies the request twice when its coroutine goes on: 1.5 ms per MiB, in which nothing else runs.
+    When the coroutine resumes, gRPC copies the request twice, which blocks the event loop for 1.5 ms per MiB.
     """
     began = time.perf_counter()
     try:
@@ -172,7 +171,7 @@ def _read_in_turn(read: Coroutine[object, None, object]) -> Generator[object, No
 def _read(reading: asyncio.Task[object]) -> None:
     _readings.discard(reading)
     if not reading.cancelled():
-        reading.exception()  # retrieved, so that asyncio does not log it: the call has ended
+        reading.exception()  # retrieve it so that asyncio does not log it: the call has ended
 
 
 def _message(read: object) -> bytes:

@@ -1,4 +1,4 @@
-"""Bounds of gRPC's reflection, whose library reads requests of any size for as long as they come."""
+"""Limits for gRPC reflection, whose library reads any number of requests of any size."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ if TYPE_CHECKING:
     _Answer = Callable[[AsyncIterator[object], _Context], AsyncIterator[object]]
 
 SERVICES = "/grpc.reflection."
-"""How the methods of every version begin."""
+"""Prefix of the methods of all versions."""
 
 MAX_CALLS = 64
-"""Calls of reflection at once: people make them, with tools, one at a time."""
+"""Reflection calls at once: tools make them one at a time."""
 
 MAX_REQUEST_BYTES = 4096
-"""Bytes of a request: it holds the name of a file or a symbol."""
+"""Bytes of a request, which contains the name of a file or a symbol."""
 
 
 class Reflection:
-    """Lets calls of reflection through to the library.
+    """Passes reflection calls on to the library.
 
-    A caller that access knows may make any number of requests in a call. Any other caller may make one, which is not awaited,
-    since to await it is to receive it whatever its size.
+    A principal may send any number of requests in a call. Any other caller may send one, which must arrive together with its call:
+    waiting for a request means receiving it, whatever its size.
 
     Args:
-        known: Whether access knows the caller of a call.
+        is_principal: Whether the caller of a call is a principal.
     """
 
-    def __init__(self, known: Callable[[_Context], bool]) -> None:
-        self._known = known
+    def __init__(self, is_principal: Callable[[_Context], bool]) -> None:
+        self._is_principal = is_principal
         self._calls = 0
 
     async def answer(
@@ -50,26 +50,26 @@ class Reflection:
         """Write the library's answers to a call's requests.
 
         Args:
-            library: Its method.
+            library: The library's method.
             parse: Parses a request.
-            messages: The call's requests, as they come.
+            messages: The call's requests.
             context: The call.
 
         Raises:
-            CallerError: INVALID_REQUEST: a request is too large, or is not one.
-            GatewayError: TOO_MANY_STREAMS: there are too many calls already. UNAUTHENTICATED: the request of a caller that is
-                not known did not come with its call.
+            CallerError: INVALID_REQUEST: a request is too large or cannot be parsed.
+            GatewayError: TOO_MANY_STREAMS: there are too many calls. UNAUTHENTICATED: the caller is not a principal, and its
+                request did not arrive together with its call.
         """
         if self._calls >= MAX_CALLS:
             raise GatewayError(
                 Reason.TOO_MANY_STREAMS,
-                f"this gateway answers {MAX_CALLS} calls of reflection at once and no more",
+                f"this gateway already serves {MAX_CALLS} reflection calls, which is its limit: retry later",
                 metadata={"limit": str(MAX_CALLS)},
                 retry_after=RETRY_SECONDS,
             )
         self._calls += 1
         try:
-            if not self._known(context):
+            if not self._is_principal(context):
                 messages = _only(await _arrived(context))
             async for response in library(_parsed(messages, parse), context):
                 await context.write(response)
@@ -82,7 +82,7 @@ async def _arrived(context: _Context) -> bytes:
     if data is None:
         raise GatewayError(
             Reason.UNAUTHENTICATED,
-            "without an access key, a request of reflection must be small and come with its call: "
+            "without an access key, a reflection request must be small and arrive together with its call: "
             "send a key as `authorization: Bearer …`",
         )
     return data
@@ -97,6 +97,6 @@ async def _parsed(messages: AsyncIterator[bytes], parse: Callable[[bytes], objec
         if len(data) > MAX_REQUEST_BYTES:
             raise CallerError(
                 Reason.INVALID_REQUEST,
-                f"a request of reflection has at most {MAX_REQUEST_BYTES} bytes, and this has {len(data)}",
+                f"the reflection request has {len(data)} bytes; at most {MAX_REQUEST_BYTES} are allowed",
             )
         yield parse(data)

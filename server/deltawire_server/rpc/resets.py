@@ -1,7 +1,7 @@
-"""Calls that are canceled as soon as they have begun, in one log line per second and connection.
+"""Logs calls that are canceled right after their start in one line per second and connection.
 
-Opening and resetting streams is cheap for a client, and a log line is not: without this, a client could make the gateway write
-tens of thousands of lines a second.
+Opening and resetting streams is cheap for a client, but a log line is not: without this, a client could cause tens of thousands of
+lines per second.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ QUICK_SECONDS = 1.0
 """A call that is canceled earlier than this after its start counts as reset."""
 
 MAX_PEERS = 1000
-"""Connections that are counted apart in one second; the rest share one line, so that connections cannot fill the log either."""
+"""Connections counted separately in one second. The others share one line, so that many connections cannot fill the log."""
 
 OTHERS = "others"
 """The peer in the line of connections beyond `MAX_PEERS`."""
@@ -33,11 +33,11 @@ class Resets:
         """Count a reset call.
 
         Args:
-            peer: Its connection, as gRPC names it.
+            peer: The connection, as returned by gRPC's `peer()`.
 
         Returns:
-            Whether to log it in a line of its own: it is the first of its connection in this second. The others are logged
-            together when the second is over.
+            Whether to log the call in its own line: it is the first of its connection in this second. The others are logged in one
+            line at the end of the second.
         """
         if not self._counts:
             asyncio.get_running_loop().call_later(QUICK_SECONDS, self._flush)

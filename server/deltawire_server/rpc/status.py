@@ -1,8 +1,7 @@
-"""A failure as gRPC tells it: code, message, and google.rpc details in a trailer.
+"""Converts errors to gRPC statuses: code, message, and google.rpc details in a trailer.
 
-Trailers are headers, and headers have limits: a client drops a call whose trailers exceed 8 KiB by default, and shows that
-instead of the failure. So a message is cut to a kibibyte, which escaped may take three, and the details to three, which
-in base64 take four.
+Clients limit the size of trailers, by default to 8 KiB, and a call that exceeds the limit fails with another error. So a message
+is cut to 1 KiB, which is up to 3 KiB escaped, and the details to 3 KiB, which are 4 KiB in base64.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ DOMAIN = "deltawire.dev"
 REASON_TRAILER = "deltawire-reason"
 DETAILS_TRAILER = "grpc-status-details-bin"
 PUSHBACK_TRAILER = "grpc-retry-pushback-ms"
-"""When to retry, for gRPC's own retries, which do not read RetryInfo; below 0 is never."""
+"""The delay for gRPC's own retries, which do not use RetryInfo; a negative value forbids retries."""
 
 MAX_MESSAGE = 1024
-"""Bytes of a message; in a header each may take three, since gRPC escapes what is not ASCII."""
+"""Bytes of a message; in a header each may take three bytes, because gRPC escapes non-ASCII bytes."""
 MAX_VIOLATIONS = 1152
-"""Bytes of all violations together: about sixteen of the usual ones, or one as long as the message."""
+"""Bytes of all violations together: about sixteen of usual length, or one as long as the message."""
 MAX_DESCRIPTION = 96
 """Bytes of a violation's description, if there are several; one alone may be as long as the message."""
 
@@ -39,12 +38,12 @@ _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 def grpc_code(code: Code) -> grpc.StatusCode:
-    """The gRPC library's name for a code."""
+    """The gRPC library's constant for a code."""
     return _STATUS_CODES[code.value]
 
 
 def shorten(text: str, limit: int) -> str:
-    """At most `limit` bytes of UTF-8, at the end an ellipsis if something was cut."""
+    """Cut a text to at most `limit` bytes of UTF-8, with an ellipsis at the end if it was longer."""
     data = text.encode(errors="replace")
     if len(data) <= limit:
         return data.decode()
@@ -52,7 +51,7 @@ def shorten(text: str, limit: int) -> str:
 
 
 def status_of(error: DeltawireError, request_id: str) -> status_pb2.Status:
-    """A failure with its details: ErrorInfo always, BadRequest, RetryInfo, QuotaFailure or ResourceInfo where they say more."""
+    """The status of an error: always with ErrorInfo; with BadRequest, RetryInfo, QuotaFailure, ResourceInfo if they apply."""
     message = shorten(error.message, MAX_MESSAGE)
     metadata = {key: shorten(value, MAX_DESCRIPTION) for key, value in error.metadata.items()}
     metadata["request_id"] = request_id

@@ -1,4 +1,4 @@
-"""W3C Trace Context of a call: forwarded if it is valid, else left out, as the recommendation asks."""
+"""W3C Trace Context of a call: forwarded if it is valid, otherwise dropped, as the recommendation requires."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _MEMBER = re.compile(r"[a-z0-9][a-z0-9_*/@-]{0,255}=[ -+\--<>-~]{0,255}[!-+\--<>
 
 
 def trace_context(traceparent: str, tracestate: str) -> tuple[str | None, str | None]:
-    """What of a caller's trace context can be forwarded.
+    """Validate a caller's trace context.
 
     Args:
-        traceparent: The header as it came; empty if it did not.
-        tracestate: The same.
+        traceparent: The value of the header; empty if it is missing.
+        tracestate: The value of the header; empty if it is missing.
 
     Returns:
-        Both headers; `None` for one that is missing or invalid. Without a valid `traceparent` there is no `tracestate`. Send
-        them to the provider.
+        Both headers to send to the provider; `None` for one that is missing or invalid. Without a valid `traceparent`,
+        `tracestate` is `None` too.
     """
     found = _TRACEPARENT.fullmatch(traceparent)
     if found is None or (found["version"] == "00" and found["more"]):

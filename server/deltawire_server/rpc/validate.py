@@ -1,7 +1,7 @@
-"""Request messages in, checked values out, or every violated field at once.
+"""Converts request messages to validated values, or reports every invalid field in one error.
 
-Refused is only what no vLLM can accept; everything else is vLLM's to judge, and its answer names the field. Field paths
-are those of the message, with indexes: ``chat.messages[2].tool.call_id``.
+Only values that no vLLM accepts are refused here. vLLM validates everything else, and its error names the field. Field paths are
+those of the message, with indexes: ``chat.messages[2].tool.call_id``.
 """
 
 from __future__ import annotations
@@ -43,40 +43,40 @@ if TYPE_CHECKING:
 KIB = 1024
 
 MAX_CHOICES = 128
-"""As many as the chat API takes."""
+"""The limit of the chat API."""
 MAX_TOOLS = 128
-"""As many as the chat API takes."""
+"""The limit of the chat API."""
 MAX_MESSAGES = 10_000
-"""Far beyond any conversation; each costs time to read, in which other calls wait."""
+"""Far more than any conversation has. Reading each message takes time, in which other calls wait."""
 MAX_ENTRIES = 20_000
 """Parts and tool calls of all messages, for the same reason."""
 MAX_PARTS = 4096
-"""Parts and tool calls of one message, which are read in one go: about 20 ms at most."""
+"""Parts and tool calls of one message, which are read without a pause: about 20 ms at most."""
 STEP = 1024
-"""Messages, parts and tool calls that are read before other calls get their turn: 5 to 10 ms."""
+"""Messages, parts and tool calls that are read before other calls run: 5 to 10 ms."""
 MAX_CHOICE_VALUES = 65_536
-"""Texts that an answer may be one of: passed on as one list, and not kept."""
+"""Values of a `choice` response format, which are forwarded as one list and not kept."""
 MAX_SAMPLING_VALUES = 4096
-"""Entries of each list of texts or tokens in the sampling, which is kept as long as the completion runs and sent back in
-`started`; far more than callers need to steer an answer."""
+"""Entries of each list of texts or tokens in the sampling. The sampling is kept as long as the completion runs, and sent back in
+`started`. Callers need far fewer."""
 MAX_SAMPLING_BYTES = 64 * KIB
-"""Of all `stop` and `bad_words` together, for the same reason; vLLM takes four stop texts."""
+"""Bytes of all `stop` and `bad_words` together, for the same reason; vLLM accepts four stop texts."""
 MAX_NAME_BYTES = 1024
-"""Of a model's or a tool's name, and of `user`: a served model may be called by its path; errors and logs repeat names."""
+"""Bytes of a model's or a tool's name, and of `user`. The name of a model may be a path. Errors and logs quote names."""
 MAX_JSON_BYTES = 1024 * KIB
-"""Of `chat_template_kwargs` and of `extra_body`, which may hold documents for a template. A field of a body of this size
-has up to 100,000 names, which take 50 ms to read."""
+"""Bytes of `chat_template_kwargs` and of `extra_body`, which may contain documents for a template. A JSON object of this size has
+up to 100,000 names, which take 50 ms to read."""
 MAX_TOOLS_BYTES = 1024 * KIB
-"""Of the descriptions and `input_schema` of all tools together, which makes 8 KiB for each of 128: they are encoded in one
-go, and one answer may call all of them."""
+"""Bytes of the descriptions and `input_schema` of all tools together, which is 8 KiB for each of 128 tools. They are encoded
+without a pause, and one answer may call all of them."""
 MAX_FORM_BYTES = 1024 * KIB
-"""Of a grammar, a regular expression, or all texts that an answer may be one of; they are encoded in one go, too."""
+"""Bytes of a grammar, of a regular expression, or of all values of a `choice`, which are encoded without a pause."""
 MAX_ARGUMENTS_BYTES = 4096 * KIB
-"""Of one past tool call's arguments: `stream.max_tool_call_bytes` lets no longer ones come from a model."""
+"""Bytes of one past tool call's arguments: `stream.max_tool_call_bytes` limits the arguments from a model to less."""
 MAX_EXTRA_FIELDS = 128
-"""Of `extra_body`: a vLLM's whole request has fewer, and each is judged by itself, in more than one place."""
+"""Fields of `extra_body`: vLLM's own request has fewer, and each field is validated separately."""
 MAX_CACHE_SALT = 1024
-"""Characters: as many as any vLLM has taken; newer ones take fewer, and say so."""
+"""Characters: the largest limit of any vLLM version. Newer versions have lower limits and report them."""
 
 _MODES = {
     tool_pb2.ToolChoice.MODE_AUTO: ToolMode.AUTO,
@@ -95,13 +95,13 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "max_tokens": (1, math.inf, "must be 1 or more; leave it out for the rest of the context"),
     "min_tokens": (0, math.inf, "must be 0 or more"),
 }
-"""Of the sampling numbers: lowest, highest, and what to say."""
+"""Ranges of the sampling numbers: lowest, highest, and the description of a violation."""
 
 _SCALARS = (*_RANGES, "seed", "ignore_eos")
 
 
 class _JsonObject(msgspec.Struct):
-    """Any JSON object. Its fields are skipped, not built: that a text is JSON is all that is asked here."""
+    """Any JSON object. Decoding only checks the syntax; fields are skipped."""
 
 
 _json_object = msgspec.json.Decoder(_JsonObject)
@@ -109,22 +109,22 @@ _EMPTY_OBJECT = re.compile(r"[ \t\n\r]*\{[ \t\n\r]*\}[ \t\n\r]*")
 
 
 async def chat_request(message: chat_pb.ChatRequest, limits: ContentLimits | None = None) -> ChatRequest:
-    """Check a chat request. Other calls get their turn during a long one.
+    """Validate a chat request. Other calls run in between if the request is long.
 
     Args:
         message: The request.
-        limits: What its messages may hold.
+        limits: Limits of its messages.
 
     Returns:
-        The request as a plain value; find its provider and send it.
+        The request as a plain value. Find its provider and send it.
 
     Raises:
-        CallerError: INVALID_REQUEST with every violated field; of schemas that cannot be checked, only if no other field is.
+        CallerError: INVALID_REQUEST with every invalid field; unsupported schemas are reported only if all other fields are valid.
     """
     request = await _ChatReader(limits or ContentLimits()).read(message)
     if not message.tool_call_policy.validate_schema:
         return request
-    # Without a schema any object will do, so there is nothing to check.
+    # Without a schema any object is valid, so there is nothing to check.
     tools = {tool.name: tool for tool in request.offered_tools if tool.input_schema}
     checks, errors = await compiled_checks({name: tool.input_schema for name, tool in tools.items()})
     violations = Violations()
@@ -135,14 +135,14 @@ async def chat_request(message: chat_pb.ChatRequest, limits: ContentLimits | Non
 
 
 COUNTED = frozenset({"model", "messages", "tools", "tool_choice", "allowed_tools", "reasoning", "chat_template_kwargs"})
-"""The fields of a chat request that have an effect on the number of its prompt's tokens; of `reasoning`, its effort."""
+"""The fields of a chat request that affect the number of prompt tokens; of `reasoning`, only `effort`."""
 
 
 async def count_request(message: chat_pb.ChatRequest, limits: ContentLimits | None = None) -> ChatRequest:
-    """Check a chat request whose tokens are to be counted: as `chat_request`, and without the fields that would be ignored.
+    """Validate a chat request for CountTokens: like `chat_request`, and it must not have fields that would be ignored.
 
     Raises:
-        CallerError: INVALID_REQUEST with every violated field.
+        CallerError: INVALID_REQUEST with every invalid field.
     """
     ignored = [field.name for field, _ in message.ListFields() if field.name not in COUNTED]
     ignored += [f"reasoning.{field.name}" for field, _ in message.reasoning.ListFields() if field.name != "effort"]
@@ -154,7 +154,7 @@ async def count_request(message: chat_pb.ChatRequest, limits: ContentLimits | No
 
 
 class _ChatReader:
-    """Reads one chat request and collects what is wrong with it."""
+    """Converts one chat request and collects its violations."""
 
     def __init__(self, limits: ContentLimits) -> None:
         self._violations = Violations()
@@ -196,7 +196,7 @@ class _ChatReader:
         return request
 
     async def _messages(self, chat: chat_pb.ChatRequest) -> tuple[ChatMessage, ...]:
-        """The messages; before they are read, what makes reading long is bounded."""
+        """The messages. The counts that determine the duration are checked first."""
         if not chat.messages:
             self._violations.add("chat.messages", "needs at least one message")
         self._bound("chat.messages", len(chat.messages), MAX_MESSAGES)
@@ -252,7 +252,7 @@ class _ChatReader:
                 self._violations.add(f"{here}.tool_name", "is required")
             arguments = self._json_object(f"{here}.arguments", call.arguments, MAX_ARGUMENTS_BYTES, empty_allowed=True)
             calls.append(PastCall(call.call_id, call.tool_name, arguments or "{}"))
-        # What is left of a turn may be nothing, if it was cut or its calls failed; it goes back all the same.
+        # The content of an assistant turn may be empty, if it was cut or its tool calls failed.
         content = await self._content.read(path, message, required=False)
         return ChatMessage(Role.ASSISTANT, content, reasoning=message.reasoning, tool_calls=tuple(calls))
 
@@ -303,7 +303,7 @@ class _ChatReader:
             return NamedTool(choice.tool_name)
         mode = _MODES.get(choice.mode)
         if mode is None:
-            known = f"; mode {choice.mode} is not known here" if choice.mode else ""
+            known = f"; mode {choice.mode} is not supported" if choice.mode else ""
             self._violations.add("chat.tool_choice", f"needs a mode (AUTO, REQUIRED or NONE) or a tool_name{known}")
         elif mode is ToolMode.REQUIRED and not names:
             self._violations.add(
@@ -313,7 +313,7 @@ class _ChatReader:
 
     def _sampling(self, sampling: chat_pb.Sampling) -> Sampling:
         for name, (lowest, highest, violation) in _RANGES.items():
-            # Written so that NaN, which compares as false, is refused too; and infinity is no number vLLM can be sent.
+            # Also refuses NaN, because comparisons with it are false, and infinity, which JSON cannot represent.
             value = getattr(sampling, name)
             if sampling.HasField(name) and not (lowest <= value <= highest and math.isfinite(value)):  # type: ignore[arg-type]
                 self._violations.add(f"chat.sampling.{name}", violation)
@@ -381,7 +381,7 @@ class _ChatReader:
                 return None
 
     def _bound(self, path: str, count: int, limit: int, of_what: str = "entries") -> None:
-        """Refuse what is too long at once: reading it is what must not be done."""
+        """Refuse the request immediately if it has too many entries, because they must not be read."""
         if count > limit:
             self._violations.add(path, f"has {count} {of_what}; at most {limit} are allowed")
             self._violations.raise_any()
@@ -393,14 +393,14 @@ class _ChatReader:
         return text
 
     def _fits(self, path: str, text: str, max_bytes: int) -> bool:
-        """Whether a text has at most so many bytes of UTF-8; else a violation says so."""
+        """Whether a text has at most `max_bytes` bytes of UTF-8; otherwise add a violation."""
         size = len(text.encode())
         if size > max_bytes:
             self._violations.add(path, f"has {size} bytes; at most {max_bytes} are allowed")
         return size <= max_bytes
 
     def _json_object(self, path: str, text: str, max_bytes: int, *, empty_allowed: bool = False) -> str:
-        """The text of a JSON object, to be passed on unchanged; empty for `{}`, or with a violation if it is invalid."""
+        """Validate the text of a JSON object, which is forwarded unchanged. Return "" for `{}`, and if it is invalid."""
         if not self._fits(path, text, max_bytes):
             return ""
         if not text.strip():
@@ -413,7 +413,7 @@ class _ChatReader:
             self._violations.add(path, "must be the JSON text of an object")
             return ""
         except msgspec.DecodeError as error:
-            self._violations.add(path, f"is not JSON that can be read: {error}")
+            self._violations.add(path, f"is not valid JSON: {error}")
             return ""
         except RecursionError:
             self._violations.add(path, "is nested too deeply to be read")
@@ -421,7 +421,7 @@ class _ChatReader:
         return "" if _EMPTY_OBJECT.fullmatch(text) else text
 
     def _extra_body(self, text: str) -> str:
-        """As `_json_object`, and with few fields of short names: each of them is checked by itself."""
+        """Like `_json_object`, with limits on the number and length of field names: each field is validated separately."""
         path = "chat.extra_body"
         text = self._json_object(path, text, MAX_JSON_BYTES, empty_allowed=True)
         fields = msgspec.json.decode(text, type=dict[str, msgspec.Raw]) if text else {}
@@ -432,7 +432,7 @@ class _ChatReader:
 
 
 def _entries(message: message_pb2.ChatMessage) -> int:
-    """How many parts and tool calls a message has."""
+    """The number of parts and tool calls of a message."""
     match message.WhichOneof("role"):
         case None:
             return 0
@@ -443,12 +443,12 @@ def _entries(message: message_pb2.ChatMessage) -> int:
 
 
 def _quoted(name: str) -> str:
-    """A name, cut if it is long, in quotes."""
+    """A name in quotes, cut if it is long."""
     return repr(shorten(name, 64))
 
 
 def _listed(names: Collection[str]) -> str:
-    """Some names, each cut if it is long: each violation repeats them, so list them once."""
+    """Up to 20 names, each cut if it is long. The result is repeated in each violation, so compute it once."""
     shown = [shorten(name, 64) for name in itertools.islice(names, 20)]
     more = f" and {len(names) - 20} more" if len(names) > 20 else ""
     return (", ".join(shown) or "none") + more

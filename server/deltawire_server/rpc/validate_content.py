@@ -1,6 +1,6 @@
-"""The content of messages: texts, and images that are what their bytes say and not what they are called.
+"""Validates the content of messages: texts and images. The type of an image is determined by its bytes, not by its declared type.
 
-An address is only read here; whether it may be fetched, and by whom, is for `upstream.images`.
+URLs are only parsed here; the `images` package decides whether and by whom they are fetched.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SHOWN_BYTES = 12
 
 @dataclass(frozen=True, slots=True)
 class ContentLimits:
-    """What a request may hold; the settings say why each default is what it is.
+    """Limits of a request's content; see `settings.model.ImageSettings` for the defaults.
 
     Attributes:
         max_images: Images of all messages together.
@@ -45,11 +45,11 @@ class ContentLimits:
 
 
 class ContentReader:
-    """Reads the content of one request's messages.
+    """Converts the content of one request's messages.
 
     Args:
-        violations: What is added to for every rule that is broken; what is returned then must not be used.
-        limits: What the request may hold.
+        violations: Collects violations. If there are any, the returned values must not be used.
+        limits: Limits of the request's content.
     """
 
     def __init__(self, violations: Violations, limits: ContentLimits) -> None:
@@ -58,12 +58,12 @@ class ContentReader:
         self._image_count = 0
 
     async def read(self, path: str, turn: Turn, *, required: bool = True) -> tuple[Content, ...]:
-        """Read one message's content, in either of its forms. Other calls get their turn while images are decoded.
+        """Convert one message's content, in either form. Other calls run while images are decoded.
 
         Args:
-            path: Of the message, such as ``chat.messages[0].user``.
+            path: The path of the message, such as ``chat.messages[0].user``.
             turn: The message.
-            required: Whether it needs any.
+            required: Whether the content must not be empty.
         """
         if turn.HasField("text"):
             if turn.content:
@@ -88,9 +88,9 @@ class ContentReader:
         self._image_count += 1
         if self._image_count > self._limits.max_images:
             if self._image_count == self._limits.max_images + 1:
-                self._violations.add(path, f"is one image too many: a request may have {self._limits.max_images}")
+                self._violations.add(path, f"exceeds the limit of {self._limits.max_images} images in a request")
             return ""
-        # An image takes 10 ms to copy, and parsing the request has taken as long.
+        # Copying an image takes up to 10 ms, as long as parsing the request has taken.
         await give_way()
         match image.WhichOneof("source"):
             case "data":

@@ -1,6 +1,6 @@
-"""The options of requests: how long, how often, under which id. What a request is about is for `validate`.
+"""Validates the options of requests: times, intervals and ids. `validate` handles the chat itself.
 
-What belongs to a chat request tells its violations to whoever reads that; what is a request of its own raises them.
+Functions for fields of a chat request add to the given violations; functions for other requests raise an error.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from deltawire_server.rpc.violations import Violations
 
 MAX_SOFT_TIME_LIMIT = 24 * 3600.0
-"""Seconds: longer than any answer, and short enough to show that milliseconds were meant."""
+"""Seconds: longer than any answer takes, and low enough to detect values in milliseconds."""
 MIN_RETENTION = 1.0
-"""Seconds: nobody comes back sooner, and the first reader has to have come."""
+"""Seconds: no client resumes sooner, and the first reader needs time to start."""
 
 MAX_COALESCE_DELAY = 10.0
-"""Seconds: whoever can wait longer does not need a stream."""
+"""Seconds: a caller that can wait longer does not need a stream."""
 MIN_HEARTBEAT = 0.1
-"""Seconds: more often, heartbeats would be the traffic."""
+"""Seconds: with a shorter interval, heartbeats would dominate the traffic."""
 MAX_HEARTBEAT = 3600.0
-"""Seconds: what is between the caller and here takes a stream for dead long before."""
+"""Seconds: proxies close an idle stream long before."""
 
 ID_RULE = 'must be 1 to 128 letters, digits, "-", "_", "." or ":"'
 
@@ -44,7 +44,7 @@ EFFORTS: Mapping[int, str] = MappingProxyType(
         for name, number in chat_pb.ReasoningEffort.items()
     }
 )
-"""The chat API's word for each effort; empty leaves it to the model."""
+"""The chat API's value for each effort; if empty, none is sent."""
 
 _INCREMENTAL: Mapping[int, bool] = MappingProxyType(
     {
@@ -56,11 +56,11 @@ _INCREMENTAL: Mapping[int, bool] = MappingProxyType(
 
 
 def reasoning(message: chat_pb.Reasoning, violations: Violations) -> Reasoning:
-    """How much to think."""
+    """The reasoning options."""
     effort = EFFORTS.get(message.effort)
     if effort is None:
         known = ", ".join(chat_pb.ReasoningEffort.keys()[1:])
-        violations.add("chat.reasoning.effort", f"{message.effort} is not known here; known: {known}")
+        violations.add("chat.reasoning.effort", f"{message.effort} is not supported: use one of {known}")
     if message.token_budget < 0:
         violations.add("chat.reasoning.token_budget", "must be 0 or more")
     return Reasoning(
@@ -71,16 +71,16 @@ def reasoning(message: chat_pb.Reasoning, violations: Violations) -> Reasoning:
 
 
 def incremental_tool_calls(policy: chat_pb.ToolCallPolicy, violations: Violations) -> bool:
-    """Whether calls are told while they are written."""
+    """Whether tool calls are streamed while the model writes them."""
     incremental = _INCREMENTAL.get(policy.streaming)
     if incremental is None:
         known = ", ".join(chat_pb.ToolCallStreaming.keys()[1:])
-        violations.add("chat.tool_call_policy.streaming", f"{policy.streaming} is not known here; known: {known}")
+        violations.add("chat.tool_call_policy.streaming", f"{policy.streaming} is not supported: use one of {known}")
     return bool(incremental)
 
 
 def soft_time_limit(chat: chat_pb.ChatRequest, violations: Violations) -> float | None:
-    """Seconds after which the answer ends as it is; `None` for no limit."""
+    """Seconds after which the answer ends with the text so far; `None` for no limit."""
     if not chat.HasField("soft_time_limit"):
         return None
     seconds = _seconds(chat.soft_time_limit)
@@ -90,24 +90,24 @@ def soft_time_limit(chat: chat_pb.ChatRequest, violations: Violations) -> float 
 
 
 def own_completion_id(text: str, violations: Violations) -> str:
-    """The id that a caller chose for a new completion; empty for none."""
+    """The id that a caller chose for a new completion; empty if it chose none."""
     if text and not _ID.fullmatch(text):
-        violations.add("chat.completion_id", f"{ID_RULE}; leave it out to be given one")
+        violations.add("chat.completion_id", f"{ID_RULE}; omit it to have one generated")
     return text
 
 
 def completion_id(text: str, path: str) -> str:
-    """Check the id of a completion that is looked for.
+    """Validate the id of an existing completion.
 
     Args:
         text: The id.
-        path: The request's field that has it.
+        path: The field of the request.
 
     Returns:
-        The id; there may be none of it.
+        The id; the completion may not exist.
 
     Raises:
-        CallerError: INVALID_REQUEST: it is missing, or cannot be one.
+        CallerError: INVALID_REQUEST: the id is missing or invalid.
     """
     if not text:
         raise invalid_request([Violation(path, "is required: Started.completion_id, or the caller's own")])
@@ -117,22 +117,22 @@ def completion_id(text: str, path: str) -> str:
 
 
 def resume(request: chat_pb.StreamChatCompletionRequest) -> tuple[str, int | None]:
-    """Check a request that goes on with a retained stream.
+    """Validate a request that resumes a retained stream.
 
     Args:
-        request: Its `start` is `resume`.
+        request: A request with `resume` in `start`.
 
     Returns:
-        The completion's id, and the sequence of the last message that came; `None` for from the first on.
+        The completion's id, and the sequence of the last message that the caller received; `None` to start at the first message.
 
     Raises:
-        CallerError: INVALID_REQUEST: no id, or one that cannot be; options, which only a new stream may have.
+        CallerError: INVALID_REQUEST: the id is missing or invalid, or the request has options, which only a new stream may have.
     """
     message = request.resume
     found = completion_id(message.completion_id, "resume.completion_id")
-    # An empty message sets none of them.
+    # An empty message sets no option.
     if request.options.ByteSize():
-        raise invalid_request([Violation("options", "a resumed stream is told as it was asked for: leave them out")])
+        raise invalid_request([Violation("options", "must be omitted: a resumed stream keeps its options")])
     if message.last_sequence < 0:
         raise invalid_request(
             [Violation("resume.last_sequence", "must be 0 or more; leave it out for the first message")]
@@ -141,14 +141,14 @@ def resume(request: chat_pb.StreamChatCompletionRequest) -> tuple[str, int | Non
 
 
 def stream_options(message: chat_pb.StreamOptions, max_retention: float) -> StreamOptions:
-    """Check how a new stream is to be told.
+    """Validate the options of a new stream.
 
     Args:
-        message: What the caller asks for.
-        max_retention: Seconds that the operator allows a stream to be retained.
+        message: The options in the request.
+        max_retention: The longest retention that the operator allows, in seconds.
 
     Raises:
-        CallerError: INVALID_REQUEST with every violated field.
+        CallerError: INVALID_REQUEST with every invalid field.
     """
     violations: list[Violation] = []
 
@@ -166,7 +166,7 @@ def stream_options(message: chat_pb.StreamOptions, max_retention: float) -> Stre
         violations.append(Violation("options.early_heartbeats", "needs heartbeat_interval: set it too"))
     limit = f"must be from {MIN_RETENTION:g} to {max_retention:g} seconds, this gateway's limit"
     if max_retention < MIN_RETENTION:
-        limit = "must be left out: this gateway keeps no streams"
+        limit = "must be omitted: this gateway does not retain streams"
     retention = within("retention", MIN_RETENTION, max_retention, limit)
     if violations:
         raise invalid_request(violations)
@@ -174,7 +174,7 @@ def stream_options(message: chat_pb.StreamOptions, max_retention: float) -> Stre
 
 
 def _seconds(duration: Duration) -> float:
-    """A duration in seconds; NaN, which no range holds, for one that breaks protobuf's rules."""
+    """A duration in seconds; NaN, which is in no range, if it is invalid in protobuf."""
     seconds, nanos = duration.seconds, duration.nanos
     if abs(nanos) >= 1_000_000_000 or seconds * nanos < 0:
         return math.nan

@@ -1,4 +1,4 @@
-"""Everything that is wrong with a request, in one error."""
+"""Collects all violations of a request for one error."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from deltawire_server.errors import Violation, invalid_request
 from deltawire_server.rpc.status import MAX_MESSAGE, shorten
 
 MAX_VIOLATIONS = 64
-"""Several times what a status has room for. Validation stops there: a request can be wrong in a million places."""
+"""Several times as many as fit into a status. Validation stops there, because a request may have a million violations."""
 
 MAX_FIELD = 256
-"""Bytes of a field's path, some of which comes from the request."""
+"""Bytes of a field's path, parts of which come from the request."""
 
 
 class Violations:
-    """The rules that a request breaks: `add` each, then `raise_any`."""
+    """The violations of a request: `add` each, then call `raise_any`."""
 
     def __init__(self) -> None:
         self._violations: list[Violation] = []
 
     def add(self, field: str, description: str) -> None:
-        """Add a violation; long texts, which may quote the request, are cut.
+        """Add a violation. Long texts, which may quote the request, are cut.
 
         Args:
             field: Path of the field.
-            description: What is wrong with it, and the remedy.
+            description: What is wrong, and what to do.
 
         Raises:
             CallerError: INVALID_REQUEST: there are `MAX_VIOLATIONS`.
@@ -33,7 +33,7 @@ class Violations:
             self.raise_any()
 
     def raise_any(self) -> None:
-        """Refuse the request if it breaks any rule.
+        """Refuse the request if there are violations.
 
         Raises:
             CallerError: INVALID_REQUEST, with all violations.

@@ -1,8 +1,7 @@
-"""Bounds on a request's fields and on its bytes besides images, checked on the bytes before they are parsed.
+"""Limits a request's number of fields, and its bytes without images. The check runs on the serialized bytes, before parsing.
 
-The parser takes up to 20 times a message's bytes and a second per 40 MiB if the message consists of empty fields, and it
-cannot be interrupted. This scan reads the tags only: it skips texts and bytes without a look at them, so a request with
-large images costs as little as one without.
+If a message consists of empty fields, the parser takes up to 20 times its size in memory and one second per 40 MiB, and it cannot
+be interrupted. This scan reads only the tags and skips the content of strings and bytes, so large images cost nothing.
 """
 
 from __future__ import annotations
@@ -23,21 +22,21 @@ if TYPE_CHECKING:
     from google.protobuf.descriptor import Descriptor
 
 MAX_FIELDS = 100_000
-"""Fields of one request, those of its nested messages included; to parse them takes about 10 ms and 5 MiB. A conversation
-of 10,000 messages, the most that is allowed, has about 50,000."""
+"""Fields of one request, including those of nested messages; parsing them takes about 10 ms and 5 MiB. A conversation of 10,000
+messages, which is the limit, has about 50,000."""
 
 MAX_BYTES = 8 * 1024 * 1024
-"""Bytes of a request besides its images. Texts and JSON are validated, copied and encoded in pieces that cannot be
-interrupted, which takes up to 10 ms per MiB. This is about two million tokens, more than models have context."""
+"""Bytes of a request without its images. Texts and JSON are validated, copied and encoded in uninterruptible pieces, which take up
+to 10 ms per MiB. The limit is about two million tokens, more than the context of any model."""
 
 IMAGES = frozenset({"deltawire.v1.Image.data", "deltawire.v1.Image.url"})
-"""What does not count for that: images have limits of their own, and an image may be a `data:` URL."""
+"""Fields that do not count toward `MAX_BYTES`: images have their own limits, and a URL may be a `data:` URL."""
 
 SCANNED_BYTES = 256 * 1024
-"""Shorter requests are not scanned: at two bytes each they have about as many fields as are allowed."""
+"""Shorter requests are not scanned: with two bytes per field, they have about `MAX_FIELDS` fields at most."""
 
 STEP = 2_500
-"""Fields that are scanned before other calls get their turn: 1 to 3 ms."""
+"""Fields that are scanned before other calls run: 1 to 3 ms."""
 
 NOT_A_MESSAGE = "the request is not a message of this method: its bytes are not protobuf, or a text in it is not UTF-8"
 
@@ -50,14 +49,14 @@ _UNKNOWN: dict[int, Descriptor | _Kind] = {}
 
 
 class _Kind(enum.Enum):
-    """What a length-delimited field holds, if not a message, and not a text or bytes that are skipped."""
+    """The content of a length-delimited field that is neither a message nor a skipped string or bytes."""
 
     IMAGE = enum.auto()
     NUMBERS = enum.auto()
 
 
 async def check(data: bytes, method: str) -> None:
-    """Refuse a request with too many fields, or with too many bytes besides images. Other calls get their turn meanwhile.
+    """Refuse a request with too many fields, or with too many bytes without images. Other calls run in between.
 
     Args:
         data: The request's bytes.
@@ -75,7 +74,7 @@ async def check(data: bytes, method: str) -> None:
         if count > MAX_FIELDS:
             raise CallerError(
                 Reason.INVALID_REQUEST,
-                f"the request has more than {MAX_FIELDS} fields, nested ones and packed numbers' bytes included: send fewer"
+                f"the request has more than {MAX_FIELDS} fields, including nested fields and bytes of packed numbers: send fewer"
                 " messages, parts or list entries",
             )
         await give_way()
@@ -90,7 +89,7 @@ async def check(data: bytes, method: str) -> None:
 def scan(  # noqa: C901 (one flat loop: a call for each field would double the time)
     data: bytes, message: Descriptor
 ) -> Iterator[tuple[int, int]]:
-    """Count the fields of a message, those of nested messages included; a packed list counts each of its bytes.
+    """Count the fields of a message and of its nested messages; each byte of a packed list counts as a field.
 
     Args:
         data: The message's bytes.
@@ -101,14 +100,14 @@ def scan(  # noqa: C901 (one flat loop: a call for each field would double the t
         high.
 
     Raises:
-        CallerError: INVALID_REQUEST: the bytes are not protobuf. What only the parser refuses, such as a text that is not
-            UTF-8, is not found here.
+        CallerError: INVALID_REQUEST: the bytes are not protobuf. Only the parser finds other errors, such as text that is not
+            UTF-8.
     """
     count, images, due = 0, 0, STEP
     at, end = 0, len(data)
     nested = _nested(message)
     outer: list[tuple[int, Mapping[int, Descriptor | _Kind]]] = []
-    groups = 0  # open ones, and around them the table to go back to: in a group, which proto3 lacks, no field is known
+    groups = 0  # the number of open groups; proto3 has no groups, so all fields in a group are unknown
     around = nested
     try:
         while True:
@@ -119,7 +118,7 @@ def scan(  # noqa: C901 (one flat loop: a call for each field would double the t
                     yield count, images
                     return
                 end, nested = outer.pop()
-            # Varints of one byte are read in place: nearly all are, and a call each would double the time.
+            # Varints of one byte, which are nearly all, are read in place: a function call for each would double the time.
             tag = data[at]
             at += 1
             if tag > 0x7F:
@@ -177,7 +176,7 @@ class _MalformedError(Exception):
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """The number at a place, and the place after it; 10 bytes are the most that 64 bits take."""
+    """The varint at an offset, and the offset after it; 64 bits take at most 10 bytes."""
     value = 0
     for shift in range(0, 70, 7):
         byte = data[at]
@@ -190,7 +189,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 @cache
 def _nested(message: Descriptor) -> Mapping[int, Descriptor | _Kind]:
-    """The fields whose bytes count, by their tag: those of images, messages with their type, and packed numbers."""
+    """The fields that are not skipped, by tag: images, messages with their type, and packed numbers."""
     table: dict[int, Descriptor | _Kind] = {}
     for field in message.fields:
         tag = field.number << 3 | _LENGTH

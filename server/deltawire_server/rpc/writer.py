@@ -1,4 +1,4 @@
-"""The one writer of streams: plain, retained, and watches. Each message has its own deadline."""
+"""Writes the messages of all streaming calls: completions, retained streams and watches. Each message has its own timeout."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 class StreamWriter:
     """Writes the messages of one streaming call.
 
-    Initial metadata goes out with the first message and not before: until then clients and proxies can retry the call.
+    Initial metadata is sent with the first message and not earlier: until then, clients and proxies can retry the call.
 
     Args:
         context: The call.
-        record: Its record, whose latch it obeys.
+        record: The record of the call.
         timeout: Seconds that one message may wait for the caller.
-        slow: Makes the failure of a caller that does not take a message in that time.
+        slow: Returns the error for a caller that does not receive a message in that time.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class StreamWriter:
 
         Args:
             message: The next one.
-            last: Whether it ends the stream without a fault; then the call has succeeded.
+            last: Whether it ends the stream without an error; then the call has succeeded.
 
         Raises:
-            GatewayError: What `slow` makes: the caller did not take it in time. Nothing can be written after that.
+            GatewayError: The error of `slow`: the caller did not receive the message in time. Nothing can be written after that.
         """
         self._record.latch.check_open()
         if not self._begun:
@@ -69,7 +69,7 @@ class StreamWriter:
             self._record.latch.succeed()
 
     def hasten(self, seconds: float) -> None:
-        """From now on a message may wait for so many seconds, also the one that waits now: the process is about to stop."""
+        """Reduce the timeout of all messages, including the one that is being written, because the process shuts down."""
         self._timeout = min(self._timeout, seconds)
         if self._clock is not None and not self._clock.expired():
             end_by = asyncio.get_running_loop().time() + self._timeout

@@ -1,8 +1,7 @@
-"""What the operator says: one TOML file, environment variables over it, flags over both. No network.
+"""The operator's settings: one TOML file, overridden by environment variables, overridden by flags. No network access.
 
-`parse` gives an `Invocation` whose settings can be served with, or raises `SettingsError` with every problem there is.
-To add a key, add a field with its description to `model`: file, environment, `--set`, `--help` and the printed settings
-have it then.
+`parse` returns an `Invocation` with valid settings, or raises `SettingsError` with every problem. To add a key, add a field
+with a description to `model`: the file, the environment, `--set`, `--help` and the printed settings then support it.
 """
 
 from deltawire_server.settings.cli import Invocation, effective, example, parse

@@ -1,4 +1,4 @@
-"""`deltawire-server`'s command line: flags, `--help` with the whole reference, and printing the settings in effect."""
+"""The command line of `deltawire-server`: flags, `--help` with the complete reference, and the printed settings."""
 
 from __future__ import annotations
 
@@ -40,24 +40,24 @@ FLAGS: Mapping[str, KeyPath] = MappingProxyType(
         "--log-format": ("log", "format"),
     }
 )
-"""The keys that have a flag of their own; the others are set by `--set`."""
+"""The keys that have their own flag; `--set` sets the others."""
 
 _WIDTH = 100
 _DESCRIPTION = """\
-A gRPC gateway that gives typed, streaming access to chat models served by vLLM.
+A gRPC gateway with a typed streaming API for chat models served by vLLM.
 
-Settings come from one TOML file, from environment variables over it, and from flags over both. At least one provider
-is needed; `--vllm-url` or VLLM_URL is the shortest way to name it. On SIGHUP they are read again, and what changed
-in [providers] takes effect.
+Settings come from one TOML file, from environment variables, which override the file, and from flags, which override
+both. At least one provider is required: --vllm-url or VLLM_URL is the shortest way to set it. On SIGHUP the settings are
+read again; changes in [providers] and [access] take effect, other changes require a restart.
 """
 _EPILOG = """\
 environment:
   DELTAWIRE_CONFIG               the settings file, unless --config names one
-  DELTAWIRE_<SECTION>_<KEY>      any key below; DELTAWIRE_PROVIDERS_<ID>_<KEY> for a provider's, whose id is written in
-                                 capitals with _ for - and .
+  DELTAWIRE_<SECTION>_<KEY>      any key below; DELTAWIRE_PROVIDERS_<ID>_<KEY> for the key of a provider, with its id in
+                                 capitals and _ for - and .
   VLLM_URL, VLLM_MAX_TOKENS,     provider vllm's base_url, max_tokens, api_token and tls_verify
   VLLM_API_TOKEN, VLLM_TLS_VERIFY
-  An empty variable counts as not set. A list is written with commas.
+  An empty variable counts as not set. The items of a list are separated by commas.
 
 examples:
   VLLM_URL=http://127.0.0.1:8000/v1 deltawire-server
@@ -72,13 +72,13 @@ settings file, with every key and its default:
 
 @dataclass(frozen=True, slots=True)
 class Invocation:
-    """What a command line asks for.
+    """A parsed command line.
 
     Attributes:
-        settings: To serve with.
+        settings: The settings to serve with.
         check_only: Print `effective(settings, origins)` and exit 0 instead of serving.
-        sources: All that was read, lowest first: "file …", "environment …", "flag …".
-        origins: Where each key that has not its default is from, by its dotted name.
+        sources: All sources that were read, lowest precedence first: "file …", "environment …", "flag …".
+        origins: The source of each key that does not have its default, by its dotted name.
     """
 
     settings: Settings
@@ -88,15 +88,15 @@ class Invocation:
 
 
 def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Invocation:
-    """Read flags, environment and file. The caller prints or serves what comes back.
+    """Read flags, environment and file. The caller then prints or serves the result.
 
     Args:
-        argv: Without the program's name.
-        environ: As in `os.environ`.
+        argv: The arguments, without the program's name.
+        environ: The environment, such as `os.environ`.
 
     Raises:
-        SettingsError: Something is wrong in one of them; the message has one line for each problem. Exit 2.
-        SystemExit: 2 for flags that do not exist or lack their value, 0 after --help and --version.
+        SettingsError: A source is invalid; the message has one line per problem. Print it and exit 2.
+        SystemExit: 2 for an unknown flag or a missing value, 0 after --help and --version.
     """
     arguments = vars(_parser().parse_args(argv))
     assignments: list[tuple[KeyPath, str]] = arguments["set"] or []
@@ -114,7 +114,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Invocation:
             sources.problems.append(f"{dotted(key)} (from flag --set): {in_file_only(key)}")
         elif known is not None and is_secret(known):
             sources.problems.append(
-                f"{dotted(key)} (from flag --set): a secret on the command line shows in ps: set it by environment "
+                f"{dotted(key)} (from flag --set): a secret on the command line is visible in ps: set it by environment "
                 f"{variable(key)}, or in the settings file"
             )
         else:
@@ -129,11 +129,11 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Invocation:
 
 
 def effective(settings: Settings, origins: Mapping[str, str] | None = None) -> str:
-    """Settings as TOML, every key, secrets as `"***"`; print it.
+    """All settings as TOML, with secrets as `"***"`. Print it.
 
     Args:
-        settings: Which.
-        origins: From `Invocation`; with them each line ends in a comment that says where its value is from.
+        settings: The settings.
+        origins: From `Invocation`. If given, each line ends with a comment that names the source of its value.
     """
     lines: list[str] = []
     for path, section in _tables(settings):
@@ -152,9 +152,9 @@ def effective(settings: Settings, origins: Mapping[str, str] | None = None) -> s
 
 
 def example() -> str:
-    """A settings file with every key, its description and its default: valid TOML, and part of `--help`.
+    """A settings file with every key, its description and its default. It is valid TOML, and part of `--help`.
 
-    Keys that are not set by default, or empty, are commented out with a sample.
+    Keys whose default is unset or empty are commented out, with a sample value.
     """
     lines: list[str] = []
     for name, model in SECTIONS.items():
@@ -185,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     for flag, path in FLAGS.items():
         field = field_at(path)
         assert field is not None, flag  # noqa: S101 -- a flag for a key that does not exist is a defect of this table.
-        # What follows the first sentence stands in the example.
+        # The example contains the sentences after the first one.
         text = re.split(r"(?<=\.) ", field.description or "", maxsplit=1)[0].replace("%", "%%")
         if flag == "--allow-plaintext":
             parser.add_argument(flag, dest=flag, action="store_const", const=True, help=text)
@@ -202,22 +202,22 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         type=_assignment,
         metavar="SECTION.KEY=VALUE",
-        help="Any other key, written as for the environment; providers.ID.KEY for a provider's. Repeatable.",
+        help="Set any other key, with a value as for the environment; providers.ID.KEY for a provider. Repeatable.",
     )
     parser.add_argument(
-        "--check-config", action="store_true", help="Check and print the settings in effect, then exit."
+        "--check-config", action="store_true", help="Validate and print the effective settings, then exit."
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('deltawire')}")
     return parser
 
 
 def _assignment(text: str) -> tuple[KeyPath, str]:
-    """Read `SECTION.KEY=VALUE`; messages leave the value out, which may be a secret."""
+    """Parse `SECTION.KEY=VALUE`. Messages omit the value, which may be a secret."""
     name, separator, value = text.partition("=")
     section, _, key = name.strip().partition(".")
     path: KeyPath = (section, key)
     if section == "providers":
-        # An id may have dots itself.
+        # An id may contain dots.
         identifier, _, key = key.rpartition(".")
         path = (section, identifier, key)
     if not separator or not all(path):
@@ -238,7 +238,7 @@ def _tables(settings: Settings) -> Iterator[tuple[KeyPath, Section]]:
 
 
 def _ways(field: FieldInfo, path: KeyPath) -> str:
-    """What a key takes and its other names, for the example."""
+    """The values that a key accepts and its other names, for the example."""
     if is_table(field):
         return f"({expectation(field)})"
     flags = [flag for flag, key in FLAGS.items() if key == path]
@@ -262,12 +262,12 @@ def _header(path: KeyPath) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Text fit for a comment: a file's name may hold what a comment may not."""
+    """Text for a comment: a file's name may contain characters that a comment must not."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _toml(value: object) -> str:
-    """A value as TOML writes it; a secret as the mask."""
+    """A value in TOML syntax; a secret as the mask."""
     if isinstance(value, SecretStr):
         return f'"{MASK}"'
     if isinstance(value, bool):
@@ -278,7 +278,7 @@ def _toml(value: object) -> str:
         return f"[{', '.join(_toml(item) for item in value)}]"
     if isinstance(value, dict):
         return f"{{{', '.join(f'{_header((key,))} = {_toml(item)}' for key, item in value.items())}}}"
-    # JSON's strings are TOML's, but for DEL.
+    # JSON strings are valid in TOML, except for DEL.
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

@@ -1,4 +1,4 @@
-"""What a settings field is, for whoever reads, explains or prints it: where a key leads, what it takes, whether it is a secret."""
+"""Metadata of settings fields: the field of a key, the values that it accepts, and whether it is a secret."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 KeyPath = tuple[str, ...]
-"""A key's way from the root: ("server", "listen"), ("providers", "vllm", "base_url")."""
+"""The path of a key from the root: ("server", "listen"), ("providers", "vllm", "base_url")."""
 
 
 def field_at(path: KeyPath) -> FieldInfo | None:
-    """The field a path leads to, or `None` if there is none.
+    """The field at a path, or `None` if there is none.
 
     Args:
-        path: From the root; a provider's id may be any.
+        path: From the root, with any provider id.
     """
     depth = 3 if path[0] == "providers" else 2
     if len(path) != depth or path[0] not in SECTIONS:
@@ -31,17 +31,17 @@ def field_at(path: KeyPath) -> FieldInfo | None:
 
 
 def is_secret(field: FieldInfo) -> bool:
-    """Whether a field's value, or what it holds, must not be printed."""
+    """Whether a field's value, or the values in it, must not be printed."""
     return SecretStr in {*_kinds(field), *get_args(field.annotation)}
 
 
 def is_table(field: FieldInfo) -> bool:
-    """Whether a field is a table of its own; then only the settings file sets it."""
+    """Whether a field is a table, which only the settings file can set."""
     return abc.Mapping in _kinds(field)
 
 
 def expectation(field: FieldInfo) -> str:
-    """What a field takes, to follow "must be": "a whole number from 1 to 65536"."""
+    """The values that a field accepts, to follow "must be": "a whole number from 1 to 65536"."""
     if field.title:
         return field.title
     kinds = _kinds(field)
@@ -58,7 +58,7 @@ def expectation(field: FieldInfo) -> str:
 
 
 def _kinds(field: FieldInfo) -> list[object]:
-    """The alternatives of a field's type; literals by their values, generics by their origin, without `None`."""
+    """The alternatives of a field's type, without `None`: the values of literals, the origins of generics."""
     annotation = field.annotation
     origin = get_origin(annotation)
     if origin is Literal:

@@ -1,4 +1,4 @@
-"""The lines that say who may call, from their file and from the environment, with the place of each that is wrong."""
+"""Access lines: reads them from their file and from the environment, and reports the position of each invalid line."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ if TYPE_CHECKING:
 
 FILE = "keys_file"
 TEXT = "keys"
-"""The two settings that hold lines."""
+"""The two settings that contain lines."""
 
 _SEPARATED = re.compile(r"[^;\n]*")
 
 
 class LinesError(ValueError):
-    """Lines that are wrong.
+    """Some lines are invalid.
 
     Attributes:
-        problems: Of each, the setting that it is from, and the place, what is wrong and what to do. No line is repeated.
+        problems: For each problem, the setting, and a message with the line's position, what is wrong and what to do. No message
+            contains the line.
     """
 
     def __init__(self, problems: Iterable[tuple[str, str]]) -> None:
@@ -38,12 +39,12 @@ class LinesError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A principal, and where its line stands.
+    """A principal and the position of its line.
 
     Attributes:
         setting: `FILE` or `TEXT`.
-        place: For people: "/etc/deltawire/keys line 3".
-        principal: Whom the line is about.
+        place: The position in words: "/etc/deltawire/keys line 3".
+        principal: The principal that the line describes.
     """
 
     setting: str
@@ -52,16 +53,18 @@ class Entry:
 
 
 def hashed(value: SecretStr | None) -> SecretStr | None:
-    """Replace the keys in `access.keys` by their digests, so that no settings hold one; wrong lines stay, to be reported.
+    """Replace the keys in `access.keys` by their digests, so that settings contain no key. `read` reports invalid lines.
 
     Raises:
-        ValueError: It is the mask that stands for the lines in printed settings.
+        ValueError: It is the mask of printed settings.
     """
     text = value.get_secret_value() if value is not None else ""
     if value is None or not text:
         return None
     if text.strip() == MASK:
-        raise ValueError(f'is "{MASK}", which only stands for the lines in printed settings: give the lines themselves')
+        raise ValueError(
+            f'is "{MASK}", which is only the mask of the lines in printed settings: give the lines themselves'
+        )
     return SecretStr(_SEPARATED.sub(lambda line: _hashed(line[0]), text))
 
 
@@ -74,24 +77,24 @@ def _hashed(line: str) -> str:
 
 
 def read(path: Path | None, text: SecretStr | None) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
-    """Read all lines there are.
+    """Read all access lines.
 
     Args:
-        path: A file of lines; it can be read.
-        text: Lines with `;` or line ends between them.
+        path: A readable file of lines.
+        text: Lines separated by `;` or newlines.
 
     Returns:
-        The entries, file first; and warnings about how the file is kept, for the log.
+        The entries, those of the file first; and warnings about the file's permissions, for the log.
 
     Raises:
-        LinesError: With every line that is wrong, and every name or credential that is there twice; or nobody is named.
+        LinesError: Lines are invalid, a name or a credential is used twice, or there are only comments and empty lines.
     """
     lines: list[tuple[str, str, str]] = []
     mode = 0
     if path is not None:
         with path.open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode
-            # A byte that is no UTF-8 may be in a comment; anywhere else it makes its line wrong, which then is reported.
+            # Bytes that are not UTF-8 are allowed in comments; anywhere else they make their line invalid.
             content = file.read().decode(errors="replace")
         lines += [(FILE, f"{path} line {number}", line) for number, line in enumerate(content.split("\n"), start=1)]
     if text is not None:
@@ -99,21 +102,22 @@ def read(path: Path | None, text: SecretStr | None) -> tuple[tuple[Entry, ...], 
             (TEXT, f"line {number}", line)
             for number, line in enumerate(re.split("[;\n]", text.get_secret_value()), start=1)
         ]
-    entries, problems = _judged(lines)
+    entries, problems = _validated(lines)
     if lines and not entries and not problems:
-        problems.append((lines[0][0], _NOBODY))
+        problems.append((lines[0][0], _NO_CALLER))
     if problems:
         raise LinesError(problems)
     return tuple(entries), tuple(_warnings(path, mode, entries)) if path is not None else ()
 
 
-# A file that was emptied by mistake, or to revoke the last key, must not open the gateway to everybody.
-_NOBODY = (
-    "names nobody, so nobody could call: add a line, or start without access settings, and everybody may do everything"
+# A file that was emptied by mistake, or to revoke the last key, must not open the gateway to every caller.
+_NO_CALLER = (
+    "has no access line, so no caller could call: add a line; to allow every caller to do everything, remove the access "
+    "settings"
 )
 
 
-def _judged(lines: Iterable[tuple[str, str, str]]) -> tuple[list[Entry], list[tuple[str, str]]]:
+def _validated(lines: Iterable[tuple[str, str, str]]) -> tuple[list[Entry], list[tuple[str, str]]]:
     entries: list[Entry] = []
     problems: list[tuple[str, str]] = []
     places: dict[object, str] = {}
@@ -129,27 +133,29 @@ def _judged(lines: Iterable[tuple[str, str, str]]) -> tuple[list[Entry], list[tu
         for what, unique in (("name", principal.name), ("credential", principal.credential)):
             first = places.setdefault(unique, place)
             if first != place:
-                problems.append((setting, f"{place}: the {what} is that of {first} again: give each its own"))
+                problems.append(
+                    (setting, f"{place}: the {what} is the same as that of {first}: give each line its own")
+                )
     return entries, problems
 
 
 def _warnings(path: Path, mode: int, entries: Iterable[Entry]) -> Iterator[str]:
     if mode & (stat.S_IWGRP | stat.S_IWOTH):
-        yield f"others than its owner can write {path} and let themselves in: chmod go-w"
+        yield f"users other than the owner can write {path} and add themselves: chmod go-w"
     clear = any(
         isinstance(entry.principal.credential, Key) and entry.principal.credential.clear
         for entry in entries
         if entry.setting == FILE
     )
     if clear and mode & stat.S_IROTH:
-        yield f"everybody on this machine can read the keys in {path}: chmod o-r, or write their digests, sha256:…"
+        yield f"all users of this machine can read the keys in {path}: chmod o-r, or write their digests, sha256:…"
 
 
 def certificates_needed(entries: Iterable[Entry]) -> list[tuple[str, str]]:
-    """The lines by identity, as problems of `LinesError`'s form: where no client certificate is asked for."""
+    """The lines with certificate names, as problems for `LinesError`, if the listener requests no client certificates."""
     remedy = "set server.tls_client_ca_file (--tls-client-ca-file), or give the caller a key"
     return [
-        (entry.setting, f"{entry.place}: mtls: needs a listener that asks for client certificates: {remedy}")
+        (entry.setting, f"{entry.place}: mtls: needs a listener that requests client certificates: {remedy}")
         for entry in entries
         if isinstance(entry.principal.credential, Identity)
     ]

@@ -1,7 +1,7 @@
-"""The settings themselves: a frozen tree whose field descriptions are also the help and the example file.
+"""The settings: a frozen tree of models. The field descriptions are also the text of `--help` and of the example file.
 
-`Settings` checks what it is made of, so one that exists can be served with. Where values come from is for `sources`.
-Times are seconds, sizes bytes, throughout.
+Construction validates all values, so every `Settings` object is usable. `sources` reads the values. All times are in seconds,
+all sizes in bytes.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 KIB = 1024
 MIB = 1024 * KIB
 
-# A time beyond a week is a number of milliseconds in the wrong place.
+# A longer time is most likely given in milliseconds by mistake.
 _WEEK = 7 * 24 * 3600.0
-# gRPC keeps message sizes in 32 bits; the others share the limit so that none can be raised past what can be sent.
+# gRPC stores message sizes in 32 bits. The other sizes share the limit, so that none exceeds what can be sent.
 _MOST_BYTES = 2**31 - 1
 
 Whole = Annotated[int, BeforeValidator(values.number)]
@@ -46,23 +46,23 @@ OptionalFile = Annotated[
     Annotated[Path, AfterValidator(values.readable_file)] | None, BeforeValidator(lambda value: value or None)
 ]
 ADDRESSES = "an address or a list of addresses"
-"""A field's `title` says what it takes, where its type cannot."""
+"""The `title` of a field describes the values that it accepts, if its type does not."""
 
 ProviderId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
 
 
 class Section(BaseModel):
-    """What all sections share: frozen, no unknown keys, and no value in any exception's text."""
+    """Base class of all sections: frozen, without unknown keys, and with no values in the text of exceptions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, validate_default=True)
 
     def remarks(self) -> tuple[str, ...]:
-        """What printed settings say beside the values, a line each; no secrets."""
+        """Additional lines for the printed settings; they contain no secrets."""
         return ()
 
 
 class ServerSettings(Section):
-    """The listener, what it admits, and how it ends."""
+    """The listener, its limits, and how it shuts down."""
 
     listen: Annotated[
         tuple[Annotated[str, AfterValidator(values.address)], ...],
@@ -72,38 +72,39 @@ class ServerSettings(Section):
         default=("127.0.0.1:50051",),
         title=ADDRESSES,
         description=(
-            "Addresses to listen on: host:port, [IPv6 address]:port or unix:/path; one, or a list (with commas in "
-            "the environment). Port 0 takes any free port. The default is reached from this machine only, so that "
-            "nothing is exposed by accident."
+            "Addresses to listen on: host:port, [IPv6 address]:port or unix:/path; one address, or a list (separated "
+            "by commas in the environment). Port 0 selects any free port. The default is reachable from this machine "
+            "only."
         ),
     )
     tls_cert_file: OptionalFile = Field(
         default=None,
         examples=["/etc/deltawire/tls.crt"],
         description=(
-            "PEM file with the server's certificate chain, leaf first. Without it TCP listeners speak plaintext. "
-            "Needs tls_key_file."
+            "PEM file with the server's certificate chain, leaf first. Without it, TCP listeners use plaintext. "
+            "Requires tls_key_file."
         ),
     )
     tls_key_file: OptionalFile = Field(
         default=None,
         examples=["/etc/deltawire/tls.key"],
-        description="PEM file with the private key of tls_cert_file, not encrypted.",
+        description="PEM file with the unencrypted private key of tls_cert_file.",
     )
     tls_client_ca_file: OptionalFile = Field(
         default=None,
         examples=["/etc/deltawire/clients-ca.crt"],
         description=(
-            "PEM file with the authorities whose client certificates are accepted. When set, every caller must show "
-            "one (mutual TLS). Needs tls_cert_file and tls_key_file."
+            "PEM file with the certificate authorities for client certificates. If set, every client must present a "
+            "certificate (mutual TLS). Requires tls_cert_file and tls_key_file."
         ),
     )
-    # After the fields it depends on: a validator sees only those that come before its own.
+    # Must come after the fields that it depends on: a validator sees only earlier fields.
     allow_plaintext: bool = Field(
         default=False,
         description=(
-            "Serve without TLS on addresses that other machines can reach. Usual behind a sidecar or a load balancer "
-            "that does TLS; off by default, since prompts and tokens would cross the network readable."
+            "Serve without TLS on addresses that other machines can reach. Use this behind a sidecar or a load "
+            "balancer that terminates TLS. By default it is off, because prompts and tokens would cross the network "
+            "unencrypted."
         ),
     )
     max_streams: Whole = Field(
@@ -111,8 +112,8 @@ class ServerSettings(Section):
         ge=1,
         le=100_000,
         description=(
-            "Completions under way at once; more are refused with RESOURCE_EXHAUSTED (TOO_MANY_STREAMS). The default "
-            "is about what one process forwards at full speed; each takes one connection to a provider."
+            "Completions that run at once; further ones are refused with RESOURCE_EXHAUSTED (TOO_MANY_STREAMS). Each "
+            "uses one connection to a provider. The default is about what one process forwards at full speed."
         ),
     )
     max_connections: Whole = Field(
@@ -120,10 +121,10 @@ class ServerSettings(Section):
         ge=1,
         le=1_000_000,
         description=(
-            "Connections of clients at once, on all addresses together; more are closed as soon as they are accepted. Never "
-            "more than half of the process's file descriptors, whose limit is raised to the hard one at start-up (see `serving` "
-            "in the log). The default is ten times what proxies with a few connections each need; an idle one takes about "
-            "30 KiB."
+            "Client connections at once, over all addresses; further ones are closed as soon as they are accepted. "
+            "The gateway never uses more than half of the process's file descriptors for clients; at startup it "
+            "raises the soft limit to the hard limit (see `serving` in the log). An idle connection takes about 30 "
+            "KiB. The default is ten times what proxies with a few connections each need."
         ),
     )
     max_concurrent_streams: Whole = Field(
@@ -131,23 +132,24 @@ class ServerSettings(Section):
         ge=1,
         le=100_000,
         description=(
-            "Calls at once on one connection; a client delays further ones or opens another connection. The default is "
-            "twice that of max_streams, since a proxy may send everything over one connection: do not set it lower than "
-            "max_streams."
+            "Concurrent calls on one connection; the client delays further calls or opens another connection. Do not "
+            "set it lower than max_streams: a proxy may send all calls over one connection. The default is twice the "
+            "default of max_streams."
         ),
     )
     handshake_timeout: Seconds = Field(
         default=10.0,
         description=(
-            "Seconds that a new connection may take until TLS and HTTP/2 are set up; then it is closed. The default "
-            "outlasts a slow mobile network; gRPC's own is 120, in which a silent connection would keep its place."
+            "Seconds for the TLS and HTTP/2 handshakes of a new connection; then the connection is closed. The "
+            "default is enough for a slow mobile network; gRPC's own default is 120, during which a silent connection "
+            "would occupy a slot."
         ),
     )
     max_receive_bytes: Bytes = Field(
         default=20 * MIB,
         description=(
-            "Bytes of the largest request. The default leaves room for a few images; gRPC's own is 4 MiB. To receive a request "
-            "takes three times as much memory for a moment."
+            "Bytes of the largest request. Receiving a request briefly takes three times its size in memory. The "
+            "default leaves room for a few images; gRPC's own default is 4 MiB."
         ),
     )
     max_receiving: Whole = Field(
@@ -155,17 +157,17 @@ class ServerSettings(Section):
         ge=1,
         le=100_000,
         description=(
-            "Requests that are received at once, each of at most max_receive_bytes, a quarter of them of one caller; "
-            "further calls wait, and nothing of theirs is received beyond 64 KiB. A small request takes its turn for less "
-            "than a millisecond; the default is 1.25 GiB of the largest."
+            "Requests received at once, each of at most max_receive_bytes; one caller may use a quarter of them. "
+            "Further calls wait, and the gateway receives at most 64 KiB of each. A small request takes less than a "
+            "millisecond. The default amounts to 1.25 GiB of the largest requests."
         ),
     )
     receive_timeout: Seconds = Field(
         default=60.0,
         description=(
-            "Seconds that a request may take to arrive, else its call ends with DEADLINE_EXCEEDED (DURATION_LIMIT_EXCEEDED); "
-            "and that it may wait for its turn before, else with RESOURCE_EXHAUSTED (TOO_MANY_STREAMS). The default lets "
-            "16 MiB of images come over 3 Mbit/s."
+            "Seconds for a request to arrive; then the call ends with DEADLINE_EXCEEDED (DURATION_LIMIT_EXCEEDED). A "
+            "call may wait as long for its turn to be received; then it ends with RESOURCE_EXHAUSTED "
+            "(TOO_MANY_STREAMS). The default is enough for 16 MiB of images over 3 Mbit/s."
         ),
     )
     max_memory_bytes: Annotated[int | None, BeforeValidator(values.number)] = Field(
@@ -174,78 +176,79 @@ class ServerSettings(Section):
         le=2**50,
         examples=[4 * 1024 * MIB],
         description=(
-            "Bytes of memory that the requests, answers, queues and retained streams of all calls may take together. At seven "
-            "eighths of it new calls are refused with RESOURCE_EXHAUSTED (MEMORY_LIMIT_EXCEEDED), at all of it the largest "
-            "ones are ended. Not set, half of what the process may use: its cgroup's limit, else the machine's memory. The "
-            "other half is for the process itself and what gRPC and the sockets copy. Set it if several processes share that."
+            "Bytes of memory for the requests, answers, queues and retained streams of all calls together. At seven "
+            "eighths of the limit, new calls are refused with RESOURCE_EXHAUSTED (MEMORY_LIMIT_EXCEEDED); at the "
+            "limit, the largest calls are ended. If not set, the limit is half of the memory that the process may "
+            "use: its cgroup's limit, or else the machine's memory. The other half is for the process itself and for "
+            "the copies that gRPC and the sockets make. Set it if several processes share that memory."
         ),
     )
     max_completed_bytes: Bytes = Field(
         default=1 * MIB,
         description=(
-            "Bytes up to which the last event of a stream repeats the whole answer; above, it says messages_omitted. "
-            "The default stays well below the 4 MiB that gRPC clients receive by default."
+            "Bytes up to which the last event of a stream repeats the whole answer; for a larger answer it sets "
+            "messages_omitted. The default stays well below the 4 MiB that gRPC clients receive by default."
         ),
     )
     max_duration: Seconds = Field(
         default=3600.0,
         description=(
-            "Seconds after which a call without an earlier deadline is ended. The default, an hour, outlasts any "
-            "answer that somebody waits for."
+            "Seconds after which a call without an earlier deadline is ended. The default, an hour, is longer than "
+            "any interactive answer takes."
         ),
     )
     drain_delay: SecondsOrNone = Field(
         default=2.0,
         description=(
-            "Seconds between reporting NOT_SERVING and refusing new calls on shutdown. The default lets load "
-            "balancers notice first; 0 for none."
+            "Seconds between reporting NOT_SERVING and refusing new calls on shutdown; 0 for no delay. The default "
+            "gives load balancers time to stop sending calls."
         ),
     )
     drain_grace: SecondsOrNone = Field(
         default=30.0,
         description=(
-            "Seconds that calls under way get to end on shutdown before they are cancelled. With drain_delay it must "
-            "stay below what the supervisor waits: with the defaults set Kubernetes' terminationGracePeriodSeconds "
-            "to 35."
+            "Seconds that active calls may continue on shutdown before they are cancelled. drain_delay plus "
+            "drain_grace must be less than the supervisor's stop timeout: with the defaults, set Kubernetes' "
+            "terminationGracePeriodSeconds to 35."
         ),
     )
     reflection: bool = Field(
         default=True,
         description=(
-            "Serve gRPC reflection, by which tools such as grpcurl learn the API. It tells no more than the "
-            "published proto files, hence on."
+            "Serve gRPC reflection, which tools such as grpcurl use to read the API. By default it is on, because it "
+            "reveals only the published proto files."
         ),
     )
     min_ping_interval: Seconds = Field(
         default=5.0,
         description=(
-            "Seconds that must lie between two keepalive pings of a client; after 20 that come sooner its connection is "
-            "closed with ENHANCE_YOUR_CALM. The default is half of the 10 below which gRPC clients do not ping, since "
-            "networks do not deliver them evenly."
+            "Seconds that must pass between two keepalive pings of a client; after 20 pings that come sooner, the "
+            "connection is closed with ENHANCE_YOUR_CALM. The default is half of 10, the shortest interval of gRPC "
+            "clients, because networks do not deliver pings evenly."
         ),
     )
     keepalive_time: Seconds = Field(
         default=30.0,
         description=(
-            "Seconds without traffic after which the server pings a client. The default stays below the 60 after "
-            "which common load balancers drop a silent connection."
+            "Seconds without traffic after which the server pings a client. The default is below the 60 after which "
+            "common load balancers drop an idle connection."
         ),
     )
     ping_timeout: Seconds = Field(
         default=20.0,
         description=(
-            "Seconds to wait for the answer to a ping before the connection counts as lost and its generations are "
-            "stopped. The default rides out a short network fault; with keepalive_time, a vanished caller costs at "
-            "most 50."
+            "Seconds to wait for a ping response before the connection is closed and generation for its calls stops. "
+            "The default tolerates a short network failure; with keepalive_time, a client that vanished is detected "
+            "after at most 50."
         ),
     )
 
     @property
     def tls(self) -> bool:
-        """Whether TCP listeners speak TLS."""
+        """Whether TCP listeners use TLS."""
         return self.tls_cert_file is not None
 
-    # In these a key that `info.data` lacks was itself wrong and has its own error.
+    # In the validators below, a key that is missing from `info.data` was itself invalid and has its own error.
 
     @field_validator("tls_key_file")
     @classmethod
@@ -254,7 +257,7 @@ class ServerSettings(Section):
             certificate = info.data["tls_cert_file"]
             if certificate is not None and value is None:
                 raise values.DependencyError(
-                    f"is missing, but the certificate {certificate} needs its key: set it (--tls-key-file)",
+                    f"is missing, but the certificate {certificate} needs its private key: set it (--tls-key-file)",
                     because="tls_cert_file",
                 )
             if certificate is None and value is not None:
@@ -272,28 +275,28 @@ class ServerSettings(Section):
 
     @field_validator("allow_plaintext")
     @classmethod
-    def _plaintext_is_chosen(cls, value: bool, info: ValidationInfo) -> bool:
+    def _plaintext_is_explicit(cls, value: bool, info: ValidationInfo) -> bool:
         if not value and "listen" in info.data and info.data.get("tls_cert_file", "wrong") is None:
             exposed = [listen for listen in info.data["listen"] if not values.is_local(listen)]
             if exposed:
                 raise values.DependencyError(
                     f"is false, but {', '.join(exposed)} can be reached from other machines and has no TLS: set "
-                    "server.tls_cert_file and server.tls_key_file (--tls-cert-file, --tls-key-file), or, where something "
-                    "in front does TLS, --allow-plaintext (server.allow_plaintext = true)",
+                    "server.tls_cert_file and server.tls_key_file (--tls-cert-file, --tls-key-file) or, if a proxy in front "
+                    "terminates TLS, --allow-plaintext (server.allow_plaintext = true)",
                     because="listen",
                 )
         return value
 
 
 class AccessSettings(Section):
-    """Who may call, read and change: a line for each caller, `NAME PERMISSIONS CREDENTIAL`.
+    """Access lines: who may call, read and change. One line per caller: `NAME PERMISSIONS CREDENTIAL`.
 
-    PERMISSIONS are call (completions), read (look at models and providers), change (register models, and change those that the
-    caller registered) and operate (with change: also those that others registered), joined by commas, or all.
-    CREDENTIAL is sha256: and the SHA-256 of the caller's key, in hexadecimal digits; or the key itself, at least 16
-    printable ASCII characters without a colon; or a name in the caller's certificate, by its kind: mtls:uri:, mtls:dns:, or
-    mtls:cn: for the common name of a certificate without alternative names. `#` begins a comment. Keys come as
-    `authorization: Bearer …`. Without any line everybody may do everything.
+    PERMISSIONS is `all`, or a comma-separated list of: call (run completions), read (list models and providers), change
+    (register models, and change models that the caller registered), operate (with change: also change models that others
+    registered). CREDENTIAL is `sha256:` and the SHA-256 digest of the caller's key in hexadecimal; or the key itself, at least
+    16 printable ASCII characters without a colon; or a name in the caller's certificate: `mtls:uri:NAME`, `mtls:dns:NAME`, or
+    `mtls:cn:NAME` for the common name of a certificate without alternative names. `#` begins a comment. Callers send their key
+    as `authorization: Bearer …`. Without any line, every caller may do everything.
     """
 
     keys_file: Annotated[
@@ -302,32 +305,33 @@ class AccessSettings(Section):
         default=None,
         examples=["/etc/deltawire/keys"],
         description=(
-            "File of lines that say who may call, such as: ci call,read sha256:9f86… Keep others from writing it, and, "
-            "with keys themselves in it, from reading it."
+            "File of access lines, one per caller, such as: ci call,read sha256:9f86… Other users must not be able to "
+            "write the file or, if it contains keys, to read it."
         ),
     )
     keys: Annotated[SecretStr | None, AfterValidator(lines.hashed)] = Field(
         default=None,
         examples=["ops all sha256:…; frontend call mtls:dns:frontend.mesh"],
         description=(
-            "More such lines, with ; or line ends between them; names and credentials are unique over both. Never "
-            "printed, and no flag sets it, since flags show in ps."
+            "More access lines, separated by ; or newlines; names and credentials must be unique across the file and "
+            "this setting. The value is never printed. No flag sets it, because command lines are visible in ps."
         ),
     )
     open: bool = Field(
         default=False,
         description=(
-            "Let everybody do everything. Only true opens a gateway that has lines when its settings are read again: lines "
-            "that are missing then are taken for a mistake and refused. Contradicts lines, so true with lines is refused."
+            "Allow every caller to do everything. If a gateway has access lines, a reload can remove them all only if "
+            "this is true; otherwise the gateway takes their absence for a mistake and refuses the reload. Setting "
+            "this to true together with access lines is an error."
         ),
     )
     revoke: Annotated[Literal["end", "finish"], BeforeValidator(values.lower)] = Field(
         default="end",
         description=(
-            "What becomes of the calls under way when settings are read again and their caller's line was removed, has another "
-            "credential or lacks the permission. The default, end, ends them and generation for retained streams, with "
-            "ACCESS_CHANGED, since a key is revoked because it leaked. With finish they go on to their end. Watches of "
-            "models are ended in either case, by any change of lines."
+            "What happens to active calls if a reload removes the caller's line, changes its credential or takes away "
+            "the permission. The default, end, ends the calls and generation for retained streams with "
+            "ACCESS_CHANGED, because keys are revoked when they leak. With finish, the calls run to their end. In "
+            "either case, any change of access lines ends all watches of models."
         ),
     )
     _entries: tuple[lines.Entry, ...] = PrivateAttr(default=())
@@ -335,53 +339,55 @@ class AccessSettings(Section):
 
     @property
     def principals(self) -> tuple[Principal, ...]:
-        """Who may call; names and credentials are unique. None means that everybody may do everything."""
+        """The callers, with unique names and credentials. If empty, every caller may do everything."""
         return tuple(entry.principal for entry in self._entries)
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What is unsafe about how the file is kept, for the log; no secrets."""
+        """Warnings about the permissions of the keys file, for the log; they contain no secrets."""
         return self._warnings
 
     def remarks(self) -> tuple[str, ...]:
-        """Who may call, with masked keys."""
+        """The access lines, with masked keys."""
         if not self._entries:
-            return ("everybody may do everything",)
+            return ("every caller may do everything",)
         return tuple(f"{entry.principal.masked()}  # {entry.setting} {entry.place}" for entry in self._entries)
 
     @model_validator(mode="after")
-    def _lines_are_read(self) -> Self:
+    def _read_lines(self) -> Self:
         self._entries, self._warnings = lines.read(self.keys_file, self.keys)
         if self.open and self._entries:
             raise lines.LinesError(
-                [("open", "is true, but there are lines that say who may call: remove either this key or all lines")]
+                [("open", "is true, but there are access lines: remove either this key or all lines")]
             )
         return self
 
 
 class StreamSettings(Section):
-    """What one completion may hold in memory, and how long it waits for its caller."""
+    """Limits of one completion: its memory, and how long it waits for its caller."""
 
     queue_bytes: Bytes = Field(
         default=256 * KIB,
         description=(
-            "Bytes of unsent events at which reading from the provider stops until the caller has taken some. The "
-            "default is a minute of fast generation, and 256 MiB if a thousand callers stall."
+            "Bytes of unsent events at which the gateway stops reading from the provider until the caller has "
+            "received some. The default holds a minute of fast generation, and takes 256 MiB if a thousand callers "
+            "stall."
         ),
     )
     slow_caller_timeout: Seconds = Field(
         default=30.0,
         description=(
-            "Seconds that one message waits for its caller to take it; then generation is stopped and the "
-            "call ends with RESOURCE_EXHAUSTED (SLOW_CALLER). A provider generates on whether read or not, hence a "
-            "limit. The same for a message of a watch of models (SLOW_WATCHER)."
+            "Seconds that a caller may take to receive one message; then generation stops and the call ends with "
+            "RESOURCE_EXHAUSTED (SLOW_CALLER). The limit exists because a provider generates whether the answer is "
+            "read or not. It also applies to each message of a watch of models (SLOW_WATCHER)."
         ),
     )
     tail_timeout: Seconds = Field(
         default=2.0,
         description=(
-            "Seconds that the usage and the end of an answer may take after the last finish reason. The answer is whole "
-            "then: it ends with what is known of its usage. A vLLM sends both within milliseconds."
+            "Seconds to wait for the usage and the end of an answer after the last finish reason. The answer is "
+            "complete at that point; after the timeout it ends with the usage received so far. vLLM sends both within "
+            "milliseconds."
         ),
     )
     max_tool_calls: Whole = Field(
@@ -389,77 +395,78 @@ class StreamSettings(Section):
         ge=1,
         le=65536,
         description=(
-            "Tool calls in one answer; more end it with an error. The default is beyond what any model asks for at "
-            "once: past it, a model repeats itself."
+            "Tool calls in one answer; more end the answer with an error. The default is more than a model requests "
+            "at once; a model that exceeds it repeats itself."
         ),
     )
     max_tool_call_bytes: Bytes = Field(
         default=4 * MIB - 64 * KIB,
         le=4 * MIB - 64 * KIB,
         description=(
-            "Bytes of one tool call's arguments, its name counted twice; more end the answer with an error. The default "
-            "holds any file a model writes in one call, and is the most that fits into one message of 4 MiB, which is what "
-            "gRPC clients receive by default."
+            "Bytes of one tool call's arguments plus twice its name; more end the answer with an error. The default "
+            "holds any file that a model writes in one call. It is the most that fits into one message of 4 MiB, "
+            "which gRPC clients receive by default."
         ),
     )
     max_answer_bytes: Bytes = Field(
         default=16 * MIB,
         description=(
-            "Bytes of memory that the gateway holds of one answer, mostly the arguments of tool calls; more end it with "
-            "RESOURCE_EXHAUSTED (ANSWER_TOO_LARGE). The text of a stream does not count: what is sent is let go, but for "
-            "max_completed_bytes. The default holds 128 calls with 64 KiB each twice over."
+            "Bytes of memory for one answer, mostly the arguments of tool calls; more end it with RESOURCE_EXHAUSTED "
+            "(ANSWER_TOO_LARGE). The text of a stream does not count, because the gateway keeps at most "
+            "max_completed_bytes of sent text. The default holds 128 calls with 64 KiB each twice."
         ),
     )
     max_event_bytes: Bytes = Field(
         default=16 * MIB,
         description=(
             "Bytes of one event in a provider's stream; more end the answer with an error. Events are small, except "
-            "from parsers that send a whole call at once: the default is four of max_tool_call_bytes."
+            "from parsers that send a whole tool call at once: the default is four times that of max_tool_call_bytes."
         ),
     )
 
 
 class RetentionSettings(Section):
-    """Streams that are kept so that a caller who lost its connection can go on: all in memory, and gone with the process."""
+    """Streams that are kept in memory so that a caller who lost its connection can resume. They do not survive a restart."""
 
     max_retention: SecondsOrNone = Field(
         default=600.0,
         description=(
-            "Seconds that a caller may ask for a stream to be kept while nobody reads it, at most; 0 for no retention at "
-            "all. The default outlasts a redeployment of the caller; a stream that nobody comes back to is generated for "
-            "nothing until then."
+            "Seconds that a caller may ask the gateway to keep a stream that no client reads, at most; 0 disables "
+            "retention. The default is longer than a redeployment of the caller takes. Until this time has passed, "
+            "generation continues for streams that no caller resumes."
         ),
     )
     max_stream_bytes: Bytes = Field(
         default=8 * MIB,
         description=(
-            "Bytes that are kept of one stream; its oldest messages go first. The default holds a hundred thousand "
+            "Bytes kept of one stream; the oldest messages are dropped first. The default holds a hundred thousand "
             "tokens, each in a message of its own."
         ),
     )
     max_bytes: Bytes = Field(
         default=256 * MIB,
         description=(
-            "Bytes that are kept of all streams together; then streams that have ended go, the one that ended first "
-            "before the others, and after them the oldest messages of those under way. Beyond that each stream under way keeps "
-            "up to 256 KiB that its readers have not taken yet. The default is what queue_bytes may come to."
+            "Bytes kept of all streams together. Above the limit, the gateway first drops ended streams, in the order "
+            "in which they ended, then the oldest messages of active streams. In addition, each active stream keeps "
+            "up to 256 KiB that its readers have not received yet. The default is as much as queue_bytes can add up "
+            "to."
         ),
     )
 
 
 class ImageSettings(Section):
-    """Images in requests, and who fetches those that are given by address.
+    """Images in requests, and who fetches images that are given by URL.
 
-    A gateway that fetches for its callers reaches what they cannot, so by default it fetches nothing, and from inside (private
-    addresses, this machine, a cloud's metadata) it never does, whatever is allowed here.
+    The gateway may reach hosts that its callers cannot. So by default it fetches nothing, and it never fetches from internal
+    hosts (private addresses, this machine, cloud metadata services), whatever these settings allow.
     """
 
     urls: Annotated[Literal["refuse", "fetch", "pass"], BeforeValidator(values.lower)] = Field(
         default="refuse",
         description=(
-            "What becomes of an image's address. The default, refuse, fails the call. With fetch the gateway fetches the "
-            "image from allowed_hosts. With pass the engine fetches it from wherever it likes, inside too: only for a vLLM "
-            "that is started with --allowed-media-domains."
+            "How an image URL is handled. The default, refuse, fails the call. With fetch, the gateway fetches the "
+            "image from allowed_hosts. With pass, the engine fetches it from any host, including internal ones: use "
+            "it only with a vLLM server that is started with --allowed-media-domains."
         ),
     )
     allowed_hosts: Annotated[
@@ -469,9 +476,10 @@ class ImageSettings(Section):
         title="a host or a list of hosts",
         examples=["images.example.com"],
         description=(
-            "Hosts that images may be fetched from: names, *.example.com for all below one, addresses, or * for any on the "
-            "public internet; with :port for another than the scheme's own. One, or a list (with commas in the environment). "
-            "Empty allows none, so fetch needs some."
+            "Hosts that images may be fetched from: a name, *.example.com for all its subdomains, an IP address, or * "
+            "for any host on the public internet; with :port for a port other than the scheme's default. One, or a "
+            "list (separated by commas in the environment). Required if urls is fetch; the default is empty and "
+            "allows no host."
         ),
     )
     schemes: Annotated[
@@ -482,7 +490,8 @@ class ImageSettings(Section):
         default=("https",),
         title="https, http or a list of both",
         description=(
-            "How images may be fetched. The default is https alone: what comes by http may be from anybody on the way."
+            "URL schemes that images may be fetched by. The default is https only, because anyone on the network path "
+            "can change a response over http."
         ),
     )
     max_images: Whole = Field(
@@ -490,36 +499,39 @@ class ImageSettings(Section):
         ge=1,
         le=1024,
         description=(
-            "Images in one request; more are refused. The default is beyond what vision models are shown at once; vLLM's own "
+            "Images in one request; more are refused. The default is more than vision models take at once; vLLM's own "
             "limit is --limit-mm-per-prompt."
         ),
     )
     max_image_bytes: Bytes = Field(
         default=16 * MIB,
         description=(
-            "Bytes of one image, sent or fetched; a larger one is refused. The default holds any photograph; models shrink "
-            "them to far less."
+            "Bytes of one image, sent or fetched; a larger image is refused. The default holds any photograph; models "
+            "scale images down to far less."
         ),
     )
     max_fetched_bytes: Bytes = Field(
         default=20 * MIB,
         description=(
-            "Bytes of all images that are fetched for one request. The default is that of max_receive_bytes: by addresses a "
-            "request brings in no more than it could hold itself."
+            "Bytes of all images that are fetched for one request. The default is that of max_receive_bytes, so that "
+            "a request cannot bring in more by URL than it could contain."
         ),
     )
     timeout: Seconds = Field(
         default=10.0,
         description=(
-            "Seconds to fetch one image, from looking up its host to its last byte, redirects included. The default is ample "
-            "for a file server, and the caller's prompt waits."
+            "Seconds to fetch one image, from the DNS lookup to the last byte, including redirects. The default is "
+            "ample for a file server; the caller's request waits meanwhile."
         ),
     )
     max_redirects: Whole = Field(
         default=3,
         ge=0,
         le=10,
-        description="Redirects of one image; each is judged as its address was. The default is what image hosts need.",
+        description=(
+            "Redirects of one image; each target is validated like the original URL. The default is enough for common "
+            "image hosts."
+        ),
     )
 
     @field_validator("allowed_hosts")
@@ -527,7 +539,7 @@ class ImageSettings(Section):
     def _fetching_needs_hosts(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         if info.data.get("urls") == "fetch" and not value:
             raise values.DependencyError(
-                "is empty, so nothing could be fetched: list hosts, or write * for any on the public internet",
+                "is empty, so nothing could be fetched: list hosts, or write * for any host on the public internet",
                 because="urls",
             )
         return value
@@ -535,17 +547,17 @@ class ImageSettings(Section):
     @field_validator("allowed_hosts", "schemes")
     @classmethod
     def _passing_has_no_limits(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        # A default may stand in a file, since printed settings have it.
+        # Printed settings contain the defaults, so a file may set them.
         if info.data.get("urls") == "pass" and info.field_name and value != cls.model_fields[info.field_name].default:
             raise ValueError(
-                "has no effect with images.urls = pass, where the engine fetches from wherever its own "
-                "--allowed-media-domains allows: remove it, or set images.urls = fetch"
+                "has no effect with images.urls = pass, because the engine's own --allowed-media-domains decides: "
+                "remove it, or set images.urls = fetch"
             )
         return value
 
 
 class ProviderSettings(Section):
-    """A vLLM server, or several alike. Its id is the last part of the table's name: a-z, digits, `-`, `_` and `.`."""
+    """A vLLM server, or several replicas. The last part of the table's name is the id: a-z, digits, `-`, `_` and `.`."""
 
     base_url: Annotated[
         tuple[Annotated[str, AfterValidator(values.base_url)], ...],
@@ -556,28 +568,28 @@ class ProviderSettings(Section):
         title=ADDRESSES,
         examples=["http://127.0.0.1:8000/v1"],
         description=(
-            "The vLLM server's address, http or https, with or without /v1; a prefix before it is kept. A list (with "
-            "commas in the environment and the flag) names replicas that serve the same models: each call goes to the "
-            "one with the fewest streams, and to the next if that one is away. Credentials do not belong here: see "
-            "api_token. Required."
+            "URL of the vLLM server, http or https, with or without /v1; a path prefix before it is kept. A list "
+            "(separated by commas in the environment and the flag) names replicas that serve the same models: each "
+            "call goes to the replica with the fewest streams, or to the next one if that is unreachable. Must not "
+            "contain credentials: see api_token. Required."
         ),
     )
     api_token: Annotated[SecretStr | None, AfterValidator(values.token)] = Field(
         default=None,
         examples=["the server's --api-key"],
         description=(
-            "Bearer token sent as Authorization; a caller's own (metadata x-vllm-api-token), where it is sent, comes before "
-            "it: see accept_caller_tokens. Not "
-            "set, none is sent. Never printed, and no flag sets it, since flags show in ps."
+            "Bearer token to send in the Authorization header. A caller's own token (metadata x-vllm-api-token), if "
+            "it is sent, takes precedence: see accept_caller_tokens. If not set, no token is sent. The value is never "
+            "printed. No flag sets it, because command lines are visible in ps."
         ),
     )
     accept_caller_tokens: bool = Field(
         default=False,
         description=(
-            "Send callers' own tokens (metadata x-vllm-api-token) to this provider also for calls that do not name it: by a "
-            "bare model name or an alias, or when all providers are listed. By default a token goes only to the provider "
-            "that the call names, as in provider/model, so that no other server learns it. With a single provider every "
-            "call means that one, and this setting changes nothing."
+            "Send callers' own tokens (metadata x-vllm-api-token) to this provider also for calls that do not name "
+            "it: calls by a bare model name or an alias, and calls that list all providers. By default, a token goes "
+            "only to the provider that the call names, as in provider/model, so that no other server receives it. "
+            "With a single provider, this setting has no effect, because every call is for that provider."
         ),
     )
     headers: Annotated[Mapping[str, SecretStr], AfterValidator(values.headers)] = Field(
@@ -585,9 +597,9 @@ class ProviderSettings(Section):
         title="a table of names and values, in quotes",
         examples=[{"x-team": "search"}],
         description=(
-            "Further headers sent with every request, for what stands in front of the server: one table here, or "
-            "[providers.<id>.headers]. Not those that the gateway sets itself. Values are never printed, and stand in "
-            "the file only. None by default."
+            "More headers to send with every request, for a proxy in front of the server: an inline table here, or "
+            "[providers.<id>.headers]. Headers that the gateway sets itself are not allowed. Values are never "
+            "printed, and only the settings file can set them. None by default."
         ),
     )
     allowed_models: Annotated[
@@ -597,9 +609,9 @@ class ProviderSettings(Section):
         title="a name or a list of names",
         examples=[("smollm2", "team-a/*")],
         description=(
-            "Names of the server's models that may be used, or shell patterns of them (*, ?, [ab]; upper and lower "
-            "case differ); others are not listed, and asking for one fails. With commas in the environment. Empty, the "
-            "default, allows all."
+            "Names of the server's models that may be used, or shell patterns (*, ?, [ab]; case-sensitive); other "
+            "models are not listed, and a request for one fails. Separated by commas in the environment. The default, "
+            "an empty list, allows all models."
         ),
     )
     allowed_extra_fields: Annotated[
@@ -609,18 +621,19 @@ class ProviderSettings(Section):
         title="a name or a list of names",
         examples=[("repetition_detection", "return_*")],
         description=(
-            "Names of the server's own request fields that callers may set by extra_body, or shell patterns of them; "
-            "none that the API has a field for. Fields can cost the server dearly or change what its answers mean, so "
-            "that, empty, the default allows none. Fields that reach outside of the request or change the engine, such as "
-            "chat_template, kv_transfer_params, mm_processor_kwargs, media_io_kwargs and vllm_xargs, are covered by no pattern "
-            "and must be named. With commas in the environment."
+            "Names of the server's own request fields that callers may set in extra_body, or shell patterns; fields "
+            "that the API itself has are not allowed. The default, an empty list, allows none, because such fields "
+            "can be expensive or change what answers mean. Fields that reach outside of the request or change the "
+            "engine, such as chat_template, kv_transfer_params, mm_processor_kwargs, media_io_kwargs and vllm_xargs, "
+            "match no pattern and must be named. Separated by commas in the environment."
         ),
     )
     tls_verify: Annotated[bool | Path, PlainValidator(values.tls_verify)] = Field(
         default=True,
         description=(
-            "How an https provider's certificate is checked: true, by the system's authorities; a path, by those in "
-            "that PEM file (~ is expanded); false, not at all. Strings true, false, 1 and 0 mean the booleans."
+            "How to verify the certificate of an https provider: true by the system's certificate authorities, a path "
+            "by those in that PEM file (~ is expanded), false not at all. The strings true, false, 1 and 0 mean the "
+            "booleans."
         ),
     )
     max_tokens: Annotated[int | None, BeforeValidator(values.number)] = Field(
@@ -629,56 +642,58 @@ class ProviderSettings(Section):
         le=2**31 - 1,
         examples=[4096],
         description=(
-            "Tokens that a request without a limit of its own may generate. Not set, none is sent, and vLLM stops "
-            "where the model's context ends."
+            "Tokens to generate at most for a request that sets no limit itself. If not set, the gateway sends no "
+            "limit, and vLLM stops at the end of the model's context."
         ),
     )
     connect_timeout: Seconds = Field(
         default=5.0,
-        description="Seconds to connect, TLS included. The default is ample within a data centre.",
+        description="Seconds to connect, including TLS. The default is ample within a data center.",
     )
     first_event_timeout: Seconds = Field(
         default=600.0,
         description=(
-            "Seconds from sending a request to the first event of its answer. The default is long, as a busy server "
-            "queues and a long prompt takes minutes."
+            "Seconds from sending a request to the first event of the answer. The default is long, because a busy "
+            "server queues requests and a long prompt takes minutes."
         ),
     )
     silence_timeout: Seconds = Field(
         default=300.0,
         description=(
             "Seconds between two events of an answer; comments do not count. The default allows for a server that "
-            "preempts a request to serve others."
+            "preempts a request."
         ),
     )
     engine: Annotated[Literal["auto", "vllm", "proxy"], BeforeValidator(values.lower)] = Field(
         default="auto",
         description=(
-            "What answers at base_url. With vllm, the server itself or a proxy that changes nothing, request fields that its "
-            "version does not know are refused. With proxy none is refused, and the arguments of strict tools are checked "
-            "by the gateway, since proxies drop fields. The default, auto, finds out; deltawire health shows it."
+            "What base_url leads to. With vllm (the server itself, or a proxy that changes nothing), the gateway "
+            "refuses request fields that the server's version does not support. With proxy, it refuses no fields, and "
+            "it validates the arguments of strict tools itself, because proxies drop fields. The default, auto, "
+            "detects which one it is; deltawire health shows the result."
         ),
     )
     refresh_interval: Seconds = Field(
         default=30.0,
         description=(
-            "Seconds between two listings of the server's models. The default notices a new adapter soon, and costs a "
-            "server next to nothing."
+            "Seconds between two requests for the server's list of models. The default detects a new adapter soon and "
+            "costs the server almost nothing."
         ),
     )
 
 
 class RegistrySettings(Section):
-    """Where registered models are kept."""
+    """Storage of registered models."""
 
     database_url: Annotated[str, AfterValidator(values.database_url)] = Field(
         default="",
         repr=False,  # it may hold a password
         examples=["sqlite:////var/lib/deltawire/registry.db"],
         description=(
-            "The database. SQLite, for gateways on one machine: sqlite:///relative/path or sqlite:////absolute/path. "
-            "PostgreSQL, for any number of them: postgresql://user@host/name; a password is best left to $PGPASSWORD or "
-            "~/.pgpass, since flags show in ps. Not set or empty, deltawire/registry.db under $XDG_STATE_HOME, else under "
+            "URL of the database. SQLite, for gateways on one machine: sqlite:///relative/path or "
+            "sqlite:////absolute/path. PostgreSQL, for gateways on any number of machines: "
+            "postgresql://user@host/name; put a password into $PGPASSWORD or ~/.pgpass, because command lines are "
+            "visible in ps. If not set or empty: deltawire/registry.db under $XDG_STATE_HOME, or else under "
             "~/.local/state."
         ),
     )
@@ -688,8 +703,8 @@ class RegistrySettings(Section):
         le=100_000,
         description=(
             "Models that can be registered, over all gateways that share the database; more are refused with "
-            "RESOURCE_EXHAUSTED (REGISTRY_FULL). Each gateway keeps all of them in memory. The default is far beyond what "
-            "people name, and loads within seconds."
+            "RESOURCE_EXHAUSTED (REGISTRY_FULL). Each gateway keeps all of them in memory. The default is far more "
+            "than is registered by hand, and loads within seconds."
         ),
     )
     max_aliases: Whole = Field(
@@ -704,47 +719,47 @@ class RegistrySettings(Section):
     max_bytes: Bytes = Field(
         default=32 * MIB,
         description=(
-            "Bytes of text of all registered models together: names, and annotations as JSON in ASCII, as the database "
-            "keeps them; more is refused in the same way. The default is 3 KiB for each of max_models, and half of the "
-            "64 MiB by which one caller's requests may let a gateway grow."
+            "Bytes of text of all registered models together: names, and annotations as ASCII JSON, as stored in the "
+            "database; more is refused in the same way. The default is 3 KiB for each of max_models, and half of the "
+            "64 MiB by which one caller's requests may grow a gateway's memory."
         ),
     )
 
 
 class LogSettings(Section):
-    """What is logged, on standard error."""
+    """Logging, to standard error."""
 
     level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(values.lower)] = Field(
         default="info",
-        description="The least severe that is logged. The default is one line per call and per change of state.",
+        description="Lowest severity that is logged. The default logs one line per call and per change of state.",
     )
     format: Annotated[Literal["auto", "json", "text"], BeforeValidator(values.lower)] = Field(
         default="auto",
         description=(
-            "One JSON object or one line of text per entry. The default, auto, is text on a terminal, for people, "
-            "else JSON, for collectors."
+            "Log one JSON object or one line of text per entry. The default, auto, logs text to a terminal and JSON "
+            "to anything else."
         ),
     )
 
 
 class Settings(Section):
-    """Everything the gateway is told. Hand it to `app`, whose parts each take their own section."""
+    """All settings of the gateway, validated. Pass them to `app.Gateway`."""
 
-    server: ServerSettings = Field(default_factory=ServerSettings, description="The listener.")
+    server: ServerSettings = Field(default_factory=ServerSettings, description="The listener and its limits.")
     access: AccessSettings = Field(default_factory=AccessSettings, description="Who may call.")
-    stream: StreamSettings = Field(default_factory=StreamSettings, description="Each completion.")
+    stream: StreamSettings = Field(default_factory=StreamSettings, description="Limits of each completion.")
     retention: RetentionSettings = Field(default_factory=RetentionSettings, description="Streams that can be resumed.")
     images: ImageSettings = Field(default_factory=ImageSettings, description="Images in requests.")
     providers: Mapping[ProviderId, ProviderSettings] = Field(
-        default_factory=dict, description="Who generates, by the operator's name for each; at least one."
+        default_factory=dict, description="The vLLM servers, by the operator's name for each; at least one."
     )
     registry: RegistrySettings = Field(default_factory=RegistrySettings, description="Registered models.")
     log: LogSettings = Field(default_factory=LogSettings, description="Logging.")
 
     @field_validator("access")
     @classmethod
-    def _identities_are_asked_for(cls, value: AccessSettings, info: ValidationInfo) -> AccessSettings:
-        # A server section that is itself wrong is not there.
+    def _identities_need_certificates(cls, value: AccessSettings, info: ValidationInfo) -> AccessSettings:
+        # An invalid server section is missing from `info.data`.
         if "server" in info.data and info.data["server"].tls_client_ca_file is None:
             problems = lines.certificates_needed(value._entries)
             if problems:
@@ -753,10 +768,10 @@ class Settings(Section):
 
     @field_validator("providers")
     @classmethod
-    def _there_is_a_provider(cls, value: Mapping[str, ProviderSettings]) -> Mapping[str, ProviderSettings]:
+    def _needs_a_provider(cls, value: Mapping[str, ProviderSettings]) -> Mapping[str, ProviderSettings]:
         if not value:
             raise ValueError(
-                "nobody to generate: give a vLLM server's address by --vllm-url http://127.0.0.1:8000/v1, by environment "
+                "no provider is configured: give a vLLM server's URL by --vllm-url http://127.0.0.1:8000/v1, by environment "
                 'VLLM_URL, or in the settings file as base_url = "http://127.0.0.1:8000/v1" under [providers.vllm]'
             )
         return value
@@ -774,4 +789,4 @@ SECTIONS: Mapping[str, type[Section]] = MappingProxyType(
         "log": LogSettings,
     }
 )
-"""The model of each section's keys; under `providers`, of each provider's."""
+"""The model of each section; for `providers`, the model of each provider."""

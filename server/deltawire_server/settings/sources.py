@@ -1,7 +1,7 @@
-"""Three sources made one: the file, the environment over it, flags over both, and for every key where its value is from.
+"""Merges the three sources: the file, the environment, which overrides it, and flags, which override both.
 
-A wrong value is only useful to hear about together with the place to put it right, so each value's origin is kept beside
-it until everything has been checked; then all problems are told at once.
+It keeps the origin of each value until validation, so that every error names the source to correct. All problems are reported
+together.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ SHORT_NAMES: Mapping[str, KeyPath] = {
     "VLLM_API_TOKEN": ("providers", "vllm", "api_token"),
     "VLLM_TLS_VERIFY": ("providers", "vllm", "tls_verify"),
 }
-"""Variables that describe provider `vllm`, beside their long names."""
+"""Short names of variables for provider `vllm`, in addition to the long names."""
 
-# Kubernetes puts these into every container for a service called deltawire or deltawire-server.
+# Kubernetes sets these in every container if there is a service named deltawire or deltawire-server.
 _SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)$")
-# Near enough that a misspelling is found, far enough that the client's variables (DELTAWIRE_TARGET) are none.
+# Low enough to detect misspellings, high enough not to match the client's variables (DELTAWIRE_TARGET).
 _MISSPELLED = 0.85
 _SHOWN_CHARACTERS = 80
 
 
 class SettingsError(Exception):
-    """The settings cannot be served with. Print it and exit 2.
+    """The settings are invalid. Print it and exit 2.
 
     Attributes:
-        problems: One line each: key, source, what is wrong and what to do. No secrets.
+        problems: One line per problem: key, source, what is wrong and what to do. They contain no secrets.
     """
 
     def __init__(self, problems: Iterable[str]) -> None:
@@ -56,13 +56,13 @@ class SettingsError(Exception):
 
 @dataclass(slots=True)
 class Sources:
-    """What the sources said so far; put them in from the lowest to the highest.
+    """The values of the sources read so far. Add sources from the lowest precedence to the highest.
 
     Attributes:
-        tree: Values as they came, by section and key.
-        origins: Where each value is from, by its path; tables have the origin of their first key.
-        read: All origins, in the order they were read.
-        problems: What was wrong before any value was looked at.
+        tree: Unvalidated values, by section and key.
+        origins: The origin of each value, by its path; a table has the origin of its first key.
+        read: All origins, in the order in which they were read.
+        problems: Problems found before the values are validated.
     """
 
     tree: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -71,10 +71,10 @@ class Sources:
     problems: list[str] = field(default_factory=list)
 
     def file(self, path: Path) -> None:
-        """Read a TOML file; the first source, if there is one.
+        """Read a TOML file. If there is one, it must be the first source.
 
         Raises:
-            SettingsError: It cannot be read, or is not TOML. Nothing else can be judged then.
+            SettingsError: It cannot be read, or is not TOML. Then nothing else is validated.
         """
         origin = f"file {path}"
         problem = ""
@@ -86,7 +86,8 @@ class Sources:
             problem = "is not UTF-8 text: save it as such"
         except tomllib.TOMLDecodeError as error:
             problem = f"is not TOML: {error}; deltawire-server --help shows an example"
-        # Outside of the handlers: these exceptions may hold the whole text, and with it a token, and would travel along.
+        # Raised outside of the handlers, because those exceptions may contain the whole file, including secrets, and would be
+        # chained.
         if problem:
             raise SettingsError([f"{origin}: {problem}"])
         self.read[origin] = None
@@ -94,11 +95,11 @@ class Sources:
             self._note((section,), table, origin, depth=2 if section == "providers" else 1)
 
     def environment(self, environ: Mapping[str, str], providers: Iterable[str] = ()) -> None:
-        """Read the environment; the second source. An empty variable is one that is not set.
+        """Read the environment, the second source. An empty variable counts as not set.
 
         Args:
-            environ: As in `os.environ`.
-            providers: Ids, beside those of the file, that a variable may mean: `a-b` for `..._A_B_...`.
+            environ: The environment, such as `os.environ`.
+            providers: Provider ids, in addition to those of the file, that variables may refer to: `a-b` for `..._A_B_...`.
         """
         tables = self.tree.get("providers")
         ids = sorted({*providers, *(tables if isinstance(tables, dict) else ())})
@@ -112,10 +113,10 @@ class Sources:
         self.put(given)
 
     def put(self, given: Iterable[tuple[str, KeyPath, object]]) -> None:
-        """Put one source's values over those of the sources before it.
+        """Add the values of one source. They override those of earlier sources.
 
         Args:
-            given: Origin, path and value of each. Two for one path must be equal.
+            given: Origin, path and value of each. Two values for the same path must be equal.
         """
         mine: dict[KeyPath, tuple[str, object]] = {}
         for origin, path, value in given:
@@ -127,7 +128,7 @@ class Sources:
             self.read[origin] = None
             table: object = self.tree
             for depth, part in enumerate(path[:-1], start=1):
-                # What is no table though it should be stays, to be reported.
+                # A value in the place of a table is kept, and validation reports it.
                 table = table.setdefault(part, {}) if isinstance(table, dict) else None
                 self.origins.setdefault(path[:depth], origin)
             if isinstance(table, dict):
@@ -135,20 +136,20 @@ class Sources:
                 self.origins[path] = origin
 
     def settings(self, environ: Mapping[str, str]) -> Settings:
-        """Check everything.
+        """Validate all values.
 
         Args:
-            environ: For the default of `registry.database_url`.
+            environ: The environment, for the default of `registry.database_url`.
 
         Raises:
-            SettingsError: With all problems there are.
+            SettingsError: Values are invalid. It contains all problems.
         """
         checked: Settings | None = None
         try:
             checked = Settings.model_validate(self.tree, context={"environ": environ})
         except ValidationError as error:
             self.problems.extend(line for each in error.errors(include_url=False) for line in self._lines(each))
-        # Outside of the handler, as above: pydantic's exception holds the values.
+        # Raised outside of the handler, as above: pydantic's exception contains the values.
         if checked is None or self.problems:
             raise SettingsError(self.problems)
         return checked
@@ -160,7 +161,7 @@ class Sources:
                 self._note((*path, key), inner, origin, depth=depth - 1)
 
     def _variable(self, name: str, providers: list[str]) -> KeyPath | None:
-        """The path that a variable's name means; a name that means none is a problem if it was meant for us."""
+        """The path that a variable's name refers to. An unknown name is a problem if it resembles a known one."""
         if not name.startswith(PREFIX) or name == f"{PREFIX}CONFIG" or _SERVICE_LINK.search(name):
             return None
         path = _VARIABLES.get(name)
@@ -182,16 +183,16 @@ class Sources:
             middle = rest.removesuffix(f"_{key.upper()}")
             if middle in {rest, ""}:
                 continue
-            meant = [each for each in providers if _shouted(each) == middle] or [middle.lower()]
+            ids = [each for each in providers if _capitals(each) == middle] or [middle.lower()]
             if is_table(ProviderSettings.model_fields[key]):
-                self.problems.append(f"environment {name}: {in_file_only(('providers', meant[0], key))}")
+                self.problems.append(f"environment {name}: {in_file_only(('providers', ids[0], key))}")
                 return None
-            if len(meant) > 1:
+            if len(ids) > 1:
                 self.problems.append(
-                    f"environment {name}: may mean provider {' or '.join(meant)}: set it in the file, or rename one"
+                    f"environment {name}: may refer to provider {' or '.join(ids)}: set it in the file, or rename one of them"
                 )
                 return None
-            return ("providers", meant[0], key)
+            return ("providers", ids[0], key)
         keys = ", ".join(key.upper() for key, field in ProviderSettings.model_fields.items() if not is_table(field))
         self.problems.append(
             f"environment {name}: no such setting: write {PREFIX}PROVIDERS_<ID>_<KEY>, KEY one of {keys}"
@@ -199,73 +200,74 @@ class Sources:
         return None
 
     def _lines(self, error: ErrorDetails) -> list[str]:
-        """What pydantic found, as a line; or as one for each wrong line of those that say who may call."""
+        """The problem lines for an error from pydantic: one, or one per invalid access line."""
         cause = error.get("ctx", {}).get("error")
         if isinstance(cause, LinesError):
             section = str(error["loc"][0])
-            return [self._said((section, setting), message) for setting, message in cause.problems]
+            return [self._problem((section, setting), message) for setting, message in cause.problems]
         return [self._line(error)]
 
     def _line(self, error: ErrorDetails) -> str:
-        """One problem that pydantic found, as a line."""
+        """The problem line for an error from pydantic."""
         location = tuple(str(part) for part in error["loc"])
         path = location[: 3 if location[0] == "providers" else 2]
         if error["type"] == "extra_forbidden":
-            return self._said(path, _unknown(path))
+            return self._problem(path, _unknown(path))
         if error["type"] == "value_error":
             cause = error["ctx"]["error"]
-            asking = (*path[:-1], cause.because) if isinstance(cause, DependencyError) else path
-            return self._said(path, str(cause), origin=self.origins.get(asking))
+            source = (*path[:-1], cause.because) if isinstance(cause, DependencyError) else path
+            return self._problem(path, str(cause), origin=self.origins.get(source))
         if location[-1] == "[key]":
-            return self._said(
-                path[:2], "no provider id: use lower-case letters, digits, -, _ and ., first a letter or digit"
+            return self._problem(
+                path[:2],
+                "not a valid provider id: use lower-case letters, digits, -, _ and ., starting with a letter or digit",
             )
         if error["type"] == "missing":
-            return self._said(path, f"is missing: {_ways(path)}", origin=self.origins.get(path[:-1]))
+            return self._problem(path, f"is missing: {_ways(path)}", origin=self.origins.get(path[:-1]))
         known = field_at(path)
         if known is None:
-            return self._said(path, f"must be a table: write [{dotted(path)}] and the keys under it")
+            return self._problem(path, f"must be a table: write [{dotted(path)}] and the keys under it")
         shown = "" if is_secret(known) else f", not {_shown(error['input'])}"
-        return self._said(path, f"must be {expectation(known)}{shown}")
+        return self._problem(path, f"must be {expectation(known)}{shown}")
 
-    def _said(self, path: KeyPath, message: str, *, origin: str | None = None) -> str:
+    def _problem(self, path: KeyPath, message: str, *, origin: str | None = None) -> str:
         origin = origin or self.origins.get(path)
         return f"{dotted(path)}{f' (from {origin})' if origin else ''}: {message}"
 
 
 def dotted(path: KeyPath) -> str:
-    """A path as people write it: `server.listen`."""
+    """A path in dotted form: `server.listen`."""
     return ".".join(path)
 
 
 def variable(path: KeyPath) -> str:
     """The environment variable of a key: `DELTAWIRE_SERVER_LISTEN`."""
-    return PREFIX + "_".join(_shouted(part) for part in path)
+    return PREFIX + "_".join(_capitals(part) for part in path)
 
 
 def in_file_only(path: KeyPath) -> str:
-    """How to set a table's values, for whoever tried another way."""
-    return f"only the settings file sets these: write [{dotted(path)}] there"
+    """The message for a table that is set in the environment or by a flag."""
+    return f"only the settings file can set these: write [{dotted(path)}] there"
 
 
-def _shouted(part: str) -> str:
+def _capitals(part: str) -> str:
     return re.sub(r"[^A-Z0-9]", "_", part.upper())
 
 
 def _unknown(path: KeyPath) -> str:
-    """That a key or section does not exist, and which may be meant."""
+    """The message for a key or section that does not exist, with a suggestion."""
     if len(path) == 1:
         known, what = [*SECTIONS], "section"
     else:
         known, what = [*SECTIONS[path[0]].model_fields], "key"
-    # Low, so that `url` finds `base_url`.
+    # Low enough that `url` suggests `base_url`.
     near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-    hint = f"did you mean {dotted((*path[:-1], near[0]))}?" if near else f"there are {', '.join(known)}"
+    hint = f"did you mean {dotted((*path[:-1], near[0]))}?" if near else f"valid ones are {', '.join(known)}"
     return f"no such {what}; {hint}"
 
 
 def _ways(path: KeyPath) -> str:
-    """How to set a key that must be set."""
+    """The ways to set a required key."""
     short = [f"environment {name}" for name, meant in SHORT_NAMES.items() if meant == path]
     flags = ["--vllm-url"] if path == SHORT_NAMES["VLLM_URL"] else []
     ways = [

@@ -1,7 +1,8 @@
-"""One value at a time: what an address, a URL, a file or a token must look like, and the form in which it is kept.
+"""Validators of single values: addresses, URLs, files and tokens.
 
-Every function takes what a source gave, returns what the settings keep, and raises `ValueError` with the remedy as its
-message; pydantic adds which key it was. No message repeats a secret. Files are opened, nothing else is touched.
+Every function takes a value from a source and returns the value that the settings store. It raises `ValueError` with a message
+that says what to write instead; pydantic adds the key. No message contains a secret. These functions open files, and have no
+other side effects.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ if TYPE_CHECKING:
     from sqlalchemy import URL
 
 MASK = "***"
-"""What stands for a secret wherever settings are printed."""
+"""Replaces each secret in printed settings."""
 
 _ADDRESS_FORMS = "write host:port, [IPv6 address]:port or unix:/path"
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9.])?")
 _IMAGE_HOST = re.compile(r"(\*\.)?(\*|\[[0-9a-f:.]+\]|[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_.])?)(?::([0-9]{1,5}))?")
-_IMAGE_HOST_FORMS = "write images.example.com, *.example.com for all below it, or * for any, each with :port if need be"
+_IMAGE_HOST_FORMS = "write images.example.com, *.example.com for all below it, or * for any, each optionally with :port"
 _SECRET_OPTION = re.compile(r"pass|secret|scram", re.IGNORECASE)
 """In the names of libpq's options: password, passfile, sslpassword, oauth_client_secret, scram_client_key and the like."""
 _HIGHEST_PORT = 65535
@@ -44,7 +45,7 @@ _OWN_HEADERS = frozenset(
     {
         *("accept", "accept-encoding", "authorization", "content-type", "user-agent"),
         *("traceparent", "tracestate", "x-request-id"),
-        # What says how a message travels is for whoever sends it.
+        # Headers about the connection and the framing are set by the HTTP client.
         *("connection", "content-encoding", "content-length", "expect", "host", "keep-alive", "proxy-connection"),
         *("te", "trailer", "transfer-encoding", "upgrade"),
     }
@@ -56,7 +57,7 @@ class DependencyError(ValueError):
     """A value is wrong because of another one.
 
     Attributes:
-        because: The key, in the same section, that asks for it: its source is the one to name.
+        because: The key, in the same section, that causes the error: the message names its source.
     """
 
     def __init__(self, message: str, *, because: str) -> None:
@@ -65,56 +66,58 @@ class DependencyError(ValueError):
 
 
 def number(value: object) -> object:
-    """Refuse booleans where a number belongs: Python takes `true` for 1, an operator does not mean that."""
+    """Refuse booleans as numbers: Python would accept `true` as 1."""
     if isinstance(value, bool):
-        # Which number is wanted, the field says; whoever prints the error takes it from there.
+        # The caller replaces this message with one that has the field's range.
         raise PydanticCustomError("not_a_number", "must be a number")
     return value
 
 
 def lower(value: object) -> object:
-    """Make text lower case, so that `INFO` is `info`; leave the rest to the type."""
+    """Convert text to lower case, so that `INFO` is accepted as `info`; return other values unchanged."""
     return value.strip().lower() if isinstance(value, str) else value
 
 
 def listed(value: object) -> object:
-    """Make one string a list: environment variables and flags hold several values with commas between them."""
+    """Split a string at its commas: environment variables and flags separate values by commas."""
     return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
 
 def address(value: str) -> str:
-    """Check an address to listen on; gRPC takes it as it is.
+    """Validate an address to listen on, in the form that gRPC accepts.
 
     Args:
-        value: "host:port", "[::1]:port" or "unix:/path". Port 0 is any free one.
+        value: "host:port", "[::1]:port" or "unix:/path". Port 0 selects any free port.
 
     Raises:
-        ValueError: It is none of these.
+        ValueError: It has none of these forms.
     """
     text = value.strip()
     if text.startswith("unix:"):
         if not text.removeprefix("unix:").strip("/"):
-            raise ValueError(f"{text!r} names no socket: write unix:/path")
+            raise ValueError(f"{text!r} has no path: write unix:/path")
         return text
     host, _, port = text.rpartition(":")
     if not (port.isascii() and port.isdecimal() and int(port) <= _HIGHEST_PORT):
         raise ValueError(f"{text!r} has no port from 0 to {_HIGHEST_PORT}: {_ADDRESS_FORMS}")
     if not host:
-        raise ValueError(f"{text!r} has no host: write 127.0.0.1:{port} for this machine, [::]:{port} for all networks")
+        raise ValueError(
+            f"{text!r} has no host: write 127.0.0.1:{port} for this machine, [::]:{port} for all interfaces"
+        )
     if host.startswith("[") and host.endswith("]") and _is_ipv6(host[1:-1]):
         return text
     if _is_ipv6(host):
         raise ValueError(f"{text!r} needs brackets: write [{host}]:{port}")
     if not _HOST.fullmatch(host):
-        raise ValueError(f"{text!r} is no address: {_ADDRESS_FORMS}")
+        raise ValueError(f"{text!r} is not a valid address: {_ADDRESS_FORMS}")
     return text
 
 
 def is_local(listen: str) -> bool:
-    """Whether only this machine can reach an address: a unix socket, `localhost` or a loopback address.
+    """Whether an address is reachable only from this machine: a unix socket, `localhost` or a loopback address.
 
     Args:
-        listen: As `address` returned it.
+        listen: An address that `address` returned.
     """
     if listen.startswith("unix:"):
         return True
@@ -131,17 +134,17 @@ def is_local(listen: str) -> bool:
 
 
 def readable_file(value: Path) -> Path:
-    """Expand `~` and see that the file is there and may be read, so that start-up names it and not the first handshake.
+    """Expand `~` and check that the file is readable, so that startup fails instead of the first handshake.
 
     Raises:
-        ValueError: It is missing, no file, or may not be read.
+        ValueError: It does not exist, is not a file, or cannot be read.
     """
     return _readable(value, "a PEM file")
 
 
 def lines_file(value: Path) -> Path:
-    """Do as `readable_file` does, for the file that says who may call."""
-    return _readable(value, "a text file with lines of access keys")
+    """Like `readable_file`, for the file of access lines."""
+    return _readable(value, "a text file with access lines")
 
 
 def _readable(value: Path, what: str) -> Path:
@@ -154,15 +157,17 @@ def _readable(value: Path, what: str) -> Path:
         with path.open("rb") as file:
             file.read(1)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): let this process's user read it") from None
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}): make it readable for the user of this process"
+        ) from None
     return path
 
 
 def tls_verify(value: object) -> bool | Path:
-    """Read how a provider's certificate is checked: a boolean in any of its spellings, or a CA file.
+    """Parse the certificate verification of a provider: a boolean in any spelling, or the path of a CA file.
 
     Raises:
-        ValueError: A path that leads to no readable file, or neither boolean nor path.
+        ValueError: It is neither a boolean nor the path of a readable file.
     """
     if isinstance(value, bool):
         return value
@@ -177,18 +182,18 @@ def tls_verify(value: object) -> bool | Path:
 
 
 def base_url(value: str) -> str:
-    """Check a provider's address; trailing slashes go, a path stays, `/v1` may be there or not.
+    """Validate the URL of a provider and remove trailing slashes; it may have a path, with or without `/v1`.
 
     Raises:
-        ValueError: No http or https URL, or one with credentials, query or fragment.
+        ValueError: It is not an http or https URL, or it has credentials, a query or a fragment.
     """
     text = value.strip()
     if any(character.isspace() or not character.isprintable() for character in text):
-        raise ValueError("must not hold white space or control characters")
-    # Before anything that might print the value.
+        raise ValueError("must not contain white space or control characters")
+    # Must come before any message that contains the value.
     if "@" in re.split(r"[/?#]", text.partition("://")[2] or text, maxsplit=1)[0]:
         raise ValueError(
-            "must not carry credentials, since addresses are logged: take them out, and give the token as api_token "
+            "must not contain credentials, because URLs are logged: remove them, and give the token as api_token "
             "of the same provider (for provider vllm: environment VLLM_API_TOKEN)"
         )
     if not re.match(r"(?i)https?://", text):
@@ -198,19 +203,19 @@ def base_url(value: str) -> str:
         parts = urlsplit(text)
         host, _ = parts.hostname, parts.port
     except ValueError as error:
-        raise ValueError(f"is no URL ({error}): write it like http://127.0.0.1:8000/v1") from None
+        raise ValueError(f"is not a valid URL ({error}): write for example http://127.0.0.1:8000/v1") from None
     if not host:
-        raise ValueError("names no host: write it like http://127.0.0.1:8000/v1")
+        raise ValueError("has no host: write for example http://127.0.0.1:8000/v1")
     if parts.query or parts.fragment:
-        raise ValueError("must end before any ? or #: paths are appended to it")
+        raise ValueError("must not have a query (?) or a fragment (#), because paths are appended to it")
     return text.rstrip("/")
 
 
 def replicas(value: tuple[str, ...]) -> tuple[str, ...]:
-    """Check that a provider's addresses, each of which `base_url` returned, lead to different servers.
+    """Check that the URLs of a provider, each returned by `base_url`, are those of different servers.
 
     Raises:
-        ValueError: Two of them are one, however they are written.
+        ValueError: Two URLs are equivalent, even if they are written differently.
     """
     seen: dict[tuple[object, ...], str] = {}
     for url in value:
@@ -218,26 +223,26 @@ def replicas(value: tuple[str, ...]) -> tuple[str, ...]:
         port = parts.port or _PORTS[parts.scheme]
         server = (parts.scheme, parts.hostname, port, parts.path.rstrip("/").removesuffix("/v1").rstrip("/"))
         if server in seen:
-            raise ValueError(f"names one server twice, by {seen[server]} and {url}: take one of them out")
+            raise ValueError(f"contains the same server twice, as {seen[server]} and {url}: remove one of them")
         seen[server] = url
     return value
 
 
 def image_host(value: str) -> str:
-    """Check a host that images may be fetched from, and bring it into lower case and the usual form of its address.
+    """Validate a host that images may be fetched from, and normalize it: lower case, canonical IP addresses.
 
     Args:
-        value: "images.example.com", "*.example.com", "*", "192.0.2.1" or "[2001:db8::1]", with ":port" or without.
+        value: "images.example.com", "*.example.com", "*", "192.0.2.1" or "[2001:db8::1]", with or without ":port".
 
     Raises:
-        ValueError: It is none of these.
+        ValueError: It has none of these forms.
     """
     text = value.strip().lower()
     if not text.isascii():
-        raise ValueError(f"{text!r} must be written as the DNS has it: xn--…")
+        raise ValueError(f"{text!r} must be written in Punycode, as in the DNS: xn--…")
     parts = _IMAGE_HOST.fullmatch(text)
     if parts is None:
-        raise ValueError(f"{text!r} is no host: {_IMAGE_HOST_FORMS}")
+        raise ValueError(f"{text!r} is not a valid host: {_IMAGE_HOST_FORMS}")
     wild, host, port = parts[1] or "", parts[2].removesuffix("."), parts[3]
     if port is not None and not 1 <= int(port) <= _HIGHEST_PORT:
         raise ValueError(f"{text!r} has no port from 1 to {_HIGHEST_PORT}: {_IMAGE_HOST_FORMS}")
@@ -245,88 +250,93 @@ def image_host(value: str) -> str:
         try:
             ip = ip_address(host.strip("[]"))
         except ValueError:
-            raise ValueError(f"{text!r} is no address: {_IMAGE_HOST_FORMS}") from None
+            raise ValueError(f"{text!r} is not a valid IP address: {_IMAGE_HOST_FORMS}") from None
         host = f"[{ip}]" if isinstance(ip, IPv6Address) else str(ip)
     return f"{wild}{host}" if port is None else f"{wild}{host}:{int(port)}"
 
 
 def headers(value: Mapping[str, SecretStr]) -> Mapping[str, SecretStr]:
-    """Check further HTTP headers; white space around values goes.
+    """Validate additional HTTP headers and strip white space from their values.
 
     Raises:
-        ValueError: A name or a value cannot stand in an HTTP header, two names are one, a header is one that the gateway
-            sets itself, or a value is the mask that stands for it in printed settings.
+        ValueError: A name or a value is not valid in HTTP, two names differ only in case, the gateway sets a header itself,
+            or a value is the mask of printed settings.
     """
     kept: dict[str, SecretStr] = {}
     for name, secret in value.items():
         if not _HEADER_NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is no header's name: write letters, digits and hyphens")
+            raise ValueError(f"{name!r} is not a valid header name: write letters, digits and hyphens")
         if name.lower() in _OWN_HEADERS:
-            remedy = "give the token as api_token" if name.lower() == "authorization" else "take it out"
+            remedy = "give the token as api_token" if name.lower() == "authorization" else "remove it"
             raise ValueError(f"must not set {name}, which the gateway sets itself: {remedy}")
         if name.lower() in {other.lower() for other in kept}:
-            raise ValueError(f"sets {name} twice, as upper and lower case are one: keep one of them")
+            raise ValueError(f"sets {name} twice, because header names are case-insensitive: keep one of them")
         text = secret.get_secret_value().strip()
         if text == MASK:
             raise ValueError(
-                f'gives {name} as "{MASK}", which only stands for a value in printed settings: give its own'
+                f'sets {name} to "{MASK}", which is only the mask of a value in printed settings: give the value itself'
             )
         if not text or not all(" " <= character <= "~" for character in text):
-            raise ValueError(f"must give {name} a value of printable ASCII on one line, or leave it out")
+            raise ValueError(f"must set {name} to one line of printable ASCII, or omit it")
         kept[name] = SecretStr(text)
     return kept
 
 
 def model_pattern(value: str) -> str:
-    """Check the name of a model, or the pattern of names; white space around it goes.
+    """Strip white space from the name of a model, or a pattern of names.
 
     Raises:
-        ValueError: Nothing is left.
+        ValueError: It is empty.
     """
     text = value.strip()
     if not text:
-        raise ValueError('holds an empty name: take it out, or write "*" for every model')
+        raise ValueError('contains an empty name: remove it, or write "*" for every model')
     return text
 
 
 def field_pattern(value: str) -> str:
-    """Check the name of a request field, or the pattern of names; white space around it goes.
+    """Strip white space from the name of a request field, or a pattern of names.
 
     Raises:
-        ValueError: Nothing is left.
+        ValueError: It is empty.
     """
     text = value.strip()
     if not text:
-        raise ValueError('holds an empty name: take it out, or write "*" for every field')
+        raise ValueError('contains an empty name: remove it, or write "*" for every field')
     return text
 
 
 def token(value: SecretStr | None) -> SecretStr | None:
-    """Check a bearer token; white space around it goes (a file's last newline), and nothing left is no token.
+    """Validate a bearer token and strip white space, such as the final newline of a file.
+
+    Returns:
+        `None` if it is empty.
 
     Raises:
-        ValueError: It cannot stand in an HTTP header, or is the mask that stands for a token in printed settings.
+        ValueError: It is not valid in an HTTP header, or is the mask of printed settings.
     """
     text = value.get_secret_value().strip() if value is not None else ""
     if not text:
         return None
     if text == MASK:
-        raise ValueError(f'is "{MASK}", which only stands for a token in printed settings: give the token itself')
+        raise ValueError(f'is "{MASK}", which is only the mask of a token in printed settings: give the token itself')
     if not all("!" <= character <= "~" for character in text):
-        raise ValueError("must be printable ASCII without spaces, to be sent in an HTTP header")
+        raise ValueError("must be printable ASCII without spaces, because it is sent in an HTTP header")
     return SecretStr(text)
 
 
 def database_url(value: str, info: ValidationInfo) -> str:
-    """Check the registry's database and name its asynchronous driver; empty is the default file.
+    """Validate the URL of the registry's database and add its asynchronous driver.
 
     Args:
-        value: "sqlite:///path" or "sqlite+aiosqlite:///path": three slashes and a relative path, or four and an
-            absolute one; `~/` is the home directory. No path is a database in memory. Or "postgresql://user@host/name".
-        info: Its context may hold "environ", the environment to take the default from.
+        value: "sqlite:///path" or "sqlite+aiosqlite:///path": three slashes and a relative path, or four slashes and an
+            absolute path; `~/` is the home directory. Without a path the database is in memory. Or
+            "postgresql://user@host/name". If empty, the default file.
+        info: Its context may contain "environ", the environment for the default.
 
     Raises:
-        ValueError: Another database, no URL, or no home directory for the default. What it says holds no password.
+        ValueError: It is not a URL, the database is not supported, or the default needs a home directory and there is none. The
+            message contains no password.
     """
     text = value.strip()
     if not text:
@@ -336,7 +346,7 @@ def database_url(value: str, info: ValidationInfo) -> str:
     scheme, separator, rest = text.partition("://")
     if not separator:
         raise ValueError(
-            "is no database URL: write sqlite:////absolute/path/registry.db or postgresql://user@host/name"
+            "is not a database URL: write sqlite:////absolute/path/registry.db or postgresql://user@host/name"
         )
     if scheme.lower() in {"postgresql", "postgres", "postgresql+psycopg"}:
         return Secret(f"postgresql+psycopg://{_postgres(rest)}")
@@ -345,17 +355,17 @@ def database_url(value: str, info: ValidationInfo) -> str:
             f"{scheme!r} is not supported: write sqlite:////absolute/path/registry.db or postgresql://user@host/name"
         )
     if rest and not rest.startswith("/"):
-        raise ValueError("names a host, which SQLite has not: write sqlite:////absolute/path/registry.db")
+        raise ValueError("has a host, which SQLite does not support: write sqlite:////absolute/path/registry.db")
     if rest.startswith("/~"):
         rest = f"/{_expanded(Path(rest[1:]))}"
     return f"sqlite+aiosqlite://{rest}"
 
 
 def shown_database_url(url: str) -> str:
-    """A database's URL as it may be printed: with the mask for its password and for secret options in its query.
+    """The URL of a database with its password and the secret options of its query masked.
 
     Args:
-        url: Any text. If it is no URL, nothing of it is shown: any part may be of a password.
+        url: Any text. If it is not a URL, the result is only the mask, because any part may belong to a password.
     """
     try:
         parsed = make_url(url)
@@ -369,26 +379,29 @@ def shown_database_url(url: str) -> str:
 
 
 def _postgres(rest: str) -> str:
-    """Check what follows the scheme of a PostgreSQL URL."""
+    """Validate the part of a PostgreSQL URL after the scheme."""
     before, _, query = rest.partition("?")
     if f":{MASK}@" in before or f"={MASK}" in query:
-        raise ValueError(f'has "{MASK}" as a secret, which only stands for one in printed settings: give its own')
+        raise ValueError(
+            f'has "{MASK}" as a secret, which is only the mask of a secret in printed settings: give the secret itself'
+        )
     if before.count("@") > 1 or "/" in before[: max(before.find("@"), 0)].partition(":")[0]:
-        # Else what follows the first @ or / would be taken for the host or the database, and be shown as such.
+        # Otherwise the text after the first @ or / would be parsed as the host or the database, and be printed.
         raise ValueError(
             "has an @ or / in its user name or password: write %40 for @ and %2F for /, or use $PGPASSWORD"
         )
     parsed: URL | None = None
-    with contextlib.suppress(SQLAlchemyError, ValueError):  # what they say may repeat a part of the password
+    with contextlib.suppress(SQLAlchemyError, ValueError):  # their messages may contain a part of the password
         parsed = make_url(f"postgresql://{rest}")
     if parsed is None:
         raise ValueError(
-            "is no database URL: write postgresql://user@host:5432/name, and %40, %3A and %2F in a password"
+            "is not a database URL: write postgresql://user@host:5432/name, with %40 for @, %3A for : and %2F for / in a "
+            "password"
         )
     if not parsed.database:
-        raise ValueError("names no database: write postgresql://user@host/name")
+        raise ValueError("has no database name: write postgresql://user@host/name")
     if importlib.util.find_spec("psycopg") is None:
-        raise ValueError("needs PostgreSQL's client library: pip install 'deltawire[postgres]'")
+        raise ValueError("needs the PostgreSQL client library: pip install 'deltawire[postgres]'")
     return rest
 
 
@@ -403,17 +416,17 @@ def _expanded(path: Path) -> Path:
     try:
         return path.expanduser()
     except RuntimeError:
-        raise ValueError(f"{path} starts in a home directory that is not known: write the whole path") from None
+        raise ValueError(f"{path} starts with a home directory that cannot be found: write the absolute path") from None
 
 
 def _state_home(environ: Mapping[str, str]) -> Path:
     configured = Path(environ.get("XDG_STATE_HOME", ""))
-    # A relative one is to be ignored, says the XDG specification.
+    # The XDG specification requires relative paths to be ignored.
     if configured.is_absolute():
         return configured
     try:
         return Path(environ.get("HOME") or "~").expanduser() / ".local" / "state"
     except RuntimeError:
         raise ValueError(
-            "has no default, as this user has no home directory: set it (--database-url), or XDG_STATE_HOME"
+            "has no default, because this user has no home directory: set it (--database-url), or set XDG_STATE_HOME"
         ) from None
