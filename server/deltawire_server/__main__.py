@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 GC_THRESHOLDS = (2_000, 5, 200)
-"""A full collection takes 1 us for each object of the active calls, so 0.1 s with hundreds of calls; these thresholds make it thirty
+"""A full collection takes 1 us for each object of the active calls, so 0.1 s with hundreds of calls; these make it thirty
 times as rare as the defaults. Little memory waits for it: when a call has ended, its large objects are in no reference cycles."""
 
 
