@@ -169,16 +169,46 @@ def tls_credentials(
         key_file: Its key.
 
     Raises:
-        ValueError: Only one of certificate and key is given.
+        ValueError: Only one of certificate and key is given, or a file is not what it must be. The message names the argument.
         OSError: A file cannot be read.
 
     Hand it to `credentials=`.
     """
     if (cert_file is None) != (key_file is None):
-        message = "a certificate and its key go together: give both or neither"
+        message = "a certificate and its key go together: give both cert_file and key_file, or neither"
         raise ValueError(message)
     ca, key, cert = (None if path is None else Path(path).read_bytes() for path in (ca_file, key_file, cert_file))
+    if ca_file is not None:
+        _check_ca(ca_file)
+    if cert_file is not None and key_file is not None:
+        _check_pair(cert_file, key_file)
     return grpc.ssl_channel_credentials(ca, key, cert)
+
+
+def _check_ca(path: str | Path) -> None:
+    """Check a file of root certificates. gRPC fails only when it connects, and without the name of the file."""
+    import ssl
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+    except ssl.SSLError as error:
+        message = f"ca_file {path}: not a certificate in PEM"
+        raise ValueError(message) from error
+
+
+def _check_pair(cert_path: str | Path, key_path: str | Path) -> None:
+    """Check a certificate and its key. The key may not be encrypted."""
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    # Only form and match are checked: the gateway decides whether a key is long enough.
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    try:
+        # Without a password OpenSSL would ask for one on the terminal.
+        context.load_cert_chain(cert_path, key_path, password="")
+    except ssl.SSLError as error:
+        message = f"cert_file {cert_path}, key_file {key_path}: not a certificate in PEM and its key, unencrypted"
+        raise ValueError(message) from error
 
 
 def is_local(target: str) -> bool:
@@ -275,7 +305,7 @@ class Defaults:
         # An id made here lets a call that never came back be found in the gateway's log.
         sent = metadata_text(tuple(metadata), REQUEST_ID)
         if not sent or options.get("request_id"):
-            sent = options.get("request_id") or uuid.uuid4().hex
+            sent = _sendable_id(options.get("request_id") or uuid.uuid4().hex)
             metadata = [(name, value) for name, value in metadata if name != REQUEST_ID]
             metadata.append((REQUEST_ID, sent))
         timeout = checked_timeout(options.get("timeout"))
@@ -325,6 +355,14 @@ def _sendable(token: str, name: str) -> str:
         message = f"the {name} must be printable ASCII without spaces or line ends, to be sent in a header"
         raise ValueError(message)
     return token
+
+
+def _sendable_id(request_id: str) -> str:
+    """A request id, if it fits into a header."""
+    if not all(" " <= character <= "~" for character in request_id):
+        message = f"the request_id must be printable ASCII, to be sent in a header: {request_id!r} is not"
+        raise ValueError(message)
+    return request_id
 
 
 def _known(given: Mapping[str, object], known: frozenset[str], what: str) -> None:

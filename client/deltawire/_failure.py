@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 import grpc
 from google.protobuf.message import DecodeError
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
-from google.rpc.status_pb2 import Status
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -162,6 +160,9 @@ def _status(trailing: Metadata) -> Any:  # noqa: ANN401 -- google.rpc ships no t
     """The `google.rpc.Status` in the trailers; None if there is none or it cannot be read."""
     for name, value in trailing:
         if name == DETAILS_TRAILER and isinstance(value, bytes):
+            # Imported here because most programs never see such a trailer.
+            from google.rpc.status_pb2 import Status
+
             try:
                 return Status.FromString(value)
             except DecodeError:
@@ -171,6 +172,8 @@ def _status(trailing: Metadata) -> Any:  # noqa: ANN401 -- google.rpc ships no t
 
 def _with_details(failure: Failure) -> Failure:
     """The failure with what its status details add. Details of other domains and types are left in `status`."""
+    from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+
     info, bad_request, retry = ErrorInfo(), BadRequest(), RetryInfo()
     for detail in failure.status.details:
         try:

@@ -224,7 +224,9 @@ def as_message(value: MessageLike) -> ChatMessage:
         case ToolMessage():
             return ChatMessage(tool=value)
         case _:
-            message = f"a message is text or one of deltawire.v1's messages, not {type(value).__name__}"
+            # Such as OpenAI's {"role": "user", "content": "hi"}.
+            hint = ': write user("hi"), system(...), assistant(...) or tool(...)' if isinstance(value, Mapping) else ""
+            message = f"a message is text or one of deltawire.v1's messages, not {type(value).__name__}{hint}"
             raise TypeError(message)
 
 

@@ -177,7 +177,7 @@ def test_a_channel_of_your_own_is_used_as_it_is() -> None:
 
 def test_tls_files(tmp_path: Path) -> None:
     """A certificate needs its key, and a file that is not there is named."""
-    with pytest.raises(ValueError, match="give both or neither"):
+    with pytest.raises(ValueError, match="give both cert_file and key_file, or neither"):
         tls_credentials(cert_file="c.pem")
     with pytest.raises(FileNotFoundError):
         tls_credentials(ca_file=tmp_path / "ca.pem")

@@ -1,38 +1,33 @@
-"""The command `deltawire`: chat with a model, and see and name the models there are.
+"""The command `deltawire`: chat with a model, and list, register and change models.
 
 Standard output is the answer and nothing else: text, or with --json one message per line. Everything about the answer
 goes to standard error: a model's reasoning (only if that is a terminal), notes and errors. Exit status: 0 the answer came
-whole, whatever its stop reason; 1 the call failed; 2 wrong usage; 130 Ctrl-C.
+whole, whatever its stop reason, or the reader of standard output closed it; 1 the call failed; 2 wrong usage; 130 Ctrl-C.
 
-A command's way through the folder, in the order of the files one needs to read:
+The modules, in the order of a command's execution:
 
-    arguments     every command and option, and the function that runs it; request_arguments: those of what is asked
-    connection    options in, a client out
+    run           runs a command; errors in, exit status out
+    arguments     every command and option, and the function that runs it; request_arguments: the options of a request
+    connection    options in, a client out; the first connection
     chat          `chat`, `count-tokens`                    completions   `cancel`, `get` and `resume`
                                                             registry      `models`, `providers` and `health`
     request       options and files in, a ChatRequest out   files         the text of a file or of standard input
     follow        one answer, from its stream to the end    interrupt     Ctrl-C while a stream is read
-    answer        prints an answer while it comes           terminal      text in pieces, harmless to a terminal
+    answer        prints an answer while it arrives         terminal      text in pieces, harmless to a terminal
     output        JSON lines, tables, notes, errors         status        exit statuses, and their errors
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from typing import TYPE_CHECKING
 
-from deltawire._cli.arguments import check_text, make_parser
-from deltawire._cli.connection import client_of
-from deltawire._cli.output import print_error, say
-from deltawire._cli.status import FAILED, INTERRUPTED, USAGE, FailedError, UsageError
-from deltawire._errors import DeltawireError
+from deltawire._cli.status import INTERRUPTED
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Callable, Sequence
-
-    from deltawire._client import Client
+    from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,33 +39,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: As argparse does: 0 after --help and --version, 2 for wrong usage.
 
-    The exit status comes back; hand it to `sys.exit`.
+    Pass the returned exit status to `sys.exit`.
     """
-    options = make_parser().parse_args(arguments)
-    run: Callable[[Client, argparse.Namespace], int] = options.run
+    # The log of gRPC's C core repeats errors that the command reports. It must be off before gRPC is imported.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
-        check_text(options)
-        with client_of(options) as client:
-            status = run(client, options)
-            # Here, and not at exit, so that a closed pipe can be handled.
-            sys.stdout.flush()
-            return status
+        before = signal.getsignal(signal.SIGINT)
+        # Python would print a traceback if Ctrl-C came during an import. No call has begun yet that must be ended.
+        if before is signal.default_int_handler and _in_main_thread():
+            signal.signal(signal.SIGINT, _leave)
+        try:
+            from deltawire._cli.run import run
+        finally:
+            if signal.getsignal(signal.SIGINT) is _leave:
+                signal.signal(signal.SIGINT, before)
+        return run(arguments)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except UsageError as error:
-        say(f"error: {error}")
-        return USAGE
-    except FailedError as error:
-        say(f"error: {error}")
-        return FAILED
-    except DeltawireError as error:
-        print_error(error)
-        return FAILED
-    except OSError as error:
-        # If the reader closed the pipe, there is nothing to report.
-        if not isinstance(error, BrokenPipeError):
-            say(f"error: input or output failed: {error.strerror or error}")
-        # What is still in the buffer must not fail once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
+
+
+def _in_main_thread() -> bool:
+    """Whether this thread may install signal handlers."""
+    import threading
+
+    return threading.current_thread() is threading.main_thread()
+
+
+def _leave(_: int, __: object) -> None:
+    """End the process at once."""
+    os.write(2, b"interrupted\n")
+    os._exit(INTERRUPTED)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from deltawire._channel import DEFAULT_TARGET
 from deltawire._cli.chat import count_tokens, run_chat
@@ -21,10 +21,13 @@ from deltawire._cli.registry import (
     watch_models,
 )
 from deltawire._cli.request_arguments import add_request_options, add_telling_options, seconds
-from deltawire._cli.status import UsageError
+from deltawire._cli.status import USAGE, UsageError
 from deltawire._cli.terminal import one_line
 from deltawire._values import RESUME_FOR
 from deltawire._version import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # A file may be called by bytes that are no text.
 _FILES = frozenset(
@@ -69,11 +72,25 @@ environment:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Repeats what is wrong on one line, in characters that do not steer a terminal."""
+    """Reports wrong usage on one line, without control characters, and the command whose help to read."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401 -- argparse's own
+        super().__init__(*arguments, **options)
+        # After the defaults of `parents`. The parser of the command that was given sets it last.
+        self.set_defaults(prog=self.prog)
+
+    # argparse reports unknown arguments of a command as if they were the program's.
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override] # noqa: ANN401
+        """Parse all arguments."""
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.prog = options.prog
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return options
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong, and exit."""
-        super().error(one_line(message))
+        """Print what is wrong, and exit."""
+        self.exit(USAGE, f"error: {one_line(message)}\nsee {self.prog} --help\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -134,10 +151,12 @@ def _whole(text: str, least: int, most: int) -> int:
 
 
 def check_text(options: argparse.Namespace) -> None:
-    """See that what was given is text: Python lets other bytes through, as lone surrogates.
+    """Check that each value is UTF-8 text, and that the request id fits into a header.
+
+    Python passes other bytes on as lone surrogates.
 
     Raises:
-        UsageError: Something is not; the message says what.
+        UsageError: A value is not; the message names its option.
     """
     for name, value in vars(options).items():
         for each in value if isinstance(value, list) else [value]:
@@ -150,6 +169,9 @@ def check_text(options: argparse.Namespace) -> None:
                 named = name in {"prompt", "completion", "model", "provider"}
                 message = f"the {name} is not UTF-8 text" if named else f"--{name.replace('_', '-')}: not UTF-8 text"
                 raise UsageError(message) from error
+    if options.request_id is not None and not all(" " <= each <= "~" for each in options.request_id):
+        message = f"--request-id {options.request_id}: must be printable ASCII, to be sent in a header"
+        raise UsageError(message)
 
 
 def _etag(text: str) -> str:

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from deltawire._cli.answer import call_line
-from deltawire._cli.connection import call_options
+from deltawire._cli.connection import call_options, connect, first_call
 from deltawire._cli.follow import follow
 from deltawire._cli.output import print_error, print_json, say
 from deltawire._cli.request import images_of, request_of, telling_of, turn_of
@@ -30,6 +30,7 @@ def run_chat(client: Client, options: argparse.Namespace) -> int:
     if talk and request.completion_id:
         message = "a conversation has many completions: leave out --completion-id, or give a prompt"
         raise UsageError(message)
+    connect(client, options)
     if talk:
         _converse(client, request, options)
     else:
@@ -43,7 +44,7 @@ def count_tokens(client: Client, options: argparse.Namespace) -> int:
     if talk:
         message = "there is no prompt"
         raise UsageError(message)
-    counted = client.chat.count_tokens(request, **call_options(options))
+    counted = client.chat.count_tokens(request, **first_call(client, options))
     if options.json:
         print_json(counted)
         return OK

@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from deltawire._cli.answer import print_choice
-from deltawire._cli.connection import call_options
+from deltawire._cli.connection import first_call
 from deltawire._cli.follow import follow
 from deltawire._cli.output import print_json, print_line, say, word
 from deltawire._cli.status import OK
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def cancel_completion(client: Client, options: argparse.Namespace) -> int:
     """End one softly, and say what the cancel met."""
-    met = client.chat.cancel(options.completion, **call_options(options))
+    met = client.chat.cancel(options.completion, **first_call(client, options))
     if options.json:
         print_json(met)
     else:
@@ -39,7 +39,7 @@ def cancel_completion(client: Client, options: argparse.Namespace) -> int:
 
 def get_completion(client: Client, options: argparse.Namespace) -> int:
     """How far one has come, and its result if that is retained."""
-    found = client.chat.get(options.completion, **call_options(options))
+    found = client.chat.get(options.completion, **first_call(client, options))
     if options.json:
         print_json(found)
     else:
@@ -52,7 +52,9 @@ def get_completion(client: Client, options: argparse.Namespace) -> int:
 
 def resume_completion(client: Client, options: argparse.Namespace) -> int:
     """Read one that is retained, from its beginning or from where somebody had come."""
-    stream = client.chat.resume(options.completion, options.after, retention=options.retention, **call_options(options))
+    stream = client.chat.resume(
+        options.completion, options.after, retention=options.retention, **first_call(client, options)
+    )
     follow(stream, options)
     if options.after is not None and stream.last_sequence == options.after:
         where = f"deltawire get {options.completion}"

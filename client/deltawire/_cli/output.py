@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from google.protobuf.json_format import MessageToJson
 
 from deltawire._cli.terminal import one_line
-from deltawire._errors import CallError, ProtocolError
+from deltawire._errors import CallError, ProtocolError, UnauthenticatedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -32,7 +32,12 @@ def print_line(text: str) -> None:
 
 def print_json(message: ProtoMessage) -> None:
     """A message as one line of protobuf JSON, at once."""
-    print(MessageToJson(message, indent=None), flush=True)
+    print_json_text(MessageToJson(message, indent=None))
+
+
+def print_json_text(text: str) -> None:
+    """A line of JSON, at once. JSON escapes all but ASCII, and every control character but DEL."""
+    print(text.replace("\x7f", "\\u007f"), flush=True)
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -75,6 +80,8 @@ def print_error(error: DeltawireError) -> None:
                 say(f"  {detail}")
         if error.retry_after is not None:
             say(f"  try again in {error.retry_after:g} s")
+    if isinstance(error, UnauthenticatedError):
+        say("  set --token or $DELTAWIRE_TOKEN to your key for the gateway")
     if isinstance(error, CallError | ProtocolError) and error.request_id:
         say(f"  request id: {error.request_id}")
 

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import TYPE_CHECKING, NoReturn, cast
 
 from google.protobuf.json_format import MessageToDict
 
-from deltawire._cli.connection import call_options
+from deltawire._cli.connection import first_call
 from deltawire._cli.interrupt import Interrupt
 from deltawire._cli.output import (
     log_on_stderr,
     note_unreachable,
     print_json,
+    print_json_text,
     print_line,
     print_row,
     print_table,
     say,
     word,
 )
-from deltawire._cli.status import FAILED, OK, UsageError
+from deltawire._cli.status import FAILED, OK, FailedError, UsageError
 from deltawire._errors import CallCancelledError
 from deltawire._watch import ModelChange
 from deltawire.v1.model_registry_pb2 import (
@@ -45,16 +47,25 @@ _WATCH_WIDTHS = (8, 40, 11, 9)
 
 
 def list_models(client: Client, options: argparse.Namespace) -> int:
-    """All models, or those that pass the filters."""
+    """All models, or those that pass the filters.
+
+    Raises:
+        FailedError: No provider has the id of the filter.
+    """
+    call = first_call(client, options)
     listing = client.models.list(
-        provider_id=options.provider,
-        model_type=options.type,
-        state=options.state,
-        source=options.source,
-        **call_options(options),
+        provider_id=options.provider, model_type=options.type, state=options.state, source=options.source, **call
     )
+    models = iter(listing)
+    first = next(models, None)
+    if first is None and options.provider:
+        ids = [each.id for each in client.providers.list(**call)]
+        if options.provider not in ids:
+            message = f"there is no provider {options.provider}; there are: {', '.join(ids) or 'none'}"
+            raise FailedError(message)
+    found = () if first is None else itertools.chain([first], models)
     if options.json:
-        for model in listing:
+        for model in found:
             print_json(model)
     else:
         rows = [
@@ -67,7 +78,7 @@ def list_models(client: Client, options: argparse.Namespace) -> int:
                 str(model.max_context_tokens) if model.HasField("max_context_tokens") else "-",
                 ", ".join(model.aliases),
             )
-            for model in listing
+            for model in found
         ]
         print_table(("ID", "TYPE", "STATE", "SOURCE", "PROVIDER", "CONTEXT", "ALIASES"), rows)
     note_unreachable(listing.unreachable_provider_ids)
@@ -76,7 +87,7 @@ def list_models(client: Client, options: argparse.Namespace) -> int:
 
 def get_model(client: Client, options: argparse.Namespace) -> int:
     """One model."""
-    _print_model(client.models.get(options.model, **call_options(options)), options)
+    _print_model(client.models.get(options.model, **first_call(client, options)), options)
     return OK
 
 
@@ -90,7 +101,7 @@ def register_model(client: Client, options: argparse.Namespace) -> int:
         aliases=options.alias,
         annotations=_notes(options.annotations),
         embedding_dimension=options.embedding_dimension,
-        **call_options(options),
+        **first_call(client, options),
     )
     _print_model(model, options)
     return OK
@@ -113,21 +124,21 @@ def update_model(client: Client, options: argparse.Namespace) -> int:
     if not changes:
         message = "there is nothing to change: give at least one option that says what"
         raise UsageError(message)
-    model = client.models.update(options.model, etag=options.etag or "", **changes, **call_options(options))
+    model = client.models.update(options.model, etag=options.etag or "", **changes, **first_call(client, options))
     _print_model(model, options)
     return OK
 
 
 def unregister_model(client: Client, options: argparse.Namespace) -> int:
     """Unregister a model. It is not looked up first: its record may be damaged, and the caller may not read."""
-    client.models.unregister(options.model, etag=options.etag or "", **call_options(options))
+    client.models.unregister(options.model, etag=options.etag or "", **first_call(client, options))
     print_line("{}" if options.json else f"{options.model} is no longer registered")
     return OK
 
 
 def refresh_models(client: Client, options: argparse.Namespace) -> int:
     """List what providers serve now; one that cannot be listed makes the exit status 1, for scripts."""
-    providers = client.models.refresh(options.provider, **call_options(options))
+    providers = client.models.refresh(options.provider, **first_call(client, options))
     if options.json:
         for each in providers:
             print_json(each)
@@ -144,7 +155,7 @@ def watch_models(client: Client, options: argparse.Namespace) -> NoReturn:
     """Every change to models as it happens, until Ctrl-C or an error."""
     if not options.json:
         print_row(("CHANGE", "ID", "STATE", "TYPE", "PROVIDER"), _WATCH_WIDTHS)
-    call = call_options(options)
+    call = first_call(client, options)
     # The client's own does not limit a watch.
     call["timeout"] = options.timeout
     watch = client.models.watch(options.revision, **call)
@@ -160,7 +171,7 @@ def watch_models(client: Client, options: argparse.Namespace) -> NoReturn:
 
 def list_providers(client: Client, options: argparse.Namespace) -> int:
     """All providers."""
-    providers = client.providers.list(**call_options(options))
+    providers = client.providers.list(**first_call(client, options))
     if options.json:
         for provider in providers:
             print_json(provider)
@@ -172,12 +183,12 @@ def list_providers(client: Client, options: argparse.Namespace) -> int:
 
 def check_health(client: Client, options: argparse.Namespace) -> int:
     """How providers are; one that is down makes the exit status 1, for scripts."""
-    call = call_options(options)
+    call = first_call(client, options)
     ids = [options.provider] if options.provider else [each.id for each in client.providers.list(**call)]
     answers = [(each, client.providers.health(each, **call)) for each in ids]
     if options.json:
         for provider_id, health in answers:
-            print(json.dumps({"providerId": provider_id, **MessageToDict(health)}), flush=True)
+            print_json_text(json.dumps({"providerId": provider_id, **MessageToDict(health)}))
     else:
         rows = [
             (

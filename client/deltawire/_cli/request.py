@@ -53,6 +53,9 @@ _NAMES: Mapping[str, str] = MappingProxyType(
 # Those whose value is made from what was given.
 _MADE = frozenset({"tool", "tool_calls", "logit_bias", "response_format"})
 
+# What to write instead of a message in the form of OpenAI's API.
+_SHAPE = '; instead of {"role": "user", "content": "hi"} write {"user": {"text": "hi"}}'
+
 
 def request_of(options: argparse.Namespace) -> ChatRequest:
     """The request that file and options describe, without the prompt."""
@@ -62,7 +65,8 @@ def request_of(options: argparse.Namespace) -> ChatRequest:
         try:
             Parse(text, request)
         except (ParseError, RecursionError) as error:
-            message = f"{name_of(options.request)}: not a ChatRequest: {error}"
+            hint = _SHAPE if 'no field named "role"' in str(error) else ""
+            message = f"{name_of(options.request)}: not a ChatRequest: {error}{hint}"
             raise UsageError(message) from error
     try:
         over = chat_request([], **_given(options, CHAT_OPTIONS), **_made(options))
@@ -155,12 +159,14 @@ def prompt_of(options: argparse.Namespace) -> str | None:
 
 
 def _tools(path: str) -> Iterator[Tool]:
-    """The tools in a file of OpenAI tool objects."""
+    """The tools in a file: one OpenAI tool object, a list of them, or an object whose "tools" is such a list."""
     try:
         value = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         message = f"{name_of(path)}: not JSON: {error}"
         raise UsageError(message) from error
+    if isinstance(value, Mapping) and isinstance(value.get("tools"), list):
+        value = value["tools"]
     for index, each in enumerate(value if isinstance(value, list) else [value]):
         where = f"{name_of(path)}: tool {index + 1}" if isinstance(value, list) else name_of(path)
         if not isinstance(each, Mapping):

@@ -6,11 +6,21 @@ import sys
 from typing import TextIO
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
-# What a model writes must not steer a terminal: control characters other than tab and newline are shown as pictures.
+# A model's text must not control a terminal: control characters other than tab and newline are shown as their symbols.
 _PICTURES = {code: 0x2400 + code for code in range(0x20) if code not in {0x09, 0x0A}} | {0x7F: 0x2421}
-# Neither must those that have later text shown in another order than it was written in.
-_PICTURES |= dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
-# On a line, whatever would end it or move on in it is a space.
+_PICTURES |= dict.fromkeys(
+    [
+        *range(0x80, 0xA0),  # C1 control characters
+        *(0x2028, 0x2029),  # line and paragraph separators
+        # Characters that change the order in which text is shown.
+        *(0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x2070)),
+        # Characters of no width, which hide text or split words. Emoji of several characters are shown in parts.
+        *(0x00AD, 0x034F, 0x180E, *range(0x200B, 0x200E), *range(0x2060, 0x2066), 0xFEFF),
+        *range(0xE0000, 0xE0080),  # tags
+    ],
+    0xFFFD,
+)
+# On one line, whatever would end it or move within it is a space.
 _ON_A_LINE = _PICTURES | dict.fromkeys([0x09, 0x0A, 0x2028, 0x2029], 0x20)
 
 

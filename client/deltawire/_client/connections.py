@@ -32,10 +32,10 @@ class Dependent(Protocol):
 
 
 class Connection:
-    """A channel, and the stubs over it."""
+    """A channel, and the stubs over it; `channel` is without the interceptors."""
 
     def __init__(self, channel: grpc.Channel, interceptors: Sequence[Interceptor]) -> None:
-        self._channel = channel
+        self.channel = channel
         if interceptors:
             channel = grpc.intercept_channel(cast("grpc.Channel", _Unregistered(channel)), *interceptors)
         self.chat = ChatCompletionStub(channel)
@@ -43,7 +43,7 @@ class Connection:
 
     def close(self) -> None:
         """Close the channel; calls over it end as cancelled."""
-        self._channel.close()
+        self.channel.close()
 
     _close = close
 

@@ -83,7 +83,7 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         (["chat", "--max-tokens", "many", "hi"], "invalid int value: 'many'"),
         (["chat", "--target", "gateway:1", "--token", "key", "hi"], "or allow it with --insecure"),
         (["chat", "--target", "gateway:1", "--vllm-token", "key", "hi"], "or allow it with --insecure"),
-        (["chat", "--cert-file", "cert.pem", "hi"], "give both or neither"),
+        (["chat", "--cert-file", "cert.pem", "hi"], "give both --cert-file and --key-file, or neither"),
         (["chat", "--ca-file", "/nowhere/ca.pem", "hi"], "/nowhere/ca.pem: No such file or directory"),
         (["models", "register", "llama", "--annotation", "owner"], "--annotation owner: not KEY=VALUE"),
         (["models", "update", "llama", "--annotation", "owner"], "--annotation owner: not KEY=VALUE"),
@@ -92,7 +92,7 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         (["models", "unregister", "llama", "--etag", ""], "--etag: is empty"),
         (["models", "list", "--target", ""], "the target is empty: write host:port"),
         (["models", "list", "--target", "http://gateway:1/"], "is a URL: write gateway:1"),
-        (["models", "list", "--token", "a\nb"], "the token must be printable ASCII"),
+        (["models", "list", "--token", "a\nb"], "error: --token must be printable ASCII"),
         (
             ["models", "update", "llama", "--alias", "l", "--no-aliases"],
             "--no-aliases: not allowed with argument --alias",
@@ -105,6 +105,16 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         (["chat", "--model", "llama", "--stop", "a", "--stop", "\udcff", "hi"], "error: --stop: not UTF-8 text"),
         (["chat", "--system", "\udcff", "hi"], "error: --system: not UTF-8 text"),
         (["chat", "--request-id", "\udcff", "hi"], "error: --request-id: not UTF-8 text"),
+        (
+            ["chat", "--request-id", "ü", "hi"],
+            "error: --request-id ü: must be printable ASCII, to be sent in a header\n",
+        ),
+        (
+            ["chat", "--target", "gateway", "hi"],
+            "error: --target gateway: no port; write, for example, gateway:50051\n",
+        ),
+        (["chat", "--target", "::1", "hi"], "error: --target ::1: no port"),
+        (["chat", "--target", "dns:///gateway", "hi"], "error: --target dns:///gateway: no port"),
         (["models", "get", "\udcff"], "error: the model is not UTF-8 text"),
         (["chat", "--template-kwargs", "{", "hi"], "--template-kwargs: not JSON: Expecting"),
         (["chat", "--extra-body", "[]", "hi"], "--extra-body: not a JSON object: []"),
@@ -138,3 +148,16 @@ def test_wrong_usage(gateway: Gateway, run: Run, arguments: list[str], what: str
     assert (status, out) == (2, "")
     assert what.lower() in err.lower()
     assert gateway.calls == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["chat", "--nope", "hi"], "unrecognized arguments: --nope\nsee deltawire chat --help"),
+        (["models", "get"], "the following arguments are required: MODEL\nsee deltawire models get --help"),
+        ([], "the following arguments are required: COMMAND\nsee deltawire --help"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_a_hint(run: Run, arguments: list[str], message: str) -> None:
+    """The usage of a command is longer than a screen, so it is printed by --help alone."""
+    assert run(*arguments) == (2, "", f"error: {message}\n")

@@ -121,8 +121,8 @@ def test_ctrl_c_while_watching(gateway: Gateway) -> None:
     assert gateway.last.ended.wait(10)
 
 
-def test_a_reader_that_has_gone(gateway: Gateway) -> None:
-    """As with `| head -1`: the call is cancelled, and nothing is said about it."""
+def test_a_reader_that_closes_the_pipe(gateway: Gateway) -> None:
+    """As with `| head -1`: the call is cancelled, and that is neither an error nor a failure."""
     gateway.will(*saying("Hel", *["lo\n"] * 5000))
     with start(gateway, "chat", "--model", "llama", "--json", "hi") as process:
         assert process.stdout is not None
@@ -130,7 +130,60 @@ def test_a_reader_that_has_gone(gateway: Gateway) -> None:
         process.stdout.close()
         assert process.stderr is not None
         assert process.stderr.read() == b""
-    assert process.returncode == 1
+    assert process.returncode == 0
+
+
+def in_shell(gateway: Gateway, command: str) -> tuple[int, bytes, bytes]:
+    """Run a line of shell, in which $deltawire is the command."""
+    environment = os.environ | {"DELTAWIRE_TARGET": gateway.target, "deltawire": f"{sys.executable} -m deltawire"}
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, check=False, timeout=30)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_help_into_a_reader_that_closes_the_pipe(gateway: Gateway) -> None:
+    """`--help | head -1` too."""
+    line = "$deltawire chat --help | head -1; exit ${PIPESTATUS[0]}"
+    status, out, err = in_shell(gateway, line)
+    assert (status, out.startswith(b"usage: deltawire chat"), err) == (0, True, b"")
+
+
+def test_closed_standard_files(gateway: Gateway) -> None:
+    """They are like /dev/null: no input is an error in one line, and no output is none."""
+    error = b"error: there is no prompt: standard input is empty\n"
+    assert in_shell(gateway, "$deltawire chat <&-") == (2, b"", error)
+    gateway.will(*saying("hi"))
+    assert in_shell(gateway, "$deltawire chat hi >&-") == (0, b"", b"")
+    gateway.will(*saying("hi"))
+    assert in_shell(gateway, "$deltawire chat hi 2>&-") == (0, b"hi\n", b"")
+
+
+def test_nothing_but_the_error_is_written(gateway: Gateway) -> None:
+    """GRPC's C core would log failed handshakes."""
+    status, out, err = in_shell(gateway, "$deltawire providers --tls")
+    assert (status, out, err.count(b"\n"), err.startswith(b"error: ")) == (1, b"", 1, True)
+
+
+_PRESSED_AT = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Press:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Press())
+from deltawire._cli import main
+sys.exit(main(["--version"]))
+"""
+
+
+@pytest.mark.parametrize(
+    "module", ["deltawire._cli.run", "argparse", "grpc", "grpc._cython.cygrpc", "deltawire._client"]
+)
+def test_ctrl_c_during_imports(module: str) -> None:
+    """No traceback, however early it is: status 130."""
+    program = [sys.executable, "-c", _PRESSED_AT.format(module=module)]
+    done = subprocess.run(program, capture_output=True, check=False, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"interrupted\n")
 
 
 def test_output_that_fails(gateway: Gateway) -> None:

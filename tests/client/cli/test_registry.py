@@ -42,7 +42,7 @@ def test_models_list_in_json(gateway: Gateway, run: Run) -> None:
 
 def test_models_list_filtered(gateway: Gateway, run: Run) -> None:
     """Every filter arrives in its field, and none is sent that was not given."""
-    gateway.will(registry.ListModelsResponse())
+    gateway.will(registry.ListModelsResponse(models=[FOUND]))
     gateway.will(registry.ListModelsResponse())
     run("models", "list", "--provider", "vllm", "--type", "rerank", "--state", "unknown", "--source", "discovered")
     assert gateway.last.request == registry.ListModelsRequest(
@@ -53,6 +53,17 @@ def test_models_list_filtered(gateway: Gateway, run: Run) -> None:
     )
     run("models", "list")
     assert gateway.last.request == registry.ListModelsRequest()
+
+
+def test_models_list_of_a_provider_that_does_not_exist(gateway: Gateway, run: Run) -> None:
+    """An error that names those there are; a provider without models is not one."""
+    for given, expected in (
+        ("nope", (1, "", "error: there is no provider nope; there are: a, b\n")),
+        ("b", (0, "ID  TYPE  STATE  SOURCE  PROVIDER  CONTEXT  ALIASES\n", "")),
+    ):
+        gateway.will(registry.ListModelsResponse())
+        gateway.will(registry.ListProvidersResponse(providers=[registry.Provider(id="a"), registry.Provider(id="b")]))
+        assert run("models", "list", "--provider", given) == expected
 
 
 def test_models_get(gateway: Gateway, run: Run) -> None:

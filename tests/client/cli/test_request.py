@@ -203,9 +203,19 @@ def test_options_are_laid_over_a_request(gateway: Gateway, run: Run) -> None:
     )
 
 
+def test_tools_in_an_object(gateway: Gateway, run: Run, tmp_path: Path) -> None:
+    """As in the body of a request to OpenAI's API."""
+    path = tmp_path / "tools.json"
+    path.write_text(json.dumps({"tools": [WEATHER, {"name": "b"}]}))
+    gateway.will(*saying("hi"))
+    assert run("chat", "--tool", str(path), "hi")[0] == 0
+    assert [each.name for each in asked(gateway).tools] == ["get_weather", "b"]
+
+
 @pytest.mark.parametrize(
     ("content", "what"),
     [
+        ('{"tools": [{"name": "a"}, 3]}', "tools.json: tool 2: not an object"),
         ("{", "tools.json: not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
         ("3", "tools.json: not an object"),
         ('[{"name": "a"}, 3]', "tools.json: tool 2: not an object"),
@@ -233,6 +243,13 @@ def test_requests_that_are_wrong(run: Run) -> None:
     assert status == 2
     assert err.startswith("error: standard input: not a ChatRequest: ")
     assert "modle" in err
+
+
+def test_a_message_in_the_form_of_openai(run: Run) -> None:
+    """The message shows the form to write instead."""
+    request = '{"messages": [{"role": "user", "content": "hi"}]}'
+    status, _, err = run("chat", "--request", "-", stdin=request)
+    assert (status, err.endswith('write {"user": {"text": "hi"}}\n'), err.count("\n")) == (2, True, 1)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--request", "-"]])

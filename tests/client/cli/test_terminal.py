@@ -69,6 +69,25 @@ def test_a_model_does_not_steer_the_terminal(gateway: Gateway, run: Run, monkeyp
     assert terminal.getvalue() == "a␛]52;c;eA==␇\ufffd\tb\ufffdc\ufffd\n"
 
 
+def test_characters_that_cannot_be_seen(gateway: Gateway, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Separators of lines, characters of no width and tags are replaced on a terminal, and kept in a pipe."""
+    hidden = "\u2028\u2029\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\u061c\u00ad\U000e0041"
+    said = "-".join(f"a{each}" for each in hidden) + "\n"
+    gateway.will(*saying(said))
+    assert run("chat", "--model", "llama", "hi")[1] == said
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    gateway.will(*saying(said))
+    run("chat", "--model", "llama", "hi")
+    assert terminal.getvalue() == "-".join(["a\ufffd"] * len(hidden)) + "\n"
+
+
+def test_json_has_no_control_characters(gateway: Gateway, run: Run) -> None:
+    """All are escaped; protobuf leaves DEL."""
+    gateway.will(*saying("a\x7f\x1b\u2028"))
+    assert "a\\u007f\\u001b\\u2028" in run("chat", "--model", "llama", "--json", "hi")[1]
+
+
 WILD = "X\x1b[31m\n\u202eY\u2028\x9bZ"
 TAME = "X␛[31m \ufffdY \ufffdZ"
 

@@ -77,7 +77,8 @@ async def test_filters_and_refresh(served: Running, vllm: FakeVllm, command: Com
 
     assert await listed("--type", "rerank", "--state", "serving", "--source", "registered") == ["mine"]
     assert await listed("--type", "llm") == []
-    assert await listed("--provider", "nobody") == []
+    status, out, errors = await command(served, "models", "list", "--provider", "nope")
+    assert (status, out, errors) == (1, "", "error: there is no provider nope; there are: vllm\n")
     assert await command(served, "models", "refresh") == (0, "PROVIDER  MODELS\nvllm      1\n", "")
     await vllm.crash()
     status, out, errors = await command(served, "models", "refresh", "vllm")
