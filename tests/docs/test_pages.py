@@ -1,0 +1,65 @@
+"""What the pages for newcomers name exists: files, anchors, modules and targets of the Makefile."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.docs.markdown import anchors, blocks, links, matches
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+SERVER = ROOT / "server/deltawire_server"
+
+
+@pytest.mark.parametrize("name", ["README.md", "client/README.md", "server/README.md", "protos/README.md"])
+def test_links(name: str) -> None:
+    """Each link to a file of the repository, and to a heading in one."""
+    page = ROOT / name
+    broken = []
+    for link in links(page):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+def test_the_modules_of_the_request_flow() -> None:
+    """The drawing names at most six modules between the RPC and vLLM's URL, besides `sansio`, and each exists."""
+    [drawing] = [block.text for block in blocks(README) if not block.language]
+    modules = re.findall(r"^ ([\w/]+)  ", drawing, re.MULTILINE)
+    assert 4 <= len(modules) <= 6
+    for module in [*modules, "sansio/reader"]:
+        assert module in drawing
+        assert (SERVER / f"{module}.py").exists() or (SERVER / module / "__init__.py").exists(), module
+
+
+def test_the_targets_of_the_makefile() -> None:
+    """A console block has only `make` and its targets, since no test runs it."""
+    commands = [line for block in blocks(README) if block.language == "console" for line in block.text.splitlines()]
+    named = [re.fullmatch(r"\$ make ([\w-]+)( +# .+)?", command) for command in commands]
+    targets = re.findall(r"^([\w-]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert commands
+    assert all(command and command[1] in targets for command in named), commands
+
+
+def test_few_commands_to_an_answer() -> None:
+    """At most six commands up to the first answer that a reader asks for."""
+    commands = [
+        line
+        for block in blocks(README)
+        for line in block.text.splitlines()
+        if (block.language == "console" and line.startswith("$ ")) or (block.language == "sh" and line)
+    ]
+    first = next(index for index, command in enumerate(commands) if "deltawire chat" in command)
+    assert first < 6
+
+
+def test_an_output_may_leave_text_out() -> None:
+    """`…` stands for any text within a line, and other lines may come before and after."""
+    assert matches('note\nget_weather({"city": "Oslo"})\n', 'get_weather({"city": "…"})\n')
+    assert not matches('get_weather({"town": "Oslo"})\n', 'get_weather({"city": "…"})\n')
+    assert not matches('get_weather({"city": "Oslo"}) and more\n', 'get_weather({"city": "…"})\n')
