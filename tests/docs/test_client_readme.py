@@ -1,0 +1,118 @@
+"""The Python of client/README.md, over a real gateway, against the fake vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from deltawire import AsyncClient
+from deltawire_server.fake_vllm import Chunks, Script
+from tests.docs.markdown import Block, blocks
+from tests.support.gateway import WAIT
+
+if TYPE_CHECKING:
+    from deltawire_server.fake_vllm import FakeVllm
+    from tests.support.gateway import Running
+
+BLOCKS = [block for block in blocks(Path(__file__).parents[2] / "client/README.md") if block.language == "python"]
+ADDRESS = "127.0.0.1:50051"
+MODEL = "llama"
+CHUNK = Chunks()
+# The smallest image there is: one transparent pixel.
+PIXEL = bytes.fromhex(
+    "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c4890000000d49444154789c6360606060000000050001a5f64540"
+    "0000000049454e44ae426082"
+)
+
+
+def script(*events: dict[str, object], reason: str = "stop") -> Script:
+    """An answer of these chunks."""
+    return Script.chunks([CHUNK.role(), *events, CHUNK.finish(reason), CHUNK.usage(7, 3)])
+
+
+SAYS = script(CHUNK.text("It rains"), CHUNK.text(" in Oslo."))
+CALLS = script(CHUNK.call("get_weather"), CHUNK.arguments('{"city": "Oslo"}'), reason="tool_calls")
+
+
+@pytest.fixture
+async def address(served: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A gateway that serves a model with the name that the README uses; the file that the README sends is here."""
+    async with AsyncClient(served.address, timeout=WAIT) as client:
+        await client.models.refresh()
+        await client.models.register(MODEL, provider_model_id="fake")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cat.png").write_bytes(PIXEL)
+    return served.address
+
+
+def runnable(block: Block, address: str) -> str:
+    """The block's code, for this gateway."""
+    return block.text.replace(ADDRESS, address)
+
+
+def run(block: Block, address: str) -> str:
+    """Run a block in this thread, and return what it printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        # A module of its own name: the block must not be taken for the main program's.
+        exec(compile(runnable(block, address), "client/README.md", "exec"), {"__name__": "readme"})  # noqa: S102 (our own text)
+    return printed.getvalue()
+
+
+def calls_tools(block: Block) -> bool:
+    """Whether its model is expected to call a tool."""
+    return "tools=[" in block.text
+
+
+def never_ends(block: Block) -> bool:
+    """Whether it runs until it is interrupted."""
+    return ".watch()" in block.text
+
+
+@pytest.mark.parametrize(
+    "block", [block for block in BLOCKS if not never_ends(block)], ids=lambda block: f"line-{block.line}"
+)
+async def test_it_runs(block: Block, address: str, vllm: FakeVllm) -> None:
+    """It raises nothing. If it asks the model, vLLM gets the request, and the block prints the answer."""
+    vllm.play(CALLS if calls_tools(block) else SAYS, SAYS)
+    printed = await asyncio.to_thread(run, block, address)
+    asked = f'model="{MODEL}"' in block.text
+    assert ("It rains" in printed) == asked
+    assert bool(vllm.chats) == asked
+    if calls_tools(block):
+        messages = vllm.chats[-1].body["messages"]
+        assert "rain in Oslo" in messages[-1]["content"]
+
+
+@pytest.mark.parametrize(
+    "block", [block for block in BLOCKS if never_ends(block)], ids=lambda block: f"line-{block.line}"
+)
+async def test_it_runs_until_it_is_ended(block: Block, address: str) -> None:
+    """A watch prints the models that there are, and goes on."""
+
+    def watch() -> str:
+        with subprocess.Popen(
+            [sys.executable, "-u", "-c", runnable(block, address)], stdout=subprocess.PIPE
+        ) as process:
+            try:
+                assert process.stdout is not None
+                return process.stdout.readline().decode()
+            finally:
+                process.kill()
+
+    assert MODEL in await asyncio.to_thread(watch)
+
+
+def test_every_block_uses_the_address_and_the_model() -> None:
+    """One address and one model name, so that a reader can run one block after another."""
+    for block in BLOCKS:
+        assert ADDRESS in block.text
+        if "model=" in block.text:
+            assert f'model="{MODEL}"' in block.text or 'model="no-such-model"' in block.text
