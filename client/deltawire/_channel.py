@@ -377,7 +377,7 @@ def _options(target: str, max_receive_bytes: int) -> list[tuple[str, Any]]:
     options: list[tuple[str, Any]] = [
         ("grpc.service_config", SERVICE_CONFIG),
         ("grpc.max_receive_message_length", max_receive_bytes),
-        # A stream can be silent for minutes while a long prompt is read; pings detect that the other side is gone,
+        # A stream can be silent for minutes while a long prompt is read; pings detect that the peer has disconnected,
         # and keep proxies from closing the connection. 0 means that they go on however long nothing else is sent.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),

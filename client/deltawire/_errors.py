@@ -178,7 +178,7 @@ class ModelDiscoveredError(RequestError):
 
 
 class EtagMismatchError(RequestError):
-    """Somebody has changed the model since it had that etag. Read it again, then decide again."""
+    """The model was changed since it had that etag. Read it again."""
 
 
 class RevisionGoneError(RequestError):

@@ -33,7 +33,7 @@ Seconds: TypeAlias = float | timedelta
 # A JSON object as a mapping, or as JSON text, which is passed on to the letter.
 JsonObject: TypeAlias = Mapping[str, Any] | str
 
-# Seconds to go on for by itself with a stream that somebody else began.
+# For how many seconds a stream that another program began is resumed automatically.
 RESUME_FOR = 60.0
 
 _SAME: Mapping[str, str] = MappingProxyType({})
@@ -184,7 +184,7 @@ def reasoning(value: Reasoning | str | None, token_budget: int | None, include: 
 
 
 def tool_call_policy(incremental: bool | None, validate_schema: bool | None) -> ToolCallPolicy | None:
-    """How tool calls are told and judged."""
+    """How tool calls are streamed and validated."""
     streaming = None
     if incremental is not None:
         streaming = TOOL_CALL_STREAMING_INCREMENTAL if incremental else TOOL_CALL_STREAMING_ASSEMBLED

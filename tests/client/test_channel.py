@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.client.scripted import Gateway
+    from tests.conftest import Certificates
 
 
 @pytest.mark.parametrize(
@@ -175,15 +176,20 @@ def test_a_channel_of_your_own_is_used_as_it_is() -> None:
     assert bears(defaults)["authorization"] == "Bearer key"
 
 
-def test_tls_files(tmp_path: Path) -> None:
+def test_tls_files(tmp_path: Path, certificates: Certificates) -> None:
     """A certificate needs its key, and a file that is not there is named."""
     with pytest.raises(ValueError, match="give both cert_file and key_file, or neither"):
         tls_credentials(cert_file="c.pem")
     with pytest.raises(FileNotFoundError):
         tls_credentials(ca_file=tmp_path / "ca.pem")
     pem = tmp_path / "all.pem"
-    pem.write_text("not checked before the first call")
-    with Client("gateway:1", credentials=tls_credentials(ca_file=pem, cert_file=pem, key_file=pem), token="key"):
+    pem.write_text("no certificate")
+    with pytest.raises(ValueError, match=r"all\.pem: not a certificate"):
+        tls_credentials(ca_file=pem)
+    credentials = tls_credentials(
+        ca_file=certificates.authority, cert_file=certificates.client, key_file=certificates.client_key
+    )
+    with Client("gateway:1", credentials=credentials, token="key"):
         pass
 
 

@@ -175,6 +175,6 @@ async def test_limits_reach_their_places(vllm: FakeVllm, tmp_path: Path) -> None
         two = showing(data=PNG)
         two.messages.append(two.messages[0])
         many = await failure_of(gateway.create(two))
-        assert "a request may have 1" in many.message
+        assert "exceeds the limit of 1 images" in many.message
         streamed = (await read_badly(gateway.stream(two)))[1]
         assert streamed.message == many.message

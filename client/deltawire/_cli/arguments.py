@@ -239,14 +239,14 @@ def _add_completions(commands: Any, common: argparse.ArgumentParser) -> None:  #
         "cancel",
         help="end a completion softly",
         parents=[common],
-        description="Whoever reads it gets a normal end, with the text so far. One that has ended already is no error.",
+        description="Its readers get a normal end with the text so far. If it has already ended, nothing happens.",
     )
     get = commands.add_parser("get", help="look a completion up", parents=[common])
     resume = commands.add_parser(
         "resume",
         help="read a retained completion",
         parents=[common],
-        description="Prints it from its beginning, or from where somebody had come, and goes on live.",
+        description="Prints it from its beginning, or after a given event, and continues live.",
     )
     for command in (cancel, get, resume):
         command.add_argument("completion", metavar="ID", help="its id, which `started` says, or your own")
@@ -289,7 +289,7 @@ def _add_models(actions: Any, common: argparse.ArgumentParser) -> None:  # noqa:
     _add_update(actions, common)
     unregister = actions.add_parser("unregister", help="forget a registered model", parents=[common])
     unregister.add_argument("model", metavar="MODEL", help="an id or alias")
-    unregister.add_argument("--etag", type=_etag, help="only if nobody has changed it since it had this")
+    unregister.add_argument("--etag", type=_etag, help="only if it still has this etag")
     unregister.set_defaults(run=unregister_model)
     refresh = actions.add_parser(
         "refresh",
@@ -350,5 +350,5 @@ def _add_update(actions: Any, common: argparse.ArgumentParser) -> None:  # noqa:
         help="a note, instead of all there were; repeatable",
     )
     notes.add_argument("--no-annotations", action="store_const", const=[], dest="annotations", help="no notes")
-    update.add_argument("--etag", type=_etag, help="only if nobody has changed it since it had this")
+    update.add_argument("--etag", type=_etag, help="only if it still has this etag")
     update.set_defaults(run=update_model)

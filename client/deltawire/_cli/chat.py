@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def run_chat(client: Client, options: argparse.Namespace) -> int:
-    """One answer, or a conversation if there is no prompt and somebody to ask for one."""
+    """One answer, or a conversation if there is no prompt and standard input is a terminal."""
     request, talk = _asked(options)
     if talk and request.completion_id:
         message = "a conversation has many completions: leave out --completion-id, or give a prompt"
@@ -89,7 +89,7 @@ def _converse(client: Client, request: ChatRequest, options: argparse.Namespace)
 
 
 def _ask(question: str) -> str:
-    """A line that somebody types; asked for again if it is no text."""
+    """A line that the user types; asks again if it is not valid text."""
     while True:
         try:
             line = input(question)

@@ -51,7 +51,7 @@ def get_completion(client: Client, options: argparse.Namespace) -> int:
 
 
 def resume_completion(client: Client, options: argparse.Namespace) -> int:
-    """Read one that is retained, from its beginning or from where somebody had come."""
+    """Read a retained one, from its beginning or after a given event."""
     stream = client.chat.resume(
         options.completion, options.after, retention=options.retention, **first_call(client, options)
     )
@@ -91,7 +91,7 @@ def _facts(found: GetChatCompletionResponse) -> Iterator[tuple[str, str]]:
 
 
 def _why(error: Completed.Error) -> str:
-    """Why a completion failed, in one word: what became of the call if nobody gave a reason, as of one cancelled."""
+    """Why a completion failed, in one word: the call's status if there is no reason, as for a canceled call."""
     if error.reason != ErrorReason.ERROR_REASON_UNSPECIFIED:
         return word(ErrorReason, error.reason, "ERROR_REASON_")
     return status_code(error.code).name

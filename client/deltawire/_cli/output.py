@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 def say(text: str) -> None:
-    """A line about the answer, on standard error, whoever wrote what is in it."""
+    """Print a line about the answer to standard error; its text may come from anywhere."""
     print(one_line(text), file=sys.stderr)
 
 
 def print_line(text: str) -> None:
-    """A line of what was asked for, on standard output, whoever wrote what is in it."""
+    """Print a line of the result to standard output; its text may come from anywhere."""
     print(one_line(text))
 
 
@@ -68,7 +68,7 @@ def note_unreachable(provider_ids: Sequence[str]) -> None:
 
 
 def print_error(error: DeltawireError) -> None:
-    """An error as it can be acted upon: what, which fields, and what to give whoever looks into it."""
+    """An error as it can be acted upon: what failed, which fields, and the request id for the operator."""
     say(f"error: {error}")
     if isinstance(error, CallError):
         for violation in error.violations:
@@ -87,7 +87,7 @@ def print_error(error: DeltawireError) -> None:
 
 
 class _OneLine(logging.Formatter):
-    """What the client logs repeats what it was told."""
+    """The client's log lines repeat text from the server."""
 
     def format(self, record: logging.LogRecord) -> str:
         """A record as one line."""

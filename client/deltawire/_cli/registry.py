@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from deltawire._requests import RegisterOptions
     from deltawire._watch import WatchEvent
 
-# Nobody knows how long an id will come: this holds most of them.
+# The longest id of a stream is not known in advance; this width fits most of them.
 _WATCH_WIDTHS = (8, 40, 11, 9)
 
 

@@ -80,7 +80,7 @@ def request_of(options: argparse.Namespace) -> ChatRequest:
 
 
 def telling_of(options: argparse.Namespace) -> TellingOptions:
-    """How the stream shall be told."""
+    """The options of the stream."""
     return cast("TellingOptions", _given(options, TELLING_OPTIONS))
 
 

@@ -1,4 +1,4 @@
-"""The options that say what a chat asks: those of `chat` and `count-tokens`, and how `chat` has a stream told.
+"""The options that say what a chat asks: those of `chat` and `count-tokens`, and the stream options of `chat`.
 
 What each becomes in a request stands in `request`.
 """
@@ -51,13 +51,15 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_telling_options(parser: argparse.ArgumentParser) -> None:
-    """How a stream is told."""
+    """The options of a stream."""
     group = parser.add_argument_group("the stream")
-    group.add_argument("--usage-updates", action="store_const", const=True, help="tell the usage meanwhile, for --json")
+    group.add_argument(
+        "--usage-updates", action="store_const", const=True, help="send usage updates during the stream, for --json"
+    )
     group.add_argument(
         "--coalesce", metavar="SECONDS", type=_delay, help="let deltas be held back for that long, to be joined"
     )
-    group.add_argument("--heartbeat", metavar="SECONDS", type=seconds, help="tell something at least that often")
+    group.add_argument("--heartbeat", metavar="SECONDS", type=seconds, help="send a heartbeat after this much silence")
     group.add_argument(
         "--early-heartbeats",
         action="store_const",
@@ -73,7 +75,7 @@ def add_telling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_tools(group: argparse._ArgumentGroup) -> None:
-    """Tools, and how their calls are told."""
+    """Tools, and how their calls are streamed."""
     group.add_argument(
         "--tool",
         metavar="FILE",
@@ -93,7 +95,7 @@ def _add_tools(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--tool-calls",
         choices=("assembled", "incremental"),
-        help="tell calls once they are whole, or also while they are written",
+        help="send calls once they are complete, or also their fragments",
     )
     group.add_argument(
         "--validate-schema", action="store_const", const=True, help="check calls against the tools' schemas"
@@ -109,7 +111,7 @@ def _add_reasoning(group: argparse._ArgumentGroup) -> None:
         action="store_const",
         const=False,
         dest="include_reasoning",
-        help="do not tell it; the model thinks all the same",
+        help="do not send it; the model still reasons",
     )
 
 
@@ -124,7 +126,7 @@ def _add_form(group: argparse._ArgumentGroup) -> None:
     forms.add_argument("--structural-tag", metavar="FILE", help="a structural tag of vLLM's, as JSON")
     group.add_argument("--choices", metavar="N", type=int, help="how many answers to generate")
     group.add_argument(
-        "--logprobs", metavar="N", type=int, help="tell log-probabilities, with N alternatives each, for --json"
+        "--logprobs", metavar="N", type=int, help="send log-probabilities with N alternatives each, for --json"
     )
 
 

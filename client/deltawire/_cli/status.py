@@ -6,7 +6,7 @@ OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 class UsageError(Exception):
-    """What was asked for cannot be done as asked; the message is for whoever typed it."""
+    """The command cannot be executed as given; the message is for the user who typed it."""
 
 
 class FailedError(Exception):

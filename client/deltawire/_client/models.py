@@ -106,7 +106,7 @@ class Models:
             arguments: See `UpdateOptions` and `CallOptions`.
 
         Raises:
-            EtagMismatchError: Somebody has changed it since; read it again, then decide again. After a lost connection
+            EtagMismatchError: It was changed since that etag; read it again. After a lost connection
                 that may have been this call.
             ModelNotFoundError: There is none.
             ModelDiscoveredError: It was never registered: a provider serves it.

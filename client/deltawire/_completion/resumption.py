@@ -71,7 +71,7 @@ class End(enum.Enum):
 # A test holds this whole: every value of the enum but the unspecified one.
 REASONS: Mapping[ErrorReason.ValueType, End] = MappingProxyType(
     {
-        # Another process may have taken over, or this one still has the stream until it is gone.
+        # Another process may have taken over, or this one keeps the stream for a while.
         ErrorReason.ERROR_REASON_DRAINING: End.LOST,
         # The reader was too slow for the call; what is retained waits for it.
         ErrorReason.ERROR_REASON_SLOW_CALLER: End.LOST,

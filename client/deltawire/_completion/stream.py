@@ -78,7 +78,7 @@ class StreamCalls:
 
     @property
     def resumed(self) -> int:
-        """How often the stream has gone on by itself, because its connection was lost."""
+        """How often the stream was resumed automatically after its connection was lost."""
         return max(0, self._resumption.calls - 1)
 
     def _begin(self) -> StreamChatCompletionRequest:
@@ -151,7 +151,7 @@ class StreamCalls:
         """A soft cancel of this completion, and the call for it.
 
         Raises:
-            RuntimeError: Nobody knows the completion's id yet.
+            RuntimeError: The completion's id is not known yet.
         """
         if not self.completion_id:
             message = "the completion's id is not known before `started`: ask with a completion_id, or cancel()"

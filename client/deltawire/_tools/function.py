@@ -24,7 +24,7 @@ class FunctionTool(Generic[P, R]):
 
     Attributes:
         function: The function itself.
-        definition: What the model is told: name, description and the JSON Schema of the parameters.
+        definition: What the model receives: name, description and the JSON Schema of the parameters.
         is_async: Whether it has to be awaited.
     """
 
@@ -64,7 +64,7 @@ class FunctionTool(Generic[P, R]):
         """The arguments of a call, from JSON text into the types of the function's parameters; call `function` with them.
 
         Raises:
-            ToolArgumentsError: They do not fit. The message says each of the first few problems: tell it to the model.
+            ToolArgumentsError: They do not fit. The message names the first few problems: send it to the model.
         """
         from deltawire._tools.signature import ArgumentsError
 

@@ -1,7 +1,7 @@
 """What to ask and what to run next, until the model is done: the conversation of `run_tools` without any I/O.
 
     ASK ── answer ──▶ receive ── calls that can all be run ──▶ RUN ── results ──▶ finish ──▶ ASK
-                        │ ├───── calls of which one cannot: all are told so ────────────────▶ ASK
+                        │ ├───── calls of which one cannot: all get an error ────────────────▶ ASK
                         │ └───── no calls, a cut answer, or a call that is not ours ────────▶ DONE
                         └─────── calls, and the last round is over ─────────────────────────▶ ToolRoundsExceededError
 
@@ -28,11 +28,11 @@ from deltawire.v1.tool_pb2 import Tool, ToolCall, ToolCallDelta, ToolChoice
 if TYPE_CHECKING:
     from deltawire._completion import Answer
 
-# A tool as callers may give it. A definition alone is told to the model, and a call of it ends the run.
+# A tool as callers may give it. A definition alone is sent to the model; a call of it ends the run.
 ToolLike: TypeAlias = FunctionTool[..., Any] | Callable[..., Any] | Tool | Mapping[str, Any]
 OnError: TypeAlias = Literal["raise", "tell"]
 
-_SHOWN = 500  # characters of what the model wrote, told back to it
+_SHOWN = 500  # characters of what the model wrote, repeated to it
 _COUNTS = ("prompt_tokens", "completion_tokens", "cached_prompt_tokens", "reasoning_tokens")
 
 
@@ -105,7 +105,7 @@ class ToolLoop:
         request: What to ask first; it is not changed.
         tools: Those to offer, besides any that the request has.
         max_rounds: How often to ask.
-        on_error: What becomes of an exception in a function, and of a result that cannot be told.
+        on_error: What becomes of an exception in a function, and of a result that cannot be encoded.
 
     Attributes:
         request: What to ask now.
@@ -195,10 +195,10 @@ class ToolLoop:
             self.request.messages.append(tool_message(each.call, result))
 
     def told(self, planned: PlannedCall, result: object) -> str:
-        """What the model is told of a function's result.
+        """The tool result for what a function returned.
 
         Raises:
-            Exception: It cannot be told, and exceptions are to be raised.
+            Exception: It cannot be encoded, and `on_error` is "raise".
         """
         if self._on_error == "tell" and isinstance(result, str):
             result = _sendable(result)
@@ -208,7 +208,7 @@ class ToolLoop:
             return self.failed(planned, error)
 
     def failed(self, planned: PlannedCall, error: Exception) -> str:
-        """What the model is told of an exception in a function, or of a result that cannot be told.
+        """The tool result for an exception in a function, or for a result that cannot be encoded.
 
         Raises:
             Exception: The same one, if that is what was asked for.
@@ -239,7 +239,7 @@ def _sendable(text: str) -> str:
 
 
 def _problems(answer: Answer) -> dict[str, str]:
-    """What to tell the model of its failed calls, by call id; empty if there are none, or if it cannot be told."""
+    """The tool results for failed calls, by call id; empty if there are none, or if the model cannot receive them."""
     failed = answer.failed_tool_calls
     if answer.stop_reason != StopReason.STOP_REASON_END_OF_MESSAGE or not all(each.tool_name for each in failed):
         return {}

@@ -1,4 +1,4 @@
-"""Watching models: what the caller is told, however often the connection breaks. No I/O; both clients share it whole.
+"""Watching models: what the caller receives, however often the connection breaks. No I/O; both clients share it whole.
 
 state   messages, broken calls and restarts in, events out; pure
 calls   what both kinds of watch share: everything but the waiting

@@ -1,9 +1,9 @@
-"""From messages, broken calls and restarts to what a watch's caller is told: each change once.
+"""From messages, broken calls and restarts to what a watch returns: each change once.
 
 Three verbs: `WatchState.begin()` for each call, `receive(message)` for each of its messages, `broke(error)` when it ends.
 
     how a call ended                                  what then
-    REVISION_GONE                                     at once a snapshot, told as the differences to what was told
+    REVISION_GONE                                     at once a snapshot, returned as the differences to what was returned
     OK, UNAVAILABLE, ABORTED, RESOURCE_EXHAUSTED,     after a pause, on from the last revision; from a new snapshot if one
     DEADLINE_EXCEEDED; INTERNAL and UNKNOWN if the    was cut before its bookmark
     gateway gave no reason: the connection was lost
