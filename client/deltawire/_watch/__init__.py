@@ -1,7 +1,7 @@
-"""Watching models: what the caller receives, however often the connection breaks. No I/O; both clients share it whole.
+"""Watching models: what the caller receives, however often the connection breaks. No I/O; both clients use it.
 
-state   messages, broken calls and restarts in, events out; pure
-calls   what both kinds of watch share: everything but the waiting
+state   messages and broken calls in, events out; pure
+calls   what the blocking and the asyncio watch share
 """
 
 from deltawire._watch.calls import WatchCalls

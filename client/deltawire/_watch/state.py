@@ -1,16 +1,16 @@
-"""From messages, broken calls and restarts to what a watch returns: each change once.
+"""The state of a watch: returns each change once, whatever calls break and gateways restart in between.
 
-Three verbs: `WatchState.begin()` for each call, `receive(message)` for each of its messages, `broke(error)` when it ends.
+Usage: `WatchState.begin()` for each call, `receive(message)` for each of its messages, `broke(error)` when it ends.
 
-    how a call ended                                  what then
-    REVISION_GONE                                     at once a snapshot, returned as the differences to what was returned
-    OK, UNAVAILABLE, ABORTED, RESOURCE_EXHAUSTED,     after a pause, on from the last revision; from a new snapshot if one
-    DEADLINE_EXCEEDED; INTERNAL and UNKNOWN if the    was cut before its bookmark
-    gateway gave no reason: the connection was lost
-    anything else                                     it is over: trying again does not mend it
+    how a call ended                                  what happens next
+    REVISION_GONE                                     at once a new snapshot, of which only the differences are returned
+    OK, UNAVAILABLE, ABORTED, RESOURCE_EXHAUSTED,     after a pause, the watch continues from the last revision, or from a
+    DEADLINE_EXCEEDED; INTERNAL and UNKNOWN           new snapshot if the call ended within one
+    without a reason: the connection was lost
+    anything else                                     the watch ends: a retry would fail again
 
-There is no snapshot after REVISION_GONE if nobody said what the caller knew at the revision that it gave: which of those
-models are gone could not be told. Whether the caller's own deadline has passed is seen to before `broke` is asked.
+After REVISION_GONE there is no snapshot if the caller gave a revision without the models that it knew: removed models could not
+be reported. The caller of `broke` checks first whether its own deadline has passed.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ _PASSES_WITHOUT_REASON = frozenset({grpc.StatusCode.INTERNAL, grpc.StatusCode.UN
 
 @dataclass(frozen=True, slots=True)
 class ModelChange:
-    """A model has come to be known, is different, or is gone.
+    """A model was added, modified or removed.
 
     Attributes:
-        change: "ADDED": it is there, since now or already. "MODIFIED": something of it is different, its state for
-            example. "REMOVED": it is gone.
-        model: As it is now; what it was, if it is gone.
-        revision: Where another watch can go on after this change; "" as long as a snapshot is not complete.
+        change: "ADDED": it exists, now or before the watch. "MODIFIED": something of it changed, such as its state.
+            "REMOVED": it does not exist any more.
+        model: Its present value; the last one if it was removed.
+        revision: From where another watch can continue after this change; "" until a snapshot is complete.
     """
 
     change: ChangeKind
@@ -72,11 +72,10 @@ class ModelChange:
 
 @dataclass(frozen=True, slots=True)
 class WatchBookmark:
-    """All that was told before, taken together, is the state of `revision`. No change.
+    """The changes returned so far add up to the state at `revision`. It is not a change itself.
 
-    The first one says that the models there are have all been told; of a watch that went on from a revision, that what was
-    missed has. One follows after each lost connection, and about once a minute while nothing changes, so that a stored
-    revision does not grow old.
+    The first one follows the snapshot, or the missed changes of a watch that continues from a revision. One follows each lost
+    connection, and about one per minute comes while nothing changes, so that a stored revision stays usable.
     """
 
     revision: str
@@ -86,13 +85,12 @@ WatchEvent: TypeAlias = ModelChange | WatchBookmark
 
 
 class WatchState:
-    """What a watch knows: what it has told, and where its next call goes on.
+    """What a watch has returned, and from where its next call continues.
 
     Args:
-        revision: Where to go on; "" begins with a snapshot.
-        known: The models that the caller knows, as of `revision`. None means none if there is no revision, and that nobody
-            says if there is one.
-        draw: A number between two others, for pauses.
+        revision: From where to continue; "" begins with a snapshot.
+        known: The models that the caller knows at `revision`. None means no models without a revision, and unknown with one.
+        draw: Returns a number between two others, for pauses.
     """
 
     def __init__(
@@ -103,7 +101,7 @@ class WatchState:
     ) -> None:
         self._revision = revision
         self._known = {model.id: _copy(model) for model in known or ()}
-        # Whether those are all that the caller knows. If not, a model that is not among them may still be old news.
+        # Whether those are all that the caller knows. If not, the caller may know a model that is not among them.
         self._knows_all = known is not None or not revision
         # The ids in the snapshot that is coming; None if none is.
         self._listed: set[str] | None = None
@@ -111,21 +109,21 @@ class WatchState:
         self._longest = MIN_PAUSE
 
     def begin(self) -> WatchModelsRequest:
-        """What to ask now. A snapshot that was cut begins anew; what it had told is not told again."""
+        """The request of the next call. An incomplete snapshot begins again; changes already returned are not repeated."""
         self._listed = None if self._revision else set()
         return WatchModelsRequest(revision=self._revision)
 
     def receive(self, message: WatchModelsResponse) -> list[WatchEvent]:
-        """Take a message; what is to be told because of it comes back, in order, if anything is.
+        """Take a message; returns the events that follow from it, in order.
 
         A change of a kind that this version does not know is skipped.
         """
         self._longest = MIN_PAUSE
         if message.bookmark:
-            gone = [] if self._listed is None else sorted(self._known.keys() - self._listed)
+            missing = [] if self._listed is None else sorted(self._known.keys() - self._listed)
             self._listed = None
             self._revision = message.revision
-            removed = (ModelChange("REMOVED", self._known.pop(each), "") for each in gone)
+            removed = (ModelChange("REMOVED", self._known.pop(each), "") for each in missing)
             return [*removed, WatchBookmark(message.revision)]
         if self._listed is None:
             self._revision = message.revision
@@ -136,8 +134,8 @@ class WatchState:
     def broke(self, error: CallError | None) -> float | None:
         """Take the end of a call: its error, or None if its status was OK.
 
-        Seconds to wait before the next call come back, 0 to 10, or longer if the gateway said so. None means that the
-        watch is over: raise the error.
+        Returns the seconds to wait before the next call: 0 to 10, or longer if the gateway asks for it. None means that the
+        watch has ended: raise the error.
         """
         if error is None:
             return self._next_pause()
@@ -151,7 +149,7 @@ class WatchState:
         return None
 
     def _change(self, kind: ChangeKind, model: Model) -> ModelChange | None:
-        """What a message says, against what the caller knows; None if that is no news."""
+        """The change that a message means to the caller; None if the caller knows it already."""
         known = self._known.get(model.id)
         if kind == "REMOVED":
             if known is None and self._knows_all:
@@ -176,7 +174,7 @@ class WatchState:
 
 
 def _copy(model: Model) -> Model:
-    """A model that the caller cannot change: what was told is compared with what comes."""
+    """A copy that the caller cannot change: later messages are compared with it."""
     copy = Model()
     copy.CopyFrom(model)
     return copy
