@@ -25,9 +25,9 @@ from deltawire_server.images.connect import (
 )
 from deltawire_server.images.load import FETCHES_OF_A_REQUEST, MAX_FETCHES, Images
 from deltawire_server.images.policy import Policy
-from deltawire_server.images.urls import web_address
 from deltawire_server.upstream.request import ChatMessage, ChatRequest, ImageData, ImageUrl, Role
 from deltawire_server.upstream.transport.exchange import MAX_HEAD_BYTES, MAX_HEADERS
+from deltawire_server.upstream.web_address import web_address
 from tests.images.server import Answer, Names, Server, ok, redirect, web
 from tests.support.gateway import until
 from tests.support.images import IMAGES, JPEG, NO_IMAGES, PNG
@@ -58,7 +58,9 @@ def field(index: int) -> str:
 
 def asking(*urls: str) -> ChatRequest:
     """A request with images at these addresses."""
-    return ChatRequest("m", (ChatMessage(Role.USER, tuple(ImageUrl(url, field(i)) for i, url in enumerate(urls))),))
+    return ChatRequest(
+        "m", (ChatMessage(Role.USER, tuple(ImageUrl(web_address(url), field(i)) for i, url in enumerate(urls))),)
+    )
 
 
 @asynccontextmanager
@@ -147,7 +149,7 @@ async def test_images_take_the_places_of_their_addresses() -> None:
     """In order, over all messages; the rest stays as it was."""
     answers = {f"/{kind}": ok(data) for kind, data in IMAGES.items()}
     async with web(answers) as server, images_of(server) as images:
-        at = {kind: ImageUrl(f"http://{HOST}:{server.port}/{kind}", "f") for kind in IMAGES}
+        at = {kind: ImageUrl(web_address(f"http://{HOST}:{server.port}/{kind}"), "f") for kind in IMAGES}
         kinds = list(IMAGES)
         first = ChatMessage(Role.SYSTEM, ("x", at[kinds[0]], at[kinds[1]], "y"))
         second = ChatMessage(Role.TOOL, (at[kinds[2]], PICTURE, at[kinds[3]], at[kinds[4]]), call_id="c")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from deltawire_server.images.policy import Policy
-from deltawire_server.images.urls import web_address
+from deltawire_server.upstream.web_address import web_address
 
 BOTH = ("https", "http")
 

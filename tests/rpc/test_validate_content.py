@@ -12,6 +12,7 @@ from deltawire.v1 import message_pb2
 from deltawire_server.errors import CallerError, Reason, Violation
 from deltawire_server.rpc.validate_content import ContentLimits
 from deltawire_server.upstream.request import Content, ImageData, ImageUrl
+from deltawire_server.upstream.web_address import web_address
 from tests.support.gateway import ask
 from tests.support.images import IMAGES, NO_IMAGES, PNG
 from tests.support.turns import chat_request
@@ -110,7 +111,7 @@ def test_addresses_are_kept_in_their_one_form() -> None:
     """With the field that they came in, for whoever fetches them."""
     assert content_of(message_pb2.ContentPart(text="x"), image(url="HTTPS://Images.EXAMPLE:443/a.png#top")) == (
         "x",
-        ImageUrl(ADDRESS, "chat.messages[0].user.content[1].image.url"),
+        ImageUrl(web_address(ADDRESS), "chat.messages[0].user.content[1].image.url"),
     )
 
 

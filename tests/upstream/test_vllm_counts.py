@@ -11,6 +11,7 @@ import pytest
 from deltawire_server.errors import CallerError, Code, DeltawireError, ProviderError, Reason
 from deltawire_server.upstream.base import CallContext, TokenCount
 from deltawire_server.upstream.request import ChatMessage, ImageData, ImageUrl, Role
+from deltawire_server.upstream.web_address import web_address
 from tests.upstream.plain import plain
 from tests.upstream.support import CALL, CALLERS, HI, provider
 
@@ -108,7 +109,7 @@ async def test_counts_of_models_that_are_not_there(vllm: FakeVllm) -> None:
 
 async def test_images_cannot_be_counted(vllm: FakeVllm) -> None:
     """Each is named by its field."""
-    images = (ImageUrl("https://h/a.png", "f"), "text", ImageData(b"", "image/png"))
+    images = (ImageUrl(web_address("https://h/a.png"), "f"), "text", ImageData(b"", "image/png"))
     request = replace(HI, messages=(ChatMessage(Role.USER, ("hi",)), ChatMessage(Role.TOOL, images, call_id="c")))
     async with provider(vllm.base_url) as p:
         with pytest.raises(CallerError) as caught:

@@ -27,6 +27,7 @@ from deltawire_server.upstream.request import (
     ToolSpec,
 )
 from deltawire_server.upstream.vllm_request import _PLACE, STEP_BYTES, count_body, encode_body, request_body
+from deltawire_server.upstream.web_address import web_address
 from tests.support.turns import at_once, encoded
 
 Json = dict[str, Any]
@@ -300,7 +301,7 @@ def test_offered_tools() -> None:
 
 def test_images() -> None:
     """An address as it is; bytes as a data URL of what they are. Also alone they are a list."""
-    url, data = ImageUrl("https://h/a.png", "f"), ImageData(b"\xff\x00", "image/webp")
+    url, data = ImageUrl(web_address("https://h/a.png"), "f"), ImageData(b"\xff\x00", "image/webp")
     assert message_of(ChatMessage(Role.USER, (url,)))["content"] == [
         {"type": "image_url", "image_url": {"url": "https://h/a.png"}}
     ]

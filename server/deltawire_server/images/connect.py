@@ -18,8 +18,8 @@ from deltawire_server.images.addresses import IPAddress
 from deltawire_server.upstream.transport.dial import open_socket
 
 if TYPE_CHECKING:
-    from deltawire_server.images.urls import WebAddress
     from deltawire_server.upstream.transport.dial import Address
+    from deltawire_server.upstream.web_address import WebAddress
 
 Permits = Callable[[IPAddress], bool]
 """Whether an address may be connected to."""

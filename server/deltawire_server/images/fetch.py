@@ -26,12 +26,12 @@ from deltawire_server.images.connect import (
     validated_socket,
 )
 from deltawire_server.images.sniff import KINDS, media_type_of
-from deltawire_server.images.urls import UrlError, WebAddress, joined
 from deltawire_server.upstream.request import ImageData
 from deltawire_server.upstream.transport.client import tls_context
 from deltawire_server.upstream.transport.connection import Connection
 from deltawire_server.upstream.transport.dial import dial
 from deltawire_server.upstream.transport.errors import ConnectFailedError, ConnectionLostError
+from deltawire_server.upstream.web_address import UrlError, WebAddress, joined
 
 if TYPE_CHECKING:
     import socket

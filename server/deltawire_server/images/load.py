@@ -11,7 +11,6 @@ from deltawire_server.images.addresses import is_public
 from deltawire_server.images.connect import RefusedError, UnavailableError
 from deltawire_server.images.fetch import Budget, Fetcher
 from deltawire_server.images.policy import Policy
-from deltawire_server.images.urls import web_address
 from deltawire_server.upstream.request import ImageData, ImageUrl
 
 if TYPE_CHECKING:
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from deltawire_server.images.connect import LookUp, Permits
-    from deltawire_server.images.urls import WebAddress
     from deltawire_server.upstream.request import ChatRequest
 
 FETCHES_OF_A_REQUEST = 4
@@ -84,11 +82,10 @@ class Images:
         await self._fetcher.close()
 
     async def _fetch_all(self, wanted: Sequence[ImageUrl]) -> list[ImageData]:
-        addresses = [web_address(image.url) for image in wanted]
         violations = [
             Violation(image.field, description)
-            for image, address in zip(wanted, addresses, strict=True)
-            if (description := self._fetcher.violation(address)) is not None
+            for image in wanted
+            if (description := self._fetcher.violation(image.address)) is not None
         ]
         if violations:
             raise invalid_request(violations)
@@ -96,24 +93,21 @@ class Images:
         turns = asyncio.Semaphore(FETCHES_OF_A_REQUEST)
         try:
             async with asyncio.TaskGroup() as group:
-                fetches = [
-                    group.create_task(self._fetch(image, address, budget, turns))
-                    for image, address in zip(wanted, addresses, strict=True)
-                ]
+                fetches = [group.create_task(self._fetch(image, budget, turns)) for image in wanted]
         except BaseExceptionGroup as failures:
             # The first one; it cancelled the others.
             raise failures.exceptions[0] from None
         return [fetch.result() for fetch in fetches]
 
-    async def _fetch(self, image: ImageUrl, address: WebAddress, budget: Budget, turns: asyncio.Semaphore) -> ImageData:
+    async def _fetch(self, image: ImageUrl, budget: Budget, turns: asyncio.Semaphore) -> ImageData:
         async with turns, self._turns:
             try:
-                return await self._fetcher.fetch(address, budget)
+                return await self._fetcher.fetch(image.address, budget)
             except RefusedError as error:
                 raise invalid_request([Violation(image.field, str(error))]) from None
             except UnavailableError as error:
                 raise CallerError(
                     Reason.IMAGE_UNAVAILABLE,
-                    f"{image.field}: the image at {address.host} {error}",
-                    metadata={"field": image.field, "host": address.host},
+                    f"{image.field}: the image at {image.address.host} {error}",
+                    metadata={"field": image.field, "host": image.address.host},
                 ) from error

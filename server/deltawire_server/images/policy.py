@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from deltawire_server.images.urls import WebAddress
+    from deltawire_server.upstream.web_address import WebAddress
 
 _MIB = 1024 * 1024
 ANY_HOST = "*"

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from deltawire_server.images.data_urls import DataUrlError, data_of, is_data_url, too_large
 from deltawire_server.images.sniff import KINDS, media_type_of
-from deltawire_server.images.urls import UrlError, web_address
 from deltawire_server.pacing import give_way
 from deltawire_server.upstream.request import Content, ImageData, ImageUrl
+from deltawire_server.upstream.web_address import UrlError, web_address
 
 if TYPE_CHECKING:
     from deltawire.v1 import message_pb2
@@ -105,7 +105,7 @@ class ContentReader:
         try:
             if is_data_url(url):
                 return self._data(path, await data_of(url, self._limits.max_image_bytes))
-            return ImageUrl(str(web_address(url)), path)
+            return ImageUrl(web_address(url), path)
         except (DataUrlError, UrlError) as error:
             self._violations.add(path, str(error))
             return ""

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from deltawire_server.upstream.web_address import WebAddress
+
 
 class Role(enum.Enum):
     """The role of a message; the values are those of the chat API."""
@@ -37,11 +39,11 @@ class ImageUrl:
     """An image that is not fetched yet.
 
     Attributes:
-        url: An http or https URL.
+        address: Its http or https URL, validated and normalized.
         field: The path of the request field with the URL, for errors.
     """
 
-    url: str
+    address: WebAddress
     field: str
 
 

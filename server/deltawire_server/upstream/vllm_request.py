@@ -300,7 +300,7 @@ def _part(part: Content, large: _Large) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": large.text(part)}
     if isinstance(part, ImageUrl):
-        return {"type": "image_url", "image_url": {"url": part.url}}
+        return {"type": "image_url", "image_url": {"url": str(part.address)}}
     return {"type": "image_url", "image_url": {"url": large.add(part)}}
 
 

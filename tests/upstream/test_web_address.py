@@ -11,7 +11,7 @@ import yarl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltawire_server.images.urls import MAX_URL_LENGTH, UrlError, WebAddress, web_address
+from deltawire_server.upstream.web_address import MAX_URL_LENGTH, UrlError, WebAddress, web_address
 
 REFUSED = {
     "empty": "",
