@@ -106,7 +106,7 @@ def test_a_closed_hold_refers_to_nothing() -> None:
 
 
 async def test_large_requests_are_worked_on_in_turn() -> None:
-    """After each was received, what gRPC let go of is returned to the kernel; small requests wait for nobody."""
+    """After each is received, the memory that gRPC freed is returned to the kernel; small requests do not wait."""
     ledger = Ledger(1000)
     trims: list[None] = []
     ledger.trim = lambda: trims.append(None)

@@ -58,5 +58,5 @@ def test_the_messages_without_an_import() -> None:
 
 def test_a_name_that_does_not_exist() -> None:
     """An AttributeError, as of any module, so an ImportError where it is imported."""
-    with pytest.raises(AttributeError, match="module 'deltawire' has no attribute 'Nobody'"):
-        getattr(deltawire, "Nobody")  # noqa: B009 -- mypy knows that there is none
+    with pytest.raises(AttributeError, match="module 'deltawire' has no attribute 'Unknown'"):
+        getattr(deltawire, "Unknown")  # noqa: B009 -- mypy would refuse the attribute

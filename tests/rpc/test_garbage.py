@@ -57,40 +57,35 @@ def alive() -> Counter[str]:
 
 @pytest.mark.usefixtures("_no_collector")
 @pytest.mark.parametrize(("script", "fields"), CALLS.values(), ids=CALLS)
-async def test_a_stream_leaves_nothing(
-    start_gateway: StartGateway, vllm: FakeVllm, lines: Lines, script: Script, fields: dict[str, Any]
+@pytest.mark.parametrize("streamed", [True, False], ids=["stream", "unary"])
+async def test_a_call_leaves_nothing(
+    start_gateway: StartGateway,
+    vllm: FakeVllm,
+    lines: Lines,
+    script: Script,
+    fields: dict[str, Any],
+    *,
+    streamed: bool,
 ) -> None:
-    """Of its request, its completion and its checks."""
+    """Its request, its completion and its checks are freed when it ends, whether it succeeds or fails."""
     limits = {"max_answer_bytes": 64 * 1024}
     async with start_gateway(stream=limits, provider={"silence_timeout": 0.2}) as gateway:
         before = alive()
         vllm.play(script)
-        await read(gateway.stream(ask(**fields)))
-        await lines.find("call")
-        await _settled(before)
-
-
-@pytest.mark.usefixtures("_no_collector")
-@pytest.mark.parametrize(("script", "fields"), CALLS.values(), ids=CALLS)
-async def test_a_unary_call_leaves_nothing(
-    start_gateway: StartGateway, vllm: FakeVllm, lines: Lines, script: Script, fields: dict[str, Any]
-) -> None:
-    """As a stream."""
-    limits = {"max_answer_bytes": 64 * 1024}
-    async with start_gateway(stream=limits, provider={"silence_timeout": 0.2}) as gateway:
-        before = alive()
-        vllm.play(script)
-        if script is CALLS["a whole answer"][0]:
-            await gateway.create(ask(**fields))
+        chat = ask(**fields)
+        if streamed:
+            await read(gateway.stream(chat))
+        elif script is CALLS["a whole answer"][0]:
+            await gateway.create(chat)
         else:
-            await failure_of(gateway.create(ask(**fields)))
+            await failure_of(gateway.create(chat))
         await lines.find("call")
         await _settled(before)
 
 
 @pytest.mark.usefixtures("_no_collector")
 async def test_a_canceled_stream_leaves_nothing(served: Running, vllm: FakeVllm, lines: Lines) -> None:
-    """Nor does one whose caller has gone."""
+    """Its request and completion are freed when the caller cancels it."""
     before = alive()
     vllm.play(Script.chunks([CHUNKS.role(), CHUNKS.text("a"), asyncio.Event()]))
     call = served.stream()

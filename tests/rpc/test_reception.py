@@ -231,7 +231,7 @@ async def test_a_request_without_a_turn() -> None:
 
 
 class Context:
-    """A call whose request arrives when it is told to."""
+    """A call whose request arrives when the test sets `arrived`."""
 
     def __init__(self) -> None:
         self.arrived: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()

@@ -221,7 +221,7 @@ def test_a_ca_file_is_kept_expanded(pem: Path, monkeypatch: pytest.MonkeyPatch) 
         ("/nowhere/ca.pem", "/nowhere/ca.pem does not exist"),
         ("", "true, false or the path"),
         (2, "true, false or the path"),
-        ("~nobody-of-that-name/ca.pem", "write the absolute path"),
+        ("~no-such-user/ca.pem", "write the absolute path"),
     ],
 )
 def test_tls_verify_that_is_neither(given: object, message: str) -> None:
@@ -364,7 +364,7 @@ def test_database_urls(given: str, kept: str, monkeypatch: pytest.MonkeyPatch) -
         ("postgresql://u:geheim/x@h", "has no database name"),
         ("postgresql://u:1@geheim:geheim/d", "is not a database URL: write postgresql://user@host:5432/name"),
         ("sqlite://r.db", "has a host"),
-        ("sqlite:///~nobody-of-that-name/r.db", "write the absolute path"),
+        ("sqlite:///~no-such-user/r.db", "write the absolute path"),
     ],
 )
 def test_database_urls_that_are_none(given: str, message: str) -> None:

@@ -23,7 +23,7 @@ T = TypeVar("T")
 def at_once(work: Coroutine[object, None, T]) -> tuple[T, int]:
     """The result of work that waits for nothing but its next turn, and how often it gave others theirs."""
     turns = 0
-    with mock.patch.object(pacing, "_line", _Nobody):
+    with mock.patch.object(pacing, "_line", _EmptyLine):
         try:
             while True:
                 work.send(None)
@@ -33,8 +33,8 @@ def at_once(work: Coroutine[object, None, T]) -> tuple[T, int]:
             return result, turns
 
 
-class _Nobody:
-    """A line in which nobody else waits."""
+class _EmptyLine:
+    """A queue without other tasks."""
 
     async def turn(self) -> None:
         await asyncio.sleep(0)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Seconds to wait for the first connection, and the call over it.
 CONNECT_TIMEOUT = 10.0
-# A method that every gRPC server may have. UNIMPLEMENTED is an answer too.
+# Any status proves that a gRPC server answers, also the status UNIMPLEMENTED of a server without health checks.
 _HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 _OTHER_SCHEMES = frozenset({"unix", "unix-abstract", "vsock", "ipv4", "ipv6", "xds"})
 # What `tls_credentials` and `Client` call their arguments, and their options.

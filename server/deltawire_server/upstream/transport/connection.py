@@ -20,7 +20,7 @@ SLICE_BYTES = 256 * 1024
 """Bytes of a request's body that are written at once; the next ones follow when the server has received most of them."""
 
 
-READ_BYTES = 64 * 1024
+READ_BYTES = 32 * 1024
 """Bytes that are read at once. The event loop's default is 256 KiB, which each slow reader would hold."""
 
 _buffer = memoryview(bytearray(READ_BYTES))
