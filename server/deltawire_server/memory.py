@@ -37,7 +37,7 @@ RETRY_SECONDS = 1.0
 MIB = 1024 * 1024
 
 LARGE_BYTES = 1 * MIB
-"""Requests above this size are parsed and validated one at a time. One of 30 MiB blocks the event loop in steps of 10 to 40 ms;
+"""Requests above this size are parsed and validated one at a time. One of 20 MiB blocks the event loop in steps of up to 30 ms;
 with several at once, each would run a step before any other call."""
 
 REST_SECONDS = 0.005
