@@ -313,7 +313,7 @@ def test_a_failure_of_the_completion_itself(gateway: Gateway, read: Read) -> Non
     assert (stream.resumed, len(gateway.calls)) == (0, 4)
 
 
-def test_timeouts(gateway: Gateway, read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_long_it_resumes(gateway: Gateway, read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing new would come in time, it is interrupted as ever."""
     monkeypatch.setattr(elsewhere, "MAX_PAUSE", 1000.0)
     monkeypatch.setattr(elsewhere, "MIN_PAUSE", 1000.0)

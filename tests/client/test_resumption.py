@@ -283,7 +283,7 @@ def test_a_pause_that_the_gateway_asks_for() -> None:
     assert state.ended(failed(retry_after=0.01), has_begun=True, now=0) == 2 * MIN_PAUSE
 
 
-def test_timeouts() -> None:
+def test_how_long_it_resumes() -> None:
     """Counted from the beginning, then from the last news; a pause that would outlast it is not begun."""
     state = retained()
     state.begin(100)

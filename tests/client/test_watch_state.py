@@ -222,7 +222,7 @@ def test_pauses_grow_until_something_comes() -> None:
     assert [shortest.broke(LOST) for _ in range(8)] == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5, 5])
 
 
-def test_the_gateway_may_ask_for_more_timeouts() -> None:
+def test_the_gateway_may_ask_for_a_longer_pause() -> None:
     """But not for less than the pause that is due."""
     state = WatchState(draw=lambda _, high: high)
     assert state.broke(error(STATUS.UNAVAILABLE, "DRAINING", retry_after=30)) == 30
