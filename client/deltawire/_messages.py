@@ -6,7 +6,7 @@ a helper made and what was written out by hand can be mixed freely.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, cast
 
@@ -152,6 +152,9 @@ def tool_from_openai(value: Mapping[str, Any]) -> Tool:
     if not isinstance(function, Mapping):
         message = '"function" is not an object'
         raise ValueError(message)
+    _refuse_others(function, _FUNCTION if "function" in value else _FUNCTION | {"type"})
+    if "function" in value:
+        _refuse_others(value, {"type", "function"})
     name = _member(function, "name", str)
     if not name:
         message = 'the tool has no "name"'
@@ -282,4 +285,17 @@ def _member(value: Mapping[str, Any], name: str, kind: type[T]) -> T | None:
     return member
 
 
+def _refuse_others(tool: Mapping[str, Any], known: Collection[str]) -> None:
+    """Check the members of a tool: a misspelt one would be left out without a word.
+
+    Raises:
+        ValueError: There is one that is not known.
+    """
+    for name in tool:
+        if name not in known:
+            message = f'the tool has an unknown member "{name}"; known are {", ".join(sorted(known))}'
+            raise ValueError(message)
+
+
+_FUNCTION = frozenset(("name", "description", "parameters", "strict"))
 _KINDS: Mapping[type, str] = {str: "a string", dict: "an object", bool: "true or false"}

@@ -57,7 +57,7 @@ def client_of(options: argparse.Namespace) -> Client:
             text = text.replace(name, option)
         raise UsageError(text) from error
     if not _has_port(options.target):
-        message = f"--target {options.target}: no port; write, for example, {options.target.rstrip(':')}:50051"
+        message = f"--target {options.target}: needs a port from 1 to 65535, as in 127.0.0.1:50051"
         raise UsageError(message)
     return client
 
@@ -130,6 +130,11 @@ def _tls_option(options: argparse.Namespace) -> str:
     return "--tls" if options.tls else "--ca-file" if options.ca_file else "--cert-file"
 
 
+def _is_port(text: str) -> bool:
+    """Whether a text is a port. gRPC would use 65,537 as port 1."""
+    return text.isdecimal() and len(text) <= 5 and 0 < int(text) < 65_536
+
+
 def _has_port(target: str) -> bool:
     """Whether each address has a port. gRPC would use 443 for one without."""
     scheme, colon, rest = target.partition(":")
@@ -140,6 +145,6 @@ def _has_port(target: str) -> bool:
     for address in target.split(","):
         host, _, port = address.rpartition(":")
         # A bare IPv6 address has no port: "[::1]:50051" has.
-        if not host or not port.isdigit() or (":" in host and not host.endswith("]")):
+        if not host or not _is_port(port) or (":" in host and not host.endswith("]")):
             return False
     return True

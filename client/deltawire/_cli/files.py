@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from deltawire._cli.status import UsageError
+
+# Three times the largest request that a gateway takes by default. Devices such as /dev/zero have no end.
+MAX_CHARACTERS = 64 * 1024 * 1024
 
 
 def read_text(path: str) -> str:
     """A file's text; "-" is standard input."""
     try:
         if path != "-":
-            return Path(path).read_text(encoding="utf-8")
-        text = sys.stdin.read()
+            with Path(path).open(encoding="utf-8") as file:
+                return _bounded(file, path)
+        text = _bounded(sys.stdin, path)
         # Python lets bytes that are no text through, as lone surrogates.
         text.encode()
     except (OSError, UnicodeError) as error:
         refuse_file(path, error)
+    return text
+
+
+def _bounded(file: TextIO, path: str) -> str:
+    text = file.read(MAX_CHARACTERS + 1)
+    if len(text) > MAX_CHARACTERS:
+        message = f"{name_of(path)}: has more than {MAX_CHARACTERS} characters"
+        raise UsageError(message)
     return text
 
 

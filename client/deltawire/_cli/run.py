@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Sequence
 
+    from _typeshed import ReadableBuffer
+
     from deltawire._client import Client
 
 
@@ -27,6 +30,10 @@ def run(arguments: Sequence[str] | None) -> int:
         KeyboardInterrupt: Ctrl-C; what came is printed.
     """
     _open_closed_files()
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = io.TextIOWrapper(
+            io.BufferedWriter(_Stderr(2, "w", closefd=False)), errors="backslashreplace", line_buffering=True
+        )
     status = OK
     try:
         status = _run(arguments)
@@ -63,6 +70,17 @@ def _run(arguments: Sequence[str] | None) -> int:
     except DeltawireError as error:
         print_error(error)
         return FAILED
+
+
+class _Stderr(io.FileIO):
+    """Standard error. If its reader closes it, the command goes on, and its exit status says what became of it."""
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        """Write, unless the reader has closed it."""
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return memoryview(data).nbytes
 
 
 def _discard_output() -> None:

@@ -15,6 +15,7 @@ import grpc
 import pytest
 
 import deltawire
+from deltawire._cli.files import MAX_CHARACTERS
 from deltawire.v1.chat_completion_pb2 import CancelChatCompletionRequest, CancelChatCompletionResponse
 from tests.client.scripted import (
     WAIT,
@@ -155,6 +156,22 @@ def test_closed_standard_files(gateway: Gateway) -> None:
     assert in_shell(gateway, "$deltawire chat hi >&-") == (0, b"", b"")
     gateway.will(*saying("hi"))
     assert in_shell(gateway, "$deltawire chat hi 2>&-") == (0, b"hi\n", b"")
+
+
+def test_a_reader_that_closes_standard_error(gateway: Gateway) -> None:
+    """A failure stays one: only the reader of standard output may have had enough."""
+    for command, status in (("chat --bogus", 2), ("chat --tool nope hi", 2), ("models list --target 127.0.0.1:1", 1)):
+        line = f"(sleep 0.2; exec $deltawire {command}) 2>&1 >/dev/null | true; exit ${{PIPESTATUS[0]}}"
+        assert in_shell(gateway, line) == (status, b"", b"")
+
+
+def test_a_file_without_an_end(gateway: Gateway) -> None:
+    """It is not read into memory for ever."""
+    status, out, err = in_shell(gateway, "ulimit -v 4000000; $deltawire chat --tool /dev/zero hi")
+    assert (status, out) == (2, b"")
+    assert err == f"error: /dev/zero: has more than {MAX_CHARACTERS} characters\n".encode()
+    status, out, err = in_shell(gateway, "ulimit -v 4000000; $deltawire chat < /dev/zero")
+    assert (status, out, err.startswith(b"error: standard input: has more than")) == (2, b"", True)
 
 
 def test_nothing_but_the_error_is_written(gateway: Gateway) -> None:

@@ -220,6 +220,14 @@ def test_tools_in_an_object(gateway: Gateway, run: Run, tmp_path: Path) -> None:
         ("3", "tools.json: not an object"),
         ('[{"name": "a"}, 3]', "tools.json: tool 2: not an object"),
         ('[{"name": "a"}, {}]', 'tools.json: tool 2: the tool has no "name"'),
+        (
+            '{"name": "a", "input_schema": {}}',
+            'the tool has an unknown member "input_schema"; known are description, name',
+        ),
+        (
+            '{"type": "function", "strict": true, "function": {"name": "a"}}',
+            'the tool has an unknown member "strict"; known are function, type',
+        ),
         ('{"type": "web_search"}', "tools.json: the tool's \"type\" is 'web_search'"),
         (b"\xff", "tools.json: not UTF-8 text"),
         ("[" * 5000 + "]" * 5000, "tools.json: not JSON: maximum recursion depth exceeded"),
