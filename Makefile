@@ -139,7 +139,7 @@ bench: install ## CPU per token and added latency, beside the peers that are ins
 .PHONY: bench-peers
 bench-peers: ## Install what `make bench` compares with, in an environment of its own
 	@test -x $(CACHE)/peers/bin/python || $(PYTHON) -m venv $(CACHE)/peers
-	@$(CACHE)/peers/bin/python -m pip install --quiet vllm-router==0.1.17
+	@$(CACHE)/peers/bin/python -m pip install --quiet vllm-router==0.1.17 smg==1.13.0
 
 .PHONY: golden
 golden: install ## Rewrite tests/transcripts/*.events.jsonl; read the diff

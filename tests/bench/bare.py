@@ -22,11 +22,14 @@ class Servicer(chat_completion_pb2_grpc.ChatCompletionServicer):
     Args:
         tokens: Messages of a stream.
         per_second: Messages per second and stream; `None` for flat out.
+        in_steps: Whether all streams send their messages at the same time, as an engine does.
     """
 
-    def __init__(self, tokens: int, per_second: float | None) -> None:
+    def __init__(self, tokens: int, per_second: float | None, *, in_steps: bool) -> None:
         self._tokens = tokens
         self._pause = None if per_second is None else 1 / per_second
+        self._in_steps = in_steps
+        self._step: asyncio.Future[None] | None = None
         self._message = chat_pb.StreamChatCompletionResponse(choice_index=0)
         self._message.text_delta.text = " sea"
 
@@ -43,7 +46,9 @@ class Servicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         loop = asyncio.get_running_loop()
         due = loop.time()
         for _ in range(self._tokens):
-            if self._pause is not None:
+            if self._pause is not None and self._in_steps:
+                await self._next_step(self._pause)
+            elif self._pause is not None:
                 due += self._pause
                 await asyncio.sleep(max(0.0, due - loop.time()))
             yield self._message
@@ -51,10 +56,24 @@ class Servicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         end.completed.usage.completion_tokens = self._tokens
         yield end
 
+    async def _next_step(self, period: float) -> None:
+        """Wait for the next step, whose time is a multiple of the period; all streams share one timer."""
+        if self._step is None:
+            loop = asyncio.get_running_loop()
+            self._step = loop.create_future()
+            loop.call_at((loop.time() // period + 1) * period, self._begin_step)
+        await asyncio.shield(self._step)
 
-async def _serve(port: int, tokens: int, per_second: float | None) -> None:
+    def _begin_step(self) -> None:
+        step, self._step = self._step, None
+        if step is not None:
+            step.set_result(None)
+
+
+async def _serve(port: int, tokens: int, per_second: float | None, in_steps: bool) -> None:
     server = aio.server()
-    chat_completion_pb2_grpc.add_ChatCompletionServicer_to_server(Servicer(tokens, per_second), server)  # type: ignore[abstract]
+    servicer = Servicer(tokens, per_second, in_steps=in_steps)  # type: ignore[abstract]
+    chat_completion_pb2_grpc.add_ChatCompletionServicer_to_server(servicer, server)
     server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
     await server.wait_for_termination()
@@ -65,8 +84,9 @@ def _main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--tokens", type=int, required=True)
     parser.add_argument("--tokens-per-second", type=float)
+    parser.add_argument("--in-steps", action="store_true")
     arguments = parser.parse_args()
-    uvloop.run(_serve(arguments.port, arguments.tokens, arguments.tokens_per_second))
+    uvloop.run(_serve(arguments.port, arguments.tokens, arguments.tokens_per_second, arguments.in_steps))
 
 
 if __name__ == "__main__":

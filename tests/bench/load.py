@@ -1,11 +1,12 @@
-"""The callers: so many streams at once, each read to its end."""
+"""The callers: so many at once, each reading its answers to their ends."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import time
-from typing import Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, Self
 
 import httpx
 from grpc import aio
@@ -15,15 +16,38 @@ from deltawire.v1 import chat_completion_pb2_grpc, message_pb2, tool_pb2
 from deltawire_server.upstream.transport.client import Transport
 from tests.bench.servers import MODEL, Server
 
+if TYPE_CHECKING:
+    from contextlib import AbstractAsyncContextManager
+
 CHANNELS = 4
 """Connections that the streams share, as a few backends would."""
 
 STREAM_SECONDS = 300.0
-"""A bound on every stream, so that a run that hangs ends."""
+"""A limit for every stream, so that a run that hangs ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One answer: seconds to its first event and to its end."""
+
+    first: float
+    total: float
+
+
+class Load(Protocol):
+    """Callers of one server, which keep their connections."""
+
+    async def run(self, streams: int, tokens: int, *, calls: int = 1, tools: bool = False) -> list[Timing]:
+        """Run streams at once, each of them several calls in sequence, and check that each answer has its tokens."""
+
+
+def load_of(server: Server) -> AbstractAsyncContextManager[Load]:
+    """The callers for a server: over HTTP for the peers that speak only that."""
+    return HttpLoad(server) if server.name in ("upstream", "vllm-router", "smg", "litellm") else GrpcLoad(server)
 
 
 def chat_request(*, tools: bool = False) -> chat_pb.StreamChatCompletionRequest:
-    """What every stream asks."""
+    """The request of every stream."""
     chat = chat_pb.ChatRequest(
         model=MODEL,
         messages=[message_pb2.ChatMessage(user=message_pb2.UserMessage(text="Go on."))],
@@ -40,12 +64,13 @@ class GrpcLoad:
 
     Args:
         server: The gateway, or what stands in for it.
+        channels: Their connections.
     """
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, channels: int = CHANNELS) -> None:
         self._server = server
         options = [("grpc.use_local_subchannel_pool", 1)]
-        self._channels = [aio.insecure_channel(f"127.0.0.1:{server.port}", options) for _ in range(CHANNELS)]
+        self._channels = [aio.insecure_channel(f"127.0.0.1:{server.port}", options) for _ in range(channels)]
         self._stubs = [chat_completion_pb2_grpc.ChatCompletionStub(channel) for channel in self._channels]
 
     async def __aenter__(self) -> Self:
@@ -56,33 +81,39 @@ class GrpcLoad:
         for channel in self._channels:
             await channel.close()
 
-    async def run(self, streams: int, tokens: int, *, tools: bool = False) -> list[float]:
-        """Run streams at once and check that each had its tokens.
+    def open(
+        self, number: int = 0
+    ) -> aio.UnaryStreamCall[chat_pb.StreamChatCompletionRequest, chat_pb.StreamChatCompletionResponse]:
+        """Begin one call; its caller reads or cancels it."""
+        return self._stubs[number % len(self._stubs)].StreamChatCompletion(chat_request(), timeout=STREAM_SECONDS)
 
-        Returns:
-            Seconds to each stream's first event.
-        """
+    async def run(self, streams: int, tokens: int, *, calls: int = 1, tools: bool = False) -> list[Timing]:
+        """See `Load`."""
         request = chat_request(tools=tools)
 
-        async def stream(number: int) -> float:
-            begin = time.perf_counter()
-            first = None
-            last = chat_pb.StreamChatCompletionResponse()
-            async for event in self._stubs[number % CHANNELS].StreamChatCompletion(request, timeout=STREAM_SECONDS):
-                first = first or time.perf_counter() - begin
-                last = event
-            if first is None or last.completed.usage.completion_tokens < tokens:
-                raise RuntimeError(f"{self._server.name} ended a stream without its {tokens} tokens: {last}")
-            return first
+        async def stream(number: int) -> list[Timing]:
+            method = self._stubs[number % len(self._stubs)].StreamChatCompletion
+            timings = []
+            for _ in range(calls):
+                begin = time.perf_counter()
+                first = None
+                last = chat_pb.StreamChatCompletionResponse()
+                async for event in method(request, timeout=STREAM_SECONDS):
+                    first = first or time.perf_counter() - begin
+                    last = event
+                if first is None or last.completed.usage.completion_tokens < tokens:
+                    raise RuntimeError(f"{self._server.name} ended a stream without its {tokens} tokens: {last}")
+                timings.append(Timing(first, time.perf_counter() - begin))
+            return timings
 
-        return await asyncio.gather(*map(stream, range(streams)))
+        return [timing for each in await asyncio.gather(*map(stream, range(streams))) for timing in each]
 
 
 class HttpLoad:
     """Callers over HTTP that keep their connections, and read without parsing.
 
     Args:
-        server: What speaks the chat API.
+        server: A server of the chat API.
     """
 
     def __init__(self, server: Server) -> None:
@@ -97,12 +128,9 @@ class HttpLoad:
     async def __aexit__(self, *_: object) -> None:
         await self._client.aclose()
 
-    async def run(self, streams: int, tokens: int) -> list[float]:
-        """Run streams at once and check that each had its chunks.
-
-        Returns:
-            Seconds to the first bytes of each stream's body.
-        """
+    async def run(self, streams: int, tokens: int, *, calls: int = 1, tools: bool = False) -> list[Timing]:
+        """See `Load`. No tools are sent: the answer is the same, and nobody here assembles its calls."""
+        del tools
         body = {
             "model": MODEL,
             "messages": [{"role": "user", "content": "Go on."}],
@@ -110,17 +138,20 @@ class HttpLoad:
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         }
 
-        async def stream(_: int) -> float:
-            begin = time.perf_counter()
-            first = None
-            events = 0
-            async with self._client.stream("POST", self._url, json=body) as response:
-                response.raise_for_status()
-                async for data in response.aiter_raw():
-                    first = first or time.perf_counter() - begin
-                    events += data.count(b"data: ")
-            if first is None or events < tokens:
-                raise RuntimeError(f"{self._server.name} ended a stream after {events} events of {tokens}")
-            return first
+        async def stream(_: int) -> list[Timing]:
+            timings = []
+            for _ in range(calls):
+                begin = time.perf_counter()
+                first = None
+                events = 0
+                async with self._client.stream("POST", self._url, json=body) as response:
+                    response.raise_for_status()
+                    async for data in response.aiter_raw():
+                        first = first or time.perf_counter() - begin
+                        events += data.count(b"data: ")
+                if first is None or events < tokens:
+                    raise RuntimeError(f"{self._server.name} ended a stream after {events} events of {tokens}")
+                timings.append(Timing(first, time.perf_counter() - begin))
+            return timings
 
-        return await asyncio.gather(*map(stream, range(streams)))
+        return [timing for each in await asyncio.gather(*map(stream, range(streams))) for timing in each]

@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 TICKS = os.sysconf("SC_CLK_TCK")
-START_SECONDS = 60.0
+START_SECONDS = 90.0
 MODEL = "fake"
+DELTAWIRE = "deltawire"
+OTHER = "other version"
+BARE = "bare grpc.aio"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,22 +34,40 @@ class Server:
 
     @property
     def cpu_seconds(self) -> float:
-        """User and system time of all its threads so far."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / TICKS
+        """User and system time of all its threads and of its child processes so far."""
+        return sum(map(_cpu_seconds, (self.pid, *_descendants(self.pid))))
 
     @property
     def memory_kib(self) -> int:
-        """What it holds in memory now."""
+        """Its resident memory in KiB."""
         pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE") // 1024
 
 
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How an upstream sends its answers.
+
+    Attributes:
+        tokens: Of every answer.
+        per_second: Tokens per second and stream; `None` for flat out.
+        in_steps: Whether all streams get their tokens at the same time, as from an engine; otherwise each has its own clock.
+        chunks_per_write: How many chunks go into one write; vLLM writes each alone.
+        tool_call: Whether the answer is a call of the first tool offered.
+    """
+
+    tokens: int
+    per_second: float | None = None
+    in_steps: bool = False
+    chunks_per_write: int = 1
+    tool_call: bool = False
+
+
 @contextlib.contextmanager
-def running(name: str, command: Sequence[str], port: int) -> Iterator[Server]:
+def running(name: str, command: Sequence[str], port: int, path: Path | None = None) -> Iterator[Server]:
     """Start a server and wait until its port takes connections; end it, by pid, in any case."""
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=_environment())
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=_environment(path))
         try:
             _wait_for(name, process, port)
             yield Server(name, process.pid, port)
@@ -59,52 +80,52 @@ def running(name: str, command: Sequence[str], port: int) -> Iterator[Server]:
                 process.wait()
 
 
-def upstream(
-    tokens: int, *, per_second: float | None = None, tool_call: bool = False, chunks_per_write: int = 1
-) -> contextlib.AbstractContextManager[Server]:
-    """What stands in for vLLM, whose every answer has this many tokens: flat out the fastest there is, paced the shipped fake."""
+def upstream(pace: Pace) -> contextlib.AbstractContextManager[Server]:
+    """The program that stands in for vLLM."""
     port = free_port()
-    options = [f"--port={port}", f"--model={MODEL}", f"--tokens={tokens}"]
-    if tool_call:
+    options = [f"--chunks-per-write={pace.chunks_per_write}", f"--model={MODEL}"]
+    if pace.tool_call:
         options.append("--tool-call")
-    if per_second is not None:
-        options.append(f"--tokens-per-second={per_second}")
-        return running("fake vLLM", [sys.executable, "-m", "deltawire_server.fake_vllm", *options], port)
-    options.append(f"--chunks-per-write={chunks_per_write}")
-    return running("upstream", [sys.executable, "-m", "tests.bench.upstream", *options], port)
+    command = [sys.executable, "-m", "tests.bench.upstream", f"--port={port}", *options, *_pace_options(pace)]
+    return running("upstream", command, port)
 
 
-def gateway(upstream: Server) -> contextlib.AbstractContextManager[Server]:
-    """The gateway, with the settings that users get."""
-    port = free_port()
-    return running(
-        "deltawire",
-        [
-            str(Path(sys.executable).with_name("deltawire-server")),
-            f"--listen=127.0.0.1:{port}",
-            f"--vllm-url=http://127.0.0.1:{upstream.port}/v1",
-            "--database-url=sqlite://",
-            "--set=server.drain_delay=0",
-            "--set=server.drain_grace=0",
-        ],
-        port,
-    )
+def gateway(
+    upstream: Server, *settings: str, checkout: Path | None = None, database: str = "sqlite://"
+) -> contextlib.AbstractContextManager[Server]:
+    """The gateway, with the settings that users get.
 
-
-def bare_grpc(tokens: int, *, per_second: float | None = None) -> contextlib.AbstractContextManager[Server]:
-    """A grpc.aio server that yields ready-made messages."""
-    port = free_port()
-    command = [sys.executable, "-m", "tests.bench.bare", f"--port={port}", f"--tokens={tokens}"]
-    if per_second is not None:
-        command.append(f"--tokens-per-second={per_second}")
-    return running("bare grpc.aio", command, port)
-
-
-def vllm_router(binary: Path, upstream: Server) -> contextlib.AbstractContextManager[Server]:
-    """vllm-router, passing HTTP through to the same fake."""
+    Args:
+        upstream: Its provider.
+        settings: Settings that differ, as `NAME=VALUE`.
+        checkout: The checkout of another version to run instead of this one.
+        database: The URL of its database.
+    """
     port = free_port()
     command = [
-        str(binary),
+        sys.executable,
+        *("-m", "deltawire_server"),
+        f"--listen=127.0.0.1:{port}",
+        f"--vllm-url=http://127.0.0.1:{upstream.port}/v1",
+        f"--database-url={database}",
+        "--set=server.drain_delay=0",
+        "--set=server.drain_grace=0",
+        *(f"--set={setting}" for setting in settings),
+    ]
+    return running(OTHER if checkout else DELTAWIRE, command, port, checkout)
+
+
+def bare_grpc(pace: Pace) -> contextlib.AbstractContextManager[Server]:
+    """A grpc.aio server that yields ready-made messages."""
+    port = free_port()
+    return running(BARE, [sys.executable, "-m", "tests.bench.bare", f"--port={port}", *_pace_options(pace)], port)
+
+
+def vllm_router(programs: Path, upstream: Server) -> contextlib.AbstractContextManager[Server]:
+    """vllm-router, which forwards HTTP without parsing answers."""
+    port = free_port()
+    command = [
+        str(programs / "vllm-router"),
         "--host=127.0.0.1",
         f"--port={port}",
         "--worker-urls",
@@ -115,6 +136,34 @@ def vllm_router(binary: Path, upstream: Server) -> contextlib.AbstractContextMan
     return running("vllm-router", command, port)
 
 
+def smg(programs: Path, upstream: Server) -> contextlib.AbstractContextManager[Server]:
+    """SMG, the model gateway, which forwards HTTP as well."""
+    port = free_port()
+    command = [
+        str(programs / "smg"),
+        "launch",
+        "--host=127.0.0.1",
+        f"--port={port}",
+        "--worker-urls",
+        f"http://127.0.0.1:{upstream.port}",
+        f"--prometheus-port={free_port()}",
+        "--log-level=error",
+    ]
+    return running("smg", command, port)
+
+
+def litellm(programs: Path, upstream: Server) -> contextlib.AbstractContextManager[Server]:
+    """LiteLLM's proxy, which parses and encodes every chunk in Python."""
+    port = free_port()
+    config = Path(tempfile.mkdtemp()) / "config.yaml"
+    config.write_text(
+        f"model_list: [{{model_name: {MODEL}, litellm_params: {{model: openai/{MODEL}, api_key: none,"
+        f" api_base: 'http://127.0.0.1:{upstream.port}/v1'}}}}]\n"
+    )
+    command = [str(programs / "litellm"), f"--config={config}", "--host=127.0.0.1", f"--port={port}"]
+    return running("litellm", command, port)
+
+
 def free_port() -> int:
     """A port that nothing listens on now."""
     with socket.socket() as probe:
@@ -123,9 +172,28 @@ def free_port() -> int:
         return port
 
 
-def _environment() -> dict[str, str]:
-    """Without the user's own settings: they would change what is measured."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("DELTAWIRE_", "VLLM_"))}
+def _pace_options(pace: Pace) -> list[str]:
+    options = [f"--tokens={pace.tokens}"]
+    if pace.per_second is not None:
+        options.append(f"--tokens-per-second={pace.per_second}")
+    return [*options, "--in-steps"] if pace.in_steps else options
+
+
+def _environment(checkout: Path | None) -> dict[str, str]:
+    """Without the user's own settings, which would change what is measured."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("DELTAWIRE_", "VLLM_"))}
+    return own if checkout is None else {**own, "PYTHONPATH": f"{checkout}/server:{checkout}/client"}
+
+
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def _descendants(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    direct = [int(child) for child in children.read_text().split()] if children.exists() else []
+    return [*direct, *(later for child in direct for later in _descendants(child))]
 
 
 def _wait_for(name: str, process: subprocess.Popen[bytes], port: int) -> None:

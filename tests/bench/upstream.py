@@ -1,18 +1,22 @@
-"""A vLLM look-alike that does nothing but write: its answers are made once, and every chunk then costs one system call.
+"""A vLLM look-alike that only writes: its answers are made once, and each chunk costs one system call.
 
-What is measured flat out should be the server under test. The shipped fake makes every chunk anew, which costs it as much
-as the gateway takes to read one; on two cores the gateway then only seems to keep up, and reads less at a time.
+The server under test should be the busiest process. The shipped fake encodes every chunk, which takes it as long as the gateway
+takes to read one; on two cores, the gateway would then read less at a time and seem to keep up.
 
-Like an engine, it goes in steps: each gives every stream its next chunk.
+It has three paces. Flat out, every stream gets its next chunk in turn. In steps, as in an engine, all streams get their next
+chunk at the same time. On own clocks, each stream has its own period, which begins when its request arrives.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import heapq
+import itertools
 import json
 import selectors
 import socket
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +38,7 @@ class Client:
         self.received = b""
         self.frames: Iterator[bytes] = iter(())
         self.rest = b""
+        self.open = True
 
     def request(self) -> tuple[str, Any] | None:
         """The next whole request's path and body, if it has come."""
@@ -69,9 +74,27 @@ class Upstream:
         tokens: Of every answer.
         chunks_per_write: How many chunks go into one write; vLLM writes each alone.
         tool_call: Whether the answer is a call of the first tool offered.
+        period: Seconds between two chunks of a stream; 0 for flat out.
+        in_steps: Whether all streams get their chunks at the same time.
     """
 
-    def __init__(self, port: int, model: str, tokens: int, chunks_per_write: int, *, tool_call: bool) -> None:
+    def __init__(
+        self,
+        port: int,
+        model: str,
+        tokens: int,
+        chunks_per_write: int,
+        *,
+        tool_call: bool,
+        period: float = 0.0,
+        in_steps: bool = False,
+    ) -> None:
+        self._period = period
+        self._in_steps = in_steps
+        self._due: list[
+            tuple[float, int, Client]
+        ] = []  # a heap: the streams with a pace, by the time of the next chunk
+        self._order = itertools.count()
         self._model = model
         self._tokens = tokens
         self._tool_call = tool_call
@@ -86,10 +109,20 @@ class Upstream:
     def serve(self) -> None:
         """Until the process is ended."""
         while True:
-            # While there is something to write, only look whether somebody asks or goes.
-            for key, _ in self._selector.select(0 if self._answering else None):
+            for key, _ in self._selector.select(self._pause()):
                 key.data()
             self._answering = [client for client in self._answering if client.step()]
+            now = time.perf_counter()
+            while self._due and self._due[0][0] <= now:
+                due, order, client = heapq.heappop(self._due)
+                if client.open and client.step():
+                    heapq.heappush(self._due, (due + self._period, order, client))
+
+    def _pause(self) -> float | None:
+        """Seconds until there is something to write; requests and disconnections are handled meanwhile."""
+        if self._answering:
+            return 0
+        return max(0.0, self._due[0][0] - time.perf_counter()) if self._due else None
 
     def _accept(self) -> None:
         sock, _ = self._listener.accept()
@@ -106,13 +139,19 @@ class Upstream:
                 return
         self._selector.unregister(client.sock)
         client.sock.close()
+        client.open = False
         self._answering = [other for other in self._answering if other is not client]
 
     def _answer(self, client: Client, path: str, body: Any) -> None:  # noqa: ANN401 (any JSON)
         if path.endswith("/chat/completions"):
             self._frames = self._frames or self._made(body)
             client.frames = iter(self._frames)
-            self._answering.append(client)
+            if not self._period:
+                self._answering.append(client)
+                return
+            now = time.perf_counter()
+            due = (now // self._period + 1) * self._period if self._in_steps else now
+            heapq.heappush(self._due, (due, next(self._order), client))
             return
         listing = json.dumps({"object": "list", "data": [{"id": self._model, "object": "model"}]}).encode()
         client.sock.sendall(HEAD % (b"application/json", b"content-length: %d" % len(listing)) + listing)
@@ -133,8 +172,18 @@ def _main() -> None:
     parser.add_argument("--tokens", type=int, required=True)
     parser.add_argument("--chunks-per-write", type=int, default=1)
     parser.add_argument("--tool-call", action="store_true")
+    parser.add_argument("--tokens-per-second", type=float, help="of each stream; without it, flat out")
+    parser.add_argument("--in-steps", action="store_true", help="all streams get their chunks at the same time")
     options = parser.parse_args()
-    Upstream(options.port, options.model, options.tokens, options.chunks_per_write, tool_call=options.tool_call).serve()
+    Upstream(
+        options.port,
+        options.model,
+        options.tokens,
+        options.chunks_per_write,
+        tool_call=options.tool_call,
+        period=1 / options.tokens_per_second if options.tokens_per_second else 0.0,
+        in_steps=options.in_steps,
+    ).serve()
 
 
 if __name__ == "__main__":
