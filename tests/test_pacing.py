@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from deltawire_server import pacing
@@ -23,14 +24,17 @@ class Clock:
         return self.now
 
 
-async def test_one_step_in_a_turn() -> None:
+async def test_one_step_in_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many tasks have long work, others wait for one step only; and the tasks take their steps in order."""
+    clock = Clock()
+    monkeypatch.setattr(pacing, "time", clock)
     steps: list[tuple[int, int]] = []
     turn = 0
 
     async def work(number: int) -> None:
         for _ in range(3):
             await give_way()
+            clock.now += pacing.SHORT_SECONDS
             steps.append((turn, number))
 
     tasks = [asyncio.create_task(work(number)) for number in range(20)]
@@ -40,6 +44,25 @@ async def test_one_step_in_a_turn() -> None:
     turns = [turn for turn, _ in steps]
     assert len(set(turns)) == len(turns) == 60
     assert [number for _, number in steps] == [*range(20)] * 3
+
+
+async def test_short_steps_share_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many calls with a short step each are not delayed by as many turns; a longer step ends that."""
+    clock = Clock()
+    monkeypatch.setattr(pacing, "time", clock)
+    turns: list[int] = []
+    turn = 0
+
+    async def work(number: int) -> None:
+        await give_way()
+        turns.append(turn)
+        clock.now += pacing.SHORT_SECONDS if number == 22 else 0.0
+
+    tasks = [asyncio.create_task(work(number)) for number in range(26)]
+    while not all(task.done() for task in tasks):
+        await asyncio.sleep(0)
+        turn += 1
+    assert list(Counter(turns).values()) == [1, 2, 4, 8, 8, 1, 2]
 
 
 async def test_others_get_time_after_some_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from deltawire._version import __version__
 from deltawire.v1 import chat_completion_pb2, chat_completion_pb2_grpc, model_registry_pb2, model_registry_pb2_grpc
 from deltawire_server import signals
 from deltawire_server.access import Access
+from deltawire_server.completions.adaptive import AdaptiveDelay
 from deltawire_server.completions.completion import CompletionLimits
 from deltawire_server.completions.retention import RetentionLimits
 from deltawire_server.images.load import Images
@@ -95,7 +96,10 @@ class Gateway:
         memory = Ledger(settings.server.max_memory_bytes or default_limit())
         self._allocator = Allocator()
         memory.trim = self._allocator.trim
-        self._worker = Worker(self._registry, self._providers, _worker_limits(settings), self._images, memory)
+        self._adaptive = AdaptiveDelay(settings.server.max_adaptive_delay)
+        self._worker = Worker(
+            self._registry, self._providers, _worker_limits(settings), self._images, memory, self._adaptive
+        )
         self._access = Access(settings.access.principals)
         chat = ChatCompletionServicer(
             self._worker,
@@ -138,6 +142,7 @@ class Gateway:
             self._registry.start_refreshing()
             await self._lifecycle.start(SERVICES)
             self._run(self._allocator.trim_for_ever(), "return free memory")
+            self._run(self._adaptive.adapt_for_ever(), "adapt the delay of deltas")
         except BaseException:
             await self._close()
             raise

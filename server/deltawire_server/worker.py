@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from deltawire_server.admission import Place
+    from deltawire_server.completions.adaptive import AdaptiveDelay
     from deltawire_server.completions.records import Record
     from deltawire_server.completions.retention import RetainedStream
     from deltawire_server.registry.registry import ModelRegistry, Resolution
@@ -110,6 +111,7 @@ class Worker:
         limits: Limits of completions.
         images: Loads images from URLs; by default it refuses them.
         memory: The memory of all calls; by default without a limit.
+        adaptive: How long deltas are delayed under load; not at all by default.
 
     Attributes:
         admission: The places of completions.
@@ -123,7 +125,9 @@ class Worker:
         limits: WorkerLimits | None = None,
         images: Images | None = None,
         memory: Ledger | None = None,
+        adaptive: AdaptiveDelay | None = None,
     ) -> None:
+        self._adaptive = adaptive
         self._registry = registry
         self._providers = providers
         self._limits = limits or WorkerLimits()
@@ -294,6 +298,7 @@ class Worker:
                     keep_logprobs=keep_logprobs,
                     hold=self.memory.hold(),
                     request_bytes=caller.request_bytes,
+                    adaptive=self._adaptive,
                 )
                 del request  # the completion has it, until it is sent
                 record.run(completion)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from deltawire_server.errors import ProviderError, Reason
 from deltawire_server.upstream.base import Health, HealthStatus, OpenStream, ServedModel, Timeouts, TokenCount
 from deltawire_server.upstream.engine import Engine, EngineKind
+from tests.support.pushed import PushedBody
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
@@ -106,7 +107,7 @@ class FakeProvider:
         self.requests.append((request, model, call))
         if self.failure is not None:
             raise self.failure
-        yield OpenStream(self._body(), self.notices, self.replicas_tried)
+        yield OpenStream(PushedBody(self._body()), self.notices, self.replicas_tried)
 
     async def count_tokens(self, request: ChatRequest, model: str, call: CallContext) -> TokenCount:
         """What it was told to count."""

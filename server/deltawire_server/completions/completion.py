@@ -1,14 +1,15 @@
 """One completion, from the request to the last event.
 
-    Completion.batches:   reader task  provider ──bytes──▶ CompletionReader ──events──▶ EventBuffer ─┐
+    Completion.batches:   the socket   pushes bytes ──▶ CompletionReader ──events──▶ EventBuffer ─┐
                           the caller   writes a batch, then takes the next one  ◀──── merged ─────┘
 
-One task reads the provider's answer while the caller writes a batch, so a slow write does not block reading, and queued deltas
-are merged. The queue is bounded: at its limit, reading stops, and TCP flow control stops the sender.
+The provider's answer is read while the caller writes a batch, so a slow write does not block reading, and queued deltas are
+merged. The queue is bounded: at its limit, reading stops, and TCP flow control stops the sender. A task sends the request and then
+only waits for the end: no task is woken for the pieces of an answer.
 
 `completions.state` defines the states and transitions. A completion ends only in `_end`, which runs without an `await` as soon as
 there is a cause (an event, a timer, a call of `stop` or `end`, an exception), so two causes cannot race. Later causes, such as
-the cancellation of the reader task, have no effect.
+the cancellation of the task, have no effect.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from deltawire_server.clock import Clock
 from deltawire_server.completions.event_buffer import EventBuffer
 from deltawire_server.completions.info import CompletionInfo, Timings
 from deltawire_server.completions.state import Cause, State, advance
@@ -37,18 +39,18 @@ from deltawire_server.sansio.events import (
 )
 from deltawire_server.sansio.reader import CompletionReader, Limits
 from deltawire_server.telemetry import get_logger
-from deltawire_server.upstream.base import BrokenBodyError
 from deltawire_server.upstream.failures import RETRY_SECONDS, UpstreamError, failure_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
+    from deltawire_server.completions.adaptive import AdaptiveDelay
     from deltawire_server.completions.options import StreamOptions
     from deltawire_server.images.load import Images
     from deltawire_server.memory import Hold
     from deltawire_server.registry.registry import Resolution
     from deltawire_server.sansio.tool_calls import Check
-    from deltawire_server.upstream.base import CallContext
+    from deltawire_server.upstream.base import Body, CallContext
     from deltawire_server.upstream.request import ChatRequest
 
 _OURS = frozenset(
@@ -107,6 +109,7 @@ class Completion:
         keep_logprobs: Whether the last event repeats the log-probabilities.
         hold: Accounts for its memory; at the limit of the process, it may be evicted.
         request_bytes: Size of the request message, which is held until the provider's first event.
+        adaptive: How long deltas are delayed under load, if the options do not say; not at all by default.
 
     Attributes:
         head: Its id, model, provider and sampling.
@@ -132,6 +135,7 @@ class Completion:
         keep_logprobs: bool,
         hold: Hold,
         request_bytes: int,
+        adaptive: AdaptiveDelay | None = None,
     ) -> None:
         self._request = _with_defaults(request, resolution.provider.default_max_tokens)
         self.resolution = resolution
@@ -159,7 +163,7 @@ class Completion:
         self._notices: Sequence[Notice] = ()
         self._provider_failed: Callable[[Reason], None] = lambda _: None
         self._sent_usage: Usage | None = None
-        self._queue = EventBuffer(limits.queue_bytes, options.max_coalesce_delay)
+        self._queue = EventBuffer(limits.queue_bytes, options.max_coalesce_delay, adaptive)
         self._reader = CompletionReader(
             choice_count=self._request.choice_count,
             offered_tools={tool.name: tool.input_schema for tool in self._request.offered_tools},
@@ -173,11 +177,15 @@ class Completion:
         self._hold = hold
         self._request_bytes = request_bytes
         hold.evict = self._evict
+        self._body: Body | None = None  # while it is followed
+        self._body_end: asyncio.Future[None]
+        self._is_reading = False
+        self._drained = 0
         self._task: asyncio.Task[None] | None = None
         self._reading: asyncio.Timeout | None = (
             None  # set while the provider's answer is read; has no deadline of its own
         )
-        self._clock = _Clock(self._time_out)
+        self._clock = Clock(self._time_out)
 
     @property
     def begun(self) -> bool:
@@ -285,7 +293,7 @@ class Completion:
         return events
 
     async def _run(self) -> None:
-        """The reader task: reads to the end of the body or until the completion ends for another cause."""
+        """The task: ends at the end of the body or when the completion ends for another cause."""
         try:
             if self.state is State.QUEUED:
                 self._start_clock()
@@ -293,8 +301,6 @@ class Completion:
                 await self._read()
             if self.state is not State.ENDED:
                 raise internal_error("reading an answer ended without an end of the completion")
-        except BrokenBodyError as error:
-            self.end(error.fault)
         except DeltawireError as failure:
             self._fail(failure)
         except Exception as bug:  # noqa: BLE001 (a bug must end the call, not hang it)
@@ -338,7 +344,6 @@ class Completion:
         # Up to the first event, the provider applies its timeout, because it has to attribute it to a replica.
         self._clock.pause()
         self._sent = time.monotonic()
-        drained = 0
         opening = self.resolution.provider.stream_chat(request, model, self._call)
         del request
         async with opening as stream:
@@ -347,24 +352,64 @@ class Completion:
             self._provider_failed = stream.failed
             self._notices = stream.notices
             self.attempts = stream.replicas_tried
-            async for data in stream.body:
-                if self.ended_by is Cause.ANSWER:
-                    # Read the rest so that the connection can be reused; further events count as anomalies.
-                    self._reader.receive(data)
-                    drained += len(data)
-                    if drained > DRAIN_BYTES:
-                        return
-                    continue
-                if self.ended_by is None:
-                    self._receive(data, timeouts.silence)
-                if self.ended_by not in (None, Cause.ANSWER):
-                    return
-                if self._queue.full and self.state is not _ENDED:
+            self._body = stream.body
+            self._body_end = asyncio.get_running_loop().create_future()
+            try:
+                stream.body.follow(self._pushed, self._body_ended)
+                await self._body_end
+            finally:
+                # Both are reference cycles, which would last until a garbage collection.
+                self._body = None
+                self._queue.on_room = _nothing
+
+    def _pushed(self, data: bytes) -> None:
+        """Process bytes of the body, called by it. A bug must end the call, not the connection's own callback."""
+        self._is_reading = True
+        try:
+            if self.ended_by is None:
+                self._receive(data, self.resolution.provider.timeouts.silence)
+                if self._queue.full and self.state is not _ENDED and self._body is not None:
                     self._clock.pause()  # the timeout must not run while reading is paused
-                    await self._queue.room()
-                    self._clock.allow(timeouts.silence)
-            if self.state is not _ENDED:
+                    self._body.pause()
+                    self._queue.on_room = self._go_on
+            elif self.ended_by is Cause.ANSWER:
+                # Read the rest so that the connection can be reused; further events count as anomalies.
+                self._reader.receive(data)
+                self._drained += len(data)
+            if self.ended_by not in (None, Cause.ANSWER) or self._drained > DRAIN_BYTES:
+                self._stop_reading()
+        except Exception as bug:  # noqa: BLE001 (the task reports it)
+            self._stop_reading(bug)
+        finally:
+            self._is_reading = False
+
+    def _body_ended(self, fault: Fault | None) -> None:
+        """The end of the body, called by it."""
+        self._is_reading = True
+        try:
+            if fault is not None:
+                self.end(fault)
+            elif self.state is not _ENDED:
                 self._take(self._reader.finish())
+            self._stop_reading()
+        except Exception as bug:  # noqa: BLE001 (the task reports it)
+            self._stop_reading(bug)
+        finally:
+            self._is_reading = False
+
+    def _stop_reading(self, bug: Exception | None = None) -> None:
+        if not self._body_end.done():
+            if bug is None:
+                self._body_end.set_result(None)
+            else:
+                self._body_end.set_exception(bug)
+
+    def _go_on(self) -> None:
+        """Read on, because the queued events were taken."""
+        self._queue.on_room = _nothing
+        if self._body is not None:
+            self._clock.allow(self.resolution.provider.timeouts.silence)
+            self._body.resume()
 
     def _receive(self, data: bytes, silence: float) -> None:
         """Process bytes of the answer."""
@@ -461,7 +506,7 @@ class Completion:
         if self._reading is None or self._reading.expired():
             return
         now = asyncio.get_running_loop().time()
-        if asyncio.current_task() is not self._task:
+        if not self._is_reading:
             self._reading.reschedule(now)
         elif failure is None:
             self._reading.reschedule(now + DRAIN_SECONDS)
@@ -504,71 +549,6 @@ class Completion:
         return metadata
 
 
-class _Clock:
-    """The two timeouts of a completion, its own and the one between events, on one timer of the event loop.
-
-    A later deadline between events does not reschedule the timer; a timer that fires too early is set again.
-
-    Args:
-        time_out: Called once, at the first deadline.
-
-    Attributes:
-        end_by: The deadline of the completion, on the loop's clock.
-        allowed: The current timeout between events, in seconds.
-    """
-
-    def __init__(self, time_out: Callable[[], None]) -> None:
-        self.end_by = float("inf")
-        self.allowed = float("inf")
-        self._quiet_until = float("inf")
-        # None after `stop`, because the reference cycle with the completion would last until a garbage collection, possibly for
-        # long.
-        self._time_out: Callable[[], None] | None = time_out
-        self._timer: asyncio.TimerHandle | None = None
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the completion's own deadline has passed."""
-        return asyncio.get_running_loop().time() >= self.end_by
-
-    def allow(self, seconds: float) -> None:
-        """Start the timeout between events."""
-        if self._time_out is None:
-            return
-        self.allowed = seconds
-        self._quiet_until = asyncio.get_running_loop().time() + seconds
-        if self._timer is None or self._timer.when() > self._quiet_until:
-            self._set()
-
-    def pause(self) -> None:
-        """Suspend the timeout between events until the next `allow`."""
-        self._quiet_until = float("inf")
-
-    def check(self) -> None:
-        """Call `time_out` if a deadline has passed, else set the timer."""
-        self._timer = None
-        if self._time_out is None:
-            return
-        if asyncio.get_running_loop().time() >= min(self.end_by, self._quiet_until):
-            self._time_out()
-        else:
-            self._set()
-
-    def stop(self) -> None:
-        """Cancel both timeouts."""
-        self._time_out = None
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _set(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        due = min(self.end_by, self._quiet_until)
-        if due < float("inf"):
-            self._timer = asyncio.get_running_loop().call_at(due, self.check)
-
-
 class _Gaps:
     """The gaps between the engine's events, on the monotonic clock. Events of one read have the same time."""
 
@@ -598,6 +578,10 @@ class _Gaps:
     def worst(self) -> float | None:
         """The longest gap; `None` with fewer than two events."""
         return self._worst if self._count > 1 else None
+
+
+def _nothing() -> None:
+    """Nothing waits for room in the queue."""
 
 
 def _with_defaults(request: ChatRequest, max_tokens: int | None) -> ChatRequest:

@@ -1,17 +1,17 @@
-"""A bounded queue of events between the task that reads an answer and the call that writes it. Merges queued deltas."""
+"""A bounded queue of events between the reader of an answer and the call that writes it. Merges queued deltas."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from typing import TYPE_CHECKING
 
 from deltawire_server.sansio.coalesce import Coalescer
 from deltawire_server.sansio.events import ReasoningDelta, TextDelta, ToolCallArguments
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from deltawire_server.completions.adaptive import AdaptiveDelay
     from deltawire_server.sansio.events import StreamEvent
 
 _PIECES = (TextDelta, ReasoningDelta, ToolCallArguments)
@@ -19,23 +19,29 @@ _PIECES = (TextDelta, ReasoningDelta, ToolCallArguments)
 
 
 class EventBuffer:
-    """A queue for one producer, the reader task, and one consumer, the caller. Bounded by bytes.
+    """A queue for one producer, the reader of an answer, and one consumer, the caller. Bounded by bytes.
 
     Args:
         limit: Size in bytes at which it is `full`.
-        delay: Seconds for which deltas may be delayed to merge more of them. Any other event is returned at once, with all events
-            before it.
+        delay: Seconds for which deltas may be delayed to merge more of them; `None` to delay them under load only. Any other event
+            is returned at once, with all events before it.
+        adaptive: The delay under load, which the first deltas do not have; `None` for none.
+
+    Attributes:
+        on_room: Called when the queued events were taken and it had been `full`.
     """
 
-    def __init__(self, limit: int, delay: float = 0.0) -> None:
+    def __init__(self, limit: int, delay: float | None = 0.0, adaptive: AdaptiveDelay | None = None) -> None:
         self._limit = limit
         self._delay = delay
-        self._due = 0.0  # when the delay of the queued events ends, on the loop's clock
+        self._adaptive = adaptive
         self._waiting = Coalescer()
         self._closed = False
-        self._something = asyncio.Event()
-        self._pressing = asyncio.Event()
-        self._room = asyncio.Event()
+        self._due = False  # whether the queued events are to be taken now
+        self._had_pieces = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self.on_room: Callable[[], None] = lambda: None
 
     @property
     def size(self) -> int:
@@ -44,43 +50,59 @@ class EventBuffer:
 
     @property
     def full(self) -> bool:
-        """Whether the limit is reached, so that the reader task must `await room()` before it continues."""
+        """Whether the limit is reached, so that the reader must stop until `on_room`."""
         return self._waiting.size >= self._limit
 
     def put(self, events: Sequence[StreamEvent]) -> None:
         """Queue events. Never blocks; check `full` afterwards."""
-        if self._delay and not self._waiting:
-            self._due = asyncio.get_running_loop().time() + self._delay
         self._waiting.receive(events)
-        if self._delay and (self.full or not all(isinstance(event, _PIECES) for event in events)):
-            self._pressing.set()
-        self._something.set()
+        if self._due or not self._waiting:
+            return
+        if self.full or not all(isinstance(event, _PIECES) for event in events):
+            self._release()
+        elif self._timer is None:
+            seconds = self._seconds()
+            if seconds:
+                self._timer = asyncio.get_running_loop().call_later(seconds, self._release)
+            else:
+                self._release()
 
     def close(self) -> None:
         """Mark the end. Queued events can still be taken."""
         self._closed = True
-        self._pressing.set()
-        self._something.set()
+        self._release()
 
     async def take(self) -> list[StreamEvent]:
-        """Remove and return all queued events, merged; waits while there are none. An empty list is the end.
+        """Remove and return all queued events that are due, merged; waits while there are none. An empty list is the end.
 
         A cancelled call removes nothing.
         """
-        while not self._waiting and not self._closed:
-            self._something.clear()
-            await self._something.wait()
-        if self._delay and not self._pressing.is_set():
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(self._due):
-                    await self._pressing.wait()
-        if not self._closed:
-            self._pressing.clear()
+        while not self._due:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        self._due = self._closed
+        was_full = self.full
         events = self._waiting.take()
-        self._room.set()
+        if was_full:
+            self.on_room()
         return events
 
-    async def room(self) -> None:
-        """Wait until the queued events are taken."""
-        self._room.clear()
-        await self._room.wait()
+    def _seconds(self) -> float:
+        """How long the deltas that were just queued may be delayed."""
+        if self._delay is not None:
+            return self._delay
+        if self._adaptive is None or not self._had_pieces:
+            self._had_pieces = True
+            return 0.0
+        return self._adaptive.seconds
+
+    def _release(self) -> None:
+        self._due = True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

@@ -139,7 +139,7 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
             writer = self._writer(context, record, _slow_caller)
             sequence = 0
             with _noted(record, completion):
-                async with aclosing(completion.batches()) as batches:
+                async with aclosing(completion.batches()) as batches, writer:
                     async for events in batches:
                         for event in events:
                             await writer.write(messages.message(sequence, event), last=_is_whole(event))
@@ -212,7 +212,7 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         messages = convert.ResponseWriter(stream, self._max_completed_bytes)
         writer = self._writer(context, record, _slow_reader if stream.is_retained else _slow_caller)
         with stream.read(caller.left, after) as reader, _noted(record, stream):
-            async with aclosing(reader.follow()) as batches:
+            async with aclosing(reader.follow()) as batches, writer:
                 async for numbered in batches:
                     for sequence, event in numbered:
                         await writer.write(messages.message(sequence, event), last=_is_whole(event))

@@ -186,7 +186,7 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
         if self._watches_ended:
             writer.hasten(FAREWELL_SECONDS)
         try:
-            async with aclosing(self._registry.watch(request.revision)) as steps:
+            async with aclosing(self._registry.watch(request.revision)) as steps, writer:
                 async for step in steps:
                     await writer.write(step_message(step))
         finally:

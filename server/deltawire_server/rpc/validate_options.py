@@ -170,7 +170,7 @@ def stream_options(message: chat_pb.StreamOptions, max_retention: float) -> Stre
     retention = within("retention", MIN_RETENTION, max_retention, limit)
     if violations:
         raise invalid_request(violations)
-    return StreamOptions(message.usage_updates, delay or 0.0, interval, message.early_heartbeats, retention)
+    return StreamOptions(message.usage_updates, delay, interval, message.early_heartbeats, retention)
 
 
 def _seconds(duration: Duration) -> float:

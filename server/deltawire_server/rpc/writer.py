@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
+from deltawire_server.clock import Clock
 from deltawire_server.rpc.interceptors import REQUEST_ID
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import TracebackType
 
     from google.protobuf.message import Message
     from grpc import aio
@@ -18,15 +20,19 @@ if TYPE_CHECKING:
 
 
 class StreamWriter:
-    """Writes the messages of one streaming call.
+    """Writes the messages of one streaming call, which is the body of its `async with`.
 
-    Initial metadata is sent with the first message and not earlier: until then, clients and proxies can retry the call.
+    Initial metadata is sent with the first message and not earlier: until then, clients and proxies can retry the call. One timer
+    serves all messages of a stream, because a timeout of its own for each costs a tenth of the message.
 
     Args:
         context: The call.
         record: The record of the call.
         timeout: Seconds that one message may wait for the caller.
         slow: Returns the error for a caller that does not receive a message in that time.
+
+    Raises:
+        GatewayError: The error of `slow`, at the end of the `async with`: the caller did not receive a message in time.
     """
 
     def __init__(
@@ -41,36 +47,48 @@ class StreamWriter:
         self._timeout = timeout
         self._slow = slow
         self._begun = False
-        self._clock: asyncio.Timeout | None = None
+        self._writing = False
+        self._call = asyncio.timeout(None)
+        self._clock = Clock(self._time_out)
+
+    async def __aenter__(self) -> Self:
+        await self._call.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._clock.stop()
+        try:
+            await self._call.__aexit__(kind, error, trace)
+        except TimeoutError:
+            raise self._slow(self._timeout) from None
 
     async def write(self, message: Message, *, last: bool = False) -> None:
-        """Write a message.
+        """Write a message. If the caller does not receive it in time, the call is canceled.
 
         Args:
             message: The next one.
             last: Whether it ends the stream without an error; then the call has succeeded.
-
-        Raises:
-            GatewayError: The error of `slow`: the caller did not receive the message in time. Nothing can be written after that.
         """
         self._record.latch.check_open()
         if not self._begun:
             self._begun = self._record.begun = True
             await self._context.send_initial_metadata(((REQUEST_ID, self._record.call.request_id),))
-        try:
-            async with asyncio.timeout(self._timeout) as self._clock:
-                await self._context.write(message)
-        except TimeoutError:
-            self._record.latch.fail()
-            raise self._slow(self._timeout) from None
-        finally:
-            self._clock = None
+        self._writing = True
+        self._clock.allow(self._timeout)
+        await self._context.write(message)
+        self._writing = False
+        self._clock.pause()
         if last:
             self._record.latch.succeed()
 
     def hasten(self, seconds: float) -> None:
         """Reduce the timeout of all messages, including the one that is being written, because the process shuts down."""
         self._timeout = min(self._timeout, seconds)
-        if self._clock is not None and not self._clock.expired():
-            end_by = asyncio.get_running_loop().time() + self._timeout
-            self._clock.reschedule(min(end_by, self._clock.when() or end_by))
+        if self._writing:
+            self._clock.hasten(self._timeout)
+
+    def _time_out(self) -> None:
+        self._record.latch.fail()
+        self._call.reschedule(asyncio.get_running_loop().time())

@@ -116,6 +116,15 @@ class ServerSettings(Section):
             "uses one connection to a provider. The default is about what one process forwards at full speed."
         ),
     )
+    max_adaptive_delay: Annotated[float, Field(ge=0, le=10)] = Field(
+        default=0.1,
+        description=(
+            "Seconds for which deltas may be delayed while the gateway is busy, so that several share a message, which costs "
+            "as much as one; 0 never delays them. While it has time to spare, every token is sent at once. A caller's "
+            "own max_coalesce_delay is used instead. Nothing but deltas of text, reasoning and arguments waits, and never the "
+            "first of an answer."
+        ),
+    )
     max_connections: Whole = Field(
         default=10_000,
         ge=1,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 from deltawire_server.secret import Secret
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import Callable
     from contextlib import AbstractAsyncContextManager
 
     from deltawire_server.errors import Reason
@@ -96,16 +96,23 @@ class Timeouts:
     silence: float = 300.0
 
 
-class BrokenBodyError(Exception):
-    """The body of an answer violates HTTP: all bytes before that were yielded, and no more can be read.
+class Body(Protocol):
+    """The body of an event stream, pushed as it arrives."""
 
-    Attributes:
-        fault: The fault to report, unless the answer was already complete.
-    """
+    def follow(self, receive: Callable[[bytes], None], end: Callable[[Fault | None], None]) -> None:
+        """Push the body from now on; call this once. Some of it may be pushed before this returns.
 
-    def __init__(self, fault: Fault) -> None:
-        super().__init__(fault.message)
-        self.fault = fault
+        Args:
+            receive: Called with each piece, of any size up to 16 KiB.
+            end: Called once, after the last piece: with `None` at the end of the body or if the connection is lost, or with the
+                fault to report, unless the answer was already complete, if the provider violates HTTP.
+        """
+
+    def pause(self) -> None:
+        """Push nothing until `resume`. The provider is slowed down when a bounded number of bytes has arrived."""
+
+    def resume(self) -> None:
+        """Go on. Some of the body may be pushed before this returns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,15 +120,14 @@ class OpenStream:
     """A provider's open answer to a chat request.
 
     Attributes:
-        body: The body of the event stream as it arrives, in arbitrary pieces. It ends at the end of the body or if the
-            connection is lost; it raises `BrokenBodyError` if the provider violates HTTP.
+        body: The body of the event stream.
         notices: Notices for the caller about this attempt.
         replicas_tried: Number of replicas that the request was sent to: those that failed, and the one that answers.
         failed: Call this with the reason if the answer ends with a fault of the provider. For some reasons, such as
             UPSTREAM_TIMEOUT, it ejects the replica. Never raises.
     """
 
-    body: AsyncIterator[bytes]
+    body: Body
     notices: tuple[Notice, ...] = ()
     replicas_tried: int = 1
     failed: Callable[[Reason], None] = lambda _: None
@@ -187,8 +193,7 @@ class Provider(Protocol):
         If a replica fails before that, the request may be sent to one other; see `policy`. `timeouts.first_event` limits both
         attempts together.
 
-        Iteration over the body ends at its end or if the connection is lost; the events show what is missing. Leaving the
-        context closes the connection unless the body was read to its end, so that the provider stops generating.
+        Leaving the context closes the connection unless the body was read to its end, so that the provider stops generating.
 
         Args:
             request: The request.

@@ -34,14 +34,16 @@ from deltawire_server.upstream.extra_body import allowed_extra
 from deltawire_server.upstream.policy import ACTIONS, MAX_ATTEMPTS
 from deltawire_server.upstream.replicas import Attempt, Replica, Replicas
 from deltawire_server.upstream.transport.client import Transport
-from deltawire_server.upstream.vllm_api import COUNT_SECONDS, VllmApi, close_response
+from deltawire_server.upstream.vllm_api import COUNT_SECONDS, VllmApi
 from deltawire_server.upstream.vllm_request import chat_body, count_body, encode_body
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
+    from deltawire_server.upstream.body import AnswerBody
     from deltawire_server.upstream.request import ChatRequest
+    from deltawire_server.upstream.transport.exchange import Exchange
 
 COUNTS_AT_ONCE = 16
 """Concurrent token counts; further ones wait. Most connections are for answers."""
@@ -103,15 +105,16 @@ class VllmProvider:
         self.id = provider_id
         self._replicas = Replicas([root_url(base_url) for base_url in base_urls])
         self.base_urls = tuple(replica.base_url for replica in self._replicas.all)
+        transport = Transport(tls, max_connections)
         client = httpx.AsyncClient(
-            transport=Transport(tls, max_connections),
+            transport=transport,
             headers={**(headers or {}), "user-agent": user_agent, "accept-encoding": "identity"},
             # One caller's cookies must not be sent with another's request. A policy, because the client copies other jars.
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
             follow_redirects=False,
             trust_env=False,
         )
-        self._api = VllmApi(provider_id, api_token, client, connect_timeout)
+        self._api = VllmApi(provider_id, api_token, client, transport, connect_timeout)
         self._allowed_models = tuple(allowed_models)
         self._allowed_extra_fields = tuple(allowed_extra_fields)
         self._engines = {
@@ -153,7 +156,7 @@ class VllmProvider:
         name, form = request.model, vllm_fields.format_field(request)
         del body, request  # `content` now has the only copy
 
-        async def send(replica: Replica) -> tuple[httpx.Response, AsyncGenerator[bytes], tuple[Notice, ...]]:
+        async def send(replica: Replica) -> tuple[Exchange, AnswerBody, tuple[Notice, ...]]:
             unchecked = await self._check_fields(replica, to_check)
             return (*await self._api.open(replica, content, name, call, form), unchecked)
 
@@ -162,15 +165,14 @@ class VllmProvider:
                 attempt, answer, failures = await self._first_answer(held, send, self.timeouts.first_event)
             finally:
                 content.clear()  # no further attempt
-            response, pieces, unchecked = answer
+            response, body, unchecked = answer
             try:
-                async with contextlib.aclosing(pieces):
-                    notices = (*self._passed_over(failures), *unchecked)
-                    failed = functools.partial(self._failed_after_start, attempt)
-                    yield OpenStream(pieces, notices, len(failures) + 1, failed)
+                notices = (*self._passed_over(failures), *unchecked)
+                failed = functools.partial(self._failed_after_start, attempt)
+                yield OpenStream(body, notices, len(failures) + 1, failed)
             finally:
-                # vLLM stops generating when the socket is closed. Shielded: a cancelled call must wait for that too.
-                await asyncio.shield(close_response(response))
+                body.close()
+                response.close()  # vLLM stops generating when the socket is closed
 
     async def count_tokens(self, request: ChatRequest, model: str, call: CallContext) -> TokenCount:
         """Count the tokens of a prompt; see `Provider.count_tokens`."""

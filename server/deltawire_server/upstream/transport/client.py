@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import ssl
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import httpx
 
@@ -14,9 +14,10 @@ from deltawire_server.upstream.transport.dial import dial, look_up
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterable, Mapping, Sequence
 
     from deltawire_server.upstream.transport.dial import Address
+    from deltawire_server.upstream.transport.exchange import Exchange
 
 KEEPALIVE_SECONDS = 4.0
 """Idle time after which a connection is closed. uvicorn, vLLM's server, closes it after 5 s; closing first avoids a race."""
@@ -47,11 +48,44 @@ class Transport(httpx.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send a request; return the response after its headers."""
-        head = _head(request)
-        timeout = request.extensions.get("timeout", {})
-        connection = await self._pool(request.url).take(timeout.get("pool"), timeout.get("connect"))
-        exchange = await connection.send(head, cast("httpx.AsyncByteStream", request.stream), timeout.get("read"))
+        body = cast("httpx.AsyncByteStream", request.stream)
+        exchange = await self.send(self.prepare(request), (), body, request.extensions.get("timeout", {}))
         return httpx.Response(exchange.status, headers=exchange.headers, stream=exchange)
+
+    def prepare(self, request: httpx.Request) -> Prepared:
+        """The parts of a request that are the same in all requests like it. Its body is ignored."""
+        lines = [b"%s %s HTTP/1.1" % (request.method.encode("ascii"), request.url.raw_path)]
+        lines += [b"%s: %s" % header for header in request.headers.raw]
+        if "transfer-encoding" in request.headers:
+            raise httpx.LocalProtocolError("the request cannot be sent: it has a body without a length")
+        return Prepared(self._pool(request.url), _joined(lines))
+
+    async def send(
+        self,
+        prepared: Prepared,
+        headers: Sequence[tuple[str, str]],
+        body: AsyncIterable[bytes],
+        limits: Mapping[str, float | None],
+    ) -> Exchange:
+        """Send a request without the objects of httpx, which take a third of the time of a short call.
+
+        Args:
+            prepared: The request's head, without `headers`.
+            headers: The headers of this request alone.
+            body: The body, whose length is in one of the headers.
+            limits: Seconds, as the timeouts of httpx: `pool` for a free connection, `connect` for the name lookup, the connection and TLS,
+                `read` without progress in either direction; `None` or no entry for no limit.
+
+        Returns:
+            The response after its headers; `aclose` it at the end.
+
+        Raises:
+            httpx.TransportError: There is no response.
+        """
+        lines = [f"{name}: {value}".encode() for name, value in headers]
+        head = _joined([prepared.head, *lines, b"", b""], prepared.head.count(b"\r\n"))
+        connection = await prepared.pool.take(limits.get("pool"), limits.get("connect"))
+        return await connection.send(head, body, limits.get("read"))
 
     async def aclose(self) -> None:
         """Close all connections; requests in progress fail."""
@@ -70,6 +104,13 @@ class Transport(httpx.AsyncBaseTransport):
     @functools.cached_property
     def _context(self) -> ssl.SSLContext:
         return tls_context(self._tls)
+
+
+class Prepared(NamedTuple):
+    """The parts of a request that are the same in all requests like it: the pool of its origin, and the first lines of its head."""
+
+    pool: _Pool
+    head: bytes
 
 
 def tls_context(tls: ssl.SSLContext | bool) -> ssl.SSLContext:
@@ -158,18 +199,13 @@ class _Pool:
             self._free.release()
 
 
-def _head(request: httpx.Request) -> bytes:
-    """The request line and the headers.
+def _joined(lines: Sequence[bytes], inner: int = 0) -> bytes:
+    """The lines of a request's head, of which the first has `inner` line breaks already.
 
     Raises:
-        httpx.LocalProtocolError: A header has a line break, or the length of the body is unknown.
+        httpx.LocalProtocolError: A header has a line break.
     """
-    lines = [b"%s %s HTTP/1.1" % (request.method.encode("ascii"), request.url.raw_path)]
-    lines += [b"%s: %s" % header for header in request.headers.raw]
     head = b"\r\n".join(lines)
-    line_ends = head.count(b"\r") + head.count(b"\n") + head.count(b"\0")
-    if line_ends != 2 * (len(lines) - 1) or "transfer-encoding" in request.headers:
-        raise httpx.LocalProtocolError(
-            "the request cannot be sent: a line break in a header, or a body without a length"
-        )
-    return head + b"\r\n\r\n"
+    if head.count(b"\r") + head.count(b"\n") + head.count(b"\0") != 2 * (len(lines) - 1 + inner):
+        raise httpx.LocalProtocolError("the request cannot be sent: a line break in a header")
+    return head

@@ -46,7 +46,7 @@ class Carrier(Protocol):
 
 
 class Exchange(httpx.AsyncByteStream):
-    """The response to one request. One task at a time may wait for it.
+    """The response to one request. One task at a time may wait for it, or `on_change` is called.
 
     Iteration yields all received bytes of the body in one piece. Bytes before a failure are yielded before it is raised.
 
@@ -61,6 +61,7 @@ class Exchange(httpx.AsyncByteStream):
         complete: Whether the whole response was received.
         reusable: Whether the connection may be reused; valid with `complete`.
         error: The error that ended the response early; `None` without one.
+        on_change: Called when bytes were received or the response has ended; `None` to read by iteration.
     """
 
     def __init__(self, connection: Carrier, timeout: float | None) -> None:
@@ -70,6 +71,7 @@ class Exchange(httpx.AsyncByteStream):
         self.complete = False
         self.reusable = False
         self.error: httpx.TransportError | None = None
+        self.on_change: Callable[[], None] | None = None
         self._connection = connection
         self._timeout = timeout
         self._pieces: list[bytes] = []
@@ -139,8 +141,10 @@ class Exchange(httpx.AsyncByteStream):
         del self._parser
 
     def wake(self) -> None:
-        """Wake the waiting task."""
-        if self._waiter is not None and not self._waiter.done():
+        """Wake the waiting task, or call `on_change`."""
+        if self.on_change is not None:
+            self.on_change()
+        elif self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     # Called by the reader of the response.
@@ -190,18 +194,28 @@ class Exchange(httpx.AsyncByteStream):
             if self.complete:
                 raise StopAsyncIteration
             await self.wait()
+        return self.take()
+
+    def take(self) -> bytes:
+        """The received bytes of the body; empty if there are none."""
+        if not self._pieces:
+            return b""
         data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
         self._pieces.clear()
         self._unread = 0
         self._connection.resume()
         return data
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
         """Close the connection unless the whole response was received; unread bytes are dropped."""
         if not self.done:
             self._connection.close()
         # httpx's response has a reference cycle and keeps this object until a garbage collection.
         self._pieces.clear()
+
+    async def aclose(self) -> None:
+        """`close`, for httpx."""
+        self.close()
 
     # Called by the parser. An exception stops it.
 
