@@ -2,7 +2,7 @@
 
 A call needs about ten iterations of the event loop. If long work only yielded to the loop after each step, each of these
 iterations would run one step of every large request: with ten large requests and steps of 10 ms, a call would be delayed by a
-second. So all long work of the process shares one queue. Each iteration of the loop runs one step, or several while steps are short,
+second. So all long work of the process shares one queue. Each iteration of the loop runs one step, or several while they are short,
 and after a few milliseconds of steps the queue pauses for about as long as a short call takes.
 """
 
@@ -29,7 +29,7 @@ SHORT_SECONDS = 0.001
 """Duration of the steps of an iteration below which the next iteration runs twice as many of them; otherwise it runs one."""
 
 MOST_STEPS = 8
-"""Limit for the steps of an iteration. Under load, an iteration takes milliseconds, and hundreds of calls have a short step each."""
+"""Limit for the steps of an iteration. Under load it takes milliseconds, and hundreds of calls have a short step each."""
 
 
 async def give_way() -> None:

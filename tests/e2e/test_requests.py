@@ -35,6 +35,7 @@ from deltawire_server.upstream.request import ChatRequest as PlainRequest
 from deltawire_server.upstream.vllm import VllmProvider
 from deltawire_server.upstream.vllm_fields import STRICT
 from tests.e2e.support import CALL_SECONDS, LIGHT, MODEL, SEA, WEATHER, call_text, forced
+from tests.support.pushed import pulled
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -341,7 +342,7 @@ async def test_every_field_is_one_that_vllm_knows(provider: VllmProvider) -> Non
     )
     async with provider.stream_chat(request, MODEL, CallContext("r")) as answering:
         assert answering.notices == ()
-        assert b'"error"' not in b"".join([data async for data in answering.body])
+        assert b'"error"' not in b"".join([data async for data in pulled(answering.body)])
     (reader,) = provider._engines.values()
     engine = await reader.known()
     assert (engine.kind, engine.detail) == (EngineKind.VLLM, "")

@@ -37,7 +37,7 @@ def lasting(seconds: float) -> Duration:
     [
         ({}, StreamOptions()),
         ({"usage_updates": True}, StreamOptions(usage_updates=True)),
-        ({"max_coalesce_delay": lasting(0)}, StreamOptions()),
+        ({"max_coalesce_delay": lasting(0)}, StreamOptions(max_coalesce_delay=0.0)),
         ({"max_coalesce_delay": lasting(10)}, StreamOptions(max_coalesce_delay=10.0)),
         ({"heartbeat_interval": lasting(0.1)}, StreamOptions(heartbeat_interval=0.1)),
         ({"heartbeat_interval": lasting(3600)}, StreamOptions(heartbeat_interval=3600.0)),

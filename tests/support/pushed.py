@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from deltawire_server.upstream.base import Body
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Callable
+    from collections.abc import AsyncGenerator, AsyncIterable, Callable
 
     from deltawire_server.sansio.events import Fault
 
@@ -40,3 +40,21 @@ class PushedBody(Body):
             receive(piece)
         await self._may_go_on.wait()
         end(None)
+
+
+class BrokenBodyError(Exception):
+    """A body ended with a fault."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(fault.message)
+        self.fault = fault
+
+
+async def pulled(body: Body) -> AsyncGenerator[bytes]:
+    """The pieces of a body; raises `BrokenBodyError` at its end if that is a fault."""
+    pieces: asyncio.Queue[bytes | BrokenBodyError | None] = asyncio.Queue()
+    body.follow(pieces.put_nowait, lambda fault: pieces.put_nowait(None if fault is None else BrokenBodyError(fault)))
+    while (piece := await pieces.get()) is not None:
+        if isinstance(piece, BrokenBodyError):
+            raise piece
+        yield piece

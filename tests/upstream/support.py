@@ -11,6 +11,7 @@ from deltawire_server.errors import DeltawireError
 from deltawire_server.upstream.base import CallContext
 from deltawire_server.upstream.request import ChatMessage, ChatRequest, Role
 from deltawire_server.upstream.vllm import VllmProvider
+from tests.support.pushed import pulled
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -41,7 +42,7 @@ async def provider(*base_urls: str, **fields: Any) -> AsyncIterator[VllmProvider
 async def answer_of(provider: VllmProvider, call: CallContext = CALL, model: str = "fake") -> bytes:
     """A whole answer's bytes."""
     async with provider.stream_chat(HI, model, call) as answering:
-        return b"".join([data async for data in answering.body])
+        return b"".join([data async for data in pulled(answering.body)])
 
 
 async def refusal_of(provider: VllmProvider, call: CallContext = CALL, model: str = "fake") -> DeltawireError:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from deltawire_server.errors import Code, ProviderError, Reason
-from deltawire_server.upstream.base import BrokenBodyError, HealthStatus
+from deltawire_server.upstream.base import HealthStatus
 from tests.support.gateway import failure_of, kinds, read
+from tests.support.pushed import BrokenBodyError, pulled
 from tests.upstream.support import CALL, HI, provider, refusal_of
 
 if TYPE_CHECKING:
@@ -229,7 +230,7 @@ async def test_what_callers_get(
         assert server.sent < 16 * 2**20
 
 
-async def test_a_body_that_breaks_raises_after_all_that_came() -> None:
+async def test_a_broken_body_ends_with_a_fault_after_all_its_pieces() -> None:
     """The provider's own interface."""
     broken = Broken(CHUNKED + chunk(FIRST) + b"x\r\n")
     async with (
@@ -237,9 +238,10 @@ async def test_a_body_that_breaks_raises_after_all_that_came() -> None:
         provider(server.base_url) as p,
         p.stream_chat(HI, "fake", CALL) as answering,
     ):
-        assert await anext(answering.body) == FIRST
+        body = pulled(answering.body)
+        assert await anext(body) == FIRST
         with pytest.raises(BrokenBodyError) as caught:
-            await anext(answering.body)
+            await anext(body)
     assert caught.value.fault.reason is Reason.UPSTREAM_MALFORMED
     assert caught.value.fault.message == "the chunked encoding of its response is broken"
 

@@ -17,6 +17,7 @@ from deltawire_server.upstream.failures import MAX_EXCERPT_BYTES
 from deltawire_server.upstream.request import FormatKind, TextFormat
 from deltawire_server.upstream.vllm import VllmProvider, root_url
 from deltawire_server.upstream.vllm_api import MAX_ERROR_BYTES, MAX_SERVED_NAME
+from tests.support.pushed import pulled
 from tests.support.recordings import TRANSCRIPTS
 from tests.upstream.plain import plain
 from tests.upstream.support import CALL, CALLERS, CHAT, CHUNK, HI, MODELS, OPERATORS, answer_of, provider, refusal_of
@@ -349,7 +350,7 @@ async def test_leaving_early_closes_the_connection(vllm: FakeVllm) -> None:
     vllm.play(Script.chunks([CHUNK, never]))
     async with provider(vllm.base_url) as p:
         async with p.stream_chat(HI, "fake", CALL) as answering:
-            assert await anext(answering.body) == CHUNK
+            assert await anext(pulled(answering.body)) == CHUNK
         await vllm.chats[0].closed_early.wait()
     assert vllm.running == 0
 
@@ -379,7 +380,7 @@ async def test_closing_ends_what_is_under_way(vllm: FakeVllm) -> None:
     never = asyncio.Event()
     vllm.play(Script.chunks([CHUNK, never]))
     async with provider(vllm.base_url) as p, p.stream_chat(HI, "fake", CALL) as answering:
-        await anext(answering.body)
+        await anext(pulled(answering.body))
         await p.close()
         await vllm.chats[0].closed_early.wait()
 

@@ -16,6 +16,7 @@ from deltawire_server.sansio.events import Notice, NoticeKind
 from deltawire_server.upstream.engine import EngineKind
 from deltawire_server.upstream.request import ToolSpec
 from deltawire_server.upstream.vllm_api import MAX_DOCUMENT_BYTES
+from tests.support.pushed import pulled
 from tests.upstream.plain import plain
 from tests.upstream.support import CALL, CHAT, CHUNK, HI, OPERATORS, provider, refusal_of
 
@@ -38,7 +39,7 @@ VLLM = {
 async def notices_of(p: VllmProvider, request: ChatRequest = SALTED) -> tuple[tuple[Notice, ...], int]:
     """What the caller of a request is to know, and how many replicas it took."""
     async with p.stream_chat(request, "fake", CALL) as answering:
-        assert b"".join([data async for data in answering.body]).endswith(b"data: [DONE]\n\n")
+        assert b"".join([data async for data in pulled(answering.body)]).endswith(b"data: [DONE]\n\n")
         return answering.notices, answering.replicas_tried
 
 

@@ -13,6 +13,7 @@ from deltawire_server.upstream.base import Health, HealthStatus, Timeouts
 from deltawire_server.upstream.opening import MAX_OPENING_BYTES
 from deltawire_server.upstream.policy import ACTIONS
 from deltawire_server.upstream.replicas import State
+from tests.support.pushed import pulled
 from tests.upstream.plain import plain
 from tests.upstream.support import CALL, CALLERS, CHUNK, HI, MODELS, answer_of, provider, refusal_of
 
@@ -25,7 +26,7 @@ async def test_calls_spread_over_the_replicas(vllm: FakeVllm, other: FakeVllm) -
     never = asyncio.Event()
     vllm.play(Script.chunks([CHUNK, never]))
     async with provider(vllm.base_url, other.base_url) as p, p.stream_chat(HI, "fake", CALL) as answering:
-        await anext(answering.body)
+        await anext(pulled(answering.body))
         for _ in range(3):
             await answer_of(p)
     assert (len(vllm.chats), len(other.chats)) == (1, 3)
@@ -189,7 +190,7 @@ async def test_a_long_opening_is_handed_over(vllm: FakeVllm) -> None:
     vllm.play(Script.chunks([b":" * 65536 + b"\n\n"] * 20 + [CHUNK, asyncio.Event()]))
     async with provider(vllm.base_url) as p, p.stream_chat(HI, "fake", CALL) as answering:
         size = 0
-        async for piece in answering.body:
+        async for piece in pulled(answering.body):
             size += len(piece)
             if CHUNK in piece:
                 break

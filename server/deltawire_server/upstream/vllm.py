@@ -165,13 +165,13 @@ class VllmProvider:
                 attempt, answer, failures = await self._first_answer(held, send, self.timeouts.first_event)
             finally:
                 content.clear()  # no further attempt
-            response, body, unchecked = answer
+            response, answer_body, unchecked = answer
             try:
                 notices = (*self._passed_over(failures), *unchecked)
                 failed = functools.partial(self._failed_after_start, attempt)
-                yield OpenStream(body, notices, len(failures) + 1, failed)
+                yield OpenStream(answer_body, notices, len(failures) + 1, failed)
             finally:
-                body.close()
+                answer_body.close()
                 response.close()  # vLLM stops generating when the socket is closed
 
     async def count_tokens(self, request: ChatRequest, model: str, call: CallContext) -> TokenCount:

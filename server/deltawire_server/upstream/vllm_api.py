@@ -178,9 +178,7 @@ class VllmApi:
         )
         headers = (*self._call_headers(call).items(), ("content-length", str(content.size)))
         try:
-            response = await self._transport.send(
-                self._prepared(replica), headers, content, self._limits
-            )
+            response = await self._transport.send(self._prepared(replica), headers, content, self._limits)
         except _BROKEN as error:
             raise self._unreachable(replica, error) from error
         try:

@@ -73,7 +73,7 @@ class Transport(httpx.AsyncBaseTransport):
             prepared: The request's head, without `headers`.
             headers: The headers of this request alone.
             body: The body, whose length is in one of the headers.
-            limits: Seconds, as the timeouts of httpx: `pool` for a free connection, `connect` for the name lookup, the connection and TLS,
+            limits: Seconds, as the timeouts of httpx: `pool` for a free connection, `connect` for name lookup, connection and TLS,
                 `read` without progress in either direction; `None` or no entry for no limit.
 
         Returns:
