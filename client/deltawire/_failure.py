@@ -24,6 +24,8 @@ REASON_TRAILER = "deltawire-reason"
 REQUEST_ID = "x-request-id"
 # The status message of a call that gRPC ends because this program closes the channel.
 _CHANNEL_CLOSED = "Channel closed!"
+# Those of a call that gRPC ends because its timeout passed: without a response, and within a stream.
+_TIMEOUT_PASSED = frozenset({"Deadline Exceeded", "Stream removed (Deadline Exceeded)"})
 
 
 @dataclass(slots=True)
@@ -143,9 +145,13 @@ def failure_of(call: FailedCall, request_id: str) -> Failure:
     initial, trailing = metadata_of(call.initial_metadata()), metadata_of(call.trailing_metadata())
     code, message = call.code() or grpc.StatusCode.UNKNOWN, call.details() or ""
     is_closed = code is grpc.StatusCode.CANCELLED and _CHANNEL_CLOSED in message
+    if is_closed:
+        message = "the client was closed, or the channel that it was given"
+    elif code is grpc.StatusCode.DEADLINE_EXCEEDED and message in _TIMEOUT_PASSED:
+        message = "the timeout passed"
     failure = Failure(
         code=code,
-        message="the client was closed, or the channel that it was given" if is_closed else message,
+        message=message,
         reason=metadata_text(trailing, REASON_TRAILER),
         request_id=metadata_text(initial, REQUEST_ID) or metadata_text(trailing, REQUEST_ID) or request_id,
         initial_metadata=initial,

@@ -5,6 +5,7 @@ protobuf's own words are "Value out of range: -1", and it takes bytes for a text
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar
@@ -22,8 +23,8 @@ _TAKES: Mapping[int, str] = MappingProxyType(
     {
         FieldDescriptor.CPPTYPE_INT32: f"a whole number from {-(2**31)} to {2**31 - 1}",
         FieldDescriptor.CPPTYPE_INT64: f"a whole number from {-(2**63)} to {2**63 - 1}",
-        FieldDescriptor.CPPTYPE_FLOAT: "a number",
-        FieldDescriptor.CPPTYPE_DOUBLE: "a number",
+        FieldDescriptor.CPPTYPE_FLOAT: "a finite number",
+        FieldDescriptor.CPPTYPE_DOUBLE: "a finite number",
         FieldDescriptor.CPPTYPE_BOOL: "True or False",
         FieldDescriptor.CPPTYPE_STRING: "text that can be sent as UTF-8",
         FieldDescriptor.CPPTYPE_ENUM: "one of the API's values",
@@ -64,12 +65,27 @@ def made(kind: type[M], given: Mapping[str, Any], names: Mapping[str, str] = Map
     called = {name: names.get(name, name) for name in given}
     values = {name: _usable(fields[name], value, called[name]) for name, value in given.items() if value is not None}
     try:
-        return kind(**values)
+        message = kind(**values)
+        _require_finite(message, values)
     except (TypeError, ValueError, OverflowError):
         for name, value in values.items():
             for piece in _pieces(value):
                 _try(kind, fields[name], piece, called[name])
         raise  # pragma: no cover -- what is wrong together is wrong alone
+    return message
+
+
+def _require_finite(message: ProtoMessage, names: Iterable[str]) -> None:
+    """Check the numbers in these fields: the gateway would only say that they are out of range.
+
+    Raises:
+        ValueError: One is infinite or NaN.
+    """
+    for name in names:
+        value = getattr(message, name)
+        for each in value.values() if isinstance(value, Mapping) else (value,):
+            if isinstance(each, float) and not math.isfinite(each):
+                raise ValueError(each)
 
 
 def _usable(field: Field, value: Any, name: str) -> Any:  # noqa: ANN401 -- whatever callers give
@@ -105,7 +121,7 @@ def _pieces(value: Any) -> Iterator[Any]:  # noqa: ANN401 -- whatever callers gi
 def _try(kind: type[ProtoMessage], field: Field, piece: Any, name: str) -> None:  # noqa: ANN401
     """Refuse a piece that its field does not take, in the caller's words."""
     try:
-        kind(**{field.name: piece})
+        _require_finite(kind(**{field.name: piece}), (field.name,))
     except TypeError as error:
         message = f"{name}: {_problem(field, piece)}"
         raise TypeError(message) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from deltawire._channel import DEFAULT_TARGET
@@ -28,6 +29,8 @@ from deltawire._version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from _typeshed import SupportsWrite
 
 # A file may be called by bytes that are no text.
 _FILES = frozenset(
@@ -88,8 +91,16 @@ class _Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return options
 
+    # argparse ignores errors of `write`, so a full disk would lose the help in silence.
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
+        if message:
+            (file or sys.stderr).write(message)
+
     def error(self, message: str) -> NoReturn:
         """Print what is wrong, and exit."""
+        option, _, problem = message.rpartition(": ")
+        if problem == "expected one argument":
+            message += f"; a value that begins with - needs {option.removeprefix('argument ')}=VALUE"
         self.exit(USAGE, f"error: {one_line(message)}\nsee {self.prog} --help\n")
 
 
@@ -151,7 +162,7 @@ def _whole(text: str, least: int, most: int) -> int:
 
 
 def check_text(options: argparse.Namespace) -> None:
-    """Check that each value is UTF-8 text, and that the request id fits into a header.
+    """Check that each value is UTF-8 text.
 
     Python passes other bytes on as lone surrogates.
 
@@ -169,9 +180,6 @@ def check_text(options: argparse.Namespace) -> None:
                 named = name in {"prompt", "completion", "model", "provider"}
                 message = f"the {name} is not UTF-8 text" if named else f"--{name.replace('_', '-')}: not UTF-8 text"
                 raise UsageError(message) from error
-    if options.request_id is not None and not all(" " <= each <= "~" for each in options.request_id):
-        message = f"--request-id {options.request_id}: must be printable ASCII, to be sent in a header"
-        raise UsageError(message)
 
 
 def _etag(text: str) -> str:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 
+from deltawire._channel import MAX_TIMEOUT
 from deltawire._values import EFFORTS
 
 _SAMPLING = (
@@ -22,8 +24,6 @@ _SAMPLING = (
     ("max_tokens", int, "the most tokens to generate"),
     ("min_tokens", int, "the fewest tokens to generate"),
 )
-# A time that nothing here needs to be longer than, in seconds.
-_LONGEST = 10**9
 
 
 def add_request_options(parser: argparse.ArgumentParser) -> None:
@@ -177,11 +177,7 @@ def seconds(text: str) -> float:
     Raises:
         argparse.ArgumentTypeError: It is none that can be waited for.
     """
-    value = _delay(text)
-    if not value:
-        message = f"{text} is not a number of seconds above 0"
-        raise argparse.ArgumentTypeError(message)
-    return value
+    return _length(text, "above 0 and up", math.nextafter(0, 1))
 
 
 def _delay(text: str) -> float:
@@ -190,12 +186,17 @@ def _delay(text: str) -> float:
     Raises:
         argparse.ArgumentTypeError: It is none that can be waited for.
     """
+    return _length(text, "from 0", 0)
+
+
+def _length(text: str, least_in_words: str, least: float) -> float:
+    """A length of time, in seconds from `least` to MAX_TIMEOUT."""
     try:
         value = float(text)
     except ValueError:
-        value = -1
-    if not 0 <= value <= _LONGEST:
-        message = f"{text} is not a number of seconds from 0 to {_LONGEST}"
+        value = math.nan
+    if not least <= value <= MAX_TIMEOUT:
+        message = f"{text} is not a number of seconds {least_in_words} to {MAX_TIMEOUT}"
         raise argparse.ArgumentTypeError(message)
     return value
 
@@ -208,10 +209,13 @@ def _bias(text: str) -> tuple[int, float]:
     """
     token, _, bias = text.partition("=")
     try:
-        return int(token), float(bias)
-    except ValueError as error:
-        message = f"{text} is not ID=X, such as 1734=-100"
-        raise argparse.ArgumentTypeError(message) from error
+        pair = int(token), float(bias)
+    except ValueError:
+        pair = -1, 0.0
+    if pair[0] < 0:
+        message = f"{text} is not ID=X with an ID of 0 or above, such as 1734=-100"
+        raise argparse.ArgumentTypeError(message)
+    return pair
 
 
 def _json_object(text: str) -> str:

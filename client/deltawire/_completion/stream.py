@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from deltawire._completion.accumulator import Accumulator
+from deltawire._completion.elsewhere import log_search
 from deltawire._errors import CallError, DeltawireError, ProtocolError, error_for
 from deltawire._failure import FailedCall, Failure, Metadata
 from deltawire.v1.chat_completion_pb2 import CancelChatCompletionRequest
@@ -40,6 +41,8 @@ class StreamCalls:
         self._accumulator = Accumulator(resumption.completion_id, resumption.last_sequence)
         self._outcome: Answer | DeltawireError | None = None
         self._begun = False
+        # Whether the log has it that another gateway process has the completion; until the next new event.
+        self._logged_search = False
 
     @property
     def completion_id(self) -> str:
@@ -81,6 +84,11 @@ class StreamCalls:
         """How often the stream was resumed automatically after its connection was lost."""
         return max(0, self._resumption.calls - 1)
 
+    @property
+    def _is_only_sought(self) -> bool:
+        """Whether nothing has been received, because the process that has the completion has not been reached."""
+        return self._resumption.moves and not self._accumulator.has_begun
+
     def _begin(self) -> StreamChatCompletionRequest:
         """Begin a call, whose arguments are in `_outgoing` then."""
         self._outgoing.arguments["timeout"] = self._remaining()
@@ -106,6 +114,7 @@ class StreamCalls:
             self._outcome = error.with_traceback(None)
             return False
         self._resumption.received(event.sequence, time.monotonic())
+        self._logged_search = False
         return True
 
     def _end(self, failed: FailedCall | None) -> float | None:
@@ -122,8 +131,7 @@ class StreamCalls:
             pause = self._resumption.ended(failure, has_begun=has_begun, now=time.monotonic())
             remaining = self._remaining()
             if pause is not None and (remaining is None or remaining > 0):
-                why = "the call ended" if failure is None else error_for(failure)
-                logger.warning("stream %s broke off and goes on in %.1f s: %s", self.completion_id, pause, why)
+                self._log("the call ended" if failure is None else error_for(failure), pause)
                 return pause if remaining is None else min(pause, remaining)
             if pause is not None:
                 failure = self._timed_out(failure)
@@ -131,6 +139,15 @@ class StreamCalls:
         if isinstance(self._outcome, DeltawireError) and isinstance(failed, Exception):
             self._outcome.__cause__ = failed
         return None
+
+    def _log(self, why: object, pause: float) -> None:
+        """Log why there is another call, in `pause` seconds; once for all connections of a search."""
+        if not self._resumption.moves:
+            what = "broke off and goes on" if self._accumulator.has_begun else "has not begun and is requested again"
+            logger.warning("stream %s %s in %.1f s: %s", self.completion_id, what, pause, why)
+        elif not self._logged_search:
+            self._logged_search = True
+            log_search(why)
 
     def _timed_out(self, failure: Failure | None) -> Failure:
         """The end of a stream whose timeout passed while its connection was lost."""

@@ -221,7 +221,7 @@ def test_models_watch_with_a_timeout(gateway: Gateway, run: Run) -> None:
     gateway.will(bookmark("1"), WAIT)
     status, out, err = run("models", "watch", "--json", "--timeout", "0.5")
     assert (status, out) == (1, '{"revision": "1", "bookmark": true}\n')
-    assert err.startswith("error: DEADLINE_EXCEEDED")
+    assert err.startswith("error: DEADLINE_EXCEEDED: the timeout passed\n")
 
 
 def test_providers(gateway: Gateway, run: Run) -> None:
