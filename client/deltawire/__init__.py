@@ -2,7 +2,7 @@
 
     from deltawire import Client
 
-    with Client("127.0.0.1:50051") as client, client.chat.stream("Why is the sky blue?", model="llama") as stream:
+    with Client("127.0.0.1:50051") as client, client.chat.stream("Why is the sky blue?") as stream:
         for piece in stream.text:
             print(piece, end="", flush=True)
 
@@ -96,7 +96,7 @@ if TYPE_CHECKING:
         ChatOptions,
         SamplingOptions,
         StreamArguments,
-        TellingOptions,
+        StreamingOptions,
         chat_request,
     )
     from deltawire._tools import (
@@ -209,7 +209,7 @@ __all__ = [
     "StreamChatCompletionResponse",
     "StreamInterrupted",
     "StreamOptions",
-    "TellingOptions",
+    "StreamingOptions",
     "TooManyStreamsError",
     "Tool",
     "ToolArgumentsError",
@@ -283,7 +283,7 @@ _MODULES = {
         "ChatOptions",
         "SamplingOptions",
         "StreamArguments",
-        "TellingOptions",
+        "StreamingOptions",
         "chat_request",
     ),
     "_tools": ("FunctionTool", "ToolArgumentsError", "ToolLike", "ToolRoundsExceededError", "ToolRun", "function_tool"),

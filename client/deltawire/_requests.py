@@ -116,7 +116,7 @@ class PlainChatOptions(SamplingOptions, total=False):
     user: str | None
 
 
-class TellingOptions(TypedDict, total=False):
+class StreamingOptions(TypedDict, total=False):
     """How a stream is sent; see `StreamOptions` in the API. None is the same as not given.
 
     Times are in seconds, or a `timedelta`. `usage_updates` sends the usage while the answer is generated: `stream.usage`.
@@ -148,7 +148,7 @@ class ChatArguments(ChatOptions, CallOptions, total=False):
     """Everything that `chat.create` and `chat.count_tokens` take by name."""
 
 
-class StreamArguments(ChatArguments, TellingOptions, total=False):
+class StreamArguments(ChatArguments, StreamingOptions, total=False):
     """Everything that `chat.stream` takes by name."""
 
 
@@ -210,7 +210,7 @@ REGISTER_OPTIONS = frozenset(RegisterOptions.__annotations__)
 UPDATE_OPTIONS = frozenset(UpdateOptions.__annotations__)
 SAMPLING_OPTIONS = frozenset(SamplingOptions.__annotations__)
 CHAT_OPTIONS = frozenset(ChatOptions.__annotations__)
-TELLING_OPTIONS = frozenset(TellingOptions.__annotations__)
+STREAMING_OPTIONS = frozenset(StreamingOptions.__annotations__)
 
 # Where an option has another name than the API's field: `type` alone says too little beside other arguments.
 _FIELDS = {"model_type": "type"}
@@ -286,10 +286,10 @@ def split_streaming(
     The request is a copy: it may be changed.
     """
     given = arguments.items()
-    telling = cast("TellingOptions", {name: value for name, value in given if name in TELLING_OPTIONS})
-    rest = cast("ChatArguments", {name: value for name, value in given if name not in TELLING_OPTIONS})
+    streaming = cast("StreamingOptions", {name: value for name, value in given if name in STREAMING_OPTIONS})
+    rest = cast("ChatArguments", {name: value for name, value in given if name not in STREAMING_OPTIONS})
     chat, call = split_arguments(messages, rest)
-    return StreamChatCompletionRequest(chat=chat, options=_telling(telling)), call
+    return StreamChatCompletionRequest(chat=chat, options=_stream_options(streaming)), call
 
 
 def resume_request(
@@ -457,7 +457,7 @@ def _sampling(options: SamplingOptions) -> Sampling | None:
     return laid_over("sampling", cast("ChatOptions", options).get("sampling"), Sampling, given)
 
 
-def _telling(options: TellingOptions) -> StreamOptions | None:
+def _stream_options(options: StreamingOptions) -> StreamOptions | None:
     """The base given as `stream_options`, if any, with the single arguments over it; None if there is neither."""
     given: dict[str, Any] = {
         "usage_updates": options.get("usage_updates"),

@@ -31,7 +31,7 @@ from deltawire._channel import CallOptions
 from deltawire._requests import (
     CHAT_OPTIONS,
     SAMPLING_OPTIONS,
-    TELLING_OPTIONS,
+    STREAMING_OPTIONS,
     ModelPages,
     resume_request,
     split_arguments,
@@ -84,7 +84,7 @@ def test_every_field_is_an_option() -> None:
     assert fields_of(ChatRequest) - {"messages", "tool_call_policy"} == CHAT_OPTIONS - SAMPLING_OPTIONS - spread
     assert fields_of(Reasoning) == {"effort", "token_budget", "include"}
     assert fields_of(ToolCallPolicy) == {"streaming", "validate_schema"}
-    assert fields_of(StreamOptions) == TELLING_OPTIONS - {"stream_options"}
+    assert fields_of(StreamOptions) == STREAMING_OPTIONS - {"stream_options"}
 
 
 def test_zero_is_a_value() -> None:

@@ -21,7 +21,7 @@ from deltawire._cli.registry import (
     update_model,
     watch_models,
 )
-from deltawire._cli.request_arguments import add_request_options, add_telling_options, seconds
+from deltawire._cli.request_arguments import add_request_options, add_stream_options, seconds
 from deltawire._cli.status import USAGE, UsageError
 from deltawire._cli.terminal import one_line
 from deltawire._values import RESUME_FOR
@@ -54,7 +54,7 @@ examples:
   deltawire chat --image cat.png "What is this?"
   deltawire chat --json-schema person.json "Invent a person."
   deltawire chat --json "hi" | jq -r '.textDelta.text // empty'
-  echo '{"model": "llama", "messages": [{"user": {"content": [{"text": "hi"}]}}]}' | deltawire chat --request -
+  echo '{"messages": [{"user": {"text": "hi"}}]}' | deltawire chat --request -
   deltawire chat                                  a conversation; Ctrl-D ends it
 
 Without PROMPT, standard input is the prompt, unless it is a terminal. A model's reasoning, and tool calls while they are
@@ -229,7 +229,7 @@ def _add_chat(commands: Any, common: argparse.ArgumentParser) -> None:  # noqa: 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_request_options(chat)
-    add_telling_options(chat)
+    add_stream_options(chat)
     chat.set_defaults(run=run_chat)
     count = commands.add_parser(
         "count-tokens",

@@ -27,7 +27,7 @@ from deltawire._messages import (
     tool_from_openai,
     user,
 )
-from deltawire._requests import CHAT_OPTIONS, TELLING_OPTIONS, TellingOptions, chat_request
+from deltawire._requests import CHAT_OPTIONS, STREAMING_OPTIONS, StreamingOptions, chat_request
 from deltawire.v1.chat_completion_pb2 import ChatRequest
 
 if TYPE_CHECKING:
@@ -87,9 +87,9 @@ def request_of(options: argparse.Namespace) -> ChatRequest:
     return request
 
 
-def telling_of(options: argparse.Namespace) -> TellingOptions:
+def streaming_of(options: argparse.Namespace) -> StreamingOptions:
     """The options of the stream."""
-    return cast("TellingOptions", _given(options, TELLING_OPTIONS))
+    return cast("StreamingOptions", _given(options, STREAMING_OPTIONS))
 
 
 def turn_of(options: argparse.Namespace) -> ChatMessage | None:

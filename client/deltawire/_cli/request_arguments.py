@@ -50,7 +50,7 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
     _add_limits(parser.add_argument_group("the completion"))
 
 
-def add_telling_options(parser: argparse.ArgumentParser) -> None:
+def add_stream_options(parser: argparse.ArgumentParser) -> None:
     """The options of a stream."""
     group = parser.add_argument_group("the stream")
     group.add_argument(

@@ -81,7 +81,7 @@ class Chat:
 
         Args:
             messages: The conversation, or a whole `ChatRequest`.
-            arguments: See `ChatOptions`, `TellingOptions` and `CallOptions`.
+            arguments: See `ChatOptions`, `StreamingOptions` and `CallOptions`.
 
         Raises:
             TypeError: An argument that does not exist.

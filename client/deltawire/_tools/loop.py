@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # A tool as callers may give it. A definition alone is sent to the model; a call of it ends the run.
 ToolLike: TypeAlias = FunctionTool[..., Any] | Callable[..., Any] | Tool | Mapping[str, Any]
-OnError: TypeAlias = Literal["raise", "tell"]
+OnError: TypeAlias = Literal["raise", "return"]
 
 _SHOWN = 500  # characters of what the model wrote, repeated to it
 _COUNTS = ("prompt_tokens", "completion_tokens", "cached_prompt_tokens", "reasoning_tokens")
@@ -119,8 +119,8 @@ class ToolLoop:
         if max_rounds < 1:
             message = f"max_rounds must be 1 or more, not {max_rounds}"
             raise ValueError(message)
-        if on_error not in ("raise", "tell"):
-            message = f'on_error must be "raise" or "tell", not {on_error!r}'
+        if on_error not in ("raise", "return"):
+            message = f'on_error must be "raise" or "return", not {on_error!r}'
             raise ValueError(message)
         if request.choice_count > 1:
             message = "choice_count must be 1: the conversation goes on from one answer"
@@ -194,13 +194,13 @@ class ToolLoop:
         for each, result in zip(planned, results, strict=True):
             self.request.messages.append(tool_message(each.call, result))
 
-    def told(self, planned: PlannedCall, result: object) -> str:
+    def returned(self, planned: PlannedCall, result: object) -> str:
         """The tool result for what a function returned.
 
         Raises:
             Exception: It cannot be encoded, and `on_error` is "raise".
         """
-        if self._on_error == "tell" and isinstance(result, str):
+        if self._on_error == "return" and isinstance(result, str):
             result = _sendable(result)
         try:
             return planned.tool.result_text(result)

@@ -33,7 +33,7 @@ def _result(loop: ToolLoop, planned: PlannedCall) -> str:
         value = planned.tool.function(**planned.arguments)
     except Exception as error:  # noqa: BLE001 (what becomes of it is the caller's choice)
         return loop.failed(planned, error)
-    return loop.told(planned, value)
+    return loop.returned(planned, value)
 
 
 async def run_async(loop: ToolLoop, ask: Callable[[ChatRequest], Awaitable[Answer]]) -> ToolRun:
@@ -64,4 +64,4 @@ async def _result_async(loop: ToolLoop, planned: PlannedCall) -> str:
                 value = await value
     except Exception as error:  # noqa: BLE001 (what becomes of it is the caller's choice)
         return loop.failed(planned, error)
-    return loop.told(planned, value)
+    return loop.returned(planned, value)

@@ -82,7 +82,7 @@ class Signature:
             model = self._model.model_validate_json(arguments)
         except ValidationError as error:
             errors = error.errors(include_url=False, include_context=False)
-            raise ArgumentsError("; ".join(map(_told, errors[:MAX_ERRORS]))) from None
+            raise ArgumentsError("; ".join(map(_sentence, errors[:MAX_ERRORS]))) from None
         return {name: getattr(model, f"p{number}") for number, name in enumerate(self._names)}
 
     def _hints(self, function: Callable[..., Any]) -> dict[str, Any]:
@@ -139,6 +139,6 @@ def _is_described(hint: object) -> bool:
     return any(isinstance(each, FieldInfo) and each.description for each in getattr(hint, "__metadata__", ()))
 
 
-def _told(error: ErrorDetails) -> str:
+def _sentence(error: ErrorDetails) -> str:
     where = ".".join(map(str, error["loc"]))
     return f"{where}: {error['msg']}" if where else error["msg"]

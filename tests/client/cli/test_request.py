@@ -25,7 +25,7 @@ from deltawire import (
 )
 from deltawire._cli.arguments import make_parser
 from deltawire._cli.request import _NAMES
-from deltawire._requests import CHAT_OPTIONS, TELLING_OPTIONS
+from deltawire._requests import CHAT_OPTIONS, STREAMING_OPTIONS
 from deltawire.v1.chat_completion_pb2 import Sampling, StreamChatCompletionRequest
 from tests.client.cli.support import Run, asked
 from tests.client.scripted import Gateway, saying
@@ -130,7 +130,7 @@ def test_every_argument_of_a_request_has_an_option() -> None:
     # A whole message cannot be typed, but its fields can.
     whole = {"sampling", "stream_options"}
     named = {_NAMES.get(name, name) for name in options}
-    assert (CHAT_OPTIONS | TELLING_OPTIONS) - made - whole <= named
+    assert (CHAT_OPTIONS | STREAMING_OPTIONS) - made - whole <= named
 
 
 @pytest.mark.parametrize(
