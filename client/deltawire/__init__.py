@@ -16,9 +16,10 @@ from deltawire._version import __version__
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from deltawire._aio import AsyncChatStream, AsyncClient, AsyncModelWatch
+    from deltawire._answer import Answer, Choice
     from deltawire._channel import CallOptions, ConnectOptions, tls_credentials
     from deltawire._client import ChatStream, Client, ModelWatch
-    from deltawire._completion import Accumulator, Answer, Choice
+    from deltawire._completion import Accumulator
     from deltawire._errors import (
         AccessChangedError,
         AnswerTooLargeError,
@@ -73,7 +74,7 @@ if TYPE_CHECKING:
         UpstreamUnavailableError,
         WrongReplicaError,
     )
-    from deltawire._failure import CallInfo, FieldViolation
+    from deltawire._failure import FieldViolation
     from deltawire._messages import (
         MessageLike,
         assistant,
@@ -91,6 +92,7 @@ if TYPE_CHECKING:
         tool_from_openai,
         user,
     )
+    from deltawire._metadata import CallInfo
     from deltawire._requests import (
         ChatArguments,
         ChatOptions,
@@ -259,8 +261,10 @@ _MODULES = {
     "_aio": ("AsyncChatStream", "AsyncClient", "AsyncModelWatch"),
     "_channel": ("CallOptions", "ConnectOptions", "tls_credentials"),
     "_client": ("ChatStream", "Client", "ModelWatch"),
-    "_completion": ("Accumulator", "Answer", "Choice"),
-    "_failure": ("CallInfo", "FieldViolation"),
+    "_answer": ("Answer", "Choice"),
+    "_completion": ("Accumulator",),
+    "_failure": ("FieldViolation",),
+    "_metadata": ("CallInfo",),
     "_messages": (
         "MessageLike",
         "assistant",

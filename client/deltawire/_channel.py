@@ -7,30 +7,21 @@ from __future__ import annotations
 
 import ipaddress
 import json
-import uuid
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import grpc
 
 from deltawire._errors import CallError, error_for
-from deltawire._failure import (
-    REQUEST_ID,
-    CallInfo,
-    ClosedCall,
-    FailedCall,
-    Failure,
-    Metadata,
-    failure_of,
-    metadata_of,
-    metadata_text,
-)
+from deltawire._failure import REQUEST_ID, ClosedCall, FailedCall, Failure, failure_of
+from deltawire._metadata import CallInfo, Metadata, metadata_of, metadata_text
 from deltawire._version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from pathlib import Path
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 # A whole answer with log-probabilities passes gRPC's default of 4 MiB.
@@ -177,6 +168,8 @@ def tls_credentials(
     if (cert_file is None) != (key_file is None):
         message = "a certificate and its key go together: give both cert_file and key_file, or neither"
         raise ValueError(message)
+    from pathlib import Path
+
     ca, key, cert = (None if path is None else Path(path).read_bytes() for path in (ca_file, key_file, cert_file))
     if ca_file is not None:
         _check_ca(ca_file)
@@ -305,7 +298,7 @@ class Defaults:
         # An id made here lets a call that never came back be found in the gateway's log.
         sent = metadata_text(tuple(metadata), REQUEST_ID)
         if not sent or options.get("request_id"):
-            sent = _sendable_id(options.get("request_id") or uuid.uuid4().hex)
+            sent = _sendable_id(options.get("request_id") or os.urandom(16).hex())
             metadata = [(name, value) for name, value in metadata if name != REQUEST_ID]
             metadata.append((REQUEST_ID, sent))
         timeout = checked_timeout(options.get("timeout"))

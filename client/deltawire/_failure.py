@@ -6,17 +6,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import grpc
 from google.protobuf.message import DecodeError
 
+from deltawire._metadata import Metadata, metadata_of, metadata_text
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from deltawire._completion import Answer
-
-Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
+    from deltawire._answer import Answer
 
 DOMAIN = "deltawire.dev"
 DETAILS_TRAILER = "grpc-status-details-bin"
@@ -26,15 +26,6 @@ REQUEST_ID = "x-request-id"
 _CHANNEL_CLOSED = "Channel closed!"
 # Those of a call that gRPC ends because its timeout passed: without a response, and within a stream.
 _TIMEOUT_PASSED = frozenset({"Deadline Exceeded", "Stream removed (Deadline Exceeded)"})
-
-
-@dataclass(slots=True)
-class CallInfo:
-    """What came beside a call's result. Make an empty one, hand it in as `info=`, and read it afterwards."""
-
-    request_id: str = ""
-    initial_metadata: Metadata = ()
-    trailing_metadata: Metadata = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,16 +112,6 @@ def failed_call(error: Exception) -> FailedCall:
     if "channel" in text and ("closed" in text or "closing" in text):
         return ClosedCall()
     raise error
-
-
-def metadata_of(pairs: Iterable[tuple[str, str | bytes]] | None) -> Metadata:
-    """Metadata of either kind of call as plain pairs of name and value."""
-    return tuple((name, value) for name, value in pairs or ())
-
-
-def metadata_text(metadata: Metadata, name: str) -> str:
-    """The first value of this name as text; "" if there is none."""
-    return next((value for key, value in metadata if key == name and isinstance(value, str)), "")
 
 
 def failure_of(call: FailedCall, request_id: str) -> Failure:

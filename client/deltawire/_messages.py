@@ -6,9 +6,9 @@ a helper made and what was written out by hand can be mixed freely.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 from deltawire._fields import made
 from deltawire._values import JsonObject, json_text
@@ -24,6 +24,9 @@ from deltawire.v1.message_pb2 import (
     UserMessage,
 )
 from deltawire.v1.tool_pb2 import Tool, ToolCall
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 T = TypeVar("T")
 
@@ -85,8 +88,11 @@ def image(source: str | bytes | Path) -> ContentPart:
     Example: `user(["What is this?", image(Path("cat.png"))])`. A URL is fetched by the gateway, if its operator lets it:
     bytes always arrive.
     """
-    if isinstance(source, Path):
-        return ContentPart(image=Image(data=source.read_bytes()))
+    if isinstance(source, os.PathLike):
+        # Imported here because it takes longer than the rest of this module, and most programs send no image.
+        from pathlib import Path
+
+        return ContentPart(image=Image(data=Path(source).read_bytes()))
     if isinstance(source, bytes):
         return ContentPart(image=Image(data=source))
     if not isinstance(source, str):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self, Unpack, cast
 from grpc import aio
 
 from deltawire._aio.call import invoke, pause, task_is_cancelled
-from deltawire._completion import Answer, Resumption, StreamCalls, answer_of, text_of_event
+from deltawire._completion import Resumption, StreamCalls, answer_of, text_of_event
 from deltawire._errors import ClientClosedError
 from deltawire._failure import failed_call
 from deltawire._fields import made
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from deltawire._aio.connections import Connections
+    from deltawire._answer import Answer
     from deltawire._channel import CallOptions, Defaults
     from deltawire._failure import FailedCall
     from deltawire._tools.loop import OnError, ToolLike, ToolRun

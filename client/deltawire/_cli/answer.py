@@ -12,8 +12,8 @@ from deltawire.v1.chat_completion_pb2 import StopReason
 from deltawire.v1.tool_pb2 import ToolCall, ToolCallDelta, ToolCallFailureReason, ToolCallParseStatus
 
 if TYPE_CHECKING:
+    from deltawire._answer import Choice
     from deltawire._client import ChatStream
-    from deltawire._completion import Choice
     from deltawire.v1.chat_completion_pb2 import StreamChatCompletionResponse
 
 # Ends that need no word: the model said what it had to say.

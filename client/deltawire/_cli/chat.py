@@ -19,8 +19,8 @@ from deltawire._messages import tool, user
 if TYPE_CHECKING:
     import argparse
 
+    from deltawire._answer import Answer
     from deltawire._client import Client
-    from deltawire._completion import Answer
     from deltawire.v1.chat_completion_pb2 import ChatRequest
 
 

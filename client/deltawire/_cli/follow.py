@@ -13,8 +13,8 @@ from deltawire._errors import CallCancelledError, DeadlineExceededError, Deltawi
 if TYPE_CHECKING:
     import argparse
 
+    from deltawire._answer import Answer
     from deltawire._client import ChatStream
-    from deltawire._completion import Answer
 
 # Ends after which the gateway may still have more of a retained answer.
 _WITH_REST = (CallCancelledError, StreamInterrupted, DeadlineExceededError, KeyboardInterrupt)

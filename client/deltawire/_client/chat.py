@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self, Unpack, cast
 import grpc
 
 from deltawire._client.call import invoke
-from deltawire._completion import Answer, Resumption, StreamCalls, answer_of, text_of_event
+from deltawire._completion import Resumption, StreamCalls, answer_of, text_of_event
 from deltawire._errors import ClientClosedError
 from deltawire._failure import failed_call
 from deltawire._fields import made
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from grpc import _CallIterator
 
+    from deltawire._answer import Answer
     from deltawire._channel import CallOptions, Defaults
     from deltawire._client.connections import Connections
     from deltawire._failure import FailedCall

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, assert_never
 
 import grpc
 
-from deltawire._completion.answer import Answer, choice_of, with_info
+from deltawire._answer import Answer, choice_of, with_info
 from deltawire._errors import ProtocolError, StreamInterrupted, error_for, with_fault
 from deltawire._failure import Failure
 from deltawire.v1.chat_completion_pb2 import (
@@ -41,7 +41,8 @@ from deltawire.v1.chat_completion_pb2 import (
 from deltawire.v1.message_pb2 import AssistantMessage
 
 if TYPE_CHECKING:
-    from deltawire._failure import CallInfo
+    from deltawire._metadata import CallInfo
+    from deltawire.v1.chat_completion_pb2 import CreateChatCompletionResponse
     from deltawire.v1.tool_pb2 import ToolCall, ToolCallDelta
 
 # Ends that are the caller's own doing: they mean the same whether or not the answer had begun.
@@ -231,6 +232,25 @@ class Accumulator:
             failed = tuple(choice.failed_tool_calls) or tuple(parts.failed)
             choices.append(choice_of(index, choice, message, failed, tuple(parts.logprobs)))
         return with_info(Answer(started, completed, tuple(choices), tuple(self.notices)), info)
+
+
+def answer_of(response: CreateChatCompletionResponse, info: CallInfo) -> Answer:
+    """The answer of a call that gave it whole."""
+    completed = response.completed
+    choices = tuple(
+        choice_of(
+            choice.index,
+            choice,
+            choice.message,
+            tuple(choice.failed_tool_calls),
+            tuple(choice.logprobs),
+        )
+        for choice in completed.choices
+    )
+    if not choices:
+        message = "the answer holds no choice"
+        raise ProtocolError(message, info.request_id)
+    return with_info(Answer(response.started, completed, choices), info)
 
 
 def _unstated(finished: ChoiceFinished) -> Completed.Choice:

@@ -31,8 +31,8 @@ to before `ended` is asked.
 from __future__ import annotations
 
 import enum
+import os
 import random
-import secrets
 from types import MappingProxyType
 from typing import TYPE_CHECKING, assert_never
 
@@ -175,7 +175,7 @@ class Resumption:
             self._after = request.resume.last_sequence if request.resume.HasField("last_sequence") else None
         else:
             if self.is_retained and not request.chat.completion_id:
-                request.chat.completion_id = f"own-{secrets.token_hex(16)}"
+                request.chat.completion_id = f"own-{os.urandom(16).hex()}"
                 self._made_id = True
             self.completion_id = request.chat.completion_id
 

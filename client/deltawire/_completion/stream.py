@@ -12,13 +12,14 @@ import grpc
 from deltawire._completion.accumulator import Accumulator
 from deltawire._completion.elsewhere import log_search
 from deltawire._errors import CallError, DeltawireError, ProtocolError, error_for
-from deltawire._failure import FailedCall, Failure, Metadata
+from deltawire._failure import FailedCall, Failure
 from deltawire.v1.chat_completion_pb2 import CancelChatCompletionRequest
 
 if TYPE_CHECKING:
+    from deltawire._answer import Answer
     from deltawire._channel import CallOptions, Defaults, Outgoing
-    from deltawire._completion.answer import Answer
     from deltawire._completion.resumption import Resumption
+    from deltawire._metadata import Metadata
     from deltawire.v1.chat_completion_pb2 import (
         Notice,
         StreamChatCompletionRequest,

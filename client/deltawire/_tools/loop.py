@@ -26,7 +26,7 @@ from deltawire.v1.message_pb2 import ChatMessage
 from deltawire.v1.tool_pb2 import Tool, ToolCall, ToolCallDelta, ToolChoice
 
 if TYPE_CHECKING:
-    from deltawire._completion import Answer
+    from deltawire._answer import Answer
 
 # A tool as callers may give it. A definition alone is sent to the model; a call of it ends the run.
 ToolLike: TypeAlias = FunctionTool[..., Any] | Callable[..., Any] | Tool | Mapping[str, Any]

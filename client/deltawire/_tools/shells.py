@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from deltawire._completion import Answer
+    from deltawire._answer import Answer
     from deltawire._tools.loop import PlannedCall, ToolLoop, ToolRun
     from deltawire.v1.chat_completion_pb2 import ChatRequest
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from deltawire._errors import ProtocolError
 from deltawire._messages import message_text
 from deltawire.v1.message_pb2 import AssistantMessage, ChatMessage
 
 if TYPE_CHECKING:
-    from deltawire._failure import CallInfo, Metadata
+    from deltawire._metadata import CallInfo, Metadata
     from deltawire.v1.chat_completion_pb2 import (
         Completed,
-        CreateChatCompletionResponse,
         Notice,
         Started,
         StopReason,
@@ -127,25 +125,6 @@ class Answer:
     def stop_reason(self) -> StopReason.ValueType:
         """Why the answer ended; `StopReason.Name` gives the word."""
         return self.choices[0].stop_reason
-
-
-def answer_of(response: CreateChatCompletionResponse, info: CallInfo) -> Answer:
-    """The answer of a call that gave it whole."""
-    completed = response.completed
-    choices = tuple(
-        choice_of(
-            choice.index,
-            choice,
-            choice.message,
-            tuple(choice.failed_tool_calls),
-            tuple(choice.logprobs),
-        )
-        for choice in completed.choices
-    )
-    if not choices:
-        message = "the answer holds no choice"
-        raise ProtocolError(message, info.request_id)
-    return with_info(Answer(response.started, completed, choices), info)
 
 
 def choice_of(
