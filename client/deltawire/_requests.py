@@ -55,7 +55,13 @@ Messages: TypeAlias = MessageLike | Iterable[MessageLike]
 
 
 class SamplingOptions(TypedDict, total=False):
-    """How tokens are chosen and when to stop; see `Sampling` in the API. None is the same as not given."""
+    """How tokens are chosen and when to stop; None is the same as not given.
+
+    The gateway checks the ranges: `temperature` 0 or above; `top_p` above 0 and at most 1; `top_k` 1 or above, or 0 or -1
+    for all tokens; `min_p` 0 to 1; `frequency_penalty` and `presence_penalty` -2 to 2; `repetition_penalty` above 0;
+    `max_tokens` 1 or above; `stop` one text or several; `stop_token_ids` 0 or above; `logit_bias` -100 to 100 by token id.
+    `Sampling` in the API describes each.
+    """
 
     temperature: float | None
     top_p: float | None
@@ -75,22 +81,22 @@ class SamplingOptions(TypedDict, total=False):
 
 
 class PlainChatOptions(SamplingOptions, total=False):
-    """What a chat request holds besides its messages and tools. None is the same as not given.
+    """The fields of a chat request besides its messages and tools. None is the same as not given.
 
-    `model` can be left out if the gateway serves exactly one chat model. `tool_choice` is "auto", "required", "none", the
-    name of a tool, or a `ToolChoice` (which can also name a tool called "auto"). `sampling` is where the single sampling
-    arguments are laid over. `response_format` is a `ResponseFormat`, see `json_schema`, `regex`, `choice`, `grammar` and
-    `structural_tag`, or "json_object". `logprobs` True asks for the chosen tokens' log-probabilities, a number for that
-    many alternatives as well. `choice_count` is how many answers to generate.
+    `model` may be omitted if the gateway serves exactly one chat model. `tool_choice` is "auto", "required", "none", the
+    name of a tool, or a `ToolChoice` (which can also name a tool called "auto"). The single sampling arguments replace the
+    fields of `sampling`. `response_format` is a `ResponseFormat`, see `json_schema`, `regex`, `choice`, `grammar` and
+    `structural_tag`, or "json_object". `logprobs` True requests the log-probabilities of the chosen tokens, a number also
+    that many alternatives for each. `choice_count` is the number of answers to generate.
 
-    `allowed_tools` are the names of those of the `tools` that the model gets to see this time. `incremental_tool_calls`
-    sends calls while they are written; `validate_schema` has their arguments checked against the tools' schemas.
-    `reasoning` is how hard to think, "none", "minimal", "low", "medium", "high", "xhigh" or "max", or a `Reasoning`;
-    `reasoning_token_budget` the most tokens of it; `include_reasoning` False leaves it out of the answer.
+    `allowed_tools` are the names of those `tools` that the model receives in this request. `incremental_tool_calls` sends
+    calls while they are written; `validate_schema` validates their arguments against the tools' schemas. `reasoning` is the
+    effort, "none", "minimal", "low", "medium", "high", "xhigh" or "max", or a `Reasoning`; `reasoning_token_budget` is the
+    maximum number of reasoning tokens; `include_reasoning` False omits the reasoning from the answer.
 
-    `soft_time_limit` (seconds, or a `timedelta`) ends generation normally, with what came by then. `completion_id` is an
-    id of your own to cancel, look up and resume by; make it unguessable. `priority`: lower goes earlier.
-    `chat_template_kwargs` and `extra_body` are JSON objects, as mappings or as text. `cache_salt`, `user`: see
+    `soft_time_limit` (seconds above 0, or a `timedelta`) ends generation normally, with the text so far. `completion_id`
+    is an id of your own to cancel, look up and resume by; make it unguessable. `priority`: a lower number is served
+    earlier. `chat_template_kwargs` and `extra_body` are JSON objects, as mappings or as text. `cache_salt`, `user`: see
     `ChatRequest` in the API.
     """
 
@@ -120,10 +126,10 @@ class StreamingOptions(TypedDict, total=False):
     """How a stream is sent; see `StreamOptions` in the API. None is the same as not given.
 
     Times are in seconds, or a `timedelta`. `usage_updates` sends the usage while the answer is generated: `stream.usage`.
-    `max_coalesce_delay` lets deltas be held back for that long to be joined. `heartbeat_interval` sends something at
-    least that often, with `early_heartbeats` also before the answer begins, which gives up gRPC's retries.
-    `retention` keeps the stream, so that it goes on over a lost connection: see `Chat.stream`. `stream_options` is where
-    these are laid over.
+    `max_coalesce_delay` (0 or above) lets the gateway hold deltas for that long and merge them. `heartbeat_interval` (above
+    0) sends an event at least that often, with `early_heartbeats` also before the answer begins; gRPC then cannot retry the
+    call. `retention` retains the stream, so that it survives a lost connection: see `Chat.stream`. These replace the fields
+    of `stream_options`.
     """
 
     usage_updates: bool | None
@@ -135,7 +141,7 @@ class StreamingOptions(TypedDict, total=False):
 
 
 class ChatOptions(PlainChatOptions, total=False):
-    """What a chat request holds besides its messages. `tools` takes the API's `Tool`s and OpenAI's tool objects."""
+    """The fields of a chat request besides its messages. `tools` are `Tool` messages or OpenAI's tool objects."""
 
     tools: Iterable[Tool | Mapping[str, Any]] | None
 
@@ -153,9 +159,9 @@ class StreamArguments(ChatArguments, StreamingOptions, total=False):
 
 
 class ListOptions(TypedDict, total=False):
-    """Which models to list; what is not given lets all of them through.
+    """Which models to list; a filter that is not given admits all of them.
 
-    `page_size` is how many to fetch at once, 1 to 1000; 0 leaves it to the gateway. `model_type`, `state` and `source`
+    `page_size` is the number of models per call, 1 to 1000; 0 leaves it to the gateway. `model_type`, `state` and `source`
     are a `ModelType`, `ModelState` and `ModelSource`, or their names ("llm", "serving", "registered").
     """
 
@@ -171,11 +177,11 @@ class ListArguments(ListOptions, CallOptions, total=False):
 
 
 class RegisterOptions(TypedDict, total=False):
-    """What a registration says besides the id.
+    """The fields of a registration besides the id.
 
-    `provider_id` may be left out if there is only one, `provider_model_id` if it is the same as the id. `model_type` is
-    a `ModelType` or its name ("llm", "embedding", "rerank"). `annotations` are free notes. `embedding_dimension` is
-    how many numbers a vector of an embedding model has; only such a model has it, and has to.
+    `provider_id` may be omitted if there is only one, `provider_model_id` if it equals the id. `model_type` is a
+    `ModelType` or its name ("llm", "embedding", "rerank"). `annotations` are free notes, at most 64 KiB in all.
+    `embedding_dimension` is the length of a vector, 1 or above: required for embedding models, refused for others.
     """
 
     provider_id: str
@@ -191,11 +197,11 @@ class RegisterArguments(RegisterOptions, CallOptions, total=False):
 
 
 class UpdateOptions(RegisterOptions, total=False):
-    """What to change of a registered model; what is not given stays.
+    """Which fields of a registered model to change; a field that is not given is kept.
 
-    A list or mapping replaces the one that was; an empty one takes all of it away, as None does with
-    `embedding_dimension`. With an `etag` the change is made only if the model has not changed since it had that; a
-    `Model` brings its own, and "" makes the change in any case.
+    A list or mapping replaces the whole field; an empty one clears it, as None does for `embedding_dimension`. With an
+    `etag` the change is made only if the model still has it. The default is the `etag` of the `Model` that is passed; ""
+    makes the change in any case.
     """
 
     etag: str
@@ -217,17 +223,17 @@ _FIELDS = {"model_type": "type"}
 
 
 def chat_request(messages: Messages, **options: Unpack[ChatOptions]) -> ChatRequest:
-    """Put a request together.
+    """Build a `ChatRequest` from keyword arguments.
 
     Args:
         messages: The conversation: text (one turn of the user), a message, or several of either.
         options: See `ChatOptions`.
 
     Raises:
-        TypeError: An argument that does not exist, or of a type that cannot be used.
-        ValueError: A value that the API's messages cannot hold.
+        TypeError: An argument does not exist or has a wrong type; the message names it.
+        ValueError: A request cannot hold the value of an argument, which the message names.
 
-    Either names the argument. The gateway judges the rest. Hand it to `chat.create` or `chat.stream`, as often as you like.
+    The gateway checks everything else. Pass the request to `chat.create` or `chat.stream`, any number of times.
     """
     if unknown := options.keys() - CHAT_OPTIONS:
         message = f"a chat request has no argument {', '.join(sorted(unknown))}"
@@ -281,7 +287,7 @@ def split_streaming(
 
     Raises:
         TypeError: A whole `ChatRequest` came with arguments of its own kind; set its fields instead.
-        ValueError: A length of time that is none.
+        ValueError: A length of time that cannot be sent.
 
     The request is a copy: it may be changed.
     """
@@ -295,10 +301,10 @@ def split_streaming(
 def resume_request(
     completion_id: str, last_sequence: int | None, retention: Seconds
 ) -> tuple[StreamChatCompletionRequest, float]:
-    """What asks for a retained stream, and for how many seconds without anything new to go on.
+    """The request for a retained stream, and for how many seconds without a new event it resumes automatically.
 
     Raises:
-        ValueError: A length of time that is none, or a sequence that is none.
+        ValueError: A length of time or a sequence that cannot be sent.
         TypeError: An argument of another type.
     """
     resume_for = duration("retention", retention) or Duration()

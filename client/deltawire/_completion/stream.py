@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         Usage,
     )
 
-# A stream that goes on by itself would otherwise do so in silence.
+# A stream that resumes automatically would otherwise do so in silence.
 logger = logging.getLogger("deltawire")
 
 
@@ -47,22 +47,22 @@ class StreamCalls:
 
     @property
     def completion_id(self) -> str:
-        """What the gateway knows this completion by; "" until `started`, unless the stream was asked for with an id."""
+        """The completion's id, for `Chat.get`, `cancel` and `resume`; "" until `started`, unless the request has one."""
         return self._accumulator.completion_id
 
     @property
     def last_sequence(self) -> int | None:
-        """The `sequence` of the last event that was read; None if none was. `Chat.resume` goes on after it."""
+        """The `sequence` of the last event that was read; None if none was. `Chat.resume` continues after it."""
         return self._resumption.last_sequence
 
     @property
     def request_id(self) -> str:
-        """What the gateway's log knows this call by; the gateway's own word once the first event is there."""
+        """The call's id in the gateway's log; after the first event, as the gateway sent it."""
         return self._outgoing.info.request_id
 
     @property
     def initial_metadata(self) -> Metadata:
-        """The headers; empty until the first event is there."""
+        """The headers; empty until the first event."""
         return self._outgoing.info.initial_metadata
 
     @property
@@ -77,7 +77,7 @@ class StreamCalls:
 
     @property
     def notices(self) -> tuple[Notice, ...]:
-        """What the gateway had to say beside the answer, so far."""
+        """The gateway's notices so far, such as a field that has no effect; each has `kind`, `message` and `field`."""
         return tuple(self._accumulator.notices)
 
     @property
