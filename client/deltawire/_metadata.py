@@ -13,7 +13,15 @@ Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
 
 @dataclass(slots=True)
 class CallInfo:
-    """What came beside a call's result. Make an empty one, hand it in as `info=`, and read it afterwards."""
+    """The request id and the metadata of a call whose result is a plain message.
+
+    Attributes:
+        request_id: The call's id in the gateway's log.
+        initial_metadata: The headers.
+        trailing_metadata: The trailers.
+
+    Pass an empty one as `info=`, and read it after the call.
+    """
 
     request_id: str = ""
     initial_metadata: Metadata = ()

@@ -1,4 +1,4 @@
-"""The asynchronous client itself: its channel, and the way to everything that it can do."""
+"""The asynchronous client itself: its channel and its services."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class AsyncClient:
-    """Talks to a gateway, one channel for all calls; close it, or use it in an `async with` block.
+    """A client of a gateway, with one channel for all calls; close it, or use it in an `async with` block.
 
-    Make it inside the event loop that will use it: it belongs to that loop and its thread. A channel does not survive
-    a fork: make the client in the child process.
+    Create it inside the event loop that uses it: it belongs to that loop and its thread. A channel does not survive a fork:
+    create the client in the child process.
 
     Args:
         target: A gRPC target: "host:port", "unix:/path", "dns:///name:port".
