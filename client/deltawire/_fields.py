@@ -1,6 +1,6 @@
-"""Builds the API's messages from values that callers gave, and names the field whose value does not fit.
+"""Builds the API's messages from values of callers, and names the field whose value does not fit.
 
-protobuf's own words are "Value out of range: -1", and it takes bytes for a text in silence.
+protobuf's own error is "Value out of range: -1", and it accepts bytes as text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ M = TypeVar("M", bound=ProtoMessage)
 Field: TypeAlias = Any
 
 _SHOWN = 80  # characters of a value that does not fit
-# What a field takes, by the C++ type that protobuf has for it.
+# What a field takes, by protobuf's C++ type of it.
 _TAKES: Mapping[int, str] = MappingProxyType(
     {
         FieldDescriptor.CPPTYPE_INT32: f"a whole number from {-(2**31)} to {2**31 - 1}",
@@ -36,8 +36,8 @@ class FieldValueError(ValueError):
     """A value of the right type that a field cannot hold.
 
     Attributes:
-        field: What the caller knows the field by.
-        problem: What is wrong with the value.
+        field: The caller's name of the field.
+        problem: The rest of the sentence: the value, and what the field takes.
     """
 
     def __init__(self, field: str, problem: str) -> None:
@@ -55,11 +55,11 @@ def made(kind: type[M], given: Mapping[str, Any], names: Mapping[str, str] = Map
     Args:
         kind: The kind of message.
         given: Values by the names of its fields; None is the same as not given.
-        names: What the caller knows a field by, where that is not its own name.
+        names: The caller's names of fields, where they differ.
 
     Raises:
-        FieldValueError: A value that its field cannot hold.
-        TypeError: A value of another type than its field; the message begins with the field's name, too.
+        FieldValueError: A field cannot hold its value.
+        TypeError: A value has another type than its field; the message begins with the field's name, too.
     """
     fields = kind.DESCRIPTOR.fields_by_name
     called = {name: names.get(name, name) for name in given}

@@ -273,7 +273,7 @@ def test_every_effort_has_its_word() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
 def test_times_that_are_none(value: float) -> None:
     """The message names the option; everything else is for the gateway to judge."""
-    with pytest.raises(ValueError, match="soft_time_limit is no length of time"):
+    with pytest.raises(ValueError, match="soft_time_limit is not a length of time"):
         chat_request("hi", soft_time_limit=value)
     assert chat_request("hi", soft_time_limit=-1).soft_time_limit == Duration(seconds=-1)
 
