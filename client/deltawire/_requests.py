@@ -265,7 +265,7 @@ def chat_request(messages: Messages, **options: Unpack[ChatOptions]) -> ChatRequ
 
 
 def split_arguments(messages: Messages | ChatRequest, arguments: ChatArguments) -> tuple[ChatRequest, CallOptions]:
-    """Part the arguments of `create`, `count_tokens` and `run_tools` into what is asked and how the call is made.
+    """Split the arguments of `create`, `count_tokens` and `run_tools` into the request and the options of the call.
 
     Raises:
         TypeError: A whole `ChatRequest` came with arguments of its own kind; set its fields instead.
@@ -283,7 +283,7 @@ def split_arguments(messages: Messages | ChatRequest, arguments: ChatArguments) 
 def split_streaming(
     messages: Messages | ChatRequest, arguments: StreamArguments
 ) -> tuple[StreamChatCompletionRequest, CallOptions]:
-    """Split the arguments of `stream` into what is asked, how it is sent, and how the call is made.
+    """Split the arguments of `stream` into the request, which has the stream's options, and the options of the call.
 
     Raises:
         TypeError: A whole `ChatRequest` came with arguments of its own kind; set its fields instead.

@@ -89,7 +89,7 @@ def test_chat_that_fails(gateway: Gateway, play: Play) -> None:
     gateway.will(*saying("Hel", "lo")[:2])
     status, out, err = play("chat.py")
     assert (status, out) == (1, "Hel")
-    assert "ask again from the top" in err
+    assert "send the prompt again" in err
 
 
 def test_tools(gateway: Gateway, play: Play) -> None:
@@ -121,7 +121,7 @@ def test_tools_without_an_end(gateway: Gateway, play: Play) -> None:
         gateway.will(*calling(CALL))
     status, _, err = play("tools.py")
     assert status == 1
-    assert err.endswith("the model did not come to an end\n")
+    assert err.endswith("the model still called tools in the last round\n")
 
 
 def whole(events: Sequence[Event]) -> CreateChatCompletionResponse:

@@ -38,7 +38,7 @@ def print_answer(stream: ChatStream) -> None:
             say(f"note: {' '.join(notice.message.split())}{field}")
     answer = stream.final()
     if not answer.completed.choices:
-        # Nothing came after the event that it was resumed after, and how it ended was told before that.
+        # There was no event after the one after which it was resumed, so its end was printed before.
         return
     for choice in answer.choices:
         if choice.index != 0:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Interrupt:
-    """Lets each Ctrl-C end a call in its own way, from another thread; one more than there are ways is KeyboardInterrupt.
+    """Runs one of `ends` at each Ctrl-C, in another thread; when none is left, Ctrl-C raises KeyboardInterrupt.
 
     KeyboardInterrupt in the middle of gRPC's code can lose track of an operation. Then gRPC's thread waits for its end,
     and fails on standard error once the channel is closed.

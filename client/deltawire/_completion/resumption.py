@@ -21,7 +21,7 @@ event. What was asked with `retention` goes on:
                                               id was made here, or it
                                               was started before
                                               any other                give up: another call began it
-    anything else                             any call                 give up: trying again does not mend it
+    anything else                             any call                 give up: a retry would fail again
 
 Between two calls there is a pause, longer each time until something new comes. What was not asked with `retention`, and
 what has brought nothing new for that long, is given up in any case. Whether the caller's own deadline has passed is seen
@@ -64,11 +64,11 @@ class End(enum.Enum):
     MISSING = "missing"
     # There is a completion of this id already.
     EXISTS = "exists"
-    # Trying again would not mend it.
+    # A retry would fail again.
     OVER = "over"
 
 
-# A test holds this whole: every value of the enum but the unspecified one.
+# A test checks that every value of the enum but the unspecified one is here.
 REASONS: Mapping[ErrorReason.ValueType, End] = MappingProxyType(
     {
         # Another process may have taken over, or this one keeps the stream for a while.
