@@ -220,6 +220,7 @@ STREAMING_OPTIONS = frozenset(StreamingOptions.__annotations__)
 
 # Where an option has another name than the API's field: `type` alone says too little beside other arguments.
 _FIELDS = {"model_type": "type"}
+_NAMES = {field: option for option, field in _FIELDS.items()}
 
 
 def chat_request(messages: Messages, **options: Unpack[ChatOptions]) -> ChatRequest:
@@ -268,15 +269,12 @@ def split_arguments(messages: Messages | ChatRequest, arguments: ChatArguments) 
     """Split the arguments of `create`, `count_tokens` and `run_tools` into the request and the options of the call.
 
     Raises:
-        TypeError: A whole `ChatRequest` came with arguments of its own kind; set its fields instead.
+        TypeError: A whole `ChatRequest` was given with fields of its own; set them in it.
     """
-    options = {name: value for name, value in arguments.items() if name not in CALL_OPTIONS}
-    call = cast("CallOptions", {name: value for name, value in arguments.items() if name in CALL_OPTIONS})
+    call, options = _split(arguments, CALL_OPTIONS)
     if not isinstance(messages, ChatRequest):
-        return chat_request(messages, **cast("ChatOptions", options)), call
-    if options:
-        message = f"a ChatRequest says everything itself: set {', '.join(sorted(options))} in it"
-        raise TypeError(message)
+        return chat_request(messages, **options), call
+    _require_no_fields(options, "a ChatRequest")
     return messages, call
 
 
@@ -286,14 +284,12 @@ def split_streaming(
     """Split the arguments of `stream` into the request, which has the stream's options, and the options of the call.
 
     Raises:
-        TypeError: A whole `ChatRequest` came with arguments of its own kind; set its fields instead.
+        TypeError: A whole `ChatRequest` was given with fields of its own; set them in it.
         ValueError: A length of time that cannot be sent.
 
     The request is a copy: it may be changed.
     """
-    given = arguments.items()
-    streaming = cast("StreamingOptions", {name: value for name, value in given if name in STREAMING_OPTIONS})
-    rest = cast("ChatArguments", {name: value for name, value in given if name not in STREAMING_OPTIONS})
+    streaming, rest = _split(arguments, STREAMING_OPTIONS)
     chat, call = split_arguments(messages, rest)
     return StreamChatCompletionRequest(chat=chat, options=_stream_options(streaming)), call
 
@@ -313,14 +309,12 @@ def resume_request(
 
 
 def split_listing(arguments: ListArguments) -> tuple[ListModelsRequest, CallOptions]:
-    """Part the arguments of `list` into what is listed and how its calls are made.
+    """Split the arguments of `list` into the request and the options of its calls.
 
     Raises:
         ValueError: There is no such type, state or source.
     """
-    given = arguments.items()
-    options = cast("ListOptions", {name: value for name, value in given if name in LIST_OPTIONS})
-    call = cast("CallOptions", {name: value for name, value in given if name not in LIST_OPTIONS})
+    options, call = _split(arguments, LIST_OPTIONS)
     request = ListModelsRequest(
         page_size=options.get("page_size", 0),
         provider_id=options.get("provider_id", ""),
@@ -334,56 +328,66 @@ def split_listing(arguments: ListArguments) -> tuple[ListModelsRequest, CallOpti
 def split_registration(
     model: str | RegisterModelRequest, arguments: RegisterArguments
 ) -> tuple[RegisterModelRequest, CallOptions]:
-    """Part the arguments of `register` into what is registered and how the call is made.
+    """Split the arguments of `register` into the request and the options of the call.
 
     Raises:
-        TypeError: A whole request came with arguments of its own kind; set its fields instead.
-        ValueError: There is no such type of model.
+        TypeError: A whole request was given with fields of its own; set them in it. Or a value of another type.
+        ValueError: There is no such type of model, or a value that its field cannot hold.
     """
-    given = arguments.items()
-    options = cast("RegisterOptions", {name: value for name, value in given if name in REGISTER_OPTIONS})
-    call = cast("CallOptions", {name: value for name, value in given if name not in REGISTER_OPTIONS})
+    options, call = _split(arguments, REGISTER_OPTIONS)
     if isinstance(model, RegisterModelRequest):
-        if options:
-            message = f"a RegisterModelRequest says everything itself: set {', '.join(sorted(options))} in it"
-            raise TypeError(message)
+        _require_no_fields(options, "a RegisterModelRequest")
         return model, call
-    return RegisterModelRequest(model_id=model, **_registration(options)), call
+    return made(RegisterModelRequest, {"model_id": model, **_registration(options)}, _NAMES), call
 
 
 def split_update(
     model: str | Model | UpdateModelRequest, arguments: UpdateArguments
 ) -> tuple[UpdateModelRequest, CallOptions]:
-    """Part the arguments of `update` into what is changed and how the call is made.
+    """Split the arguments of `update` into the request and the options of the call.
 
     Raises:
-        TypeError: Nothing is to be changed, or a whole request came with arguments of its own kind; set its fields
-            instead.
-        ValueError: There is no such type of model.
+        TypeError: There is nothing to change, or a whole request was given with fields of its own; set them in it. Or a
+            value of another type.
+        ValueError: There is no such type of model, or a value that its field cannot hold.
     """
-    given = arguments.items()
-    options = cast("UpdateOptions", {name: value for name, value in given if name in UPDATE_OPTIONS})
-    call = cast("CallOptions", {name: value for name, value in given if name not in UPDATE_OPTIONS})
+    options, call = _split(arguments, UPDATE_OPTIONS)
     if isinstance(model, UpdateModelRequest):
-        if options:
-            message = f"an UpdateModelRequest says everything itself: set {', '.join(sorted(options))} in it"
-            raise TypeError(message)
+        _require_no_fields(options, "an UpdateModelRequest")
         return model, call
     fields = _registration(options)
     if not fields:
-        # Without a mask, the gateway would take over whatever is set.
+        # Without a mask, the gateway would change all fields that are set.
         message = f"nothing to change: give one of {', '.join(sorted(REGISTER_OPTIONS))}"
         raise TypeError(message)
     model_id, etag = (model.id, model.etag) if isinstance(model, Model) else (model, "")
-    changed = Model(id=model_id, etag=options.get("etag", etag), **fields)
+    changed = made(Model, {"id": model_id, "etag": options.get("etag", etag), **fields}, _NAMES)
     return UpdateModelRequest(model=changed, update_mask=FieldMask(paths=sorted(fields))), call
 
 
-class ModelPages:
-    """What both kinds of listing share: the models that have come, and whether more follow.
+def _split(arguments: Mapping[str, Any], names: frozenset[str]) -> tuple[Any, Any]:
+    """The arguments with these names, and the others."""
+    named = {name: value for name, value in arguments.items() if name in names}
+    return named, {name: value for name, value in arguments.items() if name not in names}
 
-    `unreachable_provider_ids` are the providers that did not answer, so that their models are what they said last, if they
-    ever did; complete once the listing has been read to its end.
+
+def _require_no_fields(options: Mapping[str, Any], request: str) -> None:
+    """Check that a whole request was given alone.
+
+    Raises:
+        TypeError: There are fields beside it.
+    """
+    if options:
+        message = f"{request} has all fields itself: set {', '.join(sorted(options))} in it"
+        raise TypeError(message)
+
+
+class ModelPages:
+    """The part that both kinds of listing share: the received models, and whether there are more.
+
+    Attributes:
+        unreachable_provider_ids: The providers that did not answer, so that their models may be out of date; complete after
+            the last model.
     """
 
     def __init__(self, request: ListModelsRequest) -> None:
@@ -403,7 +407,7 @@ class ModelPages:
 
 
 class ProviderPages:
-    """What both kinds of listing of providers share: `request` asks for the next page, and is None after the last."""
+    """The part that both kinds of listing of providers share; `request` is for the next page, and None after the last."""
 
     def __init__(self) -> None:
         self.request: ListProvidersRequest | None = ListProvidersRequest()

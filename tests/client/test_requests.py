@@ -567,3 +567,15 @@ def test_pages_name_a_silent_provider_once() -> None:
     pages._receive(ListModelsResponse(next_page_token="3"))
     assert pages.unreachable_provider_ids == ["a", "b"]
     assert pages._request is None
+
+
+def test_values_of_a_registration_that_do_not_fit_are_named() -> None:
+    """As in a chat request; a text is not a list of its letters."""
+    with pytest.raises(TypeError, match=r"^aliases: 'ab' is not a list$"):
+        split_registration("a", {"aliases": "ab"})
+    with pytest.raises(TypeError, match=r"^annotations: 5 is not a mapping$"):
+        split_update("a", {"annotations": 5})  # type: ignore[typeddict-item]
+    with pytest.raises(ValueError, match=rf"^embedding_dimension: 4294967296 is not {INT32}$"):
+        split_update("a", {"embedding_dimension": 2**32})
+    with pytest.raises(ValueError, match=r"^model_type: 1099511627776 is not one of the API's values$"):
+        split_registration("a", {"model_type": 2**40})  # type: ignore[typeddict-item]
