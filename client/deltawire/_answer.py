@@ -163,7 +163,7 @@ def choice_of(
 
 
 def with_info(answer: Answer, info: CallInfo) -> Answer:
-    """The answer with what came beside it."""
+    """The answer with the call's request id and metadata."""
     return replace(
         answer,
         request_id=info.request_id,

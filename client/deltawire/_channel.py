@@ -240,7 +240,7 @@ class Outgoing:
         return failure
 
     def cancelled(self, *, is_closed: bool) -> Failure:
-        """The end of a stream that this program cancelled, or whose client it closed."""
+        """The end of a stream that this program canceled, or whose client it closed."""
         if is_closed:
             return self.failure(ClosedCall())
         return Failure(

@@ -1,7 +1,7 @@
-"""Every way in which a call can fail. Catch the group that says what to do, or the one that says what happened.
+"""Every way in which a call can fail. Catch the group, which says what to do, or the class, which says what happened.
 
     DeltawireError
-    ├── ProtocolError                        the gateway broke the API's own rules; the answer cannot be trusted
+    ├── ProtocolError                        the gateway violated the API; the answer cannot be trusted
     └── CallError                            the call ended with a status that is not OK
         ├── RequestError                     the request has to change
         │   ├── InvalidRequestError
@@ -22,10 +22,10 @@
         │   ├── CompletionAlreadyExistsError
         │   ├── CompletionNotFoundError
         │   ├── CompletionGoneError
-        │   ├── WrongReplicaError            (this one may pass on another connection; the client has tried some)
+        │   ├── WrongReplicaError            (another connection may succeed; the client has tried some)
         │   └── ProviderNotFoundError
-        ├── ProviderError                    the provider did not do its part; most of it passes: ask again
-        │   ├── ProviderMisconfiguredError   (this does not: the operator has to act)
+        ├── ProviderError                    the provider failed; mostly temporary: call again
+        │   ├── ProviderMisconfiguredError   (not temporary: the operator has to act)
         │   ├── UpstreamUnavailableError
         │   ├── UpstreamOverloadedError
         │   ├── UpstreamTimeoutError
@@ -33,7 +33,7 @@
         │   ├── UpstreamMalformedError
         │   ├── UpstreamIncompleteError
         │   └── UpstreamAbortedError
-        ├── GatewayError                     the gateway cannot do it now: full, draining, or defective
+        ├── GatewayError                     the gateway is full, draining, or defective
         │   ├── TooManyStreamsError
         │   ├── MemoryLimitExceededError
         │   ├── AnswerTooLargeError
@@ -41,17 +41,17 @@
         │   ├── SlowWatcherError
         │   ├── AccessChangedError
         │   ├── StoreUnavailableError
-        │   ├── RegistryFullError            (this does not pass: unregister models, or the operator has to act)
+        │   ├── RegistryFullError            (not temporary: unregister models, or the operator has to act)
         │   ├── DrainingError
         │   └── InternalError
-        ├── StreamInterrupted                the stream broke off after it had begun: what came is in `answer`
-        ├── CallCancelledError               the caller cancelled it
+        ├── StreamInterrupted                the stream broke off after its first event; `answer` has what was received
+        ├── CallCancelledError               the caller canceled it
         │   └── ClientClosedError            the client was closed, before the call or during it
         ├── DeadlineExceededError            the caller's timeout passed
         │   └── DurationLimitExceededError   the gateway's own limit for calls without a timeout passed
-        ├── UnavailableError                 the gateway cannot be reached, and gave no reason
-        ├── UnauthenticatedError             the gateway does not know the caller: the token is missing or wrong
-        └── PermissionDeniedError            the gateway knows the caller and says no
+        ├── UnavailableError                 the gateway cannot be reached
+        ├── UnauthenticatedError             the gateway does not know the caller: the token is missing or invalid
+        └── PermissionDeniedError            the caller lacks a permission
 
 The reason that the gateway gives decides (`REASONS`); without one, the status code does (`CODES`); without either, the
 class is `CallError` itself. Branch on the class or on `reason`, never on the message.

@@ -67,10 +67,10 @@ class FailedCall(Protocol):
         """The status message."""
 
     def initial_metadata(self) -> Iterable[tuple[str, str | bytes]] | None:
-        """The headers, if any came."""
+        """The headers, if any were received."""
 
     def trailing_metadata(self) -> Iterable[tuple[str, str | bytes]] | None:
-        """The trailers, if any came."""
+        """The trailers, if any were received."""
 
 
 class ClosedCall:
@@ -119,9 +119,9 @@ def failure_of(call: FailedCall, request_id: str) -> Failure:
 
     Args:
         call: The gRPC exception.
-        request_id: The id that was sent, for when the call came back with none.
+        request_id: The id that was sent, in case the response has none.
 
-    What comes back is for `_errors.error_for`.
+    Pass the result to `_errors.error_for`.
     """
     initial, trailing = metadata_of(call.initial_metadata()), metadata_of(call.trailing_metadata())
     code, message = call.code() or grpc.StatusCode.UNKNOWN, call.details() or ""

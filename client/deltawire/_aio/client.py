@@ -27,14 +27,14 @@ class AsyncClient:
         target: A gRPC target: "host:port", "unix:/path", "dns:///name:port".
         channel: A `grpc.aio` channel of your own, used unchanged. The client does not close it; you configure its retries,
             limits, interceptors and TLS. The client cannot make new connections then: WrongReplicaError is raised at once.
-        interceptors: grpc.aio's own kind; the first is the outermost.
+        interceptors: grpc.aio client interceptors; the first is the outermost.
         options: See `ConnectOptions`.
 
     Raises:
         RuntimeError: No event loop is running.
-        ValueError: A token would go over plaintext to another machine, or interceptors came with a channel.
+        ValueError: See `Client`; or interceptors were given together with a channel.
 
-    Nothing is connected yet: the first call does that. Go on with `chat`, `models` and `providers`.
+    The first call connects. Call the methods of `chat`, `models` and `providers`.
     """
 
     def __init__(

@@ -41,7 +41,7 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--request",
         metavar="FILE",
-        help='a ChatRequest as protobuf JSON, "-" for standard input; the other options replace its fields',
+        help='a ChatRequest as protobuf JSON, "-" for standard input; other options replace its values and append to its lists',
     )
     _add_tools(parser.add_argument_group("tools"))
     _add_reasoning(parser.add_argument_group("reasoning"))

@@ -338,7 +338,7 @@ class ChatStream(StreamCalls):
             self._connection = self._connections.another()
         with contextlib.suppress(ClientClosedError):
             self._call()
-        # Another thread may have cancelled the previous call instead of this one.
+        # Another thread may have canceled the previous call instead of this one.
         if self._stopped.is_set():
             self._rpc.cancel()
             self._leave()

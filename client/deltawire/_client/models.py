@@ -272,7 +272,7 @@ class ModelWatch(WatchCalls):
         if pause is not None and not self._stopped.wait(pause):
             with contextlib.suppress(ClientClosedError):
                 self._call()
-            # Another thread may have cancelled the previous call instead of this one.
+            # Another thread may have canceled the previous call instead of this one.
             if self._stopped.is_set():
                 self._rpc.cancel()
 

@@ -121,7 +121,7 @@ class StreamCalls:
     def _end(self, failed: FailedCall | None) -> float | None:
         """Take the end of a call: its exception, or None if its status was OK.
 
-        Seconds to wait before the next call come back; None if the stream is over.
+        Returns the seconds to wait before the next call; None if the stream is over.
         """
         failure = None if failed is None else self._outgoing.failure(failed)
         if self._outcome is not None:
@@ -161,7 +161,7 @@ class StreamCalls:
         return replace(failure, code=code, message=message, reason="")
 
     def _cancelled(self, *, is_closed: bool = False) -> None:
-        """Record that this program cancelled the stream, or closed its client, unless the stream has ended already."""
+        """Record that this program canceled the stream, or closed its client, unless the stream has ended already."""
         if self._outcome is None:
             self._settle(self._outgoing.cancelled(is_closed=is_closed))
 
@@ -177,7 +177,7 @@ class StreamCalls:
         return CancelChatCompletionRequest(completion_id=self.completion_id), self._outgoing.aside(self._remaining())
 
     def _settle(self, failure: Failure | None) -> None:
-        """Decide what the stream came to; it is decided once."""
+        """Decide the outcome of the stream, once."""
         try:
             self._outcome = self._accumulator.finish(failure, self._outgoing.info)
         except CallError as error:
