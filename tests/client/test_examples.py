@@ -29,6 +29,7 @@ from tests.client.scripted import (
     bookmark,
     call_failed,
     calling,
+    changed,
     choice,
     completed,
     finished,
@@ -37,7 +38,6 @@ from tests.client.scripted import (
     saying,
     started,
     text,
-    told,
 )
 
 CLIENT = Path(__file__).parents[2] / "client"
@@ -153,10 +153,10 @@ README: dict[str, tuple[list[list[Any]], str]] = {
     "Watching models": (
         [
             [
-                told("ADDED", LLAMA),
-                told("ADDED", model("m")),
+                changed("ADDED", LLAMA),
+                changed("ADDED", model("m")),
                 bookmark("1"),
-                told("REMOVED", LLAMA, "2"),
+                changed("REMOVED", LLAMA, "2"),
                 bookmark("3"),
                 END,
             ]
