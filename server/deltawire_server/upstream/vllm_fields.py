@@ -6,13 +6,12 @@ check.
 
 from __future__ import annotations
 
-from dataclasses import fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from deltawire_server.upstream.request import FormatKind, Sampling
+from deltawire_server.upstream.request import SAMPLING, FormatKind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,7 +40,7 @@ FIELDS: Mapping[str, str] = MappingProxyType(
         "cache_salt": "chat.cache_salt",
         "chat_template_kwargs": "chat.chat_template_kwargs",
         "user": "chat.user",
-        **{field.name: f"chat.sampling.{field.name}" for field in fields(Sampling)},
+        **{name: f"chat.sampling.{name}" for name in SAMPLING},
     }
 )
 """The request field for each field of the body. Any other field of the body comes from `extra_body`."""
@@ -51,17 +50,9 @@ STRICT = "tools.function.strict"
 
 CORE = frozenset(
     {
-        *("model", "messages", "stream", "stream_options", "n", "max_tokens", "temperature", "top_p", "top_k", "min_p"),
-        *(
-            "frequency_penalty",
-            "presence_penalty",
-            "repetition_penalty",
-            "seed",
-            "stop",
-            "stop_token_ids",
-            "min_tokens",
-        ),
-        *("ignore_eos", "logit_bias", "logprobs", "top_logprobs", "tools", "tool_choice", "response_format", "user"),
+        *("model", "messages", "stream", "stream_options", "n", "logprobs", "top_logprobs", "tools", "tool_choice"),
+        *("response_format", "user"),
+        *(name for name, row in SAMPLING.items() if not row.get("newer")),
     }
 )
 """Fields that every vLLM since 0.6 supports, the first version with automatic tool choice and the oldest supported one."""
@@ -85,11 +76,9 @@ def fields_to_check(body: Mapping[str, Any], request: ChatRequest) -> dict[str, 
         request: The request that the body was built from.
     """
     found = {name: FIELDS.get(name, f"chat.extra_body.{name}") for name in body.keys() - CORE}
-    offered = {tool.name for tool in request.offered_tools}
-    for index, tool in enumerate(request.tools):
-        if tool.strict is not None and tool.name in offered:
-            found[STRICT] = f"chat.tools[{index}].strict"
-            break
+    strict = next((tool for tool in request.offered_tools if tool.strict is not None), None)
+    if strict is not None:
+        found[STRICT] = f"chat.tools[{request.tools.index(strict)}].strict"
     return found
 
 
