@@ -39,6 +39,7 @@ from deltawire_server.sansio.reader import CompletionReader, Limits
 from deltawire_server.telemetry import get_logger
 from deltawire_server.upstream.base import BrokenBodyError
 from deltawire_server.upstream.failures import RETRY_SECONDS, UpstreamError, failure_of
+from deltawire_server.upstream.vllm_fields import format_field
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -477,6 +478,7 @@ class Completion:
                 callers_token=self._call.token is not None,
                 token_withheld=self._call.token_withheld,
                 model=self._request.model,
+                format_field=format_field(self._request),
                 begun=self._begun,
                 metadata=metadata if self._begun else None,
             )

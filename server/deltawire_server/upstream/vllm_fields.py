@@ -83,14 +83,15 @@ def fields_to_check(body: Mapping[str, Any], request: ChatRequest) -> dict[str, 
 
 
 def format_field(request: ChatRequest) -> str:
-    """The path of the request field that vLLM compiles to constrain the text; empty if there is none.
+    """The path of the request field that vLLM compiles to constrain the answer; empty if there is none.
 
     Also empty for a JSON schema beside tools: vLLM's error for it reads like that for a tool's schema.
     """
-    form = request.response_format
-    if form is None or (form.kind is FormatKind.JSON_SCHEMA and request.offered_tools):
+    form = None if request.response_format is None else _FORMAT_FIELDS.get(request.response_format.kind)
+    tools = FIELDS["tools"] if request.offered_tools else ""
+    if tools and form == _FORMAT_FIELDS[FormatKind.JSON_SCHEMA]:
         return ""
-    return _FORMAT_FIELDS.get(form.kind, "")
+    return form or tools
 
 
 def field_names(document: bytes | None) -> frozenset[str]:
