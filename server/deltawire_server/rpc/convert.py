@@ -63,30 +63,24 @@ class ResponseWriter:
             event: Any event except `Refused`, which the worker converts to an error.
         """
         response = chat_pb.StreamChatCompletionResponse(sequence=sequence)
+        choice: int | None = getattr(event, "choice", None)
+        if choice is not None:
+            response.choice_index = choice
         match event:
-            case TextDelta():
-                response.choice_index = event.choice
-                response.text_delta.text = event.text
+            case TextDelta() | ReasoningDelta():
+                delta = response.text_delta if isinstance(event, TextDelta) else response.reasoning_delta
+                delta.text = event.text
                 if event.logprobs:
-                    response.text_delta.logprobs.extend(logprobs(event.logprobs))
-            case ReasoningDelta():
-                response.choice_index = event.choice
-                response.reasoning_delta.text = event.text
-                if event.logprobs:
-                    response.reasoning_delta.logprobs.extend(logprobs(event.logprobs))
+                    delta.logprobs.extend(logprobs(event.logprobs))
             case ToolCallStarted():
-                response.choice_index = event.choice
                 _set_call(response.tool_call_delta, event, tool_pb2.TOOL_CALL_PARSE_STATUS_STARTED)
                 response.tool_call_delta.tool_name = event.tool_name
             case ToolCallArguments():
-                response.choice_index = event.choice
                 _set_call(response.tool_call_delta, event, tool_pb2.TOOL_CALL_PARSE_STATUS_IN_PROGRESS)
                 response.tool_call_delta.arguments_fragment = event.fragment
             case ToolCallSucceeded() | ToolCallFailed():
-                response.choice_index = event.choice
                 response.tool_call_delta.CopyFrom(_verdict(event))
             case ChoiceFinished():
-                response.choice_index = event.choice
                 response.choice_finished.CopyFrom(_choice_finished(event))
             case Started():
                 response.started.CopyFrom(started(self._completion.head))

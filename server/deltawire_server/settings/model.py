@@ -43,7 +43,8 @@ Bytes = Annotated[int, BeforeValidator(values.number), Field(ge=1 * KIB, le=_MOS
 Seconds = Annotated[float, BeforeValidator(values.number), Field(gt=0, le=_WEEK, allow_inf_nan=False)]
 SecondsOrNone = Annotated[float, BeforeValidator(values.number), Field(ge=0, le=_WEEK, allow_inf_nan=False)]
 OptionalFile = Annotated[
-    Annotated[Path, AfterValidator(values.readable_file)] | None, BeforeValidator(lambda value: value or None)
+    Annotated[Path, AfterValidator(lambda value: values.readable_file(value))] | None,
+    BeforeValidator(lambda value: value or None),
 ]
 ADDRESSES = "an address or a list of addresses"
 """The `title` of a field describes the values that it accepts, if its type does not."""
@@ -201,7 +202,9 @@ class AccessSettings(Section):
     """
 
     keys_file: Annotated[
-        Annotated[Path, AfterValidator(values.lines_file)] | None, BeforeValidator(lambda value: value or None)
+        Annotated[Path, AfterValidator(lambda value: values.readable_file(value, "a text file with access lines"))]
+        | None,
+        BeforeValidator(lambda value: value or None),
     ] = Field(default=None, examples=["/etc/deltawire/keys"])
     """File of access lines, one per caller, such as: ci call,read sha256:9f86… Other users must not be able to write the
     file or, if it contains keys, to read it."""
@@ -385,13 +388,13 @@ class ProviderSettings(Section):
     [providers.<id>.headers]. Headers that the gateway sets itself are not allowed. Values are never printed, and only the
     settings file can set them. None by default."""
     allowed_models: Annotated[
-        tuple[Annotated[str, AfterValidator(values.model_pattern)], ...], BeforeValidator(values.listed)
+        tuple[Annotated[str, AfterValidator(values.pattern)], ...], BeforeValidator(values.listed)
     ] = Field(default=(), title="a name or a list of names", examples=[("smollm2", "team-a/*")])
     """Names of the server's models that may be used, or shell patterns (*, ?, [ab]; case-sensitive); other models are not
     listed, and a request for one fails. Separated by commas in the environment. The default, an empty list, allows all
     models."""
     allowed_extra_fields: Annotated[
-        tuple[Annotated[str, AfterValidator(values.field_pattern)], ...], BeforeValidator(values.listed)
+        tuple[Annotated[str, AfterValidator(values.pattern)], ...], BeforeValidator(values.listed)
     ] = Field(default=(), title="a name or a list of names", examples=[("repetition_detection", "return_*")])
     """Names of the server's own request fields that callers may set in extra_body, or shell patterns; fields that the API
     itself has are not allowed. The default, an empty list, allows none, because such fields can be expensive or change what

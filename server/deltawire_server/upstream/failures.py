@@ -32,9 +32,6 @@ MAX_RETRY_SECONDS = 3600.0
 MAX_EXCERPT_BYTES = 512
 """Limit for an error text in an unknown format. A message in vLLM's own format is passed on whole."""
 
-NOT_JSON = (msgspec.DecodeError, UnicodeError, RecursionError)
-"""The exceptions that msgspec raises for bytes that are not JSON, not UTF-8, or nested too deeply."""
-
 REASONS: Mapping[int, Reason] = MappingProxyType(
     {
         400: Reason.UPSTREAM_REJECTED,
@@ -160,7 +157,7 @@ def read_error(body: bytes, status: int = 0, retry_after: str = "") -> UpstreamE
     wait = float(retry_after) if retry_after.isascii() and retry_after.isdecimal() else None
     try:
         document: Any = msgspec.json.decode(body)
-    except NOT_JSON:
+    except vllm_fields.NOT_JSON:
         return UpstreamError(status, _plain(body.decode(errors="replace")), retry_after=wait)
     if not isinstance(document, dict):
         return UpstreamError(status, excerpt(_json(document)) if document else "", retry_after=wait)
@@ -181,10 +178,7 @@ def read_error(body: bytes, status: int = 0, retry_after: str = "") -> UpstreamE
 
 def is_error(payload: bytes) -> bool:
     """Whether the data of an event is an error, in any format that `read_error` decodes, and not a chunk."""
-    try:
-        document: Any = msgspec.json.decode(payload)
-    except NOT_JSON:
-        return False
+    document = vllm_fields.decoded(payload)
     if not isinstance(document, dict):
         return False
     if document.get("error") or document.get("object") == "error":

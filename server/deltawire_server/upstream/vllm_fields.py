@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from deltawire_server.upstream.request import ChatRequest
 
+NOT_JSON = (msgspec.DecodeError, UnicodeError, RecursionError)
+"""The exceptions that msgspec raises for bytes that are not JSON, not UTF-8, or nested too deeply."""
+
 CHAT_PATH = "/v1/chat/completions"
 
 FIELDS: Mapping[str, str] = MappingProxyType(
@@ -102,7 +105,7 @@ def field_names(document: bytes | None) -> frozenset[str]:
     Args:
         document: An OpenAPI document; `None` if there is none.
     """
-    spec = _decoded(document)
+    spec = decoded(document)
     body = at(spec, "paths", CHAT_PATH, "post", "requestBody", "content", "application/json", "schema")
     properties = _properties(spec, body)
     if not {"model", "messages"} <= properties.keys():
@@ -114,10 +117,11 @@ def field_names(document: bytes | None) -> frozenset[str]:
     return frozenset(properties.keys() | strict)
 
 
-def _decoded(body: bytes | None) -> object:
+def decoded(body: bytes | None) -> object:
+    """The value of a JSON text; `None` if it is absent or not JSON."""
     try:
         return msgspec.json.decode(body or b"null")
-    except (msgspec.DecodeError, UnicodeError, RecursionError):
+    except NOT_JSON:
         return None
 
 
