@@ -239,7 +239,7 @@ class AccessSettings(Section):
         """The access lines, with masked keys."""
         if not self._entries:
             return ("every caller may do everything",)
-        return tuple(f"{entry.principal.masked()}  # {entry.setting} {entry.place}" for entry in self._entries)
+        return tuple(f"{entry.principal.line(masked=True)}  # {entry.setting} {entry.place}" for entry in self._entries)
 
     @model_validator(mode="after")
     def _read_lines(self) -> Self:

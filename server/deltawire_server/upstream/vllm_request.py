@@ -314,11 +314,9 @@ def _response_format(form: TextFormat) -> dict[str, Any]:
 
 
 def _reasoning(reasoning: Reasoning) -> dict[str, Any]:
-    body: dict[str, Any] = {}
-    if reasoning.effort:
-        body["reasoning_effort"] = reasoning.effort
-    if reasoning.token_budget is not None:
-        body["thinking_token_budget"] = reasoning.token_budget
-    if reasoning.include is not None:
-        body["include_reasoning"] = reasoning.include
-    return body
+    given = {
+        "reasoning_effort": reasoning.effort or None,
+        "thinking_token_budget": reasoning.token_budget,
+        "include_reasoning": reasoning.include,
+    }
+    return {name: value for name, value in given.items() if value is not None}
