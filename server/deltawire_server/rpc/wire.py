@@ -209,17 +209,13 @@ def _texts(data: bytes, at: int, end: int, message: Descriptor, path: str) -> It
                 counts[tag] += 1
                 if field.message_type is not None:
                     yield from _texts(data, at, at + size, field.message_type, f"{here}.")
-                elif field.type == field.TYPE_STRING and not _is_utf8(data[at : at + size]):
+                elif (
+                    field.type == field.TYPE_STRING
+                    and (text := data[at : at + size]).decode(errors="ignore").encode() != text
+                ):
                     yield here
             at += size
         yield ""
-
-
-def _is_utf8(text: bytes) -> bool:
-    try:
-        return text.decode() is not None
-    except UnicodeDecodeError:
-        return False
 
 
 def _request_of(method: str) -> Descriptor:
