@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from deltawire_server.errors import CallerError, Reason, Violation
 from deltawire_server.sansio.events import Notice, NoticeKind
 from deltawire_server.upstream.failures import excerpt
-from deltawire_server.upstream.vllm_fields import at, decoded, field_names
+from deltawire_server.upstream.vllm_fields import at, decoded, field_names, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -140,8 +140,7 @@ def _signs_of_proxy(documents: Mapping[str, Document]) -> Iterator[str]:
         yield f"{HEALTH} has a body, vLLM's has none"
     openapi = documents.get(OPENAPI)
     if openapi is not None and openapi.status == 200:
-        title = at(decoded(openapi.body), "info", "title")
-        title = title if isinstance(title, str) else ""
+        title = text_of(at(decoded(openapi.body), "info", "title"))
         if title != "FastAPI" and "vllm" not in title.lower():
             yield f"{OPENAPI} has the title {excerpt(repr(title))}, vLLM's is 'FastAPI'"
         if _OWN_FIELD not in field_names(openapi.body):
@@ -151,8 +150,7 @@ def _signs_of_proxy(documents: Mapping[str, Document]) -> Iterator[str]:
 def _version(answer: Document | str | None) -> str:
     """The version in vLLM's `/version` document, which has no other member; empty if the answer is not such a document."""
     document = decoded(answer.body) if isinstance(answer, Document) and answer.status == 200 else None
-    version = at(document, "version")
-    return excerpt(version) if isinstance(version, str) and isinstance(document, dict) and len(document) == 1 else ""
+    return excerpt(text_of(at(document, "version"))) if isinstance(document, dict) and len(document) == 1 else ""
 
 
 class EngineReader:

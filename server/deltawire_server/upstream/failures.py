@@ -170,8 +170,8 @@ def read_error(body: bytes, status: int = 0, retry_after: str = "") -> UpstreamE
     return UpstreamError(
         status or (int(code) if _STATUS.fullmatch(code) else 0),
         message or (excerpt(_json(error)) if error else ""),
-        code if code in _CONTEXT_CODES else _text(fields.get("type")),
-        _text(fields.get("param")) or param,
+        code if code in _CONTEXT_CODES else vllm_fields.text_of(fields.get("type")),
+        vllm_fields.text_of(fields.get("param")) or param,
         wait,
     )
 
@@ -322,7 +322,7 @@ def _message_and_param(fields: dict[str, Any]) -> tuple[str, str]:
         if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             places = [".".join(map(str, place)) if isinstance(place := item.get("loc"), list) else "" for item in value]
             sentences = [
-                f"{place}: {item.get('msg', '')}" if place else _text(item.get("msg")) or _json(item)
+                f"{place}: {item.get('msg', '')}" if place else vllm_fields.text_of(item.get("msg")) or _json(item)
                 for place, item in zip(places, value, strict=True)
             ]
             return excerpt("; ".join(sentences)), places[0]
@@ -341,7 +341,3 @@ def _plain(text: str) -> str:
 
 def _json(value: object) -> str:
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else ""

@@ -27,7 +27,7 @@ from deltawire_server.upstream.failures import RETRY_SECONDS, UpstreamError, exc
 from deltawire_server.upstream.opening import read_opening
 from deltawire_server.upstream.transport.errors import ProtocolViolationError
 from deltawire_server.upstream.unreachable import reason_of
-from deltawire_server.upstream.vllm_fields import NOT_JSON, at, decoded
+from deltawire_server.upstream.vllm_fields import NOT_JSON, at, decoded, text_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
@@ -370,15 +370,11 @@ def _error_in(document: Document) -> UpstreamError:
     return read_error(document.body[:MAX_ERROR_BYTES], document.status, document.headers.get("retry-after", ""))
 
 
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else ""
-
-
 def _served_model(card: dict[str, Any]) -> ServedModel:
     length = card.get("max_model_len")
     return ServedModel(
         id=str(card["id"]),
-        engine_root=_text(card.get("root")),
-        base_model=_text(card.get("parent")),
+        engine_root=text_of(card.get("root")),
+        base_model=text_of(card.get("parent")),
         max_context_tokens=length if isinstance(length, int) and length > 0 else None,
     )

@@ -125,6 +125,11 @@ def decoded(body: bytes | None) -> object:
         return None
 
 
+def text_of(value: object) -> str:
+    """A JSON value if it is a string, else the empty string."""
+    return value if isinstance(value, str) else ""
+
+
 def at(value: object, *path: str) -> object:
     """The value at a path of names within nested JSON objects; `None` if there is none."""
     for name in path:
