@@ -45,7 +45,7 @@ class Kit:
 
     def names(self) -> list[str]:
         """What alpha listed last."""
-        return [model.id for model in self.served.models("alpha")]
+        return [*self.served.listed("alpha")]
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ async def test_before_anybody_was_asked(kit: Kit) -> None:
     """Nothing is known, and nothing is said to be gone."""
     assert kit.names() == []
     assert not kit.served.was_asked("alpha")
-    assert kit.served.find("alpha", "a") is None
+    assert "a" not in kit.served.listed("alpha")
     assert kit.served.state("alpha", "a") is UNKNOWN
     assert kit.served.provider_ids == ("alpha", "beta")
 
@@ -67,8 +67,8 @@ async def test_a_listing_is_kept_whole(kit: Kit) -> None:
     """With all that the provider says of each model; what it does not list cannot be called."""
     lora = ServedModel("lora", "/adapters/lora", "a", 4096)
     await kit.ask(None, "a", lora)
-    assert kit.served.models("alpha") == (ServedModel("a"), lora)
-    assert kit.served.find("alpha", "lora") == lora
+    assert kit.served.listed("alpha") == {"a": ServedModel("a"), "lora": lora}
+    assert kit.served.listed("alpha")["lora"] == lora
     assert kit.served.was_asked("alpha")
     states = [kit.served.state("alpha", name) for name in ("a", "lora", "other")]
     assert states == [SERVING, SERVING, UNAVAILABLE]
@@ -154,8 +154,8 @@ async def test_one_provider_says_nothing_of_another(kit: Kit) -> None:
     """Neither its models nor its failures."""
     await kit.served.listing("beta")
     await kit.ask(GONE)
-    assert kit.served.find("beta", "b") == ServedModel("b")
-    assert kit.served.find("alpha", "b") is None
+    assert kit.served.listed("beta")["b"] == ServedModel("b")
+    assert "b" not in kit.served.listed("alpha")
     assert (kit.served.state("alpha", "b"), kit.served.state("beta", "b")) == (UNAVAILABLE, SERVING)
 
 
@@ -174,7 +174,7 @@ async def test_a_callers_own_token_tells_nobody_else(kit: Kit) -> None:
     await kit.ask(WANTS_TOKEN)
     kit.alpha.failure, kit.alpha.served = None, ["secret"]
     assert not kit.served.shared("alpha", "mine", named=True)
-    assert await kit.served.listing("alpha", "mine", named=True) == (ServedModel("secret"),)
+    assert await kit.served.listing("alpha", "mine", named=True) == {"secret": ServedModel("secret")}
     assert (kit.names(), kit.served.state("alpha", "secret")) == ([], UNKNOWN)
     await kit.ask(None, "a")
     kit.alpha.failure = REFUSES_TOKEN
@@ -203,7 +203,7 @@ async def test_an_unknown_provider(kit: Kit) -> None:
     failure = await failure_of(kit.served.listing("gamma"))
     assert (type(failure), failure.reason) == (CallerError, Reason.PROVIDER_NOT_FOUND)
     assert kit.served.state("gamma", "g") is UNAVAILABLE
-    assert kit.served.models("gamma") == ()
+    assert kit.served.listed("gamma") == {}
 
 
 async def test_a_provider_that_goes_while_its_listing_is_awaited(kit: Kit) -> None:
@@ -252,7 +252,7 @@ async def test_a_late_answer_of_a_replaced_provider(kit: Kit, failure: ProviderE
     kit.changes.clear()
     kit.alpha.gate.set()
     (answer,) = await asyncio.gather(asking, return_exceptions=True)
-    assert answer == (failure or (ServedModel("a"),))
+    assert answer == (failure or {"a": ServedModel("a")})
     assert (kit.names(), kit.served.was_asked("alpha"), kit.changes) == ([], False, [])
     await kit.served.listing("alpha")
     assert (kit.names(), kit.changes) == (["new"], ["alpha"])

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltawire_server.errors import DeltawireError, ProviderError, Reason
+from deltawire_server.registry.feed import Feed
 from deltawire_server.registry.listing_cache import ListingCache
 from deltawire_server.registry.model import MAX_CONTEXT_TOKENS, Model, ModelSource, ModelState, ModelType
 from deltawire_server.registry.registered_index import RegisteredIndex
@@ -29,8 +30,18 @@ GONE = ProviderError(Reason.UPSTREAM_UNAVAILABLE, "cannot be reached")
 WANTS_TOKEN = ProviderError(Reason.PROVIDER_MISCONFIGURED, "wants a token")
 
 
+class _RecordingFeed(Feed):
+    def __init__(self, events: list[tuple[ChangeKind, Model]]) -> None:
+        super().__init__()
+        self._events = events
+
+    def publish(self, kind: ChangeKind, model: Model) -> None:
+        self._events.append((kind, model))
+        super().publish(kind, model)
+
+
 class Kit:
-    """A view, what it is a view of, and what was published."""
+    """A view with its inputs, its feed, and all published changes."""
 
     def __init__(self, *provider_ids: str) -> None:
         self.fakes = {each: FakeProvider(each) for each in provider_ids or ("p", "q")}
@@ -38,7 +49,13 @@ class Kit:
         self.known = RegisteredIndex()
         self.events: list[tuple[ChangeKind, Model]] = []
         self.served = ListingCache(self.providers, lambda provider_id: self.view.listed(provider_id))
-        self.view = View(self.known, self.served, lambda kind, model: self.events.append((kind, model)))
+        self.feed = _RecordingFeed(self.events)
+        self.view = View(self.known, self.served, self.feed)
+
+    @property
+    def models(self) -> dict[str, Model]:
+        """All models, by id."""
+        return {model.id: model for model in self.feed.models()}
 
     async def serve(self, provider_id: str, *models: str | ServedModel, failure: DeltawireError | None = None) -> None:
         """Have a provider listed when it serves these, or fails."""
@@ -87,7 +104,7 @@ async def test_what_is_discovered(kit: Kit) -> None:
     """With all that its provider says; it comes and goes with the listing, and each change of it is told."""
     lora = ServedModel("lora", "/adapters/lora", "m", 4096)
     await kit.serve("p", "m", lora)
-    assert kit.view.models["p/lora"] == Model(
+    assert kit.models["p/lora"] == Model(
         "p/lora",
         "p",
         "lora",
@@ -99,7 +116,7 @@ async def test_what_is_discovered(kit: Kit) -> None:
     )
     assert kit.told() == [(ADDED, "p/m", SERVING), (ADDED, "p/lora", SERVING)]
     await kit.serve("p", replace(lora, max_context_tokens=8192))
-    assert kit.view.models.keys() == {"p/lora"}
+    assert kit.models.keys() == {"p/lora"}
     assert kit.told() == [(REMOVED, "p/m", SERVING), (MODIFIED, "p/lora", SERVING)]
 
 
@@ -109,7 +126,7 @@ async def test_what_is_discovered(kit: Kit) -> None:
 async def test_a_context_that_cannot_be_is_left_out(kit: Kit, tokens: int, seen: int | None) -> None:
     """A number that the wire cannot carry must not end every watch."""
     await kit.serve("p", ServedModel("m", max_context_tokens=tokens))
-    assert kit.view.models["p/m"].max_context_tokens == seen
+    assert kit.models["p/m"].max_context_tokens == seen
 
 
 async def test_nothing_new_is_nothing_told(kit: Kit) -> None:
@@ -147,10 +164,10 @@ async def test_registering_by_the_provider_s_own_name_is_a_change(kit: Kit) -> N
     kit.told()
     mine = registered("p/m", type=ModelType.EMBEDDING, embedding_dimension=3)
     kit.exchange(None, mine)
-    assert kit.view.models["p/m"] == replace(mine, state=SERVING)
+    assert kit.models["p/m"] == replace(mine, state=SERVING)
     assert kit.told() == [(MODIFIED, "p/m", SERVING)]
     kit.exchange(mine, None)
-    assert kit.view.models["p/m"].source is ModelSource.DISCOVERED
+    assert kit.models["p/m"].source is ModelSource.DISCOVERED
     assert kit.told() == [(MODIFIED, "p/m", SERVING)]
 
 
@@ -167,10 +184,10 @@ async def test_a_reserved_name_hides_nothing(kit: Kit) -> None:
     kit.exchange(None, elsewhere)
     assert kit.told() == [(ADDED, "q/n", SERVING), (REMOVED, "p/n", SERVING)]
     await kit.serve("q", "m", "n")
-    assert kit.view.models["q/n"].target == ("q", "n")
+    assert kit.models["q/n"].target == ("q", "n")
     assert kit.told() == [(MODIFIED, "q/n", SERVING)]
     await kit.serve("q", "m")
-    assert kit.view.models["q/n"] == replace(elsewhere, state=SERVING)
+    assert kit.models["q/n"] == replace(elsewhere, state=SERVING)
 
 
 async def test_very_many_models_are_looked_at_in_parts(kit: Kit) -> None:
@@ -181,7 +198,7 @@ async def test_very_many_models_are_looked_at_in_parts(kit: Kit) -> None:
     kit.told()
     await kit.serve("p", *names)
     turns = 0
-    while len(kit.view.models) < len(names):
+    while len(kit.models) < len(names):
         before = len(kit.events)
         await asyncio.sleep(0)
         turns += 1
@@ -193,7 +210,7 @@ async def test_very_many_models_are_looked_at_in_parts(kit: Kit) -> None:
     assert 0 < len(kit.events) < len(names)
     assert kit.view.as_seen(mine).state is UNAVAILABLE
     await kit.view.settled()
-    assert {model.state for model in kit.view.models.values()} == {UNAVAILABLE}
+    assert {model.state for model in kit.models.values()} == {UNAVAILABLE}
     assert len(kit.told()) == len(names)
     await kit.serve("p", *names)
     await kit.view.stop()
@@ -231,7 +248,7 @@ async def test_a_provider_that_does_not_answer(kit: Kit) -> None:
     for _ in range(3):
         await kit.fail("p")
     assert sorted(kit.told(), key=str) == [(MODIFIED, "mine", UNAVAILABLE), (MODIFIED, "p/n", UNAVAILABLE)]
-    assert kit.view.models["q/m"].state is SERVING
+    assert kit.models["q/m"].state is SERVING
     await kit.fail("p", WANTS_TOKEN)
     assert sorted(kit.told(), key=str) == [(MODIFIED, "mine", UNKNOWN), (MODIFIED, "p/n", UNKNOWN)]
     await kit.serve("p", "n")
@@ -275,13 +292,13 @@ async def test_ids_and_names_with_slashes() -> None:
     kit = Kit("org", "org/lab")
     await kit.serve("org", "lab/m", "n")
     await kit.serve("org/lab", "m")
-    assert {model.id: model.target for model in kit.view.models.values()} == {
+    assert {model.id: model.target for model in kit.models.values()} == {
         "org/lab/m": ("org", "lab/m"),
         "org/n": ("org", "n"),
     }
     kit.told()
     await kit.serve("org", "n")
-    assert kit.view.models["org/lab/m"].target == ("org/lab", "m")
+    assert kit.models["org/lab/m"].target == ("org/lab", "m")
     assert kit.told() == [(MODIFIED, "org/lab/m", SERVING)]
 
 
@@ -290,7 +307,7 @@ async def test_as_seen(kit: Kit) -> None:
     mine = registered("mine")
     kit.exchange(None, mine)
     await kit.serve("p", "m")
-    assert kit.view.as_seen(mine) is kit.view.models["mine"]
+    assert kit.view.as_seen(mine) is kit.models["mine"]
     assert kit.view.as_seen(mine) == replace(mine, state=SERVING)
     changed = replace(mine, annotations={"k": "v"}, revision=mine.revision + 1)
     assert kit.view.as_seen(changed) == replace(changed, state=SERVING)
@@ -392,7 +409,7 @@ async def test_whatever_happens_the_changes_add_up_to_what_there_is(steps: list[
                 listed.clear()
                 failed.clear()
                 kit.provide(*sorted(provider_ids))
-        assert kit.view.models == expected(kit, listed, failed)
-        snapshots.append((len(kit.events), dict(kit.view.models)))
+        assert kit.models == expected(kit, listed, failed)
+        snapshots.append((len(kit.events), dict(kit.models)))
     for place, models in snapshots:
-        assert replayed(models.values(), kit.events[place:]) == kit.view.models
+        assert replayed(models.values(), kit.events[place:]) == kit.models

@@ -62,7 +62,7 @@ class Listings:
             elif isinstance(result, BaseException):
                 raise result
             else:
-                self._listings[provider_id] = {served.id: served for served in result}
+                self._listings[provider_id] = result
 
     def find(self, provider_id: str, served_name: str) -> Model | None:
         """The discovered model of this name; `None` as well if its provider was not asked or did not say."""

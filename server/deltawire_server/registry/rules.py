@@ -141,13 +141,13 @@ async def as_served(wanted: Model, providers: ListingCache, token: str | None, *
         ProviderError: The provider cannot be asked.
     """
     listing = await providers.listing(wanted.provider_id, token, fresh=True, named=named)
-    served = served_as(wanted.provider_model_id, listing)
+    served = served_as(wanted.provider_model_id, tuple(listing.values()))
     if served is not None:
         model = with_served(_named(wanted, served.id), served)
         if violations := list(_alias_violations(model.aliases, model.id)):
             raise invalid_request(violations)
         return model
-    names = some(served.id for served in listing) or "nothing"
+    names = some(listing) or "nothing"
     raise RegistryError(
         Reason.MODEL_NOT_SERVED,
         f"model {quoted(wanted.provider_model_id)} is not being served by provider {wanted.provider_id!r};"

@@ -22,8 +22,9 @@ from deltawire_server.registry.scopes import may_have, registered
 from deltawire_server.registry.store import ChangeKind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
+    from deltawire_server.registry.feed import Feed
     from deltawire_server.registry.listing_cache import ListingCache
     from deltawire_server.registry.registered_index import RegisteredIndex
     from deltawire_server.upstream.base import ServedModel
@@ -39,24 +40,18 @@ class View:
     Args:
         known: What is registered.
         served: What the providers list.
-        publish: Called with every change, in order.
-
-    Attributes:
-        models: All of them, by id.
+        feed: Keeps the models and publishes every change.
     """
 
-    def __init__(
-        self, known: RegisteredIndex, served: ListingCache, publish: Callable[[ChangeKind, Model], None]
-    ) -> None:
-        self.models: dict[str, Model] = {}
+    def __init__(self, known: RegisteredIndex, served: ListingCache, feed: Feed) -> None:
         self._known = known
         self._served = served
-        self._publish = publish
+        self._feed = feed
         self._due: dict[str, None] = {}
         self._task: asyncio.Task[None] | None = None
 
     async def settled(self) -> None:
-        """Wait until `models` has all that was reported."""
+        """Wait until the feed has all reported changes."""
         while self._task is not None:
             await asyncio.wait([self._task])
 
@@ -77,8 +72,8 @@ class View:
 
     def listed(self, provider_id: str) -> None:
         """What is known of a provider has changed: some models are looked at now, the rest as soon as possible."""
-        seen = [model.id for model in self.models.values() if model.provider_id == provider_id]
-        served = (scoped_id(provider_id, each.id) for each in self._served.models(provider_id))
+        seen = [model.id for model in self._feed.models() if model.provider_id == provider_id]
+        served = (scoped_id(provider_id, each) for each in self._served.listed(provider_id))
         self._due.update(dict.fromkeys((*seen, *served)))
         if self._task is None:
             self._look_at_some()
@@ -89,7 +84,7 @@ class View:
     def as_seen(self, model: Model) -> Model:
         """A registered model with its current state, without later changes to the registration."""
         state = self._served.state(*model.target)
-        seen = self.models.get(model.id)
+        seen = self._feed.get(model.id)
         if seen is not None and seen.revision == model.revision and seen.state is state:
             return seen
         return replace(model, state=state)
@@ -110,15 +105,11 @@ class View:
 
     def _look(self, ids: Iterable[str]) -> None:
         for model_id in ids:
-            before, now = self.models.get(model_id), self._now(model_id)
-            if now == before:
-                continue
-            if now is not None:
-                self.models[model_id] = now
-                self._publish(ChangeKind.ADDED if before is None else ChangeKind.MODIFIED, now)
-            elif before is not None:
-                del self.models[model_id]
-                self._publish(ChangeKind.REMOVED, before)
+            before, now = self._feed.get(model_id), self._now(model_id)
+            if now is None and before is not None:
+                self._feed.publish(ChangeKind.REMOVED, before)
+            elif now is not None and now != before:
+                self._feed.publish(ChangeKind.ADDED if before is None else ChangeKind.MODIFIED, now)
 
     def _now(self, model_id: str) -> Model | None:
         model = self._known.models.get(model_id)
@@ -134,7 +125,7 @@ class View:
         for provider_id in self._served.provider_ids:
             scope = scoped_id(provider_id, "")
             if model_id.startswith(scope):
-                served = self._served.find(provider_id, model_id.removeprefix(scope))
+                served = self._served.listed(provider_id).get(model_id.removeprefix(scope))
                 if served is not None:
                     return discovered(provider_id, served, self._served.state(provider_id, served.id))
         return None
