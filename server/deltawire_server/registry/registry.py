@@ -7,7 +7,6 @@ providers, which are refreshed periodically.
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -294,7 +293,8 @@ class ModelRegistry:
             raise RegistryError(
                 Reason.MODEL_DISCOVERED,
                 f"model {model.id!r} is not registered but discovered: it exists as long as provider {model.provider_id!r}"
-                " serves it",
+                f" serves it; register it first: RegisterModel with model_id {quoted(model.provider_model_id)} and this"
+                " provider_id",
                 metadata={"model": model.id},
             )
         raise CallerError(
@@ -394,11 +394,11 @@ class ModelRegistry:
         """List a provider now, or all of them.
 
         Args:
-            provider_id: Whose; empty for all.
+            provider_id: The provider; empty for all.
             token: The caller's token, used where the operator configured none; see `Providers.token_for`.
 
         Returns:
-            By ascending id, how many models each lists, or why it could not be listed.
+            By ascending id, the number of models that each lists, or the error if it could not be listed.
 
         Raises:
             CallerError: No such provider.
@@ -406,19 +406,9 @@ class ModelRegistry:
         provider_ids = self._providers.ids
         if provider_id:
             provider_ids = (self._providers.get(provider_id).id,)
-        listings = await asyncio.gather(
-            *(self._served.listing(each, token, fresh=True, named=bool(provider_id)) for each in provider_ids),
-            return_exceptions=True,
-        )
-        results: dict[str, int | DeltawireError] = {}
-        for each, listing in zip(provider_ids, listings, strict=True):
-            if isinstance(listing, DeltawireError):
-                results[each] = listing
-            elif isinstance(listing, BaseException):
-                raise listing
-            else:
-                results[each] = len(listing)
-        return results
+        listings = Listings(self._served, token, (provider_id,))
+        await listings.fetch(provider_ids, fresh=True)
+        return {each: listings.failures.get(each) or listings.count(each) for each in provider_ids}
 
     def mark_stale(self, provider_id: str) -> None:
         """List a provider now, because a call failed in a way that suggests an out-of-date listing."""
