@@ -29,21 +29,19 @@ if TYPE_CHECKING:
     from deltawire_server.registry.model import Model
 
 SUPERSEDED_BYTES = 4 * 1024 * 1024
-"""Memory of what models were before their last change: some thousands of changes of usual size, so that watchers that read see
-each of them."""
+"""Limit for the memory of changes before the last ones: some thousands of typical changes."""
 
 REMOVED_BYTES = 32 * 1024 * 1024
-"""Memory of removed models that the log keeps: those of a provider with some 40,000 models that is removed at once. The models
-that exist are not included."""
+"""Limit for the memory of removed models: enough for a provider with 40,000 models. Existing models are not included."""
 
 MAX_DIGITS = 18
-"""In a place: more than there ever are, and read at once, however long what a caller sends is."""
+"""Limit for the digits of a place in a revision that a caller sends."""
 
 BOOKMARK_SECONDS = 60.0
-"""After so many seconds without changes, a watcher gets a bookmark with the current revision, which shows that the watch works."""
+"""Seconds without changes after which a watcher receives a bookmark with the current revision."""
 
 _MIN_DROPPED = 1024
-"""Dropped entries at which the log is first rewritten without them: that takes microseconds."""
+"""Number of dropped entries at which the log is first rewritten without them, which takes microseconds."""
 
 _PLACE = attrgetter("place")
 _ID = attrgetter("id")
@@ -54,9 +52,9 @@ class Step:
     """One step of a watch.
 
     Attributes:
-        kind: What became of the model; `None` for a bookmark.
-        model: As it is now, or was; `None` for a bookmark.
-        revision: Where another watch can go on after this; empty within a snapshot.
+        kind: How the model changed; `None` for a bookmark.
+        model: The model after the change, or before its removal; `None` for a bookmark.
+        revision: The revision to resume after this step; empty within a snapshot.
     """
 
     kind: ChangeKind | None
@@ -69,11 +67,11 @@ class _Entry:
     """A change of a model.
 
     Attributes:
-        place: After this change.
-        kind: What became of the model.
-        model: As it is after the change, or was before it was removed; `None` once the entry is dropped.
-        added: The place after the model was added; 0 if that was before everything that the log has.
-        size: Bytes of memory, of an entry that keeps a model which the registry does not have any more.
+        place: The place after this change.
+        kind: How the model changed.
+        model: The model after the change, or before its removal; `None` once the entry is dropped.
+        added: The place after the model was added; 0 if it is unknown.
+        size: Bytes of memory, if the entry is not the last one of an existing model.
     """
 
     place: int
@@ -84,12 +82,12 @@ class _Entry:
 
 
 class Feed:
-    """Where changes are published and watched.
+    """The models and their changes.
 
     Args:
-        superseded_bytes: Memory of what models were before their last change that is kept.
-        removed_bytes: Memory of removed models that is kept; the last one always is.
-        bookmark_seconds: After so much silence a watcher hears a bookmark.
+        superseded_bytes: See `SUPERSEDED_BYTES`.
+        removed_bytes: See `REMOVED_BYTES`; the last removed model is always kept.
+        bookmark_seconds: See `BOOKMARK_SECONDS`.
     """
 
     def __init__(
@@ -108,7 +106,7 @@ class Feed:
         self._superseded_bytes = superseded_bytes
         self._removed_size = 0
         self._removed_bytes = removed_bytes
-        self._start = 0  # what happened up to this place is not known completely
+        self._start = 0  # changes up to this place are incomplete
         self._end = 0  # the place after the last change
         self._more = asyncio.Event()
         self._bookmark_seconds = bookmark_seconds
@@ -122,7 +120,7 @@ class Feed:
 
     @property
     def entries(self) -> int:
-        """How many changes are kept."""
+        """The number of kept changes."""
         return len(self._current) + len(self._removed) + len(self._superseded)
 
     @property
@@ -155,7 +153,7 @@ class Feed:
             self._remove(entry, model.id)
         else:
             self._current[model.id] = entry
-        # Seldom enough to cost nothing per change, often enough to keep the log no longer than twice its entries.
+        # Rare enough to cost little per change; the log stays below about twice its entries.
         if len(self._log) > _MIN_DROPPED + 2 * self.entries:
             self._log = [each for each in self._log if each.model is not None]
         self._wake()
