@@ -217,10 +217,10 @@ def test_what_was_let_in_and_is_no_longer_admitted() -> None:
 def test_no_key_is_kept() -> None:
     """Neither the key nor its digest shows in what is printed, and the key is nowhere in the object."""
     made = principal(f"ci all {SECRET}")
-    for shown in (repr(made), str(made), made.masked()):
+    for shown in (repr(made), str(made), made.line(masked=True)):
         assert SECRET not in shown
         assert DIGEST not in shown
-    assert made.masked() == "ci all sha256:***"
+    assert made.line(masked=True) == "ci all sha256:***"
     assert made.line() == f"ci all sha256:{DIGEST}"
     assert isinstance(made.credential, Key)
     assert made.credential.clear
@@ -289,8 +289,8 @@ def test_lines(line: str, made: Principal) -> None:
 
 def test_the_permissions_of_a_line_are_written_in_order() -> None:
     """And all of them as all."""
-    assert principal(f"ci change,call {SECRET}").masked() == "ci call,change sha256:***"
-    assert principal("ci operate,change,call,read mtls:dns:a").masked() == "ci all mtls:dns:a"
+    assert principal(f"ci change,call {SECRET}").line(masked=True) == "ci call,change sha256:***"
+    assert principal("ci operate,change,call,read mtls:dns:a").line(masked=True) == "ci all mtls:dns:a"
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from deltawire_server.sansio.events import (
     UsageUpdate,
 )
 from deltawire_server.upstream.base import CallContext, OpenStream, Timeouts
+from deltawire_server.upstream.request import FormatKind, TextFormat
 from deltawire_server.worker import Caller
 from tests.support.fake_provider import FakeProvider
 from tests.support.gateway import until
@@ -371,6 +372,17 @@ async def _read_into(seen: list[StreamEvent], worker: Worker, caller: Caller) ->
     async with worker.completion(ask(completion_id="c"), caller) as completion:
         async for batch in completion.batches():
             seen += batch
+
+
+async def test_an_error_event_that_comes_first_names_the_format(make_worker: MakeWorker) -> None:
+    """Like one that the provider's own code reads."""
+    provider = FakeProvider(served=["fake"])
+    provider.chunks = [b'data: {"error":{"message":"Grammar error: no","type":"BadRequestError","code":400}}\n\n']
+    request = ask(response_format=TextFormat(FormatKind.REGEX, "("))
+    async with make_worker(provider=provider) as worker, worker.completion(request, CALLER) as completion:
+        with pytest.raises(CallerError) as caught:
+            await told(completion)
+    assert [violation.field for violation in caught.value.violations] == ["chat.response_format.regex"]
 
 
 async def test_what_is_known_of_a_failed_completion(make_worker: MakeWorker, vllm: FakeVllm) -> None:

@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING
 import pytest
 
 from deltawire import AsyncClient
-from deltawire_server.fake_vllm import Chunks, Script
+from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
 from tests.docs.markdown import Block, blocks
 from tests.support.gateway import WAIT
 
 if TYPE_CHECKING:
-    from deltawire_server.fake_vllm import FakeVllm
+    from collections.abc import AsyncIterator
+
     from tests.support.gateway import Running
 
 BLOCKS = [block for block in blocks(Path(__file__).parents[2] / "client/README.md") if block.language == "python"]
 ADDRESS = "127.0.0.1:50051"
-MODEL = "llama"
+# What `make run` serves.
+MODEL = "smollm2"
 CHUNK = Chunks()
 # The smallest image there is: one transparent pixel.
 PIXEL = bytes.fromhex(
@@ -42,11 +44,17 @@ CALLS = script(CHUNK.call("get_weather"), CHUNK.arguments('{"city": "Oslo"}'), r
 
 
 @pytest.fixture
+async def vllm() -> AsyncIterator[FakeVllm]:
+    """A look-alike of the vLLM of `make run`."""
+    async with FakeVllm(models=[MODEL]) as vllm:
+        yield vllm
+
+
+@pytest.fixture
 async def address(served: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A gateway that serves a model with the name that the README uses; the file that the README sends is here."""
+    """A gateway as after `make run`: nothing is registered. The file that the README sends is in the current folder."""
     async with AsyncClient(served.address, timeout=WAIT) as client:
         await client.models.refresh()
-        await client.models.register(MODEL, provider_model_id="fake")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cat.png").write_bytes(PIXEL)
     return served.address

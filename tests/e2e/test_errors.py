@@ -122,10 +122,11 @@ async def test_more_stop_texts_than_vllm_takes(client: AsyncClient) -> None:
 
 
 async def test_several_greedy_answers_are_refused(client: AsyncClient) -> None:
-    """VLLM's rule, in its own words."""
+    """VLLM's rule, in its own words, with the field of this API."""
     error = await refusal(client, chat_request(SEA, model=MODEL, choice_count=2, temperature=0.0))
     assert isinstance(error, UpstreamRejectedError)
     assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert [violation.field for violation in error.violations] == ["chat.choice_count"]
 
 
 async def test_a_token_that_the_operator_got_wrong(keyless: AsyncClient) -> None:

@@ -42,7 +42,7 @@ def test_both_sources(read: Parse, keys_file: Path, mutual: dict[str, str]) -> N
     access = read(
         VLLM_URL=URL, DELTAWIRE_ACCESS_KEYS_FILE=str(keys_file), DELTAWIRE_ACCESS_KEYS=keys, **mutual
     ).settings.access
-    assert [principal.masked() for principal in access.principals] == [
+    assert [principal.line(masked=True) for principal in access.principals] == [
         "ops all sha256:***",
         "ci call,read sha256:***",
         "mesh call mtls:uri:spiffe://mesh/ns/frontend",
