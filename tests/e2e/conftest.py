@@ -9,7 +9,7 @@ import pytest
 
 from deltawire import AsyncClient
 from tests.e2e.support import CALL_SECONDS, Engine
-from tests.support.run import GatewayProcess
+from tests.support.gateway_process import GatewayProcess
 from tests.support.vllm_cpu import VllmServer, set_up
 
 if TYPE_CHECKING:

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
     from deltawire import AsyncChatStream, AsyncClient, GetChatCompletionResponse, StreamChatCompletionResponse
     from tests.e2e.support import Engine
-    from tests.support.run import GatewayProcess
+    from tests.support.gateway_process import GatewayProcess
     from tests.support.vllm_cpu import VllmServer
 
 pytestmark = pytest.mark.e2e

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from deltawire import AsyncClient, ChatRequest
     from deltawire.v1.chat_completion_pb2_grpc import ChatCompletionAsyncStub
-    from tests.support.run import GatewayProcess
+    from tests.support.gateway_process import GatewayProcess
 
 pytestmark = pytest.mark.e2e
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from tests.e2e.support import Engine
-    from tests.support.run import GatewayProcess
+    from tests.support.gateway_process import GatewayProcess
 
 pytestmark = pytest.mark.e2e
 

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
     from deltawire import Answer, AsyncModelWatch, ModelChange, StreamChatCompletionResponse
     from tests.e2e.support import Engine
-    from tests.support.run import GatewayProcess
+    from tests.support.gateway_process import GatewayProcess
     from tests.support.vllm_cpu import VllmServer
 
 pytestmark = pytest.mark.e2e

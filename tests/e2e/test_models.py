@@ -14,7 +14,7 @@ from tests.e2e.support import MODEL, SEA
 
 if TYPE_CHECKING:
     from deltawire import AsyncClient
-    from tests.support.run import GatewayProcess
+    from tests.support.gateway_process import GatewayProcess
 
 pytestmark = pytest.mark.e2e
 

@@ -15,7 +15,7 @@ from tests.e2e.support import CALL_SECONDS, MODEL
 
 if TYPE_CHECKING:
     from deltawire import AsyncClient, StreamChatCompletionResponse, ToolRun
-    from tests.support.run import GatewayProcess
+    from tests.support.gateway_process import GatewayProcess
 
 pytestmark = pytest.mark.e2e
 

@@ -11,7 +11,7 @@ import pytest
 
 from deltawire_server.fake_vllm import FakeVllm
 from tests.gateways.support import SERVED, Gateway, connected
-from tests.support.run import GatewayProcess
+from tests.support.gateway_process import GatewayProcess
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

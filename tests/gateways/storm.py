@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from deltawire_server.registry.model import Model
     from deltawire_server.registry.store import Change
     from tests.gateways.support import Gateway
-    from tests.support.run import GatewayProcess
+    from tests.support.gateway_process import GatewayProcess
 
 AT_ONCE = 32
 """Calls under way at any time."""

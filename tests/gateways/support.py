@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
 
     from deltawire.v1.model_registry_pb2_grpc import ModelRegistryAsyncStub
-    from tests.support.run import GatewayProcess
+    from tests.support.gateway_process import GatewayProcess
 
 SERVED = ("llama", "qwen", "mistral", "phi")
 """What the vLLM look-alike serves."""
