@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltawire_server.sansio.events import FailureReason
-from deltawire_server.sansio.tool_calls import MAX_BRACKETS, MAX_EXPLAINED, _Brackets, find_problem
+from deltawire_server.sansio.json_object import MAX_EXPLAINED, find_problem
+from deltawire_server.sansio.tool_calls import MAX_BRACKETS, _Brackets
 
 FINE = {
     "empty": "{}",

@@ -28,7 +28,8 @@ from deltawire_server.sansio.events import (
     ToolCallStarted,
     ToolCallSucceeded,
 )
-from deltawire_server.sansio.reader import STOP_REASONS, Limits, Phase
+from deltawire_server.sansio.phases import Phase
+from deltawire_server.sansio.reader import STOP_REASONS, Limits
 from tests.sansio.build import (
     DONE,
     STARTED,

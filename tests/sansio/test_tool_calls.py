@@ -22,6 +22,7 @@ from deltawire_server.sansio.events import (
     ToolCallStarted,
     ToolCallSucceeded,
 )
+from deltawire_server.sansio.json_object import find_problem
 from deltawire_server.sansio.tool_calls import CallIds, ToolCallAssembler, ToolCallLimitError
 from tests.support.recordings import counting_ids
 
@@ -641,7 +642,7 @@ def test_whatever_comes_every_call_is_judged_once(entries: list[list[ToolEntry]]
         raw = "".join(piece.fragment for piece in pieces if piece.index == call.index)
         if isinstance(call, ToolCallSucceeded):
             assert call.arguments == (raw if raw.strip() else "{}")
-            assert tool_calls.find_problem(call.arguments) is None
+            assert find_problem(call.arguments) is None
         elif call.reason is not FailureReason.MISSING_NAME:
             assert call.raw_arguments == raw
     begun: set[int] = set()
