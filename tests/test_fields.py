@@ -109,7 +109,7 @@ RECORDINGS = CHAT("test_recordings_keep_the_contract")
 EACH_EVENT = CONVERT("test_each_event")
 WHOLE_END = CONVERT("test_completed")
 VERDICTS = CONTRACT("test_5_the_first_reason_that_applies")
-WORDS = CONTRACT("test_7_each_word_has_its_stop_reason[{}]").format
+WORDS = CONTRACT("test_7_stop_reasons[{}]").format
 
 SAMPLING = tuple(field.name for field in chat_completion_pb2.Sampling.DESCRIPTOR.fields)
 
@@ -274,7 +274,7 @@ TAKEN: Table = {
         "validate_schema": (POLICY("test_arguments_are_held_to_the_schema_on_demand"), SCHEMA_CHECK),
     },
     "ToolCallStreaming": {
-        "TOOL_CALL_STREAMING_ASSEMBLED": (CONTRACT("test_4_assembled_tells_only_verdicts"), INCREMENTAL),
+        "TOOL_CALL_STREAMING_ASSEMBLED": (CONTRACT("test_4_assembled_calls_have_only_verdicts"), INCREMENTAL),
         "TOOL_CALL_STREAMING_INCREMENTAL": (POLICY("test_incremental_calls_are_told_piece_by_piece"), INCREMENTAL),
     },
     "Sampling": {
@@ -434,7 +434,7 @@ GIVEN: Table = {
         "TOOL_CALL_FAILURE_REASON_MALFORMED_JSON": (VERDICTS, MALFORMED),
         "TOOL_CALL_FAILURE_REASON_NOT_AN_OBJECT": (VERDICTS, REAL_TOOLS("test_arguments_that_are_no_object_fail")),
         "TOOL_CALL_FAILURE_REASON_SCHEMA_MISMATCH": (
-            CONTRACT("test_5_the_schema_comes_after_all_else"),
+            CONTRACT("test_5_the_schema_is_checked_last"),
             SCHEMA_CHECK,
         ),
     },

@@ -35,7 +35,7 @@ FINE = {
 
 @pytest.mark.parametrize("text", FINE.values(), ids=FINE.keys())
 def test_takes(text: str) -> None:
-    """What the grammar calls an object can be passed on as it is."""
+    """A JSON object has no problem."""
     assert find_problem(text) is None
 
 
