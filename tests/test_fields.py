@@ -4,7 +4,7 @@ Two tables, `TAKEN` and `GIVEN`, by message and field; an enum's values stand wh
 both directions has rows in both. Each row says two things:
 
 1. The test that shows that the field becomes the right part of vLLM's body, or does in the gateway what it says; or that it is
-   told rightly. Its vLLM is a look-alike, or a recording of a real one.
+   reported correctly. Its vLLM is a fake, or a recording of a real one.
 2. The test that shows it on a real vLLM. `Accepted` is a test that only shows that vLLM takes it, and why no more can be seen;
    `NotShown` is why none can show it, with the small model and the flags that the tests have.
 
@@ -427,7 +427,7 @@ GIVEN: Table = {
     "ToolCallFailureReason": {
         "TOOL_CALL_FAILURE_REASON_MISSING_NAME": (
             VERDICTS,
-            NotShown("the server's parser, hermes, tells nothing of a call without a name"),
+            NotShown("the server's parser, hermes, sends nothing for a call without a name"),
         ),
         "TOOL_CALL_FAILURE_REASON_UNKNOWN_TOOL": (VERDICTS, REAL_TOOLS("test_an_unknown_tool_fails")),
         "TOOL_CALL_FAILURE_REASON_TRUNCATED": (VERDICTS, REAL_TOOLS("test_a_cut_call_is_truncated")),
@@ -486,7 +486,7 @@ GIVEN: Table = {
         "completion_tokens": (CHAT("test_text_usage_and_times"), STREAMED),
         "cached_prompt_tokens": (
             USAGE("test_the_exact_account_names_cached_and_reasoning_tokens"),
-            NotShown("vLLM tells it only with --enable-prompt-tokens-details"),
+            NotShown("vLLM sends it only with --enable-prompt-tokens-details"),
         ),
         "reasoning_tokens": (USAGE("test_the_exact_account_names_cached_and_reasoning_tokens"), NO_REASONING),
         "provenance": (CHAT("test_text_usage_and_times"), STREAMED),
@@ -657,7 +657,7 @@ def test_every_test_exists() -> None:
 
 
 def test_each_column_is_what_it_says() -> None:
-    """The first column needs no vLLM, the second one is one; whoever has no test has a reason."""
+    """Tests of the first column need no vLLM, those of the second one run on one; a missing test has a reason."""
     for name, (shown, real) in rows():
         first, second = named_by(shown), named_by(real)
         assert first is None or not first.startswith("tests/e2e/"), name

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 DRAFT_7 = "http://json-schema.org/draft-07/schema#"
 
 
-def told(schema: object, arguments: object) -> tuple[str, str] | None:
+def mismatch_of(schema: object, arguments: object) -> tuple[str, str] | None:
     """What the check says; text is taken as JSON text."""
     held = argument_check(schema if isinstance(schema, str) else json.dumps(schema))
     return held(arguments if isinstance(arguments, str) else json.dumps(arguments))
@@ -94,7 +94,7 @@ MISMATCHES: dict[str, tuple[object, object, str, str]] = {
 @pytest.mark.parametrize(("schema", "arguments", "path", "sentence"), MISMATCHES.values(), ids=MISMATCHES.keys())
 def test_a_mismatch(schema: object, arguments: object, path: str, sentence: str) -> None:
     """Where, as a JSON Pointer, and what was expected, in a sentence that a model can correct itself by."""
-    assert told(schema, arguments) == (path, sentence)
+    assert mismatch_of(schema, arguments) == (path, sentence)
 
 
 FITS: dict[str, tuple[object, object]] = {
@@ -116,7 +116,7 @@ FITS: dict[str, tuple[object, object]] = {
 @pytest.mark.parametrize(("schema", "arguments"), FITS.values(), ids=FITS.keys())
 def test_what_fits(schema: object, arguments: object) -> None:
     """Nothing is said of arguments that follow."""
-    assert told(schema, arguments) is None
+    assert mismatch_of(schema, arguments) is None
 
 
 REFUSED: dict[str, tuple[object, str]] = {
@@ -191,7 +191,7 @@ def test_nothing_outside_is_read(keyword: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("pattern", ["^(a+)+$", "(a|aa)+$", "(.*.*)*=x", r"^(\w+\s?)*$"])
 def test_a_hostile_pattern_ends(pattern: str) -> None:
     """Patterns that take other engines longer than the universe has been there answer for a text of 200 000 characters."""
-    assert told(of_a({"pattern": pattern}), {"a": "a" * 200_000 + "!\n"}) is not None
+    assert mismatch_of(of_a({"pattern": pattern}), {"a": "a" * 200_000 + "!\n"}) is not None
 
 
 UNUSABLE: dict[str, tuple[str, str]] = {
@@ -209,7 +209,7 @@ UNUSABLE: dict[str, tuple[str, str]] = {
 @pytest.mark.parametrize(("arguments", "sentence"), UNUSABLE.values(), ids=UNUSABLE.keys())
 def test_arguments_that_cannot_be_checked_do_not_pass(arguments: str, sentence: str) -> None:
     """What parsers read differently, or not at all, is not called valid."""
-    assert told(of_a({"enum": [1]}), arguments) == ("", sentence)
+    assert mismatch_of(of_a({"enum": [1]}), arguments) == ("", sentence)
 
 
 def doubling(levels: int) -> dict[str, Any]:
@@ -234,8 +234,8 @@ def test_what_would_take_for_ever_is_refused(schema: dict[str, Any]) -> None:
 
 def test_work_that_is_bounded_is_done() -> None:
     """The same shapes, small, are checked."""
-    assert told(doubling(10), {"a": 1}) is None
-    assert told(left_over(3), {}) is None
+    assert mismatch_of(doubling(10), {"a": 1}) is None
+    assert mismatch_of(left_over(3), {}) is None
 
 
 def test_a_tree_may_be_deep() -> None:
@@ -245,7 +245,7 @@ def test_a_tree_may_be_deep() -> None:
     value: dict[str, Any] = {"a": "x"}
     for _ in range(20):
         value = {"left": value, "right": {"a": 1}, "list": []}
-    assert told(node, value) == ("/left" * 20 + "/a", '"x" is not of type "integer"')
+    assert mismatch_of(node, value) == ("/left" * 20 + "/a", '"x" is not of type "integer"')
 
 
 def test_a_tree_of_lists_may_be_as_deep_as_anything() -> None:
@@ -257,7 +257,7 @@ def test_a_tree_of_lists_may_be_as_deep_as_anything() -> None:
     value: dict[str, Any] = {"a": 1}
     for _ in range(MAX_DEPTH // 2 - 1):
         value = {"a": [value]}
-    path, _ = told(node, value) or ("", "")
+    path, _ = mismatch_of(node, value) or ("", "")
     assert path == "/a/0" * (MAX_DEPTH // 2 - 1) + "/a"
 
 
@@ -272,31 +272,34 @@ def test_a_path_of_many_references_is_counted() -> None:
     value: Any = 1
     for _ in range(levels):
         value = {"a": value}
-    assert told(schema, value) is None
+    assert mismatch_of(schema, value) is None
 
 
 def test_a_choice_of_trees_may_be_only_so_deep() -> None:
-    """Where each level tries five ways down, deep arguments would take for ever, and are told so."""
+    """Deep arguments with five alternatives at each level exceed the work limit."""
     operation = {"properties": {side: {"$ref": "#/$defs/term"} for side in ("left", "right")}}
     schema = {"$defs": {"term": {"anyOf": [operation] * 5}}, **of_a({"$ref": "#/$defs/term"})}
     value: dict[str, Any] = {}
     for _ in range(30):
         value = {"left": value}
-    assert told(schema, {"a": {"left": {"right": {}}}}) is None
-    assert told(schema, {"a": value}) == ("", "the arguments are too much work to check against the tool's schema")
+    assert mismatch_of(schema, {"a": {"left": {"right": {}}}}) is None
+    assert mismatch_of(schema, {"a": value}) == (
+        "",
+        "the arguments are too much work to check against the tool's schema",
+    )
 
 
 def test_long_values_are_shortened() -> None:
     """A sentence stays a sentence, whatever is wrong and however long it is."""
     long = "é" * 30_000
-    path, sentence = told(of_a({"type": "integer"}), {"a": long}) or ("", "")
+    path, sentence = mismatch_of(of_a({"type": "integer"}), {"a": long}) or ("", "")
     assert (path, sentence) == ("/a", f'"{"é" * 59}…" is not of type "integer"')
     for schema, arguments in [
         ({"additionalProperties": False, "properties": {"a": {}}}, {long: 1}),
         (of_a({"enum": [long]}), {"a": 1}),
         (of_a({"maximum": 1}), f'{{"a": {"9" * 1000}}}'),
     ]:
-        _, sentence = told(schema, arguments) or ("", "")
+        _, sentence = mismatch_of(schema, arguments) or ("", "")
         assert 0 < len(sentence) <= MAX_MESSAGE
     assert len(refused(of_a({"type": long}))) < 2 * MAX_MESSAGE
 

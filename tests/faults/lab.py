@@ -202,7 +202,7 @@ class Lab:
             seen = await self.call(Plan(WHOLE), kind)
             assert seen.outcome == "OK", seen
             assert not seen.broken, seen.broken
-        # What has ended is gone after a few iterations. The connections stay for now: none of them closes meanwhile.
+        # Ended tasks are removed after a few iterations. Connections stay open meanwhile.
         measured = []
         for _ in range(50):
             await asyncio.sleep(0)
