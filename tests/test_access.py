@@ -1,4 +1,4 @@
-"""Who may call: the table of permissions, the judgement, and the lines that principals come from."""
+"""Access: the table of permissions, the decision, and the access lines."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_chats_need_call_and_the_registry_read_or_change() -> None:
 
 
 def test_without_principals_every_caller_may_do_everything() -> None:
-    """Nobody is asked, not even who sends what is no key."""
+    """An open gateway accepts every call, even with an invalid key."""
     access = Access()
     assert access.open
     assert access.summary == "every caller may do everything"
@@ -137,7 +137,7 @@ def test_a_key_and_an_identity() -> None:
 
 
 def test_an_identity_is_no_key() -> None:
-    """A name in a certificate is no secret: sent as a key it lets nobody in, and a key as a name neither."""
+    """The name of a certificate is not accepted as a key, and a key is not accepted as a name."""
     access = Access([principal(f"frontend all mtls:uri:{MESH}"), principal(f"ci all {SECRET}")])
     assert refusal(access, CHAT, MESH).reason is Reason.UNAUTHENTICATED
     names = [Identity(kind, name) for kind in NameKind for name in (SECRET, DIGEST)]

@@ -35,7 +35,7 @@ def test_codes_are_those_of_the_protos_comments(reason: Reason) -> None:
 
 
 def test_a_failure() -> None:
-    """What it was made of, and the code of its reason unless told otherwise."""
+    """An error has its arguments, and by default the code of its reason."""
     error = DeltawireError(Reason.SLOW_CALLER, "m", metadata={"a": "b"}, retry_after=1.0)
     assert (str(error), error.message, error.code) == ("m", "m", Code.RESOURCE_EXHAUSTED)
     assert (error.metadata, error.violations, error.retry_after) == ({"a": "b"}, (), 1.0)

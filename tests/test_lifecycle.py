@@ -238,7 +238,7 @@ async def test_a_client_that_pings_often_is_served_on(start_gateway: StartGatewa
 
 
 async def test_a_caller_that_vanished_is_noticed(start_gateway: StartGateway, vllm: FakeVllm) -> None:
-    """Its connection just says nothing any more, as when a machine loses its power: its answer's pings tell, and vLLM stops."""
+    """The connection goes silent, as after a power failure: keepalive pings detect it, and vLLM stops."""
     vllm.play(Script.chunks([CHUNKS.role(), asyncio.Event()]))
     frozen = asyncio.Event()
 
@@ -361,7 +361,7 @@ async def test_grace_has_an_end(start_gateway: StartGateway, vllm: FakeVllm, lin
 
 
 async def test_during_the_delay_calls_are_taken(start_gateway: StartGateway) -> None:
-    """Balancers have not noticed yet; and whoever insists need not wait for the delay."""
+    """The gateway serves during the drain delay, and `stop` ends the delay."""
     async with start_gateway(server={"drain_delay": 3600}) as gateway:
         watch: Any = health_pb2_grpc.HealthStub(gateway.channel).Watch(health_pb2.HealthCheckRequest())
         statuses = aiter(watch)

@@ -32,7 +32,7 @@ URL = "http://127.0.0.1:8000/v1"
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No settings of whoever runs the tests."""
+    """Remove the settings of the shell that runs the tests."""
     for name in [*os.environ]:
         if name.startswith(("DELTAWIRE_", "VLLM_")):
             monkeypatch.delenv(name)

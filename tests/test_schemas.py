@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 DRAFT_7 = "http://json-schema.org/draft-07/schema#"
 
 
-def told(schema: object, arguments: object) -> tuple[str, str] | None:
+def mismatch_of(schema: object, arguments: object) -> tuple[str, str] | None:
     """The result of the check; a text is JSON text."""
     held = argument_check(schema if isinstance(schema, str) else json.dumps(schema))
     return held(arguments if isinstance(arguments, str) else json.dumps(arguments))
@@ -94,7 +94,7 @@ MISMATCHES: dict[str, tuple[object, object, str, str]] = {
 @pytest.mark.parametrize(("schema", "arguments", "path", "sentence"), MISMATCHES.values(), ids=MISMATCHES.keys())
 def test_invalid_arguments(schema: object, arguments: object, path: str, sentence: str) -> None:
     """The result has a JSON Pointer, and a message by which a model can correct the arguments."""
-    assert told(schema, arguments) == (path, sentence)
+    assert mismatch_of(schema, arguments) == (path, sentence)
 
 
 FITS: dict[str, tuple[object, object]] = {
@@ -116,7 +116,7 @@ FITS: dict[str, tuple[object, object]] = {
 @pytest.mark.parametrize(("schema", "arguments"), FITS.values(), ids=FITS.keys())
 def test_valid_arguments(schema: object, arguments: object) -> None:
     """There is no error for valid arguments."""
-    assert told(schema, arguments) is None
+    assert mismatch_of(schema, arguments) is None
 
 
 REFUSED: dict[str, tuple[object, str]] = {
@@ -191,7 +191,7 @@ def test_references_to_outside_are_not_read(keyword: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("pattern", ["^(a+)+$", "(a|aa)+$", "(.*.*)*=x", r"^(\w+\s?)*$"])
 def test_a_hostile_pattern_takes_linear_time(pattern: str) -> None:
     """Patterns that take exponential time with backtracking are checked against a text of 200,000 characters."""
-    assert told(of_a({"pattern": pattern}), {"a": "a" * 200_000 + "!\n"}) is not None
+    assert mismatch_of(of_a({"pattern": pattern}), {"a": "a" * 200_000 + "!\n"}) is not None
 
 
 UNUSABLE: dict[str, tuple[str, str]] = {
@@ -209,7 +209,7 @@ UNUSABLE: dict[str, tuple[str, str]] = {
 @pytest.mark.parametrize(("arguments", "sentence"), UNUSABLE.values(), ids=UNUSABLE.keys())
 def test_arguments_that_cannot_be_checked_are_invalid(arguments: str, sentence: str) -> None:
     """Texts that parsers read differently, or not at all, fail the check."""
-    assert told(of_a({"enum": [1]}), arguments) == ("", sentence)
+    assert mismatch_of(of_a({"enum": [1]}), arguments) == ("", sentence)
 
 
 def doubling(levels: int) -> dict[str, Any]:
@@ -234,8 +234,8 @@ def test_a_schema_of_exponential_work_is_refused(schema: dict[str, Any]) -> None
 
 def test_the_same_schemas_with_less_work_are_accepted() -> None:
     """Small schemas of these forms are checked."""
-    assert told(doubling(10), {"a": 1}) is None
-    assert told(left_over(3), {}) is None
+    assert mismatch_of(doubling(10), {"a": 1}) is None
+    assert mismatch_of(left_over(3), {}) is None
 
 
 def test_a_tree_may_be_deep() -> None:
@@ -245,7 +245,7 @@ def test_a_tree_may_be_deep() -> None:
     value: dict[str, Any] = {"a": "x"}
     for _ in range(20):
         value = {"left": value, "right": {"a": 1}, "list": []}
-    assert told(node, value) == ("/left" * 20 + "/a", '"x" is not of type "integer"')
+    assert mismatch_of(node, value) == ("/left" * 20 + "/a", '"x" is not of type "integer"')
 
 
 def test_a_tree_of_lists_may_have_the_maximum_depth() -> None:
@@ -257,7 +257,7 @@ def test_a_tree_of_lists_may_have_the_maximum_depth() -> None:
     value: dict[str, Any] = {"a": 1}
     for _ in range(MAX_DEPTH // 2 - 1):
         value = {"a": [value]}
-    path, _ = told(node, value) or ("", "")
+    path, _ = mismatch_of(node, value) or ("", "")
     assert path == "/a/0" * (MAX_DEPTH // 2 - 1) + "/a"
 
 
@@ -272,7 +272,7 @@ def test_a_path_of_many_references_is_counted() -> None:
     value: Any = 1
     for _ in range(levels):
         value = {"a": value}
-    assert told(schema, value) is None
+    assert mismatch_of(schema, value) is None
 
 
 def test_deep_arguments_for_alternatives_of_trees_are_too_much_work() -> None:
@@ -282,21 +282,24 @@ def test_deep_arguments_for_alternatives_of_trees_are_too_much_work() -> None:
     value: dict[str, Any] = {}
     for _ in range(30):
         value = {"left": value}
-    assert told(schema, {"a": {"left": {"right": {}}}}) is None
-    assert told(schema, {"a": value}) == ("", "the arguments are too much work to check against the tool's schema")
+    assert mismatch_of(schema, {"a": {"left": {"right": {}}}}) is None
+    assert mismatch_of(schema, {"a": value}) == (
+        "",
+        "the arguments are too much work to check against the tool's schema",
+    )
 
 
 def test_messages_show_long_values_shortened() -> None:
     """The length of a message is limited for every error."""
     long = "é" * 30_000
-    path, sentence = told(of_a({"type": "integer"}), {"a": long}) or ("", "")
+    path, sentence = mismatch_of(of_a({"type": "integer"}), {"a": long}) or ("", "")
     assert (path, sentence) == ("/a", f'"{"é" * 59}…" is not of type "integer"')
     for schema, arguments in [
         ({"additionalProperties": False, "properties": {"a": {}}}, {long: 1}),
         (of_a({"enum": [long]}), {"a": 1}),
         (of_a({"maximum": 1}), f'{{"a": {"9" * 1000}}}'),
     ]:
-        _, sentence = told(schema, arguments) or ("", "")
+        _, sentence = mismatch_of(schema, arguments) or ("", "")
         assert 0 < len(sentence) <= MAX_MESSAGE
     assert len(refused(of_a({"type": long}))) < 2 * MAX_MESSAGE
 
