@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +14,20 @@ from deltawire_server.completions.retention import RetainedStream
 from deltawire_server.errors import CallerError, Code, GatewayError, ProviderError, Reason
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
 from deltawire_server.sansio.events import ChoiceFinished, Completed, Provenance, Started, StreamEvent, TextDelta
-from deltawire_server.upstream.base import Timeouts
+from deltawire_server.sansio.reader import CompletionReader
+from deltawire_server.upstream.base import OpenStream, Timeouts
 from deltawire_server.upstream.request import ChatRequest, Sampling
 from deltawire_server.upstream.vllm import VllmProvider
 from tests.support.fake_provider import FakeProvider
 from tests.support.gateway import until
+from tests.support.pushed import PushedBody
 from tests.support.workers import CALLER, MakeWorker, ask, events_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
+    from deltawire_server.sansio.events import Fault
+    from deltawire_server.upstream.base import CallContext
     from deltawire_server.worker import Caller, Worker
 
 
@@ -237,14 +241,28 @@ async def test_admission(make_worker: MakeWorker) -> None:
         assert worker.active == 0
 
 
+class DefectiveBody(PushedBody):
+    """Pushes a chunk and then raises, in place of a provider with a bug."""
+
+    def __init__(self) -> None:
+        """There are no further chunks."""
+
+    def follow(self, receive: Callable[[bytes], None], end: Callable[[Fault | None], None]) -> None:  # noqa: ARG002
+        receive(b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}\n\n')
+        raise ZeroDivisionError
+
+
+class Defective(FakeProvider):
+    """Its answers have a `DefectiveBody`."""
+
+    @asynccontextmanager
+    async def stream_chat(self, request: ChatRequest, model: str, call: CallContext) -> AsyncIterator[OpenStream]:
+        async with super().stream_chat(request, model, call):
+            yield OpenStream(DefectiveBody())
+
+
 async def test_a_defect_ends_the_call(make_worker: MakeWorker) -> None:
     """It is INTERNAL, with its cause kept for the log, and what came before it is reported; a call does not hang in it."""
-
-    class Defective(FakeProvider):
-        async def _body(self) -> AsyncIterator[bytes]:
-            yield b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}\n\n'
-            raise ZeroDivisionError
-
     async with make_worker(provider=Defective(served=["fake"])) as worker:
         events: list[StreamEvent] = []
         async with worker.completion(ask(), CALLER) as completion:
@@ -253,6 +271,25 @@ async def test_a_defect_ends_the_call(make_worker: MakeWorker) -> None:
     assert caught.value.reason is Reason.INTERNAL
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     assert [type(event) for event in events] == [Started, TextDelta, ChoiceFinished, Completed]
+
+
+@pytest.mark.parametrize("method", ["receive", "finish"])
+async def test_a_defect_of_the_reader_ends_the_call(
+    make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Its methods are called by the connection and not by the call's task, which must end all the same."""
+
+    def defective(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(CompletionReader, method, defective)
+    provider = FakeProvider(served=["fake"])
+    provider.chunks = [b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}\n\n']
+    async with make_worker(provider=provider) as worker, worker.completion(ask(), CALLER) as completion:
+        with pytest.raises(GatewayError) as caught:
+            await rest_of(completion.batches(), [])
+    assert caught.value.reason is Reason.INTERNAL
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
 async def test_the_operators_limit_is_for_requests_without_one(make_worker: MakeWorker, vllm: FakeVllm) -> None:

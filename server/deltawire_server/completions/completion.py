@@ -18,7 +18,7 @@ import asyncio
 import contextlib
 import time
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from deltawire_server.clock import Clock
 from deltawire_server.completions.event_buffer import EventBuffer
@@ -73,6 +73,8 @@ DRAIN_BYTES = 64 * 1024
 """Limit for the bytes of the body after the true end, usually `[DONE]`. The connection is closed if there are more."""
 
 _ENDED: State = State.ENDED  # not a literal, so that the type checker does not narrow `state` across method calls
+
+T = TypeVar("T")
 
 _log = get_logger(__name__)
 
@@ -359,46 +361,45 @@ class Completion:
                 self._queue.on_room = _nothing
 
     def _pushed(self, data: bytes) -> None:
-        """Process bytes of the body, called by it. A bug must end the call, not the connection's own callback."""
-        self._is_reading = True
-        try:
-            if self.ended_by is None:
-                self._receive(data, self.resolution.provider.timeouts.silence)
-                if self._queue.full and self.state is not _ENDED and self._body is not None:
-                    self._clock.pause()  # the timeout must not run while reading is paused
-                    self._body.pause()
-                    self._queue.on_room = self._go_on
-            elif self.ended_by is Cause.ANSWER:
-                # Read the rest so that the connection can be reused; further events count as anomalies.
-                self._reader.receive(data)
-                self._drained += len(data)
-            if self.ended_by not in (None, Cause.ANSWER) or self._drained > DRAIN_BYTES:
-                self._stop_reading()
-        except Exception as bug:  # noqa: BLE001 (the task reports it)
-            self._stop_reading(bug)
-        finally:
-            self._is_reading = False
+        """Process bytes of the body."""
+        self._guard(self._read_piece, data)
 
     def _body_ended(self, fault: Fault | None) -> None:
-        """The end of the body, called by it."""
+        """Process the end of the body."""
+        self._guard(self._read_end, fault)
+
+    def _guard(self, step: Callable[[T], None], value: T) -> None:
+        """Process what the body pushes. A bug must end the call: the body's own callbacks cannot."""
+        if self._body_end.done():
+            return
         self._is_reading = True
         try:
-            if fault is not None:
-                self.end(fault)
-            elif self.state is not _ENDED:
-                self._take(self._reader.finish())
-            self._stop_reading()
+            step(value)
         except Exception as bug:  # noqa: BLE001 (the task reports it)
-            self._stop_reading(bug)
+            self._body_end.set_exception(bug)
         finally:
             self._is_reading = False
 
-    def _stop_reading(self, bug: Exception | None = None) -> None:
-        if not self._body_end.done():
-            if bug is None:
-                self._body_end.set_result(None)
-            else:
-                self._body_end.set_exception(bug)
+    def _read_piece(self, data: bytes) -> None:
+        if self.ended_by is None:
+            self._receive(data, self.resolution.provider.timeouts.silence)
+            if self._queue.full and self.state is not _ENDED and self._body is not None:
+                self._clock.pause()  # the timeout must not run while reading is paused
+                self._body.pause()
+                self._queue.on_room = self._go_on
+        elif self.ended_by is Cause.ANSWER:
+            # Read the rest so that the connection can be reused; further events count as anomalies.
+            self._reader.receive(data)
+            self._drained += len(data)
+        if self.ended_by not in (None, Cause.ANSWER) or self._drained > DRAIN_BYTES:
+            self._body_end.set_result(None)
+
+    def _read_end(self, fault: Fault | None) -> None:
+        if fault is not None:
+            self.end(fault)
+        elif self.state is not _ENDED:
+            self._take(self._reader.finish())
+        self._body_end.set_result(None)
 
     def _go_on(self) -> None:
         """Read on, because the queued events were taken."""
