@@ -9,10 +9,8 @@ import uvloop
 
 from tests.bench import costs, report
 from tests.bench.measure import SCENARIOS, Field, measure
-from tests.bench.results import Results, machine
+from tests.bench.results import PEERS, RESULTS, RUN, Results, machine
 
-RESULTS = Path(".cache/bench/results.json")
-PROGRAMS = Path(".cache/peers/bin")
 NAMES = (*(scenario.name for scenario in SCENARIOS), *costs.COSTS)
 
 
@@ -35,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"what to measure (default: all): {', '.join(NAMES)}")
     parser.add_argument("--repeat", type=int, default=3, help="repetitions of each load (default 3)")
-    parser.add_argument("--peers", type=Path, default=PROGRAMS, help=f"the folder of the peers (default {PROGRAMS})")
+    parser.add_argument("--peers", type=Path, default=PEERS, help=f"the folder of the peers (default {PEERS})")
     parser.add_argument("--only", action="append", help="measure only this server, bare grpc.aio and the upstream")
     parser.add_argument("--other", type=Path, help="a checkout of another version of the gateway to measure as well")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the gateway")
@@ -45,8 +43,8 @@ def main() -> None:
     results = Results(machine(arguments.peers))
     field = Field(arguments.peers.absolute(), arguments.other, arguments.set, arguments.only or ())
     uvloop.run(run(results, arguments.names or list(NAMES), field, arguments.repeat))
-    results.write(RESULTS)
-    print(f"written to {RESULTS}")
+    results.write(RUN / RESULTS)
+    print(f"written to {RUN / RESULTS}")
 
 
 if __name__ == "__main__":

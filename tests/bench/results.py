@@ -15,6 +15,13 @@ from typing import TYPE_CHECKING, Any, Self
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+RUN = Path(".cache/bench")
+"""Where runs write their files; those that the documentation states are beside this module."""
+
+RESULTS, CURVES = "results.json", "curves.json"
+PEERS = Path(".cache/peers/bin")
+"""Where `make bench-peers` installs the peers."""
+
 LIBRARIES = ("grpcio", "protobuf", "uvloop")
 PROGRAMS = ("vllm-router", "smg", "litellm")
 """The peers that forward HTTP: their names are those of their packages and of their commands."""
