@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import uvloop
@@ -15,17 +16,19 @@ NAMES = (*(scenario.name for scenario in SCENARIOS), *costs.COSTS)
 
 
 async def run(results: Results, names: list[str], field: Field, repeat: int) -> None:
-    """Run the chosen loads and measure the chosen costs, one after the other; each one's table is printed at its end."""
+    """Run the chosen loads and measure the chosen costs, one after the other; after each, print its table and write the file."""
     for scenario in SCENARIOS:
         if scenario.name in names:
             rows = await measure(scenario, field, repeat)
             print(report.text(rows), flush=True)
             results.rows += rows
+            results.write(RUN / RESULTS)
     for name, cost in costs.COSTS.items():
         if name in names:
             figures = await cost(field)
             print(report.text_of_figures(figures), flush=True)
             results.figures += figures
+            results.write(RUN / RESULTS)
 
 
 def main() -> None:
@@ -43,8 +46,8 @@ def main() -> None:
     results = Results(machine(arguments.peers))
     field = Field(arguments.peers.absolute(), arguments.other, arguments.set, arguments.only or ())
     uvloop.run(run(results, arguments.names or list(NAMES), field, arguments.repeat))
-    results.write(RUN / RESULTS)
     print(f"written to {RUN / RESULTS}")
+    sys.exit(report.failures(results) or None)
 
 
 if __name__ == "__main__":

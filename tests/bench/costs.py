@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from tests.bench import servers
 from tests.bench.load import HttpLoad, load_of
-from tests.bench.measure import Field, excused, percentile_99
+from tests.bench.measure import Field, noted, percentile_99
 from tests.bench.results import Figure
 from tests.bench.servers import Pace, Server
 
@@ -152,6 +152,6 @@ async def _each(field: Field, upstream: Server, of: Callable[[Server], Awaitable
     """Measure one server after the other, each in a fresh process; a peer that fails has no figures."""
     figures: list[Figure] = []
     for name, start in field.servers():
-        with excused(name), start(upstream) as server:
+        with noted(name), start(upstream) as server:
             figures += await of(server)
     return figures

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import sys
 from pathlib import Path
 
 import uvloop
@@ -71,6 +72,7 @@ async def _run(results: Results, names: list[str], field: Field) -> None:
             measured = await rows
             print(report.text(measured), flush=True)
             results.rows += measured
+            results.write(RUN / CURVES)
 
 
 def main() -> None:
@@ -85,8 +87,8 @@ def main() -> None:
     results = Results(machine(arguments.peers))
     field = Field(arguments.peers.absolute(), without=("smg", "litellm"))
     uvloop.run(_run(results, arguments.names or names, field))
-    results.write(RUN / CURVES)
     print(f"written to {RUN / CURVES}")
+    sys.exit(report.failures(results) or None)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,8 @@ def main() -> None:
     """Measure, print, and end with status 1 and the regressions if there are any."""
     measured = Results({})
     uvloop.run(_run(measured))
-    sys.exit("\n".join(regressions(measured, Results.read(report.STATED / RESULTS))) or None)
+    failed = report.failures(measured)
+    sys.exit(failed or "\n".join(regressions(measured, Results.read(report.STATED / RESULTS))) or None)
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ class HttpLoad:
         return times
 
     async def run(self, streams: int, tokens: int, *, calls: int = 1, tools: bool = False) -> list[Timing]:
-        """See `Load`. No tools are sent: the answer is the same, and nobody here assembles its calls."""
+        """See `Load`. No tools are sent: the answer is the same, and these callers do not assemble calls."""
         del tools
 
         async def stream(_: int) -> list[Timing]:

@@ -40,13 +40,23 @@ def text(rows: Sequence[Row]) -> str:
             lines.append(f"  {row.who:<38} {'failed':>9}")
             continue
         cost = row.best("cpu_micros")
-        ratio = ours.best("cpu_micros") / cost if cost else float("nan")
+        ratio = ours.best("cpu_micros") / cost if cost and ours.samples else float("nan")
         lines.append(
             f"  {row.who:<38} {cost:>9.1f} {ratio:>6.2f} {row.best('per_second'):>9.0f} {row.best('seconds'):>8.2f}"
             f" {row.best('first_p50_ms'):>9.2f} {row.best('first_p99_ms'):>8.2f} {row.median('slowest'):>8.2f}"
             f" {row.median('load_cores'):>5.2f}"
         )
     return "\n".join(lines)
+
+
+def failures(results: Results) -> str:
+    """The loads that the gateway did not complete, in a sentence; empty if there are none."""
+    names = [
+        row.scenario + (f" at {row.at}" if row.at else "")
+        for row in results.rows
+        if row.who == DELTAWIRE and not row.samples
+    ]
+    return f"{DELTAWIRE} failed: {', '.join(names)}" if names else ""
 
 
 def text_of_figures(figures: Iterable[Figure]) -> str:

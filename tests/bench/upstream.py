@@ -56,7 +56,7 @@ class Client:
         return lines[0].split(" ")[1], json.loads(rest[:length]) if length else None
 
     def step(self) -> bool:
-        """Write the next chunk, or what the socket did not take of the last; tell whether there was any."""
+        """Write the next chunk, or what the socket did not take of the last; return whether there was any."""
         frame = self.rest or next(self.frames, b"")
         self.answering = bool(frame)
         if not frame:
