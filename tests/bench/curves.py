@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
-import itertools
+import contextlib
+import sqlite3
 import sys
+import tempfile
 from pathlib import Path
 
 import uvloop
@@ -15,7 +16,7 @@ from tests.bench import report, servers
 from tests.bench.load import load_of
 from tests.bench.measure import THOUSANDS, Field, Scenario, measure, sample
 from tests.bench.results import CURVES, PEERS, RUN, Results, Row, machine
-from tests.bench.servers import DELTAWIRE, MODEL, Pace, Server
+from tests.bench.servers import DELTAWIRE, MODEL, Pace
 
 REPEAT = 1
 STEPS = Pace(20, 5.0, in_steps=True)
@@ -41,28 +42,32 @@ SHORT = Scenario("models", "short calls, {:,} registered models", 16, Pace(4), c
 
 
 async def models(repeat: int) -> list[Row]:
-    """Short calls to the model that was registered last, on one gateway that gets more and more models."""
+    """Short calls to the last of so many registered models, each number on a gateway of its own."""
     rows = []
     limits = (f"registry.max_models={MODELS[-1]}", f"registry.max_aliases={MODELS[-1]}")
-    with servers.upstream(SHORT.pace) as upstream, servers.gateway(upstream, *limits) as gateway:
-        for before, count in itertools.pairwise((0, *MODELS)):
-            await _register(gateway, range(before, count))
-            async with load_of(gateway, model=f"model-{count - 1}") as load:
-                samples = [await sample(gateway, load, SHORT) for _ in range(repeat + 1)]
+    for count in MODELS:
+        with tempfile.TemporaryDirectory() as folder, servers.upstream(SHORT.pace) as upstream:
+            file = Path(folder) / "registry.db"
+            database = f"sqlite:///{file}"
+            with servers.gateway(upstream, database=database) as gateway:
+                async with AsyncClient(f"127.0.0.1:{gateway.port}") as client:
+                    await client.models.register("model-0", provider_model_id=MODEL)
+            _multiply(file, count)
+            with servers.gateway(upstream, *limits, database=database) as gateway:
+                async with load_of(gateway, model=f"model-{count - 1}") as load:
+                    samples = [await sample(gateway, load, SHORT) for _ in range(repeat + 1)]
             rows.append(Row(SHORT.name, SHORT.title.format(count), DELTAWIRE, count, samples[1:]))
     return rows
 
 
-async def _register(gateway: Server, numbers: range) -> None:
-    """Register models, 16 at a time, that all stand for the one that is served."""
-    waiting = iter(numbers)
-    async with AsyncClient(f"127.0.0.1:{gateway.port}") as client:
-
-        async def some() -> None:
-            for number in waiting:
-                await client.models.register(f"model-{number}", provider_model_id=MODEL)
-
-        await asyncio.gather(*(some() for _ in range(16)))
+def _multiply(database: Path, count: int) -> None:
+    """Copy the only model under further names: 20,000 registrations would take minutes."""
+    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+        columns = [name for _, name, *_ in connection.execute("PRAGMA table_info(models)") if name != "id"]
+        copied = ", ".join(columns)
+        names = [(f"model-{number}",) for number in range(1, count)]
+        connection.executemany(f"INSERT INTO models (id, {copied}) SELECT ?, {copied} FROM models LIMIT 1", names)  # noqa: S608
+        connection.executemany("INSERT INTO names VALUES (?1, ?1, 0)", names)
 
 
 async def _run(results: Results, names: list[str], field: Field) -> None:
