@@ -40,7 +40,7 @@ def _bars(results: Results) -> Figure:
     axes = figure.subplots(1, len(BARS))
     for axis, name in zip(axes, BARS, strict=True):
         rows = {who: row for who, row in results.of(name).items() if who in COLORS}
-        heights = [row.best("cpu_micros") for row in rows.values()]
+        heights = [row.fastest.cpu_micros for row in rows.values()]
         bars = axis.bar(list(rows), heights, color=[COLORS[who] for who in rows])
         axis.bar_label(bars, fmt="%.3g")
         axis.tick_params(axis="x", rotation=30)
@@ -60,7 +60,7 @@ def _curve(axis: Axes, results: Results, name: str) -> None:
     for who, color in COLORS.items():
         points = [row for row in results.rows if row.scenario == name and row.who == who and row.samples]
         if points:
-            costs = [point.best("cpu_micros") for point in points]
+            costs = [point.fastest.cpu_micros for point in points]
             axis.plot([point.at for point in points], costs, marker="o", color=color, label=who)
     horizontal, vertical = CURVE_AXES[name]
     axis.set_xlabel(horizontal)

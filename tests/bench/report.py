@@ -39,12 +39,12 @@ def text(rows: Sequence[Row]) -> str:
         if not row.samples:
             lines.append(f"  {row.who:<38} {'failed':>9}")
             continue
-        cost = row.best("cpu_micros")
-        ratio = ours.best("cpu_micros") / cost if cost and ours.samples else float("nan")
+        cost = row.fastest.cpu_micros
+        ratio = ours.fastest.cpu_micros / cost if cost and ours.samples else float("nan")
         lines.append(
-            f"  {row.who:<38} {cost:>9.1f} {ratio:>6.2f} {row.best('per_second'):>9.0f} {row.best('seconds'):>8.2f}"
-            f" {row.best('first_p50_ms'):>9.2f} {row.best('first_p99_ms'):>8.2f} {row.median('slowest'):>8.2f}"
-            f" {row.median('load_cores'):>5.2f}"
+            f"  {row.who:<38} {cost:>9.1f} {ratio:>6.2f} {row.fastest.per_second:>9.0f} {row.fastest.seconds:>8.2f}"
+            f" {row.fastest.first_p50_ms:>9.2f} {row.fastest.first_p99_ms:>8.2f} {row.fastest.slowest:>8.2f}"
+            f" {row.fastest.load_cores:>5.2f}"
         )
     return "\n".join(lines)
 
@@ -88,7 +88,7 @@ def _cpu(loads: Mapping[str, Mapping[str, Row]]) -> str:
     peers = [name for name in SERVERS[1:] if any(name in rows for rows in loads.values())]
     lines = []
     for rows in loads.values():
-        cost = {name: row.best("cpu_micros") for name, row in rows.items()}
+        cost = {name: row.fastest.cpu_micros for name, row in rows.items()}
         ours = cost[DELTAWIRE]
         lines.append(
             [
@@ -108,14 +108,14 @@ def _pace(loads: Mapping[str, Mapping[str, Row]]) -> str:
         lines.append(
             [
                 ours.title,
-                number(ours.best("per_second")),
-                number(ours.best("seconds") / upstream.best("seconds")),
-                number(ours.median("slowest")),
+                number(ours.fastest.per_second),
+                number(ours.fastest.seconds / upstream.fastest.seconds),
+                number(ours.fastest.slowest),
                 *(
-                    " / ".join(number(row.best(figure)) for figure in ("first_p50_ms", "first_p99_ms"))
+                    " / ".join(number(getattr(row.fastest, figure)) for figure in ("first_p50_ms", "first_p99_ms"))
                     for row in (ours, upstream)
                 ),
-                f"{ours.median('load_cores'):.0%}",
+                f"{ours.fastest.load_cores:.0%}",
             ]
         )
     head = [

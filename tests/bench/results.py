@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import statistics
 import subprocess
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -69,14 +68,13 @@ class Row:
     at: int = 0
     samples: list[Sample] = field(default_factory=list)
 
-    def best(self, figure: str) -> float:
-        """A figure's least disturbed repetition: other work on the machine only ever adds to times, and lowers rates."""
-        choose = max if figure == "per_second" else min
-        return float(choose(getattr(sample, figure) for sample in self.samples))
+    @property
+    def fastest(self) -> Sample:
+        """The least disturbed repetition, of at least one.
 
-    def median(self, figure: str) -> float:
-        """The median of a figure's repetitions."""
-        return float(statistics.median(getattr(sample, figure) for sample in self.samples))
+        It is not the one with the lowest cost: if other work delays the gateway, it merges deltas, which lowers its cost.
+        """
+        return min(self.samples, key=lambda sample: sample.seconds)
 
 
 @dataclass(frozen=True, slots=True)
