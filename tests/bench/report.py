@@ -155,7 +155,9 @@ def number(value: float) -> str:
     """A number with as many digits as a comparison needs: two at least, and none behind the point from 100 on."""
     if value >= 100:
         return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    if value >= 10:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
 def digest(path: Path) -> str:

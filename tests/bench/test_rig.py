@@ -146,8 +146,8 @@ class TestDocumentation:
 
     def test_numbers(self) -> None:
         """Enough digits for a comparison, and not more."""
-        assert [report.number(value) for value in (0.456, 9.871, 12.34, 123.4, 50324.0)] == [
-            *("0.46", "9.87", "12.3", "123", "50,324")
+        assert [report.number(value) for value in (0.00271, 0.456, 9.871, 12.34, 123.4, 50324.0)] == [
+            *("0.0027", "0.46", "9.87", "12.3", "123", "50,324")
         ]
 
 
