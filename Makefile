@@ -133,8 +133,20 @@ record: install ## Take answers of the real vLLM off the wire into tests/transcr
 	@$(BIN)/python -m tests.support.record $(NAME)
 
 .PHONY: bench
-bench: install ## CPU per token and added latency, beside the peers that are installed
+bench: install ## What the gateway costs, beside the peers that are installed; ten minutes
 	@$(BIN)/python -m tests.bench
+
+.PHONY: bench-curves
+bench-curves: install ## How costs grow with streams, tokens, arguments and registered models; ten minutes
+	@$(BIN)/python -m tests.bench.curves
+
+.PHONY: bench-docs
+bench-docs: install ## Write what `make bench` and `make bench-curves` measured into server/README.md and tests/bench/
+	@$(BIN)/python -m tests.bench.report
+
+.PHONY: bench-guard
+bench-guard: install ## Fail if the gateway costs 1.5 times what server/README.md states, relative to bare grpc.aio
+	@$(BIN)/python -m tests.bench.guard
 
 .PHONY: bench-peers
 bench-peers: ## Install what `make bench` compares with, in an environment of its own

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import json
 import time
 from dataclasses import dataclass
@@ -14,10 +16,11 @@ from grpc import aio
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import chat_completion_pb2_grpc, message_pb2, tool_pb2
 from deltawire_server.upstream.transport.client import Transport
-from tests.bench.servers import MODEL, Server
+from tests.bench.results import PROGRAMS
+from tests.bench.servers import MODEL, UPSTREAM, Server
 
 if TYPE_CHECKING:
-    from contextlib import AbstractAsyncContextManager
+    from collections.abc import AsyncIterator
 
 CHANNELS = 4
 """Connections that the streams share, as a few backends would."""
@@ -40,16 +43,22 @@ class Load(Protocol):
     async def run(self, streams: int, tokens: int, *, calls: int = 1, tools: bool = False) -> list[Timing]:
         """Run streams at once, each of them several calls in sequence, and check that each answer has its tokens."""
 
+    def hold(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """One stream that is open from its first event to the exit, which cancels it."""
 
-def load_of(server: Server) -> AbstractAsyncContextManager[Load]:
-    """The callers for a server: over HTTP for the peers that speak only that."""
-    return HttpLoad(server) if server.name in ("upstream", "vllm-router", "smg", "litellm") else GrpcLoad(server)
+    async def __aenter__(self) -> Self: ...
+    async def __aexit__(self, *_: object) -> None: ...
 
 
-def chat_request(*, tools: bool = False) -> chat_pb.StreamChatCompletionRequest:
+def load_of(server: Server, *, channels: int = CHANNELS, model: str = MODEL) -> Load:
+    """The callers for a server: over HTTP for the peers that speak only that; as for `GrpcLoad`."""
+    return HttpLoad(server) if server.name in (UPSTREAM, *PROGRAMS) else GrpcLoad(server, channels, model)
+
+
+def chat_request(*, tools: bool = False, model: str = MODEL) -> chat_pb.StreamChatCompletionRequest:
     """The request of every stream."""
     chat = chat_pb.ChatRequest(
-        model=MODEL,
+        model=model,
         messages=[message_pb2.ChatMessage(user=message_pb2.UserMessage(text="Go on."))],
     )
     if tools:
@@ -65,13 +74,15 @@ class GrpcLoad:
     Args:
         server: The gateway, or what stands in for it.
         channels: Their connections.
+        model: What they ask for.
     """
 
-    def __init__(self, server: Server, channels: int = CHANNELS) -> None:
+    def __init__(self, server: Server, channels: int = CHANNELS, model: str = MODEL) -> None:
         self._server = server
+        self._model = model
         options = [("grpc.use_local_subchannel_pool", 1)]
         self._channels = [aio.insecure_channel(f"127.0.0.1:{server.port}", options) for _ in range(channels)]
-        self._stubs = [chat_completion_pb2_grpc.ChatCompletionStub(channel) for channel in self._channels]
+        self._turns = itertools.cycle(map(chat_completion_pb2_grpc.ChatCompletionStub, self._channels))
 
     async def __aenter__(self) -> Self:
         await asyncio.gather(*(channel.channel_ready() for channel in self._channels))
@@ -81,18 +92,20 @@ class GrpcLoad:
         for channel in self._channels:
             await channel.close()
 
-    def open(
-        self, number: int = 0
-    ) -> aio.UnaryStreamCall[chat_pb.StreamChatCompletionRequest, chat_pb.StreamChatCompletionResponse]:
-        """Begin one call; its caller reads or cancels it."""
-        return self._stubs[number % len(self._stubs)].StreamChatCompletion(chat_request(), timeout=STREAM_SECONDS)
+    @contextlib.asynccontextmanager
+    async def hold(self) -> AsyncIterator[None]:
+        """See `Load`."""
+        call = next(self._turns).StreamChatCompletion(chat_request(model=self._model), timeout=STREAM_SECONDS)
+        await call.read()
+        yield
+        call.cancel()
 
     async def run(self, streams: int, tokens: int, *, calls: int = 1, tools: bool = False) -> list[Timing]:
         """See `Load`."""
-        request = chat_request(tools=tools)
+        request = chat_request(tools=tools, model=self._model)
 
-        async def stream(number: int) -> list[Timing]:
-            method = self._stubs[number % len(self._stubs)].StreamChatCompletion
+        async def stream(_: int) -> list[Timing]:
+            method = next(self._turns).StreamChatCompletion
             timings = []
             for _ in range(calls):
                 begin = time.perf_counter()
@@ -114,10 +127,17 @@ class HttpLoad:
 
     Args:
         server: A server of the chat API.
+        running_usage: Whether every chunk has the usage so far, which gateways ask for and few callers do.
     """
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, *, running_usage: bool = True) -> None:
         self._server = server
+        self._body = {
+            "model": MODEL,
+            "messages": [{"role": "user", "content": "Go on."}],
+            "stream": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": running_usage},
+        }
         self._url = f"http://127.0.0.1:{server.port}/v1/chat/completions"
         transport = Transport(tls=False, max_connections=10_000)
         self._client = httpx.AsyncClient(transport=transport, timeout=httpx.Timeout(STREAM_SECONDS), trust_env=False)
@@ -128,15 +148,23 @@ class HttpLoad:
     async def __aexit__(self, *_: object) -> None:
         await self._client.aclose()
 
+    @contextlib.asynccontextmanager
+    async def hold(self) -> AsyncIterator[None]:
+        """See `Load`."""
+        async with self._client.stream("POST", self._url, json=self._body) as response:
+            response.raise_for_status()
+            await anext(response.aiter_raw())
+            yield
+
+    async def closed(self) -> list[float]:
+        """For the upstream: when callers closed connections before their answers ended, by `time.perf_counter`."""
+        response = await self._client.get(f"http://127.0.0.1:{self._server.port}/closed")
+        times: list[float] = response.json()
+        return times
+
     async def run(self, streams: int, tokens: int, *, calls: int = 1, tools: bool = False) -> list[Timing]:
-        """See `Load`. No tools are sent: the answer is the same, and nobody here assembles its calls."""
+        """See `Load`. No tools are sent: the answer is the same, and these callers do not assemble calls."""
         del tools
-        body = {
-            "model": MODEL,
-            "messages": [{"role": "user", "content": "Go on."}],
-            "stream": True,
-            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-        }
 
         async def stream(_: int) -> list[Timing]:
             timings = []
@@ -144,7 +172,7 @@ class HttpLoad:
                 begin = time.perf_counter()
                 first = None
                 events = 0
-                async with self._client.stream("POST", self._url, json=body) as response:
+                async with self._client.stream("POST", self._url, json=self._body) as response:
                     response.raise_for_status()
                     async for data in response.aiter_raw():
                         first = first or time.perf_counter() - begin

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 import statistics
+import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import grpc
+import httpx
 
 from tests.bench import servers
 from tests.bench.load import Load, load_of
+from tests.bench.results import PROGRAMS, Row, Sample
 from tests.bench.servers import Pace, Server
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
-Peer = Callable[[Server], AbstractContextManager[Server]]
-"""Starts a server in front of an upstream."""
+FAILURES = (RuntimeError, OSError, httpx.HTTPError, grpc.RpcError)
+"""What the failure of a server raises; the others are measured all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,9 @@ class Scenario:
         pace: What the upstream does.
         calls: Calls of each caller, in sequence.
         per_call: Whether the cost of a call is the figure, instead of the cost of a token.
+        repeat: The most repetitions that are counted.
+        settings: Settings of the gateway that the load needs.
+        at: The place on a curve; 0 for a load that is not on one.
     """
 
     name: str
@@ -42,6 +48,9 @@ class Scenario:
     pace: Pace
     calls: int = 1
     per_call: bool = False
+    repeat: int = 100
+    settings: tuple[str, ...] = ()
+    at: int = 0
 
     @property
     def units(self) -> int:
@@ -49,66 +58,79 @@ class Scenario:
         return self.streams * self.calls * (1 if self.per_call else self.pace.tokens)
 
 
+STEPS = Pace(150, 50.0, in_steps=True)
+THOUSANDS = ("server.max_streams=4000",)
+"""More streams than the gateway admits by default."""
+
 SCENARIOS = (
+    Scenario("steps-64", "64 streams of 50 tokens/s, in steps", 64, STEPS),
+    Scenario("steps-200", "200 streams of 50 tokens/s, in steps", 200, STEPS),
+    Scenario("short-16", "calls of 4 tokens, 16 at once", 16, Pace(4), calls=25, per_call=True),
     Scenario("flat", "32 streams flat out", 32, Pace(2000)),
     Scenario("flat-joined", "… 32 chunks in a write", 32, Pace(2000, chunks_per_write=32)),
     Scenario("flat-tools", "… a tool call, assembled and validated", 32, Pace(2000, tool_call=True)),
-    Scenario("own-64", "64 streams of 50 tokens/s, own clocks", 64, Pace(250, 50.0)),
-    Scenario("steps-64", "64 streams of 50 tokens/s, in steps", 64, Pace(250, 50.0, in_steps=True)),
-    Scenario("steps-200", "200 streams of 50 tokens/s, in steps", 200, Pace(250, 50.0, in_steps=True)),
-    Scenario("steps-300", "300 streams of 50 tokens/s, in steps", 300, Pace(250, 50.0, in_steps=True)),
-    Scenario("short-1", "calls of 4 tokens, 1 at once", 1, Pace(4), calls=100, per_call=True),
-    Scenario("short-16", "calls of 4 tokens, 16 at once", 16, Pace(4), calls=20, per_call=True),
+    Scenario("own-64", "64 streams of 50 tokens/s, own clocks", 64, Pace(150, 50.0), repeat=2),
+    Scenario("steps-300", "300 streams of 50 tokens/s, in steps", 300, STEPS, repeat=2),
+    Scenario(
+        "open-2000",
+        "2,000 streams of 2 tokens/s, in steps",
+        2000,
+        Pace(12, 2.0, in_steps=True),
+        repeat=1,
+        settings=THOUSANDS,
+    ),
+    Scenario("short-1", "calls of 4 tokens, 1 at once", 1, Pace(4), calls=200, per_call=True),
     Scenario("short-64", "calls of 4 tokens, 64 at once", 64, Pace(4), calls=8, per_call=True),
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """One repetition.
+class Field:
+    """The servers that are measured in a run.
 
     Attributes:
-        cpu_micros: CPU time of the server, user and system, per token or call.
-        seconds: From the first request to the end of the last answer.
-        per_second: Tokens or calls per second.
-        first_p50_ms: Median time to the first event.
-        first_p99_ms: The same, 99th percentile.
-        slowest: The longest answer's duration over the median's.
-        load_cores: CPU time of the load generator per second. Near 1, the load generator is the limit, because it has one thread
-            for Python.
+        programs: The folder of the peers' programs; those that are there are measured.
+        checkout: The checkout of another version of the gateway to measure as well.
+        settings: Settings of the gateway that differ from the defaults.
+        only: The names of the only servers to measure, besides bare grpc.aio and the upstream; empty for all.
+        without: The names of those not to measure.
     """
 
-    cpu_micros: float
-    seconds: float
-    per_second: float
-    first_p50_ms: float
-    first_p99_ms: float
-    slowest: float
-    load_cores: float
+    programs: Path
+    checkout: Path | None = None
+    settings: Sequence[str] = ()
+    only: Collection[str] = ()
+    without: Collection[str] = ()
+
+    def servers(self, *settings: str) -> Iterator[tuple[str, Callable[[Server], AbstractContextManager[Server]]]]:
+        """Names, and functions that start the server in front of an upstream, the gateway with these settings too."""
+        for name, start in self._all(*settings):
+            if (not self.only or name in self.only) and name not in self.without:
+                yield name, start
+
+    def _all(self, *settings: str) -> Iterator[tuple[str, Callable[[Server], AbstractContextManager[Server]]]]:
+        given = (*settings, *self.settings)
+        yield servers.DELTAWIRE, lambda upstream: servers.gateway(upstream, *given)
+        if self.checkout is not None:
+            yield servers.OTHER, lambda upstream: servers.gateway(upstream, *settings, checkout=self.checkout)
+        starts = dict(zip(PROGRAMS, (servers.vllm_router, servers.smg, servers.litellm), strict=True))
+        for name, start in starts.items():
+            if (self.programs / name).exists():
+                yield name, lambda upstream, start=start: start(self.programs, upstream)  # type: ignore[misc]
 
 
-@dataclass(slots=True)
-class Row:
-    """The measurement of one server under one load."""
-
-    scenario: str
-    title: str
-    who: str
-    samples: list[Sample] = field(default_factory=list)
-
-    def best(self, figure: str) -> float:
-        """A figure's least disturbed repetition: other work on the machine only ever adds to times, and lowers rates."""
-        choose = max if figure == "per_second" else min
-        return float(choose(getattr(sample, figure) for sample in self.samples))
-
-    def median(self, figure: str) -> float:
-        """The median of a figure's repetitions."""
-        return float(statistics.median(getattr(sample, figure) for sample in self.samples))
+@contextlib.contextmanager
+def noted(who: str) -> Iterator[None]:
+    """A failure of a server is printed, and ends only what is done with it; its row has no sample then."""
+    try:
+        yield
+    except FAILURES as error:
+        sys.stderr.write(f"{who} failed: {error}\n")
 
 
 async def sample(server: Server, load: Load, scenario: Scenario) -> Sample:
     """Run a load once."""
-    cpu, own, begin = server.cpu_seconds, _own_cpu_seconds(), time.perf_counter()
+    cpu, own, begin = server.cpu_seconds, time.process_time(), time.perf_counter()
     timings = await load.run(
         scenario.streams, scenario.pace.tokens, calls=scenario.calls, tools=scenario.pace.tool_call
     )
@@ -120,55 +142,46 @@ async def sample(server: Server, load: Load, scenario: Scenario) -> Sample:
         seconds=seconds,
         per_second=scenario.units / seconds,
         first_p50_ms=statistics.median(firsts),
-        first_p99_ms=statistics.quantiles(firsts, n=100)[98] if len(firsts) > 1 else firsts[0],
+        first_p99_ms=percentile_99(firsts),
         slowest=max(totals) / statistics.median(totals),
-        load_cores=(_own_cpu_seconds() - own) / seconds,
+        load_cores=(time.process_time() - own) / seconds,
     )
 
 
-async def measure(scenario: Scenario, peers: Mapping[str, Peer], repeat: int) -> list[Row]:
+def percentile_99(values: Sequence[float]) -> float:
+    """The 99th percentile of at least one value."""
+    return statistics.quantiles(values, n=100, method="inclusive")[98] if len(values) > 1 else values[0]
+
+
+async def measure(scenario: Scenario, field: Field, repeat: int) -> list[Row]:
     """Run a load on the gateway, on every peer, on bare grpc.aio, and on the upstream itself; those not asked are idle.
 
     Each is warmed up by one run that is not counted.
 
     Args:
         scenario: The load.
-        peers: The peers that forward to the upstream, by name.
-        repeat: Counted repetitions.
+        field: The servers.
+        repeat: Counted repetitions, unless the load allows fewer.
+
+    Returns:
+        A row for each server, the gateway's first. The row of a server that failed has no samples.
     """
     async with contextlib.AsyncExitStack() as stack:
         upstream = stack.enter_context(servers.upstream(scenario.pace))
-        under_test = [stack.enter_context(start(upstream)) for start in peers.values()]
-        if not scenario.pace.tool_call and scenario.pace.chunks_per_write == 1:
+        under_test: list[Server] = []
+        for name, start in field.servers(*scenario.settings):
+            with noted(name):
+                under_test.append(stack.enter_context(start(upstream)))
+        if not scenario.pace.tool_call and scenario.pace.chunks_per_write == 1 and servers.BARE not in field.without:
             under_test.append(stack.enter_context(servers.bare_grpc(scenario.pace)))
-        under_test.append(upstream)
+        if servers.UPSTREAM not in field.without:
+            under_test.append(upstream)
         loads = [await stack.enter_async_context(load_of(server)) for server in under_test]
-        rows = [Row(scenario.name, scenario.title, server.name) for server in under_test]
-        for repetition in range(repeat + 1):
+        rows = [Row(scenario.name, scenario.title, server.name, scenario.at) for server in under_test]
+        for repetition in range(min(repeat, scenario.repeat) + 1):
             for row, server, load in zip(rows, under_test, loads, strict=True):
-                figures = await sample(server, load, scenario)
-                if repetition:
-                    row.samples.append(figures)
+                with noted(server.name):
+                    figures = await sample(server, load, scenario)
+                    if repetition:
+                        row.samples.append(figures)
         return rows
-
-
-def peers(programs: Path, checkout: Path | None, settings: Sequence[str]) -> dict[str, Peer]:
-    """The gateway and the peers that are installed.
-
-    Args:
-        programs: The folder of the peers' programs.
-        checkout: The checkout of another version of the gateway to measure as well.
-        settings: Settings of the gateway that differ from the defaults.
-    """
-    found: dict[str, Peer] = {servers.DELTAWIRE: lambda upstream: servers.gateway(upstream, *settings)}
-    if checkout is not None:
-        found[servers.OTHER] = lambda upstream: servers.gateway(upstream, checkout=checkout)
-    for name, start in (("vllm-router", servers.vllm_router), ("smg", servers.smg), ("litellm", servers.litellm)):
-        if (programs / name).exists():
-            found[name] = lambda upstream, start=start: start(programs, upstream)  # type: ignore[misc]
-    return found
-
-
-def _own_cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime

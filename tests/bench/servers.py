@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-TICKS = os.sysconf("SC_CLK_TCK")
+CPU_CLOCK = 2
+"""The low bits of a process's clock id in Linux, for the CPU time of all its threads in nanoseconds; see `man clock_getres`."""
+
 START_SECONDS = 90.0
 MODEL = "fake"
 DELTAWIRE = "deltawire"
 OTHER = "other version"
 BARE = "bare grpc.aio"
+UPSTREAM = "upstream"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +42,9 @@ class Server:
 
     @property
     def memory_kib(self) -> int:
-        """Its resident memory in KiB."""
-        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE") // 1024
+        """The resident memory of it and of its child processes in KiB."""
+        statms = (Path(f"/proc/{pid}/statm").read_text() for pid in (self.pid, *_descendants(self.pid)))
+        return sum(int(statm.split()[1]) for statm in statms) * os.sysconf("SC_PAGE_SIZE") // 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +90,7 @@ def upstream(pace: Pace) -> contextlib.AbstractContextManager[Server]:
     if pace.tool_call:
         options.append("--tool-call")
     command = [sys.executable, "-m", "tests.bench.upstream", f"--port={port}", *options, *_pace_options(pace)]
-    return running("upstream", command, port)
+    return running(UPSTREAM, command, port)
 
 
 def gateway(
@@ -123,33 +126,12 @@ def bare_grpc(pace: Pace) -> contextlib.AbstractContextManager[Server]:
 
 def vllm_router(programs: Path, upstream: Server) -> contextlib.AbstractContextManager[Server]:
     """vllm-router, which forwards HTTP without parsing answers."""
-    port = free_port()
-    command = [
-        str(programs / "vllm-router"),
-        "--host=127.0.0.1",
-        f"--port={port}",
-        "--worker-urls",
-        f"http://127.0.0.1:{upstream.port}",
-        f"--prometheus-port={free_port()}",
-        "--log-level=error",
-    ]
-    return running("vllm-router", command, port)
+    return _router("vllm-router", [str(programs / "vllm-router")], upstream)
 
 
 def smg(programs: Path, upstream: Server) -> contextlib.AbstractContextManager[Server]:
     """SMG, the model gateway, which forwards HTTP as well."""
-    port = free_port()
-    command = [
-        str(programs / "smg"),
-        "launch",
-        "--host=127.0.0.1",
-        f"--port={port}",
-        "--worker-urls",
-        f"http://127.0.0.1:{upstream.port}",
-        f"--prometheus-port={free_port()}",
-        "--log-level=error",
-    ]
-    return running("smg", command, port)
+    return _router("smg", [str(programs / "smg"), "launch"], upstream)
 
 
 def litellm(programs: Path, upstream: Server) -> contextlib.AbstractContextManager[Server]:
@@ -162,6 +144,13 @@ def litellm(programs: Path, upstream: Server) -> contextlib.AbstractContextManag
     )
     command = [str(programs / "litellm"), f"--config={config}", "--host=127.0.0.1", f"--port={port}"]
     return running("litellm", command, port)
+
+
+def _router(name: str, command: list[str], upstream: Server) -> contextlib.AbstractContextManager[Server]:
+    """A descendant of SGLang's router; all of them have these options."""
+    port = free_port()
+    options = ["--host=127.0.0.1", f"--port={port}", f"--prometheus-port={free_port()}", "--log-level=error"]
+    return running(name, [*command, *options, "--worker-urls", f"http://127.0.0.1:{upstream.port}"], port)
 
 
 def free_port() -> int:
@@ -186,8 +175,7 @@ def _environment(checkout: Path | None) -> dict[str, str]:
 
 
 def _cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS
+    return time.clock_gettime(~pid << 3 | CPU_CLOCK)
 
 
 def _descendants(pid: int) -> list[int]:

@@ -3,6 +3,8 @@
 The server under test should be the busiest process. The shipped fake encodes every chunk, which takes it as long as the gateway
 takes to read one; on two cores, the gateway would then read less at a time and seem to keep up.
 
+It also notes when a caller closes the connection of an answer that has not ended; `GET /closed` returns these times.
+
 It has three paces. Flat out, every stream gets its next chunk in turn. In steps, as in an engine, all streams get their next
 chunk at the same time. On own clocks, each stream has its own period, which begins when its request arrives.
 """
@@ -39,6 +41,7 @@ class Client:
         self.frames: Iterator[bytes] = iter(())
         self.rest = b""
         self.open = True
+        self.answering = False
 
     def request(self) -> tuple[str, Any] | None:
         """The next whole request's path and body, if it has come."""
@@ -53,14 +56,18 @@ class Client:
         return lines[0].split(" ")[1], json.loads(rest[:length]) if length else None
 
     def step(self) -> bool:
-        """Write the next chunk, or what the socket did not take of the last; tell whether there was any."""
+        """Write the next chunk, or what the socket did not take of the last; return whether there was any."""
         frame = self.rest or next(self.frames, b"")
+        self.answering = bool(frame)
         if not frame:
             return False
         try:
             sent = self.sock.send(frame)
         except BlockingIOError:
             sent = 0
+        except ConnectionError:
+            # `_read` learns of it too, and closes the socket.
+            return False
         self.rest = frame[sent:] if sent < len(frame) else b""
         return True
 
@@ -99,10 +106,11 @@ class Upstream:
         self._tokens = tokens
         self._tool_call = tool_call
         self._chunks_per_write = chunks_per_write
-        self._frames: list[bytes] = []
+        self._frames: dict[str, list[bytes]] = {}
         self._answering: list[Client] = []
+        self._closed: list[float] = []
         self._selector = selectors.DefaultSelector()
-        self._listener = socket.create_server(("127.0.0.1", port), backlog=1024)
+        self._listener = socket.create_server(("127.0.0.1", port), backlog=4096)
         self._listener.setblocking(False)
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
 
@@ -137,6 +145,8 @@ class Upstream:
                 if request := client.request():
                     self._answer(client, *request)
                 return
+        if client.answering:
+            self._closed.append(time.perf_counter())
         self._selector.unregister(client.sock)
         client.sock.close()
         client.open = False
@@ -144,8 +154,11 @@ class Upstream:
 
     def _answer(self, client: Client, path: str, body: Any) -> None:  # noqa: ANN401 (any JSON)
         if path.endswith("/chat/completions"):
-            self._frames = self._frames or self._made(body)
-            client.frames = iter(self._frames)
+            usage = str(body.get("stream_options"))
+            if usage not in self._frames:
+                self._frames[usage] = self._made(body)
+            client.frames = iter(self._frames[usage])
+            client.answering = True
             if not self._period:
                 self._answering.append(client)
                 return
@@ -153,11 +166,12 @@ class Upstream:
             due = (now // self._period + 1) * self._period if self._in_steps else now
             heapq.heappush(self._due, (due, next(self._order), client))
             return
-        listing = json.dumps({"object": "list", "data": [{"id": self._model, "object": "model"}]}).encode()
-        client.sock.sendall(HEAD % (b"application/json", b"content-length: %d" % len(listing)) + listing)
+        listing = {"object": "list", "data": [{"id": self._model, "object": "model"}]}
+        reply = json.dumps(self._closed if path == "/closed" else listing).encode()
+        client.sock.sendall(HEAD % (b"application/json", b"content-length: %d" % len(reply)) + reply)
 
     def _made(self, body: Any) -> list[bytes]:  # noqa: ANN401 (any JSON)
-        """The writes of an answer. All requests ask for the same, so it is made for the first."""
+        """The writes of an answer. Requests differ only in the usage that they ask for, so it is made once for each kind."""
         generation = Generation(body, 1, self._model, self._tokens, self._tool_call)
         chunks = [http_chunk(event) for step in generation.steps() for event in step]
         at_once = self._chunks_per_write

@@ -1,0 +1,157 @@
+"""Single figures: memory, the delay of a cancellation, bytes on the wire, and the time of imports."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from tests.bench import servers
+from tests.bench.load import HttpLoad, load_of
+from tests.bench.measure import Field, noted, percentile_99
+from tests.bench.results import Figure
+from tests.bench.servers import Pace, Server
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from tests.bench.load import Load
+
+MEMORY = "KiB of memory per idle stream"
+CANCEL_P50 = "ms from cancel to the upstream's closed connection, p50"
+CANCEL_P99 = "ms from cancel to the upstream's closed connection, p99"
+PACED_BYTES = "bytes received per answer of 150 tokens, 50 tokens/s"
+FLAT_BYTES = "bytes received per answer of 150 tokens, flat out"
+IMPORT = "ms of an import"
+PLAIN_SSE = "upstream, usage at the end only"
+
+IDLE_STREAMS = 500
+CANCELS = 100
+CANCEL_SECONDS = 5.0
+"""A peer that has not closed the connection after this time counts with this time."""
+
+IMPORTS = ("import grpc", "import deltawire", "from deltawire import Client")
+IMPORT_REPEAT = 7
+
+
+async def memory(field: Field) -> list[Figure]:
+    """Resident memory of a fresh process per stream that has begun and waits for its next token."""
+
+    async def of(server: Server) -> list[Figure]:
+        async with load_of(server) as load, contextlib.AsyncExitStack() as streams:
+            async with load.hold():
+                before = server.memory_kib
+            await asyncio.gather(*(streams.enter_async_context(load.hold()) for _ in range(IDLE_STREAMS)))
+            return [Figure(MEMORY, server.name, (server.memory_kib - before) / IDLE_STREAMS)]
+
+    pace = Pace(150, 0.5)
+    with servers.upstream(pace) as upstream, servers.bare_grpc(pace) as bare:
+        return [*await _each(field, upstream, of), *await of(bare)]
+
+
+async def cancel(field: Field) -> list[Figure]:
+    """The time for which the engine generates for a caller that has canceled, beside 64 streams of other callers."""
+    with servers.upstream(Pace(10_000, 50.0, in_steps=True)) as upstream:
+
+        async def of(server: Server) -> list[Figure]:
+            async with load_of(server) as load, HttpLoad(upstream) as control:
+                others = asyncio.create_task(load.run(64, 1))
+                try:
+                    delays = [await _cancel_delay(load, control) for _ in range(CANCELS)]
+                finally:
+                    others.cancel()
+                    await asyncio.wait([others])
+            return [
+                Figure(CANCEL_P50, server.name, statistics.median(delays) * 1e3),
+                Figure(CANCEL_P99, server.name, percentile_99(delays) * 1e3),
+            ]
+
+        return [*await _each(field, upstream, of), *await of(upstream)]
+
+
+async def _cancel_delay(load: Load, control: HttpLoad) -> float:
+    before = len(await control.closed())
+    async with load.hold():
+        begin = time.perf_counter()
+    while time.perf_counter() < begin + CANCEL_SECONDS:
+        await asyncio.sleep(0.005)
+        if len(closed := await control.closed()) > before:
+            # Clocks of two processes on one machine: Linux counts both from the same instant.
+            return closed[before] - begin
+    return CANCEL_SECONDS
+
+
+async def wire(field: Field) -> list[Figure]:
+    """What a caller receives over TCP, framing included: messages of gRPC, and server-sent events."""
+    figures = []
+    for name, pace in ((PACED_BYTES, Pace(150, 50.0)), (FLAT_BYTES, Pace(150))):
+
+        async def of(server: Server, name: str = name, tokens: int = pace.tokens) -> list[Figure]:
+            return [Figure(name, server.name, await _received(server, load_of, tokens))]
+
+        with servers.upstream(pace) as upstream:
+            figures += [*await _each(field, upstream, of), *await of(upstream)]
+            plain = await _received(upstream, partial(HttpLoad, running_usage=False), pace.tokens)
+            figures.append(Figure(name, PLAIN_SSE, plain))
+    return figures
+
+
+async def _received(server: Server, load_of: Callable[[Server], Load], tokens: int) -> float:
+    """The bytes of the second answer, as the first one is beside the greeting of the connection."""
+    received = 0
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, count: bool) -> None:
+        nonlocal received
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(1 << 16):
+                received += len(data) if count else 0
+                writer.write(data)
+        writer.close()
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        from_server, to_server = await asyncio.open_connection("127.0.0.1", server.port)
+        await asyncio.gather(copy(reader, to_server, count=False), copy(from_server, writer, count=True))
+
+    async with await asyncio.start_server(relay, "127.0.0.1") as listener:
+        port = listener.sockets[0].getsockname()[1]
+        async with load_of(replace(server, port=port)) as load:
+            await load.run(1, tokens)
+            before = received
+            await load.run(1, tokens)
+            return float(received - before)
+
+
+async def imports(_: Field) -> list[Figure]:
+    """Imports in fresh interpreters, in turns; the median, without the interpreter's own start."""
+    code = "import time; begin = time.perf_counter()\n{}\nprint(time.perf_counter() - begin)"
+    took: dict[str, list[float]] = {statement: [] for statement in IMPORTS}
+    for _turn in range(IMPORT_REPEAT):
+        for statement, times in took.items():
+            command = [sys.executable, "-c", code.format(statement)]
+            done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=True)
+            times.append(float(done.stdout) * 1e3)
+    return [Figure(IMPORT, statement, statistics.median(times)) for statement, times in took.items()]
+
+
+COSTS: Mapping[str, Callable[[Field], Awaitable[list[Figure]]]] = {
+    "memory": memory,
+    "cancel": cancel,
+    "wire": wire,
+    "imports": imports,
+}
+"""What measures the single figures, by its name on the command line."""
+
+
+async def _each(field: Field, upstream: Server, of: Callable[[Server], Awaitable[list[Figure]]]) -> list[Figure]:
+    """Measure one server after the other, each in a fresh process; a peer that fails has no figures."""
+    figures: list[Figure] = []
+    for name, start in field.servers():
+        with noted(name), start(upstream) as server:
+            figures += await of(server)
+    return figures
