@@ -199,8 +199,9 @@ def _check_socket(path: str) -> None:
 
 def _options(settings: ServerSettings, connections: int) -> list[tuple[str, int]]:
     return [
-        # Otherwise a second process on the same port would start without an error and get half of the connections.
-        ("grpc.so_reuseport", 0),
+        # With 1, a second process on the same port starts without an error and gets half of the connections. Workers do that on
+        # purpose, on a port that their parent holds.
+        ("grpc.so_reuseport", int(settings.workers > 1)),
         ("grpc.max_receive_message_length", settings.max_receive_bytes),
         # Only the first algorithm, "identity": a compressed request is refused by its headers. Otherwise 30 KiB from an
         # unauthenticated caller could become 32 MiB here. Images, the largest part of requests, do not compress anyway.

@@ -110,6 +110,7 @@ class Worker:
         limits: Limits of completions.
         images: Loads images from URLs; by default it refuses them.
         memory: The memory of all calls; by default without a limit.
+        records: The records of the completions.
 
     Attributes:
         admission: The places of completions.
@@ -123,6 +124,7 @@ class Worker:
         limits: WorkerLimits | None = None,
         images: Images | None = None,
         memory: Ledger | None = None,
+        records: Records | None = None,
     ) -> None:
         self._registry = registry
         self._providers = providers
@@ -130,7 +132,7 @@ class Worker:
         self._images = images or Images()
         self.admission = Admission(self._limits.max_streams)
         self._completions: set[Completion] = set()
-        self._records = Records()
+        self._records = records or Records()
         self.memory = memory or Ledger(sys.maxsize)
         self._retention = Retention(self._limits.retention, self.memory)
         self._tasks: set[asyncio.Task[None]] = set()

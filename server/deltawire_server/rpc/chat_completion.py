@@ -136,7 +136,7 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         del request, chat
         async with running as completion:
             messages = convert.ResponseWriter(completion, self._max_completed_bytes)
-            writer = self._writer(context, record, _slow_caller)
+            writer = self._writer(context, record, slow_caller)
             sequence = 0
             with _noted(record, completion):
                 async with aclosing(completion.batches()) as batches:
@@ -210,7 +210,7 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
     ) -> None:
         """Write a stream from the caller's position to its end."""
         messages = convert.ResponseWriter(stream, self._max_completed_bytes)
-        writer = self._writer(context, record, _slow_reader if stream.is_retained else _slow_caller)
+        writer = self._writer(context, record, _slow_reader if stream.is_retained else slow_caller)
         with stream.read(caller.left, after) as reader, _noted(record, stream):
             async with aclosing(reader.follow()) as batches:
                 async for numbered in batches:
@@ -228,7 +228,8 @@ def _is_whole(event: StreamEvent) -> bool:
     return isinstance(event, Completed) and event.fault is None
 
 
-def _slow_caller(limit: float) -> GatewayError:
+def slow_caller(limit: float) -> GatewayError:
+    """SLOW_CALLER: the caller did not receive a message of a stream that is not retained in time."""
     message = f"the caller did not receive a message for {limit:g} seconds"
     return GatewayError(Reason.SLOW_CALLER, message, metadata={"limit_seconds": f"{limit:g}"})
 

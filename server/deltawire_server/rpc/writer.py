@@ -43,7 +43,7 @@ class StreamWriter:
         self._begun = False
         self._clock: asyncio.Timeout | None = None
 
-    async def write(self, message: Message, *, last: bool = False) -> None:
+    async def write(self, message: Message | bytes, *, last: bool = False) -> None:
         """Write a message.
 
         Args:

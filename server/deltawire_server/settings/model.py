@@ -48,6 +48,9 @@ OptionalFile = Annotated[
 ADDRESSES = "an address or a list of addresses"
 """The `title` of a field describes the values that it accepts, if its type does not."""
 
+MAX_WORKERS = 256
+"""As many as the ids of completions can name."""
+
 ProviderId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
 
 
@@ -107,13 +110,24 @@ class ServerSettings(Section):
             "unencrypted."
         ),
     )
+    workers: Annotated[int, BeforeValidator(values.workers), Field(ge=1, le=MAX_WORKERS)] = Field(
+        default=1,
+        title=f"a whole number from 1 to {MAX_WORKERS}, or auto",
+        description=(
+            "Processes that serve together as one gateway, on the same port; auto for one for each core. Limits on "
+            "numbers (max_streams, max_connections, max_receiving) apply to each of them; max_memory_bytes and "
+            "retention.max_bytes are divided among them. More than one cannot use a unix socket or a database in "
+            "memory. The default, 1, suits gateways that a load balancer or Kubernetes replicates."
+        ),
+    )
     max_streams: Whole = Field(
         default=1000,
         ge=1,
         le=100_000,
         description=(
-            "Completions that run at once; further ones are refused with RESOURCE_EXHAUSTED (TOO_MANY_STREAMS). Each "
-            "uses one connection to a provider. The default is about what one process forwards at full speed."
+            "Completions that run at once in each worker; further ones are refused with RESOURCE_EXHAUSTED "
+            "(TOO_MANY_STREAMS). Each uses one connection to a provider. The default is about what one process "
+            "forwards at full speed."
         ),
     )
     max_connections: Whole = Field(
@@ -121,7 +135,7 @@ class ServerSettings(Section):
         ge=1,
         le=1_000_000,
         description=(
-            "Client connections at once, over all addresses; further ones are closed as soon as they are accepted. "
+            "Client connections of each worker at once, over all addresses; further ones are closed as soon as they are accepted. "
             "The gateway never uses more than half of the process's file descriptors for clients; at startup it "
             "raises the soft limit to the hard limit (see `serving` in the log). An idle connection takes about 30 "
             "KiB. The default is ten times what proxies with a few connections each need."
@@ -157,7 +171,7 @@ class ServerSettings(Section):
         ge=1,
         le=100_000,
         description=(
-            "Requests received at once, each of at most max_receive_bytes; one caller may use a quarter of them. "
+            "Requests received at once by each worker, each of at most max_receive_bytes; one caller may use a quarter of them. "
             "Further calls wait, and the gateway receives at most 64 KiB of each. A small request takes less than a "
             "millisecond. The default amounts to 1.25 GiB of the largest requests."
         ),
@@ -180,7 +194,8 @@ class ServerSettings(Section):
             "eighths of the limit, new calls are refused with RESOURCE_EXHAUSTED (MEMORY_LIMIT_EXCEEDED); at the "
             "limit, the largest calls are ended. If not set, the limit is half of the memory that the process may "
             "use: its cgroup's limit, or else the machine's memory. The other half is for the process itself and for "
-            "the copies that gRPC and the sockets make. Set it if several processes share that memory."
+            "the copies that gRPC and the sockets make. Set it if other processes share that memory. With several "
+            "workers, each gets an equal part of the limit."
         ),
     )
     max_completed_bytes: Bytes = Field(
@@ -249,6 +264,16 @@ class ServerSettings(Section):
         return self.tls_cert_file is not None
 
     # In the validators below, a key that is missing from `info.data` was itself invalid and has its own error.
+
+    @field_validator("workers")
+    @classmethod
+    def _workers_share_ports(cls, value: int, info: ValidationInfo) -> int:
+        sockets = [listen for listen in info.data.get("listen", ()) if listen.startswith("unix:")]
+        if value > 1 and sockets:
+            raise ValueError(
+                f"cannot be more than 1 with {', '.join(sockets)}, because only ports can be shared: listen on a port"
+            )
+        return value
 
     @field_validator("tls_key_file")
     @classmethod
@@ -446,7 +471,8 @@ class RetentionSettings(Section):
     max_bytes: Bytes = Field(
         default=256 * MIB,
         description=(
-            "Bytes kept of all streams together. Above the limit, the gateway first drops ended streams, in the order "
+            "Bytes kept of all streams together, in equal parts for the workers. Above the limit, the gateway first drops "
+            "ended streams, in the order "
             "in which they ended, then the oldest messages of active streams. In addition, each active stream keeps "
             "up to 256 KiB that its readers have not received yet. The default is as much as queue_bytes can add up "
             "to."
@@ -764,6 +790,16 @@ class Settings(Section):
             problems = lines.certificates_needed(value._entries)
             if problems:
                 raise lines.LinesError(problems)
+        return value
+
+    @field_validator("registry")
+    @classmethod
+    def _workers_share_the_database(cls, value: RegistrySettings, info: ValidationInfo) -> RegistrySettings:
+        if "server" in info.data and info.data["server"].workers > 1 and values.is_in_memory(value.database_url):
+            raise ValueError(
+                "a database in memory cannot be shared by several workers: set database_url to a file or to PostgreSQL, or "
+                "server.workers to 1"
+            )
         return value
 
     @field_validator("providers")
