@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import json
 import os
 import zlib
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from deltawire_server.completions.records import mark_of
@@ -119,6 +121,12 @@ class WorkerProcess:
 
         def ended() -> None:
             loop.remove_reader(self.control)
+            atexit.register(_remove, self.folder)  # which the parent would have done
             parent_ended()
 
         loop.add_reader(self.control, ended)
+
+
+def _remove(folder: str) -> None:
+    with contextlib.suppress(OSError):  # not empty: a sibling still runs, and removes it
+        Path(folder).rmdir()
