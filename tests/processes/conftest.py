@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
     from deltawire_server.fake_vllm import FakeVllm
 
+SMALL_WINDOW = [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
+"""Little of a stream that its caller does not read is in buffers."""
+
 
 class StartWorker(Protocol):
     """Runs one of two workers in front of the test's `vllm`."""
@@ -44,7 +47,7 @@ def start_worker(vllm: FakeVllm, tmp_path: Path) -> StartWorker:
             settings = settings_of(vllm.base_url, tmp_path, **sections)
             async with (
                 Gateway(settings, process) as gateway,
-                aio.insecure_channel(gateway.addresses[0]) as channel,
+                aio.insecure_channel(gateway.addresses[0], options=SMALL_WINDOW) as channel,
             ):
                 yield Running(gateway, channel)
 

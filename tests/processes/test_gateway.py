@@ -247,10 +247,3 @@ async def test_what_cannot_serve(tmp_path: Path) -> None:
     status, (problem,) = await run(*usual, *ca)
     assert status == 2
     assert problem.startswith(f"deltawire-server: providers.vllm.tls_verify: {file} cannot be used")
-    status, problems = await run(*usual, "--database-url", "sqlite://", "--listen", "unix:/run/d.sock")
-    assert status == 2
-    assert len(problems) == 1
-    assert "server.workers" in problems[0]
-    status, (problem,) = await run(*usual, "--database-url", "sqlite://")
-    assert status == 2
-    assert "a database in memory cannot be shared" in problem

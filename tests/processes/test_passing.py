@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
@@ -202,6 +202,60 @@ async def test_nobody_outside_is_believed(start_worker: StartWorker, vllm: FakeV
             assert failure.code is grpc.StatusCode.UNAUTHENTICATED
             failure = await failure_of(worker.look_up(OWN, metadata=(*bearer("bob"), *claim)))  # type: ignore[arg-type]
             assert failure.code is grpc.StatusCode.NOT_FOUND
+
+
+async def test_limits_of_memory_are_for_all_workers(start_worker: StartWorker) -> None:
+    """Each worker gets an equal part; the number of completions is each worker's own."""
+    limits: dict[str, Any] = {
+        "server": {"max_memory_bytes": 2**30, "max_streams": 7},
+        "retention": {"max_bytes": 2**20},
+    }
+    async with start_worker(0, **limits) as worker:
+        runs = worker.gateway._worker
+        assert (runs.memory.limit, runs._retention._limits.max_bytes, runs.admission._limit) == (2**29, 2**19, 7)
+
+
+async def test_a_passed_call_takes_a_place_where_it_runs(start_worker: StartWorker, vllm: FakeVllm) -> None:
+    """The worker that passes it on has room for others; a full worker's refusal is passed back."""
+    vllm.play(Script.chunks([CHUNKS.role(), CHUNKS.text("a"), asyncio.Event()]))
+    limits: dict[str, Any] = {"server": {"max_streams": 1}}
+    async with start_worker(0, **limits) as here, start_worker(1, **limits) as away:
+        ids = [id_at(1, here), id_at(0, here)]
+        call = here.stream(ask(completion_id=ids[0]))
+        assert kinds([await anext(aiter(call))]) == ["started"]
+        assert [worker.gateway._worker.active for worker in (here, away)] == [0, 1]
+        failure = await failure_of(here.create(ask(completion_id=ids[0])))
+        assert (failure.code, failure.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS")
+        assert failure.quota
+        vllm.play(Script.chunks([CHUNKS.role(), CHUNKS.text("a"), CHUNKS.finish()]))
+        await here.create(ask(completion_id=ids[1]))
+        call.cancel()
+
+
+async def test_a_draining_worker_answers_for_its_completions(workers: list[Running], vllm: FakeVllm) -> None:
+    """What a sibling passes on is served until the end; others are refused."""
+    gate = asyncio.Event()
+    vllm.play(Script.chunks([CHUNKS.role(), CHUNKS.text("a"), gate, CHUNKS.finish()]))
+    here, away = workers
+    stream = aiter(away.stream(options=KEPT))
+    made = (await anext(stream)).started.completion_id
+    away.gateway._calls.refuse_new_calls()
+    assert (await here.look_up(made)).state == RUNNING
+    assert (await failure_of(away.look_up(made))).reason == "DRAINING"
+    gate.set()
+    assert kinds([event async for event in stream])[-1] == "completed"
+
+
+async def test_a_caller_that_does_not_read(start_worker: StartWorker, vllm: FakeVllm) -> None:
+    """Fails with SLOW_CALLER at the worker that it called."""
+    vllm.play(Script.generated(tokens=100_000_000, chunks_per_write=50))
+    limits: dict[str, Any] = {"stream": {"queue_bytes": 1024, "slow_caller_timeout": 0.2}}
+    async with start_worker(0, **limits) as here, start_worker(1, **limits):
+        call = here.stream(ask(completion_id=id_at(1, here)))
+        await asyncio.wait_for((await vllm.received()).closed_early.wait(), WAIT)
+        events, failure = await read_badly(call)
+        assert (failure.code, failure.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "SLOW_CALLER")
+        assert [event.sequence for event in events] == list(range(len(events)))
 
 
 async def test_access_that_the_other_worker_has_revoked(start_worker: StartWorker) -> None:
