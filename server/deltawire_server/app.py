@@ -9,6 +9,8 @@ import ssl
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import structlog
+
 from deltawire._version import __version__
 from deltawire.v1 import chat_completion_pb2, chat_completion_pb2_grpc, model_registry_pb2, model_registry_pb2_grpc
 from deltawire_server import signals
@@ -317,7 +319,9 @@ async def serve(settings: Settings, reload: Callable[[], Settings], process: Wor
         ListenError: The gateway cannot listen on an address.
         RegistryError: The registry's database cannot be used.
     """
-    configure_logging(settings.log.level, settings.log.format, worker=process.number if process else None)
+    configure_logging(settings.log.level, settings.log.format)
+    if process is not None:
+        structlog.contextvars.bind_contextvars(worker=process.number)  # in the records of all tasks
     drain_requested = asyncio.Event()
     stop_requested = asyncio.Event()
     reload_requested = asyncio.Event()

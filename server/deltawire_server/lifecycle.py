@@ -22,6 +22,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from deltawire_server import descriptors
 from deltawire_server.rpc import health
+from deltawire_server.rpc.reception import PENDING_REQUESTS
 from deltawire_server.settings import ServerSettings, is_local
 from deltawire_server.telemetry import get_logger
 
@@ -32,9 +33,6 @@ REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 
 FAREWELL_SECONDS = 1.0
 """Time for ended calls to send their last message; calls whose callers do not read are cancelled afterwards."""
-
-MAX_PENDING_REQUESTS = 1_000_000
-"""Calls that wait for a Python handler; more than the connections of any machine carry at once."""
 
 MAX_PING_STRIKES = 20
 """Pings that may arrive sooner than `min_ping_interval` after the previous one; more close the connection with ENHANCE_YOUR_CALM.
@@ -206,9 +204,7 @@ def _options(settings: ServerSettings, connections: int) -> list[tuple[str, int]
         # Only the first algorithm, "identity": a compressed request is refused by its headers. Otherwise 30 KiB from an
         # unauthenticated caller could become 32 MiB here. Images, the largest part of requests, do not compress anyway.
         ("grpc.compression_enabled_algorithms_bitset", 1),
-        # By default, grpc itself cancels calls of a burst without a reason. The gateway has its own admission control.
-        ("grpc.server.max_pending_requests", MAX_PENDING_REQUESTS),
-        ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_REQUESTS),
+        *PENDING_REQUESTS,
         ("grpc.keepalive_time_ms", _milliseconds(settings.keepalive_time)),
         # This option determines when a vanished peer is detected; grpc.keepalive_timeout_ms has no effect.
         ("grpc.http2.ping_timeout_ms", _milliseconds(settings.ping_timeout)),

@@ -20,17 +20,14 @@ _COUNTS = ("prompt_tokens", "completion_tokens", "reasoning_tokens", "cached_pro
 """Keys that contain one of these words and are not secret."""
 
 
-def configure_logging(level: str, form: str, *, stream: TextIO | None = None, worker: int | None = None) -> None:
+def configure_logging(level: str, form: str, *, stream: TextIO | None = None) -> None:
     """Set up logging for the process.
 
     Args:
         level: The lowest level to log: debug, info, warning or error.
         form: "json", "text", or "auto": text to a terminal, JSON to anything else.
         stream: The output; standard error by default.
-        worker: The number of this process, for all records of this task and of the tasks that it creates.
     """
-    if worker is not None:
-        structlog.contextvars.bind_contextvars(worker=worker)
     output = sys.stderr if stream is None else stream
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,

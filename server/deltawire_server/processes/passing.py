@@ -20,6 +20,7 @@ from deltawire_server.completions.records import lost
 from deltawire_server.errors import Code, DeltawireError, GatewayError, Reason, Violation
 from deltawire_server.rpc.chat_completion import slow_caller
 from deltawire_server.rpc.interceptors import ADMITTED, PROVIDER_TOKEN, REQUEST_ID, STREAM_CHAT, call_record, passed_on
+from deltawire_server.rpc.reception import PENDING_REQUESTS
 from deltawire_server.rpc.status import DETAILS_TRAILER
 from deltawire_server.rpc.writer import StreamWriter
 
@@ -40,6 +41,9 @@ OWNER = "deltawire-owner-bin"
 
 RETRY_SECONDS = 1.0
 """When to retry a call whose worker has ended: a new one takes about as long to start."""
+
+CLOSE_SECONDS = 1.0
+"""How long the calls of a channel that could not connect have to notice it before the channel is closed."""
 
 METADATA_BYTES = 64 * 1024
 """The largest metadata of a passed-on call: the caller's own metadata, which gRPC limits to 16 KiB, and its name."""
@@ -82,9 +86,15 @@ class Passing(aio.ServerInterceptor):
         self._memory = memory
         self._slow_caller_timeout = slow_caller_timeout
         self._channels: dict[int, aio.Channel] = {}
+        self._closing: set[asyncio.Task[None]] = set()
         self.server = aio.server(
             interceptors=[_Believing(), calls],
-            options=[("grpc.max_receive_message_length", max_receive_bytes), ("grpc.http2.bdp_probe", 0), *_SIZES],
+            options=[
+                ("grpc.max_receive_message_length", max_receive_bytes),
+                ("grpc.http2.bdp_probe", 0),  # as on the public listeners
+                *PENDING_REQUESTS,
+                *_SIZES,
+            ],
         )
 
     async def start(self) -> None:
@@ -95,8 +105,7 @@ class Passing(aio.ServerInterceptor):
     async def close(self) -> None:
         """Cancel the calls that were passed on in either direction."""
         await self.server.stop(0)
-        for channel in self._channels.values():
-            await channel.close()
+        await asyncio.gather(*self._closing, *(channel.close() for channel in self._channels.values()))
 
     async def intercept_service(
         self, continuation: _Continuation, handler_call_details: grpc.HandlerCallDetails
@@ -149,8 +158,9 @@ class Passing(aio.ServerInterceptor):
         if record.place is not None:
             record.place.release()  # the other worker has the completion, and so its place
         size = len(unsent[0])
-        self._memory.admit(size)
-        channel = await self._channel(number)
+        if new:
+            self._memory.admit(size)
+        channel = self._channel(number)
         # `pop`, because the call keeps what it is given until its end, which may be much later than the request is sent.
         passing: Any = channel.unary_stream(method, request_serializer=list.pop)
         call: aio.UnaryStreamCall[Any, bytes] = passing(
@@ -180,12 +190,14 @@ class Passing(aio.ServerInterceptor):
             record.latch.succeed()
         return response
 
-    async def _channel(self, number: int) -> aio.Channel:
+    def _channel(self, number: int) -> aio.Channel:
         """The channel to a worker. One that could not connect is replaced, because gRPC would wait before it tries again."""
         channel = self._channels.get(number)
         if channel is not None and channel.get_state() is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
             del self._channels[number]
-            await channel.close()
+            closing = asyncio.create_task(channel.close(CLOSE_SECONDS))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
         if number not in self._channels:
             options = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1), *_SIZES]
             self._channels[number] = aio.insecure_channel(self._process.socket(number), options=options)
