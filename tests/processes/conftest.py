@@ -40,7 +40,7 @@ def start_worker(vllm: FakeVllm, tmp_path: Path) -> StartWorker:
     async def start(number: int, incarnation: int = 0, **sections: Mapping[str, Any]) -> AsyncIterator[Running]:
         parent, control = socket.socketpair()
         with parent, control:
-            parent.send(b"\n")  # the word to serve
+            parent.send(b"\n")  # it may serve
             process = WorkerProcess(
                 number, 2, incarnation, "ab12", str(tmp_path), ("127.0.0.1:0",), control=control.fileno()
             )

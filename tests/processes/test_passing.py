@@ -1,4 +1,4 @@
-"""Every id works at every worker: what a sibling passes on, what callers see of it, and whom it believes."""
+"""Every id works at every worker: what a worker passes on, what callers receive, and the caller's identity."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ async def test_a_retry_at_another_worker_joins_the_completion(workers: list[Runn
     assert len(vllm.chats) == 2
 
 
-async def test_what_goes_along(workers: list[Running], vllm: FakeVllm, lines: Lines) -> None:
+async def test_metadata_of_passed_calls(workers: list[Running], vllm: FakeVllm, lines: Lines) -> None:
     """The caller's request id, token and trace, to vLLM and back; one log line at each worker."""
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     metadata = (("x-request-id", "abc"), ("x-vllm-api-token", "hush"), ("traceparent", trace))
@@ -188,8 +188,8 @@ async def test_a_worker_that_has_ended(start_worker: StartWorker, vllm: FakeVllm
             assert (await here.create(ask(completion_id=own))).started.completion_id == own
 
 
-async def test_nobody_outside_is_believed(start_worker: StartWorker, vllm: FakeVllm) -> None:
-    """What siblings say of a caller means nothing on a public listener; callers keep to their own ids at every worker."""
+async def test_a_public_caller_cannot_name_another_caller(start_worker: StartWorker, vllm: FakeVllm) -> None:
+    """Public listeners ignore the metadata of siblings; each caller has only its own completions, at every worker."""
     async with start_worker(0, access=KEYS) as one, start_worker(1, access=KEYS) as two:
         principals = {each.name: each for each in one.gateway._settings.access.principals}
         claim = ((CALLER, b"ann"), (OWNER, principals["ann"].owner.encode()))

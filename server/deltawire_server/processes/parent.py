@@ -3,7 +3,7 @@
     start all ──▶ all ready ──▶ each listens on the port ──▶ serving ── a worker ends ──▶ started again after a delay
                     └── one cannot serve: its message and exit status, once          SIGTERM ──▶ all drain, then the end
 
-The workers end if the parent does: they notice that its end of their connection is closed.
+If the parent ends, its connection to each worker is closed, and the workers drain and end.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class _Worker:
         place: Which worker it is.
         process: Its process.
         problems: Why it cannot serve, as it reported it.
-        told: Whether it was told to serve.
+        may_serve: Whether it was permitted to listen on the public addresses.
         must_reload: Whether a reload was requested before it served.
         since: The time of its start, or of a failed attempt to replace it.
     """
@@ -130,7 +130,7 @@ class _Worker:
         self.place = place
         self.process = process
         self.problems: list[str] = []
-        self.told = False
+        self.may_serve = False
         self.must_reload = False
         self.since = time.monotonic()
         self._reports = reports
@@ -147,8 +147,8 @@ class _Worker:
         return False
 
     async def serve(self) -> bool:
-        """Tell it to serve, and wait until it does; return false if it ends instead."""
-        self.told = True
+        """Permit it to listen on the public addresses, and wait until it serves; return false if it ends instead."""
+        self.may_serve = True
         self._control.write(b"\n")
         serves = await self.reported("serving")
         if serves and self.must_reload:
@@ -279,12 +279,12 @@ class _Parent:
         """Let all workers drain; the second time, they end at once. One that does not serve yet has no calls and is killed."""
         self._stopping.set()
         for worker in self._workers:
-            worker.signal(signal.SIGTERM if worker.told else signal.SIGKILL)
+            worker.signal(signal.SIGTERM if worker.may_serve else signal.SIGKILL)
 
     def _reload(self) -> None:
         """Let all workers read the settings again; one that does not serve yet does so when it serves."""
         for worker in self._workers:
-            if worker.told:
+            if worker.may_serve:
                 worker.signal(signals.RELOAD)
             else:
                 worker.must_reload = True

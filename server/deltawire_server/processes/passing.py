@@ -3,8 +3,8 @@
     caller ──▶ public listener ── access, receiving ──▶ Passing ── another worker's id ──▶ that worker's private listener
                                                           └── otherwise ──▶ the service of this process
 
-The private listener is a unix socket in a directory that only this user can enter. It believes the name of the caller that a
-sibling sends; the public listeners do not read it. Answers are passed on as bytes.
+The private listener is a unix socket in a directory that only this user can enter. It takes the caller's name from metadata
+that siblings send; the public listeners ignore this metadata. Answers are passed on as bytes.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Passing(aio.ServerInterceptor):
         self._channels: dict[int, aio.Channel] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self.server = aio.server(
-            interceptors=[_Believing(), calls],
+            interceptors=[_NamedCaller(), calls],
             options=[
                 ("grpc.max_receive_message_length", max_receive_bytes),
                 ("grpc.http2.bdp_probe", 0),  # as on the public listeners
@@ -204,8 +204,8 @@ class Passing(aio.ServerInterceptor):
         return self._channels[number]
 
 
-class _Believing(aio.ServerInterceptor):
-    """Takes the name of the caller from the metadata of a call that a sibling passes on."""
+class _NamedCaller(aio.ServerInterceptor):
+    """Sets `passed_on`, from the metadata of a call that a sibling passes on."""
 
     async def intercept_service(
         self, continuation: _Continuation, handler_call_details: grpc.HandlerCallDetails

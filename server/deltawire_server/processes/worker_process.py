@@ -1,4 +1,4 @@
-"""This process as one of a gateway's workers: who its siblings are, which of them has a completion, and its parent."""
+"""One worker of a gateway: its number, the worker that has a completion, and the connection to the parent."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class WorkerProcess:
             os.write(self.control, json.dumps(state).encode() + b"\n")
 
     async def ready(self) -> bool:
-        """Report that this process can serve, and wait for the parent's word; return false if the parent has ended."""
+        """Report that this process can serve, and wait until it may; return false if the parent has ended."""
         self.report(ready=True)
         loop = asyncio.get_running_loop()
         readable = asyncio.Event()
