@@ -166,9 +166,15 @@ async def test_from_start_to_sigterm(vllm: FakeVllm, tmp_path: Path) -> None:
         (serving,) = await gateway.logged("serving")
         (address,) = serving["addresses"]
         assert serving["workers"] == 2
-        for count in ("1", "2"):
-            other = ["--listen", address, "--vllm-url", vllm.base_url, "--workers", count]
-            status, (problem,) = await run(*other, "--database-url", f"sqlite:///{tmp_path}/registry.db")
+        other = [
+            "--listen",
+            address,
+            "--vllm-url",
+            vllm.base_url,
+            "--database-url",
+            f"sqlite:///{tmp_path}/registry.db",
+        ]
+        for status, (problem,) in await asyncio.gather(run(*other), run(*other, "--workers", "1")):
             assert status == 1
             assert problem.startswith(f"deltawire-server: cannot listen on {address}: is it taken by another process?")
 
@@ -194,8 +200,13 @@ async def test_from_start_to_sigterm(vllm: FakeVllm, tmp_path: Path) -> None:
 
 
 async def test_a_worker_is_killed_and_then_the_parent(vllm: FakeVllm, tmp_path: Path) -> None:
-    """Only its own streams fail, its ids are lost, and another takes its place. Without the parent, all end."""
-    async with started(tmp_path, vllm.base_url) as gateway:
+    """Only its own streams fail, its ids are lost, and another takes its place. Without the parent, all end.
+
+    Whoever breaks the settings file meanwhile delays the replacement until it is repaired.
+    """
+    file = tmp_path / "deltawire.toml"
+    file.write_text("")
+    async with started(tmp_path, vllm.base_url, "--config", str(file)) as gateway:
         workers = await gateway.connected()
         gate = asyncio.Event()
         streams = []
@@ -207,12 +218,17 @@ async def test_a_worker_is_killed_and_then_the_parent(vllm: FakeVllm, tmp_path: 
         assert [*map(worker_of, ids)] == [0, 1]
         assert (await workers[1].look_up(ids[0])).state == chat_pb.COMPLETION_STATE_RUNNING
 
+        file.write_text("nonsense = 1")
         os.kill(gateway.pid(1), signal.SIGKILL)
         with pytest.raises(aio.AioRpcError) as caught:
             await anext(streams[1])
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-        (ended,) = await gateway.logged("worker ended")
-        assert (ended["worker"], ended["status"], ended["problems"]) == (1, -signal.SIGKILL, [])
+        (killed, refused, *_) = await gateway.logged("worker ended", 2)
+        assert (killed["worker"], killed["status"], killed["problems"]) == (1, -signal.SIGKILL, [])
+        assert (refused["worker"], refused["status"]) == (1, 2)
+        assert "nonsense" in refused["problems"][0]
+        assert refused["restart_seconds"] == 2 * killed["restart_seconds"]
+        file.write_text("")
         failure = await failure_of(workers[0].look_up(ids[1]))
         assert failure.reason == "COMPLETION_GONE"
         gate.set()
@@ -240,10 +256,9 @@ async def test_what_cannot_serve(tmp_path: Path) -> None:
     file.write_text("no certificate")
     url = f"sqlite:///{tmp_path}"  # a directory
     usual = ["--vllm-url", "http://127.0.0.1:1", "--listen", "127.0.0.1:0"]
-    status, (problem,) = await run(*usual, "--database-url", url)
-    assert status == 1
-    assert problem.startswith("deltawire-server: cannot use the database")
     ca = ["--set", f"providers.vllm.tls_verify={file}", "--database-url", f"{url}/registry.db"]
-    status, (problem,) = await run(*usual, *ca)
-    assert status == 2
-    assert problem.startswith(f"deltawire-server: providers.vllm.tls_verify: {file} cannot be used")
+    database, authority = await asyncio.gather(run(*usual, "--database-url", url), run(*usual, *ca))
+    assert [status for status, _ in (database, authority)] == [1, 2]
+    assert [len(problems) for _, problems in (database, authority)] == [1, 1]
+    assert database[1][0].startswith("deltawire-server: cannot use the database")
+    assert authority[1][0].startswith(f"deltawire-server: providers.vllm.tls_verify: {file} cannot be used")
