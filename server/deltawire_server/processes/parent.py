@@ -35,6 +35,9 @@ FIRST_DELAY = 0.1
 MAX_DELAY = 30.0
 """Seconds before a worker is started again; doubled each time."""
 
+MAX_REPORT = 1024 * 1024
+"""Bytes of one report of a worker: all its problems."""
+
 STABLE_SECONDS = 60.0
 """A worker that served for so long is started again after `FIRST_DELAY`."""
 
@@ -270,7 +273,7 @@ class _Parent:
                 start_new_session=True,
             )
             undo.pop_all()
-        worker = _Worker(place, process, *await asyncio.open_connection(sock=ours))
+        worker = _Worker(place, process, *await asyncio.open_connection(sock=ours, limit=MAX_REPORT))
         if self._stopping.is_set():
             worker.signal(signal.SIGKILL)
         return worker
