@@ -91,7 +91,7 @@ def _signed(folder: Path, name: str, alternative_names: str) -> tuple[Path, Path
 
 @pytest.fixture(autouse=True)
 def contract_is_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
-    """Check every completion of every gateway that a test runs in this process, whoever calls it."""
+    """Check every completion of every gateway that a test runs in this process, for any client."""
     recorder, begin = Recorder(), Lifecycle.__init__
 
     def recorded(self: Lifecycle, settings: ServerSettings, interceptors: Sequence[Any], calls: Calls) -> None:

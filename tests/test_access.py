@@ -1,4 +1,4 @@
-"""Who may call: the table of permissions, the judgement, and the lines that principals come from."""
+"""Access: the table of permissions, the decision, and the access lines."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_chats_need_call_and_the_registry_read_or_change() -> None:
 
 
 def test_without_principals_every_caller_may_do_everything() -> None:
-    """Nobody is asked, not even who sends what is no key."""
+    """An open gateway accepts every call, even with an invalid key."""
     access = Access()
     assert access.open
     assert access.summary == "every caller may do everything"
@@ -137,7 +137,7 @@ def test_a_key_and_an_identity() -> None:
 
 
 def test_an_identity_is_no_key() -> None:
-    """A name in a certificate is no secret: sent as a key it lets nobody in, and a key as a name neither."""
+    """The name of a certificate is not accepted as a key, and a key is not accepted as a name."""
     access = Access([principal(f"frontend all mtls:uri:{MESH}"), principal(f"ci all {SECRET}")])
     assert refusal(access, CHAT, MESH).reason is Reason.UNAUTHENTICATED
     names = [Identity(kind, name) for kind in NameKind for name in (SECRET, DIGEST)]
@@ -217,10 +217,10 @@ def test_what_was_let_in_and_is_no_longer_admitted() -> None:
 def test_no_key_is_kept() -> None:
     """Neither the key nor its digest shows in what is printed, and the key is nowhere in the object."""
     made = principal(f"ci all {SECRET}")
-    for shown in (repr(made), str(made), made.masked()):
+    for shown in (repr(made), str(made), made.line(masked=True)):
         assert SECRET not in shown
         assert DIGEST not in shown
-    assert made.masked() == "ci all sha256:***"
+    assert made.line(masked=True) == "ci all sha256:***"
     assert made.line() == f"ci all sha256:{DIGEST}"
     assert isinstance(made.credential, Key)
     assert made.credential.clear
@@ -289,8 +289,8 @@ def test_lines(line: str, made: Principal) -> None:
 
 def test_the_permissions_of_a_line_are_written_in_order() -> None:
     """And all of them as all."""
-    assert principal(f"ci change,call {SECRET}").masked() == "ci call,change sha256:***"
-    assert principal("ci operate,change,call,read mtls:dns:a").masked() == "ci all mtls:dns:a"
+    assert principal(f"ci change,call {SECRET}").line(masked=True) == "ci call,change sha256:***"
+    assert principal("ci operate,change,call,read mtls:dns:a").line(masked=True) == "ci all mtls:dns:a"
 
 
 @pytest.mark.parametrize(

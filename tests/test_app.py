@@ -106,7 +106,7 @@ async def test_a_signal_drains(serving: Any, vllm: FakeVllm, tmp_path: Path, lin
 
 
 async def test_a_second_signal_hastens(serving: Any, vllm: FakeVllm, tmp_path: Path, lines: Lines) -> None:  # noqa: ANN401
-    """Whoever insists does not wait for delay, grace or calls."""
+    """A second signal ends the process without waiting for the delay, the grace period or calls."""
     vllm.play(Script.chunks([CHUNKS.role(), asyncio.Event()]))
     settings = settings_of(vllm.base_url, tmp_path, server={"drain_delay": 3600, "drain_grace": 3600})
     async with serving(settings) as served:
@@ -233,7 +233,7 @@ async def test_serving_says_who_may_call(start_gateway: StartGateway, lines: Lin
 async def test_warning_about_callers_on_other_machines(
     vllm: FakeVllm, tmp_path: Path, lines: Lines, certificates: Certificates
 ) -> None:
-    """Unless somebody says who may call: lines of their own, or the authority of mutual TLS."""
+    """The warning is logged unless the gateway has access lines or mutual TLS."""
     event = "callers on other machines may do everything"
     tls = {"tls_cert_file": certificates.server, "tls_key_file": certificates.server_key}
     mutual = tls | {"tls_client_ca_file": certificates.authority}

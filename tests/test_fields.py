@@ -4,7 +4,7 @@ Two tables, `TAKEN` and `GIVEN`, by message and field; an enum's values stand wh
 both directions has rows in both. Each row says two things:
 
 1. The test that shows that the field becomes the right part of vLLM's body, or does in the gateway what it says; or that it is
-   told rightly. Its vLLM is a look-alike, or a recording of a real one.
+   reported correctly. Its vLLM is a fake, or a recording of a real one.
 2. The test that shows it on a real vLLM. `Accepted` is a test that only shows that vLLM takes it, and why no more can be seen;
    `NotShown` is why none can show it, with the small model and the flags that the tests have.
 
@@ -68,7 +68,7 @@ POLICY = partial("{}::{}".format, "tests/rpc/test_tool_policy.py")
 COUNT = partial("{}::{}".format, "tests/rpc/test_count_tokens.py")
 FAULTS = partial("{}::{}".format, "tests/rpc/test_failures.py")
 CONVERT = partial("{}::{}".format, "tests/rpc/test_convert.py")
-TOLD = partial("{}::{}".format, "tests/completions/test_completion.py")
+COMPLETION = partial("{}::{}".format, "tests/completions/test_completion.py")
 CONTRACT = partial("{}::{}".format, "tests/sansio/test_contract.py")
 USAGE = partial("{}::{}".format, "tests/sansio/test_usage.py")
 # and with a real vLLM
@@ -89,33 +89,33 @@ TEXT_ONLY = NotShown("never given: what a model says is text")
 TEXT_ALONE = NotShown("an answer's message has text, in `text`; parts are for requests")
 ONE_REPLICA = NotShown("the provider is one server, whose document names all its fields")
 
-ROLES = REAL_TEXT("test_all_roles_and_several_parts_are_taken")
-ONE_TOKEN = "test_only_the_likeliest_token_is_left[{}]".format
-STREAMED = REAL_TEXT("test_text_is_streamed_as_it_is_generated_and_counted_to_the_token")
+ROLES = REAL_TEXT("test_roles_and_parts")
+ONE_TOKEN = "test_fields_that_leave_the_likeliest_token[{}]".format
+STREAMED = REAL_TEXT("test_a_streamed_text")
 STRICT_CALL = REAL_TOOLS("test_a_required_strict_call_follows_its_schema")
-INCREMENTAL = REAL_SHAPING("test_calls_are_told_while_they_are_written")
-SCHEMA_CHECK = REAL_SHAPING("test_arguments_are_held_to_the_schema_on_demand")
-MALFORMED = REAL_TOOLS("test_malformed_arguments_fail_with_all_that_was_said")
+INCREMENTAL = REAL_SHAPING("test_incremental_calls")
+SCHEMA_CHECK = REAL_SHAPING("test_schema_validation_on_request")
+MALFORMED = REAL_TOOLS("test_malformed_arguments_fail_with_their_text")
 REAL_LOGPROBS = REAL_TEXT("test_log_probabilities_of_every_token")
 KILLED_ENGINE = REAL_FAULTS("test_an_engine_that_is_killed")
 SOFT_CANCEL = REAL_COMPLETIONS("test_a_soft_cancel")
 REAL_STATES = REAL_COMPLETIONS("test_states_of_a_completion")
-REAL_REPLAY = REAL_COMPLETIONS("test_a_replay_is_the_same_to_the_bit")
-REAL_GIVEN_UP = REAL_COMPLETIONS("test_what_is_known_of_a_call_that_was_given_up")
-REAL_LEFT = REAL_COMPLETIONS("test_a_caller_that_goes_leaves_the_engine_at_work")
+REAL_REPLAY = REAL_COMPLETIONS("test_a_replay_is_identical")
+REAL_GIVEN_UP = REAL_COMPLETIONS("test_the_record_of_a_cancelled_call")
+REAL_LEFT = REAL_COMPLETIONS("test_a_retained_stream_continues_without_its_caller")
 
 EVERYTHING = CHAT("test_everything_that_an_answer_can_hold")
 RECORDINGS = CHAT("test_recordings_keep_the_contract")
 EACH_EVENT = CONVERT("test_each_event")
 WHOLE_END = CONVERT("test_completed")
 VERDICTS = CONTRACT("test_5_the_first_reason_that_applies")
-WORDS = CONTRACT("test_7_each_word_has_its_stop_reason[{}]").format
+WORDS = CONTRACT("test_7_stop_reasons[{}]").format
 
 SAMPLING = tuple(field.name for field in chat_completion_pb2.Sampling.DESCRIPTOR.fields)
 
 TAKEN: Table = {
     "CreateChatCompletionRequest": {
-        "chat": (CHAT("test_create_is_the_end_of_the_stream"), REAL_TEXT("test_text_is_given_whole")),
+        "chat": (CHAT("test_create_is_the_end_of_the_stream"), REAL_TEXT("test_a_unary_text")),
     },
     "StreamChatCompletionRequest": {
         "chat": (CHAT("test_the_whole_request_reaches_vllm"), STREAMED),
@@ -127,38 +127,41 @@ TAKEN: Table = {
         "last_sequence": (RETAINED("test_a_replay_is_the_same_to_the_bit"), REAL_REPLAY),
     },
     "StreamOptions": {
-        "usage_updates": (TOLD("test_usage_updates"), REAL_SHAPING("test_the_usage_grows_to_the_account")),
+        "usage_updates": (COMPLETION("test_usage_updates"), REAL_SHAPING("test_usage_updates_grow_to_the_final_usage")),
         "max_coalesce_delay": (
-            TOLD("test_pieces_are_held_back_for_others"),
-            REAL_SHAPING("test_deltas_are_held_back_to_be_joined"),
+            COMPLETION("test_deltas_are_merged_within_the_coalesce_delay"),
+            REAL_SHAPING("test_coalesced_deltas"),
         ),
         "heartbeat_interval": (
-            TOLD("test_heartbeats"),
-            REAL_SHAPING("test_heartbeats_while_the_engine_stands_still"),
+            COMPLETION("test_heartbeats"),
+            REAL_SHAPING("test_heartbeats_of_a_suspended_engine"),
         ),
         "early_heartbeats": (
-            TOLD("test_heartbeats_before_the_beginning"),
-            REAL_SHAPING("test_heartbeats_while_a_prompt_is_read"),
+            COMPLETION("test_early_heartbeats"),
+            REAL_SHAPING("test_heartbeats_during_prefill"),
         ),
         "retention": (
             RETAINED("test_a_stream_that_nobody_comes_back_to"),
-            REAL_COMPLETIONS("test_nobody_comes_back"),
+            REAL_COMPLETIONS("test_a_retained_stream_without_a_reader_expires"),
         ),
     },
     "CancelChatCompletionRequest": {"completion_id": (RETAINED("test_a_soft_cancel"), SOFT_CANCEL)},
     "GetChatCompletionRequest": {"completion_id": (RETAINED("test_states_of_a_retained_completion"), REAL_STATES)},
     "CountTokensRequest": {
-        "chat": (COUNT("test_a_count_is_what_the_completion_costs"), REAL_COUNT("test_a_count_is_what_is_charged")),
+        "chat": (
+            COUNT("test_a_count_is_what_the_completion_costs"),
+            REAL_COUNT("test_a_count_equals_the_prompt_tokens"),
+        ),
     },
     "ChatRequest": {
         "model": (BODY("chat.model"), "tests/e2e/test_errors.py::test_an_unknown_model_is_not_found"),
         "messages": (CHAT("test_the_whole_request_reaches_vllm"), ROLES),
-        "tools": (BODY("chat.tools.name"), REAL_REQUESTS("test_what_a_tool_says_of_itself")),
+        "tools": (BODY("chat.tools.name"), REAL_REQUESTS("test_the_description_of_a_tool")),
         "tool_choice": (BODY("chat.tool_choice.mode"), STRICT_CALL),
         "allowed_tools": (BODY("chat.allowed_tools"), REAL_REQUESTS("test_only_allowed_tools_are_shown")),
         "parallel_tool_calls": (
             BODY("chat.parallel_tool_calls"),
-            REAL_TOOLS("test_parallel_calls_can_be_ruled_out"),
+            REAL_TOOLS("test_parallel_tool_calls_false"),
         ),
         "sampling": (BODY("chat.sampling.temperature"), REAL_TEXT("test_every_sampling_field_is_accepted")),
         "response_format": (BODY("chat.response_format.regex"), REAL_FORMATS("test_regex")),
@@ -185,7 +188,7 @@ TAKEN: Table = {
         "developer": (BODY("chat.messages.developer.content.text"), ROLES),
         "user": (BODY("chat.messages.user.content.text"), ROLES),
         "assistant": (BODY("chat.messages.assistant.content.text"), ROLES),
-        "tool": (BODY("chat.messages.tool.content.text"), REAL_TOOLS("test_a_result_goes_back_to_the_model")),
+        "tool": (BODY("chat.messages.tool.content.text"), REAL_TOOLS("test_a_tool_result")),
     },
     "SystemMessage": {
         "text": (BODY("chat.messages.system.text"), ROLES),
@@ -200,7 +203,10 @@ TAKEN: Table = {
         "content": (BODY("chat.messages.user.content.text"), ROLES),
     },
     "AssistantMessage": {
-        "text": (BODY("chat.messages.assistant.text"), REAL_SHAPING("test_turns_of_every_kind_go_back")),
+        "text": (
+            BODY("chat.messages.assistant.text"),
+            REAL_SHAPING("test_text_with_calls_and_empty_turns_are_accepted"),
+        ),
         "content": (BODY("chat.messages.assistant.content.text"), ROLES),
         "reasoning": (
             BODY("chat.messages.assistant.reasoning"),
@@ -208,7 +214,7 @@ TAKEN: Table = {
         ),
         "tool_calls": (
             BODY("chat.messages.assistant.tool_calls.tool_name"),
-            REAL_SHAPING("test_several_turns_go_back_as_they_came"),
+            REAL_SHAPING("test_messages_of_completed_are_accepted_as_turns"),
         ),
     },
     "ToolMessage": {
@@ -216,19 +222,19 @@ TAKEN: Table = {
             BODY("chat.messages.tool.call_id"),
             Accepted(REAL_REQUESTS("test_an_earlier_call"), "it only binds the result: no template shows it"),
         ),
-        "text": (BODY("chat.messages.tool.text"), REAL_TOOLS("test_a_result_goes_back_to_the_model")),
+        "text": (BODY("chat.messages.tool.text"), REAL_TOOLS("test_a_tool_result")),
         "content": (
             BODY("chat.messages.tool.content.text"),
             Accepted(REAL_REQUESTS("test_an_earlier_call"), "its parts reach the model as those of every other turn"),
         ),
     },
     "ContentPart": {
-        "text": (BODY("chat.messages.user.content.text"), REAL_COUNT("test_a_count_is_what_is_charged[text]")),
-        "image": (REQUEST("test_images"), REAL_IMAGES("test_every_way_to_show_an_image")),
+        "text": (BODY("chat.messages.user.content.text"), REAL_COUNT("test_a_count_equals_the_prompt_tokens[text]")),
+        "image": (REQUEST("test_images"), REAL_IMAGES("test_every_form_of_an_image")),
     },
     "Image": {
-        "url": (CONTENT("test_bytes_say_what_an_image_is"), REAL_IMAGES("test_every_way_to_show_an_image")),
-        "data": (CONTENT("test_bytes_say_what_an_image_is"), REAL_IMAGES("test_every_way_to_show_an_image")),
+        "url": (CONTENT("test_bytes_say_what_an_image_is"), REAL_IMAGES("test_every_form_of_an_image")),
+        "data": (CONTENT("test_bytes_say_what_an_image_is"), REAL_IMAGES("test_every_form_of_an_image")),
     },
     "ToolCall": {
         "call_id": (
@@ -245,10 +251,10 @@ TAKEN: Table = {
         ),
     },
     "Tool": {
-        "name": (BODY("chat.tools.name"), REAL_REQUESTS("test_what_a_tool_says_of_itself")),
-        "description": (BODY("chat.tools.description"), REAL_REQUESTS("test_what_a_tool_says_of_itself")),
-        "input_schema": (BODY("chat.tools.input_schema"), REAL_TOOLS("test_a_schema_is_passed_on_to_the_letter")),
-        "output_schema": (BODY("chat.tools.output_schema"), REAL_REQUESTS("test_what_a_tool_says_of_itself")),
+        "name": (BODY("chat.tools.name"), REAL_REQUESTS("test_the_description_of_a_tool")),
+        "description": (BODY("chat.tools.description"), REAL_REQUESTS("test_the_description_of_a_tool")),
+        "input_schema": (BODY("chat.tools.input_schema"), REAL_TOOLS("test_a_schema_is_sent_verbatim")),
+        "output_schema": (BODY("chat.tools.output_schema"), REAL_REQUESTS("test_the_description_of_a_tool")),
         "strict": (BODY("chat.tools.strict"), STRICT_CALL),
     },
     "ToolChoice": {
@@ -260,7 +266,7 @@ TAKEN: Table = {
         "MODE_REQUIRED": (BODY("chat.tool_choice.mode"), STRICT_CALL),
         "MODE_NONE": (
             REQUEST("test_none_keeps_the_tools_from_the_model"),
-            REAL_TOOLS("test_none_keeps_the_tools_from_the_model"),
+            REAL_TOOLS("test_tool_choice_none"),
         ),
     },
     "ToolCallPolicy": {
@@ -268,7 +274,7 @@ TAKEN: Table = {
         "validate_schema": (POLICY("test_arguments_are_held_to_the_schema_on_demand"), SCHEMA_CHECK),
     },
     "ToolCallStreaming": {
-        "TOOL_CALL_STREAMING_ASSEMBLED": (CONTRACT("test_4_assembled_tells_only_verdicts"), INCREMENTAL),
+        "TOOL_CALL_STREAMING_ASSEMBLED": (CONTRACT("test_4_assembled_calls_have_only_verdicts"), INCREMENTAL),
         "TOOL_CALL_STREAMING_INCREMENTAL": (POLICY("test_incremental_calls_are_told_piece_by_piece"), INCREMENTAL),
     },
     "Sampling": {
@@ -291,10 +297,10 @@ TAKEN: Table = {
         "seed": (BODY("chat.sampling.seed"), REAL_REQUESTS("test_seeds_differ")),
         "max_tokens": (BODY("chat.sampling.max_tokens"), STREAMED),
         "min_tokens": (BODY("chat.sampling.min_tokens"), REAL_REQUESTS("test_min_tokens")),
-        "stop": (BODY("chat.sampling.stop"), REAL_TEXT("test_a_stop_text_ends_the_answer_and_is_named")),
+        "stop": (BODY("chat.sampling.stop"), REAL_TEXT("test_a_stop_text")),
         "stop_token_ids": (
             BODY("chat.sampling.stop_token_ids"),
-            REAL_TEXT("test_a_stop_token_ends_the_answer_and_is_named"),
+            REAL_TEXT("test_a_stop_token"),
         ),
         "ignore_eos": (BODY("chat.sampling.ignore_eos"), REAL_REQUESTS("test_ignore_eos")),
         "logit_bias": (BODY("chat.sampling.logit_bias"), REAL_TEXT("test_a_bias_forces_a_token")),
@@ -349,21 +355,21 @@ GIVEN: Table = {
     "CreateChatCompletionResponse": {
         "started": (
             CHAT("test_create_is_the_end_of_the_stream"),
-            REAL_COMPLETIONS("test_a_soft_cancel_of_a_whole_answer"),
+            REAL_COMPLETIONS("test_a_soft_cancel_of_a_unary_call"),
         ),
-        "completed": (CHAT("test_create_is_the_end_of_the_stream"), REAL_TEXT("test_text_is_given_whole")),
+        "completed": (CHAT("test_create_is_the_end_of_the_stream"), REAL_TEXT("test_a_unary_text")),
     },
     "StreamChatCompletionResponse": {
         "sequence": (RECORDINGS, STREAMED),
-        "choice_index": (RECORDINGS, REAL_TEXT("test_two_answers_to_one_prompt")),
+        "choice_index": (RECORDINGS, REAL_TEXT("test_two_choices")),
         "started": (RECORDINGS, STREAMED),
         "text_delta": (RECORDINGS, STREAMED),
         "reasoning_delta": (RECORDINGS, NO_REASONING),
         "tool_call_delta": (RECORDINGS, STRICT_CALL),
         "choice_finished": (RECORDINGS, STREAMED),
-        "usage_update": (TOLD("test_usage_updates"), REAL_SHAPING("test_the_usage_grows_to_the_account")),
-        "notice": (TOLD("test_notices_come_after_the_beginning"), ONE_REPLICA),
-        "heartbeat": (TOLD("test_heartbeats"), REAL_SHAPING("test_heartbeats_while_the_engine_stands_still")),
+        "usage_update": (COMPLETION("test_usage_updates"), REAL_SHAPING("test_usage_updates_grow_to_the_final_usage")),
+        "notice": (COMPLETION("test_notices_follow_started"), ONE_REPLICA),
+        "heartbeat": (COMPLETION("test_heartbeats"), REAL_SHAPING("test_heartbeats_of_a_suspended_engine")),
         "completed": (RECORDINGS, STREAMED),
     },
     "Started": {
@@ -376,7 +382,7 @@ GIVEN: Table = {
     },
     "Sampling": dict.fromkeys(SAMPLING, (CHAT("test_started"), REAL_TEXT("test_every_sampling_field_is_accepted"))),
     "TextDelta": {
-        "text": (RECORDINGS, REAL_TEXT("test_every_character_arrives_as_it_was_said")),
+        "text": (RECORDINGS, REAL_TEXT("test_characters_are_unchanged")),
         "logprobs": (EVERYTHING, REAL_TEXT("test_log_probabilities_of_every_token[streamed]")),
     },
     "ReasoningDelta": {"text": (EVERYTHING, NO_REASONING), "logprobs": (EVERYTHING, NO_REASONING)},
@@ -421,14 +427,14 @@ GIVEN: Table = {
     "ToolCallFailureReason": {
         "TOOL_CALL_FAILURE_REASON_MISSING_NAME": (
             VERDICTS,
-            NotShown("the server's parser, hermes, tells nothing of a call without a name"),
+            NotShown("the server's parser, hermes, sends nothing for a call without a name"),
         ),
         "TOOL_CALL_FAILURE_REASON_UNKNOWN_TOOL": (VERDICTS, REAL_TOOLS("test_an_unknown_tool_fails")),
         "TOOL_CALL_FAILURE_REASON_TRUNCATED": (VERDICTS, REAL_TOOLS("test_a_cut_call_is_truncated")),
         "TOOL_CALL_FAILURE_REASON_MALFORMED_JSON": (VERDICTS, MALFORMED),
         "TOOL_CALL_FAILURE_REASON_NOT_AN_OBJECT": (VERDICTS, REAL_TOOLS("test_arguments_that_are_no_object_fail")),
         "TOOL_CALL_FAILURE_REASON_SCHEMA_MISMATCH": (
-            CONTRACT("test_5_the_schema_comes_after_all_else"),
+            CONTRACT("test_5_the_schema_is_checked_last"),
             SCHEMA_CHECK,
         ),
     },
@@ -437,21 +443,21 @@ GIVEN: Table = {
         "engine_finish_reason": (RECORDINGS, SOFT_CANCEL),
         "matched_stop": (
             CHAT("test_what_made_the_engine_stop"),
-            REAL_TEXT("test_a_stop_text_ends_the_answer_and_is_named"),
+            REAL_TEXT("test_a_stop_text"),
         ),
         "matched_token_id": (
             CHAT("test_what_made_the_engine_stop"),
-            REAL_TEXT("test_a_stop_token_ends_the_answer_and_is_named"),
+            REAL_TEXT("test_a_stop_token"),
         ),
         "tool_calls_executable": (RECORDINGS, STRICT_CALL),
     },
     "StopReason": {
-        "STOP_REASON_END_OF_TURN": (CHAT("test_text_usage_and_times"), REAL_TEXT("test_text_is_given_whole")),
+        "STOP_REASON_END_OF_TURN": (CHAT("test_text_usage_and_times"), REAL_TEXT("test_a_unary_text")),
         "STOP_REASON_END_OF_MESSAGE": (EVERYTHING, STRICT_CALL),
         "STOP_REASON_OUT_OF_TOKENS": (WORDS("length-StopReason.OUT_OF_TOKENS"), STREAMED),
         "STOP_REASON_STOP_SEQUENCE": (
             CHAT("test_what_made_the_engine_stop"),
-            REAL_TEXT("test_a_stop_text_ends_the_answer_and_is_named"),
+            REAL_TEXT("test_a_stop_text"),
         ),
         "STOP_REASON_CONTENT_FILTER": (
             WORDS("content_filter-StopReason.CONTENT_FILTER"),
@@ -469,16 +475,18 @@ GIVEN: Table = {
         "STOP_REASON_UPSTREAM_INCOMPLETE": (FAULTS("test_after_the_first_event[reset]"), KILLED_ENGINE),
         "STOP_REASON_ERROR": (
             FAULTS("test_after_the_first_event[an error event]"),
-            REAL_FAULTS("test_an_engine_that_is_ended_politely"),
+            REAL_FAULTS("test_an_engine_that_gets_sigterm"),
         ),
     },
-    "UsageUpdate": {"usage": (TOLD("test_usage_updates"), REAL_SHAPING("test_the_usage_grows_to_the_account"))},
+    "UsageUpdate": {
+        "usage": (COMPLETION("test_usage_updates"), REAL_SHAPING("test_usage_updates_grow_to_the_final_usage"))
+    },
     "Usage": {
         "prompt_tokens": (WHOLE_END, STREAMED),
         "completion_tokens": (CHAT("test_text_usage_and_times"), STREAMED),
         "cached_prompt_tokens": (
             USAGE("test_the_exact_account_names_cached_and_reasoning_tokens"),
-            NotShown("vLLM tells it only with --enable-prompt-tokens-details"),
+            NotShown("vLLM sends it only with --enable-prompt-tokens-details"),
         ),
         "reasoning_tokens": (USAGE("test_the_exact_account_names_cached_and_reasoning_tokens"), NO_REASONING),
         "provenance": (CHAT("test_text_usage_and_times"), STREAMED),
@@ -488,7 +496,7 @@ GIVEN: Table = {
         "USAGE_PROVENANCE_LOWER_BOUND": (USAGE("test_figures_of_a_cut_answer_are_a_lower_bound"), SOFT_CANCEL),
         "USAGE_PROVENANCE_ESTIMATED": (
             FAULTS("test_usage_without_any_figure_is_estimated"),
-            REAL_COMPLETIONS("test_a_soft_cancel_while_the_engine_stands_still"),
+            REAL_COMPLETIONS("test_a_soft_cancel_of_a_suspended_engine"),
         ),
     },
     "Notice": {
@@ -502,21 +510,21 @@ GIVEN: Table = {
     },
     "Completed": {
         "usage": (CHAT("test_text_usage_and_times"), STREAMED),
-        "timings": (CHAT("test_text_usage_and_times"), REAL_SHAPING("test_times_fit_together")),
-        "choices": (RECORDINGS, REAL_TEXT("test_two_answers_to_one_prompt")),
+        "timings": (CHAT("test_text_usage_and_times"), REAL_SHAPING("test_timings_are_consistent")),
+        "choices": (RECORDINGS, REAL_TEXT("test_two_choices")),
         "error": (FAULTS("test_after_the_first_event"), KILLED_ENGINE),
         "messages_omitted": (
             CHAT("test_messages_are_left_out_above_the_limit"),
-            REAL_SHAPING("test_messages_beyond_the_operators_limit_are_left_out"),
+            REAL_SHAPING("test_completed_omits_messages_above_the_limit"),
         ),
     },
     "Timings": dict.fromkeys(
         ("queue", "first_event_latency", "mean_gap", "worst_gap", "total"),
-        (TOLD("test_timings"), REAL_SHAPING("test_times_fit_together")),
+        (COMPLETION("test_timings"), REAL_SHAPING("test_timings_are_consistent")),
     ),
     "Completed.Choice": {
-        "index": (RECORDINGS, REAL_TEXT("test_two_answers_to_one_prompt")),
-        "message": (WHOLE_END, REAL_SHAPING("test_several_turns_go_back_as_they_came")),
+        "index": (RECORDINGS, REAL_TEXT("test_two_choices")),
+        "message": (WHOLE_END, REAL_SHAPING("test_messages_of_completed_are_accepted_as_turns")),
         "failed_tool_calls": (WHOLE_END, MALFORMED),
         "stop_reason": (WHOLE_END, SOFT_CANCEL),
         "tool_calls_executable": (RECORDINGS, STRICT_CALL),
@@ -527,11 +535,11 @@ GIVEN: Table = {
         ),
         "matched_stop": (
             CHAT("test_what_made_the_engine_stop"),
-            REAL_TEXT("test_a_stop_text_ends_the_answer_and_is_named"),
+            REAL_TEXT("test_a_stop_text"),
         ),
         "matched_token_id": (
             CHAT("test_what_made_the_engine_stop"),
-            REAL_TEXT("test_a_stop_token_ends_the_answer_and_is_named"),
+            REAL_TEXT("test_a_stop_token"),
         ),
     },
     "AssistantMessage": {
@@ -568,7 +576,7 @@ GIVEN: Table = {
     },
     "CountTokensResponse": dict.fromkeys(
         ("prompt_tokens", "max_context_tokens", "model", "provider_id"),
-        (COUNT("test_a_count_is_what_the_completion_costs"), REAL_COUNT("test_a_count_is_what_is_charged")),
+        (COUNT("test_a_count_is_what_the_completion_costs"), REAL_COUNT("test_a_count_equals_the_prompt_tokens")),
     ),
 }
 
@@ -649,7 +657,7 @@ def test_every_test_exists() -> None:
 
 
 def test_each_column_is_what_it_says() -> None:
-    """The first column needs no vLLM, the second one is one; whoever has no test has a reason."""
+    """Tests of the first column need no vLLM, those of the second one run on one; a missing test has a reason."""
     for name, (shown, real) in rows():
         first, second = named_by(shown), named_by(real)
         assert first is None or not first.startswith("tests/e2e/"), name

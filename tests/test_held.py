@@ -80,7 +80,7 @@ async def test_one_copy_of_a_request_is_held_until_the_first_event(kind: str, tm
 
 
 async def _settled() -> int:
-    """Bytes that are allocated once nothing happens any more."""
+    """The allocated bytes once they no longer change."""
     await asyncio.sleep(0.5)
     return tracemalloc.get_traced_memory()[0]
 

@@ -156,7 +156,7 @@ async def test_a_port_that_is_taken(
     start_gateway: StartGateway, served: Running, tmp_path: Path, vllm: FakeVllm
 ) -> None:
     """By another gateway too: the second one must not take half of the connections."""
-    with pytest.raises(ListenError, match=re.escape(f"cannot listen on {served.address}: is it taken")):
+    with pytest.raises(ListenError, match=re.escape(f"cannot listen on {served.address}: Address already in use")):
         async with start_gateway(server={"listen": served.address}):
             pass
     await read_well(served.stream())
@@ -167,7 +167,7 @@ async def test_a_port_that_is_taken(
 
 async def test_an_address_of_another_machine(start_gateway: StartGateway) -> None:
     """Cannot be listened on either."""
-    with pytest.raises(ListenError, match=r"192\.0\.2\.1:0"):
+    with pytest.raises(ListenError, match=r"192\.0\.2\.1:0: Cannot assign requested address"):
         async with start_gateway(server={"listen": "192.0.2.1:0", "allow_plaintext": True}):
             pass
 
@@ -238,7 +238,7 @@ async def test_a_client_that_pings_often_is_served_on(start_gateway: StartGatewa
 
 
 async def test_a_caller_that_vanished_is_noticed(start_gateway: StartGateway, vllm: FakeVllm) -> None:
-    """Its connection just says nothing any more, as when a machine loses its power: its answer's pings tell, and vLLM stops."""
+    """The connection goes silent, as after a power failure: keepalive pings detect it, and vLLM stops."""
     vllm.play(Script.chunks([CHUNKS.role(), asyncio.Event()]))
     frozen = asyncio.Event()
 
@@ -361,7 +361,7 @@ async def test_grace_has_an_end(start_gateway: StartGateway, vllm: FakeVllm, lin
 
 
 async def test_during_the_delay_calls_are_taken(start_gateway: StartGateway) -> None:
-    """Balancers have not noticed yet; and whoever insists need not wait for the delay."""
+    """The gateway serves during the drain delay, and `stop` ends the delay."""
     async with start_gateway(server={"drain_delay": 3600}) as gateway:
         watch: Any = health_pb2_grpc.HealthStub(gateway.channel).Watch(health_pb2.HealthCheckRequest())
         statuses = aiter(watch)
@@ -452,5 +452,5 @@ async def test_a_unix_socket_that_is_listened_on_is_refused(start_gateway: Start
 
 async def test_a_unix_socket_in_no_folder_is_named(tmp_path: Path) -> None:
     """The failure says which."""
-    with pytest.raises(ListenError, match=r"none/gateway\.sock"):
+    with pytest.raises(ListenError, match=r"none/gateway\.sock: its folder must exist"):
         await lifecycle(listen=[f"unix:{tmp_path}/none/gateway.sock"]).start([])

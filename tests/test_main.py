@@ -32,7 +32,7 @@ URL = "http://127.0.0.1:8000/v1"
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No settings of whoever runs the tests."""
+    """Remove the settings of the shell that runs the tests."""
     for name in [*os.environ]:
         if name.startswith(("DELTAWIRE_", "VLLM_")):
             monkeypatch.delenv(name)
@@ -138,14 +138,17 @@ def test_without_the_servers_libraries(
     assert "pip install 'deltawire[server]'" in error
 
 
-def test_a_port_that_is_taken(capfd: pytest.CaptureFixture[str]) -> None:
-    """One sentence, and 1."""
+def test_a_port_that_is_taken(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """One sentence with the remedy, and 1; no database was created."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        assert main(["--vllm-url", URL, "--listen", address, "--log-level", "error"]) == 1
-    assert f"deltawire-server: cannot listen on {address}: is it taken" in capfd.readouterr().err
+        database = ["--database-url", f"sqlite:///{tmp_path}/registry.db"]
+        assert main(["--vllm-url", URL, "--listen", address, *database, "--log-level", "error"]) == 1
+    problem = f"deltawire-server: cannot listen on {address}: Address already in use; use another address (--listen)\n"
+    assert capfd.readouterr().err.endswith(problem)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_database_that_cannot_be_used(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_databases_are_each_tests_own(postgres: PostgresServer) -> None:
 
 @pytest.mark.postgres
 def test_a_wrong_password_is_refused(postgres: PostgresServer) -> None:
-    """Nobody else on this machine gets in, and tests can be refused."""
+    """Only connections with the password are accepted."""
     url = postgres.create_database().replace(postgres.password, "wrong")
     with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
         psycopg.connect(url)

@@ -1,4 +1,4 @@
-"""Arguments are checked against their schemas, and neither side can make the gateway read, wait or break."""
+"""Arguments are checked against their schemas; neither can make the gateway read other files, hang or fail."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 DRAFT_7 = "http://json-schema.org/draft-07/schema#"
 
 
-def told(schema: object, arguments: object) -> tuple[str, str] | None:
-    """What the check says; text is taken as JSON text."""
+def mismatch_of(schema: object, arguments: object) -> tuple[str, str] | None:
+    """The result of the check; a text is JSON text."""
     held = argument_check(schema if isinstance(schema, str) else json.dumps(schema))
     return held(arguments if isinstance(arguments, str) else json.dumps(arguments))
 
 
 def refused(schema: object) -> str:
-    """Why it is no schema."""
+    """The error message of an invalid schema."""
     with pytest.raises(SchemaError) as caught:
         argument_check(schema if isinstance(schema, str) else json.dumps(schema))
     return str(caught.value)
@@ -92,9 +92,9 @@ MISMATCHES: dict[str, tuple[object, object, str, str]] = {
 
 
 @pytest.mark.parametrize(("schema", "arguments", "path", "sentence"), MISMATCHES.values(), ids=MISMATCHES.keys())
-def test_a_mismatch(schema: object, arguments: object, path: str, sentence: str) -> None:
-    """Where, as a JSON Pointer, and what was expected, in a sentence that a model can correct itself by."""
-    assert told(schema, arguments) == (path, sentence)
+def test_invalid_arguments(schema: object, arguments: object, path: str, sentence: str) -> None:
+    """The result has a JSON Pointer, and a message by which a model can correct the arguments."""
+    assert mismatch_of(schema, arguments) == (path, sentence)
 
 
 FITS: dict[str, tuple[object, object]] = {
@@ -114,9 +114,9 @@ FITS: dict[str, tuple[object, object]] = {
 
 
 @pytest.mark.parametrize(("schema", "arguments"), FITS.values(), ids=FITS.keys())
-def test_what_fits(schema: object, arguments: object) -> None:
-    """Nothing is said of arguments that follow."""
-    assert told(schema, arguments) is None
+def test_valid_arguments(schema: object, arguments: object) -> None:
+    """There is no error for valid arguments."""
+    assert mismatch_of(schema, arguments) is None
 
 
 REFUSED: dict[str, tuple[object, str]] = {
@@ -162,16 +162,16 @@ REFUSED: dict[str, tuple[object, str]] = {
 
 
 @pytest.mark.parametrize(("schema", "violation"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_is_no_schema(schema: object, violation: str) -> None:
-    """A plain error says what is wrong, and where if that is known; it goes on after the name of a field."""
+def test_an_invalid_schema(schema: object, violation: str) -> None:
+    """The error has the problem and, if known, its path; it continues the name of a field."""
     sentence = refused(schema)
     assert sentence.startswith(violation)
     assert len(sentence) < 2 * MAX_MESSAGE
 
 
 @pytest.mark.parametrize("keyword", ["$ref", "$dynamicRef"])
-def test_nothing_outside_is_read(keyword: str, tmp_path: Path) -> None:
-    """Neither an address nor a file is opened, however it is named, though both are there and would do."""
+def test_references_to_outside_are_not_read(keyword: str, tmp_path: Path) -> None:
+    """Neither an address nor a file is opened in any spelling, although both exist and would be valid."""
     (tmp_path / "schema.json").write_text("{}", encoding="utf-8")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
@@ -189,9 +189,9 @@ def test_nothing_outside_is_read(keyword: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["^(a+)+$", "(a|aa)+$", "(.*.*)*=x", r"^(\w+\s?)*$"])
-def test_a_hostile_pattern_ends(pattern: str) -> None:
-    """Patterns that take other engines longer than the universe has been there answer for a text of 200 000 characters."""
-    assert told(of_a({"pattern": pattern}), {"a": "a" * 200_000 + "!\n"}) is not None
+def test_a_hostile_pattern_takes_linear_time(pattern: str) -> None:
+    """Patterns that take exponential time with backtracking are checked against a text of 200,000 characters."""
+    assert mismatch_of(of_a({"pattern": pattern}), {"a": "a" * 200_000 + "!\n"}) is not None
 
 
 UNUSABLE: dict[str, tuple[str, str]] = {
@@ -207,19 +207,19 @@ UNUSABLE: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), UNUSABLE.values(), ids=UNUSABLE.keys())
-def test_arguments_that_cannot_be_checked_do_not_pass(arguments: str, sentence: str) -> None:
-    """What parsers read differently, or not at all, is not called valid."""
-    assert told(of_a({"enum": [1]}), arguments) == ("", sentence)
+def test_arguments_that_cannot_be_checked_are_invalid(arguments: str, sentence: str) -> None:
+    """Texts that parsers read differently, or not at all, fail the check."""
+    assert mismatch_of(of_a({"enum": [1]}), arguments) == ("", sentence)
 
 
 def doubling(levels: int) -> dict[str, Any]:
-    """A schema each of whose parts tries the next one twice."""
+    """A schema in which each part applies the next one twice."""
     parts: dict[str, Any] = {str(n): {"allOf": [{"$ref": f"#/$defs/{n + 1}"}] * 2} for n in range(levels)}
     return {"$defs": parts | {str(levels): {}}, "$ref": "#/$defs/0"}
 
 
 def left_over(levels: int) -> dict[str, Any]:
-    """A schema that asks at each level what the level within has left over."""
+    """A schema with unevaluated properties at each level."""
     schema: dict[str, Any] = {}
     for _ in range(levels):
         schema = {"allOf": [schema], "unevaluatedProperties": False}
@@ -227,29 +227,29 @@ def left_over(levels: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("schema", [doubling(60), left_over(30), of_a(doubling(60) | {"$id": "d"})])
-def test_what_would_take_for_ever_is_refused(schema: dict[str, Any]) -> None:
-    """A small schema can stand for more work than there is time; that is counted, and not tried."""
+def test_a_schema_of_exponential_work_is_refused(schema: dict[str, Any]) -> None:
+    """The work of a small schema may be exponential; it is counted without running the check."""
     assert refused(schema).startswith("is too much work to check")
 
 
-def test_work_that_is_bounded_is_done() -> None:
-    """The same shapes, small, are checked."""
-    assert told(doubling(10), {"a": 1}) is None
-    assert told(left_over(3), {}) is None
+def test_the_same_schemas_with_less_work_are_accepted() -> None:
+    """Small schemas of these forms are checked."""
+    assert mismatch_of(doubling(10), {"a": 1}) is None
+    assert mismatch_of(left_over(3), {}) is None
 
 
 def test_a_tree_may_be_deep() -> None:
-    """Each of its parts is tried on one place of the value only, so that nothing multiplies."""
+    """Each part applies to one place of the value, so the work is not multiplied."""
     node = of_a({"type": "integer"})
     node["properties"] |= {side: {"$ref": "#"} for side in ("left", "right")}
     value: dict[str, Any] = {"a": "x"}
     for _ in range(20):
         value = {"left": value, "right": {"a": 1}, "list": []}
-    assert told(node, value) == ("/left" * 20 + "/a", '"x" is not of type "integer"')
+    assert mismatch_of(node, value) == ("/left" * 20 + "/a", '"x" is not of type "integer"')
 
 
-def test_a_tree_of_lists_may_be_as_deep_as_anything() -> None:
-    """What each level needs is counted once, from the innermost out."""
+def test_a_tree_of_lists_may_have_the_maximum_depth() -> None:
+    """The work of each level is counted once, beginning with the innermost."""
     node = {
         "$defs": {"node": of_a({"type": ["array", "null"], "items": {"$ref": "#/$defs/node"}})},
         "$ref": "#/$defs/node",
@@ -257,12 +257,12 @@ def test_a_tree_of_lists_may_be_as_deep_as_anything() -> None:
     value: dict[str, Any] = {"a": 1}
     for _ in range(MAX_DEPTH // 2 - 1):
         value = {"a": [value]}
-    path, _ = told(node, value) or ("", "")
+    path, _ = mismatch_of(node, value) or ("", "")
     assert path == "/a/0" * (MAX_DEPTH // 2 - 1) + "/a"
 
 
 def test_a_path_of_many_references_is_counted() -> None:
-    """Short chains of references, one in each level, are together longer than Python's stack."""
+    """Short chains of references, one in each level, may together be longer than Python's stack."""
     levels, links = 60, 10
     chain: dict[str, Any] = {
         f"{level}-{link}": {"$ref": f"#/$defs/{level}-{link + 1}"} for level in range(levels) for link in range(links)
@@ -272,36 +272,39 @@ def test_a_path_of_many_references_is_counted() -> None:
     value: Any = 1
     for _ in range(levels):
         value = {"a": value}
-    assert told(schema, value) is None
+    assert mismatch_of(schema, value) is None
 
 
-def test_a_choice_of_trees_may_be_only_so_deep() -> None:
-    """Where each level tries five ways down, deep arguments would take for ever, and are told so."""
+def test_deep_arguments_for_alternatives_of_trees_are_too_much_work() -> None:
+    """If each level has five alternatives, the work is exponential in the depth, and the error says so."""
     operation = {"properties": {side: {"$ref": "#/$defs/term"} for side in ("left", "right")}}
     schema = {"$defs": {"term": {"anyOf": [operation] * 5}}, **of_a({"$ref": "#/$defs/term"})}
     value: dict[str, Any] = {}
     for _ in range(30):
         value = {"left": value}
-    assert told(schema, {"a": {"left": {"right": {}}}}) is None
-    assert told(schema, {"a": value}) == ("", "the arguments are too much work to check against the tool's schema")
+    assert mismatch_of(schema, {"a": {"left": {"right": {}}}}) is None
+    assert mismatch_of(schema, {"a": value}) == (
+        "",
+        "the arguments are too much work to check against the tool's schema",
+    )
 
 
-def test_long_values_are_shortened() -> None:
-    """A sentence stays a sentence, whatever is wrong and however long it is."""
+def test_messages_show_long_values_shortened() -> None:
+    """The length of a message is limited for every error."""
     long = "é" * 30_000
-    path, sentence = told(of_a({"type": "integer"}), {"a": long}) or ("", "")
+    path, sentence = mismatch_of(of_a({"type": "integer"}), {"a": long}) or ("", "")
     assert (path, sentence) == ("/a", f'"{"é" * 59}…" is not of type "integer"')
     for schema, arguments in [
         ({"additionalProperties": False, "properties": {"a": {}}}, {long: 1}),
         (of_a({"enum": [long]}), {"a": 1}),
         (of_a({"maximum": 1}), f'{{"a": {"9" * 1000}}}'),
     ]:
-        _, sentence = told(schema, arguments) or ("", "")
+        _, sentence = mismatch_of(schema, arguments) or ("", "")
         assert 0 < len(sentence) <= MAX_MESSAGE
     assert len(refused(of_a({"type": long}))) < 2 * MAX_MESSAGE
 
 
-def test_checks_are_kept() -> None:
+def test_checks_are_cached() -> None:
     """The same text gives the same check without compiling it again."""
     text = json.dumps(of_a({"type": "integer", "title": "kept"}))
     assert argument_check(text) is argument_check(text)

@@ -73,7 +73,7 @@ async def test_a_completion(make_worker: MakeWorker, vllm: FakeVllm) -> None:
 
 
 async def test_nothing_is_asked_before_batches(make_worker: MakeWorker, vllm: FakeVllm) -> None:
-    """Admission and the look-up of the model come first; a completion that nobody reads costs the provider nothing."""
+    """Admission and resolution come first; a completion without a reader sends no request."""
     async with make_worker() as worker:
         async with worker.completion(ask(), CALLER):
             pass
@@ -134,7 +134,7 @@ async def test_while_we_do_not_read_the_provider_is_not_silent(make_worker: Make
 
 
 async def test_a_time_limit_while_the_queue_is_full(make_worker: MakeWorker, vllm: FakeVllm) -> None:
-    """Ends the answer as it does any other, and what waited is still told."""
+    """It ends the answer, and queued events are still returned."""
     vllm.play(NEVER_ENDING)
     async with (
         make_worker(queue_bytes=1024, max_duration=0.3) as worker,
@@ -274,7 +274,7 @@ async def test_anomalies_are_counted(make_worker: MakeWorker, vllm: FakeVllm) ->
 
 
 async def test_a_provider_that_is_replaced_before_it_is_asked(make_worker: MakeWorker) -> None:
-    """Whoever found it has it, from then on to the end of the answer; after that it is closed."""
+    """A resolved provider stays open to the end of the answer, and is closed after it."""
     async with make_worker() as worker:
         async with worker.completion(ask(), CALLER) as completion:
             provider = completion.resolution.provider

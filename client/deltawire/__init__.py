@@ -2,7 +2,7 @@
 
     from deltawire import Client
 
-    with Client("127.0.0.1:50051") as client, client.chat.stream("Why is the sky blue?", model="llama") as stream:
+    with Client("127.0.0.1:50051") as client, client.chat.stream("Why is the sky blue?") as stream:
         for piece in stream.text:
             print(piece, end="", flush=True)
 
@@ -16,9 +16,10 @@ from deltawire._version import __version__
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from deltawire._aio import AsyncChatStream, AsyncClient, AsyncModelWatch
+    from deltawire._answer import Answer, Choice
     from deltawire._channel import CallOptions, ConnectOptions, tls_credentials
     from deltawire._client import ChatStream, Client, ModelWatch
-    from deltawire._completion import Accumulator, Answer, Choice
+    from deltawire._completion import Accumulator
     from deltawire._errors import (
         AccessChangedError,
         AnswerTooLargeError,
@@ -73,7 +74,7 @@ if TYPE_CHECKING:
         UpstreamUnavailableError,
         WrongReplicaError,
     )
-    from deltawire._failure import CallInfo, FieldViolation
+    from deltawire._failure import FieldViolation
     from deltawire._messages import (
         MessageLike,
         assistant,
@@ -91,12 +92,13 @@ if TYPE_CHECKING:
         tool_from_openai,
         user,
     )
+    from deltawire._metadata import CallInfo
     from deltawire._requests import (
         ChatArguments,
         ChatOptions,
         SamplingOptions,
         StreamArguments,
-        TellingOptions,
+        StreamingOptions,
         chat_request,
     )
     from deltawire._tools import (
@@ -209,7 +211,7 @@ __all__ = [
     "StreamChatCompletionResponse",
     "StreamInterrupted",
     "StreamOptions",
-    "TellingOptions",
+    "StreamingOptions",
     "TooManyStreamsError",
     "Tool",
     "ToolArgumentsError",
@@ -259,8 +261,10 @@ _MODULES = {
     "_aio": ("AsyncChatStream", "AsyncClient", "AsyncModelWatch"),
     "_channel": ("CallOptions", "ConnectOptions", "tls_credentials"),
     "_client": ("ChatStream", "Client", "ModelWatch"),
-    "_completion": ("Accumulator", "Answer", "Choice"),
-    "_failure": ("CallInfo", "FieldViolation"),
+    "_answer": ("Answer", "Choice"),
+    "_completion": ("Accumulator",),
+    "_failure": ("FieldViolation",),
+    "_metadata": ("CallInfo",),
     "_messages": (
         "MessageLike",
         "assistant",
@@ -283,7 +287,7 @@ _MODULES = {
         "ChatOptions",
         "SamplingOptions",
         "StreamArguments",
-        "TellingOptions",
+        "StreamingOptions",
         "chat_request",
     ),
     "_tools": ("FunctionTool", "ToolArgumentsError", "ToolLike", "ToolRoundsExceededError", "ToolRun", "function_tool"),

@@ -1,36 +1,27 @@
-"""How a call reaches the gateway: target, credentials, channel options, and the metadata that each call bears.
+"""How a call reaches the gateway: target, credentials, channel options, and the metadata of each call.
 
-Nothing here waits for anything, so both clients share it whole. A channel is made by the client itself, from an `Endpoint`.
+Nothing here waits, so both clients share it. Each client creates its own channel, from an `Endpoint`.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import json
-import uuid
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import grpc
 
 from deltawire._errors import CallError, error_for
-from deltawire._failure import (
-    REQUEST_ID,
-    CallInfo,
-    ClosedCall,
-    FailedCall,
-    Failure,
-    Metadata,
-    failure_of,
-    metadata_of,
-    metadata_text,
-)
+from deltawire._failure import REQUEST_ID, ClosedCall, FailedCall, Failure, failure_of
+from deltawire._metadata import CallInfo, Metadata, metadata_of, metadata_text
 from deltawire._version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from pathlib import Path
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 # A whole answer with log-probabilities passes gRPC's default of 4 MiB.
@@ -59,7 +50,7 @@ SERVICE_CONFIG = json.dumps(
                     "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
                 },
             },
-            # A watch begins again by itself, for more than this.
+            # The client itself resumes a watch.
             {"name": [{"service": "deltawire.v1.ModelRegistry", "method": "WatchModels"}]},
         ]
     }
@@ -67,12 +58,12 @@ SERVICE_CONFIG = json.dumps(
 
 
 class CallOptions(TypedDict, total=False):
-    """What every call takes.
+    """The options of every call.
 
-    `timeout` is in seconds, above 0, and covers the whole call, retries and all; None means the client's own. `metadata` is sent
-    besides the client's own. `wait_for_ready` waits for a gateway that is not there yet instead of failing. `request_id`
-    is what logs know the call by; one is made up if none is given. `vllm_token` is the caller's own token for vLLM.
-    `info` is filled in when the call has ended well.
+    `timeout` is in seconds, above 0 and up to 10⁹, over all attempts; None means the client's own. `metadata` is sent
+    besides the client's own, as (key, value) pairs. `wait_for_ready` waits for a gateway that cannot be reached yet instead
+    of failing. `request_id` is the call's id in logs, in printable ASCII; by default it is generated. `vllm_token` is the
+    caller's own token for vLLM. `info` is filled when the call has succeeded.
     """
 
     timeout: float | None
@@ -84,12 +75,12 @@ class CallOptions(TypedDict, total=False):
 
 
 class ConnectOptions(TypedDict, total=False):
-    """What both clients take by name.
+    """The keyword arguments of both clients.
 
-    `token` is the caller's key for the gateway. `tls` uses TLS with the roots that gRPC ships; `credentials` are for
-    everything else, see `tls_credentials`. `insecure` lets tokens go over plaintext to other machines. `options` are
-    gRPC channel options; they come after the client's own, so they win. `max_receive_bytes` limits one message.
-    `timeout` (seconds) and `metadata` are for every call.
+    `token` is the caller's key for the gateway. `tls` uses TLS with the root certificates of gRPC; for others, pass
+    `credentials`, see `tls_credentials`. `insecure` allows tokens over plaintext to other machines. `options` are gRPC
+    channel options and override the client's own. `max_receive_bytes` is the largest message, by default 64 MiB.
+    `timeout` (seconds above 0) and `metadata` are for every call.
     """
 
     token: str | None
@@ -134,9 +125,9 @@ def connection(target: str, options: ConnectOptions, *, own_channel: bool) -> tu
     """What a client's channel is made from, and what its calls have in common.
 
     Raises:
-        TypeError: An option that does not exist.
-        ValueError: A channel was given along with options for making one, the target is none, a token cannot be sent, or
-            would be sent in the open, or the timeout is none.
+        TypeError: An option does not exist.
+        ValueError: A channel was given together with options for one, the target or the timeout is invalid, or a token
+            cannot be sent or would be sent over plaintext to another machine.
     """
     _known(options, CONNECT_OPTIONS, "a client")
     if own_channel and (surplus := options.keys() & CHANNEL_OPTIONS):
@@ -164,19 +155,21 @@ def tls_credentials(
     """TLS from PEM files.
 
     Args:
-        ca_file: Whom to trust. None means the roots that gRPC ships.
-        cert_file: The caller's own certificate, where the gateway asks for one.
-        key_file: Its key.
+        ca_file: The trusted root certificates. None means those of gRPC.
+        cert_file: The caller's own certificate, if the gateway requires one.
+        key_file: Its key, unencrypted.
 
     Raises:
-        ValueError: Only one of certificate and key is given, or a file is not what it must be. The message names the argument.
+        ValueError: Only one of certificate and key is given, or a file does not contain them. The message names the argument.
         OSError: A file cannot be read.
 
-    Hand it to `credentials=`.
+    Pass it to `credentials=`.
     """
     if (cert_file is None) != (key_file is None):
         message = "a certificate and its key go together: give both cert_file and key_file, or neither"
         raise ValueError(message)
+    from pathlib import Path
+
     ca, key, cert = (None if path is None else Path(path).read_bytes() for path in (ca_file, key_file, cert_file))
     if ca_file is not None:
         _check_ca(ca_file)
@@ -224,18 +217,18 @@ def is_local(target: str) -> bool:
 
 @dataclass(slots=True)
 class Outgoing:
-    """One call on its way: what it bears, and afterwards what came back beside its result."""
+    """One call: its arguments, and afterwards what was received beside its result."""
 
     arguments: dict[str, Any]
     info: CallInfo = field(default_factory=CallInfo)
 
     def began(self, initial: Iterable[tuple[str, str | bytes]] | None) -> None:
-        """Take the headers, as soon as they are there."""
+        """Take the headers, as soon as they are received."""
         self.info.initial_metadata = metadata_of(initial)
         self.info.request_id = metadata_text(self.info.initial_metadata, REQUEST_ID) or self.info.request_id
 
     def ended(self, trailing: Iterable[tuple[str, str | bytes]] | None) -> None:
-        """Take the trailers of a call that ended well."""
+        """Take the trailers of a call that succeeded."""
         self.info.trailing_metadata = metadata_of(trailing)
 
     def failure(self, call: FailedCall) -> Failure:
@@ -247,7 +240,7 @@ class Outgoing:
         return failure
 
     def cancelled(self, *, is_closed: bool) -> Failure:
-        """The end of a stream that this program cancelled, or whose client it closed."""
+        """The end of a stream that this program canceled, or whose client it closed."""
         if is_closed:
             return self.failure(ClosedCall())
         return Failure(
@@ -282,14 +275,14 @@ class Defaults:
         """Begin a call.
 
         Raises:
-            TypeError: An option that does not exist, metadata that is a mapping, or a timeout that is no number.
-            ValueError: A token that cannot be sent, or would be sent where others can read it, or a timeout that no call
-                could keep.
+            TypeError: An option does not exist, the metadata is a mapping, or the timeout is not a number.
+            ValueError: A token or a request id cannot be sent, a token would be sent over plaintext to another machine, or
+                the timeout is out of range.
         """
         _known(options, CALL_OPTIONS, "a call")
         given = options.get("metadata") or ()
         if isinstance(given, Mapping):
-            message = "metadata is what the call bears, (key, value) pairs; a model's notes are annotations"
+            message = "metadata is gRPC metadata, (key, value) pairs; a model's notes are annotations"
             raise TypeError(message)
         metadata = [*self.metadata, *given]
         if self.token:
@@ -305,7 +298,7 @@ class Defaults:
         # An id made here lets a call that never came back be found in the gateway's log.
         sent = metadata_text(tuple(metadata), REQUEST_ID)
         if not sent or options.get("request_id"):
-            sent = _sendable_id(options.get("request_id") or uuid.uuid4().hex)
+            sent = _sendable_id(options.get("request_id") or os.urandom(16).hex())
             metadata = [(name, value) for name, value in metadata if name != REQUEST_ID]
             metadata.append((REQUEST_ID, sent))
         timeout = checked_timeout(options.get("timeout"))
@@ -321,10 +314,10 @@ class Defaults:
 
 
 def checked_timeout(timeout: float | None) -> float | None:
-    """A call's timeout, if one can be kept.
+    """A call's timeout in seconds, unchanged.
 
     Raises:
-        TypeError: It is no number.
+        TypeError: It is not a number.
         ValueError: It is not above 0, or too long for gRPC.
     """
     if timeout is None:

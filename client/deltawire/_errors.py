@@ -1,7 +1,7 @@
-"""Every way in which a call can fail. Catch the group that says what to do, or the one that says what happened.
+"""Every way in which a call can fail. Catch the group, which says what to do, or the class, which says what happened.
 
     DeltawireError
-    ├── ProtocolError                        the gateway broke the API's own rules; the answer cannot be trusted
+    ├── ProtocolError                        the gateway violated the API; the answer cannot be trusted
     └── CallError                            the call ended with a status that is not OK
         ├── RequestError                     the request has to change
         │   ├── InvalidRequestError
@@ -22,10 +22,10 @@
         │   ├── CompletionAlreadyExistsError
         │   ├── CompletionNotFoundError
         │   ├── CompletionGoneError
-        │   ├── WrongReplicaError            (this one may pass on another connection; the client has tried some)
+        │   ├── WrongReplicaError            (another connection may succeed; the client has tried some)
         │   └── ProviderNotFoundError
-        ├── ProviderError                    the provider did not do its part; most of it passes: ask again
-        │   ├── ProviderMisconfiguredError   (this does not: the operator has to act)
+        ├── ProviderError                    the provider failed; mostly temporary: call again
+        │   ├── ProviderMisconfiguredError   (not temporary: the operator has to act)
         │   ├── UpstreamUnavailableError
         │   ├── UpstreamOverloadedError
         │   ├── UpstreamTimeoutError
@@ -33,7 +33,7 @@
         │   ├── UpstreamMalformedError
         │   ├── UpstreamIncompleteError
         │   └── UpstreamAbortedError
-        ├── GatewayError                     the gateway cannot do it now: full, draining, or defective
+        ├── GatewayError                     the gateway is full, draining, or defective
         │   ├── TooManyStreamsError
         │   ├── MemoryLimitExceededError
         │   ├── AnswerTooLargeError
@@ -41,17 +41,17 @@
         │   ├── SlowWatcherError
         │   ├── AccessChangedError
         │   ├── StoreUnavailableError
-        │   ├── RegistryFullError            (this does not pass: unregister models, or the operator has to act)
+        │   ├── RegistryFullError            (not temporary: unregister models, or the operator has to act)
         │   ├── DrainingError
         │   └── InternalError
-        ├── StreamInterrupted                the stream broke off after it had begun: what came is in `answer`
-        ├── CallCancelledError               the caller cancelled it
+        ├── StreamInterrupted                the stream broke off after its first event; `answer` has what was received
+        ├── CallCancelledError               the caller canceled it
         │   └── ClientClosedError            the client was closed, before the call or during it
         ├── DeadlineExceededError            the caller's timeout passed
         │   └── DurationLimitExceededError   the gateway's own limit for calls without a timeout passed
-        ├── UnavailableError                 the gateway cannot be reached, and gave no reason
-        ├── UnauthenticatedError             the gateway does not know the caller: the token is missing or wrong
-        └── PermissionDeniedError            the gateway knows the caller and says no
+        ├── UnavailableError                 the gateway cannot be reached
+        ├── UnauthenticatedError             the gateway does not know the caller: the token is missing or invalid
+        └── PermissionDeniedError            the caller lacks a permission
 
 The reason that the gateway gives decides (`REASONS`); without one, the status code does (`CODES`); without either, the
 class is `CallError` itself. Branch on the class or on `reason`, never on the message.
@@ -76,13 +76,17 @@ PREFIX = "ERROR_REASON_"
 
 
 class DeltawireError(Exception):
-    """Whatever this package raises about a call. Arguments that make no sense are ValueError and TypeError."""
+    """The base of all errors about calls. Invalid arguments raise ValueError and TypeError instead."""
 
 
 class ProtocolError(DeltawireError):
-    """The gateway broke the API's own rules: an event is missing, or comes where it must not.
+    """The gateway violated the API: an event is missing, or arrived where it must not.
 
-    The answer cannot be trusted, and the call was cancelled. Report it with the request id.
+    Attributes:
+        message: The violation, in English.
+        request_id: The call's id in the gateway's log.
+
+    The answer cannot be trusted, and the call was canceled. Report it with the request id.
     """
 
     def __init__(self, message: str, request_id: str = "") -> None:
@@ -100,16 +104,16 @@ class CallError(DeltawireError):
     Attributes:
         code: The gRPC status code.
         message: For people; it can change from version to version.
-        reason: Why, in one word: a value of `ErrorReason` without its prefix, "" if the gateway gave none. A word that
-            this version does not know is kept verbatim.
+        reason: A name of `ErrorReason` without its prefix; "" if the gateway sent none. A reason that this version does
+            not know is kept verbatim.
         metadata: The values that belong to the reason, for example `{"model": "gpt-5"}`.
         violations: Every field of the request that breaks a rule.
-        retry_after: How long to wait before trying again, in seconds; None if nothing was said.
-        request_id: What the call is known by in the gateway's log.
+        retry_after: Seconds to wait before the next attempt; None if the gateway sent no delay.
+        request_id: The call's id in the gateway's log.
         initial_metadata: The headers; empty if the call failed before its first event.
         trailing_metadata: The trailers.
-        status: The whole `google.rpc.Status`, with details that have no field here; None if none came.
-        answer: What had come of the answer when the call failed; None if nothing had.
+        status: The whole `google.rpc.Status`, with details that have no field here; None if none was received.
+        answer: What was received of the answer; None if nothing was.
 
     The group says what to do next: see the tree at the top of `deltawire._errors`. The gRPC exception is `__cause__`.
     """
@@ -146,23 +150,23 @@ class ContextLengthExceededError(RequestError):
 
 
 class UpstreamRejectedError(RequestError):
-    """The provider refused the request; the message is its own."""
+    """The provider rejected the request; the message is its own. Change the request accordingly."""
 
 
 class UpstreamUnauthenticatedError(RequestError):
-    """The provider refused the `vllm_token` of this call."""
+    """The provider rejected the `vllm_token` of this call. Pass a valid one."""
 
 
 class ModelNotFoundError(RequestError):
-    """No model has this id or alias; the message lists some that there are."""
+    """No model has this id or alias. Use one of those that the message or `models.list` has."""
 
 
 class ModelAlreadyExistsError(RequestError):
-    """The id or an alias belongs to another model."""
+    """The id or an alias belongs to another model. Choose another one."""
 
 
 class ModelWrongTypeError(RequestError):
-    """The model is of another type than this call needs."""
+    """The model has another type than this call needs. Choose one by `models.list(model_type=...)`."""
 
 
 class ModelAmbiguousError(RequestError):
@@ -170,19 +174,19 @@ class ModelAmbiguousError(RequestError):
 
 
 class ModelNotServedError(RequestError):
-    """The provider does not serve the model that was to be registered."""
+    """The provider does not serve the model, or the operator does not allow it. `models.list` has those that can be used."""
 
 
 class ModelDiscoveredError(RequestError):
-    """The model was discovered, not registered: it exists for as long as it is served."""
+    """The model was discovered, not registered, so it cannot be changed or unregistered. Register it under an id first."""
 
 
 class EtagMismatchError(RequestError):
-    """The model was changed since it had that etag. Read it again."""
+    """The model has changed since it had that etag. Read it again, and decide again."""
 
 
 class RevisionGoneError(RequestError):
-    """A watch cannot go on from that revision: it is too old, or of another process. Watch again without one."""
+    """A watch cannot continue from that revision: it is too old, or of another process. Watch again without one."""
 
 
 class ImageUnavailableError(RequestError):
@@ -190,39 +194,39 @@ class ImageUnavailableError(RequestError):
 
 
 class FieldNotSupportedError(RequestError):
-    """The provider's version does not know a field of the request, which `metadata` names. Leave it out."""
+    """The provider's version does not know a field of the request, which `metadata` names. Omit it."""
 
 
 class NotSupportedByProviderError(RequestError):
-    """The provider does not offer what this call needs; `metadata` names the endpoint."""
+    """The provider lacks an endpoint that this call needs; `metadata` names it. Use another provider."""
 
 
 class CompletionAlreadyExistsError(RequestError):
-    """A completion with this completion_id is under way or retained. Choose another, or `chat.resume` that one."""
+    """A completion with this completion_id is running or retained. Choose another id, or call `chat.resume` with this one."""
 
 
 class CompletionNotFoundError(RequestError):
-    """There is no completion of this id, or it is another caller's."""
+    """This caller has no completion with this id, or it ended too long ago. Send the request again."""
 
 
 class CompletionGoneError(RequestError):
-    """There was such a completion, but what was asked for is no longer retained. Ask again from the top."""
+    """The gateway no longer retains what was requested of this completion. Send the request again."""
 
 
 class WrongReplicaError(RequestError):
-    """Another gateway process made this completion id, and only that one has the completion.
+    """Another gateway process generated this completion id, and only that one has the completion.
 
     The client has tried several new connections and none reached that process, or it cannot make one because it was given
-    a channel. Try later, or connect to that process without the balancer.
+    a channel. Try later, or connect to that process without the load balancer.
     """
 
 
 class ProviderNotFoundError(RequestError):
-    """No provider of this name is configured."""
+    """No provider with this id is configured. `providers.list` has those that are."""
 
 
 class ProviderError(CallError):
-    """The provider did not do its part. Most of it passes: ask again, after `retry_after` if that is set."""
+    """The provider failed. Most causes are temporary: call again, after `retry_after` if that is set."""
 
 
 class ProviderMisconfiguredError(ProviderError):
@@ -230,11 +234,11 @@ class ProviderMisconfiguredError(ProviderError):
 
 
 class UpstreamUnavailableError(ProviderError):
-    """The provider could not be reached. It was tried again already; wait before doing more."""
+    """The provider could not be reached, by several attempts. Wait before you call again."""
 
 
 class UpstreamOverloadedError(ProviderError):
-    """The provider has no room. Wait `retry_after` seconds, then try again."""
+    """The provider's queue is full. Wait `retry_after` seconds, then call again."""
 
 
 class UpstreamTimeoutError(ProviderError):
@@ -246,59 +250,59 @@ class UpstreamTimeoutError(ProviderError):
 
 
 class UpstreamError(ProviderError):
-    """The provider reported an error of its own. The request may be what breaks it: do not repeat it blindly."""
+    """The provider reported an internal error. The request may be its cause: do not repeat it in a loop."""
 
 
 class UpstreamMalformedError(ProviderError):
-    """The provider sent what no vLLM sends."""
+    """The provider's response is malformed: it may not be a vLLM. Have the operator check the provider."""
 
 
 class UpstreamIncompleteError(ProviderError):
-    """The provider broke off before every choice had ended. Start again from the top."""
+    """The provider's response ended before every choice had ended. Send the request again."""
 
 
 class UpstreamAbortedError(ProviderError):
-    """The provider aborted the request by itself. Start again from the top."""
+    """The provider aborted the request. Send the request again."""
 
 
 class GatewayError(CallError):
-    """The gateway cannot do it now."""
+    """The gateway cannot serve the call now: it is full, draining, or defective. Each subclass says what to do."""
 
 
 class TooManyStreamsError(GatewayError):
-    """The gateway serves as many completions as it may. Wait `retry_after` seconds, then try again."""
+    """The gateway runs its maximum number of completions. Wait `retry_after` seconds, then call again."""
 
 
 class MemoryLimitExceededError(GatewayError):
-    """The gateway holds as much as it may for the calls under way. Wait `retry_after` seconds, then try again."""
+    """The running calls use all of the gateway's memory limit. Wait `retry_after` seconds, then call again."""
 
 
 class AnswerTooLargeError(GatewayError):
-    """The answer is larger than the gateway holds, or than fits into one message. Stream it, or ask for less of it."""
+    """The answer exceeds the gateway's limit, or the limit of one message. Use `chat.stream`, or request less."""
 
 
 class SlowCallerError(GatewayError):
-    """This program did not read its stream for too long. Read events as they come, and work on them elsewhere."""
+    """This program read its stream too slowly. Read events as they arrive, and process them in another thread or task."""
 
 
 class SlowWatcherError(GatewayError):
-    """This program did not read its watch for too long. Watch again from the last revision, and read as changes come."""
+    """This program read its watch too slowly. Watch again from the last revision, and read changes as they arrive."""
 
 
 class AccessChangedError(GatewayError):
-    """Who may call has changed since the watch began. Watch again from the last revision; a watch does so by itself."""
+    """The access list has changed since the call began. Call again; a watch does so automatically."""
 
 
 class RegistryFullError(GatewayError):
-    """There is no room for what would be registered. Unregister models, or have the operator raise the limit in the message."""
+    """The registry is full. Unregister models, or have the operator raise the limit in the message."""
 
 
 class StoreUnavailableError(GatewayError):
-    """The registry's database cannot be used now; models known already can still be called."""
+    """The registry's database cannot be used now. Call again later; models that are known can still be called."""
 
 
 class DrainingError(GatewayError):
-    """This gateway is shutting down. Try again at once: another one serves."""
+    """This gateway is shutting down. Call again at once: another one serves."""
 
 
 class InternalError(GatewayError):
@@ -308,13 +312,13 @@ class InternalError(GatewayError):
 class StreamInterrupted(CallError):  # noqa: N818 -- it says what happened better without the suffix
     """The stream ended without its last event, after it had begun: the gateway, or a proxy on the way, closed the connection.
 
-    `code` may be anything; it is UNKNOWN if the status said OK. What came is in `answer`, with the latest usage received.
-    Start again from the top. A stream that was asked with `retention` has tried to go on: `reason` says why it could not.
+    `code` may be any; it is UNKNOWN if the status was OK. `answer` has what was received, with the latest usage. Send the
+    request again. A stream with `retention` has tried to resume: `reason` has the reason why it could not.
     """
 
 
 class CallCancelledError(CallError):
-    """The caller cancelled the call: by `cancel()`, by leaving the `with` block, or by closing the client."""
+    """The caller canceled the call: by `cancel()`, by leaving the `with` block, or by closing the client."""
 
 
 class ClientClosedError(CallCancelledError):
@@ -322,11 +326,11 @@ class ClientClosedError(CallCancelledError):
 
 
 class DeadlineExceededError(CallError):
-    """The call's `timeout` passed. What had come of a stream is in `answer`."""
+    """The call's `timeout` passed. `answer` has what was received of a stream. Call again with a longer one."""
 
 
 class DurationLimitExceededError(DeadlineExceededError):
-    """A call without `timeout` ran for as long as the gateway allows. Give a `timeout` that suits the work."""
+    """A call without a `timeout` reached the gateway's limit. Pass a `timeout` that suits the work."""
 
 
 class UnavailableError(CallError):
@@ -334,14 +338,14 @@ class UnavailableError(CallError):
 
 
 class UnauthenticatedError(CallError):
-    """The gateway does not know the caller. Give the right `token`, or `credentials` with a client certificate."""
+    """The gateway does not know the caller. Pass a valid `token`, or `credentials` with a client certificate."""
 
 
 class PermissionDeniedError(CallError):
-    """The gateway knows the caller and does not let it do this. `metadata` says what the call needs."""
+    """The caller lacks the permission that `metadata` names. Have the operator grant it."""
 
 
-# A test holds this whole: every value of the enum but the unspecified one, and no class twice.
+# A test checks that every value of the enum but the unspecified one is here, and no class twice.
 REASONS: Mapping[ErrorReason.ValueType, type[CallError]] = MappingProxyType(
     {
         ErrorReason.ERROR_REASON_INVALID_REQUEST: InvalidRequestError,
@@ -414,7 +418,7 @@ def error_for(failure: Failure) -> CallError:
 
 
 def status_code(number: int) -> grpc.StatusCode:
-    """A status code from its number; UNKNOWN for one that there is not."""
+    """A status code from its number; UNKNOWN for a number without one."""
     return _STATUS_CODES.get(number, grpc.StatusCode.UNKNOWN)
 
 

@@ -6,17 +6,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import grpc
 from google.protobuf.message import DecodeError
 
+from deltawire._metadata import Metadata, metadata_of, metadata_text
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from deltawire._completion import Answer
-
-Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
+    from deltawire._answer import Answer
 
 DOMAIN = "deltawire.dev"
 DETAILS_TRAILER = "grpc-status-details-bin"
@@ -24,15 +24,8 @@ REASON_TRAILER = "deltawire-reason"
 REQUEST_ID = "x-request-id"
 # The status message of a call that gRPC ends because this program closes the channel.
 _CHANNEL_CLOSED = "Channel closed!"
-
-
-@dataclass(slots=True)
-class CallInfo:
-    """What came beside a call's result. Make an empty one, hand it in as `info=`, and read it afterwards."""
-
-    request_id: str = ""
-    initial_metadata: Metadata = ()
-    trailing_metadata: Metadata = ()
+# Those of a call that gRPC ends because its timeout passed: without a response, and within a stream.
+_TIMEOUT_PASSED = frozenset({"Deadline Exceeded", "Stream removed (Deadline Exceeded)"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +67,10 @@ class FailedCall(Protocol):
         """The status message."""
 
     def initial_metadata(self) -> Iterable[tuple[str, str | bytes]] | None:
-        """The headers, if any came."""
+        """The headers, if any were received."""
 
     def trailing_metadata(self) -> Iterable[tuple[str, str | bytes]] | None:
-        """The trailers, if any came."""
+        """The trailers, if any were received."""
 
 
 class ClosedCall:
@@ -121,31 +114,25 @@ def failed_call(error: Exception) -> FailedCall:
     raise error
 
 
-def metadata_of(pairs: Iterable[tuple[str, str | bytes]] | None) -> Metadata:
-    """Metadata of either kind of call as plain pairs of name and value."""
-    return tuple((name, value) for name, value in pairs or ())
-
-
-def metadata_text(metadata: Metadata, name: str) -> str:
-    """The first value of this name as text; "" if there is none."""
-    return next((value for key, value in metadata if key == name and isinstance(value, str)), "")
-
-
 def failure_of(call: FailedCall, request_id: str) -> Failure:
     """Read everything that a failed call says.
 
     Args:
         call: The gRPC exception.
-        request_id: The id that was sent, for when the call came back with none.
+        request_id: The id that was sent, in case the response has none.
 
-    What comes back is for `_errors.error_for`.
+    Pass the result to `_errors.error_for`.
     """
     initial, trailing = metadata_of(call.initial_metadata()), metadata_of(call.trailing_metadata())
     code, message = call.code() or grpc.StatusCode.UNKNOWN, call.details() or ""
     is_closed = code is grpc.StatusCode.CANCELLED and _CHANNEL_CLOSED in message
+    if is_closed:
+        message = "the client was closed, or the channel that it was given"
+    elif code is grpc.StatusCode.DEADLINE_EXCEEDED and message in _TIMEOUT_PASSED:
+        message = "the timeout passed"
     failure = Failure(
         code=code,
-        message="the client was closed, or the channel that it was given" if is_closed else message,
+        message=message,
         reason=metadata_text(trailing, REASON_TRAILER),
         request_id=metadata_text(initial, REQUEST_ID) or metadata_text(trailing, REQUEST_ID) or request_id,
         initial_metadata=initial,

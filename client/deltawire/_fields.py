@@ -1,10 +1,11 @@
-"""Builds the API's messages from values that callers gave, and names the field whose value does not fit.
+"""Builds the API's messages from values of callers, and names the field whose value does not fit.
 
-protobuf's own words are "Value out of range: -1", and it takes bytes for a text in silence.
+protobuf's own error is "Value out of range: -1", and it accepts bytes as text.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar
@@ -17,13 +18,13 @@ M = TypeVar("M", bound=ProtoMessage)
 Field: TypeAlias = Any
 
 _SHOWN = 80  # characters of a value that does not fit
-# What a field takes, by the C++ type that protobuf has for it.
+# What a field takes, by protobuf's C++ type of it.
 _TAKES: Mapping[int, str] = MappingProxyType(
     {
         FieldDescriptor.CPPTYPE_INT32: f"a whole number from {-(2**31)} to {2**31 - 1}",
         FieldDescriptor.CPPTYPE_INT64: f"a whole number from {-(2**63)} to {2**63 - 1}",
-        FieldDescriptor.CPPTYPE_FLOAT: "a number",
-        FieldDescriptor.CPPTYPE_DOUBLE: "a number",
+        FieldDescriptor.CPPTYPE_FLOAT: "a finite number",
+        FieldDescriptor.CPPTYPE_DOUBLE: "a finite number",
         FieldDescriptor.CPPTYPE_BOOL: "True or False",
         FieldDescriptor.CPPTYPE_STRING: "text that can be sent as UTF-8",
         FieldDescriptor.CPPTYPE_ENUM: "one of the API's values",
@@ -35,8 +36,8 @@ class FieldValueError(ValueError):
     """A value of the right type that a field cannot hold.
 
     Attributes:
-        field: What the caller knows the field by.
-        problem: What is wrong with the value.
+        field: The caller's name of the field.
+        problem: The rest of the sentence: the value, and what the field takes.
     """
 
     def __init__(self, field: str, problem: str) -> None:
@@ -54,22 +55,37 @@ def made(kind: type[M], given: Mapping[str, Any], names: Mapping[str, str] = Map
     Args:
         kind: The kind of message.
         given: Values by the names of its fields; None is the same as not given.
-        names: What the caller knows a field by, where that is not its own name.
+        names: The caller's names of fields, where they differ.
 
     Raises:
-        FieldValueError: A value that its field cannot hold.
-        TypeError: A value of another type than its field; the message begins with the field's name, too.
+        FieldValueError: A field cannot hold its value.
+        TypeError: A value has another type than its field; the message begins with the field's name, too.
     """
     fields = kind.DESCRIPTOR.fields_by_name
     called = {name: names.get(name, name) for name in given}
     values = {name: _usable(fields[name], value, called[name]) for name, value in given.items() if value is not None}
     try:
-        return kind(**values)
+        message = kind(**values)
+        _require_finite(message, values)
     except (TypeError, ValueError, OverflowError):
         for name, value in values.items():
             for piece in _pieces(value):
                 _try(kind, fields[name], piece, called[name])
         raise  # pragma: no cover -- what is wrong together is wrong alone
+    return message
+
+
+def _require_finite(message: ProtoMessage, names: Iterable[str]) -> None:
+    """Check the numbers in these fields: the gateway would only say that they are out of range.
+
+    Raises:
+        ValueError: One is infinite or NaN.
+    """
+    for name in names:
+        value = getattr(message, name)
+        for each in value.values() if isinstance(value, Mapping) else (value,):
+            if isinstance(each, float) and not math.isfinite(each):
+                raise ValueError(each)
 
 
 def _usable(field: Field, value: Any, name: str) -> Any:  # noqa: ANN401 -- whatever callers give
@@ -105,7 +121,7 @@ def _pieces(value: Any) -> Iterator[Any]:  # noqa: ANN401 -- whatever callers gi
 def _try(kind: type[ProtoMessage], field: Field, piece: Any, name: str) -> None:  # noqa: ANN401
     """Refuse a piece that its field does not take, in the caller's words."""
     try:
-        kind(**{field.name: piece})
+        _require_finite(kind(**{field.name: piece}), (field.name,))
     except TypeError as error:
         message = f"{name}: {_problem(field, piece)}"
         raise TypeError(message) from error

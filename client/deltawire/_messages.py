@@ -1,14 +1,14 @@
-"""Turns of a conversation, and tools: short ways to write the API's messages, and to read their text.
+"""Turns of a conversation, and tools: short ways to build the API's messages, and to read their text.
 
-Everything here takes and gives the messages of `deltawire.v1` themselves, never a copy of them in another shape, so what
-a helper made and what was written out by hand can be mixed freely.
+Every function takes and returns the messages of `deltawire.v1` themselves, so its results can be mixed with messages that
+were built by hand. All of them raise TypeError or ValueError, which names the field, for a value that a message cannot hold.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 from deltawire._fields import made
 from deltawire._values import JsonObject, json_text
@@ -25,10 +25,13 @@ from deltawire.v1.message_pb2 import (
 )
 from deltawire.v1.tool_pb2 import Tool, ToolCall
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 T = TypeVar("T")
 
 RoleMessage: TypeAlias = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage
-# A turn as callers may give it: text alone is what the user says.
+# A turn as callers may pass it: text alone is a turn of the user.
 MessageLike: TypeAlias = str | ChatMessage | RoleMessage
 # A piece of a turn: text, the API's own part, or the object that OpenAI's API uses.
 Part: TypeAlias = str | ContentPart | Mapping[str, Any]
@@ -38,68 +41,71 @@ Schema: TypeAlias = JsonObject
 
 
 def system(content: Content) -> ChatMessage:
-    """Instructions for the model. Send it as the first of the messages."""
+    """Instructions for the model: text, or text parts. Send it as the first message."""
     return ChatMessage(system=made(SystemMessage, _content(content)))
 
 
 def developer(content: Content) -> ChatMessage:
-    """Instructions under the newer role name; the model's chat template decides what it means."""
+    """Instructions under the newer role name. The model's chat template decides what it means; send it first."""
     return ChatMessage(developer=made(DeveloperMessage, _content(content)))
 
 
 def user(content: Content) -> ChatMessage:
-    """What the user says."""
+    """A turn of the user: text, or text and images as parts, in order. Append it to the messages."""
     return ChatMessage(user=made(UserMessage, _content(content)))
 
 
 def assistant(content: Content = (), *, tool_calls: Iterable[ToolCall] = (), reasoning: str = "") -> ChatMessage:
-    """What the model said in an earlier answer, made by hand; `Answer.message` gives the real one."""
+    """A turn of the model, built by hand. For a real answer append `Answer.message` instead."""
     given = {**_content(content), "tool_calls": tool_calls, "reasoning": reasoning}
     return ChatMessage(assistant=made(AssistantMessage, given))
 
 
 def tool(call: ToolCall | str, content: Content) -> ChatMessage:
-    """The result of one tool call, for the model to read.
+    """The result of one tool call.
 
     Args:
-        call: The call that this answers, or its id.
+        call: The call, or its id.
         content: The result as text.
 
-    Append one per call after the answer's own message, then ask again with the same tools.
+    Append one for each call after the answer's own message, then send the request again with the same tools.
     """
     call_id = call if isinstance(call, str) else call.call_id
     return ChatMessage(tool=made(ToolMessage, {"call_id": call_id, **_content(content)}))
 
 
 def image(source: str | bytes | Path) -> ContentPart:
-    """An image, as a part of what the user says.
+    """An image, as a part of a turn of the user.
 
     Args:
         source: The file's bytes, a `Path` to read them from, or a URL: https://…, or data:image/png;base64,….
 
     Raises:
-        ValueError: Text that is no URL. A file's name is a `Path`.
-        TypeError: It is none of these.
+        ValueError: The text is not a URL. Pass a file's name as a `Path`.
+        TypeError: The source has another type.
         OSError: The file cannot be read.
 
-    Example: `user(["What is this?", image(Path("cat.png"))])`. A URL is fetched by the gateway, if its operator lets it:
-    bytes always arrive.
+    Pass it to `user`: `user(["What is this?", image(Path("cat.png"))])`. The gateway fetches a URL only if its operator
+    allows it; bytes always work.
     """
-    if isinstance(source, Path):
-        return ContentPart(image=Image(data=source.read_bytes()))
+    if isinstance(source, os.PathLike):
+        # Imported here because it takes longer than the rest of this module, and most programs send no image.
+        from pathlib import Path
+
+        return ContentPart(image=Image(data=Path(source).read_bytes()))
     if isinstance(source, bytes):
         return ContentPart(image=Image(data=source))
     if not isinstance(source, str):
         message = f"an image is a URL, bytes, or a pathlib.Path, not {type(source).__name__}"
         raise TypeError(message)
     if not is_image_url(source):
-        message = f"an image is a URL, bytes, or a pathlib.Path, and {source[:80]!r} is no URL"
+        message = f"an image is a URL, bytes, or a pathlib.Path, and {source[:80]!r} is not a URL"
         raise ValueError(message)
     return ContentPart(image=made(Image, {"url": source}))
 
 
 def is_image_url(text: str) -> bool:
-    """Whether this is meant as an image's URL, and not as a file's name."""
+    """Whether a text is an image's URL, and not a file's name."""
     return "://" in text or text[:5].lower() == "data:"
 
 
@@ -111,16 +117,16 @@ def tool_definition(
     output_schema: Schema | None = None,
     strict: bool | None = None,
 ) -> Tool:
-    """A function that the model may ask the caller to run.
+    """A function that the model may call, and that the caller runs.
 
     Args:
-        name: What the model calls it by; unique in a request.
-        description: What it does and when to use it, for the model to read.
-        input_schema: JSON Schema of the arguments. None means that it takes none.
-        output_schema: JSON Schema of the result, for the caller's own use; the model never sees it.
-        strict: Whether the engine must hold the arguments to the schema. None leaves it to the engine.
+        name: Its name, unique in a request.
+        description: What it does and when to use it; the model receives it.
+        input_schema: JSON Schema of the arguments, as a mapping or as JSON text. None means no arguments.
+        output_schema: JSON Schema of the result, for the caller's own use; the model does not receive it.
+        strict: Whether the engine must make the arguments follow the schema. None leaves it to the engine.
 
-    Hand it to `tools=`; the calls come back in `Answer.tool_calls`.
+    Pass it to `tools=`; `Answer.tool_calls` has the calls.
     """
     given = {
         "name": name,
@@ -135,11 +141,13 @@ def tool_definition(
 def tool_from_openai(value: Mapping[str, Any]) -> Tool:
     """A tool from the object that OpenAI's API uses: `{"type": "function", "function": {"name": ...}}`.
 
-    The inner object alone (`{"name": ..., "parameters": ...}`) is taken too.
+    The inner object alone (`{"name": ..., "parameters": ...}`) is accepted too.
 
     Raises:
-        ValueError: The object is no function tool; the message says what is wrong.
-        TypeError: It is no object.
+        ValueError: The object is not a function tool; the message has the problem.
+        TypeError: It is not an object.
+
+    Pass it to `tools=`, which also accepts the object itself.
     """
     if not isinstance(value, Mapping):
         message = f"a tool is a Tool or an object of OpenAI's, not {type(value).__name__}"
@@ -168,37 +176,37 @@ def tool_from_openai(value: Mapping[str, Any]) -> Tool:
 
 
 def json_schema(schema: Schema, *, name: str = "", strict: bool | None = None) -> ResponseFormat:
-    """A response format: the answer's text is JSON that follows a schema. Hand it to `response_format=`."""
+    """A response format: JSON that follows a schema, given as a mapping or as JSON text. Pass it to `response_format=`."""
     given = {"name": name, "schema": json_text("schema", schema), "strict": strict}
     return ResponseFormat(json_schema=made(ResponseFormat.JsonSchema, given))
 
 
 def regex(pattern: str) -> ResponseFormat:
-    """A response format: the whole text matches a regular expression. Hand it to `response_format=`."""
+    """A response format: the whole text matches a regular expression. Pass it to `response_format=`."""
     return made(ResponseFormat, {"regex": pattern})
 
 
 def choice(values: Iterable[str]) -> ResponseFormat:
-    """A response format: the text is one of these. Hand it to `response_format=`.
+    """A response format: the text is one of these. Pass it to `response_format=`.
 
     Raises:
-        TypeError: One text alone, which would be taken for its letters.
+        TypeError: The argument is a single text, whose letters would be the choices.
     """
     return ResponseFormat(choice=made(ResponseFormat.Choice, {"values": values}, {"values": "choice"}))
 
 
 def grammar(text: str) -> ResponseFormat:
-    """A response format: the text follows a grammar in EBNF (GBNF) or Lark. Hand it to `response_format=`."""
+    """A response format: the text follows a grammar in EBNF (GBNF) or Lark. Pass it to `response_format=`."""
     return made(ResponseFormat, {"grammar": text})
 
 
 def structural_tag(tag: JsonObject) -> ResponseFormat:
-    """A response format: a structural tag in vLLM's form, as a mapping or as JSON text. Hand it to `response_format=`."""
+    """A response format: a structural tag in vLLM's form, as a mapping or as JSON text. Pass it to `response_format=`."""
     return made(ResponseFormat, {"structural_tag": json_text("structural_tag", tag)})
 
 
 def message_text(message: ChatMessage | RoleMessage) -> str:
-    """The text of a turn: its `text`, or its text parts put together; "" if it has none."""
+    """The text of a turn: its `text`, or its text parts concatenated; "" if it has none."""
     if isinstance(message, ChatMessage):
         role = message.WhichOneof("role")
         return "" if role is None else message_text(getattr(message, role))
@@ -206,10 +214,10 @@ def message_text(message: ChatMessage | RoleMessage) -> str:
 
 
 def as_message(value: MessageLike) -> ChatMessage:
-    """A turn in the shape that requests hold.
+    """A turn as a `ChatMessage`.
 
     Raises:
-        TypeError: It is nothing that can be a turn.
+        TypeError: The value cannot be a turn.
     """
     match value:
         case ChatMessage():
@@ -245,8 +253,8 @@ def _part(piece: Part) -> ContentPart:
     """A piece of content; OpenAI's object is {"type": "text", "text": …} or {"type": "image_url", "image_url": …}.
 
     Raises:
-        ValueError: It is an object of another kind; the message says what is wrong.
-        TypeError: It is nothing that can be a piece.
+        ValueError: It is an object of another kind; the message has the problem.
+        TypeError: The value cannot be a piece.
     """
     if isinstance(piece, ContentPart):
         return piece
@@ -286,10 +294,10 @@ def _member(value: Mapping[str, Any], name: str, kind: type[T]) -> T | None:
 
 
 def _refuse_others(tool: Mapping[str, Any], known: Collection[str]) -> None:
-    """Check the members of a tool: a misspelt one would be left out without a word.
+    """Check the members of a tool: a misspelt one would be ignored.
 
     Raises:
-        ValueError: There is one that is not known.
+        ValueError: A member is unknown.
     """
     for name in tool:
         if name not in known:

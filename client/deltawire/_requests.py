@@ -55,7 +55,13 @@ Messages: TypeAlias = MessageLike | Iterable[MessageLike]
 
 
 class SamplingOptions(TypedDict, total=False):
-    """How tokens are chosen and when to stop; see `Sampling` in the API. None is the same as not given."""
+    """How tokens are chosen and when to stop; None is the same as not given.
+
+    The gateway checks the ranges: `temperature` 0 or above; `top_p` above 0 and at most 1; `top_k` 1 or above, or 0 or -1
+    for all tokens; `min_p` 0 to 1; `frequency_penalty` and `presence_penalty` -2 to 2; `repetition_penalty` above 0;
+    `max_tokens` 1 or above; `stop` one text or several; `stop_token_ids` 0 or above; `logit_bias` -100 to 100 by token id.
+    `Sampling` in the API describes each.
+    """
 
     temperature: float | None
     top_p: float | None
@@ -75,22 +81,22 @@ class SamplingOptions(TypedDict, total=False):
 
 
 class PlainChatOptions(SamplingOptions, total=False):
-    """What a chat request holds besides its messages and tools. None is the same as not given.
+    """The fields of a chat request besides its messages and tools. None is the same as not given.
 
-    `model` can be left out if the gateway serves exactly one chat model. `tool_choice` is "auto", "required", "none", the
-    name of a tool, or a `ToolChoice` (which can also name a tool called "auto"). `sampling` is where the single sampling
-    arguments are laid over. `response_format` is a `ResponseFormat`, see `json_schema`, `regex`, `choice`, `grammar` and
-    `structural_tag`, or "json_object". `logprobs` True asks for the chosen tokens' log-probabilities, a number for that
-    many alternatives as well. `choice_count` is how many answers to generate.
+    `model` may be omitted if the gateway serves exactly one chat model. `tool_choice` is "auto", "required", "none", the
+    name of a tool, or a `ToolChoice` (which can also name a tool called "auto"). The single sampling arguments replace the
+    fields of `sampling`. `response_format` is a `ResponseFormat`, see `json_schema`, `regex`, `choice`, `grammar` and
+    `structural_tag`, or "json_object". `logprobs` True requests the log-probabilities of the chosen tokens, a number also
+    that many alternatives for each. `choice_count` is the number of answers to generate.
 
-    `allowed_tools` are the names of those of the `tools` that the model gets to see this time. `incremental_tool_calls`
-    sends calls while they are written; `validate_schema` has their arguments checked against the tools' schemas.
-    `reasoning` is how hard to think, "none", "minimal", "low", "medium", "high", "xhigh" or "max", or a `Reasoning`;
-    `reasoning_token_budget` the most tokens of it; `include_reasoning` False leaves it out of the answer.
+    `allowed_tools` are the names of those `tools` that the model receives in this request. `incremental_tool_calls` sends
+    calls while they are written; `validate_schema` validates their arguments against the tools' schemas. `reasoning` is the
+    effort, "none", "minimal", "low", "medium", "high", "xhigh" or "max", or a `Reasoning`; `reasoning_token_budget` is the
+    maximum number of reasoning tokens; `include_reasoning` False omits the reasoning from the answer.
 
-    `soft_time_limit` (seconds, or a `timedelta`) ends generation normally, with what came by then. `completion_id` is an
-    id of your own to cancel, look up and resume by; make it unguessable. `priority`: lower goes earlier.
-    `chat_template_kwargs` and `extra_body` are JSON objects, as mappings or as text. `cache_salt`, `user`: see
+    `soft_time_limit` (seconds above 0, or a `timedelta`) ends generation normally, with the text so far. `completion_id`
+    is an id of your own to cancel, look up and resume by; make it unguessable. `priority`: a lower number is served
+    earlier. `chat_template_kwargs` and `extra_body` are JSON objects, as mappings or as text. `cache_salt`, `user`: see
     `ChatRequest` in the API.
     """
 
@@ -116,14 +122,14 @@ class PlainChatOptions(SamplingOptions, total=False):
     user: str | None
 
 
-class TellingOptions(TypedDict, total=False):
+class StreamingOptions(TypedDict, total=False):
     """How a stream is sent; see `StreamOptions` in the API. None is the same as not given.
 
     Times are in seconds, or a `timedelta`. `usage_updates` sends the usage while the answer is generated: `stream.usage`.
-    `max_coalesce_delay` lets deltas be held back for that long to be joined. `heartbeat_interval` sends something at
-    least that often, with `early_heartbeats` also before the answer begins, which gives up gRPC's retries.
-    `retention` keeps the stream, so that it goes on over a lost connection: see `Chat.stream`. `stream_options` is where
-    these are laid over.
+    `max_coalesce_delay` (0 or above) lets the gateway hold deltas for that long and merge them. `heartbeat_interval` (above
+    0) sends an event at least that often, with `early_heartbeats` also before the answer begins; gRPC then cannot retry the
+    call. `retention` retains the stream, so that it survives a lost connection: see `Chat.stream`. These replace the fields
+    of `stream_options`.
     """
 
     usage_updates: bool | None
@@ -135,7 +141,7 @@ class TellingOptions(TypedDict, total=False):
 
 
 class ChatOptions(PlainChatOptions, total=False):
-    """What a chat request holds besides its messages. `tools` takes the API's `Tool`s and OpenAI's tool objects."""
+    """The fields of a chat request besides its messages. `tools` are `Tool` messages or OpenAI's tool objects."""
 
     tools: Iterable[Tool | Mapping[str, Any]] | None
 
@@ -148,14 +154,14 @@ class ChatArguments(ChatOptions, CallOptions, total=False):
     """Everything that `chat.create` and `chat.count_tokens` take by name."""
 
 
-class StreamArguments(ChatArguments, TellingOptions, total=False):
+class StreamArguments(ChatArguments, StreamingOptions, total=False):
     """Everything that `chat.stream` takes by name."""
 
 
 class ListOptions(TypedDict, total=False):
-    """Which models to list; what is not given lets all of them through.
+    """Which models to list; a filter that is not given admits all of them.
 
-    `page_size` is how many to fetch at once, 1 to 1000; 0 leaves it to the gateway. `model_type`, `state` and `source`
+    `page_size` is the number of models per call, 1 to 1000; 0 leaves it to the gateway. `model_type`, `state` and `source`
     are a `ModelType`, `ModelState` and `ModelSource`, or their names ("llm", "serving", "registered").
     """
 
@@ -171,11 +177,11 @@ class ListArguments(ListOptions, CallOptions, total=False):
 
 
 class RegisterOptions(TypedDict, total=False):
-    """What a registration says besides the id.
+    """The fields of a registration besides the id.
 
-    `provider_id` may be left out if there is only one, `provider_model_id` if it is the same as the id. `model_type` is
-    a `ModelType` or its name ("llm", "embedding", "rerank"). `annotations` are free notes. `embedding_dimension` is
-    how many numbers a vector of an embedding model has; only such a model has it, and has to.
+    `provider_id` may be omitted if there is only one, `provider_model_id` if it equals the id. `model_type` is a
+    `ModelType` or its name ("llm", "embedding", "rerank"). `annotations` are free notes, at most 64 KiB in all.
+    `embedding_dimension` is the length of a vector, 1 or above: required for embedding models, refused for others.
     """
 
     provider_id: str
@@ -191,11 +197,11 @@ class RegisterArguments(RegisterOptions, CallOptions, total=False):
 
 
 class UpdateOptions(RegisterOptions, total=False):
-    """What to change of a registered model; what is not given stays.
+    """Which fields of a registered model to change; a field that is not given is kept.
 
-    A list or mapping replaces the one that was; an empty one takes all of it away, as None does with
-    `embedding_dimension`. With an `etag` the change is made only if the model has not changed since it had that; a
-    `Model` brings its own, and "" makes the change in any case.
+    A list or mapping replaces the whole field; an empty one clears it, as None does for `embedding_dimension`. With an
+    `etag` the change is made only if the model still has it. The default is the `etag` of the `Model` that is passed; ""
+    makes the change in any case.
     """
 
     etag: str
@@ -210,24 +216,25 @@ REGISTER_OPTIONS = frozenset(RegisterOptions.__annotations__)
 UPDATE_OPTIONS = frozenset(UpdateOptions.__annotations__)
 SAMPLING_OPTIONS = frozenset(SamplingOptions.__annotations__)
 CHAT_OPTIONS = frozenset(ChatOptions.__annotations__)
-TELLING_OPTIONS = frozenset(TellingOptions.__annotations__)
+STREAMING_OPTIONS = frozenset(StreamingOptions.__annotations__)
 
 # Where an option has another name than the API's field: `type` alone says too little beside other arguments.
 _FIELDS = {"model_type": "type"}
+_NAMES = {field: option for option, field in _FIELDS.items()}
 
 
 def chat_request(messages: Messages, **options: Unpack[ChatOptions]) -> ChatRequest:
-    """Put a request together.
+    """Build a `ChatRequest` from keyword arguments.
 
     Args:
         messages: The conversation: text (one turn of the user), a message, or several of either.
         options: See `ChatOptions`.
 
     Raises:
-        TypeError: An argument that does not exist, or of a type that cannot be used.
-        ValueError: A value that the API's messages cannot hold.
+        TypeError: An argument does not exist or has a wrong type; the message names it.
+        ValueError: A request cannot hold the value of an argument, which the message names.
 
-    Either names the argument. The gateway judges the rest. Hand it to `chat.create` or `chat.stream`, as often as you like.
+    The gateway checks everything else. Pass the request to `chat.create` or `chat.stream`, any number of times.
     """
     if unknown := options.keys() - CHAT_OPTIONS:
         message = f"a chat request has no argument {', '.join(sorted(unknown))}"
@@ -259,46 +266,41 @@ def chat_request(messages: Messages, **options: Unpack[ChatOptions]) -> ChatRequ
 
 
 def split_arguments(messages: Messages | ChatRequest, arguments: ChatArguments) -> tuple[ChatRequest, CallOptions]:
-    """Part the arguments of `create`, `count_tokens` and `run_tools` into what is asked and how the call is made.
+    """Split the arguments of `create`, `count_tokens` and `run_tools` into the request and the options of the call.
 
     Raises:
-        TypeError: A whole `ChatRequest` came with arguments of its own kind; set its fields instead.
+        TypeError: A whole `ChatRequest` was given with fields of its own; set them in it.
     """
-    options = {name: value for name, value in arguments.items() if name not in CALL_OPTIONS}
-    call = cast("CallOptions", {name: value for name, value in arguments.items() if name in CALL_OPTIONS})
+    call, options = _split(arguments, CALL_OPTIONS)
     if not isinstance(messages, ChatRequest):
-        return chat_request(messages, **cast("ChatOptions", options)), call
-    if options:
-        message = f"a ChatRequest says everything itself: set {', '.join(sorted(options))} in it"
-        raise TypeError(message)
+        return chat_request(messages, **options), call
+    _require_no_fields(options, "a ChatRequest")
     return messages, call
 
 
 def split_streaming(
     messages: Messages | ChatRequest, arguments: StreamArguments
 ) -> tuple[StreamChatCompletionRequest, CallOptions]:
-    """Split the arguments of `stream` into what is asked, how it is sent, and how the call is made.
+    """Split the arguments of `stream` into the request, which has the stream's options, and the options of the call.
 
     Raises:
-        TypeError: A whole `ChatRequest` came with arguments of its own kind; set its fields instead.
-        ValueError: A length of time that is none.
+        TypeError: A whole `ChatRequest` was given with fields of its own; set them in it.
+        ValueError: A length of time that cannot be sent.
 
     The request is a copy: it may be changed.
     """
-    given = arguments.items()
-    telling = cast("TellingOptions", {name: value for name, value in given if name in TELLING_OPTIONS})
-    rest = cast("ChatArguments", {name: value for name, value in given if name not in TELLING_OPTIONS})
+    streaming, rest = _split(arguments, STREAMING_OPTIONS)
     chat, call = split_arguments(messages, rest)
-    return StreamChatCompletionRequest(chat=chat, options=_telling(telling)), call
+    return StreamChatCompletionRequest(chat=chat, options=_stream_options(streaming)), call
 
 
 def resume_request(
     completion_id: str, last_sequence: int | None, retention: Seconds
 ) -> tuple[StreamChatCompletionRequest, float]:
-    """What asks for a retained stream, and for how many seconds without anything new to go on.
+    """The request for a retained stream, and for how many seconds without a new event it resumes automatically.
 
     Raises:
-        ValueError: A length of time that is none, or a sequence that is none.
+        ValueError: A length of time or a sequence that cannot be sent.
         TypeError: An argument of another type.
     """
     resume_for = duration("retention", retention) or Duration()
@@ -307,14 +309,12 @@ def resume_request(
 
 
 def split_listing(arguments: ListArguments) -> tuple[ListModelsRequest, CallOptions]:
-    """Part the arguments of `list` into what is listed and how its calls are made.
+    """Split the arguments of `list` into the request and the options of its calls.
 
     Raises:
         ValueError: There is no such type, state or source.
     """
-    given = arguments.items()
-    options = cast("ListOptions", {name: value for name, value in given if name in LIST_OPTIONS})
-    call = cast("CallOptions", {name: value for name, value in given if name not in LIST_OPTIONS})
+    options, call = _split(arguments, LIST_OPTIONS)
     request = ListModelsRequest(
         page_size=options.get("page_size", 0),
         provider_id=options.get("provider_id", ""),
@@ -328,56 +328,66 @@ def split_listing(arguments: ListArguments) -> tuple[ListModelsRequest, CallOpti
 def split_registration(
     model: str | RegisterModelRequest, arguments: RegisterArguments
 ) -> tuple[RegisterModelRequest, CallOptions]:
-    """Part the arguments of `register` into what is registered and how the call is made.
+    """Split the arguments of `register` into the request and the options of the call.
 
     Raises:
-        TypeError: A whole request came with arguments of its own kind; set its fields instead.
-        ValueError: There is no such type of model.
+        TypeError: A whole request was given with fields of its own; set them in it. Or a value of another type.
+        ValueError: There is no such type of model, or a value that its field cannot hold.
     """
-    given = arguments.items()
-    options = cast("RegisterOptions", {name: value for name, value in given if name in REGISTER_OPTIONS})
-    call = cast("CallOptions", {name: value for name, value in given if name not in REGISTER_OPTIONS})
+    options, call = _split(arguments, REGISTER_OPTIONS)
     if isinstance(model, RegisterModelRequest):
-        if options:
-            message = f"a RegisterModelRequest says everything itself: set {', '.join(sorted(options))} in it"
-            raise TypeError(message)
+        _require_no_fields(options, "a RegisterModelRequest")
         return model, call
-    return RegisterModelRequest(model_id=model, **_registration(options)), call
+    return made(RegisterModelRequest, {"model_id": model, **_registration(options)}, _NAMES), call
 
 
 def split_update(
     model: str | Model | UpdateModelRequest, arguments: UpdateArguments
 ) -> tuple[UpdateModelRequest, CallOptions]:
-    """Part the arguments of `update` into what is changed and how the call is made.
+    """Split the arguments of `update` into the request and the options of the call.
 
     Raises:
-        TypeError: Nothing is to be changed, or a whole request came with arguments of its own kind; set its fields
-            instead.
-        ValueError: There is no such type of model.
+        TypeError: There is nothing to change, or a whole request was given with fields of its own; set them in it. Or a
+            value of another type.
+        ValueError: There is no such type of model, or a value that its field cannot hold.
     """
-    given = arguments.items()
-    options = cast("UpdateOptions", {name: value for name, value in given if name in UPDATE_OPTIONS})
-    call = cast("CallOptions", {name: value for name, value in given if name not in UPDATE_OPTIONS})
+    options, call = _split(arguments, UPDATE_OPTIONS)
     if isinstance(model, UpdateModelRequest):
-        if options:
-            message = f"an UpdateModelRequest says everything itself: set {', '.join(sorted(options))} in it"
-            raise TypeError(message)
+        _require_no_fields(options, "an UpdateModelRequest")
         return model, call
     fields = _registration(options)
     if not fields:
-        # Without a mask, the gateway would take over whatever is set.
+        # Without a mask, the gateway would change all fields that are set.
         message = f"nothing to change: give one of {', '.join(sorted(REGISTER_OPTIONS))}"
         raise TypeError(message)
     model_id, etag = (model.id, model.etag) if isinstance(model, Model) else (model, "")
-    changed = Model(id=model_id, etag=options.get("etag", etag), **fields)
+    changed = made(Model, {"id": model_id, "etag": options.get("etag", etag), **fields}, _NAMES)
     return UpdateModelRequest(model=changed, update_mask=FieldMask(paths=sorted(fields))), call
 
 
-class ModelPages:
-    """What both kinds of listing share: the models that have come, and whether more follow.
+def _split(arguments: Mapping[str, Any], names: frozenset[str]) -> tuple[Any, Any]:
+    """The arguments with these names, and the others."""
+    named = {name: value for name, value in arguments.items() if name in names}
+    return named, {name: value for name, value in arguments.items() if name not in names}
 
-    `unreachable_provider_ids` are the providers that did not answer, so that their models are what they said last, if they
-    ever did; complete once the listing has been read to its end.
+
+def _require_no_fields(options: Mapping[str, Any], request: str) -> None:
+    """Check that a whole request was given alone.
+
+    Raises:
+        TypeError: There are fields beside it.
+    """
+    if options:
+        message = f"{request} has all fields itself: set {', '.join(sorted(options))} in it"
+        raise TypeError(message)
+
+
+class ModelPages:
+    """The part that both kinds of listing share: the received models, and whether there are more.
+
+    Attributes:
+        unreachable_provider_ids: The providers that did not answer, so that their models may be out of date; complete after
+            the last model.
     """
 
     def __init__(self, request: ListModelsRequest) -> None:
@@ -397,7 +407,7 @@ class ModelPages:
 
 
 class ProviderPages:
-    """What both kinds of listing of providers share: `request` asks for the next page, and is None after the last."""
+    """The part that both kinds of listing of providers share; `request` is for the next page, and None after the last."""
 
     def __init__(self) -> None:
         self.request: ListProvidersRequest | None = ListProvidersRequest()
@@ -457,7 +467,7 @@ def _sampling(options: SamplingOptions) -> Sampling | None:
     return laid_over("sampling", cast("ChatOptions", options).get("sampling"), Sampling, given)
 
 
-def _telling(options: TellingOptions) -> StreamOptions | None:
+def _stream_options(options: StreamingOptions) -> StreamOptions | None:
     """The base given as `stream_options`, if any, with the single arguments over it; None if there is neither."""
     given: dict[str, Any] = {
         "usage_updates": options.get("usage_updates"),

@@ -1,6 +1,6 @@
-"""From the values that callers give to those that the API's messages hold: words, numbers, seconds, mappings.
+"""From the values that callers pass to those that the API's messages hold: words, numbers, seconds, mappings.
 
-Every function takes what is easy to write, passes on what is the API's own already, and makes None of None: not given.
+Every function also accepts the API's own value, which it returns unchanged, and None, which means not given.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ M = TypeVar("M", bound=ProtoMessage)
 
 # A length of time: seconds, or Python's own.
 Seconds: TypeAlias = float | timedelta
-# A JSON object as a mapping, or as JSON text, which is passed on to the letter.
+# A JSON object as a mapping, or as JSON text, which is sent verbatim.
 JsonObject: TypeAlias = Mapping[str, Any] | str
 
 # For how many seconds a stream that another program began is resumed automatically.
@@ -54,20 +54,18 @@ _FORMATS = {
 def laid_over(
     argument: str, base: M | None, kind: type[M], given: Mapping[str, Any], names: Mapping[str, str] = _SAME
 ) -> M | None:
-    """A message with single fields laid over it.
+    """A copy of a message with some fields replaced; None if there is neither a base nor a value.
 
     Args:
-        argument: What the caller knows the base by.
-        base: What they are laid over; it is not changed. None is an empty one.
+        argument: The caller's name of the base.
+        base: The message; it is not changed. None is an empty one.
         kind: The kind of message.
         given: Values by the names of their fields. They replace, lists too; None is the same as not given.
-        names: What the caller knows a field by, where that is not its own name.
+        names: The caller's names of fields, where they differ.
 
     Raises:
         TypeError: The base or a value is of another type.
-        FieldValueError: A value that its field cannot hold.
-
-    None comes back if there is neither a base nor a value.
+        FieldValueError: A field cannot hold its value.
     """
     if base is not None and not isinstance(base, kind):
         message = f"{argument}: a {kind.DESCRIPTOR.name} is needed, not {type(base).__name__}"
@@ -89,8 +87,8 @@ def duration(name: str, value: Seconds | None) -> Duration | None:
     """A length of time.
 
     Raises:
-        ValueError: It is no number that can be waited for, or too long to be said.
-        TypeError: It is no number at all.
+        ValueError: It is NaN, or out of the range of a Duration.
+        TypeError: It is not a number.
 
     Either message begins with the name.
     """
@@ -100,7 +98,7 @@ def duration(name: str, value: Seconds | None) -> Duration | None:
     try:
         length.FromTimedelta(value if isinstance(value, timedelta) else timedelta(seconds=value))
     except (ValueError, OverflowError) as error:
-        message = f"{name} is no length of time that can be sent: {value}"
+        message = f"{name} is not a length of time that can be sent: {value}"
         raise ValueError(message) from error
     except TypeError as error:
         message = f"{name}: a number of seconds or a timedelta is needed, not {type(value).__name__}"
@@ -109,11 +107,11 @@ def duration(name: str, value: Seconds | None) -> Duration | None:
 
 
 def json_text(name: str, value: JsonObject | None) -> str:
-    """JSON text of an object; text is kept to the letter, and None is "".
+    """JSON text of an object; text is returned verbatim, and None is "".
 
     Raises:
-        TypeError: It is neither, or has something that JSON does not have; the message begins with the name.
-        ValueError: It holds itself; likewise.
+        TypeError: It is neither, or contains a value that JSON cannot represent; the message begins with the name.
+        ValueError: It contains itself; likewise.
     """
     if value is None:
         return ""

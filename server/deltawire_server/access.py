@@ -152,25 +152,18 @@ class Principal:
 
         A later principal with the same name and another credential is another owner.
         """
-        return _owner("principal", self.name, self._credential(exact=True))
+        return _owner("principal", self.name, self._credential())
 
-    def line(self) -> str:
-        """The access line of this principal, for `parse_line`; with the digest instead of a key."""
-        return self._line(exact=True)
-
-    def masked(self) -> str:
-        """The access line without secrets."""
-        return self._line(exact=False)
-
-    def _line(self, *, exact: bool) -> str:
+    def line(self, *, masked: bool = False) -> str:
+        """The access line of this principal, for `parse_line`; with the digest instead of a key, or with its mask."""
         words = [permission.value for permission in Permission if permission in self.permissions]
         permissions = "all" if self.permissions == ALL else ",".join(words)
-        return f"{self.name} {permissions} {self._credential(exact=exact)}"
+        return f"{self.name} {permissions} {self._credential(masked=masked)}"
 
-    def _credential(self, *, exact: bool) -> str:
+    def _credential(self, *, masked: bool = False) -> str:
         if isinstance(self.credential, Identity):
             return f"mtls:{self.credential}"
-        return f"sha256:{self.credential.digest.hex() if exact else '***'}"
+        return f"sha256:{'***' if masked else self.credential.digest.hex()}"
 
 
 class Access:

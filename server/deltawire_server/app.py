@@ -160,6 +160,7 @@ class Gateway:
 
     async def __aenter__(self) -> Self:
         try:
+            self._lifecycle.listen()  # first, so that a gateway that cannot serve creates no database
             await self._registry.open()
             self._registry.start_refreshing()
             if self._process is not None and self._passing is not None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
@@ -41,99 +40,64 @@ class Code(enum.IntEnum):
 
 
 class Reason(enum.Enum):
-    """`deltawire.v1.ErrorReason` without its prefix; the values are the proto's numbers, which a test checks."""
+    """`deltawire.v1.ErrorReason` without its prefix; the values are the proto's numbers, which a test checks.
 
-    INVALID_REQUEST = 1
-    CONTEXT_LENGTH_EXCEEDED = 2
-    MODEL_NOT_FOUND = 3
-    MODEL_ALREADY_EXISTS = 4
-    MODEL_WRONG_TYPE = 5
-    PROVIDER_NOT_FOUND = 6
-    PROVIDER_MISCONFIGURED = 7
-    UPSTREAM_UNAUTHENTICATED = 8
-    UPSTREAM_REJECTED = 9
-    UPSTREAM_UNAVAILABLE = 10
-    UPSTREAM_OVERLOADED = 11
-    UPSTREAM_TIMEOUT = 12
-    UPSTREAM_ERROR = 13
-    UPSTREAM_MALFORMED = 14
-    UPSTREAM_INCOMPLETE = 15
-    UPSTREAM_ABORTED = 16
-    TOO_MANY_STREAMS = 17
-    SLOW_CALLER = 18
-    STORE_UNAVAILABLE = 19
-    DRAINING = 20
-    INTERNAL = 21
-    DURATION_LIMIT_EXCEEDED = 22
-    MODEL_AMBIGUOUS = 23
-    MODEL_NOT_SERVED = 24
-    MODEL_DISCOVERED = 25
-    UNAUTHENTICATED = 26
-    PERMISSION_DENIED = 27
-    ETAG_MISMATCH = 28
-    REVISION_GONE = 29
-    SLOW_WATCHER = 30
-    ACCESS_CHANGED = 31
-    IMAGE_UNAVAILABLE = 32
-    FIELD_NOT_SUPPORTED = 33
-    ENDPOINT_NOT_SUPPORTED = 34
-    COMPLETION_ALREADY_EXISTS = 35
-    COMPLETION_NOT_FOUND = 36
-    COMPLETION_GONE = 37
-    WRONG_REPLICA = 38
-    ANSWER_TOO_LARGE = 39
-    MEMORY_LIMIT_EXCEEDED = 40
-    REGISTRY_FULL = 41
+    Attributes:
+        code: The status code, if the answer has not begun.
+    """
 
+    code: Code
 
-CODES: Mapping[Reason, Code] = MappingProxyType(
-    {
-        Reason.INVALID_REQUEST: Code.INVALID_ARGUMENT,
-        Reason.CONTEXT_LENGTH_EXCEEDED: Code.INVALID_ARGUMENT,
-        Reason.MODEL_NOT_FOUND: Code.NOT_FOUND,
-        Reason.MODEL_ALREADY_EXISTS: Code.ALREADY_EXISTS,
-        Reason.MODEL_WRONG_TYPE: Code.FAILED_PRECONDITION,
-        Reason.PROVIDER_NOT_FOUND: Code.NOT_FOUND,
-        Reason.PROVIDER_MISCONFIGURED: Code.FAILED_PRECONDITION,
-        Reason.UPSTREAM_UNAUTHENTICATED: Code.UNAUTHENTICATED,
-        Reason.UPSTREAM_REJECTED: Code.INVALID_ARGUMENT,
-        Reason.UPSTREAM_UNAVAILABLE: Code.UNAVAILABLE,
-        Reason.UPSTREAM_OVERLOADED: Code.RESOURCE_EXHAUSTED,
-        # Not UNAVAILABLE, which clients retry: the engine may still work on the request.
-        Reason.UPSTREAM_TIMEOUT: Code.DEADLINE_EXCEEDED,
-        # Not UNAVAILABLE: the request may be the cause of the engine's error, so clients must not retry it automatically.
-        Reason.UPSTREAM_ERROR: Code.INTERNAL,
-        Reason.UPSTREAM_MALFORMED: Code.INTERNAL,
-        Reason.UPSTREAM_INCOMPLETE: Code.ABORTED,
-        Reason.UPSTREAM_ABORTED: Code.ABORTED,
-        Reason.TOO_MANY_STREAMS: Code.RESOURCE_EXHAUSTED,
-        Reason.SLOW_CALLER: Code.RESOURCE_EXHAUSTED,
-        Reason.STORE_UNAVAILABLE: Code.UNAVAILABLE,
-        Reason.DRAINING: Code.UNAVAILABLE,
-        Reason.INTERNAL: Code.INTERNAL,
-        Reason.DURATION_LIMIT_EXCEEDED: Code.DEADLINE_EXCEEDED,
-        Reason.MODEL_AMBIGUOUS: Code.FAILED_PRECONDITION,
-        Reason.MODEL_NOT_SERVED: Code.FAILED_PRECONDITION,
-        Reason.MODEL_DISCOVERED: Code.FAILED_PRECONDITION,
-        Reason.UNAUTHENTICATED: Code.UNAUTHENTICATED,
-        Reason.PERMISSION_DENIED: Code.PERMISSION_DENIED,
-        Reason.ETAG_MISMATCH: Code.ABORTED,
-        Reason.REVISION_GONE: Code.OUT_OF_RANGE,
-        Reason.SLOW_WATCHER: Code.RESOURCE_EXHAUSTED,
-        Reason.ACCESS_CHANGED: Code.ABORTED,
-        Reason.IMAGE_UNAVAILABLE: Code.FAILED_PRECONDITION,
-        Reason.FIELD_NOT_SUPPORTED: Code.INVALID_ARGUMENT,
-        Reason.ENDPOINT_NOT_SUPPORTED: Code.UNIMPLEMENTED,
-        Reason.COMPLETION_ALREADY_EXISTS: Code.ALREADY_EXISTS,
-        Reason.COMPLETION_NOT_FOUND: Code.NOT_FOUND,
-        Reason.COMPLETION_GONE: Code.OUT_OF_RANGE,
-        Reason.WRONG_REPLICA: Code.FAILED_PRECONDITION,
-        Reason.ANSWER_TOO_LARGE: Code.RESOURCE_EXHAUSTED,
-        Reason.MEMORY_LIMIT_EXCEEDED: Code.RESOURCE_EXHAUSTED,
-        Reason.REGISTRY_FULL: Code.RESOURCE_EXHAUSTED,
-    }
-)
-"""The status code of each reason, if the answer has not begun."""
+    def __new__(cls, number: int, code: Code) -> Self:
+        """A member with its number as the value."""
+        member = object.__new__(cls)
+        member._value_ = number
+        member.code = code
+        return member
+
+    INVALID_REQUEST = 1, Code.INVALID_ARGUMENT
+    CONTEXT_LENGTH_EXCEEDED = 2, Code.INVALID_ARGUMENT
+    MODEL_NOT_FOUND = 3, Code.NOT_FOUND
+    MODEL_ALREADY_EXISTS = 4, Code.ALREADY_EXISTS
+    MODEL_WRONG_TYPE = 5, Code.FAILED_PRECONDITION
+    PROVIDER_NOT_FOUND = 6, Code.NOT_FOUND
+    PROVIDER_MISCONFIGURED = 7, Code.FAILED_PRECONDITION
+    UPSTREAM_UNAUTHENTICATED = 8, Code.UNAUTHENTICATED
+    UPSTREAM_REJECTED = 9, Code.INVALID_ARGUMENT
+    UPSTREAM_UNAVAILABLE = 10, Code.UNAVAILABLE
+    UPSTREAM_OVERLOADED = 11, Code.RESOURCE_EXHAUSTED
+    # Not UNAVAILABLE, which clients retry: the engine may still work on the request.
+    UPSTREAM_TIMEOUT = 12, Code.DEADLINE_EXCEEDED
+    # Not UNAVAILABLE: the request may be the cause of the engine's error, so clients must not retry it automatically.
+    UPSTREAM_ERROR = 13, Code.INTERNAL
+    UPSTREAM_MALFORMED = 14, Code.INTERNAL
+    UPSTREAM_INCOMPLETE = 15, Code.ABORTED
+    UPSTREAM_ABORTED = 16, Code.ABORTED
+    TOO_MANY_STREAMS = 17, Code.RESOURCE_EXHAUSTED
+    SLOW_CALLER = 18, Code.RESOURCE_EXHAUSTED
+    STORE_UNAVAILABLE = 19, Code.UNAVAILABLE
+    DRAINING = 20, Code.UNAVAILABLE
+    INTERNAL = 21, Code.INTERNAL
+    DURATION_LIMIT_EXCEEDED = 22, Code.DEADLINE_EXCEEDED
+    MODEL_AMBIGUOUS = 23, Code.FAILED_PRECONDITION
+    MODEL_NOT_SERVED = 24, Code.FAILED_PRECONDITION
+    MODEL_DISCOVERED = 25, Code.FAILED_PRECONDITION
+    UNAUTHENTICATED = 26, Code.UNAUTHENTICATED
+    PERMISSION_DENIED = 27, Code.PERMISSION_DENIED
+    ETAG_MISMATCH = 28, Code.ABORTED
+    REVISION_GONE = 29, Code.OUT_OF_RANGE
+    SLOW_WATCHER = 30, Code.RESOURCE_EXHAUSTED
+    ACCESS_CHANGED = 31, Code.ABORTED
+    IMAGE_UNAVAILABLE = 32, Code.FAILED_PRECONDITION
+    FIELD_NOT_SUPPORTED = 33, Code.INVALID_ARGUMENT
+    ENDPOINT_NOT_SUPPORTED = 34, Code.UNIMPLEMENTED
+    COMPLETION_ALREADY_EXISTS = 35, Code.ALREADY_EXISTS
+    COMPLETION_NOT_FOUND = 36, Code.NOT_FOUND
+    COMPLETION_GONE = 37, Code.OUT_OF_RANGE
+    WRONG_REPLICA = 38, Code.FAILED_PRECONDITION
+    ANSWER_TOO_LARGE = 39, Code.RESOURCE_EXHAUSTED
+    MEMORY_LIMIT_EXCEEDED = 40, Code.RESOURCE_EXHAUSTED
+    REGISTRY_FULL = 41, Code.RESOURCE_EXHAUSTED
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +114,7 @@ class DeltawireError(Exception):
     Args:
         reason: The machine-readable reason.
         message: The human-readable reason: one sentence that says what to do. It never contains a token or another caller's data.
-        code: The status code; by default that of the reason in `CODES`.
+        code: The status code; by default that of the reason.
         metadata: The values in the message, as documented in the proto's comment on the reason.
         violations: For INVALID_ARGUMENT, every invalid field.
         retry_after: Seconds after which the caller may retry; `None` if a retry does not help.
@@ -169,7 +133,7 @@ class DeltawireError(Exception):
         super().__init__(message)
         self.reason = reason
         self.message = message
-        self.code = CODES[reason] if code is None else code
+        self.code = reason.code if code is None else code
         self.metadata = dict(metadata or {})
         self.violations = tuple(violations)
         self.retry_after = retry_after

@@ -21,6 +21,7 @@ from grpc import aio
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from deltawire_server import descriptors
+from deltawire_server.processes.parent import REMEDY
 from deltawire_server.rpc import health
 from deltawire_server.rpc.reception import PENDING_REQUESTS
 from deltawire_server.settings import ServerSettings, is_local
@@ -93,26 +94,35 @@ class Lifecycle:
         self._going_away: asyncio.Task[None] | None = None
         self.state = State.STARTING
         self.addresses: tuple[str, ...] = ()
-        """The addresses that it listens on, after `start`; with the selected port for port 0."""
+        """The addresses that it listens on, from `listen` to the end of `stop`; with the selected port for port 0."""
 
     def add_service(self, add: Callable[[aio.Server], None]) -> None:
         """Add a service before `start`. `add` is called with the server."""
         add(self._server)
 
+    def listen(self) -> None:
+        """Listen without serving: connections wait until `start`, which does this first otherwise.
+
+        Raises:
+            ListenError: An address is in use or does not belong to this machine, or the certificate cannot be used.
+        """
+        credentials = _credentials(self._settings)
+        self.addresses = tuple(self._listen(address, credentials) for address in self._settings.listen)
+
     async def start(self, services: Sequence[str]) -> None:
-        """Listen and serve.
+        """Serve.
 
         Args:
             services: The full names of the services that were added, for health and reflection.
 
         Raises:
-            ListenError: An address is in use or does not belong to this machine, or the certificate cannot be used.
+            ListenError: From `listen`.
         """
+        if not self.addresses:
+            self.listen()
         self._server.add_generic_rpc_handlers((self._health.handler(),))
         if self._settings.reflection:
             self._add_reflection([*services, health.SERVICE, reflection.SERVICE_NAME])
-        credentials = _credentials(self._settings)
-        self.addresses = tuple(self._listen(address, credentials) for address in self._settings.listen)
         self._health.start(services)
         await self._server.start()
         self.state = State.SERVING
@@ -155,6 +165,7 @@ class Lifecycle:
         await self._server.stop(FLUSH_SECONDS)
         if self._going_away is not None:
             await self._going_away
+        self.addresses = ()
         self.state = State.STOPPED
 
     def _listen(self, address: str, credentials: grpc.ServerCredentials | None) -> str:
@@ -167,7 +178,7 @@ class Lifecycle:
             else:
                 port = self._server.add_secure_port(address, credentials)
         except (RuntimeError, ValueError) as error:
-            raise ListenError(f"cannot listen on {address}: is it taken by another process? ({error})") from error
+            raise ListenError(f"cannot listen on {address}: {_problem(address)}; {REMEDY}") from error
         return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
 
     def _add_reflection(self, names: list[str]) -> None:
@@ -191,8 +202,22 @@ def _check_socket(path: str) -> None:
         except (FileNotFoundError, ConnectionRefusedError):
             return
         except OSError as error:
-            raise ListenError(f"cannot listen on unix:{path}: {error}") from error
-    raise ListenError(f"cannot listen on unix:{path}: another process listens on it")
+            raise ListenError(f"cannot listen on unix:{path}: {error}; {REMEDY}") from error
+    raise ListenError(f"cannot listen on unix:{path}: another process listens on it; {REMEDY}")
+
+
+def _problem(address: str) -> str:
+    """Why an address cannot be used, from another attempt: gRPC's error does not say it."""
+    if address.startswith("unix:"):
+        return "its folder must exist and be writable"
+    host, _, port = address.rpartition(":")
+    try:
+        family, *_, where = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            probe.bind(where)
+    except OSError as error:
+        return error.strerror or str(error)
+    return "gRPC cannot use it"
 
 
 def _options(settings: ServerSettings, connections: int) -> list[tuple[str, int]]:

@@ -311,7 +311,7 @@ def model(model_id: str, **fields: Any) -> registry.Model:  # noqa: ANN401
     return registry.Model(id=model_id, **(values | fields))
 
 
-def told(kind: str, about: registry.Model, revision: str = "") -> registry.WatchModelsResponse:
+def changed(kind: str, about: registry.Model, revision: str = "") -> registry.WatchModelsResponse:
     """A step of a watch, `kind` without its prefix; without a revision it belongs to a snapshot."""
     change = registry.WatchModelsResponse.Change.Value(f"CHANGE_{kind}")
     return registry.WatchModelsResponse(change=change, model=about, revision=revision)

@@ -64,7 +64,7 @@ from tests.client.scripted import (
 
 STATUS = grpc.StatusCode
 CALL = ToolCall(call_id="call_1", tool_name="get_weather", arguments='{"city":"Oslo"}')
-PATIENCE = 10
+TIMEOUT = 10
 
 
 def whole(text: str) -> CreateChatCompletionResponse:
@@ -74,12 +74,12 @@ def whole(text: str) -> CreateChatCompletionResponse:
 
 async def has_arrived(gateway: Gateway) -> None:
     """Wait for the first call."""
-    assert await asyncio.to_thread(gateway.arrived.wait, PATIENCE)
+    assert await asyncio.to_thread(gateway.arrived.wait, TIMEOUT)
 
 
 async def has_ended(gateway: Gateway) -> bool:
     """Whether the latest call has ended on the gateway's side, or does soon."""
-    return await asyncio.to_thread(gateway.last.ended.wait, PATIENCE)
+    return await asyncio.to_thread(gateway.last.ended.wait, TIMEOUT)
 
 
 @pytest.mark.parametrize("name", ["Client", "Chat", "ChatStream", "Models", "ModelList", "ModelWatch", "Providers"])

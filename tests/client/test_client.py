@@ -82,7 +82,7 @@ if TYPE_CHECKING:
 STATUS = grpc.StatusCode
 CALL = ToolCall(call_id="call_1", tool_name="get_weather", arguments='{"city":"Oslo"}')
 # How long a test waits for what must come; it is never reached when things are right.
-PATIENCE = 10
+TIMEOUT = 10
 
 
 def whole(text: str) -> CreateChatCompletionResponse:
@@ -211,7 +211,7 @@ def test_a_gap_ends_the_call(gateway: Gateway, client: Client) -> None:
     with client.chat.stream("hi", model="llama", request_id="r") as stream:
         with pytest.raises(ProtocolError, match="event 1 was expected") as caught:
             stream.final()
-        assert gateway.last.ended.wait(PATIENCE)
+        assert gateway.last.ended.wait(TIMEOUT)
         with pytest.raises(ProtocolError):
             next(stream)
     assert caught.value.request_id == "r"
@@ -222,7 +222,7 @@ def test_leaving_the_block_ends_the_call(gateway: Gateway, client: Client) -> No
     gateway.will(*saying("Hel", "lo")[:2], WAIT)
     with client.chat.stream("hi", model="llama") as stream:
         assert next(stream.text) == "Hel"
-    assert gateway.last.ended.wait(PATIENCE)
+    assert gateway.last.ended.wait(TIMEOUT)
     with pytest.raises(CallCancelledError) as caught:
         stream.final()
     assert caught.value.answer is not None
@@ -237,7 +237,7 @@ def test_another_thread_may_cancel(gateway: Gateway, client: Client) -> None:
         reader = pool.submit(stream.final)
         stream.cancel()
         with pytest.raises(CallCancelledError):
-            reader.result(PATIENCE)
+            reader.result(TIMEOUT)
 
 
 def test_closing_the_client_ends_its_calls(gateway: Gateway) -> None:
@@ -537,7 +537,7 @@ def test_threads_share_a_client(gateway: Gateway, client: Client) -> None:
     together = threading.Barrier(6)
 
     def ask(name: str) -> tuple[str, str]:
-        together.wait(PATIENCE)
+        together.wait(TIMEOUT)
         with client.chat.stream(name, model="llama", request_id=name) as stream:
             return stream.final().text, stream.request_id
 

@@ -15,7 +15,7 @@ from grpc import aio
 
 from deltawire import AsyncClient, CallCancelledError, Client, ClientClosedError
 from deltawire.v1.model_registry_pb2 import ListModelsResponse, ListProvidersResponse
-from tests.client.scripted import WAIT, Gateway, bookmark, model, saying, told
+from tests.client.scripted import WAIT, Gateway, bookmark, changed, model, saying
 from tests.client.test_resuming import gateway_has
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ async def test_during_the_call_with_asyncio(gateway: Gateway, call: Callable[[As
 def answers(gateway: Gateway) -> None:
     """Scripts for one of each call that is read bit by bit: its first event, and no end."""
     gateway.will(*EVENTS[:2], WAIT)
-    gateway.will(told("ADDED", model("llama"), "1"), bookmark("2"), WAIT)
+    gateway.will(changed("ADDED", model("llama"), "1"), bookmark("2"), WAIT)
     gateway.will(ListModelsResponse(models=[model("llama")], next_page_token="2"))
 
 

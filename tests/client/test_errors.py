@@ -1,9 +1,10 @@
-"""A failed call becomes the error that says what to do, with all that the gateway told."""
+"""A failed call becomes the error that says what to do, with all that the gateway sent."""
 
 from __future__ import annotations
 
 import pickle
 import re
+from typing import TYPE_CHECKING
 
 import grpc
 import pytest
@@ -23,12 +24,15 @@ from deltawire import (
     UnavailableError,
 )
 from deltawire import _errors as errors
-from deltawire._failure import Failure, Metadata, failure_of
+from deltawire._failure import Failure, failure_of
 from tests.client.scripted import Fail
+
+if TYPE_CHECKING:
+    from deltawire._metadata import Metadata
 
 
 class Failed:
-    """A call that failed, as gRPC's exceptions tell it."""
+    """A call that failed, as gRPC's exceptions show it."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The examples, and the Python in the README, run as they stand."""
+"""The examples, and the Python in the README, run unchanged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ import pytest
 
 from deltawire import ChatMessage, Model, PermissionDeniedError, ToolCall, tool, user
 from deltawire.v1.chat_completion_pb2 import CreateChatCompletionResponse, ResumePoint
-from deltawire.v1.model_registry_pb2 import GetModelResponse, UpdateModelResponse
+from deltawire.v1.model_registry_pb2 import (
+    RegisterModelRequest,
+    RegisterModelResponse,
+    UnregisterModelRequest,
+    UnregisterModelResponse,
+    UpdateModelResponse,
+)
 from tests.client.scripted import (
     Event,
     Fail,
@@ -23,6 +29,7 @@ from tests.client.scripted import (
     bookmark,
     call_failed,
     calling,
+    changed,
     choice,
     completed,
     finished,
@@ -31,7 +38,6 @@ from tests.client.scripted import (
     saying,
     started,
     text,
-    told,
 )
 
 CLIENT = Path(__file__).parents[2] / "client"
@@ -83,7 +89,7 @@ def test_chat_that_fails(gateway: Gateway, play: Play) -> None:
     gateway.will(*saying("Hel", "lo")[:2])
     status, out, err = play("chat.py")
     assert (status, out) == (1, "Hel")
-    assert "ask again from the top" in err
+    assert "send the prompt again" in err
 
 
 def test_tools(gateway: Gateway, play: Play) -> None:
@@ -115,7 +121,7 @@ def test_tools_without_an_end(gateway: Gateway, play: Play) -> None:
         gateway.will(*calling(CALL))
     status, _, err = play("tools.py")
     assert status == 1
-    assert err.endswith("the model did not come to an end\n")
+    assert err.endswith("the model still called tools in the last round\n")
 
 
 def whole(events: Sequence[Event]) -> CreateChatCompletionResponse:
@@ -124,29 +130,33 @@ def whole(events: Sequence[Event]) -> CreateChatCompletionResponse:
 
 
 README: dict[str, tuple[list[list[Any]], str]] = {
-    "Chat": ([saying("Ray", "leigh.")], "Rayleigh.5 1 "),
+    "Chat": ([saying("Ray", "leigh.")], "Rayleigh.5 STOP_REASON_END_OF_TURN "),
     "What can be asked": ([[whole(saying("yes"))]], "yes\n"),
     "Ending an answer, and going on with one": (
         [saying("Once ", "upon")[:2], saying("Once ", "upon")[2:]],
         "Once upon",
     ),
-    "With asyncio": ([saying("Ray", "leigh.")], "Rayleigh.1\n"),
+    "With asyncio": ([saying("Ray", "leigh.")], "Rayleigh.STOP_REASON_END_OF_TURN\n"),
     "A conversation": ([[whole(saying("Rayleigh."))], [whole(saying("Longer way."))]], "Longer way.\n"),
     "Tools": ([[whole(calling(CALL))], [whole(saying("It rains."))]], "It rains.\n"),
     "Functions as tools": ([[whole(calling(CALL))], [whole(saying("It rains."))]], "It rains.\n2 rounds, 10 tokens\n"),
     "Errors": ([[NO_MODEL]], "no such model: llama\n"),
     "Connecting": ([], ""),
     "Models and providers": (
-        [[GetModelResponse(model=LLAMA)], [UpdateModelResponse(model=model("llama", aliases=["l", "default"]))]],
-        "also called l, default\n",
+        [
+            [RegisterModelResponse(model=model("assistant", etag="r1"))],
+            [UpdateModelResponse(model=model("assistant", aliases=["helper"]))],
+            [UnregisterModelResponse()],
+        ],
+        "also called helper\n",
     ),
     "Watching models": (
         [
             [
-                told("ADDED", LLAMA),
-                told("ADDED", model("m")),
+                changed("ADDED", LLAMA),
+                changed("ADDED", model("m")),
                 bookmark("1"),
-                told("REMOVED", LLAMA, "2"),
+                changed("REMOVED", LLAMA, "2"),
                 bookmark("3"),
                 END,
             ]
@@ -199,4 +209,7 @@ def test_the_readme(
         said: ChatMessage = gateway.last.request.chat.messages[2]
         assert said.assistant.text == "Rayleigh."
     if title == "Models and providers":
-        assert gateway.last.request.model == Model(id="llama", aliases=["l", "default"], etag="r1")
+        registered, updated, unregistered = (call.request for call in gateway.calls)
+        assert registered == RegisterModelRequest(model_id="assistant", provider_model_id="smollm2")
+        assert updated.model == Model(id="assistant", aliases=["helper"], etag="r1")
+        assert unregistered == UnregisterModelRequest(model_id="assistant")

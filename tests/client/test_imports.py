@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 
+import grimp
 import pytest
 
 import deltawire
@@ -24,6 +26,14 @@ def imported(statement: str) -> set[str]:
     return set(json.loads(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True).stdout))
 
 
+def test_no_circle() -> None:
+    """No module needs itself, through others or for types."""
+    graph = grimp.build_graph("deltawire", exclude_type_checking_imports=False)
+    # The package itself names all of its modules, for type checkers.
+    modules = graph.modules - {"deltawire"}
+    TopologicalSorter({each: graph.find_modules_directly_imported_by(each) for each in modules}).prepare()
+
+
 def test_the_package_alone() -> None:
     """Nothing but itself: each name is imported when it is first used."""
     assert imported("import deltawire") == {"deltawire", "deltawire._version"}
@@ -34,7 +44,7 @@ def test_the_blocking_client() -> None:
     modules = imported("from deltawire import Client")
     assert "grpc" in modules
     unneeded = {"argparse", "deltawire._aio", "deltawire._cli", "google.rpc", "google.protobuf.json_format", "pydantic"}
-    assert not modules & unneeded
+    assert not modules & (unneeded | {"pathlib", "secrets", "uuid"})
 
 
 @pytest.mark.parametrize("name", deltawire.__all__)

@@ -139,7 +139,7 @@ def test_images(tmp_path: Path) -> None:
 
 def test_a_name_of_a_file_is_no_url() -> None:
     """It is neither read nor sent: whoever means a file says so."""
-    with pytest.raises(ValueError, match=r"a pathlib\.Path, and 'cat\.png' is no URL"):
+    with pytest.raises(ValueError, match=r"a pathlib\.Path, and 'cat\.png' is not a URL"):
         image("cat.png")
     with pytest.raises(TypeError, match=r"an image is a URL, bytes, or a pathlib\.Path, not int"):
         image(5)  # type: ignore[arg-type]

@@ -31,7 +31,7 @@ from deltawire._channel import CallOptions
 from deltawire._requests import (
     CHAT_OPTIONS,
     SAMPLING_OPTIONS,
-    TELLING_OPTIONS,
+    STREAMING_OPTIONS,
     ModelPages,
     resume_request,
     split_arguments,
@@ -84,7 +84,7 @@ def test_every_field_is_an_option() -> None:
     assert fields_of(ChatRequest) - {"messages", "tool_call_policy"} == CHAT_OPTIONS - SAMPLING_OPTIONS - spread
     assert fields_of(Reasoning) == {"effort", "token_budget", "include"}
     assert fields_of(ToolCallPolicy) == {"streaming", "validate_schema"}
-    assert fields_of(StreamOptions) == TELLING_OPTIONS - {"stream_options"}
+    assert fields_of(StreamOptions) == STREAMING_OPTIONS - {"stream_options"}
 
 
 def test_zero_is_a_value() -> None:
@@ -273,7 +273,7 @@ def test_every_effort_has_its_word() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
 def test_times_that_are_none(value: float) -> None:
     """The message names the option; everything else is for the gateway to judge."""
-    with pytest.raises(ValueError, match="soft_time_limit is no length of time"):
+    with pytest.raises(ValueError, match="soft_time_limit is not a length of time"):
         chat_request("hi", soft_time_limit=value)
     assert chat_request("hi", soft_time_limit=-1).soft_time_limit == Duration(seconds=-1)
 
@@ -301,12 +301,14 @@ TEXT = "text that can be sent as UTF-8"
         ({"logprobs": 2**31}, f"logprobs: 2147483648 is not {INT32}"),
         ({"seed": 10**20}, f"seed: 100000000000000000000 is not {INT64}"),
         ({"seed": 1, "stop_token_ids": [1, 2**31]}, f"stop_token_ids: 2147483648 is not {INT32}"),
-        ({"logit_bias": {1: 1, 2**31: 1}}, f"logit_bias: {{2147483648: 1}} does not give a number for {INT32}"),
+        ({"logit_bias": {1: 1, 2**31: 1}}, f"logit_bias: {{2147483648: 1}} does not give a finite number for {INT32}"),
         ({"user": "\udcff"}, f"user: '\\udcff' is not {TEXT}"),
         ({"stop": "a\udcff"}, f"stop: 'a\\udcff' is not {TEXT}"),
         ({"tool_choice": "\udcff"}, f"tool_choice: '\\udcff' is not {TEXT}"),
         ({"extra_body": {"a": "\udcff"}}, f'extra_body: \'{{"a": "\\udcff"}}\' is not {TEXT}'),
-        ({"temperature": 10**400}, f"temperature: 1{'0' * 79}… is not a number"),
+        ({"temperature": 10**400}, f"temperature: 1{'0' * 79}… is not a finite number"),
+        ({"temperature": float("nan")}, "temperature: nan is not a finite number"),
+        ({"logit_bias": {1: 1, 2: float("inf")}}, f"logit_bias: {{2: inf}} does not give a finite number for {INT32}"),
     ],
 )
 def test_values_that_do_not_fit_are_named(options: Any, message: str) -> None:  # noqa: ANN401
@@ -319,13 +321,13 @@ def test_values_that_do_not_fit_are_named(options: Any, message: str) -> None:  
     ("options", "message"),
     [
         ({"priority": "x"}, f"priority: 'x' is not {INT32}"),
-        ({"temperature": "x"}, "temperature: 'x' is not a number"),
+        ({"temperature": "x"}, "temperature: 'x' is not a finite number"),
         ({"parallel_tool_calls": "x"}, "parallel_tool_calls: 'x' is not True or False"),
         ({"cache_salt": b"x"}, f"cache_salt: b'x' is not {TEXT}"),
         ({"bad_words": [b"x"]}, f"bad_words: b'x' is not {TEXT}"),
         ({"bad_words": 5}, "bad_words: 5 is not a list"),
         ({"logit_bias": 5}, "logit_bias: 5 is not a mapping"),
-        ({"logit_bias": {1: "x"}}, f"logit_bias: {{1: 'x'}} does not give a number for {INT32}"),
+        ({"logit_bias": {1: "x"}}, f"logit_bias: {{1: 'x'}} does not give a finite number for {INT32}"),
         ({"include_reasoning": "x"}, "include_reasoning: 'x' is not True or False"),
         ({"reasoning": 5}, "reasoning: a Reasoning is needed, not int"),
         ({"sampling": 5, "seed": 1}, "sampling: a Sampling is needed, not int"),
@@ -565,3 +567,15 @@ def test_pages_name_a_silent_provider_once() -> None:
     pages._receive(ListModelsResponse(next_page_token="3"))
     assert pages.unreachable_provider_ids == ["a", "b"]
     assert pages._request is None
+
+
+def test_values_of_a_registration_that_do_not_fit_are_named() -> None:
+    """As in a chat request; a text is not a list of its letters."""
+    with pytest.raises(TypeError, match=r"^aliases: 'ab' is not a list$"):
+        split_registration("a", {"aliases": "ab"})
+    with pytest.raises(TypeError, match=r"^annotations: 5 is not a mapping$"):
+        split_update("a", {"annotations": 5})  # type: ignore[typeddict-item]
+    with pytest.raises(ValueError, match=rf"^embedding_dimension: 4294967296 is not {INT32}$"):
+        split_update("a", {"embedding_dimension": 2**32})
+    with pytest.raises(ValueError, match=r"^model_type: 1099511627776 is not one of the API's values$"):
+        split_registration("a", {"model_type": 2**40})  # type: ignore[typeddict-item]

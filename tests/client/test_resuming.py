@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from deltawire import AsyncChatStream, ChatStream
 
 STATUS = grpc.StatusCode
-PATIENCE = 10
+TIMEOUT = 10
 EVENTS = saying("Hel", "lo ", "you")
 LOST = Fail(STATUS.INTERNAL, trailers=())
 MISSING = Fail(STATUS.NOT_FOUND, "COMPLETION_NOT_FOUND", metadata={"completion_id": "mine"})
@@ -222,7 +222,7 @@ def test_a_gap_after_a_lost_connection(gateway: Gateway, read: Read) -> None:
     assert events == EVENTS[:2]
     assert isinstance(error, ProtocolError)
     assert "event 2 was expected and 3 came" in str(error)
-    assert gateway.last.ended.wait(PATIENCE)
+    assert gateway.last.ended.wait(TIMEOUT)
 
 
 def test_what_comes_twice_in_one_call_breaks_the_rules(gateway: Gateway, read: Read) -> None:
@@ -515,7 +515,7 @@ def test_a_soft_cancel_needs_an_id(gateway: Gateway, client: Client) -> None:
 def gateway_has(gateway: Gateway, count: int) -> None:
     """Wait until so many calls have arrived."""
     waiting = threading.Event()
-    for _ in range(PATIENCE * 100):
+    for _ in range(TIMEOUT * 100):
         if len(gateway.calls) >= count:
             return
         waiting.wait(0.01)
@@ -527,10 +527,10 @@ def test_cancelled_while_it_pauses(gateway: Gateway, client: Client, pausing: th
     gateway.will(*EVENTS[:2], LOST)
     with client.chat.stream("hi", model="llama", retention=3000) as stream, ThreadPoolExecutor(1) as pool:
         reader = pool.submit(stream.final)
-        assert pausing.wait(PATIENCE)
+        assert pausing.wait(TIMEOUT)
         stream.cancel()
         with pytest.raises(CallCancelledError) as caught:
-            reader.result(PATIENCE)
+            reader.result(TIMEOUT)
     assert caught.value.answer is not None
     assert caught.value.answer.text == "Hel"
     assert len(gateway.calls) == 1
@@ -542,10 +542,10 @@ def test_closed_while_it_pauses(gateway: Gateway, pausing: threading.Event) -> N
     with Client(gateway.target) as client, ThreadPoolExecutor(1) as pool:
         stream = client.chat.stream("hi", model="llama", retention=3000)
         reader = pool.submit(stream.final)
-        assert pausing.wait(PATIENCE)
+        assert pausing.wait(TIMEOUT)
         client.close()
         with pytest.raises(CallCancelledError):
-            reader.result(PATIENCE)
+            reader.result(TIMEOUT)
 
 
 def test_cancelled_while_the_next_call_is_made(gateway: Gateway, client: Client) -> None:
@@ -564,7 +564,7 @@ def test_cancelled_while_the_next_call_is_made(gateway: Gateway, client: Client)
     stream._call = slowly  # type: ignore[method-assign]
     with pytest.raises(CallCancelledError):
         stream.final()
-    assert gateway.last.ended.wait(PATIENCE)
+    assert gateway.last.ended.wait(TIMEOUT)
 
 
 async def test_cancelling_the_task_while_it_pauses(
@@ -574,7 +574,7 @@ async def test_cancelling_the_task_while_it_pauses(
     gateway.will(*EVENTS[:2], LOST)
     stream = async_client.chat.stream("hi", model="llama", retention=3000)
     reader = asyncio.create_task(stream.final())
-    assert await asyncio.to_thread(pausing.wait, PATIENCE)
+    assert await asyncio.to_thread(pausing.wait, TIMEOUT)
     reader.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reader
@@ -592,7 +592,7 @@ async def test_another_task_may_cancel_while_it_pauses(
         gateway.will(*EVENTS[:2], LOST)
         stream = async_client.chat.stream("hi", model="llama", retention=3000)
         reader = asyncio.create_task(stream.final())
-        assert await asyncio.to_thread(pausing.wait, PATIENCE)
+        assert await asyncio.to_thread(pausing.wait, TIMEOUT)
         if end == "cancel":
             stream.cancel()
         else:
@@ -640,7 +640,7 @@ def test_leaving_the_block_leaves_the_stream(gateway: Gateway, client: Client) -
         assert stream.last_sequence is None
         read = [next(stream), next(stream)]
     assert stream.last_sequence == 1
-    assert gateway.last.ended.wait(PATIENCE)
+    assert gateway.last.ended.wait(TIMEOUT)
     gateway.will(*EVENTS[2:])
     with client.chat.resume("mine", stream.last_sequence) as stream:
         assert read + list(stream) == EVENTS

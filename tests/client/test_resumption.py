@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 STATUS = grpc.StatusCode
-PATIENCE = 60
+TIMEOUT = 60
 
 
 def longest(_: float, most: float) -> float:
@@ -35,7 +35,7 @@ def longest(_: float, most: float) -> float:
 
 def retained(completion_id: str = "", draw: Callable[[float, float], float] = longest) -> Resumption:
     """A completion that was asked for with `retention`."""
-    options = StreamOptions(retention=Duration(seconds=PATIENCE))
+    options = StreamOptions(retention=Duration(seconds=TIMEOUT))
     chat = ChatRequest(model="llama", completion_id=completion_id)
     return Resumption(StreamChatCompletionRequest(chat=chat, options=options), draw=draw)
 
@@ -175,7 +175,7 @@ def test_an_answer_that_had_begun_is_never_started_again() -> None:
 
 def test_another_process_has_it() -> None:
     """It is resumed on a new connection, so often and no more, until something new comes; a lost one keeps its connection."""
-    state = Resumption(StreamChatCompletionRequest(resume=ResumePoint(completion_id="mine")), 10 * PATIENCE)
+    state = Resumption(StreamChatCompletionRequest(resume=ResumePoint(completion_id="mine")), 10 * TIMEOUT)
     state.begin(0)
     for _ in range(2):
         for _ in range(MAX_CONNECTIONS):
@@ -193,7 +193,7 @@ def test_another_process_cannot_be_reached() -> None:
     state.begin(0)
     assert next_request(state, ELSEWHERE) is None
     resume = StreamChatCompletionRequest(resume=ResumePoint(completion_id="mine"))
-    state = Resumption(resume, PATIENCE, connections=0)
+    state = Resumption(resume, TIMEOUT, connections=0)
     state.begin(0)
     assert (next_request(state, ELSEWHERE), state.moves) == (None, False)
 
@@ -201,7 +201,7 @@ def test_another_process_cannot_be_reached() -> None:
 def test_what_somebody_else_asked_cannot_be_started_again() -> None:
     """There is no request; but a lost connection is resumed, after what the caller had."""
     resume = StreamChatCompletionRequest(resume=ResumePoint(completion_id="mine", last_sequence=4))
-    state = Resumption(resume, PATIENCE)
+    state = Resumption(resume, TIMEOUT)
     assert (state.completion_id, state.last_sequence, state.is_retained) == ("mine", 4, True)
     assert state.begin(0) == resume
     assert next_request(state, LOST) == "resume"
@@ -287,9 +287,9 @@ def test_how_long_it_resumes() -> None:
     """Counted from the beginning, then from the last news; a pause that would outlast it is not begun."""
     state = retained()
     state.begin(100)
-    assert state.ended(LOST, has_begun=False, now=100 + PATIENCE - 1) is not None
+    assert state.ended(LOST, has_begun=False, now=100 + TIMEOUT - 1) is not None
     state.begin(150)
-    assert state.ended(LOST, has_begun=False, now=100 + PATIENCE) is None
+    assert state.ended(LOST, has_begun=False, now=100 + TIMEOUT) is None
     state.received(0, 200)
-    assert state.ended(LOST, has_begun=True, now=200 + PATIENCE - 1) is not None
-    assert state.ended(failed(retry_after=1.1), has_begun=True, now=200 + PATIENCE - 1) is None
+    assert state.ended(LOST, has_begun=True, now=200 + TIMEOUT - 1) is not None
+    assert state.ended(failed(retry_after=1.1), has_begun=True, now=200 + TIMEOUT - 1) is None

@@ -1,4 +1,4 @@
-"""Watching models with both clients, against a real gRPC server; what is told is held by `test_watch_state`."""
+"""Watching models with both clients, against a real gRPC server; `test_watch_state` checks what is returned."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from deltawire import (
 )
 from deltawire._channel import connection
 from deltawire._watch import WatchCalls, WatchState, state
-from tests.client.scripted import WAIT, Fail, Gateway, Headers, bookmark, model, told
+from tests.client.scripted import WAIT, Fail, Gateway, Headers, bookmark, changed, model
 from tests.client.test_errors import Failed
 
 if TYPE_CHECKING:
@@ -34,17 +34,17 @@ if TYPE_CHECKING:
     from deltawire import ModelWatch
 
 STATUS = grpc.StatusCode
-PATIENCE = 10
+TIMEOUT = 10
 A, B = model("a"), model("b")
 LOST = Fail(STATUS.UNAVAILABLE, trailers=())
 GONE = Fail(STATUS.OUT_OF_RANGE, "REVISION_GONE")
 DENIED = Fail(STATUS.PERMISSION_DENIED, "PERMISSION_DENIED", metadata={"needs": "read"})
 # A watch that goes on, is cut, loses its revision, and ends for good.
 SCRIPTS: list[list[Any]] = [
-    [told("ADDED", A), bookmark("1"), LOST],
-    [told("ADDED", B, "2")],
+    [changed("ADDED", A), bookmark("1"), LOST],
+    [changed("ADDED", B, "2")],
     [GONE],
-    [told("ADDED", B), bookmark("9"), DENIED],
+    [changed("ADDED", B), bookmark("9"), DENIED],
 ]
 TOLD: list[WatchEvent] = [
     ModelChange("ADDED", A, ""),
@@ -168,24 +168,24 @@ def test_each_call_has_its_id(gateway: Gateway, client: Client) -> None:
 
 def test_leaving_the_block_ends_the_call(gateway: Gateway, client: Client) -> None:
     """On both sides; what had come and was not read is not told any more."""
-    gateway.will(told("ADDED", A), bookmark("1"), WAIT)
+    gateway.will(changed("ADDED", A), bookmark("1"), WAIT)
     with client.models.watch() as watch:
         for event in watch:
             assert event == ModelChange("ADDED", A, "")
             break
-    assert gateway.last.ended.wait(PATIENCE)
+    assert gateway.last.ended.wait(TIMEOUT)
     with pytest.raises(CallCancelledError):
         next(watch)
 
 
 async def test_leaving_the_block_ends_the_call_with_asyncio(gateway: Gateway, async_client: AsyncClient) -> None:
     """In the same way."""
-    gateway.will(told("ADDED", A), bookmark("1"), WAIT)
+    gateway.will(changed("ADDED", A), bookmark("1"), WAIT)
     async with async_client.models.watch() as watch:
         async for event in watch:
             assert event == ModelChange("ADDED", A, "")
             break
-    assert await asyncio.to_thread(gateway.last.ended.wait, PATIENCE)
+    assert await asyncio.to_thread(gateway.last.ended.wait, TIMEOUT)
     with pytest.raises(CallCancelledError):
         await anext(watch)
 
@@ -198,7 +198,7 @@ def test_another_thread_may_cancel(gateway: Gateway, client: Client) -> None:
         reader = pool.submit(next, watch)
         watch.cancel()
         with pytest.raises(CallCancelledError):
-            reader.result(PATIENCE)
+            reader.result(TIMEOUT)
     assert len(gateway.calls) == 1
 
 
@@ -237,10 +237,10 @@ def test_a_pause_can_be_ended(gateway: Gateway, client: Client, pausing: threadi
     watch = client.models.watch()
     with ThreadPoolExecutor(1) as pool:
         reader = pool.submit(next, watch)
-        assert pausing.wait(PATIENCE)
+        assert pausing.wait(TIMEOUT)
         watch.cancel() if how == "cancel" else client.close()
         with pytest.raises(CallCancelledError):
-            reader.result(PATIENCE)
+            reader.result(TIMEOUT)
     assert len(gateway.calls) == 1
 
 
@@ -252,7 +252,7 @@ async def test_a_pause_can_be_ended_with_asyncio(
     gateway.will(LOST)
     watch = async_client.models.watch()
     reader = asyncio.create_task(anext(watch))
-    assert await asyncio.to_thread(pausing.wait, PATIENCE)
+    assert await asyncio.to_thread(pausing.wait, TIMEOUT)
     if how == "cancel":
         watch.cancel()
     else:
@@ -286,7 +286,7 @@ async def test_cancelling_the_task_ends_the_watch(gateway: Gateway, async_client
     reader.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reader
-    assert await asyncio.to_thread(gateway.last.ended.wait, PATIENCE)
+    assert await asyncio.to_thread(gateway.last.ended.wait, TIMEOUT)
     with pytest.raises(CallCancelledError):
         await anext(watch)
 
@@ -298,7 +298,7 @@ async def test_cancelling_the_task_in_a_pause(
     gateway.will(LOST)
     watch = async_client.models.watch()
     reader = asyncio.create_task(anext(watch))
-    assert await asyncio.to_thread(pausing.wait, PATIENCE)
+    assert await asyncio.to_thread(pausing.wait, TIMEOUT)
     reader.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reader

@@ -1,4 +1,4 @@
-"""What a watch tells its caller, given messages, broken calls and restarts."""
+"""What a watch returns to its caller, given messages, broken calls and restarts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deltawire._errors import CallError, error_for
 from deltawire._failure import Failure
 from deltawire._watch.state import WatchState
 from deltawire.v1.model_registry_pb2 import MODEL_STATE_UNAVAILABLE, WatchModelsRequest, WatchModelsResponse
-from tests.client.scripted import bookmark, model, told
+from tests.client.scripted import bookmark, changed, model
 
 STATUS = grpc.StatusCode
 A, B, C = model("a"), model("b"), model("c")
@@ -49,8 +49,8 @@ def test_a_snapshot_and_changes() -> None:
     state = WatchState()
     assert state.begin() == WatchModelsRequest()
     events = receive(
-        state, told("ADDED", A), told("ADDED", B), bookmark("1"),
-        told("MODIFIED", A_GONE, "2"), told("REMOVED", B, "3"), told("ADDED", C, "4"), bookmark("5"),
+        state, changed("ADDED", A), changed("ADDED", B), bookmark("1"),
+        changed("MODIFIED", A_GONE, "2"), changed("REMOVED", B, "3"), changed("ADDED", C, "4"), bookmark("5"),
     )  # fmt: skip
     assert events == [
         ModelChange("ADDED", A, ""),
@@ -63,21 +63,21 @@ def test_a_snapshot_and_changes() -> None:
     ]
 
 
-@pytest.mark.parametrize("last", [told("MODIFIED", A_GONE, "2"), bookmark("2")])
+@pytest.mark.parametrize("last", [changed("MODIFIED", A_GONE, "2"), bookmark("2")])
 def test_a_lost_connection_goes_on_from_the_last_revision(last: WatchModelsResponse) -> None:
     """Of a change or a bookmark, whichever came last; and what comes then is told as it is."""
-    state = begun(told("ADDED", A), bookmark("1"), last)
+    state = begun(changed("ADDED", A), bookmark("1"), last)
     assert state.broke(LOST) is not None
     assert state.begin() == WatchModelsRequest(revision="2")
-    assert receive(state, told("ADDED", B, "3"), bookmark("3")) == [ModelChange("ADDED", B, "3"), WatchBookmark("3")]
+    assert receive(state, changed("ADDED", B, "3"), bookmark("3")) == [ModelChange("ADDED", B, "3"), WatchBookmark("3")]
 
 
 def test_a_snapshot_that_is_cut_begins_anew() -> None:
     """What it had told is not told again; what has changed since, or is gone again, is."""
-    state = begun(told("ADDED", A), told("ADDED", B), told("ADDED", C))
+    state = begun(changed("ADDED", A), changed("ADDED", B), changed("ADDED", C))
     assert state.broke(LOST) is not None
     assert state.begin() == WatchModelsRequest()
-    assert receive(state, told("ADDED", A_GONE), told("ADDED", B), bookmark("7")) == [
+    assert receive(state, changed("ADDED", A_GONE), changed("ADDED", B), bookmark("7")) == [
         ModelChange("MODIFIED", A_GONE, ""),
         ModelChange("REMOVED", C, ""),
         WatchBookmark("7"),
@@ -86,15 +86,15 @@ def test_a_snapshot_that_is_cut_begins_anew() -> None:
 
 def test_a_revision_that_is_gone() -> None:
     """A snapshot at once, told as the differences to what was told; it is taken anew if it is cut as well."""
-    state = begun(told("ADDED", A), told("ADDED", B), bookmark("1"))
+    state = begun(changed("ADDED", A), changed("ADDED", B), bookmark("1"))
     state.broke(LOST)
     state.begin()
     assert state.broke(GONE) == 0
     assert state.begin() == WatchModelsRequest()
-    assert receive(state, told("ADDED", A_GONE)) == [ModelChange("MODIFIED", A_GONE, "")]
+    assert receive(state, changed("ADDED", A_GONE)) == [ModelChange("MODIFIED", A_GONE, "")]
     assert state.broke(LOST) is not None
     assert state.begin() == WatchModelsRequest()
-    assert receive(state, told("ADDED", A_GONE), told("ADDED", C), bookmark("2")) == [
+    assert receive(state, changed("ADDED", A_GONE), changed("ADDED", C), bookmark("2")) == [
         ModelChange("ADDED", C, ""),
         ModelChange("REMOVED", B, ""),
         WatchBookmark("2"),
@@ -112,7 +112,7 @@ def test_a_revision_of_an_earlier_watch() -> None:
     """Nobody knows what the caller knows, so changes are passed on as the gateway calls them."""
     state = WatchState("7")
     assert state.begin() == WatchModelsRequest(revision="7")
-    assert receive(state, told("MODIFIED", A, "8"), told("REMOVED", B, "9"), bookmark("9")) == [
+    assert receive(state, changed("MODIFIED", A, "8"), changed("REMOVED", B, "9"), bookmark("9")) == [
         ModelChange("MODIFIED", A, "8"),
         ModelChange("REMOVED", B, "9"),
         WatchBookmark("9"),
@@ -130,7 +130,7 @@ def test_what_is_known_from_an_earlier_watch() -> None:
         if state.begin().revision:
             assert state.broke(GONE) == 0
             state.begin()
-        assert receive(state, told("ADDED", A_GONE), told("ADDED", C), bookmark("9")) == [
+        assert receive(state, changed("ADDED", A_GONE), changed("ADDED", C), bookmark("9")) == [
             ModelChange("MODIFIED", A_GONE, ""),
             ModelChange("ADDED", C, ""),
             ModelChange("REMOVED", B, ""),
@@ -140,13 +140,13 @@ def test_what_is_known_from_an_earlier_watch() -> None:
 
 def test_no_news_is_not_told() -> None:
     """A change that was told already, or that undoes what was never told; the revision is taken all the same."""
-    state = begun(told("ADDED", A), bookmark("1"))
-    assert receive(state, told("MODIFIED", A, "2"), told("REMOVED", C, "3")) == []
+    state = begun(changed("ADDED", A), bookmark("1"))
+    assert receive(state, changed("MODIFIED", A, "2"), changed("REMOVED", C, "3")) == []
     state.broke(LOST)
     assert state.begin() == WatchModelsRequest(revision="3")
     # By another name than it has for the caller.
-    assert receive(state, told("MODIFIED", B, "4")) == [ModelChange("ADDED", B, "4")]
-    assert receive(state, told("ADDED", A_GONE, "5")) == [ModelChange("MODIFIED", A_GONE, "5")]
+    assert receive(state, changed("MODIFIED", B, "4")) == [ModelChange("ADDED", B, "4")]
+    assert receive(state, changed("ADDED", A_GONE, "5")) == [ModelChange("MODIFIED", A_GONE, "5")]
 
 
 def test_kinds_of_a_later_version_are_skipped() -> None:
@@ -164,10 +164,10 @@ def test_the_caller_may_do_with_a_model_what_it_likes() -> None:
     state = WatchState(known=[given_])
     given_.aliases.append("mine")
     state.begin()
-    (event,) = receive(state, told("ADDED", Model(id="a")))
+    (event,) = receive(state, changed("ADDED", Model(id="a")))
     assert isinstance(event, ModelChange)
     event.model.aliases.append("mine")
-    assert receive(state, told("ADDED", Model(id="a")), told("ADDED", Model(id="b")), bookmark("1")) == [
+    assert receive(state, changed("ADDED", Model(id="a")), changed("ADDED", Model(id="b")), bookmark("1")) == [
         WatchBookmark("1")
     ]
 
@@ -216,7 +216,7 @@ def test_pauses_grow_until_something_comes() -> None:
     """From a tenth of a second to ten; between the longest and the shortest, chance decides."""
     longest = WatchState(draw=lambda _, high: high)
     assert [longest.broke(LOST) for _ in range(8)] == pytest.approx([0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10, 10])
-    longest.receive(told("ADDED", A))
+    longest.receive(changed("ADDED", A))
     assert longest.broke(LOST) == pytest.approx(0.2)
     shortest = WatchState(draw=lambda low, _: low)
     assert [shortest.broke(LOST) for _ in range(8)] == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5, 5])
@@ -256,9 +256,9 @@ class History:
         after = Model(id=name, engine_root=root)
         revision = str(len(self.changes) + 1)
         if root and after != before:
-            self.changes.append(told("MODIFIED" if before else "ADDED", after, revision))
+            self.changes.append(changed("MODIFIED" if before else "ADDED", after, revision))
         elif before and not root:
-            self.changes.append(told("REMOVED", before, revision))
+            self.changes.append(changed("REMOVED", before, revision))
 
     def table(self) -> Table:
         """The models that there are."""
@@ -275,7 +275,7 @@ class History:
         now = bookmark(str(len(self.changes)))
         if request.revision:
             return [*self.changes[int(request.revision) :], now]
-        return [*(told("ADDED", each) for each in self.table().values()), now]
+        return [*(changed("ADDED", each) for each in self.table().values()), now]
 
 
 HAPPENING = st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from(["", "x", "y"])), max_size=6)

@@ -1,4 +1,4 @@
-"""How a completion is told, and the ends that its caller asks for; clocks and back-pressure are `test_worker`'s."""
+"""The events of a completion, and the ends that its caller requests; `test_worker` tests time limits and back-pressure."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from deltawire_server.sansio.events import (
     UsageUpdate,
 )
 from deltawire_server.upstream.base import CallContext, OpenStream, Timeouts
+from deltawire_server.upstream.request import FormatKind, TextFormat
 from deltawire_server.worker import Caller
 from tests.support.fake_provider import FakeProvider
 from tests.support.gateway import until
@@ -43,12 +44,12 @@ NEVER_ENDING = Script.generated(tokens=100_000_000, chunks_per_write=50)
 
 
 def usage(completion_tokens: int) -> dict[str, int]:
-    """Running figures."""
+    """A running usage report."""
     return {"prompt_tokens": 7, "completion_tokens": completion_tokens, "total_tokens": 7 + completion_tokens}
 
 
 def types(events: Sequence[StreamEvent]) -> list[type[StreamEvent]]:
-    """What kinds of events these are."""
+    """The types of these events."""
     return [type(event) for event in events]
 
 
@@ -57,8 +58,8 @@ def text_of(events: Sequence[StreamEvent]) -> str:
     return "".join(event.text for event in events if isinstance(event, TextDelta))
 
 
-async def told(completion: Completion) -> list[StreamEvent]:
-    """All that a completion still tells."""
+async def remaining_events(completion: Completion) -> list[StreamEvent]:
+    """The remaining events of a completion."""
     return [event async for batch in completion.batches() for event in batch]
 
 
@@ -69,11 +70,11 @@ def last_of(events: Sequence[StreamEvent]) -> Completed:
     return last
 
 
-# --- How it is told
+# --- Stream options
 
 
-async def test_pieces_are_held_back_for_others(make_worker: MakeWorker, vllm: FakeVllm) -> None:
-    """Within the delay they become one delta; the beginning and the end are not held back, and no text changes."""
+async def test_deltas_are_merged_within_the_coalesce_delay(make_worker: MakeWorker, vllm: FakeVllm) -> None:
+    """Deltas within the delay become one; the first and the last event are not delayed, and the text is unchanged."""
     pieces = [CHUNKS.text(f"{number} ") for number in range(20)]
     vllm.play(Script.chunks([CHUNKS.role(), *pieces, CHUNKS.finish()], chunk_delay=0.001))
     async with (
@@ -85,8 +86,8 @@ async def test_pieces_are_held_back_for_others(make_worker: MakeWorker, vllm: Fa
     assert text_of([event for batch in batches for event in batch]) == "".join(f"{number} " for number in range(20))
 
 
-async def test_pieces_are_not_held_back_for_longer(make_worker: MakeWorker, vllm: FakeVllm) -> None:
-    """Though nothing else comes."""
+async def test_the_coalesce_delay_is_a_maximum(make_worker: MakeWorker, vllm: FakeVllm) -> None:
+    """A delta is sent when the delay ends, even if no other event is received."""
     gate = asyncio.Event()
     vllm.play(Script.chunks([CHUNKS.role(), CHUNKS.text("a"), CHUNKS.text("b"), gate, CHUNKS.finish()]))
     async with (
@@ -103,7 +104,7 @@ async def test_pieces_are_not_held_back_for_longer(make_worker: MakeWorker, vllm
 
 
 async def test_heartbeats(make_worker: MakeWorker, vllm: FakeVllm) -> None:
-    """While nothing comes, from the beginning of the answer on; the text is what it would have been."""
+    """Heartbeats are sent while no event is received after `started`; the text is unchanged."""
     gate = asyncio.Event()
     vllm.play(Script.chunks([CHUNKS.role(), CHUNKS.text("a"), gate, CHUNKS.text("b"), CHUNKS.finish()]))
     async with (
@@ -121,8 +122,8 @@ async def test_heartbeats(make_worker: MakeWorker, vllm: FakeVllm) -> None:
 
 
 @pytest.mark.parametrize("before", [False, True])
-async def test_heartbeats_before_the_beginning(make_worker: MakeWorker, vllm: FakeVllm, before: bool) -> None:
-    """Only if they are asked for: with the first of them a call cannot be retried any more."""
+async def test_early_heartbeats(make_worker: MakeWorker, vllm: FakeVllm, before: bool) -> None:
+    """Heartbeats before `started` are sent only on request, because a call cannot be retried after the first one."""
     gate = asyncio.Event()
     vllm.play(Script.chunks([gate, CHUNKS.role(), CHUNKS.finish()]))
     options = StreamOptions(heartbeat_interval=0.01, early_heartbeats=before)
@@ -139,7 +140,7 @@ async def test_heartbeats_before_the_beginning(make_worker: MakeWorker, vllm: Fa
 
 
 async def test_a_heartbeat_does_not_lengthen_the_delay(make_worker: MakeWorker, vllm: FakeVllm) -> None:
-    """What is held back comes when it is due, though heartbeats come meanwhile."""
+    """A delayed delta is sent on time, even if heartbeats are sent before it."""
     gate = asyncio.Event()
     vllm.play(Script.chunks([CHUNKS.role(), CHUNKS.text("a"), gate, CHUNKS.finish()]))
     options = StreamOptions(max_coalesce_delay=0.05, heartbeat_interval=0.01)
@@ -153,7 +154,7 @@ async def test_a_heartbeat_does_not_lengthen_the_delay(make_worker: MakeWorker, 
 
 
 async def test_usage_updates(make_worker: MakeWorker, vllm: FakeVllm) -> None:
-    """With what is told, whenever it has changed; the last account is in the last event alone."""
+    """An update follows each change of the usage; the final usage is only in `Completed`."""
     gates = [asyncio.Event() for _ in range(3)]
     pieces: list[object] = []
     for number, gate in enumerate(gates):
@@ -178,15 +179,15 @@ async def test_usage_updates(make_worker: MakeWorker, vllm: FakeVllm) -> None:
     assert types(events)[-2:] == [ChoiceFinished, Completed]
 
 
-async def test_nothing_is_told_that_was_not_asked_for(make_worker: MakeWorker) -> None:
-    """No usage, no heartbeats."""
+async def test_no_usage_updates_and_heartbeats_by_default(make_worker: MakeWorker) -> None:
+    """Without options, a stream has neither usage updates nor heartbeats."""
     async with make_worker() as worker:
         events = await events_of(worker)
     assert {Started, TextDelta, ChoiceFinished, Completed} == set(types(events))
 
 
-async def test_notices_come_after_the_beginning(make_worker: MakeWorker) -> None:
-    """What the provider has to say of how the answer came about."""
+async def test_notices_follow_started(make_worker: MakeWorker) -> None:
+    """The provider's notices follow `started`."""
     notice = Notice(NoticeKind.ANOTHER_REPLICA, "one was away")
 
     class Noticing(FakeProvider):
@@ -198,14 +199,14 @@ async def test_notices_come_after_the_beginning(make_worker: MakeWorker) -> None
     provider = Noticing(served=["fake"])
     provider.chunks = [b'data: {"choices":[{"index":0,"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n']
     async with make_worker(provider=provider) as worker, worker.completion(ask(), CALLER) as completion:
-        events = await told(completion)
+        events = await remaining_events(completion)
     assert types(events) == [Started, Notice, TextDelta, ChoiceFinished, Completed]
     assert events[1] is notice
     assert completion.attempts == 2
 
 
 async def test_timings(make_worker: MakeWorker, vllm: FakeVllm) -> None:
-    """Each from where it says; gaps only where there are two events."""
+    """Each timing has its documented start; gaps require two events."""
     gate = asyncio.Event()
     vllm.play(Script.chunks([CHUNKS.role(), gate, CHUNKS.text("a"), CHUNKS.finish()]))
     async with make_worker() as worker, worker.completion(ask(), CALLER) as completion:
@@ -228,13 +229,13 @@ async def test_timings(make_worker: MakeWorker, vllm: FakeVllm) -> None:
     assert completion.timings == after
 
 
-async def test_the_first_event_comes_before_the_end(make_worker: MakeWorker, vllm: FakeVllm) -> None:
-    """Also where all of an answer comes at once."""
+async def test_the_first_event_is_timed_before_the_end(make_worker: MakeWorker, vllm: FakeVllm) -> None:
+    """The first event is timed even if the whole answer is received at once."""
     vllm.play(
         Script.chunks([CHUNKS.role(), CHUNKS.text("a"), CHUNKS.finish(), b"data: [DONE]\n\n"], chunks_per_write=9)
     )
     async with make_worker() as worker, worker.completion(ask(), CALLER) as completion:
-        await told(completion)
+        await remaining_events(completion)
     assert completion.timings.first_event is not None
     assert completion.timings.first_event <= completion.timings.total
 
@@ -243,8 +244,8 @@ async def test_the_first_event_comes_before_the_end(make_worker: MakeWorker, vll
 
 
 @pytest.mark.parametrize("begun", [False, True])
-async def test_a_cancel_is_a_normal_end(make_worker: MakeWorker, vllm: FakeVllm, begun: bool) -> None:
-    """Before the engine begins and after: what has come is told, with its usage, and the provider stops."""
+async def test_a_soft_cancel_is_a_normal_end(make_worker: MakeWorker, vllm: FakeVllm, begun: bool) -> None:
+    """A soft cancel, before or after the first event, returns the text so far and the usage, and the provider stops."""
     script = [CHUNKS.role(), {**CHUNKS.text("so far"), "usage": usage(2)}, asyncio.Event()]
     vllm.play(Script.chunks(script if begun else [asyncio.Event()]))  # type: ignore[arg-type]
     async with make_worker() as worker, worker.completion(ask(completion_id="c"), CALLER) as completion:
@@ -267,8 +268,8 @@ async def test_a_cancel_is_a_normal_end(make_worker: MakeWorker, vllm: FakeVllm,
     assert (record.ended, record.outcome, record.usage) == (True, None, last_of(events).usage)
 
 
-async def test_a_cancel_before_the_model_was_found(make_worker: MakeWorker) -> None:
-    """It waits for the completion, which then ends before its provider is asked for anything that matters."""
+async def test_a_soft_cancel_before_the_model_is_resolved(make_worker: MakeWorker) -> None:
+    """The soft cancel applies when the completion begins, which then ends before a chat request is sent."""
     provider = FakeProvider(served=["fake"])
     provider.gate = asyncio.Event()
     async with make_worker(provider=provider) as worker:
@@ -283,7 +284,7 @@ async def test_a_cancel_before_the_model_was_found(make_worker: MakeWorker) -> N
 
 
 async def test_the_soft_time_limit(make_worker: MakeWorker, vllm: FakeVllm) -> None:
-    """What has come is the answer, normally ended; the provider stops."""
+    """At the limit, the text so far is the answer, with a normal end, and the provider stops."""
     vllm.play(Script.chunks([CHUNKS.role(), CHUNKS.text("so far"), asyncio.Event()]))
     async with make_worker() as worker:
         events = await events_of(worker, ask(soft_time_limit=0.2))
@@ -294,16 +295,16 @@ async def test_the_soft_time_limit(make_worker: MakeWorker, vllm: FakeVllm) -> N
 
 
 async def test_the_soft_time_limit_counts_from_the_call(make_worker: MakeWorker, vllm: FakeVllm) -> None:
-    """Also if it has passed before the provider could be asked."""
+    """The limit applies even if it passes before the request is sent."""
     async with make_worker() as worker, worker.completion(ask(soft_time_limit=0.01), CALLER) as completion:
         await asyncio.sleep(0.05)
-        events = await told(completion)
+        events = await remaining_events(completion)
     assert last_of(events).choices[0].stop_reason is StopReason.TIME_LIMIT
     assert not vllm.chats
 
 
-async def test_the_gateways_limit_comes_before_a_later_soft_one(make_worker: MakeWorker, vllm: FakeVllm) -> None:
-    """And is a fault, as ever."""
+async def test_the_duration_limit_before_a_later_soft_limit(make_worker: MakeWorker, vllm: FakeVllm) -> None:
+    """The duration limit of the gateway is a fault, even if a later soft limit is set."""
     vllm.play(NEVER_ENDING)
     async with make_worker(max_duration=0.1) as worker:
         with pytest.raises(GatewayError) as caught:
@@ -311,8 +312,8 @@ async def test_the_gateways_limit_comes_before_a_later_soft_one(make_worker: Mak
     assert caught.value.reason is Reason.DURATION_LIMIT_EXCEEDED
 
 
-async def test_silence_before_a_later_soft_limit_is_the_providers(make_worker: MakeWorker, vllm: FakeVllm) -> None:
-    """A soft limit excuses nobody."""
+async def test_the_silence_timeout_before_a_later_soft_limit(make_worker: MakeWorker, vllm: FakeVllm) -> None:
+    """The silence timeout of the provider is a fault, even if a later soft limit is set."""
     vllm.play(Script.chunks([asyncio.Event()]))
     async with make_worker(timeouts=Timeouts(first_event=0.05)) as worker:
         with pytest.raises(ProviderError) as caught:
@@ -321,7 +322,7 @@ async def test_silence_before_a_later_soft_limit_is_the_providers(make_worker: M
 
 
 async def test_the_first_end_counts(make_worker: MakeWorker, vllm: FakeVllm) -> None:
-    """A process that stops does not make a fault of an answer that is being cancelled already, nor the other way round."""
+    """Of a soft cancel and a shutdown, the first one determines the end."""
     for soft_first in (True, False):
         vllm.play(Script.chunks([CHUNKS.role(), asyncio.Event()]))
         async with make_worker() as worker, worker.completion(ask(completion_id="c"), CALLER) as completion:
@@ -338,7 +339,7 @@ async def test_the_first_end_counts(make_worker: MakeWorker, vllm: FakeVllm) -> 
 
 
 async def test_an_id_cannot_be_used_twice_at_once(make_worker: MakeWorker) -> None:
-    """By one caller; and can be again afterwards."""
+    """One caller cannot use an id twice at once, but again after the end."""
     async with make_worker() as worker:
         async with worker.completion(ask(completion_id="c"), CALLER):
             with pytest.raises(CallerError) as caught:
@@ -350,8 +351,8 @@ async def test_an_id_cannot_be_used_twice_at_once(make_worker: MakeWorker) -> No
         await events_of(worker, ask(completion_id="c"))
 
 
-async def test_what_is_known_of_a_call_that_was_given_up(make_worker: MakeWorker, vllm: FakeVllm) -> None:
-    """Its usage, and whether its caller or its deadline ended it."""
+async def test_the_record_of_an_abandoned_call(make_worker: MakeWorker, vllm: FakeVllm) -> None:
+    """The record has the usage, and whether the caller or the deadline ended the call."""
     for passed, code in ((False, "CANCELLED"), (True, "DEADLINE_EXCEEDED")):
         vllm.play(Script.chunks([CHUNKS.role(), {**CHUNKS.text("a"), "usage": usage(5)}, asyncio.Event()]))
         caller = Caller(CALLER.call, deadline_passed=lambda passed=passed: passed)  # type: ignore[misc]
@@ -373,8 +374,19 @@ async def _read_into(seen: list[StreamEvent], worker: Worker, caller: Caller) ->
             seen += batch
 
 
-async def test_what_is_known_of_a_failed_completion(make_worker: MakeWorker, vllm: FakeVllm) -> None:
-    """Why it failed, also if it never began."""
+async def test_an_error_event_that_comes_first_names_the_format(make_worker: MakeWorker) -> None:
+    """Like one that the provider's own code reads."""
+    provider = FakeProvider(served=["fake"])
+    provider.chunks = [b'data: {"error":{"message":"Grammar error: no","type":"BadRequestError","code":400}}\n\n']
+    request = ask(response_format=TextFormat(FormatKind.REGEX, "("))
+    async with make_worker(provider=provider) as worker, worker.completion(request, CALLER) as completion:
+        with pytest.raises(CallerError) as caught:
+            await remaining_events(completion)
+    assert [violation.field for violation in caught.value.violations] == ["chat.response_format.regex"]
+
+
+async def test_the_record_of_a_failed_completion(make_worker: MakeWorker, vllm: FakeVllm) -> None:
+    """The record has the failure, even if the completion never began."""
     vllm.play(Script.error(500, "broken"))
     async with make_worker() as worker:
         with pytest.raises(ProviderError):

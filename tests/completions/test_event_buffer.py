@@ -8,8 +8,8 @@ from deltawire_server.completions.event_buffer import EventBuffer
 from deltawire_server.sansio.events import TextDelta
 
 
-async def test_events_wait_and_are_taken() -> None:
-    """Takes while nobody comes, and says when it is full; what waits at the close is still given."""
+async def test_events_are_queued_and_taken() -> None:
+    """The buffer accepts events without a reader, reports when it is full, and returns queued events after `close`."""
     handover = EventBuffer(200)
     handover.put([TextDelta(0, "a")])
     assert not handover.full

@@ -42,14 +42,14 @@ class FakeCompletion:
 
 
 def reason_of(records: Records, caller: str, completion_id: str) -> tuple[type[DeltawireError], Reason]:
-    """Why a completion cannot be found."""
+    """The error for a completion that cannot be found."""
     with pytest.raises(DeltawireError) as caught:
         records.find(caller, completion_id)
     return type(caught.value), caught.value.reason
 
 
-def test_minted_ids() -> None:
-    """Unguessable, different, and with the mark of the process that made them."""
+def test_generated_ids() -> None:
+    """Generated ids are unguessable and unique, and carry the mark of their process."""
     records = Records()
     ids = {records.begin("").completion_id for _ in range(100)}
     assert len(ids) == 100
@@ -58,8 +58,8 @@ def test_minted_ids() -> None:
     assert Records().begin("").completion_id[-8:] not in {each[-8:] for each in ids}
 
 
-def test_ids_are_each_callers_own() -> None:
-    """Two callers may use the same one; a third, and a look at another's, gets what never was."""
+def test_ids_belong_to_one_caller() -> None:
+    """Two callers may use the same id; an id of another caller is reported as unknown."""
     records = Records()
     mine, yours = records.begin("me", "c"), records.begin("you", "c")
     assert records.find("me", "c") is mine
@@ -68,8 +68,8 @@ def test_ids_are_each_callers_own() -> None:
     assert reason_of(records, "", "c") == (CallerError, Reason.COMPLETION_NOT_FOUND)
 
 
-def test_an_id_under_way_or_retained_is_taken() -> None:
-    """And free again when its completion is only remembered."""
+def test_an_id_is_in_use_while_running_or_retained() -> None:
+    """The id can be used again after the completion has ended and is not retained."""
     records = Records()
     record = records.begin("me", "c")
     with pytest.raises(CallerError, match="is running") as caught:
@@ -87,8 +87,8 @@ def test_an_id_under_way_or_retained_is_taken() -> None:
     assert records.find("me", "c") is again
 
 
-def test_another_processs_id() -> None:
-    """Who comes to the wrong replica is told so; but an id that only looks so and is known here is found."""
+def test_an_id_of_another_process() -> None:
+    """An id with the mark of another process is WRONG_REPLICA, unless it is known here."""
     records, other = Records(), Records()
     completion_id = other.begin("me").completion_id
     assert reason_of(records, "me", completion_id) == (GatewayError, Reason.WRONG_REPLICA)
@@ -97,14 +97,14 @@ def test_another_processs_id() -> None:
     assert records.begin("me", completion_id) is records.find("me", completion_id)
 
 
-def test_what_is_remembered_of_an_ended_completion() -> None:
-    """How it ended and what it cost; the completion itself is let go."""
+def test_the_record_of_an_ended_completion() -> None:
+    """A record keeps the outcome and the usage, but not the completion."""
     records = Records()
     record = records.begin("me", "c")
     running = FakeCompletion()
     record.run(running)
     assert (record.ended, record.begun, record.usage) == (False, False, NOTHING_YET)
-    outcome = Outcome(Code.CANCELLED, None, "gone")
+    outcome = Outcome(Code.CANCELLED, None, "disconnected")
     records.end(record, outcome)
     assert records.find("me", "c") is record
     assert record.running is None
@@ -114,7 +114,7 @@ def test_what_is_remembered_of_an_ended_completion() -> None:
 
 
 def test_a_completion_that_never_ran_can_be_looked_up() -> None:
-    """One whose model was not found has no head, and cost nothing."""
+    """A completion whose model was not found has no head and no usage."""
     records = Records()
     record = records.begin("me", "c")
     failure = CallerError(Reason.MODEL_NOT_FOUND, "no such model")
@@ -123,8 +123,8 @@ def test_a_completion_that_never_ran_can_be_looked_up() -> None:
     assert (record.head, record.begun, record.usage) == (None, False, NOTHING_YET)
 
 
-def test_memory_is_bounded() -> None:
-    """By number: the one that ended first is forgotten first, in whatever order they began."""
+def test_ended_completions_are_limited_in_number() -> None:
+    """At the limit, the completion that ended first is removed first."""
     records = Records(max_remembered=2)
     first, second, third = (records.begin("me", name) for name in "abc")
     for record in (second, first, third):
@@ -134,8 +134,8 @@ def test_memory_is_bounded() -> None:
     assert records.find("me", "c") is third
 
 
-def test_memory_ends() -> None:
-    """By time; what runs or is retained is known however long."""
+def test_ended_completions_expire() -> None:
+    """Ended completions expire; running and retained ones do not."""
     records = Records(remembered_seconds=0.0)
     running, retained, ended = (records.begin("me", name) for name in "abc")
     retained.stream = object()  # type: ignore[assignment]
@@ -146,8 +146,8 @@ def test_memory_ends() -> None:
     assert records.find("me", "b") is retained
 
 
-def test_a_stream_released_before_the_end_leaves_the_completion_under_way() -> None:
-    """It is known as such until it has ended."""
+def test_a_stream_released_before_the_end_leaves_the_completion_running() -> None:
+    """The completion can be looked up as running until its end."""
     records = Records()
     record = records.begin("me", "c")
     stream: RetainedStream = object()  # type: ignore[assignment]
@@ -159,8 +159,8 @@ def test_a_stream_released_before_the_end_leaves_the_completion_under_way() -> N
     assert records.find("me", "c").ended
 
 
-def test_an_abandoned_completion_gives_its_id_free() -> None:
-    """Its stream had its last reader, so another attempt begins anew, also before the generation of the first has stopped."""
+def test_an_abandoned_completion_frees_its_id() -> None:
+    """After the last reader has left, a retry begins a new completion, even before the generation of the first one has stopped."""
     records = Records()
     first = records.begin("me", "c", b"request")
     first.stream = object()  # type: ignore[assignment]
@@ -168,14 +168,14 @@ def test_an_abandoned_completion_gives_its_id_free() -> None:
         records.begin("me", "c", b"request")
     records.released(first)
     second = records.begin("me", "c", b"request")
-    records.end(first, Outcome(Code.CANCELLED, None, "gone"))
+    records.end(first, Outcome(Code.CANCELLED, None, "disconnected"))
     assert records.find("me", "c") is second
     records.end(second, None)
     assert records.find("me", "c") is second
 
 
 def test_cancel() -> None:
-    """It ends what runs, waits for what does not run yet, and changes nothing of what has ended."""
+    """A cancel ends a running completion, applies later to one that does not run yet, and has no effect on an ended one."""
     records = Records()
     early, late, over = Record("me", "a"), Record("me", "b"), records.begin("me", "c")
     running = FakeCompletion()
@@ -192,8 +192,8 @@ def test_cancel() -> None:
     assert records.find("me", "c").outcome is None
 
 
-def test_a_completion_that_is_failed() -> None:
-    """At once where it is under way, else as soon as it is; all that are under way are found."""
+def test_failing_a_completion() -> None:
+    """A running completion fails at once, others when they begin; all running ones are found."""
     records = Records()
     early, late = records.begin("a"), records.begin("b")
     fault = Fault(Reason.ACCESS_CHANGED, "revoked")
@@ -227,8 +227,8 @@ def _ended(records: Records, caller: str, sampling: Sampling, outcome: Outcome |
     return record
 
 
-def test_what_is_remembered_is_small() -> None:
-    """Long lists of the sampling and the rest of a long message are forgotten at the end; numbers and short lists stay."""
+def test_a_record_is_small() -> None:
+    """At the end, a record drops long lists of the sampling and the rest of long messages; it keeps numbers and short lists."""
     records = Records()
     failed = Outcome(Code.INTERNAL, Reason.INTERNAL, "\N{SNOWMAN}" * 100_000)
     record = _ended(records, "me", replace(LARGE, temperature=0.5), failed)
@@ -245,8 +245,8 @@ def test_what_is_remembered_is_small() -> None:
         assert one.head.sampling == Sampling()
 
 
-def test_what_is_remembered_is_bounded_in_memory() -> None:
-    """The bytes are those that were allocated, and the oldest are forgotten at the limit."""
+def test_records_are_limited_in_bytes() -> None:
+    """The counted bytes are the allocated bytes, and the oldest records are removed at the limit."""
     records = Records(max_bytes=8 * 1024 * 1024)
     failed = Outcome(Code.INTERNAL, Reason.INTERNAL, "x" * 100_000)
     first = _ended(records, "me", LARGE, failed)

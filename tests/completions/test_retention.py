@@ -41,12 +41,12 @@ TEXT = TextDelta(0, "x" * 1000)
 
 @pytest.fixture
 def strict(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is kept for readers beyond the limits, so that these can be seen."""
+    """Keep nothing for readers beyond the limits, so that tests can observe the limits."""
     monkeypatch.setattr(retention, "UNREAD_BYTES", 0)
 
 
 class Kept:
-    """A stream, with its completion and how often it was told to be dropped."""
+    """A stream, with its completion and how often it was dropped."""
 
     def __init__(self, kept_by: Retention | None = None, retention: float = LONG) -> None:
         self.retention = kept_by or Retention()
@@ -65,48 +65,48 @@ class Kept:
         return self
 
 
-GONE = Outcome(Code.CANCELLED, None, "gone")
+DISCONNECTED = Outcome(Code.CANCELLED, None, "disconnected")
 
 
 @asynccontextmanager
 async def reading(
     stream: RetainedStream, after: int | None = None
 ) -> AsyncIterator[AsyncGenerator[list[tuple[int, StreamEvent]]]]:
-    """A reader at this place, until left."""
-    with stream.read(lambda: GONE, after) as reader:
+    """A reader after this message, until the block is left."""
+    with stream.read(lambda: DISCONNECTED, after) as reader:
         async with aclosing(reader.follow()) as batches:
             yield batches
 
 
 async def followed(stream: RetainedStream, after: int | None = None) -> list[tuple[int, StreamEvent]]:
-    """All that a reader gets, to the end."""
+    """All messages that a reader gets."""
     async with asyncio.timeout(WAIT), reading(stream, after) as batches:
         return [numbered async for batch in batches for numbered in batch]
 
 
 async def take_all(stream: RetainedStream, numbered: list[tuple[int, StreamEvent]]) -> None:
-    """Take all that comes, and fail as it fails."""
+    """Take all messages, and raise the failure of the stream."""
     async with reading(stream) as batches:
         async for batch in batches:
             numbered += batch
 
 
 async def refused(stream: RetainedStream, after: int | None = None) -> DeltawireError:
-    """Why a reader gets nothing at all."""
+    """The error of a reader that gets no message."""
     with pytest.raises(DeltawireError) as caught:
         await followed(stream, after)
     return caught.value
 
 
 @pytest.mark.parametrize("after", [None, 0, 1, 2, 3])
-async def test_a_replay_begins_after_what_the_reader_has(after: int | None) -> None:
-    """Every place in the stream, also the last, after which nothing is left but the end."""
+async def test_a_replay_begins_after_the_last_received_message(after: int | None) -> None:
+    """A reader can resume after each message, including the last one."""
     kept = Kept().finish()
     assert await followed(kept.stream, after) == list(enumerate(ANSWER))[0 if after is None else after + 1 :]
 
 
-async def test_readers_get_what_comes_live() -> None:
-    """Two of them, at different places: each message once, with the number it was given."""
+async def test_readers_get_new_messages() -> None:
+    """Two readers at different positions get each message once, with its number."""
     kept = Kept()
     kept.stream.put(ANSWER[:2])
     first = asyncio.create_task(followed(kept.stream))
@@ -121,8 +121,8 @@ async def test_readers_get_what_comes_live() -> None:
     assert await second == numbered[1:]
 
 
-async def test_a_failure_comes_after_the_last_message_for_every_reader() -> None:
-    """Live or late; each gets an exception of its own."""
+async def test_every_reader_gets_the_failure_after_the_last_message() -> None:
+    """Current and later readers each get their own exception."""
     kept = Kept()
     kept.stream.put(ANSWER)
     failure = ProviderError(Reason.UPSTREAM_INCOMPLETE, "broke off", metadata={"provider": "p"})
@@ -141,8 +141,8 @@ async def test_a_failure_comes_after_the_last_message_for_every_reader() -> None
     assert str(kept.stream.failure) == str(failure)
 
 
-async def test_an_answer_that_did_not_begin_is_not_kept() -> None:
-    """Whoever waits for it gets the failure, and there is nothing to resume."""
+async def test_an_answer_without_events_is_not_retained() -> None:
+    """Waiting readers get the failure, and the stream cannot be resumed."""
     kept = Kept()
     waiting = asyncio.create_task(refused(kept.stream))
     await asyncio.sleep(0)
@@ -153,8 +153,8 @@ async def test_an_answer_that_did_not_begin_is_not_kept() -> None:
     assert (await refused(kept.stream)).reason is Reason.UPSTREAM_UNAVAILABLE
 
 
-async def test_a_number_that_has_never_been() -> None:
-    """A reader that has more than there is reads another stream."""
+async def test_resuming_after_an_unknown_number() -> None:
+    """A number beyond the last message is an error."""
     kept = Kept()
     error = await refused(kept.stream, 0)
     assert (error.reason, error.message) == (
@@ -166,8 +166,8 @@ async def test_a_number_that_has_never_been() -> None:
 
 
 @pytest.mark.usefixtures("strict")
-async def test_old_messages_go_first() -> None:
-    """At the limit of one stream; what is left can be resumed, what is gone cannot, and the reader hears where it begins."""
+async def test_the_oldest_messages_are_dropped_first() -> None:
+    """At the limit of a stream, only the kept messages can be resumed, and the error has the first kept number."""
     kept = Kept(Retention(RetentionLimits(max_stream_bytes=STREAM_BYTES + 10 * weight(TEXT))))
     for _ in range(20):
         kept.stream.put([TEXT])
@@ -184,8 +184,8 @@ async def test_old_messages_go_first() -> None:
 
 
 @pytest.mark.usefixtures("strict")
-async def test_the_newest_message_is_kept_however_large() -> None:
-    """So that readers get on."""
+async def test_the_newest_message_is_always_kept() -> None:
+    """The newest message is kept even above the limit, so that readers can continue."""
     kept = Kept(Retention(RetentionLimits(max_stream_bytes=1, max_bytes=1)))
     kept.stream.put([STARTED, TEXT])
     kept.stream.put([TEXT])
@@ -195,8 +195,8 @@ async def test_the_newest_message_is_kept_however_large() -> None:
 
 
 @pytest.mark.usefixtures("strict")
-async def test_a_reader_that_falls_behind_is_slow() -> None:
-    """It had its place in the stream, and what comes next for it was dropped."""
+async def test_a_reader_whose_next_message_was_dropped_is_slow() -> None:
+    """A reader gets SLOW_CALLER if its next message was dropped."""
     kept = Kept(Retention(RetentionLimits(max_stream_bytes=STREAM_BYTES + 2 * weight(TEXT))))
     kept.stream.put([TEXT])
     async with reading(kept.stream) as batches:
@@ -209,8 +209,8 @@ async def test_a_reader_that_falls_behind_is_slow() -> None:
 
 
 @pytest.mark.usefixtures("strict")
-async def test_all_streams_share_a_bound() -> None:
-    """Those that have ended go first, in the order of their ends; then the oldest messages of the one that is written to."""
+async def test_all_streams_share_a_limit() -> None:
+    """At the limit, ended streams are dropped in the order of their ends, then the oldest messages of the written stream."""
     size = STREAM_BYTES + weight(TEXT)
     common = Retention(RetentionLimits(max_bytes=3 * size))
     first, second = Kept(common).finish(TEXT), Kept(common).finish(TEXT)
@@ -228,8 +228,8 @@ async def test_all_streams_share_a_bound() -> None:
     assert live.stream.last_sequence == 11
 
 
-async def test_a_new_stream_makes_room_too() -> None:
-    """Streams without a message weigh something: their number is bounded by it."""
+async def test_a_stream_without_messages_counts() -> None:
+    """A stream without messages has a size, which limits the number of streams."""
     common = Retention(RetentionLimits(max_bytes=2 * STREAM_BYTES + weight(STARTED)))
     ended = Kept(common).finish(STARTED)
     Kept(common)
@@ -238,8 +238,8 @@ async def test_a_new_stream_makes_room_too() -> None:
     assert ended.dropped == 1
 
 
-async def test_a_last_message_that_is_too_large_does_not_repeat_the_answer() -> None:
-    """It says so; what it is about stays."""
+async def test_a_large_completed_omits_its_messages() -> None:
+    """`Completed` reports that its messages are omitted, and keeps the rest."""
     common = Retention(RetentionLimits(max_completed_bytes=500))
     call = ToolCallSucceeded(0, 0, "c", "t", '{"a": 1}')
     large = FinishedChoice(
@@ -252,8 +252,8 @@ async def test_a_last_message_that_is_too_large_does_not_repeat_the_answer() -> 
     assert kept.stream.completed == COMPLETED
 
 
-async def test_a_stream_nobody_reads_expires() -> None:
-    """While it is generated: its completion is stopped, and what still comes is not kept."""
+async def test_an_unread_running_stream_expires() -> None:
+    """The completion of an expired stream is stopped, and later messages are not kept."""
     kept = Kept(retention=0.01)
     kept.stream.put(ANSWER[:2])
     async with reading(kept.stream):
@@ -269,7 +269,7 @@ async def test_a_stream_nobody_reads_expires() -> None:
 
 
 async def test_an_ended_stream_expires() -> None:
-    """Nothing is left to stop."""
+    """An ended stream expires without stopping a completion."""
     kept = Kept(retention=0.01).finish()
     assert len(await followed(kept.stream)) == len(ANSWER)
     await until(lambda: kept.dropped == 1)
@@ -278,11 +278,11 @@ async def test_an_ended_stream_expires() -> None:
 
 
 async def test_a_stream_that_is_read_does_not_expire() -> None:
-    """By however many; its time begins when the last has left."""
+    """The retention time begins when the last reader leaves."""
     kept = Kept(retention=0.02)
     assert kept.stream.expire_time is None
-    with kept.stream.read(lambda: GONE):
-        with kept.stream.read(lambda: GONE):
+    with kept.stream.read(lambda: DISCONNECTED):
+        with kept.stream.read(lambda: DISCONNECTED):
             assert kept.stream.expire_time is None
         await asyncio.sleep(0.06)
         assert kept.stream.expire_time is None
@@ -292,8 +292,8 @@ async def test_a_stream_that_is_read_does_not_expire() -> None:
     assert kept.stream.expire_time is None
 
 
-async def test_what_a_stream_knows_of_its_completion() -> None:
-    """While it runs, what that says; after the close, what it said last, and the completion is let go."""
+async def test_the_state_of_a_streams_completion() -> None:
+    """A stream returns the state of its running completion; after the close it keeps the last state and releases the completion."""
     kept = Kept()
     assert kept.stream.last_sequence is None
     assert not kept.stream.closed
@@ -316,8 +316,8 @@ async def test_what_a_stream_knows_of_its_completion() -> None:
     assert kept.stream.failure is not kept.running.failure  # whose traceback keeps all that the call had
 
 
-async def test_a_reader_that_keeps_up_gets_all_whatever_the_limits() -> None:
-    """They bound what can be resumed; who reads has nothing to do with them. What it has taken is not kept for it."""
+async def test_limits_do_not_affect_a_reader_that_keeps_up() -> None:
+    """A reader that keeps up gets every message; messages that it has taken are not kept for it."""
     kept = Kept(Retention(RetentionLimits(max_stream_bytes=1, max_bytes=1)))
     numbers = []
     async with reading(kept.stream) as batches:
@@ -331,8 +331,8 @@ async def test_a_reader_that_keeps_up_gets_all_whatever_the_limits() -> None:
     assert numbers == list(range(300))
 
 
-async def test_the_slowest_of_several_readers_is_kept_for() -> None:
-    """As long as it is not too far behind; then it is slow, and the others go on."""
+async def test_messages_are_kept_for_the_slowest_reader() -> None:
+    """Messages are kept for the slowest reader up to a limit; beyond it, that reader is slow and the others continue."""
     kept = Kept(Retention(RetentionLimits(max_stream_bytes=1)))
     async with reading(kept.stream) as quick, reading(kept.stream) as slow:
         kept.stream.put([TEXT])
@@ -349,8 +349,8 @@ async def test_the_slowest_of_several_readers_is_kept_for() -> None:
     assert caught.value.reason is Reason.SLOW_CALLER
 
 
-async def test_a_stream_that_was_dropped_under_way_does_not_end_well() -> None:
-    """Whoever still looks at it is told that its end is missing, rather than that all is well."""
+async def test_a_dropped_running_stream_fails_its_readers() -> None:
+    """A reader of a dropped stream gets an error, not a normal end."""
     kept = Kept(retention=0.01)
     kept.stream.put(ANSWER[:1])
     async with reading(kept.stream):
@@ -366,13 +366,13 @@ async def test_a_stream_that_was_dropped_under_way_does_not_end_well() -> None:
 
 
 async def test_a_number_beyond_an_ended_stream() -> None:
-    """It will never come."""
+    """A number beyond the end of an ended stream is an error."""
     error = await refused(Kept().finish().stream, 9)
     assert error.message == "completion 'c' cannot be resumed there: it has no message 9"
 
 
 async def test_a_stream_that_is_not_retained_ends_with_its_last_reader() -> None:
-    """Its generation is abandoned, with how that reader left; one that has ended is only dropped."""
+    """The generation is abandoned with the outcome of that reader; an ended stream is only dropped."""
     kept = Kept(retention=0.0)
     abandoned: list[Outcome | None] = []
     kept.stream.abandoned = lambda: abandoned.append(kept.stream.left)
@@ -384,22 +384,22 @@ async def test_a_stream_that_is_not_retained_ends_with_its_last_reader() -> None
     assert (abandoned, kept.dropped) == ([], 0)
     second.cancel()
     await asyncio.wait([second])
-    assert (abandoned, kept.dropped) == ([GONE], 1)
+    assert (abandoned, kept.dropped) == ([DISCONNECTED], 1)
     ended = Kept(retention=0.0).finish()
     assert len(await followed(ended.stream)) == len(ANSWER)
     assert (ended.dropped, ended.stream.left) == (1, None)
 
 
-async def test_a_reader_that_was_too_slow_leaves_with_that() -> None:
-    """It is what became of a completion that had no other reader."""
+async def test_a_slow_last_reader_determines_the_outcome() -> None:
+    """A completion whose only reader was too slow ends with SLOW_CALLER."""
     kept = Kept(retention=0.0)
-    with pytest.raises(GatewayError), kept.stream.read(lambda: GONE):
+    with pytest.raises(GatewayError), kept.stream.read(lambda: DISCONNECTED):
         raise GatewayError(Reason.SLOW_CALLER, "slow")
     assert kept.stream.left == Outcome(Code.RESOURCE_EXHAUSTED, Reason.SLOW_CALLER, "slow")
 
 
-async def test_before_its_model_is_found_a_stream_knows_nothing() -> None:
-    """No head, no cost; a reader may wait already."""
+async def test_a_stream_before_its_model_is_resolved() -> None:
+    """A stream has no head and no usage before its model is resolved; a reader may already wait."""
     stream = Retention().open(LONG, lambda: None)
     assert (stream.usage, stream.attempts, stream.failure) == (NOTHING_YET, 0, None)
     with pytest.raises(LookupError):

@@ -28,8 +28,8 @@ ENDS = (Cause.ANSWER, Cause.FAULT, Cause.SOFT_END, Cause.CALLER)
 
 
 @pytest.mark.parametrize(("state", "cause"), [*itertools.product(State, Cause)])
-def test_every_state_meets_every_cause(state: State, cause: Cause) -> None:
-    """It leads where the table says, or it is named and raised."""
+def test_transitions(state: State, cause: Cause) -> None:
+    """Each pair has the next state of the table, or raises an error that names the pair."""
     if (state, cause) in TRANSITIONS:
         after = advance(state, cause)
         assert (after is State.ENDED) == (cause in ENDS)
@@ -38,8 +38,8 @@ def test_every_state_meets_every_cause(state: State, cause: Cause) -> None:
             advance(state, cause)
 
 
-def test_an_end_is_an_end() -> None:
-    """Nothing leads out of it, and every state leads to it by a fault and by the caller."""
+def test_ended_is_final() -> None:
+    """ENDED has no transition, and a fault and the caller lead from every state to it."""
     assert not [state for state, _ in TRANSITIONS if state is State.ENDED]
     for state in (State.QUEUED, State.ASKING, State.STREAMING, State.TAIL):
         assert {Cause.FAULT, Cause.CALLER} <= {cause for each, cause in TRANSITIONS if each is state}
@@ -61,7 +61,7 @@ CAUSES: dict[Cause, Callable[[Completion], None]] = {
 
 
 async def drained(completion: Completion) -> list[object]:
-    """All that a completion sends, and how it ends: the types of events, then the reason of the failure or None."""
+    """The types of a completion's events, then the reason of its failure or None."""
     seen: list[object] = []
     try:
         async for batch in completion.batches():
@@ -75,8 +75,8 @@ async def drained(completion: Completion) -> list[object]:
 
 @pytest.mark.parametrize("cause", [Cause.FAULT, Cause.SOFT_END, Cause.CALLER])
 @pytest.mark.parametrize("state", [*SENT])
-async def test_every_way_out(make_worker: MakeWorker, vllm: FakeVllm, state: State, cause: Cause) -> None:
-    """From each state by each cause: one end, whose first cause counts, and the provider stops.
+async def test_every_end_of_every_state(make_worker: MakeWorker, vllm: FakeVllm, state: State, cause: Cause) -> None:
+    """From each state, each cause leads to one end; the first cause counts, and the provider stops.
 
     In TAIL the answer is whole: a soft end or a fault of our own ends it as the answer that it is.
     """
@@ -110,8 +110,8 @@ async def test_every_way_out(make_worker: MakeWorker, vllm: FakeVllm, state: Sta
         await vllm.chats[0].closed_early.wait()
 
 
-async def test_an_answer_whose_end_never_comes_is_whole_after_the_tail(make_worker: MakeWorker, vllm: FakeVllm) -> None:
-    """With what is known of its usage; the rest of the silence limit is not waited for."""
+async def test_the_tail_timeout_ends_the_answer(make_worker: MakeWorker, vllm: FakeVllm) -> None:
+    """An answer without a true end is complete after the tail timeout, with the usage so far."""
     vllm.play(Script.chunks([*SENT[State.TAIL], asyncio.Event()]))
     async with make_worker(tail=0.05) as worker, worker.completion(ask(), CALLER) as completion:
         seen = await drained(completion)
@@ -119,8 +119,8 @@ async def test_an_answer_whose_end_never_comes_is_whole_after_the_tail(make_work
         assert completion.usage.provenance.name == "ESTIMATED"
 
 
-async def test_a_limit_and_a_refusal_in_the_same_moment(make_worker: MakeWorker, vllm: FakeVllm) -> None:
-    """Whichever is seen first, the call fails: it never ends well with nothing in it."""
+async def test_a_time_limit_and_a_refusal_at_once(make_worker: MakeWorker, vllm: FakeVllm) -> None:
+    """Whichever is processed first, the call fails."""
     for number in range(40):
         vllm.play(Script.error(500, "failed", headers_delay=0.02))
         async with make_worker() as worker:
@@ -130,7 +130,7 @@ async def test_a_limit_and_a_refusal_in_the_same_moment(make_worker: MakeWorker,
 
 
 async def failures(worker: Worker, **fields: float) -> set[object]:
-    """How completions of this request end: the reasons of failures, and the stop reasons of whole answers."""
+    """How completions of this request end: the reasons of failures, and the stop reasons of complete answers."""
     seen: set[object] = set()
     async with worker.completion(ask(**fields), CALLER) as completion:
         try:
@@ -143,8 +143,8 @@ async def failures(worker: Worker, **fields: float) -> set[object]:
     return seen
 
 
-async def test_what_follows_the_end_is_bounded(make_worker: MakeWorker) -> None:
-    """An endless body is not read for as long as the clock allows: the answer is whole, and its connection is closed."""
+async def test_an_endless_body_after_the_end(make_worker: MakeWorker) -> None:
+    """An answer whose body does not end is complete, and its connection is closed."""
     taken = 0
 
     class Endless(FakeProvider):

@@ -20,7 +20,7 @@ class Block:
         language: The word after the fence; empty if there is none.
         text: What is between the fences, with its last newline.
         line: The number of its first line in the file, from 1.
-        output: The block after it, if that is `text` and only blank lines are between the two: what it prints.
+        output: The next block, if it is `text` and only blank lines are between the two: the expected output.
     """
 
     language: str
@@ -46,7 +46,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def matches(output: str, shown: str) -> bool:
-    """Whether an output has the shown lines, one after the other; `…` in them stands for any text without a newline."""
+    """Whether an output contains the shown lines in order; `…` in them matches any text without a newline."""
     pattern = re.escape(shown.strip()).replace("…", "[^\n]*")
     return re.search(rf"^{pattern}$", output, re.MULTILINE) is not None
 

@@ -1,4 +1,4 @@
-"""The Python of client/README.md, over a real gateway, against the fake vLLM."""
+"""The Python code of client/README.md runs against a real gateway and the fake vLLM."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from typing import TYPE_CHECKING
 import pytest
 
 from deltawire import AsyncClient
-from deltawire_server.fake_vllm import Chunks, Script
+from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
 from tests.docs.markdown import Block, blocks
 from tests.support.gateway import WAIT
 
 if TYPE_CHECKING:
-    from deltawire_server.fake_vllm import FakeVllm
+    from collections.abc import AsyncIterator
+
     from tests.support.gateway import Running
 
 BLOCKS = [block for block in blocks(Path(__file__).parents[2] / "client/README.md") if block.language == "python"]
 ADDRESS = "127.0.0.1:50051"
-MODEL = "llama"
+# What `make run` serves.
+MODEL = "smollm2"
 CHUNK = Chunks()
-# The smallest image there is: one transparent pixel.
+# A PNG with one transparent pixel.
 PIXEL = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c4890000000d49444154789c6360606060000000050001a5f64540"
     "0000000049454e44ae426082"
@@ -42,11 +44,17 @@ CALLS = script(CHUNK.call("get_weather"), CHUNK.arguments('{"city": "Oslo"}'), r
 
 
 @pytest.fixture
+async def vllm() -> AsyncIterator[FakeVllm]:
+    """A look-alike of the vLLM of `make run`."""
+    async with FakeVllm(models=[MODEL]) as vllm:
+        yield vllm
+
+
+@pytest.fixture
 async def address(served: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A gateway that serves a model with the name that the README uses; the file that the README sends is here."""
+    """A gateway as after `make run`: nothing is registered. The file that the README sends is in the current folder."""
     async with AsyncClient(served.address, timeout=WAIT) as client:
         await client.models.refresh()
-        await client.models.register(MODEL, provider_model_id="fake")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cat.png").write_bytes(PIXEL)
     return served.address
@@ -61,7 +69,7 @@ def run(block: Block, address: str) -> str:
     """Run a block in this thread, and return what it printed."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        # A module of its own name: the block must not be taken for the main program's.
+        # A name of its own, because the main program is called `__main__`.
         exec(compile(runnable(block, address), "client/README.md", "exec"), {"__name__": "readme"})  # noqa: S102 (our own text)
     return printed.getvalue()
 
@@ -79,8 +87,8 @@ def never_ends(block: Block) -> bool:
 @pytest.mark.parametrize(
     "block", [block for block in BLOCKS if not never_ends(block)], ids=lambda block: f"line-{block.line}"
 )
-async def test_it_runs(block: Block, address: str, vllm: FakeVllm) -> None:
-    """It raises nothing. If it asks the model, vLLM gets the request, and the block prints the answer."""
+async def test_a_block_runs(block: Block, address: str, vllm: FakeVllm) -> None:
+    """A block raises nothing. If it sends a chat request, vLLM receives it, and the block prints the answer."""
     vllm.play(CALLS if calls_tools(block) else SAYS, SAYS)
     printed = await asyncio.to_thread(run, block, address)
     asked = f'model="{MODEL}"' in block.text
@@ -94,8 +102,8 @@ async def test_it_runs(block: Block, address: str, vllm: FakeVllm) -> None:
 @pytest.mark.parametrize(
     "block", [block for block in BLOCKS if never_ends(block)], ids=lambda block: f"line-{block.line}"
 )
-async def test_it_runs_until_it_is_ended(block: Block, address: str) -> None:
-    """A watch prints the models that there are, and goes on."""
+async def test_a_watch_runs_until_it_is_interrupted(block: Block, address: str) -> None:
+    """A watch prints the current models and continues."""
 
     def watch() -> str:
         with subprocess.Popen(

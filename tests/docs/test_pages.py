@@ -1,4 +1,4 @@
-"""What the pages for newcomers name exists: files, anchors, modules and targets of the Makefile."""
+"""The files, anchors, modules and Makefile targets that the documentation names exist."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ SERVER = ROOT / "server/deltawire_server"
 
 
 @pytest.mark.parametrize("name", ["README.md", "client/README.md", "server/README.md", "protos/README.md"])
-def test_links(name: str) -> None:
-    """Each link to a file of the repository, and to a heading in one."""
+def test_links_have_targets(name: str) -> None:
+    """Each link to a file of the repository, or to a heading in one, has a target."""
     page = ROOT / name
     broken = []
     for link in links(page):
@@ -27,18 +27,18 @@ def test_links(name: str) -> None:
     assert not broken
 
 
-def test_the_modules_of_the_request_flow() -> None:
-    """The drawing names at most six modules between the RPC and vLLM's URL, besides `sansio`, and each exists."""
-    [drawing] = [block.text for block in blocks(README) if not block.language]
-    modules = re.findall(r"^ ([\w/]+)  ", drawing, re.MULTILINE)
+def test_the_request_flow_names_existing_modules() -> None:
+    """The diagram names four to six modules and `sansio/reader`, and each exists."""
+    [diagram] = [block.text for block in blocks(README) if not block.language]
+    modules = re.findall(r"^ ([\w/]+)  ", diagram, re.MULTILINE)
     assert 4 <= len(modules) <= 6
     for module in [*modules, "sansio/reader"]:
-        assert module in drawing
+        assert module in diagram
         assert (SERVER / f"{module}.py").exists() or (SERVER / module / "__init__.py").exists(), module
 
 
-def test_the_targets_of_the_makefile() -> None:
-    """A console block has only `make` and its targets, since no test runs it."""
+def test_console_blocks_name_makefile_targets() -> None:
+    """Every command of a console block is `make` with an existing target, because no test runs these blocks."""
     commands = [line for block in blocks(README) if block.language == "console" for line in block.text.splitlines()]
     named = [re.fullmatch(r"\$ make ([\w-]+)( +# .+)?", command) for command in commands]
     targets = re.findall(r"^([\w-]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
@@ -46,8 +46,8 @@ def test_the_targets_of_the_makefile() -> None:
     assert all(command and command[1] in targets for command in named), commands
 
 
-def test_few_commands_to_an_answer() -> None:
-    """At most six commands up to the first answer that a reader asks for."""
+def test_the_first_answer_takes_few_commands() -> None:
+    """At most five commands come before the first chat request."""
     commands = [
         line
         for block in blocks(README)
@@ -58,8 +58,8 @@ def test_few_commands_to_an_answer() -> None:
     assert first < 6
 
 
-def test_an_output_may_leave_text_out() -> None:
-    """`…` stands for any text within a line, and other lines may come before and after."""
+def test_an_ellipsis_matches_any_text_in_a_line() -> None:
+    """`…` matches any text within a line, and other lines may come before and after."""
     assert matches('note\nget_weather({"city": "Oslo"})\n', 'get_weather({"city": "…"})\n')
     assert not matches('get_weather({"town": "Oslo"})\n', 'get_weather({"city": "…"})\n')
     assert not matches('get_weather({"city": "Oslo"}) and more\n', 'get_weather({"city": "…"})\n')

@@ -28,15 +28,12 @@ EXPECTED = {
     "--check-config": "base_url",
     "import Client": "STOP_REASON_",
 }
-"""What is on standard output, by a part of the command; the rest must print something."""
+"""What standard output contains, by a part of the command; other commands must print something."""
 
 
 @pytest.fixture(scope="module")
 def addresses() -> Iterator[Mapping[str, str]]:
-    """Where `make run` serves, by the addresses in the README; they are the same if those ports are free.
-
-    It starts a vLLM of its own: at this time no other test has one.
-    """
+    """The addresses that `make run` serves on, by the addresses in the README. It starts its own vLLM."""
     foreign = {name for name in os.environ if name.startswith(("DELTAWIRE_", "VLLM_"))}
     variables = {name: value for name, value in os.environ.items() if name not in foreign}
     with subprocess.Popen(
@@ -60,16 +57,10 @@ def addresses() -> Iterator[Mapping[str, str]]:
     assert process.returncode == 0
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """It stands for /tmp: the blocks run in the order of the README, and later ones read the files of earlier ones."""
-    return tmp_path_factory.mktemp("readme")
-
-
 @pytest.mark.parametrize("block", RUN_BLOCKS, ids=lambda block: f"line-{block.line}")
-def test_it_runs(block: Block, addresses: Mapping[str, str], folder: Path) -> None:
-    """It exits with 0 and prints what the README shows; only addresses and folders are replaced."""
-    text = block.text.replace(".venv/bin/", f"{BIN}/").replace("/tmp/", f"{folder}/")
+def test_a_block_prints_what_the_readme_shows(block: Block, addresses: Mapping[str, str]) -> None:
+    """A block exits with 0 and prints the shown output; only the addresses and the path of `.venv` are replaced."""
+    text = block.text.replace(".venv/bin/", f"{BIN}/")
     for written, address in addresses.items():
         text = text.replace(written, address)
     command = [sys.executable, "-"] if block.language == "python" else ["bash", "-euo", "pipefail", "-s"]
@@ -93,5 +84,5 @@ def test_it_runs(block: Block, addresses: Mapping[str, str], folder: Path) -> No
 
 
 def test_every_expectation_has_a_command() -> None:
-    """Each part of a command that is named above is in the README, so no expectation is left behind by an edit."""
+    """Each key of `EXPECTED` is part of a command in the README."""
     assert all(any(part in block.text for block in RUN_BLOCKS) for part in EXPECTED)

@@ -9,7 +9,7 @@ import pytest
 
 from deltawire import AsyncClient
 from tests.e2e.support import CALL_SECONDS, Engine
-from tests.support.run import GatewayProcess
+from tests.support.gateway_process import GatewayProcess
 from tests.support.vllm_cpu import VllmServer, set_up
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ LAST = "test_failures.py"
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests that end the engine behind all others."""
+    """Run the tests that stop the engine after all others."""
     items.sort(key=lambda item: item.path.name == LAST)
 
 
@@ -33,7 +33,7 @@ def vllm() -> Iterator[VllmServer]:
 
 @pytest.fixture(scope="session")
 def engine(vllm: VllmServer) -> Engine:
-    """The same vLLM, asked past the gateway."""
+    """The same vLLM, called directly."""
     return Engine(vllm)
 
 
@@ -43,10 +43,10 @@ def gateway(vllm: VllmServer, tmp_path_factory: pytest.TempPathFactory) -> Itera
     directory = tmp_path_factory.mktemp("gateway")
     flags = ["--listen", "127.0.0.1:0", "--database-url", f"sqlite:///{directory / 'registry.db'}"]
     quick = ["--set", "server.drain_delay=0", "--set", "server.drain_grace=5"]
-    # Far above what this vLLM takes between two events; its default would be a long wait for one that was ended.
+    # Far above the time of this vLLM between two events, and short enough to test an engine that was stopped.
     quick += ["--set", "providers.vllm.silence_timeout=30"]
     variables = {"VLLM_URL": vllm.base_url, "VLLM_API_TOKEN": vllm.api_key}
-    # What the developer's own shell says about some other gateway must not get in.
+    # Settings of another gateway in the developer's shell must not apply.
     foreign = {name: "" for name in os.environ if name.startswith(("DELTAWIRE_", "VLLM_"))}
     with GatewayProcess([*flags, *quick], foreign | variables, directory / "gateway.log") as process:
         yield process

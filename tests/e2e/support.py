@@ -1,4 +1,4 @@
-"""What the tests on a real vLLM share: how to force an answer, what to ask, and a look at the engine itself."""
+"""Shared by the tests on a real vLLM: forced answers, requests, and the state of the engine itself."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 MODEL = "smollm2"
 CALL_SECONDS = 300.0
-"""For one call: far more than any takes (the first with log-probabilities, 40), so that a hang ends with a failed test."""
+"""The timeout of one call, far above the duration of any (40 s for the first with log-probabilities)."""
 
 SEA = "Write one short sentence about the sea."
 
-# Strict: the engine holds the arguments to the schema, whatever a model this small would rather say.
+# Strict: the engine makes the arguments follow the schema, even with a model this small.
 LIGHT_SCHEMA = {
     "type": "object",
     "properties": {
@@ -42,7 +42,7 @@ LIGHT_SCHEMA = {
 }
 LIGHT = tool_definition("set_light", "Set how bright a room is", input_schema=LIGHT_SCHEMA, strict=True)
 
-# Not strict: a strict tool's own grammar would take the place of the one that forces an answer.
+# Not strict: the grammar of a strict tool would replace the one that forces an answer.
 WEATHER = tool_definition(
     "get_weather",
     "Current weather for a city",
@@ -56,41 +56,41 @@ ROOT = Path(__file__).parents[2]
 RUN = (sys.executable, "-m", "tests.support.run")
 
 LORA_RANK = 8
-"""Of `write_adapter`'s, and the least that vLLM can be told to allow."""
+"""The rank of the adapter of `write_adapter`, and the smallest value of vLLM's `--max-lora-rank`."""
 
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def forced(text: str) -> ResponseFormat:
-    """A response format under which the model can only say this text; it does so token by token."""
+    """A response format that forces the model to generate this text."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return ResponseFormat(grammar=f'root ::= "{escaped}"')
 
 
 def call_text(arguments: str, name: str = "get_weather") -> str:
-    """A tool call in the words that the server's parser (hermes) looks for; the arguments are taken to the letter."""
+    """A tool call in the format of the server's parser (hermes), with verbatim arguments."""
     return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
 
 
 def kinds(events: Iterable[StreamChatCompletionResponse]) -> list[str]:
-    """What kind each event is of, with neighbours of one kind told once."""
+    """The kinds of the events; adjacent events of the same kind count once."""
     named = [event.WhichOneof("event") or "" for event in events]
     return [kind for place, kind in enumerate(named) if place == 0 or named[place - 1] != kind]
 
 
-def told_text(events: Iterable[StreamChatCompletionResponse]) -> str:
-    """The text that the deltas of a stream with one choice add up to."""
+def delta_text(events: Iterable[StreamChatCompletionResponse]) -> str:
+    """The concatenated text deltas of a stream with one choice."""
     return "".join(event.text_delta.text for event in events)
 
 
-def told_calls(events: Iterable[StreamChatCompletionResponse]) -> list[ToolCallDelta]:
-    """What was told of tool calls, in the order in which it came."""
+def call_deltas(events: Iterable[StreamChatCompletionResponse]) -> list[ToolCallDelta]:
+    """The tool call deltas, in order."""
     return [event.tool_call_delta for event in events if event.HasField("tool_call_delta")]
 
 
 @contextmanager
-def standstill(vllm: VllmServer) -> Iterator[None]:
-    """The engine does nothing meanwhile: not even what it was asked before. Its connections stay, and so do its requests."""
+def suspended(vllm: VllmServer) -> Iterator[None]:
+    """Suspend the engine: it keeps its connections and requests, and processes nothing."""
     vllm.kill_group(signal.SIGSTOP)
     try:
         yield
@@ -119,31 +119,31 @@ def write_adapter(folder: Path, model: Path) -> None:
 
 
 class Engine:
-    """vLLM's own view of things."""
+    """The HTTP API of vLLM, called directly."""
 
     def __init__(self, server: VllmServer) -> None:
         self._server = server
 
     def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """POST a JSON body to a path, and return what comes back."""
+        """POST a JSON body to a path, and return the response."""
         request = self._request(path, {"model": MODEL, **body})
         with _opener.open(request, timeout=CALL_SECONDS) as response:
             answer: dict[str, Any] = json.load(response)
             return answer
 
     def adapter(self, action: str, **body: str) -> None:
-        """Have a LoRA adapter loaded or unloaded."""
+        """Load or unload a LoRA adapter."""
         request = self._request(f"/v1/{action}_lora_adapter", body)
         with _opener.open(request, timeout=CALL_SECONDS) as response:
             response.read()
 
     def tokens(self, text: str) -> list[int]:
-        """The ids of a text's tokens."""
+        """The token ids of a text."""
         ids: list[int] = self.ask("/tokenize", {"prompt": text, "add_special_tokens": False})["tokens"]
         return ids
 
     def prompt_tokens(self, text: str) -> int:
-        """How many tokens a conversation of this one user's turn makes."""
+        """The number of prompt tokens of one user message."""
         count: int = self.ask("/tokenize", {"messages": [{"role": "user", "content": text}]})["count"]
         return count
 
@@ -152,7 +152,7 @@ class Engine:
             for line in response.read().decode().splitlines():
                 if line.startswith(f"{name}{{"):
                     return int(float(line.rpartition(" ")[2]))
-        raise AssertionError(f"vLLM does not tell {name}")
+        raise AssertionError(f"vLLM does not report {name}")
 
     def _request(self, path: str, body: Mapping[str, Any]) -> urllib.request.Request:
         return urllib.request.Request(  # noqa: S310 (the address is the server's own, always http:)
@@ -162,15 +162,15 @@ class Engine:
         )
 
     def running(self) -> int:
-        """How many requests are being generated for now."""
+        """The number of running requests."""
         return self._metric("vllm:num_requests_running")
 
     def generated(self) -> int:
-        """How many tokens it has generated, ever."""
+        """The number of tokens generated since its start."""
         return self._metric("vllm:generation_tokens_total")
 
     async def becomes_idle(self) -> None:
-        """Wait until nothing is being generated.
+        """Wait until no request is running.
 
         Raises:
             AssertionError: Half a minute has passed. What the tests cancel would run for longer.
@@ -179,7 +179,7 @@ class Engine:
 
 
 async def eventually(condition: Callable[[], bool], problem: str, seconds: float = 30.0) -> None:
-    """Wait for something that another process does.
+    """Wait for a condition that another process fulfills.
 
     Raises:
         AssertionError: It did not come about; the message is `problem`.
@@ -229,7 +229,7 @@ async def run(*command: str, given: str = "", variables: Mapping[str, str] | Non
 
 @asynccontextmanager
 async def serving(*options: str, variables: Mapping[str, str]) -> AsyncIterator[asyncio.subprocess.Process]:
-    """`make run` with these options, at the point where it serves; ended on leaving if that has not happened yet."""
+    """`make run` with these options, once it serves; stopped at the end of the block."""
     process = await asyncio.create_subprocess_exec(
         *RUN,
         *options,
@@ -255,7 +255,7 @@ async def serving(*options: str, variables: Mapping[str, str]) -> AsyncIterator[
 
 
 def descendants(ancestor: int) -> dict[int, str]:
-    """The processes that a process started, and those that they did, with their command lines."""
+    """All descendants of a process, with their command lines."""
     parents = {pid: parent for pid, (parent, _) in _processes().items()}
     found: dict[int, str] = {}
     for pid in parents:
@@ -269,13 +269,13 @@ def descendants(ancestor: int) -> dict[int, str]:
 
 
 def alive(pids: Iterable[int]) -> set[int]:
-    """Those of these processes that are there. One that ended and whom nobody has asked about is not."""
+    """The processes that are running; zombies are not."""
     states = {pid: state for pid, (_, state) in _processes().items()}
     return {pid for pid in pids if states.get(pid, "Z") not in ("Z", "X")}
 
 
 def _processes() -> dict[int, tuple[int, str]]:
-    """Every process's parent and state."""
+    """The parent and state of every process."""
     found = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # ended while we looked

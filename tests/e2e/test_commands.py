@@ -1,4 +1,4 @@
-"""The commands that people type: `deltawire` against the running gateway, and `make run` up to its end."""
+"""The commands: `deltawire` against the running gateway, and `make run` up to its end."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from tests.support.run import GatewayProcess
+    from tests.support.gateway_process import GatewayProcess
     from tests.support.vllm_cpu import VllmServer
 
 pytestmark = pytest.mark.e2e
 
 
 def of(vllm: VllmServer) -> dict[str, str]:
-    """The environment that names this vLLM, and no gateway's settings."""
+    """Environment variables for this vLLM, without settings of a gateway."""
     return {"VLLM_URL": vllm.base_url, "VLLM_API_TOKEN": vllm.api_key, "DELTAWIRE_REGISTRY_DATABASE_URL": ""}
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -39,7 +39,7 @@ def free_port() -> int:
 
 @asynccontextmanager
 async def command(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """`deltawire` with these arguments, while it runs; ended on leaving if that has not happened yet."""
+    """`deltawire` with these arguments; killed at the end of the block."""
     process = await asyncio.create_subprocess_exec(DELTAWIRE, *arguments, stdout=asyncio.subprocess.PIPE)
     try:
         yield process
@@ -50,7 +50,7 @@ async def command(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
 
 
 async def test_chat_prints_the_answer(gateway: GatewayProcess) -> None:
-    """Text on standard output, nothing else; the one model there is need not be named."""
+    """Only the text is on standard output; the only model need not be named."""
     status, out, errors = await run(
         DELTAWIRE, "chat", "--target", gateway.address, "--temperature", "0", "--max-tokens", "60", SEA
     )
@@ -60,7 +60,7 @@ async def test_chat_prints_the_answer(gateway: GatewayProcess) -> None:
 
 
 async def test_chat_as_json_prints_every_event(gateway: GatewayProcess) -> None:
-    """One a line, from the prompt on standard input."""
+    """`--json` prints one event per line; the prompt is read from standard input."""
     status, out, errors = await run(
         DELTAWIRE, "chat", "--target", gateway.address, "--json", "--max-tokens", "4", given=SEA
     )
@@ -71,7 +71,7 @@ async def test_chat_as_json_prints_every_event(gateway: GatewayProcess) -> None:
 
 
 async def test_chat_with_a_tool(gateway: GatewayProcess, tmp_path: Path) -> None:
-    """A tool in OpenAI's shape, from a file; the call is printed with its arguments."""
+    """A tool in OpenAI's form is read from a file; the call is printed with its arguments."""
     function = {
         "name": "set_percent",
         "strict": True,
@@ -91,7 +91,7 @@ async def test_chat_with_a_tool(gateway: GatewayProcess, tmp_path: Path) -> None
 
 
 async def test_models_and_health(gateway: GatewayProcess) -> None:
-    """What the registry and the provider say."""
+    """`models list` prints the model, and `health` prints OK."""
     status, out, _ = await run(DELTAWIRE, "models", "list", "--target", gateway.address, "--json")
     assert status == 0
     assert json.loads(out)["id"] == "vllm/smollm2"
@@ -100,8 +100,8 @@ async def test_models_and_health(gateway: GatewayProcess) -> None:
     assert "OK" in out
 
 
-async def test_a_model_of_ones_own(gateway: GatewayProcess) -> None:
-    """Registered, changed, refused with an old etag, found by a filter, chatted with, forgotten; a watch prints it all."""
+async def test_a_registered_model(gateway: GatewayProcess) -> None:
+    """A model is registered, updated, filtered, used and unregistered; an old etag is refused; a watch prints each change."""
 
     async def models(*arguments: str) -> tuple[int, str, str]:
         return await run(DELTAWIRE, "models", *arguments, "--target", gateway.address)
@@ -136,7 +136,7 @@ async def test_a_model_of_ones_own(gateway: GatewayProcess) -> None:
         assert await watch.wait() == 130
     assert [(each["change"], each["model"]["id"], each["model"].get("etag")) for each in changes] == [
         ("CHANGE_ADDED", "steady", before["etag"]),
-        ("CHANGE_REMOVED", "vllm/smollm2", None),  # a registered model stands for what it leads to
+        ("CHANGE_REMOVED", "vllm/smollm2", None),  # a registered model replaces its target in listings
         ("CHANGE_MODIFIED", "steady", after["etag"]),
         ("CHANGE_REMOVED", "steady", after["etag"]),
         ("CHANGE_ADDED", "vllm/smollm2", None),
@@ -144,7 +144,7 @@ async def test_a_model_of_ones_own(gateway: GatewayProcess) -> None:
 
 
 async def test_a_failed_call_exits_with_one(gateway: GatewayProcess) -> None:
-    """The reason is on standard error."""
+    """A failed call prints its reason on standard error."""
     status, out, errors = await run(DELTAWIRE, "chat", "--target", gateway.address, "--model", "gpt-5", "hi")
     assert status == 1
     assert not out
@@ -152,7 +152,7 @@ async def test_a_failed_call_exits_with_one(gateway: GatewayProcess) -> None:
 
 
 async def test_run_once_shows_an_answer_and_a_call(vllm: VllmServer) -> None:
-    """The whole of `make run` against a vLLM that is there, without the serving."""
+    """With `--once`, `make run` prints an answer and a tool call of an existing vLLM, and exits."""
     status, out, errors = await run(*RUN, "--once", "--port", "0", variables=of(vllm))
     assert status == 0, errors
     assert "The sea" in out
@@ -161,8 +161,8 @@ async def test_run_once_shows_an_answer_and_a_call(vllm: VllmServer) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_run_serves_until_it_is_told_to_stop(vllm: VllmServer, number: signal.Signals) -> None:
-    """Then the gateway goes with it, and the status is 0: that is how it is meant to end."""
+async def test_run_serves_until_a_signal(vllm: VllmServer, number: signal.Signals) -> None:
+    """A signal ends the gateway too, with status 0."""
     port = free_port()
     async with serving("--port", str(port), variables=of(vllm)) as process:
         status, out, _ = await run(DELTAWIRE, "health", "--target", f"127.0.0.1:{port}")
@@ -174,8 +174,8 @@ async def test_run_serves_until_it_is_told_to_stop(vllm: VllmServer, number: sig
     assert not alive(started)
 
 
-async def test_run_ends_when_its_gateway_does(vllm: VllmServer) -> None:
-    """With status 1 and the reason."""
+async def test_run_fails_if_its_gateway_exits(vllm: VllmServer) -> None:
+    """`make run` exits with status 1 and the reason."""
     async with serving("--port", "0", variables=of(vllm)) as process:
         [gateway] = descendants(process.pid)
         os.kill(gateway, signal.SIGKILL)
@@ -184,15 +184,15 @@ async def test_run_ends_when_its_gateway_does(vllm: VllmServer) -> None:
     assert b"the gateway exited unexpectedly" in errors
 
 
-async def test_run_refuses_a_server_without_its_key(vllm: VllmServer) -> None:
-    """With the likely cause."""
+async def test_run_with_a_wrong_key(vllm: VllmServer) -> None:
+    """With a wrong key, `make run` fails and names VLLM_API_TOKEN."""
     status, _, errors = await run(*RUN, "--once", "--port", "0", variables={**of(vllm), "VLLM_API_TOKEN": "wrong"})
     assert status == 1
     assert "VLLM_API_TOKEN" in errors
 
 
-async def test_run_says_that_its_port_is_taken(vllm: VllmServer) -> None:
-    """Before anything is started."""
+async def test_run_with_a_port_in_use(vllm: VllmServer) -> None:
+    """`make run` fails before it starts anything if its port is in use."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -1,4 +1,4 @@
-"""Completions by their ids: ended softly, looked up, kept and gone on with, while a real vLLM generates.
+"""Completions by their ids on a real vLLM: canceled softly, looked up, retained and resumed.
 
 What would go on for a minute or more is ended here, each time, and the engine must stop then.
 """
@@ -38,11 +38,11 @@ from tests.e2e.support import (
     DELTAWIRE,
     MODEL,
     SEA,
+    delta_text,
     kinds,
     looked_up,
     run,
-    standstill,
-    told_text,
+    suspended,
 )
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
     from deltawire import AsyncChatStream, AsyncClient, GetChatCompletionResponse, StreamChatCompletionResponse
     from tests.e2e.support import Engine
-    from tests.support.run import GatewayProcess
+    from tests.support.gateway_process import GatewayProcess
     from tests.support.vllm_cpu import VllmServer
 
 pytestmark = pytest.mark.e2e
@@ -66,12 +66,12 @@ KILLED_TOKENS = 200
 
 
 def new_id(name: str) -> str:
-    """An id that nobody has used."""
+    """An unused id."""
     return f"{name}-{secrets.token_hex(4)}"
 
 
 async def read_until_text(stream: AsyncChatStream, pieces: int = 1) -> list[StreamChatCompletionResponse]:
-    """The first events of a stream, up to so many pieces of text."""
+    """The first events of a stream, up to a number of text deltas."""
     events: list[StreamChatCompletionResponse] = []
     while sum(event.HasField("text_delta") for event in events) < pieces:
         events.append(await anext(stream))
@@ -79,12 +79,12 @@ async def read_until_text(stream: AsyncChatStream, pieces: int = 1) -> list[Stre
 
 
 def running(found: GetChatCompletionResponse) -> bool:
-    """Whether a completion is under way."""
+    """Whether a completion is running."""
     return found.state == COMPLETION_STATE_RUNNING
 
 
 def ended(found: GetChatCompletionResponse) -> bool:
-    """Whether it is no longer."""
+    """Whether a completion has ended."""
     return found.state != COMPLETION_STATE_RUNNING
 
 
@@ -92,7 +92,7 @@ def ended(found: GetChatCompletionResponse) -> bool:
 
 
 async def test_a_soft_cancel(client: AsyncClient, engine: Engine) -> None:
-    """The stream ends as if the model had ended it, with what has come; the engine stops; a second cancel changes nothing."""
+    """A soft cancel ends the stream normally with the text so far, the engine stops, and a second cancel has no effect."""
     completion_id = new_id("cancelled")
     async with client.chat.stream(SEA, completion_id=completion_id, **ENDLESS) as stream:
         events = await read_until_text(stream, 3)
@@ -105,7 +105,7 @@ async def test_a_soft_cancel(client: AsyncClient, engine: Engine) -> None:
     assert kinds(events) == ["started", "text_delta", "choice_finished", "completed"]
     assert answer.stop_reason == events[-2].choice_finished.stop_reason == StopReason.STOP_REASON_CANCELLED
     assert answer.choices[0].engine_finish_reason == ""
-    assert answer.text == told_text(events) != ""
+    assert answer.text == delta_text(events) != ""
     assert not answer.completed.HasField("error")
     assert answer.usage.provenance == USAGE_PROVENANCE_LOWER_BOUND
     assert answer.usage.prompt_tokens == engine.prompt_tokens(SEA)
@@ -115,8 +115,8 @@ async def test_a_soft_cancel(client: AsyncClient, engine: Engine) -> None:
     assert (again.state, again.usage) == (COMPLETION_STATE_COMPLETED, answer.usage)
 
 
-async def test_a_soft_cancel_of_a_whole_answer(client: AsyncClient, engine: Engine) -> None:
-    """Whoever waits for all of it gets what there is."""
+async def test_a_soft_cancel_of_a_unary_call(client: AsyncClient, engine: Engine) -> None:
+    """A soft cancel returns the text so far to the unary call."""
     completion_id = new_id("whole")
     creating = asyncio.create_task(client.chat.create(SEA, completion_id=completion_id, **ENDLESS))
     await looked_up(client, completion_id, lambda found: found.usage.completion_tokens >= 3)
@@ -129,8 +129,8 @@ async def test_a_soft_cancel_of_a_whole_answer(client: AsyncClient, engine: Engi
     await engine.becomes_idle()
 
 
-async def test_a_soft_cancel_while_a_prompt_is_read(client: AsyncClient, engine: Engine) -> None:
-    """A normal end at once, though the engine has said nothing yet, and it never comes to generate."""
+async def test_a_soft_cancel_during_prefill(client: AsyncClient, engine: Engine) -> None:
+    """A soft cancel before the first token ends the completion at once, and the engine generates nothing."""
     completion_id = new_id("reading")
     salt = secrets.token_hex(8)
     prompt = "word " * 3000  # for seconds
@@ -151,13 +151,13 @@ async def test_a_soft_cancel_while_a_prompt_is_read(client: AsyncClient, engine:
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["streamed", "whole"])
-async def test_a_soft_cancel_while_the_engine_stands_still(
+async def test_a_soft_cancel_of_a_suspended_engine(
     client: AsyncClient, vllm: VllmServer, engine: Engine, *, whole: bool
 ) -> None:
-    """The end does not wait for the engine; every choice that was asked for has one."""
+    """The end does not wait for the engine, and every requested choice ends."""
     completion_id = new_id("still")
     arguments = {**ENDLESS, "completion_id": completion_id, "choice_count": 2, "temperature": 1.0}
-    with standstill(vllm):
+    with suspended(vllm):
         asked = client.chat.create(SEA, **arguments) if whole else client.chat.stream(SEA, **arguments).final()
         asking = asyncio.create_task(asked)
         await looked_up(client, completion_id, running)
@@ -172,13 +172,13 @@ async def test_a_soft_cancel_while_the_engine_stands_still(
 
 
 async def test_the_soft_time_limit(client: AsyncClient, engine: Engine) -> None:
-    """A normal end with what has come, and the engine stops."""
+    """The soft time limit ends the stream normally with the text so far, and the engine stops."""
     async with client.chat.stream(SEA, soft_time_limit=3, **ENDLESS) as stream:
         events = [event async for event in stream]
         answer = await stream.final()
     assert kinds(events)[-2:] == ["choice_finished", "completed"]
     assert answer.stop_reason == StopReason.STOP_REASON_TIME_LIMIT
-    assert answer.text == told_text(events)
+    assert answer.text == delta_text(events)
     assert not answer.completed.HasField("error")
     assert answer.usage.completion_tokens < 3500
     await engine.becomes_idle()
@@ -188,7 +188,7 @@ async def test_the_soft_time_limit(client: AsyncClient, engine: Engine) -> None:
 
 
 async def test_states_of_a_completion(client: AsyncClient) -> None:
-    """Begun and ended; what is not kept has no result and no place to go on from, but its cost is known."""
+    """A completion that is not retained can be looked up with its state and usage, without a result."""
     completion_id = new_id("known")
     with pytest.raises(CompletionNotFoundError):
         await client.chat.get(completion_id)
@@ -209,7 +209,7 @@ async def test_states_of_a_completion(client: AsyncClient) -> None:
 
 
 async def test_an_id_is_free_again_after_the_end(client: AsyncClient, engine: Engine) -> None:
-    """While it is under way nobody else can have it; what was asked of the engine then is only the first."""
+    """A running completion's id cannot be used again, and a refused request does not reach the engine."""
     completion_id = new_id("twice")
     async with client.chat.stream(SEA, completion_id=completion_id, **ENDLESS) as stream:
         await read_until_text(stream)
@@ -224,8 +224,8 @@ async def test_an_id_is_free_again_after_the_end(client: AsyncClient, engine: En
 
 
 @pytest.mark.parametrize("end", ["cancel", "deadline"])
-async def test_what_is_known_of_a_call_that_was_given_up(client: AsyncClient, engine: Engine, end: str) -> None:
-    """How it ended, and what it had cost by then, which its caller could not be told."""
+async def test_the_record_of_a_cancelled_call(client: AsyncClient, engine: Engine, end: str) -> None:
+    """The record has the outcome and the usage, which its caller did not receive."""
     completion_id = new_id(end)
     timeout = CALL_SECONDS if end == "cancel" else 5.0
     expected = CallCancelledError if end == "cancel" else DeadlineExceededError
@@ -252,8 +252,8 @@ async def test_what_is_known_of_a_call_that_was_given_up(client: AsyncClient, en
 # --- Retained streams
 
 
-async def test_a_caller_that_goes_leaves_the_engine_at_work(client: AsyncClient, engine: Engine) -> None:
-    """Another call goes on where it was, live; a soft cancel ends it, for whoever reads."""
+async def test_a_retained_stream_continues_without_its_caller(client: AsyncClient, engine: Engine) -> None:
+    """Another call resumes the stream; a soft cancel ends it for every reader."""
     completion_id = new_id("left")
     async with client.chat.stream(SEA, completion_id=completion_id, retention=KEPT, **ENDLESS) as stream:
         first = await read_until_text(stream, 3)
@@ -271,12 +271,12 @@ async def test_a_caller_that_goes_leaves_the_engine_at_work(client: AsyncClient,
     assert [event.sequence for event in events] == list(range(len(events)))
     assert kinds(events) == ["started", "text_delta", "choice_finished", "completed"]
     assert events[-1].completed.choices[0].stop_reason == StopReason.STOP_REASON_CANCELLED
-    assert told_text(events) == events[-1].completed.choices[0].message.text
+    assert delta_text(events) == events[-1].completed.choices[0].message.text
     await engine.becomes_idle()
 
 
-async def test_a_replay_is_the_same_to_the_bit(client: AsyncClient) -> None:
-    """From the beginning and from everywhere else; the result can be looked up as well."""
+async def test_a_replay_is_identical(client: AsyncClient) -> None:
+    """Resuming after any event returns the same events; the result can be looked up too."""
     completion_id = new_id("again")
     async with client.chat.stream(
         SEA, completion_id=completion_id, retention=KEPT, logprobs=2, usage_updates=True, **SHORT
@@ -297,8 +297,8 @@ async def test_a_replay_is_the_same_to_the_bit(client: AsyncClient) -> None:
         await client.chat.create(SEA, completion_id=completion_id, **SHORT)
 
 
-async def test_nobody_comes_back(client: AsyncClient, engine: Engine) -> None:
-    """When its time has passed the engine is stopped; what it has cost is known, what it said is not."""
+async def test_a_retained_stream_without_a_reader_expires(client: AsyncClient, engine: Engine) -> None:
+    """After the retention time the engine stops; the record keeps the usage, but not the text."""
     completion_id = new_id("lost")
     async with client.chat.stream(SEA, completion_id=completion_id, retention=1, **ENDLESS) as stream:
         await read_until_text(stream, 3)
@@ -313,7 +313,7 @@ async def test_nobody_comes_back(client: AsyncClient, engine: Engine) -> None:
 
 @asynccontextmanager
 async def asking(gateway: GatewayProcess, completion_id: str) -> AsyncIterator[tuple[Process, StreamReader]]:
-    """A `deltawire chat --json` whose stream is kept, with its output; killed on leaving."""
+    """A `deltawire chat --json` with a retained stream, with its output; killed at the end of the block."""
     options = ["--model", MODEL, "--max-tokens", str(KILLED_TOKENS), "--ignore-eos", "--temperature", "1.5", "--json"]
     options += ["--retention", str(KEPT), "--completion-id", completion_id, "--target", gateway.address]
     process = await asyncio.create_subprocess_exec(
@@ -329,7 +329,7 @@ async def asking(gateway: GatewayProcess, completion_id: str) -> AsyncIterator[t
 
 
 async def resumed(gateway: GatewayProcess, completion_id: str, after: int | None = None) -> list[dict[str, Any]]:
-    """What a `deltawire resume` tells, to the end."""
+    """The output of `deltawire resume`."""
     options = [] if after is None else ["--after", str(after)]
     status, out, errors = await run(DELTAWIRE, "resume", completion_id, "--json", "--target", gateway.address, *options)
     assert status == 0, errors
@@ -337,7 +337,7 @@ async def resumed(gateway: GatewayProcess, completion_id: str, after: int | None
 
 
 def every_character_once(whole: list[dict[str, Any]]) -> None:
-    """Hold a stream, as `--json` prints it, to what it ends with."""
+    """Check the text deltas of a stream, as `--json` prints it, against the final text."""
     assert [int(event.get("sequence", 0)) for event in whole] == list(range(len(whole)))
     completed = whole[-1]["completed"]
     text = "".join(event.get("textDelta", {}).get("text", "") for event in whole)
@@ -351,7 +351,7 @@ def every_character_once(whole: list[dict[str, Any]]) -> None:
 async def test_a_killed_client_process(
     client: AsyncClient, gateway: GatewayProcess, engine: Engine, moment: int
 ) -> None:
-    """Killed anywhere in an answer, and another process goes on: every character once, in order, and the engine asked once."""
+    """After a kill at any event, another process resumes: each character is received once, from one request to the engine."""
     lines = random.Random(moment).randrange(1, KILLED_TOKENS // 2)  # noqa: S311 (the same places in every run)
     completion_id = new_id("killed")
     before = engine.generated()
@@ -359,7 +359,7 @@ async def test_a_killed_client_process(
         said = [await out.readline() for _ in range(lines)]
         process.kill()
         said += (await out.read()).splitlines(keepends=True)
-    # What was being written when it died is no line, and nobody has read it.
+    # A line that was being written when the process was killed is incomplete and was not read.
     read = [json.loads(line) for line in said if line.endswith(b"\n")]
     assert not any("completed" in event for event in read)
     last = int(read[-1].get("sequence", 0))
@@ -375,9 +375,9 @@ async def test_a_killed_client_process(
 async def test_a_client_process_that_is_killed_before_the_answer_begins(
     client: AsyncClient, gateway: GatewayProcess, vllm: VllmServer
 ) -> None:
-    """The completion goes on all the same, and another process reads all of it."""
+    """The completion continues, and another process reads all of it."""
     completion_id = new_id("early")
-    with standstill(vllm):
+    with suspended(vllm):
         async with asking(gateway, completion_id) as (process, out):
             await looked_up(client, completion_id, running)
             process.kill()

@@ -1,4 +1,4 @@
-"""CountTokens on a real vLLM: the figure is what the completion of the same request is charged."""
+"""CountTokens on a real vLLM returns the prompt tokens of the completion of the same request."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from deltawire import AsyncClient, ChatRequest
     from deltawire.v1.chat_completion_pb2_grpc import ChatCompletionAsyncStub
-    from tests.support.run import GatewayProcess
+    from tests.support.gateway_process import GatewayProcess
 
 pytestmark = pytest.mark.e2e
 
@@ -33,7 +33,7 @@ TURNS = [
 
 @pytest.fixture
 async def stub(gateway: GatewayProcess) -> AsyncIterator[ChatCompletionAsyncStub]:
-    """Generated code alone."""
+    """A stub from generated code."""
     async with grpc.aio.insecure_channel(gateway.address) as channel:
         yield ChatCompletionStub(channel)
 
@@ -87,16 +87,16 @@ REQUESTS = {
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-async def test_a_count_is_what_is_charged(client: AsyncClient, stub: ChatCompletionAsyncStub, name: str) -> None:
-    """To the token, with all that changes the prompt."""
+async def test_a_count_equals_the_prompt_tokens(client: AsyncClient, stub: ChatCompletionAsyncStub, name: str) -> None:
+    """The count equals the usage, with every field that changes the prompt."""
     counted = await stub.CountTokens(chat_pb.CountTokensRequest(chat=countable(REQUESTS[name])), timeout=CALL_SECONDS)
     answer = await client.chat.create(with_fields(REQUESTS[name], sampling=chat_pb.Sampling(max_tokens=1)))
     assert counted.prompt_tokens == answer.usage.prompt_tokens > 0
     assert (counted.model, counted.provider_id, counted.max_context_tokens) == ("vllm/smollm2", "vllm", 4096)
 
 
-async def test_what_changes_the_prompt_changes_the_count(stub: ChatCompletionAsyncStub) -> None:
-    """So that equal figures above are not equal for want of any difference."""
+async def test_fields_that_change_the_prompt_change_the_count(stub: ChatCompletionAsyncStub) -> None:
+    """Each field that changes the prompt changes the count."""
     counts = {
         name: (
             await stub.CountTokens(chat_pb.CountTokensRequest(chat=countable(request)), timeout=CALL_SECONDS)
@@ -113,14 +113,14 @@ async def test_what_changes_the_prompt_changes_the_count(stub: ChatCompletionAsy
 
 
 async def test_a_prompt_that_does_not_fit_is_counted(stub: ChatCompletionAsyncStub) -> None:
-    """That is what counting is for."""
+    """A prompt above the context size is counted."""
     request = chat_request("word " * 5000, model=MODEL)
     counted = await stub.CountTokens(chat_pb.CountTokensRequest(chat=request), timeout=CALL_SECONDS)
     assert counted.prompt_tokens > counted.max_context_tokens
 
 
-async def test_what_the_template_refuses(stub: ChatCompletionAsyncStub) -> None:
-    """As vLLM would refuse the completion: here, a template of the caller's own."""
+async def test_a_template_that_rejects_the_request(stub: ChatCompletionAsyncStub) -> None:
+    """The error is the one of the completion; the caller's own template raises it."""
     request = with_fields(chat_request(SEA, model=MODEL), chat_template_kwargs='{"chat_template": "{{ 1 }}"}')
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stub.CountTokens(chat_pb.CountTokensRequest(chat=request), timeout=CALL_SECONDS)

@@ -1,4 +1,4 @@
-"""Calls that the caller ends: whatever way that is, the engine must stop generating.
+"""Calls that the caller ends in any way: the engine must stop generating.
 
 Each asks for an answer that would go on for a minute or more, waits until it has begun, and then looks at the engine.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from tests.e2e.support import Engine
-    from tests.support.run import GatewayProcess
+    from tests.support.gateway_process import GatewayProcess
 
 pytestmark = pytest.mark.e2e
 
@@ -31,7 +31,7 @@ ENDLESS = chat_request(SEA, model=MODEL, sampling=Sampling(max_tokens=3500, igno
 
 
 async def log_line(gateway: GatewayProcess, request_id: str) -> dict[str, Any]:
-    """The gateway's own line about a call; it comes once the call has ended there."""
+    """The log line of a call, which is written when the call has ended in the gateway."""
     found: list[dict[str, Any]] = []
 
     def there() -> bool:
@@ -45,7 +45,7 @@ async def log_line(gateway: GatewayProcess, request_id: str) -> dict[str, Any]:
 async def test_a_cancelled_stream_stops_the_engine(
     client: AsyncClient, engine: Engine, gateway: GatewayProcess
 ) -> None:
-    """Leaving the stream's block is enough; what it cost is in the log, as nothing can be sent any more."""
+    """Leaving the block of the stream stops the engine; the usage is in the log."""
     async with client.chat.stream(ENDLESS) as stream:
         async for event in stream:
             if event.sequence == 5:
@@ -61,8 +61,8 @@ async def test_a_cancelled_stream_stops_the_engine(
     assert line["completion_tokens"] >= 5
 
 
-async def test_a_cancelled_call_for_a_whole_answer_stops_the_engine(client: AsyncClient, engine: Engine) -> None:
-    """Cancelling the task that waits is enough."""
+async def test_a_cancelled_unary_call_stops_the_engine(client: AsyncClient, engine: Engine) -> None:
+    """Cancelling the waiting task stops the engine."""
     task = asyncio.create_task(client.chat.create(ENDLESS))
     await eventually(lambda: engine.running() == 1, "it does not begin")
     task.cancel()
@@ -74,7 +74,7 @@ async def test_a_cancelled_call_for_a_whole_answer_stops_the_engine(client: Asyn
 async def test_a_deadline_ends_the_stream_and_stops_the_engine(
     client: AsyncClient, engine: Engine, gateway: GatewayProcess
 ) -> None:
-    """With what had come by then in the error."""
+    """The deadline stops the engine, and the error has the partial answer."""
     with pytest.raises(DeadlineExceededError) as caught:
         async with client.chat.stream(ENDLESS, timeout=3.0) as stream:
             await stream.final()
@@ -88,8 +88,8 @@ async def test_a_deadline_ends_the_stream_and_stops_the_engine(
     assert line["completion_tokens"] > 0
 
 
-async def test_a_client_that_goes_away_stops_the_engine(gateway: GatewayProcess, engine: Engine) -> None:
-    """It closes its channel in the middle of a stream."""
+async def test_a_closed_channel_stops_the_engine(gateway: GatewayProcess, engine: Engine) -> None:
+    """Closing the channel during a stream stops the engine."""
     client = AsyncClient(gateway.address, timeout=CALL_SECONDS)
     stream = client.chat.stream(ENDLESS)
     await anext(stream)
@@ -99,7 +99,7 @@ async def test_a_client_that_goes_away_stops_the_engine(gateway: GatewayProcess,
 
 
 async def test_a_killed_client_stops_the_engine(gateway: GatewayProcess, engine: Engine) -> None:
-    """A process that ends without a word, its connection with it."""
+    """Killing the client process stops the engine."""
     command = [sys.executable, "-m", "deltawire", "chat", "--json", "--request", "-", "--target", gateway.address]
     request = '{"model": "smollm2", "messages": [{"user": {"text": "Hello"}}], "sampling": %s}'
     process = await asyncio.create_subprocess_exec(
@@ -119,8 +119,8 @@ async def test_a_killed_client_stops_the_engine(gateway: GatewayProcess, engine:
             await process.communicate()
 
 
-async def test_a_plain_stub_sees_the_same(gateway: GatewayProcess, engine: Engine) -> None:
-    """Generated code alone, without the client package: the same events, and its cancel stops the engine too."""
+async def test_a_generated_stub(gateway: GatewayProcess, engine: Engine) -> None:
+    """A generated stub receives the same events, and its cancel stops the engine."""
     async with grpc.aio.insecure_channel(gateway.address) as channel:
         call = ChatCompletionStub(channel).StreamChatCompletion(StreamChatCompletionRequest(chat=ENDLESS))
         first = await anext(aiter(call))

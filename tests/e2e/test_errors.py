@@ -1,4 +1,4 @@
-"""What is refused: by the gateway, by vLLM, or for want of the right key. Each with its status, its reason and its field."""
+"""Refused and rejected requests, with status, reason and field."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.e2e
 
 @pytest.fixture
 async def keyless(vllm: VllmServer, tmp_path: Path) -> AsyncIterator[AsyncClient]:
-    """A client of a gateway, in this process, whose operator gave the wrong key for vLLM."""
+    """A client of a gateway in this process with a wrong key for vLLM."""
     flags = ["--listen", "127.0.0.1:0", "--database-url", f"sqlite:///{tmp_path / 'registry.db'}"]
     variables = {"VLLM_URL": f"{vllm.base_url}/v1/", "VLLM_API_TOKEN": "not-the-key"}
     async with (
@@ -47,7 +47,7 @@ async def keyless(vllm: VllmServer, tmp_path: Path) -> AsyncIterator[AsyncClient
 
 
 async def refusal(client: AsyncClient, request: ChatRequest) -> CallError:
-    """The error that this request gets, streamed and whole: it must be the same, and come before any event."""
+    """The error of this request, which must be the same for a stream and a unary call, before any event."""
     with pytest.raises(CallError) as whole:
         await client.chat.create(request)
     async with client.chat.stream(request) as stream:
@@ -69,15 +69,15 @@ async def refusal(client: AsyncClient, request: ChatRequest) -> CallError:
 
 
 async def test_an_unknown_model_is_not_found(client: AsyncClient) -> None:
-    """The message lists what there is."""
+    """The message lists the models."""
     error = await refusal(client, chat_request(SEA, model="gpt-5"))
     assert isinstance(error, ModelNotFoundError)
     assert error.code is grpc.StatusCode.NOT_FOUND
     assert "vllm/smollm2" in error.message
 
 
-async def test_a_request_that_no_engine_can_take_lists_every_field(client: AsyncClient) -> None:
-    """The gateway's own check, before anything is asked of vLLM."""
+async def test_an_invalid_request_lists_every_field(client: AsyncClient) -> None:
+    """The gateway refuses the request before it calls vLLM."""
     error = await refusal(client, chat_request([], model=MODEL, temperature=-1.0, tool_choice="required"))
     assert isinstance(error, InvalidRequestError)
     assert error.code is grpc.StatusCode.INVALID_ARGUMENT
@@ -90,8 +90,8 @@ async def test_a_request_that_no_engine_can_take_lists_every_field(client: Async
     [ResponseFormat(regex="(unclosed"), ResponseFormat(grammar="root ::= missing")],
     ids=["regex", "grammar"],
 )
-async def test_a_form_that_cannot_be_compiled_is_refused(client: AsyncClient, form: ResponseFormat) -> None:
-    """VLLM answers these with status 200 and an error in the stream; the caller sees what any other refusal looks like."""
+async def test_an_invalid_response_format_is_rejected(client: AsyncClient, form: ResponseFormat) -> None:
+    """VLLM responds with status 200 and an error in the stream; the caller gets a normal error."""
     error = await refusal(client, chat_request(SEA, model=MODEL, response_format=form))
     assert isinstance(error, UpstreamRejectedError)
     assert error.code is grpc.StatusCode.INVALID_ARGUMENT
@@ -99,7 +99,7 @@ async def test_a_form_that_cannot_be_compiled_is_refused(client: AsyncClient, fo
 
 
 async def test_a_prompt_that_does_not_fit_is_too_long(client: AsyncClient) -> None:
-    """With the field to shorten."""
+    """The error names the field to shorten."""
     error = await refusal(client, chat_request("word " * 5000, model=MODEL))
     assert isinstance(error, ContextLengthExceededError)
     assert error.code is grpc.StatusCode.INVALID_ARGUMENT
@@ -107,14 +107,14 @@ async def test_a_prompt_that_does_not_fit_is_too_long(client: AsyncClient) -> No
 
 
 async def test_an_answer_that_does_not_fit_is_too_long(client: AsyncClient) -> None:
-    """The same for more tokens than the context has."""
+    """`max_tokens` above the context size gets the same error."""
     error = await refusal(client, chat_request(SEA, model=MODEL, max_tokens=100_000))
     assert isinstance(error, ContextLengthExceededError)
     assert [violation.field for violation in error.violations] == ["chat.sampling.max_tokens"]
 
 
 async def test_more_stop_texts_than_vllm_takes(client: AsyncClient) -> None:
-    """The field that vLLM blames is named in the API's words."""
+    """The error names the field of the API."""
     error = await refusal(client, chat_request(SEA, model=MODEL, stop=["1", "2", "3", "4", "5"]))
     assert isinstance(error, UpstreamRejectedError)
     assert error.code is grpc.StatusCode.INVALID_ARGUMENT
@@ -122,14 +122,15 @@ async def test_more_stop_texts_than_vllm_takes(client: AsyncClient) -> None:
 
 
 async def test_several_greedy_answers_are_refused(client: AsyncClient) -> None:
-    """VLLM's rule, in its own words."""
+    """The error has the message of vLLM and the field of the request."""
     error = await refusal(client, chat_request(SEA, model=MODEL, choice_count=2, temperature=0.0))
     assert isinstance(error, UpstreamRejectedError)
     assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert [violation.field for violation in error.violations] == ["chat.choice_count"]
 
 
-async def test_a_token_that_the_operator_got_wrong(keyless: AsyncClient) -> None:
-    """Not the caller's fault, and nothing that asking again would mend."""
+async def test_a_wrong_token_of_the_operator(keyless: AsyncClient) -> None:
+    """The error is PROVIDER_MISCONFIGURED, which a retry does not repair."""
     error = await refusal(keyless, chat_request(SEA, model=MODEL))
     assert isinstance(error, ProviderMisconfiguredError)
     assert error.code is grpc.StatusCode.FAILED_PRECONDITION
@@ -137,8 +138,8 @@ async def test_a_token_that_the_operator_got_wrong(keyless: AsyncClient) -> None
     assert "not-the-key" not in error.message
 
 
-async def test_a_callers_own_token_comes_before_the_operators(client: AsyncClient, vllm: VllmServer) -> None:
-    """A wrong one fails although the operator's is right, and is the caller's to mend; the right one works."""
+async def test_a_callers_token_overrides_the_operators(client: AsyncClient, vllm: VllmServer) -> None:
+    """A caller's wrong token fails even if the operator's is valid; a valid one works."""
     with pytest.raises(UpstreamUnauthenticatedError) as caught:
         await client.chat.create(SEA, model=MODEL, max_tokens=1, vllm_token="wrong-key")
     assert caught.value.code is grpc.StatusCode.UNAUTHENTICATED
@@ -148,7 +149,7 @@ async def test_a_callers_own_token_comes_before_the_operators(client: AsyncClien
 
 
 async def test_failed_calls_do_not_disturb_others(client: AsyncClient) -> None:
-    """A good answer goes on while bad requests come and go beside it."""
+    """An answer continues while other requests fail."""
 
     async def bad() -> None:
         with pytest.raises(CallError):

@@ -1,4 +1,4 @@
-"""What is left when the engine goes: ended in the middle of an answer, another in its place, killed, gone.
+"""The engine stops: during an answer, by SIGTERM and SIGKILL, with another one in its place, and for good.
 
 These tests run last, and in this order.
 """
@@ -49,24 +49,24 @@ if TYPE_CHECKING:
 
     from deltawire import Answer, AsyncModelWatch, ModelChange, StreamChatCompletionResponse
     from tests.e2e.support import Engine
-    from tests.support.run import GatewayProcess
+    from tests.support.gateway_process import GatewayProcess
     from tests.support.vllm_cpu import VllmServer
 
 pytestmark = pytest.mark.e2e
 
 NEXT = "smollm2-next"
-"""The name under which the engine serves once it has been restarted."""
+"""The model name of the engine after its restart."""
 
 SCOPED = f"vllm/{MODEL}"
 
 TELLING_SECONDS = 90.0
-"""Until a watch must have told what happened to the engine: three times the gateway's refresh interval."""
+"""The timeout of an expected change: three times the gateway's refresh interval."""
 
 
 async def interrupted(
     client: AsyncClient, interrupt: Callable[[], None], model: str = MODEL
 ) -> tuple[list[StreamChatCompletionResponse], CallError]:
-    """The events and the error of an answer in whose middle something happens."""
+    """The events and the error of an answer that is interrupted."""
     endless = chat_request(SEA, model=model, sampling=Sampling(max_tokens=3500, ignore_eos=True))
     events: list[StreamChatCompletionResponse] = []
     async with client.chat.stream(endless) as stream:
@@ -86,7 +86,7 @@ def check_the_rest(
     reason: ErrorReason.ValueType,
     stop: StopReason.ValueType,
 ) -> None:
-    """A faulted stream keeps all its promises: the text, one end of the choice, one Completed with usage, the status."""
+    """Check a faulted stream: the text, one end of the choice, one Completed with usage, the status."""
     assert kinds(events) == ["started", "text_delta", "choice_finished", "completed"]
     completed = events[-1].completed
     text = "".join(event.text_delta.text for event in events)
@@ -105,8 +105,8 @@ def check_the_rest(
     assert answer.text == text
 
 
-async def told(watch: AsyncModelWatch, change: str, model_id: str) -> ModelChange:
-    """The next event of a watch that is no bookmark, which must be this one."""
+async def next_change(watch: AsyncModelWatch, change: str, model_id: str) -> ModelChange:
+    """The next change of a watch, which must be this one."""
     async with asyncio.timeout(TELLING_SECONDS):
         while isinstance(event := await anext(watch), WatchBookmark):
             pass
@@ -114,16 +114,16 @@ async def told(watch: AsyncModelWatch, change: str, model_id: str) -> ModelChang
     return event
 
 
-async def test_an_engine_that_is_ended_politely(client: AsyncClient, vllm: VllmServer) -> None:
-    """At SIGTERM vLLM ends its engine, and with it the answer: never well, and never without the text and its cost.
+async def test_an_engine_that_gets_sigterm(client: AsyncClient, vllm: VllmServer) -> None:
+    """At SIGTERM vLLM stops its engine; the answer ends with a fault, with the text and the usage.
 
     Mostly it says so in an error event. At times it says nothing any more, yet keeps the connection: only the gateway's
-    limit on silence ends that. Whoever watches is told that the model cannot be called now.
+    limit on silence ends that. Whoever watches is next_change that the model cannot be called now.
     """
     async with client.models.watch() as watch:
-        assert (await told(watch, "ADDED", SCOPED)).model.state == ModelState.MODEL_STATE_SERVING
+        assert (await next_change(watch, "ADDED", SCOPED)).model.state == ModelState.MODEL_STATE_SERVING
         events, error = await interrupted(client, lambda: os.kill(vllm.pid, signal.SIGTERM))
-        assert (await told(watch, "MODIFIED", SCOPED)).model.state == ModelState.MODEL_STATE_UNAVAILABLE
+        assert (await next_change(watch, "MODIFIED", SCOPED)).model.state == ModelState.MODEL_STATE_UNAVAILABLE
     if isinstance(error, UpstreamTimeoutError):
         reason = ErrorReason.ERROR_REASON_UPSTREAM_TIMEOUT
     else:
@@ -133,18 +133,18 @@ async def test_an_engine_that_is_ended_politely(client: AsyncClient, vllm: VllmS
     check_the_rest(events, error, reason, StopReason.STOP_REASON_ERROR)
 
 
-async def test_another_engine_in_its_place(client: AsyncClient, vllm: VllmServer, engine: Engine) -> None:
-    """The gateway needs no restart when its vLLM had one; what that serves now is told, and what it served is gone."""
+async def test_a_restarted_engine_with_another_model(client: AsyncClient, vllm: VllmServer, engine: Engine) -> None:
+    """After a restart of vLLM, the gateway lists the new model and removes the old one."""
     vllm.stop()
     vllm.model_name = NEXT
     vllm.arguments = ("--enable-lora", "--max-lora-rank", str(LORA_RANK))
     vllm.variables = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
     async with client.models.watch() as watch:
-        assert (await told(watch, "ADDED", SCOPED)).model.state == ModelState.MODEL_STATE_UNAVAILABLE
+        assert (await next_change(watch, "ADDED", SCOPED)).model.state == ModelState.MODEL_STATE_UNAVAILABLE
         vllm.start()
         vllm.wait_healthy()
-        await told(watch, "REMOVED", SCOPED)
-        assert (await told(watch, "ADDED", f"vllm/{NEXT}")).model.state == ModelState.MODEL_STATE_SERVING
+        await next_change(watch, "REMOVED", SCOPED)
+        assert (await next_change(watch, "ADDED", f"vllm/{NEXT}")).model.state == ModelState.MODEL_STATE_SERVING
     answer = await client.chat.create(SEA, model=NEXT, max_tokens=4, ignore_eos=True)
     assert answer.usage.completion_tokens == 4
     with pytest.raises(ModelNotFoundError):
@@ -152,14 +152,14 @@ async def test_another_engine_in_its_place(client: AsyncClient, vllm: VllmServer
     await engine.becomes_idle()
 
 
-async def test_an_adapter_that_comes_and_goes(client: AsyncClient, engine: Engine, tmp_path: Path) -> None:
-    """A LoRA adapter is a model that names its base; it is found when it is loaded, called, and gone when it is unloaded."""
+async def test_a_loaded_and_unloaded_adapter(client: AsyncClient, engine: Engine, tmp_path: Path) -> None:
+    """A LoRA adapter is listed with its base model when it is loaded, can be called, and is removed when it is unloaded."""
     write_adapter(tmp_path / "adapter", locate().model)
     async with client.models.watch() as watch:
-        await told(watch, "ADDED", f"vllm/{NEXT}")
+        await next_change(watch, "ADDED", f"vllm/{NEXT}")
         engine.adapter("load", lora_name="sea", lora_path=str(tmp_path / "adapter"))
         await client.models.refresh()
-        adapter = (await told(watch, "ADDED", "vllm/sea")).model
+        adapter = (await next_change(watch, "ADDED", "vllm/sea")).model
         assert (adapter.base_model, adapter.engine_root) == (NEXT, str(tmp_path / "adapter"))
         answer = await client.chat.create(SEA, model="sea", max_tokens=4, ignore_eos=True)
         assert (answer.started.model, answer.usage.completion_tokens) == ("vllm/sea", 4)
@@ -167,26 +167,26 @@ async def test_an_adapter_that_comes_and_goes(client: AsyncClient, engine: Engin
         # One call is enough to notice it.
         with pytest.raises(ModelNotFoundError):
             await client.chat.create(SEA, model="sea")
-        await told(watch, "REMOVED", "vllm/sea")
+        await next_change(watch, "REMOVED", "vllm/sea")
 
 
 async def test_an_engine_that_is_killed(client: AsyncClient, vllm: VllmServer) -> None:
-    """The connection breaks without a word; an answer without a finish reason is never taken for a whole one.
+    """The connection breaks; an answer without a finish reason is not complete.
 
-    That call is enough: watchers are told at once, and not at the provider's next turn.
+    That call is enough: watchers are next_change at once, and not at the provider's next turn.
     """
     async with client.models.watch() as watch:
-        await told(watch, "ADDED", f"vllm/{NEXT}")
+        await next_change(watch, "ADDED", f"vllm/{NEXT}")
         events, error = await interrupted(client, vllm.kill_group, NEXT)
-        assert (await told(watch, "MODIFIED", f"vllm/{NEXT}")).model.state == ModelState.MODEL_STATE_UNAVAILABLE
+        assert (await next_change(watch, "MODIFIED", f"vllm/{NEXT}")).model.state == ModelState.MODEL_STATE_UNAVAILABLE
     assert isinstance(error, UpstreamIncompleteError)
     check_the_rest(
         events, error, ErrorReason.ERROR_REASON_UPSTREAM_INCOMPLETE, StopReason.STOP_REASON_UPSTREAM_INCOMPLETE
     )
 
 
-async def test_nobody_listens(client: AsyncClient, gateway: GatewayProcess, vllm: VllmServer) -> None:
-    """UNAVAILABLE before any event, with a hint when to try again; health says it too, and the gateway lives on."""
+async def test_an_unreachable_engine(client: AsyncClient, gateway: GatewayProcess, vllm: VllmServer) -> None:
+    """The call fails with UNAVAILABLE and a retry delay, the health check fails, and the gateway keeps running."""
     vllm.stop()
     for name in (NEXT, f"vllm/{NEXT}"):
         with pytest.raises(UpstreamUnavailableError) as caught:
@@ -200,8 +200,8 @@ async def test_nobody_listens(client: AsyncClient, gateway: GatewayProcess, vllm
     assert gateway.running
 
 
-async def test_what_it_served_is_listed_as_unavailable(client: AsyncClient) -> None:
-    """The listing says whose models are old news, and that they cannot be called now."""
+async def test_models_of_an_unreachable_engine_are_unavailable(client: AsyncClient) -> None:
+    """The listing names the unreachable provider, and its models are UNAVAILABLE."""
     listing = client.models.list()
     states = {model.id: model.state async for model in listing}
     assert states == {f"vllm/{NEXT}": ModelState.MODEL_STATE_UNAVAILABLE}
@@ -210,8 +210,8 @@ async def test_what_it_served_is_listed_as_unavailable(client: AsyncClient) -> N
     assert (provider.provider_id, provider.model_count, bool(provider.error)) == ("vllm", 0, True)
 
 
-async def test_the_gateway_ends_when_it_is_told_to(gateway: GatewayProcess) -> None:
-    """With status 0, and nobody listens any more."""
+async def test_the_gateway_ends_at_sigterm(gateway: GatewayProcess) -> None:
+    """The gateway exits with status 0 and closes its port."""
     assert gateway.stop() == 0
     async with AsyncClient(gateway.address, timeout=CALL_SECONDS) as client:
         with pytest.raises(CallError) as caught:
@@ -220,8 +220,8 @@ async def test_the_gateway_ends_when_it_is_told_to(gateway: GatewayProcess) -> N
     await eventually(lambda: not gateway.running, "the gateway lives on")
 
 
-async def test_run_sets_up_a_model_of_its_own(vllm: VllmServer) -> None:
-    """`make run` without VLLM_URL: its own vLLM, an answer, a call; told to stop, it leaves no process of all these."""
+async def test_run_sets_up_its_own_vllm(vllm: VllmServer) -> None:
+    """Without VLLM_URL, `make run` starts a vLLM and prints an answer and a call; a signal ends all its processes."""
     assert not vllm.running
     async with serving("--port", "0", variables={"VLLM_URL": "", "VLLM_API_TOKEN": ""}) as process:
         started = descendants(process.pid)

@@ -1,4 +1,4 @@
-"""Every form that an answer's text can be held to; the engine holds it, so the gateway must have passed it on right."""
+"""Every response format: the answer of a real vLLM follows it."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ pytestmark = pytest.mark.e2e
 
 
 async def ask(client: AsyncClient, form: ResponseFormat | str, *, max_tokens: int = 200) -> Answer:
-    """The greedy answer in this form."""
+    """The greedy answer in this format."""
     return await client.chat.create(SEA, model=MODEL, response_format=form, temperature=0.0, max_tokens=max_tokens)
 
 
 async def test_text(client: AsyncClient) -> None:
-    """The form of free text changes nothing."""
+    """The format `text` has no effect."""
     plain = await client.chat.create(SEA, model=MODEL, temperature=0.0, max_tokens=12)
     assert (await ask(client, "text", max_tokens=12)).text == plain.text
 
 
 async def test_json_object(client: AsyncClient) -> None:
-    """Some object: of a model this small only its beginning is sure, since it may never close it."""
+    """The answer begins an object, which a model this small may not close."""
     answer = await ask(client, "json_object", max_tokens=24)
     assert answer.text.lstrip().startswith("{")
 
 
 @pytest.mark.parametrize("strict", [None, True])
 async def test_json_schema(client: AsyncClient, engine: Engine, *, strict: bool | None) -> None:
-    """JSON that follows the schema."""
+    """The answer is JSON that follows the schema."""
     # Between two tokens of JSON white space is allowed, and the model would rather break lines than go on.
     breaks = {token: -100.0 for text in ("\n", "\n\n", "\n\n\n") for token in engine.tokens(text)}
     answer = await client.chat.create(
@@ -55,7 +55,7 @@ async def test_json_schema(client: AsyncClient, engine: Engine, *, strict: bool 
 
 
 async def test_regex(client: AsyncClient) -> None:
-    """The whole text matches."""
+    """The whole text matches the pattern."""
     answer = await ask(client, ResponseFormat(regex=r"[a-f]{3}-\d{2}"))
     assert re.fullmatch(r"[a-f]{3}-\d{2}", answer.text)
 
@@ -66,20 +66,20 @@ async def test_regex(client: AsyncClient) -> None:
     ids=["gbnf", "lark"],
 )
 async def test_grammar(client: AsyncClient, grammar: str) -> None:
-    """The text is one that the grammar makes, in either notation."""
+    """The text follows the grammar, in either notation."""
     answer = await ask(client, ResponseFormat(grammar=grammar))
     assert re.fullmatch(r"up|down|wait \ds", answer.text)
 
 
 async def test_choice(client: AsyncClient) -> None:
-    """The text is one of those given, quotes and all."""
+    """The text is one of the choices, including quotes."""
     values = ['a "quoted" one', "another", "日本"]
     answer = await ask(client, ResponseFormat(choice=ResponseFormat.Choice(values=values)))
     assert answer.text in values
 
 
 async def test_structural_tag(client: AsyncClient) -> None:
-    """Within the tag the text follows the tag's schema."""
+    """The text in the tag follows the schema of the tag."""
     tag = {
         "type": "structural_tag",
         "format": {

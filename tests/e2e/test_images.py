@@ -1,6 +1,6 @@
-"""Images before a real vLLM: every way to show one reaches a model that sees, and one that does not says so.
+"""Images on a real vLLM: every form of an image reaches a vision model, and a text model rejects it.
 
-The model that sees is tiny and knows nothing; what tells that an image arrived is the length of its prompt.
+The vision model is tiny and untrained; the length of the prompt shows that an image was received.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ HOST = "images.example"
 
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
-    """A real vLLM with a model that sees."""
+    """A real vLLM with a vision model."""
     environment = set_up()
     folder = tmp_path_factory.mktemp("vision") / "model"
     maker = [str(environment.python), vision_model.__file__, str(environment.model), str(folder)]
@@ -60,7 +60,7 @@ def showing(*images: message_pb2.Image) -> message_pb2.ChatMessage:
 
 
 async def prompt_tokens(client: AsyncClient, *images: message_pb2.Image) -> int:
-    """How long the prompt is with these images; it must be answered."""
+    """The number of prompt tokens with these images; the call must succeed."""
     answer = await client.chat.create(chat_request(showing(*images), model="seeing", max_tokens=4))
     assert answer.stop_reason in (StopReason.STOP_REASON_OUT_OF_TOKENS, StopReason.STOP_REASON_END_OF_TURN)
     return answer.usage.prompt_tokens
@@ -74,8 +74,8 @@ def gateway(vllm: VllmServer, folder: Path, *flags: str) -> Gateway:
     return Gateway(settings.parse([*where, *sets], variables).settings)
 
 
-async def test_every_way_to_show_an_image(seeing: VllmServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As bytes, as a data URL, from an address that the gateway fetches, and from one that vLLM does: the same tokens."""
+async def test_every_form_of_an_image(seeing: VllmServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes, a data URL, and URLs that the gateway or vLLM fetches give the same prompt tokens."""
     # This machine is taken for the internet, which no setting can do.
     here = ip_address("127.0.0.1")
     names = Names({HOST: [["127.0.0.1"]]})
@@ -103,8 +103,8 @@ async def test_every_way_to_show_an_image(seeing: VllmServer, tmp_path: Path, mo
     assert len(server.heads) == 2
 
 
-async def test_what_the_model_refuses(seeing: VllmServer, tmp_path: Path) -> None:
-    """A file that only begins as an image, and more images than it takes: as the caller's mistake, in vLLM's words."""
+async def test_invalid_and_too_many_images(seeing: VllmServer, tmp_path: Path) -> None:
+    """A truncated image and too many images are rejected with the message of vLLM."""
     async with (
         gateway(seeing, tmp_path) as running,
         AsyncClient(running.addresses[0], timeout=CALL_SECONDS) as client,
@@ -117,8 +117,8 @@ async def test_what_the_model_refuses(seeing: VllmServer, tmp_path: Path) -> Non
             await prompt_tokens(client, message_pb2.Image(url="https://images.example/"))
 
 
-async def test_a_model_that_does_not_see(client: AsyncClient) -> None:
-    """The words of vLLM come as the caller's mistake, not as a failure of vLLM."""
+async def test_an_image_for_a_text_model(client: AsyncClient) -> None:
+    """The request is rejected as invalid, with the message of vLLM."""
     message = showing(message_pb2.Image(data=PNG))
     with pytest.raises(CallError) as caught:
         await client.chat.create(chat_request(message, model=MODEL, max_tokens=4))

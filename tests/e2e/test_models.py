@@ -1,4 +1,4 @@
-"""Which models there are, names of one's own for them, and how the provider is."""
+"""Listed models, registered names, and the health of the provider."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tests.e2e.support import MODEL, SEA
 
 if TYPE_CHECKING:
     from deltawire import AsyncClient
-    from tests.support.run import GatewayProcess
+    from tests.support.gateway_process import GatewayProcess
 
 pytestmark = pytest.mark.e2e
 
 
-async def test_what_is_served_is_listed(client: AsyncClient) -> None:
-    """Under "provider/name", with the context that vLLM reports; it can be had by that name and by the short one."""
+async def test_served_models_are_listed(client: AsyncClient) -> None:
+    """A model is listed as "provider/name" with vLLM's context size, and can be looked up by both names."""
     listing = client.models.list()
     [model] = [model async for model in listing]
     assert not listing.unreachable_provider_ids
@@ -31,8 +31,8 @@ async def test_what_is_served_is_listed(client: AsyncClient) -> None:
     assert await client.models.get("smollm2") == await client.models.get("vllm/smollm2") == model
 
 
-async def test_an_alias_from_registration_to_the_end(client: AsyncClient) -> None:
-    """Registered, listed, chatted with under each name, in the way of others, forgotten."""
+async def test_a_registered_alias(client: AsyncClient) -> None:
+    """A registered model is listed, can be used under each name, reserves its names, and is removed."""
     model = await client.models.register("little", provider_model_id="smollm2", aliases=["tiny", "wee"])
     assert (model.id, list(model.aliases)) == ("little", ["tiny", "wee"])
     again = await client.models.register("little", provider_model_id="smollm2", aliases=["tiny", "wee"])
@@ -51,28 +51,28 @@ async def test_an_alias_from_registration_to_the_end(client: AsyncClient) -> Non
     assert [each.id async for each in client.models.list()] == ["vllm/smollm2"]
 
 
-async def test_what_is_not_served_cannot_be_registered(client: AsyncClient) -> None:
-    """The message says what is."""
+async def test_a_model_that_is_not_served_cannot_be_registered(client: AsyncClient) -> None:
+    """The message lists the served models."""
     with pytest.raises(ModelNotServedError, match="smollm2"):
         await client.models.register("big", provider_model_id="llama-405b")
 
 
-async def test_what_is_served_cannot_be_unregistered(client: AsyncClient) -> None:
-    """It was never registered."""
+async def test_a_discovered_model_cannot_be_unregistered(client: AsyncClient) -> None:
+    """A model that was not registered cannot be unregistered."""
     with pytest.raises(ModelDiscoveredError):
         await client.models.unregister(MODEL)
 
 
-async def test_the_provider_is_well(client: AsyncClient) -> None:
-    """And is the only one, and its key is not shown."""
+async def test_the_provider_is_healthy(client: AsyncClient) -> None:
+    """The only provider is healthy, and its key is not shown."""
     [provider] = await client.providers.list()
     assert (provider.id, provider.kind) == ("vllm", "vllm")
     health = await client.providers.health("vllm")
     assert health.status == HealthStatus.HEALTH_STATUS_OK
 
 
-async def test_the_gateway_says_that_it_serves(gateway: GatewayProcess) -> None:
-    """By the standard health protocol, for the process and for each service."""
+async def test_standard_health_checks(gateway: GatewayProcess) -> None:
+    """The standard health service reports SERVING for the process and for each service."""
     async with grpc.aio.insecure_channel(gateway.address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         for service in ("", "deltawire.v1.ChatCompletion", "deltawire.v1.ModelRegistry"):

@@ -1,4 +1,4 @@
-"""Fields of a request, one by one: a real vLLM does what was asked.
+"""Each field of a request has its effect on a real vLLM.
 
 Where a model this small, or this server's flags, cannot show a field's effect, the test holds that vLLM takes the field; its
 docstring says "accepted only", and why. Formats are in `test_formats`, tool calls in `test_tools`, stops in `test_text`.
@@ -62,7 +62,7 @@ async def greedy(client: AsyncClient, **sampling: Any) -> Answer:  # noqa: ANN40
 
 
 async def prompt_tokens(client: AsyncClient, request: ChatRequest) -> int:
-    """What a request's prompt costs."""
+    """The number of prompt tokens of a request."""
     return (await client.chat.create(request)).usage.prompt_tokens
 
 
@@ -71,8 +71,8 @@ async def prompt_tokens(client: AsyncClient, request: ChatRequest) -> int:
     [{"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}, {"temperature": 0.0}],
     ids=lambda narrow: next(iter(narrow)),
 )
-async def test_only_the_likeliest_token_is_left(client: AsyncClient, narrow: dict[str, float]) -> None:
-    """At a temperature at which every text comes out different, each of these leaves the greedy one."""
+async def test_fields_that_leave_the_likeliest_token(client: AsyncClient, narrow: dict[str, float]) -> None:
+    """At a high temperature, each of these fields leaves the greedy text."""
     plain = await greedy(client, max_tokens=16)
     hot = [await greedy(client, max_tokens=16, temperature=2.0, seed=seed) for seed in (1, 2)]
     assert len({plain.text, *(answer.text for answer in hot)}) == 3
@@ -85,7 +85,7 @@ async def test_only_the_likeliest_token_is_left(client: AsyncClient, narrow: dic
     ("name", "value"), [("frequency_penalty", 2.0), ("presence_penalty", 2.0), ("repetition_penalty", 1.8)]
 )
 async def test_penalties(client: AsyncClient, name: str, value: float) -> None:
-    """The next token is not what it would be: of those that came, each comes less often."""
+    """Penalties change the text, because they make received tokens less likely."""
     plain = await greedy(client, max_tokens=60, ignore_eos=True)
     other = await greedy(client, max_tokens=60, ignore_eos=True, **{name: value})
     assert len(set(other.text.split())) / len(other.text.split()) > len(set(plain.text.split())) / len(
@@ -94,7 +94,7 @@ async def test_penalties(client: AsyncClient, name: str, value: float) -> None:
 
 
 async def test_min_tokens(client: AsyncClient) -> None:
-    """The answer does not end where it would."""
+    """The answer does not end earlier."""
     plain = await greedy(client, max_tokens=100)
     length = plain.usage.completion_tokens
     assert length < 90
@@ -104,7 +104,7 @@ async def test_min_tokens(client: AsyncClient) -> None:
 
 
 async def test_ignore_eos(client: AsyncClient) -> None:
-    """It goes on to the last token that it may have."""
+    """The answer continues to its token limit."""
     plain = await greedy(client, max_tokens=100)
     answer = await greedy(client, max_tokens=100, ignore_eos=True)
     assert plain.usage.completion_tokens < 100
@@ -112,7 +112,7 @@ async def test_ignore_eos(client: AsyncClient) -> None:
 
 
 async def test_bad_words(client: AsyncClient, engine: Engine) -> None:
-    """A word that would have come does not."""
+    """A bad word is not generated."""
     plain = await greedy(client, max_tokens=40)
     # Words are forbidden by their tokens, and with a space before them only if both forms have as many.
     word = next(
@@ -126,13 +126,13 @@ async def test_bad_words(client: AsyncClient, engine: Engine) -> None:
 
 
 async def test_seeds_differ(client: AsyncClient) -> None:
-    """Another seed, another text; the same one, the same."""
+    """Different seeds give different texts; the same seed gives the same text."""
     texts = [(await greedy(client, max_tokens=16, temperature=1.5, seed=seed)).text for seed in (1, 2, 1)]
     assert texts[0] == texts[2] != texts[1]
 
 
 async def test_several_answers_with_log_probabilities(client: AsyncClient) -> None:
-    """Each has its own entries, as many as its tokens."""
+    """Each choice has as many entries as tokens."""
     request = asked(
         choice_count=2,
         logprobs=chat_pb.Logprobs(top_k=2),
@@ -147,28 +147,28 @@ async def test_several_answers_with_log_probabilities(client: AsyncClient) -> No
 
 
 async def test_reasoning_of_an_earlier_turn(client: AsyncClient) -> None:
-    """Accepted only: this model's template leaves it out."""
+    """The reasoning is accepted; the template of this model omits it."""
     turn = assistant("Hi.", reasoning="They greet me.")
     plain = await prompt_tokens(client, asked([user("Hi"), assistant("Hi."), user(SEA)]))
     assert await prompt_tokens(client, asked([user("Hi"), turn, user(SEA)])) == plain
 
 
 def history(call_id: str = "c", name: str = "get_weather", arguments: str = '{"city":"Oslo"}') -> ChatRequest:
-    """A request with a call and its result behind it."""
+    """A request with a tool call and its result."""
     past = ToolCall(call_id=call_id, tool_name=name, arguments=arguments)
     return asked([user("Weather?"), assistant(tool_calls=[past]), tool(call_id, "Rain")])
 
 
 async def test_an_earlier_call(client: AsyncClient) -> None:
-    """The model reads its name and its arguments; its id only binds the result (accepted only: no template shows it)."""
+    """The prompt has the name and the arguments of the call; the id is accepted, but no template shows it."""
     plain = await prompt_tokens(client, history())
     assert await prompt_tokens(client, history(name="get_weather_of_tomorrow")) > plain
     assert await prompt_tokens(client, history(arguments='{"city":"Oslo","country":"Norway"}')) > plain
     assert await prompt_tokens(client, history(call_id="another-id")) == plain
 
 
-async def test_what_a_tool_says_of_itself(client: AsyncClient) -> None:
-    """The model reads name, description and input schema; the output schema is kept from it."""
+async def test_the_description_of_a_tool(client: AsyncClient) -> None:
+    """The prompt has name, description and input schema of a tool, but not its output schema."""
 
     async def cost(**fields: Any) -> int:  # noqa: ANN401 (whatever the tool takes)
         described = type(LIGHT)(**({"name": "t", "input_schema": "{}"} | fields))
@@ -182,7 +182,7 @@ async def test_what_a_tool_says_of_itself(client: AsyncClient) -> None:
 
 
 async def test_only_allowed_tools_are_shown(client: AsyncClient) -> None:
-    """The prompt costs what it costs with that tool alone, and a call that must be made is one of it."""
+    """The prompt has as many tokens as with that tool alone, and a required call is one of it."""
     alone = await prompt_tokens(client, asked(tools=[LIGHT]))
     request = asked(tools=[WEATHER, LIGHT], allowed_tools=["set_light"])
     assert await prompt_tokens(client, request) == alone
@@ -194,7 +194,7 @@ async def test_only_allowed_tools_are_shown(client: AsyncClient) -> None:
 
 
 async def test_a_tool_that_is_not_allowed_fails(client: AsyncClient) -> None:
-    """The model names one that it was not shown: the call is not executable."""
+    """A call of a tool that is not allowed is not executable."""
     request = asked(
         tools=[WEATHER, tool_definition("other", "", input_schema={})],
         allowed_tools=["get_weather"],
@@ -207,14 +207,14 @@ async def test_a_tool_that_is_not_allowed_fails(client: AsyncClient) -> None:
 
 
 async def test_template_arguments(client: AsyncClient) -> None:
-    """The template shows one of them to the model."""
+    """The template shows an argument to the model."""
     plain = await prompt_tokens(client, asked())
     assert await prompt_tokens(client, asked(chat_template_kwargs='{"date_string": "1 May 2026"}')) > plain
     assert await prompt_tokens(client, asked(chat_template_kwargs='{"no_such": "1 May 2026"}')) == plain
 
 
 async def test_every_effort(client: AsyncClient) -> None:
-    """The template shows the word to the model; not to think at all is shown otherwise, too."""
+    """The template shows the effort to the model; no reasoning is shown in another way too."""
     words = [number for number in chat_pb.ReasoningEffort.values() if number]
     costs = {number: await prompt_tokens(client, asked(reasoning=chat_pb.Reasoning(effort=number))) for number in words}
     plain = await prompt_tokens(client, asked())
@@ -223,7 +223,7 @@ async def test_every_effort(client: AsyncClient) -> None:
 
 
 async def test_a_token_budget_without_a_reasoning_parser(client: AsyncClient) -> None:
-    """VLLM says that it cannot hold one; the caller sees a refusal like any other."""
+    """VLLM rejects the budget, and the caller gets a normal error."""
     with pytest.raises(UpstreamRejectedError) as caught:
         await client.chat.create(asked(reasoning=chat_pb.Reasoning(token_budget=5)))
     assert "thinking_token_budget" in caught.value.message
@@ -236,14 +236,14 @@ async def test_a_token_budget_without_a_reasoning_parser(client: AsyncClient) ->
         {"priority": 3},
         {"cache_salt": "0123456789abcdef"},
         {"cache_salt": "ß" * 128},
-        {"user": "somebody"},
+        {"user": "user-1"},
         {"reasoning": chat_pb.Reasoning(include=True)},
         {"reasoning": chat_pb.Reasoning(include=False)},
     ],
     ids=lambda fields: next(iter(fields)),
 )
 async def test_taken(client: AsyncClient, fields: dict[str, Any]) -> None:
-    """Accepted only: the answer is the same.
+    """The field is accepted, and the answer is the same.
 
     The server does not schedule by priority (priority), its cache is not seen from outside (cache_salt), it makes no use of the
     user, and it has no reasoning parser (include).
@@ -253,8 +253,8 @@ async def test_taken(client: AsyncClient, fields: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("salt", ["a" * 129, "a/b"])
-async def test_a_salt_that_vllm_refuses(client: AsyncClient, salt: str) -> None:
-    """It takes less than its own schema says; the caller learns which field it was."""
+async def test_an_invalid_cache_salt(client: AsyncClient, salt: str) -> None:
+    """VLLM rejects a salt that its schema allows; the error names the field."""
     with pytest.raises(UpstreamRejectedError) as caught:
         await client.chat.create(asked(cache_salt=salt))
     assert [violation.field for violation in caught.value.violations] == ["chat.cache_salt"]
@@ -277,7 +277,7 @@ async def generous(vllm: VllmServer, tmp_path: Path) -> AsyncIterator[AsyncClien
 
 
 async def test_extra_fields(generous: AsyncClient, engine: Engine) -> None:
-    """One that forces a token, and one that shows the stop text."""
+    """An extra field forces a token, and another one includes the stop text."""
     [token] = engine.tokens("cat")
     answer = await generous.chat.create(
         asked(extra_body=json.dumps({"allowed_token_ids": [token]}), sampling={"max_tokens": 3})
@@ -294,7 +294,7 @@ async def test_extra_fields(generous: AsyncClient, engine: Engine) -> None:
 
 
 async def test_a_model_that_repeats_itself(generous: AsyncClient, engine: Engine) -> None:
-    """The engine looks for it only if a field of its own asks for that; then it is an end like any other, with its own reason."""
+    """The engine detects repetition only on request by an extra field; then the stop reason is REPETITION."""
     [token] = engine.tokens("cat")
     request = asked(
         extra_body='{"repetition_detection": {"max_pattern_size": 2, "min_count": 4}}',
@@ -308,7 +308,7 @@ async def test_a_model_that_repeats_itself(generous: AsyncClient, engine: Engine
 
 
 async def test_extra_fields_that_are_not_allowed(client: AsyncClient, generous: AsyncClient) -> None:
-    """By the operator; or by vLLM, which would ignore it without a word."""
+    """A field that the operator does not allow, or that vLLM would ignore, is refused."""
     with pytest.raises(InvalidRequestError, match="allowed_extra_fields"):
         await client.chat.create(asked(extra_body='{"allowed_token_ids": [5]}'))
     with pytest.raises(FieldNotSupportedError) as caught:
@@ -325,8 +325,8 @@ async def provider(vllm: VllmServer) -> AsyncIterator[VllmProvider]:
     await provider.close()
 
 
-async def test_every_field_is_one_that_vllm_knows(provider: VllmProvider) -> None:
-    """Its own document says so: there is nothing to tell the caller of, and the look-alike's document has the same fields."""
+async def test_vllm_has_every_field(provider: VllmProvider) -> None:
+    """The OpenAPI document of vLLM has every field, so there is no notice; the document of the fake vLLM has the same fields."""
     request = PlainRequest(
         MODEL,
         (ChatMessage(Role.USER, ("hi",)),),

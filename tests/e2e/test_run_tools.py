@@ -1,4 +1,4 @@
-"""Functions as tools on a real model: it calls them, they run, it reads what they gave, and comes to an end."""
+"""Functions as tools on a real model: they are called and run, and the model answers with their results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.e2e.support import CALL_SECONDS, MODEL
 
 if TYPE_CHECKING:
     from deltawire import AsyncClient, StreamChatCompletionResponse, ToolRun
-    from tests.support.run import GatewayProcess
+    from tests.support.gateway_process import GatewayProcess
 
 pytestmark = pytest.mark.e2e
 
@@ -50,8 +50,8 @@ class House:
         return {"room": room, "percent": percent, "done": True}
 
 
-def came_to_an_end(run: ToolRun, house: House) -> None:
-    """Every call was run with what its types say, its result was told under its id, and the model answered in words."""
+def check_run(run: ToolRun, house: House) -> None:
+    """Check that every call was run with its types, that its result was sent with its id, and that the model answered with text."""
     calls = [call for answer in run.answers for call in answer.tool_calls]
     assert run.rounds >= 2
     assert not run.answer.tool_calls
@@ -59,9 +59,9 @@ def came_to_an_end(run: ToolRun, house: House) -> None:
     assert 1 <= len(calls) == len(house.lights)
     assert {type(room) for room, _ in house.lights} == {Room}
     assert all(0 <= percent <= 100 for _, percent in house.lights)
-    told = [message for message in run.messages if message.HasField("tool")]
-    assert [message.tool.call_id for message in told] == [call.call_id for call in calls]
-    assert all('"done":true' in message_text(message) for message in told)
+    results = [message for message in run.messages if message.HasField("tool")]
+    assert [message.tool.call_id for message in results] == [call.call_id for call in calls]
+    assert all('"done":true' in message_text(message) for message in results)
     assert run.usage.provenance == UsageProvenance.USAGE_PROVENANCE_EXACT
     assert run.usage.prompt_tokens == sum(answer.usage.prompt_tokens for answer in run.answers)
     # Each round reads what the rounds before it said.
@@ -70,21 +70,21 @@ def came_to_an_end(run: ToolRun, house: House) -> None:
 
 
 async def test_a_model_calls_functions(client: AsyncClient) -> None:
-    """With asyncio, and every event of every round seen."""
+    """The asynchronous client runs the functions and reports every event of every round."""
     house = House()
     events: list[StreamChatCompletionResponse] = []
     tools = [function_tool(house.set_light, strict=True)]
     run = await client.chat.run_tools(ASK, tools=tools, on_event=events.append, **OPTIONS)
-    came_to_an_end(run, house)
+    check_run(run, house)
     assert sum(event.HasField("completed") for event in events) == run.rounds
 
 
 async def test_a_model_calls_functions_of_a_blocking_client(gateway: GatewayProcess) -> None:
-    """Without asyncio, with whole answers."""
+    """The blocking client runs the functions with unary calls."""
     house = House()
 
     def converse() -> ToolRun:
         with Client(gateway.address, timeout=CALL_SECONDS) as client:
             return client.chat.run_tools(ASK, tools=[function_tool(house.set_light, strict=True)], **OPTIONS)
 
-    came_to_an_end(await asyncio.to_thread(converse), house)
+    check_run(await asyncio.to_thread(converse), house)

@@ -1,4 +1,4 @@
-"""Text: streamed and whole, several answers, log-probabilities, and every way to steer the sampling."""
+"""Text: streamed and unary, several choices, log-probabilities, and every field of the sampling."""
 
 from __future__ import annotations
 
@@ -21,10 +21,8 @@ pytestmark = pytest.mark.e2e
 EXACT = UsageProvenance.USAGE_PROVENANCE_EXACT
 
 
-async def test_text_is_streamed_as_it_is_generated_and_counted_to_the_token(
-    client: AsyncClient, engine: Engine
-) -> None:
-    """Started, text in pieces, one end of the choice, Completed: what it adds up to is stated again, with the exact cost."""
+async def test_a_streamed_text(client: AsyncClient, engine: Engine) -> None:
+    """Started, text deltas, one end of the choice, and Completed with the whole text and the exact usage."""
     async with client.chat.stream(SEA, model=MODEL, temperature=0.0, max_tokens=24, ignore_eos=True) as stream:
         events = [event async for event in stream]
         answer = await stream.final()
@@ -47,8 +45,8 @@ async def test_text_is_streamed_as_it_is_generated_and_counted_to_the_token(
     assert stated.timings.total.ToNanoseconds() >= stated.timings.first_event_latency.ToNanoseconds() > 0
 
 
-async def test_text_is_given_whole(client: AsyncClient, engine: Engine) -> None:
-    """A unary call gives the same greedy answer as vLLM itself, with the same cost."""
+async def test_a_unary_text(client: AsyncClient, engine: Engine) -> None:
+    """A unary call returns the same greedy answer as vLLM itself, with the same usage."""
     answer = await client.chat.create(SEA, model=MODEL, temperature=0.0, max_tokens=60)
     theirs = engine.ask(
         "/v1/chat/completions",
@@ -62,8 +60,8 @@ async def test_text_is_given_whole(client: AsyncClient, engine: Engine) -> None:
     assert answer.usage.completion_tokens == theirs["usage"]["completion_tokens"]
 
 
-async def test_every_character_arrives_as_it_was_said(client: AsyncClient) -> None:
-    """Characters of several bytes and tokens, line ends, and what looks like the stream's own framing."""
+async def test_characters_are_unchanged(client: AsyncClient) -> None:
+    """Characters of several bytes and tokens, line ends, and text that looks like event framing are unchanged."""
     text = 'Zoë: 日本 👩‍🚀 e\u0301\n\ndata: [DONE]\n\n"quoted" \\ end'
     async with client.chat.stream(SEA, model=MODEL, response_format=forced(text)) as stream:
         pieces = [piece async for piece in stream.text]
@@ -71,8 +69,8 @@ async def test_every_character_arrives_as_it_was_said(client: AsyncClient) -> No
     assert "".join(pieces) == answer.text == text
 
 
-async def test_all_roles_and_several_parts_are_taken(client: AsyncClient) -> None:
-    """Each role with a text and with the same as a part: the model reads the same. And a turn of two parts."""
+async def test_roles_and_parts(client: AsyncClient) -> None:
+    """Each role with a text or the same text as a part gives the same prompt; a turn of two parts is accepted."""
     turns = [system("Be brief."), developer("Be kind."), user("Hello there."), assistant("Hi."), user(SEA)]
     in_parts = [
         ChatMessage(system=SystemMessage(content=[ContentPart(text="Be brief.")])),
@@ -87,8 +85,8 @@ async def test_all_roles_and_several_parts_are_taken(client: AsyncClient) -> Non
     assert (await client.chat.create([user(["Hello", " there."]), user(SEA)], model=MODEL, max_tokens=8)).text
 
 
-async def test_two_answers_to_one_prompt(client: AsyncClient) -> None:
-    """Both choices are streamed, each ends once, and the tokens of both are counted, the prompt's once."""
+async def test_two_choices(client: AsyncClient) -> None:
+    """Both choices are streamed, each ends once, and the usage counts both, and the prompt once."""
     async with client.chat.stream(
         SEA, model=MODEL, choice_count=2, temperature=1.0, max_tokens=12, ignore_eos=True, seed=7
     ) as stream:
@@ -110,7 +108,7 @@ async def test_two_answers_to_one_prompt(client: AsyncClient) -> None:
 
 @pytest.mark.parametrize("whole", [False, True], ids=["streamed", "whole"])
 async def test_log_probabilities_of_every_token(client: AsyncClient, *, whole: bool) -> None:
-    """One entry a token, with its bytes and the asked number of alternatives, the chosen one being the likeliest."""
+    """Each token has an entry with its bytes and the requested number of alternatives; the chosen one is the likeliest."""
     if whole:
         answer = await client.chat.create(SEA, model=MODEL, temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=3)
     else:
@@ -130,14 +128,14 @@ async def test_log_probabilities_of_every_token(client: AsyncClient, *, whole: b
 
 
 async def test_log_probabilities_without_alternatives(client: AsyncClient) -> None:
-    """Only the chosen tokens', if no alternatives are asked for."""
+    """Without alternatives, only the chosen tokens have log-probabilities."""
     answer = await client.chat.create(SEA, model=MODEL, max_tokens=4, ignore_eos=True, logprobs=True)
     entries = answer.choices[0].logprobs
     assert [len(entry.alternatives) for entry in entries] == [0, 0, 0, 0]
 
 
-async def test_a_stop_text_ends_the_answer_and_is_named(client: AsyncClient) -> None:
-    """It is not part of the text, and the reason says which it was."""
+async def test_a_stop_text(client: AsyncClient) -> None:
+    """A stop text ends the answer, is not part of the text, and is reported."""
     answer_form = forced("one two three four")
     async with client.chat.stream(SEA, model=MODEL, response_format=answer_form, stop=["four", "three"]) as stream:
         answer = await stream.final()
@@ -151,8 +149,8 @@ async def test_a_stop_text_ends_the_answer_and_is_named(client: AsyncClient) -> 
     assert whole.completed.choices[0].matched_stop == "three"
 
 
-async def test_a_stop_token_ends_the_answer_and_is_named(client: AsyncClient, engine: Engine) -> None:
-    """The same by a token's number."""
+async def test_a_stop_token(client: AsyncClient, engine: Engine) -> None:
+    """A stop token ends the answer and is reported."""
     plain = await client.chat.create(SEA, model=MODEL, temperature=0.0, max_tokens=8)
     last = engine.tokens(plain.text)[3]
     async with client.chat.stream(SEA, model=MODEL, temperature=0.0, max_tokens=8, stop_token_ids=[last]) as stream:
@@ -165,7 +163,7 @@ async def test_a_stop_token_ends_the_answer_and_is_named(client: AsyncClient, en
 
 
 async def test_every_sampling_field_is_accepted(client: AsyncClient) -> None:
-    """All at once: none is refused, and what was sent to the engine is told back."""
+    """A request with every sampling field is accepted, and `started` returns the sampling that was sent."""
     asked = Sampling(
         temperature=0.7,
         top_p=0.9,
@@ -199,7 +197,7 @@ async def test_a_seed_makes_sampling_repeatable(client: AsyncClient) -> None:
 
 
 async def test_a_bias_forces_a_token(client: AsyncClient, engine: Engine) -> None:
-    """The largest bias there is leaves the model no choice."""
+    """The largest bias forces the token."""
     [token] = engine.tokens("cat")
     answer = await client.chat.create(
         SEA, model=MODEL, temperature=0.0, max_tokens=3, ignore_eos=True, logit_bias={token: 100.0}
@@ -207,8 +205,8 @@ async def test_a_bias_forces_a_token(client: AsyncClient, engine: Engine) -> Non
     assert answer.text == "catcatcat"
 
 
-async def test_bad_words_are_not_said(client: AsyncClient) -> None:
-    """The greedy answer's second word does not come when it is forbidden."""
+async def test_bad_words_are_not_generated(client: AsyncClient) -> None:
+    """The second word of the greedy answer is not generated if it is a bad word."""
     plain = await client.chat.create(SEA, model=MODEL, temperature=0.0, max_tokens=8)
     word = plain.text.split()[1]
     other = await client.chat.create(SEA, model=MODEL, temperature=0.0, max_tokens=8, bad_words=[word])
@@ -216,7 +214,7 @@ async def test_bad_words_are_not_said(client: AsyncClient) -> None:
 
 
 async def test_min_tokens_keeps_the_answer_from_ending(client: AsyncClient) -> None:
-    """An answer that ends by itself after less goes on to the asked length."""
+    """An answer that would end earlier continues to the requested length."""
     plain = await client.chat.create(SEA, model=MODEL, temperature=0.0, max_tokens=60)
     assert plain.stop_reason == StopReason.STOP_REASON_END_OF_TURN
     least = plain.usage.completion_tokens + 10
@@ -225,7 +223,7 @@ async def test_min_tokens_keeps_the_answer_from_ending(client: AsyncClient) -> N
 
 
 async def test_the_request_id_is_adopted(client: AsyncClient) -> None:
-    """The caller's own id comes back with the answer."""
+    """The caller's request id is returned with the answer."""
     answer = await client.chat.create(SEA, model=MODEL, max_tokens=1, request_id="my-own-id")
     assert answer.request_id == "my-own-id"
     assert ("x-request-id", "my-own-id") in answer.initial_metadata

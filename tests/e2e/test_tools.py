@@ -1,4 +1,4 @@
-"""Tool calls: made to a schema, forced into every shape that a model may give them, and answered."""
+"""Tool calls: guided by a schema, forced into every form that a model may generate, and answered."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ASK_LIGHT = "Set the kitchen light to 40 percent."
 async def stream_forced(
     client: AsyncClient, text: str, *, max_tokens: int | None = None
 ) -> tuple[list[StreamChatCompletionResponse], Answer]:
-    """The answer to a request with one tool, when the model can only say this text."""
+    """The answer to a request with one tool and this forced text."""
     async with client.chat.stream(
         SEA, model=MODEL, tools=[WEATHER], response_format=forced(text), temperature=0.0, max_tokens=max_tokens
     ) as stream:
@@ -35,7 +35,7 @@ async def stream_forced(
 
 
 def verdicts(events: list[StreamChatCompletionResponse]) -> list[ToolCallDelta]:
-    """The verdicts in the order in which they came."""
+    """The verdicts, in order."""
     return [event.tool_call_delta for event in events if event.HasField("tool_call_delta")]
 
 
@@ -51,7 +51,7 @@ def follows_the_schema(call: ToolCall) -> bool:
 
 
 async def test_a_required_strict_call_follows_its_schema(client: AsyncClient) -> None:
-    """The verdict comes once, before the end of the choice, with arguments that the schema allows."""
+    """One verdict precedes the end of the choice, with arguments that follow the schema."""
     async with client.chat.stream(
         ASK_LIGHT, model=MODEL, tools=[LIGHT], tool_choice="required", temperature=0.0, max_tokens=512
     ) as stream:
@@ -71,8 +71,8 @@ async def test_a_required_strict_call_follows_its_schema(client: AsyncClient) ->
     assert answer.usage.provenance == UsageProvenance.USAGE_PROVENANCE_EXACT
 
 
-async def test_a_required_call_is_given_whole(client: AsyncClient) -> None:
-    """A unary call gives the same call."""
+async def test_a_unary_required_call(client: AsyncClient) -> None:
+    """A unary call returns the same tool call."""
     answer = await client.chat.create(
         ASK_LIGHT, model=MODEL, tools=[LIGHT], tool_choice="required", temperature=0.0, max_tokens=512
     )
@@ -81,7 +81,7 @@ async def test_a_required_call_is_given_whole(client: AsyncClient) -> None:
 
 
 async def test_a_named_tool_is_called(client: AsyncClient) -> None:
-    """The engine ends this with the word "stop"; the reason is all the same that the model waits for the tool."""
+    """The engine's finish reason is "stop", but the stop reason is END_OF_MESSAGE."""
     answer = await client.chat.create(
         ASK_LIGHT, model=MODEL, tools=[WEATHER, LIGHT], tool_choice="set_light", temperature=0.0, max_tokens=512
     )
@@ -94,7 +94,7 @@ async def test_a_named_tool_is_called(client: AsyncClient) -> None:
 
 
 async def test_two_calls_in_one_answer(client: AsyncClient) -> None:
-    """Both come, in order, each under its own id."""
+    """Both calls are received in order, each with its own id."""
     text = "\n".join([call_text('{"city": "Oslo"}'), call_text('{"city": "Rome"}')])
     events, answer = await stream_forced(client, text)
     assert [verdict.index for verdict in verdicts(events)] == [0, 1]
@@ -105,7 +105,7 @@ async def test_two_calls_in_one_answer(client: AsyncClient) -> None:
 
 
 async def test_text_beside_a_call(client: AsyncClient) -> None:
-    """The text before the call is text, and none of the call's markup is."""
+    """The text before the call is received without the markup of the call."""
     events, answer = await stream_forced(client, "I will look that up.\n" + call_text('{"city": "Oslo"}'))
     assert kinds(events) == ["started", "text_delta", "tool_call_delta", "choice_finished", "completed"]
     assert answer.text == "I will look that up.\n"
@@ -115,14 +115,14 @@ async def test_text_beside_a_call(client: AsyncClient) -> None:
 
 
 async def test_a_call_without_arguments(client: AsyncClient) -> None:
-    """An empty object stays one."""
+    """Empty arguments remain an empty object."""
     _, answer = await stream_forced(client, call_text("{}"))
     [call] = answer.tool_calls
     assert call.arguments == "{}"
 
 
-async def test_malformed_arguments_fail_with_all_that_was_said(client: AsyncClient) -> None:
-    """The engine passes such arguments on and says "tool_calls"; here the call is FAILED, with its text and where it breaks."""
+async def test_malformed_arguments_fail_with_their_text(client: AsyncClient) -> None:
+    """The engine reports "tool_calls"; the call is FAILED, with its text and the offset of the error."""
     events, answer = await stream_forced(client, call_text('{"city": Oslo,,}'))
     [verdict] = verdicts(events)
     assert verdict.parse_status == ToolCallParseStatus.TOOL_CALL_PARSE_STATUS_FAILED
@@ -139,7 +139,7 @@ async def test_malformed_arguments_fail_with_all_that_was_said(client: AsyncClie
 
 
 async def test_arguments_that_are_no_object_fail(client: AsyncClient) -> None:
-    """They are JSON and come whole, but no function could be called with them."""
+    """Complete JSON arguments that are not an object are FAILED."""
     events, answer = await stream_forced(client, call_text('["Oslo"]'))
     [verdict] = verdicts(events)
     assert verdict.parse_status == ToolCallParseStatus.TOOL_CALL_PARSE_STATUS_FAILED
@@ -149,7 +149,7 @@ async def test_arguments_that_are_no_object_fail(client: AsyncClient) -> None:
 
 
 async def test_a_cut_call_is_truncated(client: AsyncClient, engine: Engine) -> None:
-    """Out of tokens within the arguments: what came of the call is kept, and nothing may be executed."""
+    """A call that is cut off by the token limit keeps its text and cannot be executed."""
     # A grammar lets the model split the text otherwise than the tokenizer would, so this cuts somewhere within.
     most = len(engine.tokens(call_text(CUT_ARGUMENTS))) - 10
     events, answer = await stream_forced(client, call_text(CUT_ARGUMENTS), max_tokens=most)
@@ -165,15 +165,15 @@ async def test_a_cut_call_is_truncated(client: AsyncClient, engine: Engine) -> N
 
 
 async def test_an_unknown_tool_fails(client: AsyncClient) -> None:
-    """The engine does not check names, so the gateway does."""
+    """The gateway checks tool names, because the engine does not."""
     events, answer = await stream_forced(client, call_text('{"city": "Oslo"}', name="get_whether"))
     [verdict] = verdicts(events)
     assert verdict.failure.reason == ToolCallFailureReason.TOOL_CALL_FAILURE_REASON_UNKNOWN_TOOL
     assert not answer.tool_calls_executable
 
 
-async def test_none_keeps_the_tools_from_the_model(client: AsyncClient) -> None:
-    """No call comes, and the prompt costs what it costs without tools."""
+async def test_tool_choice_none(client: AsyncClient) -> None:
+    """No call is generated, and the prompt has as many tokens as without tools."""
     plain = await client.chat.create(SEA, model=MODEL, temperature=0.0, max_tokens=8)
     none = await client.chat.create(SEA, model=MODEL, tools=[LIGHT], tool_choice="none", temperature=0.0, max_tokens=8)
     assert none.text == plain.text
@@ -181,8 +181,8 @@ async def test_none_keeps_the_tools_from_the_model(client: AsyncClient) -> None:
     assert not none.tool_calls
 
 
-async def test_parallel_calls_can_be_ruled_out(client: AsyncClient) -> None:
-    """Of two calls only the first comes."""
+async def test_parallel_tool_calls_false(client: AsyncClient) -> None:
+    """Only the first of two calls is received."""
     text = "\n".join([call_text('{"city": "Oslo"}'), call_text('{"city": "Rome"}')])
     answer = await client.chat.create(
         SEA, model=MODEL, tools=[WEATHER], parallel_tool_calls=False, response_format=forced(text)
@@ -190,8 +190,8 @@ async def test_parallel_calls_can_be_ruled_out(client: AsyncClient) -> None:
     assert [call.arguments for call in answer.tool_calls] == ['{"city": "Oslo"}']
 
 
-async def test_a_result_goes_back_to_the_model(client: AsyncClient) -> None:
-    """Call, result, answer: the message of the first answer is sent back as it is, with the result behind it."""
+async def test_a_tool_result(client: AsyncClient) -> None:
+    """The message of the first answer is sent back unchanged, followed by the tool result."""
     question = user(ASK_LIGHT)
     first = await client.chat.create(
         [question], model=MODEL, tools=[LIGHT], tool_choice="required", temperature=0.0, max_tokens=512
@@ -204,8 +204,8 @@ async def test_a_result_goes_back_to_the_model(client: AsyncClient) -> None:
     assert second.stop_reason != StopReason.STOP_REASON_UNSPECIFIED
 
 
-async def test_a_schema_is_passed_on_to_the_letter(client: AsyncClient) -> None:
-    """Given as text with references in it, it guides the arguments."""
+async def test_a_schema_is_sent_verbatim(client: AsyncClient) -> None:
+    """A schema as text with references guides the arguments."""
     schema = json.dumps({"$ref": "#/$defs/light", "$defs": {"light": LIGHT_SCHEMA}})
     described = type(LIGHT)(name="set_light", input_schema=schema, strict=True)
     answer = await client.chat.create(

@@ -62,7 +62,7 @@ async def test_it_serves_models_and_adapters() -> None:
 
 
 async def test_it_knows_less() -> None:
-    """What it was told to be without, of fields and of endpoints."""
+    """The configured fields and endpoints are missing."""
     arguments = ("--without-field", "cache_salt", "--without-endpoint", "/tokenize", "--without-endpoint", "/version")
     async with program(*arguments) as (_, url), http(url) as client:
         document = (await client.get("/openapi.json")).json()

@@ -111,7 +111,7 @@ async def test_reset() -> None:
 
 
 async def test_hang_until_the_client_goes() -> None:
-    """Nothing comes any more; the client's going is seen."""
+    """Nothing more is sent; a disconnect of the client is detected."""
     async with FakeVllm() as vllm:
         vllm.play(Script.generated(end="hang", after=2, keep_alive=0.01))
         async with connect(vllm) as raw:
@@ -253,7 +253,7 @@ async def test_connection_refused_and_back() -> None:
 
 
 async def test_a_crash_cuts_everything() -> None:
-    """As `kill -9` does: streams end in the middle, and nobody listens."""
+    """As after `kill -9`, streams break off, and the port is closed."""
     async with FakeVllm(Script.generated(end="hang", after=1)) as vllm, connect(vllm) as raw:
         raw.ask()
         await raw.head()

@@ -139,7 +139,7 @@ async def test_the_limit_cuts_and_its_token_rides_on_the_finish_chunk(limit: str
 
 
 async def test_ignore_eos_goes_on_to_the_limit() -> None:
-    """A long answer comes to whoever asks for it, past the answer's own length."""
+    """A request for a longer answer gets it, beyond the default length."""
     async with FakeVllm(Script.generated(tokens=5)) as vllm:
         whole = (await ask(vllm, stream=False, ignore_eos=True, max_tokens=200)).json()
     assert whole["usage"]["completion_tokens"] == 200

@@ -1,4 +1,4 @@
-"""The endpoints, what is told of requests, and how clients that go are noticed."""
+"""The endpoints, the recorded requests, and the detection of disconnected clients."""
 
 from __future__ import annotations
 

@@ -1,17 +1,35 @@
-"""The table of faults: each entry says what goes wrong, where it can, and which ends the contract allows.
-
-An outcome is "OK", or the status code and the reason, "ABORTED/UPSTREAM_INCOMPLETE". What is allowed follows from where the
-fault is: before the engine's first event, during the answer, after the choice's finish reason, or after the true end of the
-answer (the usage chunk, `[DONE]`, or the end of the body), where nothing can spoil it.
-"""
+"""The table of faults of an upstream. `fault` describes an entry."""
 
 from __future__ import annotations
 
 import gzip
 import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tests.faults.fault import (
+    ABORTED_ERROR,
+    ABORTED_INCOMPLETE,
+    ABORTED_MALFORMED,
+    AFTER,
+    ANYWHERE,
+    BROKEN_OFF,
+    ENDLESS,
+    FAILED,
+    HARMLESS,
+    IN_BODY,
+    INVALID,
+    MALFORMED,
+    MISCONFIGURED,
+    OK,
+    OVERLOADED,
+    REJECTED,
+    SILENT,
+    TOO_LARGE,
+    UNAVAILABLE,
+    UNFRAMED,
+    Allowed,
+    Fault,
+)
 from tests.faults.script import (
     CALLS,
     CHUNKS,
@@ -46,96 +64,9 @@ from tests.faults.script import (
 from tests.faults.upstream import Close, Flood, Gate, Reset, Send, Stall, response
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
+    from tests.faults.fault import Outcomes
     from tests.faults.script import Change, Chunk, Shape
     from tests.faults.upstream import Step
-
-Outcomes = frozenset[str]
-
-OK: Outcomes = frozenset({"OK"})
-UNAVAILABLE: Outcomes = frozenset({"UNAVAILABLE/UPSTREAM_UNAVAILABLE"})
-MALFORMED: Outcomes = frozenset({"INTERNAL/UPSTREAM_MALFORMED"})
-TIMEOUT: Outcomes = frozenset({"DEADLINE_EXCEEDED/UPSTREAM_TIMEOUT"})
-FAILED: Outcomes = frozenset({"INTERNAL/UPSTREAM_ERROR"})
-REJECTED: Outcomes = frozenset({"INVALID_ARGUMENT/UPSTREAM_REJECTED"})
-MISCONFIGURED: Outcomes = frozenset({"FAILED_PRECONDITION/PROVIDER_MISCONFIGURED"})
-OVERLOADED: Outcomes = frozenset({"RESOURCE_EXHAUSTED/UPSTREAM_OVERLOADED"})
-ABORTED_INCOMPLETE: Outcomes = frozenset({"ABORTED/UPSTREAM_INCOMPLETE"})
-ABORTED_MALFORMED: Outcomes = frozenset({"ABORTED/UPSTREAM_MALFORMED"})
-ABORTED_TIMEOUT: Outcomes = frozenset({"ABORTED/UPSTREAM_TIMEOUT"})
-ABORTED_ERROR: Outcomes = frozenset({"ABORTED/UPSTREAM_ERROR"})
-TOO_LARGE: Outcomes = frozenset({"RESOURCE_EXHAUSTED/ANSWER_TOO_LARGE"})
-
-BEFORE = (Phase.HEAD, Phase.FIRST)
-DURING = (Phase.REASONING, Phase.TEXT, Phase.TOOL)
-AFTER = (Phase.USAGE, Phase.DONE)
-IN_BODY = (Phase.FIRST, *DURING, Phase.FINISHED, *AFTER)
-ANYWHERE = (Phase.HEAD, *IN_BODY)
-
-
-@dataclass(frozen=True)
-class Allowed:
-    """The ends that the contract allows, by where the fault is; what is left out is allowed to be OK only.
-
-    `create` are those of CreateChatCompletion, if they differ: its one response is smaller than a stream.
-    """
-
-    before: Outcomes = OK
-    during: Outcomes = OK
-    finished: Outcomes = OK
-    whole: Outcomes = OK
-    create: Outcomes | None = None
-
-    def at(self, phase: Phase, *, create: bool = False) -> Outcomes:
-        """The ends that are allowed of a fault at this place."""
-        if create and self.create is not None:
-            return self.create
-        if phase in BEFORE:
-            return self.before
-        if phase in DURING:
-            return self.during
-        return self.finished if phase is Phase.FINISHED else self.whole
-
-
-BROKEN_OFF = Allowed(UNAVAILABLE, ABORTED_INCOMPLETE)
-"""The connection ends; after the finish reason that is the answer's true end."""
-NONSENSE = Allowed(MALFORMED, ABORTED_MALFORMED, ABORTED_MALFORMED)
-ENDLESS = Allowed(MALFORMED, ABORTED_MALFORMED, OK | ABORTED_MALFORMED)
-"""An event that does not end. After the finish reason the wait for the true end may be over before the event is too large."""
-SILENT = Allowed(TIMEOUT, ABORTED_TIMEOUT)
-"""After the finish reason a short wait for the true end replaces it."""
-UNFRAMED = Allowed(MALFORMED, ABORTED_MALFORMED | ABORTED_INCOMPLETE, OK | ABORTED_MALFORMED | ABORTED_INCOMPLETE)
-"""HTTP framing breaks. After the finish reason it may count as the end of the body, or as nonsense."""
-HARMLESS = Allowed()
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One thing that an upstream does wrong, or that merely looks wrong.
-
-    Attributes:
-        name: Unique.
-        phases: Where it can be.
-        change: What it does to the answer.
-        allowed: The ends that the contract allows.
-        says: Text of the upstream's that the failure's message must hold; empty for none.
-        said: What must have been received, if it ends OK: one of these; none if that is not certain.
-        provider: Which of the gateway's providers is asked: "short" has short time limits, "gone" does not listen.
-        most_bytes: The most that the gateway may let the upstream send.
-        alone: Whether it may do harm to calls beside it, so that it needs a gateway of its own. Then a second call follows,
-            which must receive its own answer.
-    """
-
-    name: str
-    phases: Sequence[Phase]
-    change: Change
-    allowed: Allowed
-    says: str = ""
-    said: Sequence[Said] = (Said(),)
-    provider: str = "lab"
-    most_bytes: int = 1_000_000
-    alone: bool = False
 
 
 def _no_calls(said: str, thought: str = "Let me think.") -> Said:
@@ -263,7 +194,7 @@ def _error_events() -> list[Fault]:
 
 
 def _reported(before: Outcomes) -> Allowed:
-    """The ends after an error event; one of unknown form may count as nonsense."""
+    """The ends after an error event; one of unknown form may count as invalid."""
     during = ABORTED_ERROR | ABORTED_MALFORMED if before >= MALFORMED else ABORTED_ERROR
     return Allowed(before, during, during)
 
@@ -306,46 +237,46 @@ CONNECTION = (
 
 NOT_A_STREAM = (
     Fault(
-        "html", (Phase.HEAD,), instead(Send(response("200 OK", b"<html>hi</html>", content_type="text/html"))), NONSENSE
+        "html", (Phase.HEAD,), instead(Send(response("200 OK", b"<html>hi</html>", content_type="text/html"))), INVALID
     ),
     Fault(
         "json",
         (Phase.HEAD,),
         instead(Send(response("200 OK", json.dumps({"id": "c", "choices": []}).encode()))),
-        NONSENSE,
+        INVALID,
     ),
-    Fault("json-array", (Phase.HEAD,), instead(Send(response("200 OK", b"[1,2]"))), NONSENSE),
+    Fault("json-array", (Phase.HEAD,), instead(Send(response("200 OK", b"[1,2]"))), INVALID),
     Fault(
         "html-as-stream",
         (Phase.FIRST,),
         then(Send(framed(b"<html>\n\n<body>hi</body>\n\n</html>\n")), Send(END)),
         Allowed(MALFORMED | UNAVAILABLE),
     ),
-    Fault("not-http-ssh", (Phase.HEAD,), instead(Send(b"SSH-2.0-OpenSSH_9.2p1\r\n"), Close()), NONSENSE),
+    Fault("not-http-ssh", (Phase.HEAD,), instead(Send(b"SSH-2.0-OpenSSH_9.2p1\r\n"), Close()), INVALID),
     Fault(
         "not-http-tls",
         (Phase.HEAD,),
         instead(Send(b"\x15\x03\x01\x00\x02\x02\x46"), Close()),
         Allowed(MALFORMED | MISCONFIGURED),
     ),
-    Fault("not-http-kept-open", (Phase.HEAD,), instead(Send(b"220 smtp.example.com ESMTP\r\n"), Stall()), NONSENSE),
-    Fault("bad-status-line", (Phase.HEAD,), instead(Send(b"HTTP/1.1 abc OK\r\n\r\n"), Close()), NONSENSE),
+    Fault("not-http-kept-open", (Phase.HEAD,), instead(Send(b"220 smtp.example.com ESMTP\r\n"), Stall()), INVALID),
+    Fault("bad-status-line", (Phase.HEAD,), instead(Send(b"HTTP/1.1 abc OK\r\n\r\n"), Close()), INVALID),
     Fault(
-        "bad-header-line", (Phase.HEAD,), instead(Send(b"HTTP/1.1 200 OK\r\nno colon here\r\n\r\n"), Close()), NONSENSE
+        "bad-header-line", (Phase.HEAD,), instead(Send(b"HTTP/1.1 200 OK\r\nno colon here\r\n\r\n"), Close()), INVALID
     ),
-    Fault("bad-header-name", (Phase.HEAD,), instead(Send(b"HTTP/1.1 200 OK\r\nx y: z\r\n\r\n"), Close()), NONSENSE),
-    Fault("nul-in-header", (Phase.HEAD,), instead(Send(b"HTTP/1.1 200 OK\r\nx: a\0b\r\n\r\n"), Close()), NONSENSE),
+    Fault("bad-header-name", (Phase.HEAD,), instead(Send(b"HTTP/1.1 200 OK\r\nx y: z\r\n\r\n"), Close()), INVALID),
+    Fault("nul-in-header", (Phase.HEAD,), instead(Send(b"HTTP/1.1 200 OK\r\nx: a\0b\r\n\r\n"), Close()), INVALID),
     Fault(
         "huge-header",
         (Phase.HEAD,),
         instead(Send(b"HTTP/1.1 200 OK\r\nx: "), Flood(b"x" * 16384, limit=20_000_000)),
-        NONSENSE,
+        INVALID,
     ),
     Fault(
         "too-many-headers",
         (Phase.HEAD,),
         instead(Send(b"HTTP/1.1 200 OK\r\n"), Flood(b"x: y\r\n" * 1000, limit=20_000_000)),
-        NONSENSE,
+        INVALID,
     ),
     Fault(
         "gzip",
@@ -355,13 +286,13 @@ NOT_A_STREAM = (
             Send(gzip.compress(b"".join(events_of()))),
             Close(),
         ),
-        NONSENSE,
+        INVALID,
     ),
     Fault(
         "gzip-in-name-only",
         (Phase.HEAD,),
         head(f"HTTP/1.1 200 OK\n{_STREAM}\ncontent-encoding: gzip\nconnection: close"),
-        NONSENSE,
+        INVALID,
     ),
     Fault(
         "early-hints", (Phase.HEAD,), instead(Send(b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n"), *WHOLE), HARMLESS
@@ -369,11 +300,11 @@ NOT_A_STREAM = (
 )
 
 CONTENT = (
-    Fault("garbage-json", IN_BODY, insert(b"{not json"), NONSENSE),
-    Fault("garbage-bytes", IN_BODY, insert(bytes([0, 255, 254, 128, 7])), NONSENSE),
-    Fault("garbage-list", IN_BODY, insert(b"[1, 2, 3]"), NONSENSE),
-    Fault("garbage-choices", IN_BODY, insert(b'{"choices": 5}'), NONSENSE),
-    Fault("garbage-nested", IN_BODY, insert(b'{"choices":' + b"[" * 100_000), NONSENSE),
+    Fault("garbage-json", IN_BODY, insert(b"{not json"), INVALID),
+    Fault("garbage-bytes", IN_BODY, insert(bytes([0, 255, 254, 128, 7])), INVALID),
+    Fault("garbage-list", IN_BODY, insert(b"[1, 2, 3]"), INVALID),
+    Fault("garbage-choices", IN_BODY, insert(b'{"choices": 5}'), INVALID),
+    Fault("garbage-nested", IN_BODY, insert(b'{"choices":' + b"[" * 100_000), INVALID),
     Fault("unknown-lines", IN_BODY, insert_bytes(b"retry: 10\nid: 7\nwhat is this\n\n"), HARMLESS),
     Fault("endless-line", IN_BODY, then(Flood(framed(b"x" * 65536))), ENDLESS, most_bytes=24_000_000),
     Fault(
@@ -684,7 +615,7 @@ FRAMING = (
             f"content-length-{name}",
             (Phase.HEAD,),
             followed(head(f"HTTP/1.1 200 OK\n{_STREAM}\n{lines}"), Close()),
-            NONSENSE,
+            INVALID,
         )
         for name, lines in {
             "text": "content-length: many",

@@ -27,7 +27,8 @@ from deltawire_server.settings import (
     Settings,
     StreamSettings,
 )
-from tests.faults.faults import FAULTS, OK
+from tests.faults.fault import OK
+from tests.faults.faults import FAULTS
 from tests.faults.script import PLACES, WHOLE, Phase, Said, Shape, phase_after
 from tests.faults.upstream import MODEL, Plan, Upstream
 from tests.support import fields
@@ -37,7 +38,7 @@ from tests.support.gateway import Running, ask, running, tool, until
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 
-    from tests.faults.faults import Fault
+    from tests.faults.fault import Fault
     from tests.support.fields import Response
 
 LONG_LIMIT_SECONDS = 60.0
@@ -202,7 +203,7 @@ class Lab:
             seen = await self.call(Plan(WHOLE), kind)
             assert seen.outcome == "OK", seen
             assert not seen.broken, seen.broken
-        # What has ended is gone after a few iterations. The connections stay for now: none of them closes meanwhile.
+        # Ended tasks are removed after a few iterations. Connections stay open meanwhile.
         measured = []
         for _ in range(50):
             await asyncio.sleep(0)

@@ -14,19 +14,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tests.faults.faults import (
+from tests.faults.fault import (
     ABORTED_ERROR,
     ABORTED_INCOMPLETE,
     ABORTED_MALFORMED,
     ABORTED_TIMEOUT,
     FAILED,
     MALFORMED,
-    MARK,
     OK,
     REJECTED,
     TIMEOUT,
     UNAVAILABLE,
 )
+from tests.faults.faults import MARK
 from tests.faults.lab import HANG_SECONDS, HEARTBEAT_SECONDS, LONG_LIMIT_SECONDS, TAIL_SECONDS, CallKind, Result
 from tests.faults.script import HEAD, PLACES, Phase, event, events_of, framed, text
 from tests.faults.upstream import Close, Gate, Plan, Reset, Send, response
@@ -34,7 +34,7 @@ from tests.faults.upstream import Close, Gate, Plan, Reset, Send, response
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from tests.faults.faults import Outcomes
+    from tests.faults.fault import Outcomes
     from tests.faults.lab import Lab, Seen
     from tests.faults.upstream import Step
 

@@ -1,1 +1,1 @@
-"""Several gateways on one database, as processes: what one does, the others know, also when one of them is killed."""
+"""Several gateway processes on one database: each sees the changes of the others, even if one of them is killed."""

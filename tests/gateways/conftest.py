@@ -1,4 +1,4 @@
-"""A database that gateways share, a vLLM look-alike, and gateways as processes."""
+"""A database that gateways share, a fake vLLM, and gateways as processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from deltawire_server.fake_vllm import FakeVllm
 from tests.gateways.support import SERVED, Gateway, connected
-from tests.support.run import GatewayProcess
+from tests.support.gateway_process import GatewayProcess
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class StartGateways(Protocol):
-    """Runs gateways on the test's `database_url` before the test's `vllm`, until the test is over."""
+    """Runs gateways on the test's `database_url` in front of the test's `vllm` until the end of the test."""
 
     async def __call__(self, *names: str) -> list[Gateway]: ...
 
@@ -37,15 +37,15 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 async def vllm() -> AsyncIterator[FakeVllm]:
-    """A vLLM look-alike that serves several models."""
+    """A fake vLLM that serves several models."""
     async with FakeVllm(models=SERVED) as vllm:
         yield vllm
 
 
 @pytest.fixture
 async def start_gateways(database_url: str, vllm: FakeVllm, tmp_path: Path) -> AsyncIterator[StartGateways]:
-    """Gateways each listen on a socket of their own name, so that one that starts again has its old address."""
-    # What the developer's own shell says about some other gateway must not get in.
+    """Each gateway listens on a socket with its name, so that its address stays the same after a restart."""
+    # Settings of another gateway in the developer's shell must not apply.
     foreign = {name: "" for name in os.environ if name.startswith(("DELTAWIRE_", "VLLM_"))}
     async with contextlib.AsyncExitStack() as stack:
 
@@ -58,7 +58,7 @@ async def start_gateways(database_url: str, vllm: FakeVllm, tmp_path: Path) -> A
             processes = [process(name) for name in names]
             for each in processes:
                 stack.push_async_callback(asyncio.to_thread, each.stop)
-            # At once, as after a deployment: who finds no tables makes them.
+            # At once, as after a deployment: the first gateway creates the tables.
             await asyncio.gather(*(asyncio.to_thread(each.start) for each in processes))
             return [await stack.enter_async_context(connected(each)) for each in processes]
 

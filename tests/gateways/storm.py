@@ -1,8 +1,8 @@
-"""Writes by many at once on several gateways, and a judge who says of each whether what came of it was right.
+"""Concurrent writes on several gateways, and a checker of their results.
 
-The judge needs no luck and no order in time: the database's own record of changes says what the registry was after each of
-them, and each call lies between some of them. What a call was told has to be true at one of these moments; and each change
-has to be what some call asked for.
+The checker does not depend on the order in time: the database's change log has the registry after each change, and each call
+runs between some of the changes. The result of a call must be correct at one of these moments, and each change must be what
+some call requested.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from deltawire_server.registry.model import Model
     from deltawire_server.registry.store import Change
     from tests.gateways.support import Gateway
-    from tests.support.run import GatewayProcess
+    from tests.support.gateway_process import GatewayProcess
 
 AT_ONCE = 32
 """Calls under way at any time."""
@@ -48,18 +48,18 @@ SCOPED = {f"vllm/{name}": name for name in SERVED}
 
 @dataclass
 class Call:
-    """A write, and what came of it.
+    """A write and its result.
 
     Attributes:
-        kind: What it asks for: ADDED is a registration, MODIFIED an update, REMOVED a removal.
+        kind: ADDED is a registration, MODIFIED an update, REMOVED a removal.
         name: The id or alias that it names.
-        changes: The fields that are asked for.
+        changes: The fields that it sets.
         etag: The condition; empty for none.
-        started: When, on this process's clock.
-        ended: When.
-        model: What came back, if it went well; only a name after a removal.
-        reason: Why it failed, empty if it did not, or if nobody said: then it may have been done or not.
-        message: Beside it, for whoever reads a failed test.
+        started: The start, on the clock of this process.
+        ended: The end.
+        model: The returned model after a success; only its name after a removal.
+        reason: The reason of its failure; empty after a success, and if the result is unknown.
+        message: The message of the failure, for the output of a failed test.
     """
 
     kind: ChangeKind
@@ -74,12 +74,12 @@ class Call:
 
     @property
     def unknown(self) -> bool:
-        """Whether nobody knows if it was done: the connection was lost."""
+        """Whether the result is unknown, because the connection was lost."""
         return self.model is None and not self.reason
 
 
 class Storm:
-    """Makes random calls, each at one of the gateways.
+    """Sends random calls, each to one of the gateways.
 
     Args:
         gateways: On one database.
@@ -100,8 +100,8 @@ class Storm:
         self._there: set[str] = set()
         self._more = asyncio.Event()
 
-    async def blow(self, count: int) -> None:
-        """Make this many calls, `AT_ONCE` at a time."""
+    async def run(self, count: int) -> None:
+        """Send this many calls, `AT_ONCE` at a time."""
         slots = asyncio.Semaphore(AT_ONCE)
 
         async def one() -> None:
@@ -133,7 +133,7 @@ class Storm:
             }
             return Call(kind, name, changes)
         name = draw.choice((*sorted(self._there), *NAMES[::4]))
-        # One that is up to date, one that was so once, one that never was, or none.
+        # A current etag, an old one, an unknown one, or none.
         etag = draw.choice(["", "", "r0", *self._etags.get(name, ())[-3:]])
         if kind is ChangeKind.REMOVED:
             return Call(kind, name, etag=etag)
@@ -179,8 +179,8 @@ async def _send(gateway: Gateway, call: Call) -> pb.Model:
     return pb.Model(id=call.name)
 
 
-class Judge:
-    """Says whether what came of each call was right.
+class Checker:
+    """Checks the result of each call and the cause of each change.
 
     Args:
         first: The revision before all calls, when nothing was registered.
@@ -196,7 +196,7 @@ class Judge:
         self._owners: list[dict[str, Model]] = [{}]
         for change in changes:
             self._owners.append(_after(self._owners[-1], change))
-        # A revision is there from some moment of its own call on, and was there when any call that was told it ended.
+        # A revision is created during its own call, and before the end of any call that returned it.
         self._begun: dict[int, float] = {}
         self._known: dict[int, float] = {}
         for call in calls:
@@ -206,13 +206,13 @@ class Judge:
                 self._known[revision] = min(call.ended, self._known.get(revision, call.ended))
         for call in calls:
             if call.unknown:
-                # It may have made any change of its kind, and then before anybody was told of it.
+                # It may have made any change of its kind, before another call returned the change.
                 for change in changes:
                     if change.kind is call.kind and change.revision in self._begun:
                         self._begun[change.revision] = min(call.started, self._begun[change.revision])
 
     def check(self) -> None:
-        """Judge every call and every change.
+        """Check every call and every change.
 
         Raises:
             AssertionError: One of them was wrong.
@@ -221,7 +221,7 @@ class Judge:
             if not call.unknown:
                 assert any(self._right(call, revision) for revision in self._while(call)), f"not right: {call}"
         for change in self._changes.values():
-            assert any(self._made(call, change) for call in self._calls), f"nobody asked for {change}"
+            assert any(self._made(call, change) for call in self._calls), f"no call requested {change}"
 
     def _while(self, call: Call) -> range:
         """The revisions that may have been the last one at some moment of a call."""
@@ -233,7 +233,7 @@ class Judge:
         return self._owners[revision - self._first]
 
     def _right(self, call: Call, revision: int) -> bool:
-        """Whether a call was told what was right after this revision."""
+        """Whether the result of a call is correct after this revision."""
         names = self._names(revision)
         owner = names.get(call.name)
         if call.reason in {"MODEL_NOT_FOUND", "MODEL_DISCOVERED"}:
@@ -281,15 +281,17 @@ class Judge:
         else:
             owner = before.get(call.name)
             named = owner is not None and owner.id == change.model_id and call.etag in ("", owner.etag)
-        told = call.unknown or call.kind is ChangeKind.REMOVED or (call.model or pb.Model()).etag == change.model.etag
-        return named and told and (call.kind is ChangeKind.REMOVED or _as_asked(change.model, call))
+        etag_matches = (
+            call.unknown or call.kind is ChangeKind.REMOVED or (call.model or pb.Model()).etag == change.model.etag
+        )
+        return named and etag_matches and (call.kind is ChangeKind.REMOVED or _as_asked(change.model, call))
 
 
 def _after(names: dict[str, Model], change: Change) -> dict[str, Model]:
-    """Who has which name after a change.
+    """The model of each name after a change.
 
     Raises:
-        AssertionError: The change does not go with what was before.
+        AssertionError: The change is impossible after the previous ones.
     """
     assert change.model is not None
     rest = {name: model for name, model in names.items() if model.id != change.model_id}
@@ -312,7 +314,7 @@ def _names_of(call: Call) -> Iterable[str]:
 
 
 def _as_asked(model: Model, call: Call) -> bool:
-    """Whether a model is what a call asked for."""
+    """Whether a model has the fields that a call set."""
     return all(_plain(getattr(model, each)) == _plain(value) for each, value in call.changes.items())
 
 
@@ -322,21 +324,21 @@ def _plain(value: object) -> object:
 
 
 async def last_revision(database_url: str) -> int:
-    """That of the last change in the database."""
+    """The revision of the last change in the database."""
     async with _open(database_url) as store:
         revision, _ = await store.load()
     return revision
 
 
 async def in_database(database_url: str) -> dict[str, pb.Model]:
-    """What the database has, by id, as it is listed while the provider serves all of it."""
+    """The models of the database by id, as listed while the provider serves all of them."""
     async with _open(database_url) as store:
         _, models = await store.load()
     return {model.id: model_message(replace(model, state=ModelState.SERVING)) for model in models}
 
 
 async def changes_after(database_url: str, revision: int) -> list[Change]:
-    """The database's record of what has changed."""
+    """The change log of the database."""
     async with _open(database_url) as store:
         changes: list[Change] = []
         while page := await store.changes_after(revision + len(changes)):

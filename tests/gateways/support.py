@@ -1,4 +1,4 @@
-"""What the tests of several gateways share: calls to one of them, and what is seen of its models."""
+"""Shared by the tests of several gateways: calls to a gateway, and watches of its models."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
 
     from deltawire.v1.model_registry_pb2_grpc import ModelRegistryAsyncStub
-    from tests.support.run import GatewayProcess
+    from tests.support.gateway_process import GatewayProcess
 
 SERVED = ("llama", "qwen", "mistral", "phi")
-"""What the vLLM look-alike serves."""
+"""The models of the fake vLLM."""
 
 Seen = tuple[str, str, str]
-"""A change, as it is compared: what happened, the id, and the etag, which is empty for a discovered model."""
+"""A change for comparison: its kind, the id, and the etag, which is empty for a discovered model."""
 
 
 @dataclass(frozen=True)
 class Gateway:
-    """One gateway, which can be called in both ways: past the client, and by it."""
+    """A gateway process, with a stub and a client."""
 
     process: GatewayProcess
     stub: ModelRegistryAsyncStub
@@ -43,7 +43,7 @@ class Gateway:
 
 @asynccontextmanager
 async def connected(process: GatewayProcess) -> AsyncIterator[Gateway]:
-    """Connect to a gateway that serves, once it has heard from its provider: no model's state changes by that any more."""
+    """Connect to a serving gateway, and wait for the first listing of its provider, which changes the states of models."""
     async with aio.insecure_channel(process.address) as channel, AsyncClient(process.address) as client:
         gateway = Gateway(process, ModelRegistryStub(channel), client)
         # One that was killed and is back is not tried again at once by channels that share its address.
@@ -54,11 +54,11 @@ async def connected(process: GatewayProcess) -> AsyncIterator[Gateway]:
 
 @dataclass
 class Folded:
-    """The models as a watch tells them, each step held to the rules that make it one.
+    """The models according to a watch; each event is checked against the events before it.
 
     Attributes:
-        models: By id, as of the last step.
-        changes: What was told after the snapshot, in order.
+        models: By id, after the last event.
+        changes: The changes after the snapshot, in order.
     """
 
     models: dict[str, pb.Model] = field(default_factory=dict)
@@ -67,13 +67,13 @@ class Folded:
     _more: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait until what was told fulfils a condition."""
+        """Wait until the received events fulfill a condition."""
         async with asyncio.timeout(WAIT):
             while not condition():
                 self._more.clear()
                 await self._more.wait()
 
-    async def until_told(self, model_id: str, etag: str = "") -> pb.Model:
+    async def until_present(self, model_id: str, etag: str = "") -> pb.Model:
         """Wait until there is a model of this id, with this etag if one is given."""
         await self.until(lambda: model_id in self.models and etag in ("", self.models[model_id].etag))
         return self.models[model_id]
@@ -82,20 +82,20 @@ class Folded:
         """Wait until there is a model of this id in this state."""
         await self.until(lambda: model_id in self.models and self.models[model_id].state == state)
 
-    async def until_gone(self, model_id: str) -> None:
+    async def until_removed(self, model_id: str) -> None:
         """Wait until there is no model of this id."""
         await self.until(lambda: model_id not in self.models)
 
     def bookmark(self) -> None:
-        """Take note of a bookmark."""
+        """Take a bookmark."""
         self.complete = True
         self._more.set()
 
     def change(self, change: str, model: pb.Model) -> None:
-        """Take a step that changes something.
+        """Take a change.
 
         Raises:
-            AssertionError: It does not follow from the steps before it: one was lost, doubled or out of order.
+            AssertionError: It contradicts the events before it: one was lost, repeated or reordered.
         """
         before = self.models.get(model.id)
         if change == "ADDED":
@@ -103,11 +103,11 @@ class Folded:
             self.models[model.id] = model
         elif change == "MODIFIED":
             assert before is not None, f"{model.id} was never added"
-            assert before != model, f"{model.id} is told to be different and is not"
+            assert before != model, f"{model.id} is modified without a difference"
             self.models[model.id] = model
         else:
             assert change == "REMOVED"
-            assert before == model, f"{model.id} was removed as something that it was not"
+            assert before == model, f"{model.id} was removed with other contents"
             del self.models[model.id]
         if self.complete:
             self.changes.append((change, model.id, model.etag))
@@ -116,7 +116,7 @@ class Folded:
 
 @asynccontextmanager
 async def following(follow: Callable[[Folded], Coroutine[Any, Any, None]]) -> AsyncIterator[Folded]:
-    """Watch until this is left; from the snapshot's end on. What goes wrong in the watch fails whoever waits."""
+    """Watch from the end of the snapshot to the end of the block; an error of the watch fails `until`."""
     folded = Folded()
     async with asyncio.TaskGroup() as group:
         task = group.create_task(follow(folded))
@@ -126,7 +126,7 @@ async def following(follow: Callable[[Folded], Coroutine[Any, Any, None]]) -> As
 
 
 def raw_watch(stub: ModelRegistryAsyncStub) -> Callable[[Folded], Coroutine[Any, Any, None]]:
-    """A watch past the client, whose revisions are held to be the next ones: nothing is left out, nothing told twice."""
+    """A watch through the stub; its revisions must be consecutive."""
 
     async def follow(folded: Folded) -> None:
         last = ""
@@ -150,7 +150,7 @@ def _next(revision: str) -> str:
 
 
 def client_watch(client: AsyncClient) -> Callable[[Folded], Coroutine[Any, Any, None]]:
-    """A watch by the client, which goes on by itself when the gateway does not."""
+    """A watch of the client, which resumes by itself after a restart of the gateway."""
 
     async def follow(folded: Folded) -> None:
         async with client.models.watch() as watch:
@@ -164,5 +164,5 @@ def client_watch(client: AsyncClient) -> Callable[[Folded], Coroutine[Any, Any, 
 
 
 def registered(models: dict[str, pb.Model]) -> dict[str, pb.Model]:
-    """Those that were registered."""
+    """The registered models."""
     return {each: model for each, model in models.items() if model.source == ModelSource.MODEL_SOURCE_REGISTERED}

@@ -1,4 +1,4 @@
-"""What is registered at one gateway is there at the other, well within a second."""
+"""A registration at one gateway is visible at the other within a second."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
 
 async def test_a_change_reaches_the_other_gateway(start_gateways: StartGateways) -> None:
-    """It is announced there, and true there from then on: called, called by a new name, gone."""
+    """The other gateway's watch reports a registration, an update and a removal, and its calls resolve accordingly."""
     one, two = await start_gateways("one", "two")
     async with following(client_watch(two.client)) as watch:
         model = await one.client.models.register("mine", provider_model_id="llama")
-        assert await watch.until_told(model.id) == model
+        assert await watch.until_present(model.id) == model
         answer = await two.client.chat.create("hi", model="mine")
         assert (answer.started.model, answer.started.alias) == ("mine", "")
 
         changed = await one.client.models.update(model, aliases=["other"])
-        assert await watch.until_told(model.id, changed.etag) == changed
+        assert await watch.until_present(model.id, changed.etag) == changed
         answer = await two.client.chat.create("hi", model="other")
         assert (answer.started.model, answer.started.alias) == ("mine", "other")
 
         await one.client.models.unregister("other")
-        await watch.until_gone(model.id)
+        await watch.until_removed(model.id)
         with pytest.raises(ModelNotFoundError):
             await two.client.chat.create("hi", model="mine")

@@ -1,4 +1,4 @@
-"""Registrations, updates and removals from all sides at once: nothing is lost, doubled, reordered or half done."""
+"""Concurrent registrations, updates and removals: none is lost, repeated, reordered or partial."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from deltawire_server.registry.store import ChangeKind
-from tests.gateways.storm import Judge, Storm, changes_after, in_database, last_revision
+from tests.gateways.storm import Checker, Storm, changes_after, in_database, last_revision
 from tests.gateways.support import SERVED, client_watch, following, raw_watch, registered
 
 if TYPE_CHECKING:
     from tests.gateways.conftest import StartGateways
 
 LAST = "the-last"
-"""Registered when all else is done: a watch that has told of it has told everything."""
+"""Registered last: a watch that has reported it has reported every change."""
 
 
 COUNT = 1000
 
 
-async def test_all_agree_after_a_storm(start_gateways: StartGateways, database_url: str) -> None:
-    """Two gateways, a thousand writes at both, for names that are other models' and with etags that are old.
+async def test_gateways_agree_after_concurrent_writes(start_gateways: StartGateways, database_url: str) -> None:
+    """Two gateways get a thousand writes, some with names of other models and with old etags.
 
-    Every call is told what was true at some moment while it was under way, and every change is what a call asked for: one
-    that was refused has left nothing. Every watch tells every change once and in one order, the same at both gateways, and
-    what it tells adds up to what both gateways list, which is what the database has.
+    The result of every call is correct at some moment during the call, and every change was requested by a call; a refused call
+    changes nothing. Every watch reports every change once, in the same order at both gateways, and its models are those that both
+    gateways list and the database has.
     """
     one, two = await start_gateways("one", "two")
     first = await last_revision(database_url)
@@ -35,17 +35,17 @@ async def test_all_agree_after_a_storm(start_gateways: StartGateways, database_u
         following(client_watch(one.client)) as client_one,
         following(client_watch(two.client)) as client_two,
     ):
-        await storm.blow(COUNT)
+        await storm.run(COUNT)
         watches = (raw_one, raw_two, client_one, client_two)
         last = await one.client.models.register(LAST, provider_model_id=SERVED[0])
-        # Not the registration itself, after which what it leads to may be told to be gone.
+        # Not the registration itself, after which its target may be reported as removed.
         last = await one.client.models.update(last, aliases=["the-end"])
         for watch in watches:
-            await watch.until_told(LAST, last.etag)
+            await watch.until_present(LAST, last.etag)
     *changes, _, _ = history = await changes_after(database_url, first)
 
     assert not any(call.unknown for call in storm.calls)
-    Judge(first, changes, storm.calls).check()
+    Checker(first, changes, storm.calls).check()
     # All of it was tried: else this would prove little.
     ends = Counter(call.reason for call in storm.calls)
     assert all(ends[each] > COUNT / 50 for each in ("", "MODEL_ALREADY_EXISTS", "MODEL_NOT_FOUND", "ETAG_MISMATCH"))

@@ -1,4 +1,4 @@
-"""A vLLM that stops, starts, and comes back with another model: watchers are told as it happens."""
+"""A vLLM stops, starts, and restarts with another model: watches report each change."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 SERVING = ModelState.MODEL_STATE_SERVING
 UNAVAILABLE = ModelState.MODEL_STATE_UNAVAILABLE
 NEVER = 3600.0
-"""Seconds between two listings, of which no test sees the second."""
+"""Seconds between two listings; no test waits for the second one."""
 
 
 @asynccontextmanager
 async def vllm_serving(model: str, port: int) -> AsyncIterator[None]:
-    """The look-alike as a process of its own, until this is left."""
+    """The fake vLLM in its own process, until the end of the block."""
     command = (sys.executable, "-m", "deltawire_server.fake_vllm", "--port", str(port), "--model", model)
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     try:
@@ -39,8 +39,8 @@ async def vllm_serving(model: str, port: int) -> AsyncIterator[None]:
         await process.wait()
 
 
-async def test_a_vllm_that_comes_and_goes(start_gateway: StartGateway) -> None:
-    """Found, away, back, and back with another model, without anybody calling; a registered model outlives that."""
+async def test_a_vllm_that_restarts(start_gateway: StartGateway) -> None:
+    """Without any call, the models of a vLLM are listed, unavailable, available and replaced; a registered model remains."""
     port = free_port()
     provider = {"refresh_interval": 0.1}
     async with (
@@ -61,11 +61,11 @@ async def test_a_vllm_that_comes_and_goes(start_gateway: StartGateway) -> None:
             await watch.until_state("vllm/qwen", SERVING)
             assert watch.models["mine"].state == UNAVAILABLE
             await client.models.update("mine", provider_model_id="qwen")
-            await watch.until_gone("vllm/qwen")
+            await watch.until_removed("vllm/qwen")
             assert (await client.chat.create("hi", model="mine")).started.model == "mine"
     assert [(change, model_id) for change, model_id, _ in watch.changes] == [
         ("ADDED", "vllm/llama"),
-        # Whoever is registered stands for what it leads to.
+        # A registered model replaces its target in listings.
         ("ADDED", "mine"),
         ("REMOVED", "vllm/llama"),
         ("MODIFIED", "mine"),
@@ -77,8 +77,8 @@ async def test_a_vllm_that_comes_and_goes(start_gateway: StartGateway) -> None:
     ]
 
 
-async def test_a_call_notices_what_has_happened(start_gateway: StartGateway) -> None:
-    """Long before the provider's next turn: one call that fails is enough for all watchers to know."""
+async def test_a_failed_call_updates_the_states(start_gateway: StartGateway) -> None:
+    """One failed call updates the models of a provider for all watches, before its next listing."""
     port = free_port()
     provider = {"refresh_interval": NEVER}
     async with (
@@ -91,10 +91,10 @@ async def test_a_call_notices_what_has_happened(start_gateway: StartGateway) -> 
             watch = await stack.enter_async_context(following(client_watch(client)))
             assert watch.models["vllm/llama"].state == SERVING
         async with vllm_serving("qwen", port):
-            assert watch.models["vllm/llama"].state == SERVING  # nobody has looked
+            assert watch.models["vllm/llama"].state == SERVING  # no listing was made
             with pytest.raises(ModelNotFoundError):
                 await client.chat.create("hi", model="llama")
-            await watch.until_gone("vllm/llama")
+            await watch.until_removed("vllm/llama")
             await watch.until_state("vllm/qwen", SERVING)
         with pytest.raises(UpstreamUnavailableError):
             await client.chat.create("hi", model="qwen")

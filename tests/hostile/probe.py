@@ -71,7 +71,7 @@ async def _main(address: str) -> None:
         if checks.done():
             checks.result()
         print(f"{probe.worst():.6f}", flush=True)
-    # Without taking leave of the checks under way: the gateway may have gone before.
+    # Without waiting for running checks: the gateway may have exited.
     os._exit(0)
 
 

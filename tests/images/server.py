@@ -1,4 +1,4 @@
-"""A web server that says what it is told to, to the letter, and names that lead where they are told to."""
+"""A web server with scripted, verbatim responses, and scripted name resolution."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Answer:
 
     Attributes:
         raw: The bytes of head and body.
-        endless: Written after them again and again, for as long as somebody reads.
+        endless: Written after them repeatedly, as long as the client reads.
         hold: Whether the connection then stays open until the other side closes it.
     """
 

@@ -83,7 +83,7 @@ def test_other_schemes() -> None:
 @pytest.mark.parametrize("size", range(1, 7))
 @pytest.mark.parametrize("escaped", [False, True])
 def test_size(size: int, escaped: bool) -> None:
-    """Held to the byte, whatever the padding; base64 that is far above is not even decoded."""
+    """The limit is exact for every padding; base64 far above it is not decoded."""
     data = b"x" * size
     url = f"data:,{data.decode()}" if escaped else f"data:;base64,{base64.b64encode(data).decode()}"
     assert data_of(url, size) == data

@@ -47,7 +47,7 @@ SHORT = 0.2
 
 
 def at_home(ip: IPAddress) -> bool:
-    """In the place of the real judge: the only address that these tests take for public."""
+    """Replaces the check for public addresses: only this address is public in these tests."""
     return ip == ip_address(HOME)
 
 
@@ -95,7 +95,7 @@ async def refusal(images: Images, *urls: str) -> tuple[Violation, ...]:
 
 
 async def failure(images: Images, url: str, host: str = HOST) -> str:
-    """Why an image could not be fetched, as its caller is told."""
+    """The message for the caller of an image that cannot be fetched."""
     with pytest.raises(CallerError) as caught:
         await images.load(asking(url))
     assert caught.value.reason is Reason.IMAGE_UNAVAILABLE
@@ -192,7 +192,7 @@ async def test_what_a_server_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("target", ["/../a", "/a/%2e%2e/b", "/%E4", "//a", "/?", "/a?b?c", "/a%00"])
 async def test_the_target_is_sent_as_it_was_judged(target: str) -> None:
-    """Nobody normalises it once more."""
+    """The path is sent without further normalization."""
     async with web({target: ok(PNG)}) as server, images_of(server) as images:
         assert await loaded(images, f"http://{HOST}:{server.port}{target}") == (PICTURE,)
 
@@ -249,7 +249,7 @@ async def test_rebinding() -> None:
 
 
 async def test_rebinding_within_redirects() -> None:
-    """Each hop is looked up and judged anew, also at the same host."""
+    """Each redirect is resolved and checked, even to the same host."""
     names = Names({HOST: [[HOME], ["10.0.0.1"]]})
     async with web({"/": redirect("/b"), "/b": ok(PNG)}) as server, images_of(server, names=names) as images:
         assert await refusal(images, f"http://{HOST}:{server.port}/") == (Violation(field(0), MISLED),)
@@ -301,7 +301,7 @@ async def test_a_name_that_is_nowhere() -> None:
 
 
 async def test_the_operating_systems_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name is asked for with its last dot, so that no search list completes it; each address is told once."""
+    """A name is resolved with a final dot, so that no search list applies; each address is returned once."""
     asked: list[str] = []
 
     def getaddrinfo(host: str, _port: None, **_: int) -> list[tuple[int, int, int, str, tuple[str, int]]]:
@@ -332,7 +332,7 @@ async def test_names_are_looked_up_by_the_operating_system_by_default() -> None:
 
 
 async def test_hosts_that_are_not_allowed_are_not_even_looked_up() -> None:
-    """And every address is told at once."""
+    """Every address is returned at once."""
     names = Names({HOST: [[HOME]]})
     async with images_of(names=names, allowed_hosts=["a.example"], schemes=("https",)) as images:
         violations = await refusal(
@@ -497,7 +497,7 @@ FAILURES = {
 
 @pytest.mark.parametrize("name", FAILURES)
 async def test_answers_that_are_no_image(name: str) -> None:
-    """Each is told in a few words, none is read for longer than it has to be, and the connection is closed."""
+    """Each has a short message, is not read longer than necessary, and its connection is closed."""
     answer, said = FAILURES[name]
     assert (await failure_of(answer, max_image_bytes=100_000)).startswith(said)
 
@@ -505,7 +505,7 @@ async def test_answers_that_are_no_image(name: str) -> None:
 @pytest.mark.parametrize("name", NO_IMAGES)
 @pytest.mark.parametrize("declared", ["image/png", "image/svg+xml", "application/octet-stream"])
 async def test_bytes_decide_that_it_is_none(name: str, declared: str) -> None:
-    """Whatever the server declares; and what they are is not told, since they may be none of the caller's business."""
+    """The declared type has no effect; the message does not name the contents, which may be confidential."""
     said = await failure_of(ok(NO_IMAGES[name], f"Content-Type: {declared}"))
     assert said == "is not a PNG, JPEG, GIF, WebP or BMP file"
 
@@ -597,9 +597,9 @@ async def test_slow_names() -> None:
 
 
 async def test_nobody_listens() -> None:
-    """A refused connection is told without its address."""
+    """The message of a refused connection does not have its address."""
     with socket.socket() as reserved:
-        reserved.bind((HOME, 0))  # and nobody listens there
+        reserved.bind((HOME, 0))  # without listening
         port = reserved.getsockname()[1]
         async with images_of(allowed_hosts=[f"*:{port}"]) as images:
             assert await failure(images, f"http://{HOST}:{port}/") == "cannot be reached"
@@ -655,7 +655,7 @@ async def test_all_requests_together_fetch_so_many_at_once() -> None:
 
 
 async def test_certificates_are_verified(certificates: Certificates) -> None:
-    """For the name that was asked for, also though the connection goes to an address that was judged before."""
+    """The certificate is checked for the requested name, although the connection uses a checked address."""
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     tls.load_cert_chain(certificates.server, certificates.server_key)
     trusting = ssl.create_default_context(cafile=certificates.authority)
@@ -669,7 +669,7 @@ async def test_certificates_are_verified(certificates: Certificates) -> None:
 
 
 async def test_https_to_a_server_without_tls() -> None:
-    """Is told, and nothing is sent that could be read."""
+    """The failure is reported, and no data is sent in plaintext."""
     heard: list[bytes] = []
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -58,7 +58,7 @@ def test_hosts(rule: str, url: str, allowed: bool) -> None:
 
 
 def test_schemes() -> None:
-    """Only https, unless the operator says otherwise; told before the host, which may be a secret of the operator's."""
+    """Only https is allowed by default; the scheme is reported before the host, which may be confidential."""
     assert Policy("fetch", ["*"]).violation(web_address("http://a.example/")) == "must begin with https://"
     assert Policy("fetch").violation(web_address("http://a.example/")) == "must begin with https://"
     assert Policy("fetch", ["*"], BOTH).violation(web_address("http://a.example/")) is None

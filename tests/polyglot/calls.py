@@ -74,7 +74,7 @@ class Reply:
 async def ask(
     target: str, chat: ChatRequest, request_id: str | None = None, began: asyncio.Event | None = None
 ) -> Reply:
-    """Stream an answer with the Python client. It makes one attempt: retries that are seen are somebody else's.
+    """Stream an answer with the Python client. It makes one attempt: so any observed retry is that of a proxy.
 
     Args:
         target: Where.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 async def vllm() -> AsyncIterator[FakeVllm]:
-    """A vLLM that plays what it is told to."""
+    """A fake vLLM with scripted answers."""
     async with FakeVllm() as vllm:
         yield vllm
 

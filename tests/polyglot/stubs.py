@@ -111,7 +111,7 @@ def _vendor(program: Path) -> None:
 
 
 def workspace(folder: Path) -> None:
-    """Lay out what the README's commands read as it is in a clone, without linking to anything that they could change."""
+    """Copy the files that the README's commands read, in the layout of a clone, without links to files that they could change."""
     shutil.copytree(PROTOS, folder / "protos")
     descriptors = folder / "client" / "deltawire" / "v1" / DESCRIPTORS.name
     descriptors.parent.mkdir(parents=True)

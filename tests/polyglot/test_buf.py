@@ -1,4 +1,4 @@
-"""`buf curl`, a client in Go that knows of the API only what the gateway tells by reflection."""
+"""`buf curl`, a client in Go that gets the API only by reflection."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ async def test_two_choices_with_two_calls_each_have_the_same_events(
 
 async def test_an_unknown_model_is_not_found(target: str, tmp_path: Path) -> None:
     """The exit status is the gRPC code times eight, as buf has it; the error has the reason among its details."""
-    request = {"chat": {"model": "nobody", "messages": [{"user": {"content": [{"text": "hi"}]}}]}}
+    request = {"chat": {"model": "unknown", "messages": [{"user": {"text": "hi"}}]}}
     outcome = await curl(target, STREAM, home=tmp_path, data=request)
     assert outcome.status == 5 * 8
     assert outcome.out == ""

@@ -135,7 +135,7 @@ async def test_a_vllm_that_refuses_takes_its_gateway_out_for_a_while(
 ) -> None:
     """One gateway cannot reach its vLLM: every call is answered by the other, and Envoy ejects the first after five.
 
-    Its health stays SERVING, since the process is well: it is the failures that tell.
+    Its health stays SERVING, because the process is healthy; Envoy ejects it because of its failures.
     """
     async with (
         gateway(vllm, tmp_path) as (_, first),
@@ -239,12 +239,12 @@ async def test_a_draining_gateway_gets_no_new_calls_and_ends_its_streams(
             await drain
         assert len(vllm.chats) == 1
         assert await proxy.count("upstream_rq_retry") == 0
-        # Also once nobody listens there any more.
+        # Even after the port is closed.
         assert (await ask(proxy.target, chat_request())).answer
 
 
 async def test_a_gateway_that_dies(vllm: FakeVllm, other: FakeVllm, tmp_path: Path) -> None:
-    """Kill -9: a caller who has had nothing yet is served by the other gateway; one with half an answer is told so."""
+    """Kill -9: a caller who has had nothing yet is served by the other gateway; one with a partial answer gets an error."""
     gate = asyncio.Event()
     async with (
         gateway_process(vllm, tmp_path) as (process, first),

@@ -52,7 +52,7 @@ async def test_the_events_are_the_python_clients(vllm: FakeVllm, target: str, tm
 
 
 async def test_it_prints_text_and_tool_calls(vllm: FakeVllm, target: str, tmp_path: Path) -> None:
-    """What a person sees: the text, the call with its arguments to the letter, and that it may be executed."""
+    """What a person sees: the text, the call with its verbatim arguments, and that it may be executed."""
     vllm.play(Script.recording(TRANSCRIPTS / "tool-text-before.sse"))
     outcome = await chat(target, *tools_file("tool-text-before", tmp_path), home=tmp_path)
     assert outcome.status == 0, outcome.err

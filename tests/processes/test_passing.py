@@ -13,7 +13,7 @@ from google.rpc import status_pb2
 from grpc import aio
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
-from deltawire_server.errors import CODES, CallerError, Code, DeltawireError, GatewayError, Reason, Violation
+from deltawire_server.errors import CallerError, Code, DeltawireError, GatewayError, Reason, Violation
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
 from deltawire_server.processes.passing import CALLER, OWNER, _error_of
 from deltawire_server.rpc.status import MAX_MESSAGE, grpc_code, shorten, trailers_of
@@ -281,7 +281,7 @@ def test_an_error_survives_being_passed_on() -> None:
     """Its status, details and trailers are the same."""
     violations = [Violation("a.b", "is wrong" * 20), Violation("c", "too")]
     errors: list[DeltawireError] = [
-        *(GatewayError(reason, f"because of {reason.name}", metadata={"model": "m"}) for reason in CODES),
+        *(GatewayError(reason, f"because of {reason.name}", metadata={"model": "m"}) for reason in Reason),
         CallerError(Reason.INVALID_REQUEST, "x" * 2000, violations=violations),
         GatewayError(Reason.DRAINING, "é" * 2000, code=Code.ABORTED, retry_after=0.25, metadata={"a": "b" * 200}),
     ]

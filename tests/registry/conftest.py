@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 class Opener(Protocol):
-    """Opens a registry on the test's database, over other providers or another URL if given."""
+    """Opens a registry on the test's database, or with other providers, another URL or another time limit for locks."""
 
     def __call__(
-        self, *providers: FakeProvider, url: str | None = None
+        self, *providers: FakeProvider, url: str | None = None, busy_seconds: float | None = None
     ) -> AbstractAsyncContextManager[ModelRegistry]: ...
 
 
@@ -63,23 +63,23 @@ def beta() -> FakeProvider:
 
 @pytest.fixture
 def open_registry(url: str, alpha: FakeProvider, beta: FakeProvider) -> Opener:
-    """Opens a registry; listings are not kept, so that a test sees at once what it changes."""
+    """Opens a registry; listings are not cached, so that a test sees its changes at once."""
+    default_url = url
 
     @asynccontextmanager
-    async def opened(*providers: FakeProvider, url: str = url) -> AsyncIterator[ModelRegistry]:
-        # A server's connection alone can take a moment, on a busy machine.
-        busy_seconds = 0.2 if url.startswith("sqlite") else 5.0
-        registry = ModelRegistry(
-            Store(url, busy_seconds=busy_seconds), Providers(providers or (alpha, beta), listing_seconds=0.0)
-        )
+    async def opener(
+        *providers: FakeProvider, url: str | None = None, busy_seconds: float | None = None
+    ) -> AsyncIterator[ModelRegistry]:
+        url = url or default_url
+        # On a busy machine, connecting to a server alone can take longer.
+        busy_seconds = busy_seconds or (0.2 if url.startswith("sqlite") else 5.0)
+        store = Store(url, busy_seconds=busy_seconds)
+        registry = ModelRegistry(store, Providers(providers or (alpha, beta), listing_seconds=0.0))
         try:
             await registry.open()
             yield registry
         finally:
             await registry.close()
-
-    def opener(*providers: FakeProvider, url: str | None = None) -> AbstractAsyncContextManager[ModelRegistry]:
-        return opened(*providers) if url is None else opened(*providers, url=url)
 
     return opener
 

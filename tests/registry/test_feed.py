@@ -1,4 +1,4 @@
-"""The feed of changes: what each watcher gets, in which order, and how a watch ends."""
+"""The feed: the order of the steps of a watch, and how a watch ends."""
 
 from __future__ import annotations
 
@@ -24,19 +24,22 @@ ADDED, MODIFIED, REMOVED = ChangeKind.ADDED, ChangeKind.MODIFIED, ChangeKind.REM
 A, B, C, D = (Model(name, "p", name) for name in "abcd")
 
 
-def watch(feed: Feed, revision: str = "", there: Sequence[Model] = ()) -> AsyncGenerator[Step]:
-    """Watch a feed; a snapshot holds what is there."""
-    return feed.watch(lambda: there, ADDED, revision)
+def feed_of(*models: Model, removed_bytes: int = REMOVED_BYTES) -> Feed:
+    """A feed with these models."""
+    feed = Feed(removed_bytes=removed_bytes)
+    for model in models:
+        feed.publish(ADDED, model)
+    return feed
 
 
 async def take(steps: AsyncGenerator[Step], count: int) -> list[Step]:
-    """The next steps."""
+    """The next steps of a watch."""
     async with asyncio.timeout(WAIT):
         return [await anext(steps) for _ in range(count)]
 
 
 async def ended(steps: AsyncGenerator[Step]) -> tuple[list[Step], DeltawireError]:
-    """What still comes before a watch fails, and what it fails with."""
+    """The remaining steps of a watch that fails, and its error."""
     rest: list[Step] = []
     try:
         async with asyncio.timeout(WAIT):
@@ -52,9 +55,9 @@ def changes(steps: Sequence[Step]) -> list[tuple[ChangeKind | None, str]]:
 
 
 async def test_a_snapshot_a_bookmark_then_changes() -> None:
-    """The snapshot has no revisions, since it has to be seen whole; from the bookmark on each step has one of its own."""
-    feed = Feed()
-    async with aclosing(watch(feed, there=[A, B])) as steps:
+    """The steps of a snapshot have no revision, because it must be received completely; all later steps have one."""
+    feed = feed_of(A, B)
+    async with aclosing(feed.watch()) as steps:
         first = await take(steps, 3)
         assert first == [Step(ADDED, A, ""), Step(ADDED, B, ""), Step(None, None, feed.revision)]
         feed.publish(MODIFIED, A)
@@ -66,16 +69,16 @@ async def test_a_snapshot_a_bookmark_then_changes() -> None:
 
 
 async def test_an_empty_snapshot_is_a_bookmark() -> None:
-    """The watcher hears at once that there is nothing, and is not left to wonder."""
+    """A watcher learns at once that there are no models."""
     feed = Feed()
-    async with aclosing(watch(feed)) as steps:
+    async with aclosing(feed.watch()) as steps:
         assert await take(steps, 1) == [Step(None, None, feed.revision)]
 
 
 async def test_changes_during_a_snapshot_come_after_its_bookmark() -> None:
-    """Each once and none lost, however the snapshot and they overlap; the bookmark's state is the snapshot's."""
-    feed = Feed()
-    async with aclosing(watch(feed, there=[A, B])) as steps:
+    """Each change comes once; the bookmark has the revision of the snapshot."""
+    feed = feed_of(A, B)
+    async with aclosing(feed.watch()) as steps:
         before = feed.revision
         await take(steps, 1)
         feed.publish(REMOVED, A)
@@ -85,26 +88,23 @@ async def test_changes_during_a_snapshot_come_after_its_bookmark() -> None:
         assert await take(steps, 1) == [Step(None, None, before)]
         feed.publish(ADDED, D)
         assert changes(await take(steps, 4)) == [(REMOVED, "a"), (ADDED, "c"), (MODIFIED, "c"), (ADDED, "d")]
-    async with aclosing(watch(feed, before)) as again:
+    async with aclosing(feed.watch(before)) as again:
         assert changes(await take(again, 4)) == [(REMOVED, "a"), (ADDED, "c"), (MODIFIED, "c"), (ADDED, "d")]
 
 
 async def test_the_snapshot_is_taken_when_the_watch_begins() -> None:
-    """Not when it was asked for, and not model by model: what comes between is in it or after it, never both."""
-    feed = Feed()
-    there = [A]
-    steps = feed.watch(lambda: there, ADDED)
-    there.append(B)
+    """Changes before the first step are in the snapshot, later ones after it."""
+    feed = feed_of(A)
+    steps = feed.watch()
     feed.publish(ADDED, B)
     async with aclosing(steps):
         await take(steps, 1)
-        there.append(C)
         feed.publish(ADDED, C)
         assert changes(await take(steps, 3)) == [(ADDED, "b"), (None, ""), (ADDED, "c")]
 
 
-async def test_going_on_from_any_step_repeats_and_misses_nothing() -> None:
-    """What was missed, then a bookmark, then what comes; also if nothing was missed."""
+async def test_resuming_at_any_revision() -> None:
+    """The missed changes, then a bookmark; also if no change was missed."""
     feed = Feed()
     revisions = [feed.revision]
     told = [(ADDED, A), (MODIFIED, A), (ADDED, B)]
@@ -112,20 +112,20 @@ async def test_going_on_from_any_step_repeats_and_misses_nothing() -> None:
         feed.publish(kind, model)
         revisions.append(feed.revision)
     for place, revision in enumerate(revisions):
-        async with aclosing(watch(feed, revision, there=[A, B, C])) as steps:
+        async with aclosing(feed.watch(revision)) as steps:
             missed = [Step(kind, model, at) for (kind, model), at in zip(told, revisions[1:], strict=True)]
             assert await take(steps, len(told) - place) == missed[place:]
             assert await take(steps, 1) == [Step(None, None, feed.revision)]
 
 
-async def test_a_resumed_watch_has_its_bookmark_where_it_had_caught_up() -> None:
-    """Changes that come while it catches up follow the bookmark: under steady changes it would never come else."""
+async def test_a_resumed_watch_has_its_bookmark_after_the_changes_before_it_began() -> None:
+    """Later changes follow the bookmark; otherwise, frequent changes would delay it forever."""
     feed = Feed()
     start = feed.revision
     feed.publish(ADDED, A)
     feed.publish(ADDED, B)
     begun = feed.revision
-    async with aclosing(watch(feed, start)) as steps:
+    async with aclosing(feed.watch(start)) as steps:
         await take(steps, 1)
         feed.publish(ADDED, C)
         assert await take(steps, 3) == [
@@ -136,7 +136,7 @@ async def test_a_resumed_watch_has_its_bookmark_where_it_had_caught_up() -> None
 
 
 async def test_only_the_last_change_of_a_model_is_kept() -> None:
-    """Three hundred changes of one model are one entry, which a watcher that did not read gets; the others it gets as well."""
+    """Three hundred changes of one model are one entry; the entries of other models are kept."""
     feed = Feed(superseded_bytes=0)
     start = feed.revision
     feed.publish(ADDED, A)
@@ -146,22 +146,22 @@ async def test_only_the_last_change_of_a_model_is_kept() -> None:
     feed.publish(ADDED, C)
     assert feed.entries == 3
     last = replace(B, annotations={"turn": "299"})
-    async with aclosing(watch(feed, start)) as steps:
+    async with aclosing(feed.watch(start)) as steps:
         assert [(step.kind, step.model) for step in await take(steps, 4)] == [
             (ADDED, A),
             (MODIFIED, last),
             (ADDED, C),
             (None, None),
         ]
-    async with aclosing(watch(feed, between)) as steps:
+    async with aclosing(feed.watch(between)) as steps:
         assert changes(await take(steps, 3)) == [(MODIFIED, "b"), (ADDED, "c"), (None, "")]
 
 
-async def test_what_was_superseded_leaves_no_memory() -> None:
-    """Neither the models nor entries without them: the log is rewritten, and its places stay."""
+async def test_superseded_changes_use_no_memory() -> None:
+    """Dropped entries are removed from the log, and the places of the others do not change."""
     feed = Feed(superseded_bytes=0)
     models = [replace(A, annotations={"turn": str(number)}) for number in range(10_000)]
-    async with aclosing(watch(feed)) as steps:
+    async with aclosing(feed.watch()) as steps:
         await take(steps, 1)
         feed.publish(ADDED, B)
         for model in models:
@@ -174,7 +174,7 @@ async def test_what_was_superseded_leaves_no_memory() -> None:
 
 
 async def test_a_model_that_a_watcher_has_not_seen_is_added() -> None:
-    """Whatever became of it since it was added; one that the watcher has seen is modified."""
+    """A model that was added after the watcher's revision is ADDED, others are MODIFIED."""
     feed = Feed(superseded_bytes=0)
     start = feed.revision
     feed.publish(ADDED, A)
@@ -182,16 +182,16 @@ async def test_a_model_that_a_watcher_has_not_seen_is_added() -> None:
     feed.publish(ADDED, B)
     feed.publish(MODIFIED, A)
     feed.publish(MODIFIED, B)
-    async with aclosing(watch(feed, start)) as steps:
+    async with aclosing(feed.watch(start)) as steps:
         assert changes(await take(steps, 2)) == [(ADDED, "a"), (ADDED, "b")]
-    async with aclosing(watch(feed, seen)) as steps:
+    async with aclosing(feed.watch(seen)) as steps:
         assert changes(await take(steps, 2)) == [(MODIFIED, "a"), (ADDED, "b")]
     feed.publish(REMOVED, B)
-    async with aclosing(watch(feed, seen)) as steps:
+    async with aclosing(feed.watch(seen)) as steps:
         assert changes(await take(steps, 2)) == [(MODIFIED, "a"), (REMOVED, "b")]
     feed.publish(ADDED, B)
     feed.publish(MODIFIED, B)
-    async with aclosing(watch(feed, seen)) as steps:
+    async with aclosing(feed.watch(seen)) as steps:
         assert changes(await take(steps, 2)) == [(MODIFIED, "a"), (ADDED, "b")]
 
 
@@ -199,10 +199,10 @@ async def test_a_model_that_a_watcher_has_not_seen_is_added() -> None:
     st.lists(st.one_of(st.tuples(st.sampled_from("abc"), st.integers(0, 3)), st.integers(1, 4)), max_size=40),
     st.sampled_from([0, 1500, 1_000_000]),
 )
-async def test_whatever_is_merged_the_changes_add_up(actions: list[tuple[str, int] | int], superseded: int) -> None:
-    """A watcher that reads now and then, a few steps at a time, knows what there is in the end; what is modified it knew.
+async def test_steps_lead_to_the_current_models(actions: list[tuple[str, int] | int], superseded: int) -> None:
+    """A watcher that sometimes reads a few steps has the current models in the end; MODIFIED is always of a model that it has.
 
-    Where nothing was dropped, each change is also news to it.
+    If no entry was dropped, each step makes a difference.
     """
     feed = Feed(superseded_bytes=superseded)
     exact = superseded > 1500
@@ -212,7 +212,7 @@ async def test_whatever_is_merged_the_changes_add_up(actions: list[tuple[str, in
 
     async def read(count: int) -> None:
         nonlocal revision
-        async with aclosing(watch(feed, revision)) as steps:
+        async with aclosing(feed.watch(revision)) as steps:
             for _ in range(count):
                 (step,) = await take(steps, 1)
                 revision = step.revision
@@ -241,11 +241,11 @@ async def test_whatever_is_merged_the_changes_add_up(actions: list[tuple[str, in
     assert known == there
 
 
-async def test_a_provider_of_20000_models_that_goes_down_and_away_cuts_no_watcher() -> None:
-    """Every model changes, again and again, while a watcher reads nothing: it gets each once. Then all are removed."""
+async def test_changes_of_all_models_of_a_large_provider_end_no_watch() -> None:
+    """Every model changes several times while a watcher does not read: it receives each once. Then all are removed."""
     feed = Feed()
     models = [Model(f"vllm/organization/model-{number:05}", "vllm", f"model-{number:05}") for number in range(20_000)]
-    async with aclosing(watch(feed)) as steps:
+    async with aclosing(feed.watch()) as steps:
         await take(steps, 1)
         for kind in (ADDED, MODIFIED, MODIFIED):
             for model in models:
@@ -260,11 +260,11 @@ async def test_a_provider_of_20000_models_that_goes_down_and_away_cuts_no_watche
     assert feed._removed_size < REMOVED_BYTES
 
 
-async def test_superseded_changes_are_kept_by_their_memory() -> None:
-    """Three hundred updates of a model with many notes leave no more than the limit; watchers that read see each."""
+async def test_the_memory_of_superseded_changes_is_limited() -> None:
+    """Three hundred updates of a large model use no more than the limit; a watcher that reads receives each."""
     feed = Feed()
     notes = [replace(A, annotations={str(turn): chr(97 + turn % 26) * 65_000}) for turn in range(300)]
-    async with aclosing(watch(feed)) as steps:
+    async with aclosing(feed.watch()) as steps:
         await take(steps, 1)
         for model in notes:
             feed.publish(MODIFIED, model)
@@ -273,8 +273,8 @@ async def test_superseded_changes_are_kept_by_their_memory() -> None:
     assert feed.entries == SUPERSEDED_BYTES // 66_000 + 1
 
 
-async def test_removed_models_are_kept_by_their_memory() -> None:
-    """Up to the limit they can be missed; one more, and the oldest is forgotten: a watch from before it cannot go on."""
+async def test_the_memory_of_removed_models_is_limited() -> None:
+    """Above the limit, the oldest is dropped, and a watch cannot resume before it."""
     notes = {"k": "x" * 1000}
     feed = Feed(removed_bytes=4000)
     revisions = [feed.revision]
@@ -283,18 +283,18 @@ async def test_removed_models_are_kept_by_their_memory() -> None:
         revisions.append(feed.revision)
     kept = feed.entries
     assert kept in (2, 3)
-    async with aclosing(watch(feed, revisions[4 - kept])) as steps:
+    async with aclosing(feed.watch(revisions[4 - kept])) as steps:
         assert changes(await take(steps, kept)) == [(REMOVED, each) for each in "abcd"[4 - kept :]]
-    rest, failure = await ended(watch(feed, revisions[3 - kept]))
+    rest, failure = await ended(feed.watch(revisions[3 - kept]))
     assert (rest, failure.reason, failure.code) == ([], Reason.REVISION_GONE, Code.OUT_OF_RANGE)
     assert isinstance(failure, CallerError)
     assert "without a revision" in failure.message
 
 
-async def test_the_last_removed_model_is_kept_whatever_its_size() -> None:
-    """A watcher that reads is never cut."""
+async def test_the_last_removed_model_is_always_kept() -> None:
+    """So a watcher that reads each change is never ended."""
     feed = Feed(removed_bytes=1)
-    async with aclosing(watch(feed)) as steps:
+    async with aclosing(feed.watch()) as steps:
         await take(steps, 1)
         for model in (A, B, C):
             feed.publish(REMOVED, model)
@@ -319,25 +319,25 @@ async def test_the_last_removed_model_is_kept_whatever_its_size() -> None:
         pytest.param(lambda _: "-1", id="no epoch"),
     ],
 )
-async def test_a_revision_that_leads_nowhere(edit: Callable[[Feed], str]) -> None:
-    """Is gone, whatever it is, before any step; and nothing of it is repeated in the message."""
+async def test_an_invalid_revision(edit: Callable[[Feed], str]) -> None:
+    """The error is REVISION_GONE before any step, and does not repeat the revision."""
     feed = Feed()
     feed.publish(ADDED, A)
     revision = edit(feed)
-    rest, failure = await ended(watch(feed, revision))
+    rest, failure = await ended(feed.watch(revision))
     assert (rest, failure.reason) == ([], Reason.REVISION_GONE)
     assert revision not in failure.message
 
 
-async def test_two_processes_share_no_revision() -> None:
-    """Or one would go on in the midst of another's changes."""
+async def test_revisions_of_two_processes_differ() -> None:
+    """Otherwise a watch would resume between the changes of another process."""
     assert len({Feed().revision for _ in range(100)}) == 100
 
 
-async def test_a_watcher_that_misses_dropped_changes_is_cut_and_no_other() -> None:
-    """A watcher that takes nothing while very much is removed; one that takes each change loses none of them."""
+async def test_a_watcher_that_misses_dropped_changes_ends_and_no_other() -> None:
+    """A watcher that does not read while many models are removed is ended; one that reads each change is not."""
     feed = Feed(removed_bytes=1)
-    async with aclosing(watch(feed)) as slow, aclosing(watch(feed)) as quick:
+    async with aclosing(feed.watch()) as slow, aclosing(feed.watch()) as quick:
         await take(slow, 1)
         await take(quick, 1)
         for model in (A, B):
@@ -353,10 +353,10 @@ async def test_a_watcher_that_misses_dropped_changes_is_cut_and_no_other() -> No
         assert changes(await take(quick, 1)) == [(ADDED, "d")]
 
 
-async def test_who_misses_something_during_its_snapshot_still_gets_it_whole() -> None:
-    """And is cut after it: what it lacks then is not known any more."""
-    feed = Feed(removed_bytes=1)
-    async with aclosing(watch(feed, there=[A, B])) as steps:
+async def test_a_watcher_that_misses_changes_during_its_snapshot_receives_all_of_it() -> None:
+    """The watch ends after the snapshot."""
+    feed = feed_of(A, B, removed_bytes=1)
+    async with aclosing(feed.watch()) as steps:
         begun = feed.revision
         await take(steps, 1)
         feed.publish(REMOVED, C)
@@ -366,29 +366,29 @@ async def test_who_misses_something_during_its_snapshot_still_gets_it_whole() ->
     assert failure.reason is Reason.SLOW_WATCHER
 
 
-async def test_silence_is_told_by_bookmarks() -> None:
-    """One after each silence, all of the same revision since nothing changes; then the changes go on from there."""
+async def test_bookmarks_without_changes() -> None:
+    """One after each interval, with the same revision; later changes follow."""
     feed = Feed(bookmark_seconds=0.001)
-    async with aclosing(watch(feed)) as steps:
+    async with aclosing(feed.watch()) as steps:
         assert await take(steps, 3) == [Step(None, None, feed.revision)] * 3
         feed.publish(ADDED, A)
         assert await take(steps, 2) == [Step(ADDED, A, feed.revision), Step(None, None, feed.revision)]
 
 
-async def test_no_bookmark_while_there_is_something_to_tell() -> None:
-    """Only silence needs one: a change says as well that the watch goes on, and where."""
+async def test_no_bookmarks_between_changes() -> None:
+    """Changes also show that the watch works."""
     feed = Feed()
-    async with aclosing(watch(feed)) as steps:
+    async with aclosing(feed.watch()) as steps:
         await take(steps, 1)
         for model in (A, B, C, D) * 25:
             feed.publish(MODIFIED, model)
             assert await take(steps, 1) == [Step(MODIFIED, model, feed.revision)]
 
 
-async def test_a_watcher_that_waits_is_woken_by_a_change() -> None:
-    """All of those that wait, and each once."""
+async def test_a_change_wakes_all_waiting_watchers() -> None:
+    """Each receives it once."""
     feed = Feed()
-    watches = [watch(feed) for _ in range(5)]
+    watches = [feed.watch() for _ in range(5)]
     for steps in watches:
         await take(steps, 1)
     waiting = [asyncio.create_task(take(steps, 1)) for steps in watches]
@@ -402,30 +402,30 @@ async def test_a_watcher_that_waits_is_woken_by_a_change() -> None:
 
 
 async def test_closing_ends_every_watch_at_once() -> None:
-    """In whatever it is: waiting, in its snapshot, with changes to come; and those that only now begin."""
-    feed = Feed()
-    waiting, in_snapshot, behind = watch(feed), watch(feed, there=[A, B]), watch(feed)
+    """While it waits, in its snapshot, or with changes to come; also a watch that begins later."""
+    feed = feed_of(A, B)
+    start = feed.revision
+    waiting, in_snapshot, behind = feed.watch(start), feed.watch(), feed.watch(start)
     for steps in (waiting, in_snapshot, behind):
         await take(steps, 1)
     end = asyncio.create_task(ended(waiting))
     await asyncio.sleep(0)
-    start = feed.revision
-    feed.publish(ADDED, A)
-    assert changes(await take(behind, 1)) == [(ADDED, "a")]
-    feed.publish(ADDED, B)
+    feed.publish(MODIFIED, A)
+    assert changes(await take(behind, 1)) == [(MODIFIED, "a")]
+    feed.publish(MODIFIED, B)
     feed.close()
     results = [await end]
-    results += [await ended(steps) for steps in (in_snapshot, behind, watch(feed), watch(feed, start))]
+    results += [await ended(steps) for steps in (in_snapshot, behind, feed.watch(), feed.watch(start))]
     for rest, failure in results:
         assert rest == []
         assert (failure.reason, failure.code, failure.retry_after) == (Reason.DRAINING, Code.UNAVAILABLE, 0.0)
         assert isinstance(failure, GatewayError)
 
 
-async def test_leaving_a_watch_leaves_nothing() -> None:
-    """Neither while it waits nor between its steps; the others go on."""
+async def test_a_closed_watch_leaves_no_task() -> None:
+    """Neither while it waits nor between steps; other watches continue."""
     feed = Feed()
-    left, stays = watch(feed), watch(feed)
+    left, stays = feed.watch(), feed.watch()
     await take(left, 1)
     await take(stays, 1)
     waiting = asyncio.create_task(take(left, 1))
@@ -439,10 +439,10 @@ async def test_leaving_a_watch_leaves_nothing() -> None:
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
-async def test_an_interruption_ends_the_watches_there_are() -> None:
-    """Each at its next step, also one that waits; whoever comes again, from where it was, is let in and misses nothing."""
+async def test_an_interruption_ends_all_watches() -> None:
+    """Each ends at its next step, also while it waits. It can be resumed at its revision without missing a change."""
     feed = Feed()
-    async with aclosing(watch(feed)) as steps:
+    async with aclosing(feed.watch()) as steps:
         (bookmark,) = await take(steps, 1)
         waiting = asyncio.create_task(anext(steps))
         await asyncio.sleep(0)
@@ -451,5 +451,5 @@ async def test_an_interruption_ends_the_watches_there_are() -> None:
             await waiting
     assert (caught.value.reason, caught.value.code) == (Reason.ACCESS_CHANGED, Code.ABORTED)
     feed.publish(ADDED, A)
-    async with aclosing(watch(feed, bookmark.revision)) as steps:
+    async with aclosing(feed.watch(bookmark.revision)) as steps:
         assert changes(await take(steps, 2)) == [(ADDED, "a"), (None, "")]

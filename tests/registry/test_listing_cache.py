@@ -1,4 +1,4 @@
-"""What the providers said last: who is asked, what is kept of it, and which state it gives a model."""
+"""The cache of listings: which provider is listed, what is recorded, and the resulting states."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REFUSES_TOKEN = ProviderError(Reason.UPSTREAM_UNAUTHENTICATED, "refuses the toke
 
 
 class Kit:
-    """What is served by alpha and beta, and each change of it that was told."""
+    """A cache for alpha and beta, and each reported change."""
 
     def __init__(self, *, listing_seconds: float = 0.0) -> None:
         self.alpha, self.beta = FakeProvider("alpha", ["a"]), FakeProvider("beta", ["b"])
@@ -37,46 +37,46 @@ class Kit:
         self.served = ListingCache(self.providers, self.changes.append)
 
     async def ask(self, failure: ProviderError | None = None, *models: str | ServedModel) -> None:
-        """Have alpha listed when it serves these, or fails."""
+        """List alpha when it serves these models, or fails."""
         self.alpha.failure = failure
         self.alpha.served = list(models)
         (result,) = await asyncio.gather(self.served.listing("alpha", fresh=True), return_exceptions=True)
         assert result is failure or failure is None
 
     def names(self) -> list[str]:
-        """What alpha listed last."""
-        return [model.id for model in self.served.models("alpha")]
+        """The names in the last listing of alpha."""
+        return [*self.served.listed("alpha")]
 
 
 @pytest.fixture
 def kit() -> Kit:
-    """Nobody was asked yet."""
+    """No provider was listed yet."""
     return Kit()
 
 
-async def test_before_anybody_was_asked(kit: Kit) -> None:
-    """Nothing is known, and nothing is said to be gone."""
+async def test_before_the_first_listing(kit: Kit) -> None:
+    """There are no models, and states are UNKNOWN."""
     assert kit.names() == []
     assert not kit.served.was_asked("alpha")
-    assert kit.served.find("alpha", "a") is None
+    assert "a" not in kit.served.listed("alpha")
     assert kit.served.state("alpha", "a") is UNKNOWN
     assert kit.served.provider_ids == ("alpha", "beta")
 
 
-async def test_a_listing_is_kept_whole(kit: Kit) -> None:
-    """With all that the provider says of each model; what it does not list cannot be called."""
+async def test_a_listing_is_recorded(kit: Kit) -> None:
+    """With all data of each model; a model that is not listed is UNAVAILABLE."""
     lora = ServedModel("lora", "/adapters/lora", "a", 4096)
     await kit.ask(None, "a", lora)
-    assert kit.served.models("alpha") == (ServedModel("a"), lora)
-    assert kit.served.find("alpha", "lora") == lora
+    assert kit.served.listed("alpha") == {"a": ServedModel("a"), "lora": lora}
+    assert kit.served.listed("alpha")["lora"] == lora
     assert kit.served.was_asked("alpha")
     states = [kit.served.state("alpha", name) for name in ("a", "lora", "other")]
     assert states == [SERVING, SERVING, UNAVAILABLE]
     assert (kit.served.state("beta", "b"), kit.served.was_asked("beta")) == (UNKNOWN, False)
 
 
-async def test_a_listing_is_told_if_it_is_different(kit: Kit) -> None:
-    """Not if it is the same again, nor in another order; but also if only what is said of a model is new."""
+async def test_a_different_listing_is_reported(kit: Kit) -> None:
+    """Not an equal one in any order; but one with other data of a model."""
     steps: list[tuple[tuple[str | ServedModel, ...], int]] = [
         (("a", "b"), 1),
         (("a", "b"), 1),
@@ -91,8 +91,8 @@ async def test_a_listing_is_told_if_it_is_different(kit: Kit) -> None:
         assert kit.changes == ["alpha"] * told
 
 
-async def test_a_first_listing_of_nothing_is_told(kit: Kit) -> None:
-    """What was unknown is known not to be there."""
+async def test_a_first_empty_listing_is_reported(kit: Kit) -> None:
+    """Because states change from UNKNOWN to UNAVAILABLE."""
     await kit.ask()
     assert kit.changes == ["alpha"]
     assert kit.served.was_asked("alpha")
@@ -102,8 +102,8 @@ async def test_a_first_listing_of_nothing_is_told(kit: Kit) -> None:
 @pytest.mark.parametrize(
     ("failure", "state"), [(GONE, UNAVAILABLE), (SILENT, UNAVAILABLE), (WANTS_TOKEN, UNKNOWN), (REFUSES_TOKEN, UNKNOWN)]
 )
-async def test_a_failure_leaves_the_last_listing(kit: Kit, failure: ProviderError, state: ModelState) -> None:
-    """Its models are still there, in another state; only when the provider answers again may some be gone."""
+async def test_a_failure_keeps_the_last_listing(kit: Kit, failure: ProviderError, state: ModelState) -> None:
+    """Its models have another state, and are only removed by the next listing."""
     await kit.ask(None, "a", "b")
     await kit.ask(failure)
     assert kit.names() == ["a", "b"]
@@ -116,15 +116,15 @@ async def test_a_failure_leaves_the_last_listing(kit: Kit, failure: ProviderErro
 
 @pytest.mark.parametrize(("failure", "state"), [(GONE, UNAVAILABLE), (WANTS_TOKEN, UNKNOWN)])
 async def test_a_first_failure(kit: Kit, failure: ProviderError, state: ModelState) -> None:
-    """It was asked, and lists nothing that is known."""
+    """The provider was asked, and has no models."""
     await kit.ask(failure)
     assert (kit.names(), kit.served.was_asked("alpha")) == ([], True)
     assert kit.served.state("alpha", "a") is state
     assert kit.changes == ["alpha"]
 
 
-async def test_a_failure_is_told_and_logged_once(kit: Kit, lines: Lines) -> None:
-    """However often it is asked meanwhile; another failure is news, and so is that it answers again."""
+async def test_a_failure_is_reported_and_logged_once(kit: Kit, lines: Lines) -> None:
+    """Another failure is reported again, and so is the next listing."""
     await kit.ask(None, "a")
     for failure in (GONE, GONE, GONE, WANTS_TOKEN, WANTS_TOKEN):
         await kit.ask(failure)
@@ -140,8 +140,8 @@ async def test_a_failure_is_told_and_logged_once(kit: Kit, lines: Lines) -> None
     assert {entry["provider"] for entry in lines.entries} == {"alpha"}
 
 
-async def test_what_is_told_is_there_already(kit: Kit) -> None:
-    """Whoever hears of a change sees all of it: the listing and the state change as one."""
+async def test_a_change_is_recorded_before_it_is_reported(kit: Kit) -> None:
+    """The listing and the state change together."""
     seen: list[tuple[list[str], ModelState]] = []
     kit.served = ListingCache(kit.providers, lambda _: seen.append((kit.names(), kit.served.state("alpha", "a"))))
     await kit.ask(None, "a")
@@ -150,17 +150,17 @@ async def test_what_is_told_is_there_already(kit: Kit) -> None:
     assert seen == [(["a"], SERVING), (["a"], UNAVAILABLE), (["b"], UNAVAILABLE)]
 
 
-async def test_one_provider_says_nothing_of_another(kit: Kit) -> None:
-    """Neither its models nor its failures."""
+async def test_providers_are_independent(kit: Kit) -> None:
+    """A provider's models and failures do not affect another one."""
     await kit.served.listing("beta")
     await kit.ask(GONE)
-    assert kit.served.find("beta", "b") == ServedModel("b")
-    assert kit.served.find("alpha", "b") is None
+    assert kit.served.listed("beta")["b"] == ServedModel("b")
+    assert "b" not in kit.served.listed("alpha")
     assert (kit.served.state("alpha", "b"), kit.served.state("beta", "b")) == (UNAVAILABLE, SERVING)
 
 
-async def test_a_kept_listing_does_not_say_that_a_provider_is_back() -> None:
-    """Where it was found away since, it is asked again, and its models stay in the state that they have."""
+async def test_a_failed_provider_is_listed_again() -> None:
+    """Although its last listing is recent; the states do not change until it answers."""
     kit = Kit(listing_seconds=3600.0)
     await kit.ask(None, "a")
     await kit.ask(GONE)
@@ -169,12 +169,12 @@ async def test_a_kept_listing_does_not_say_that_a_provider_is_back() -> None:
     assert kit.changes == ["alpha"] * 2
 
 
-async def test_a_callers_own_token_tells_nobody_else(kit: Kit) -> None:
-    """What it shows is given to that caller; what is known to all stays as it was, also if it is refused."""
+async def test_a_listing_by_a_callers_own_token_is_not_recorded(kit: Kit) -> None:
+    """Only this caller receives it, or its error."""
     await kit.ask(WANTS_TOKEN)
     kit.alpha.failure, kit.alpha.served = None, ["secret"]
     assert not kit.served.shared("alpha", "mine", named=True)
-    assert await kit.served.listing("alpha", "mine", named=True) == (ServedModel("secret"),)
+    assert await kit.served.listing("alpha", "mine", named=True) == {"secret": ServedModel("secret")}
     assert (kit.names(), kit.served.state("alpha", "secret")) == ([], UNKNOWN)
     await kit.ask(None, "a")
     kit.alpha.failure = REFUSES_TOKEN
@@ -183,8 +183,8 @@ async def test_a_callers_own_token_tells_nobody_else(kit: Kit) -> None:
     assert kit.alpha.tokens == [None, "mine", None, "mine"]
 
 
-async def test_where_the_operator_has_a_token_all_see_the_same(kit: Kit) -> None:
-    """Whoever asks, with whatever of its own, asks for all."""
+async def test_with_the_operators_token_all_callers_share_a_listing(kit: Kit) -> None:
+    """Any caller's request is recorded for all."""
     kit.alpha.has_token = True
     assert kit.served.shared("alpha", "mine")
     await kit.served.listing("alpha", "mine")
@@ -193,21 +193,21 @@ async def test_where_the_operator_has_a_token_all_see_the_same(kit: Kit) -> None
     assert kit.alpha.tokens == [None]
 
 
-async def test_without_a_token_all_see_the_same(kit: Kit) -> None:
-    """As far as the operator has none either."""
+async def test_without_a_token_all_callers_share_a_listing(kit: Kit) -> None:
+    """Also if the operator configured no token."""
     assert kit.served.shared("alpha", None)
 
 
 async def test_an_unknown_provider(kit: Kit) -> None:
-    """Is the asker's mistake; what is registered at one cannot be called."""
+    """The call fails with PROVIDER_NOT_FOUND; its registered models are UNAVAILABLE."""
     failure = await failure_of(kit.served.listing("gamma"))
     assert (type(failure), failure.reason) == (CallerError, Reason.PROVIDER_NOT_FOUND)
     assert kit.served.state("gamma", "g") is UNAVAILABLE
-    assert kit.served.models("gamma") == ()
+    assert kit.served.listed("gamma") == {}
 
 
-async def test_a_provider_that_goes_while_its_listing_is_awaited(kit: Kit) -> None:
-    """With a caller's token or without: whoever asked for it among others still hears of the others, and of this one too."""
+async def test_a_provider_that_is_removed_during_its_listing(kit: Kit) -> None:
+    """The caller receives its listing and those of the others, with or without a token."""
     kit.alpha.gate = asyncio.Event()
     callers = [Listings(kit.served, token, ["alpha"]) for token in (None, "mine")]
     asking = [asyncio.create_task(caller.fetch(caller.provider_ids)) for caller in callers]
@@ -225,8 +225,8 @@ async def test_a_provider_that_goes_while_its_listing_is_awaited(kit: Kit) -> No
     assert gone.failures["alpha"].reason is Reason.PROVIDER_NOT_FOUND
 
 
-async def test_forgetting(kit: Kit) -> None:
-    """Nothing is left of a listing or a failure, and it is told; the others are not touched."""
+async def test_forget(kit: Kit) -> None:
+    """The listing and the failure are removed, and this is reported; other providers are not affected."""
     await kit.ask(None, "a")
     await kit.ask(GONE)
     await kit.served.listing("beta")
@@ -242,7 +242,7 @@ async def test_forgetting(kit: Kit) -> None:
 
 @pytest.mark.parametrize("failure", [None, GONE])
 async def test_a_late_answer_of_a_replaced_provider(kit: Kit, failure: ProviderError | None) -> None:
-    """Goes to those who asked it, and says nothing of the provider that has its id now."""
+    """Its callers receive it, and it is not recorded for the new provider of the same id."""
     kit.alpha.failure, kit.alpha.gate = failure, asyncio.Event()
     asking = asyncio.create_task(kit.served.listing("alpha"))
     await kit.alpha.asked.wait()
@@ -252,14 +252,14 @@ async def test_a_late_answer_of_a_replaced_provider(kit: Kit, failure: ProviderE
     kit.changes.clear()
     kit.alpha.gate.set()
     (answer,) = await asyncio.gather(asking, return_exceptions=True)
-    assert answer == (failure or (ServedModel("a"),))
+    assert answer == (failure or {"a": ServedModel("a")})
     assert (kit.names(), kit.served.was_asked("alpha"), kit.changes) == ([], False, [])
     await kit.served.listing("alpha")
     assert (kit.names(), kit.changes) == (["new"], ["alpha"])
 
 
-async def test_a_defect_is_no_listing(kit: Kit) -> None:
-    """It is the provider's failure; what was known stays."""
+async def test_an_unexpected_exception_is_a_failure(kit: Kit) -> None:
+    """The last listing is kept."""
     await kit.ask(None, "a")
     kit.alpha.gate = asyncio.Event()
     kit.alpha.gate.wait = None  # type: ignore[method-assign, assignment]
@@ -268,7 +268,7 @@ async def test_a_defect_is_no_listing(kit: Kit) -> None:
     assert (kit.names(), kit.served.state("alpha", "a")) == (["a"], ModelState.UNAVAILABLE)
 
 
-async def test_many_who_ask_at_once_are_one_change(kit: Kit) -> None:
-    """They share a request, and what it says is told once."""
+async def test_concurrent_requests_are_one_change(kit: Kit) -> None:
+    """They share a request, and its result is reported once."""
     await asyncio.gather(*(kit.served.listing("alpha", fresh=True) for _ in range(50)))
     assert (len(kit.alpha.tokens), kit.changes) == (1, ["alpha"])

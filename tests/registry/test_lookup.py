@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 async def test_id_then_alias_then_scoped_then_served(registry: ModelRegistry, alpha: FakeProvider) -> None:
-    """Every way leads to its model; only the id itself is no alias."""
+    """Each name resolves to its model; every name but the id is an alias."""
     alpha.served = ["llama", "plain"]
     mine = await registry.register("mine", "alpha", "llama", aliases=["a"])
     for name, model_id in [
@@ -41,14 +41,14 @@ async def test_id_then_alias_then_scoped_then_served(registry: ModelRegistry, al
 
 
 async def test_a_registered_name_comes_before_a_served_one(registry: ModelRegistry) -> None:
-    """Whoever registers decides what a bare name means."""
+    """A registration determines the model of a bare name."""
     await registry.register("mistral", "alpha", "llama")
     assert (await registry.get("mistral")).provider_model_id == "llama"
     assert (await registry.get("beta/mistral")).source is ModelSource.DISCOVERED
 
 
 async def test_slashes_on_both_sides(open_registry: Opener) -> None:
-    """A name is split at each provider's id, and is no other provider's; one may serve a name that begins with its own id."""
+    """A name is split at each provider's id, and no other provider is asked; a served name may begin with its provider's id."""
     one, two = FakeProvider("a", ["b/c", "d", "a/x"]), FakeProvider("a/b", ["c", "e"])
     three = FakeProvider("z", ["a/y", "z/"])
     async with open_registry(one, two, three) as registry:
@@ -67,7 +67,7 @@ async def test_slashes_on_both_sides(open_registry: Opener) -> None:
 
 
 async def test_registered_models_need_no_provider(registry: ModelRegistry, alpha: FakeProvider) -> None:
-    """Look-ups of what is registered ask nobody, so they are quick and go on when the provider does not answer."""
+    """They are found without listing a provider, also while it does not answer."""
     await registry.register("mine", "alpha", "llama", aliases=["a"])
     asked = len(alpha.tokens)
     alpha.go_down()
@@ -79,15 +79,15 @@ async def test_registered_models_need_no_provider(registry: ModelRegistry, alpha
 async def test_a_scoped_name_asks_only_its_provider(
     registry: ModelRegistry, alpha: FakeProvider, beta: FakeProvider
 ) -> None:
-    """The other may be slow; the caller's token goes along."""
+    """With the caller's token; a slow provider does not delay names of another one."""
     await registry.get("alpha/llama", "token")
     assert (alpha.tokens, beta.tokens) == (["token"], [])
 
 
-async def test_a_reserved_name_of_a_database_never_shadows(
+async def test_a_reserved_name_in_the_database_hides_no_model(
     open_registry: Opener, alpha: FakeProvider, beta: FakeProvider
 ) -> None:
-    """From before its provider was configured: it leads to what that one serves, or nowhere; the registration can be removed."""
+    """Registered before its provider was configured, it resolves to the provider's model or none, and can be unregistered."""
     async with open_registry(alpha) as registry:
         await registry.register("beta/adapter", "alpha", "llama")
         await registry.register("mine", "alpha", "org/common", aliases=["beta/other"])
@@ -118,7 +118,7 @@ async def test_a_reserved_name_of_a_database_never_shadows(
 async def test_a_bare_name_keeps_the_callers_token(
     registry: ModelRegistry, alpha: FakeProvider, beta: FakeProvider
 ) -> None:
-    """No provider learns it by a look-up, a list or a refresh that does not name the provider; a marked one does."""
+    """No call sends it to a provider that the call does not name, unless the provider accepts callers' tokens."""
     for name in ("llama", "unknown"):
         await asyncio.gather(registry.get(name, "token"), return_exceptions=True)
     await registry.list(token="token")
@@ -138,8 +138,8 @@ async def test_a_bare_name_keeps_the_callers_token(
     assert not (await registry.resolve("mistral", "token")).sends_token
 
 
-async def test_the_only_provider_is_meant_by_every_name(open_registry: Opener, alpha: FakeProvider) -> None:
-    """So it may have every caller's token, as far as the operator has none."""
+async def test_the_only_provider_receives_the_callers_token(open_registry: Opener, alpha: FakeProvider) -> None:
+    """For every name, if the operator configured no token."""
     async with open_registry(alpha) as registry:
         assert (await registry.resolve("llama", "token")).sends_token
         await registry.list(token="token")
@@ -151,7 +151,7 @@ async def test_the_only_provider_is_meant_by_every_name(open_registry: Opener, a
 async def test_a_token_that_was_not_sent_is_explained(
     registry: ModelRegistry, alpha: FakeProvider, beta: FakeProvider
 ) -> None:
-    """Where a provider requires one: the failure says so and what to do; without a token it is the operator's affair."""
+    """If the provider requires one, the error has the remedy; without a token, it is the provider's error."""
     wants = ProviderError(Reason.PROVIDER_MISCONFIGURED, "HTTP 401", metadata={"provider": "x", "http_status": "401"})
     alpha.failure = beta.failure = wants
     failure = await failure_of(registry.get("llama", "token"))
@@ -172,7 +172,7 @@ async def test_a_token_that_was_not_sent_is_explained(
 
 
 async def test_not_found_lists_what_there_is(registry: ModelRegistry, alpha: FakeProvider) -> None:
-    """Ids, by name, at most twenty of them, registered and discovered."""
+    """At most twenty ids in order, registered and discovered."""
     await registry.register("mine", "alpha", "llama")
     failure = await failure_of(registry.get("unknown"))
     assert isinstance(failure, CallerError)
@@ -184,22 +184,22 @@ async def test_not_found_lists_what_there_is(registry: ModelRegistry, alpha: Fak
     assert "alpha/model-19 and 33 more" in (await failure_of(registry.get("unknown"))).message
 
 
-async def test_found_at_one_while_another_is_away(registry: ModelRegistry, beta: FakeProvider) -> None:
-    """What is found is good enough."""
+async def test_found_at_one_while_another_does_not_answer(registry: ModelRegistry, beta: FakeProvider) -> None:
+    """The model is found."""
     beta.go_down()
     assert (await registry.get("org/common")).provider_id == "alpha"
 
 
-async def test_not_found_names_who_could_not_be_asked(registry: ModelRegistry, beta: FakeProvider) -> None:
-    """At least one answered: not found, but the caller learns who did not."""
+async def test_not_found_names_the_providers_without_an_answer(registry: ModelRegistry, beta: FakeProvider) -> None:
+    """If at least one provider answers."""
     beta.go_down()
     failure = await failure_of(registry.get("mistral"))
     assert failure.reason is Reason.MODEL_NOT_FOUND
     assert failure.message.endswith("; without an answer: beta")
 
 
-async def test_nobody_can_be_asked(registry: ModelRegistry, alpha: FakeProvider, beta: FakeProvider) -> None:
-    """Not NOT_FOUND, since nobody knows: try again."""
+async def test_no_provider_answers(registry: ModelRegistry, alpha: FakeProvider, beta: FakeProvider) -> None:
+    """The error is UNAVAILABLE instead of NOT_FOUND: a retry may help."""
     alpha.go_down()
     beta.go_down()
     failure = await failure_of(registry.get("llama"))
@@ -209,18 +209,16 @@ async def test_nobody_can_be_asked(registry: ModelRegistry, alpha: FakeProvider,
     assert failure.retry_after == 1.0
 
 
-async def test_the_provider_that_a_name_names_cannot_be_asked(registry: ModelRegistry, alpha: FakeProvider) -> None:
-    """What others say does not matter for a scoped name."""
+async def test_the_provider_of_a_scoped_name_does_not_answer(registry: ModelRegistry, alpha: FakeProvider) -> None:
+    """Other providers do not matter."""
     alpha.go_down()
     failure = await failure_of(registry.get("alpha/llama"))
     assert failure.reason is Reason.UPSTREAM_UNAVAILABLE
     assert failure.metadata == {"provider": "alpha"}
 
 
-async def test_a_refused_token_is_told_as_such(
-    registry: ModelRegistry, alpha: FakeProvider, beta: FakeProvider
-) -> None:
-    """Waiting would not help, so the failure is the provider's own; one merely away may yet have the model."""
+async def test_a_rejected_token_is_reported(registry: ModelRegistry, alpha: FakeProvider, beta: FakeProvider) -> None:
+    """It is the provider's error, because a retry does not help; if another provider does not answer, it may."""
     alpha.failure = CallerError(Reason.UPSTREAM_UNAUTHENTICATED, "token refused", metadata={"provider": "alpha"})
     beta.failure = alpha.failure
     assert await failure_of(registry.get("llama")) is alpha.failure
@@ -229,10 +227,10 @@ async def test_a_refused_token_is_told_as_such(
     assert (await failure_of(registry.get("llama"))).reason is Reason.UPSTREAM_UNAVAILABLE
 
 
-async def test_what_was_listed_is_found_without_asking(
+async def test_a_listed_model_is_found_without_a_request(
     registry: ModelRegistry, alpha: FakeProvider, beta: FakeProvider
 ) -> None:
-    """A call for what is there waits for no provider; one for what is not is worth a look."""
+    """An unknown name causes a new listing."""
     await registry.refresh()
     for name in ("llama", "alpha/llama", "beta/mistral"):
         assert (await registry.get(name)).state is ModelState.SERVING
@@ -241,8 +239,10 @@ async def test_what_was_listed_is_found_without_asking(
     assert (await registry.get("new")).id == "alpha/new"
 
 
-async def test_what_was_listed_stays_while_its_provider_is_away(registry: ModelRegistry, alpha: FakeProvider) -> None:
-    """It can be called, and is called in vain; it is not unknown."""
+async def test_a_listed_model_stays_while_its_provider_does_not_answer(
+    registry: ModelRegistry, alpha: FakeProvider
+) -> None:
+    """It is found, and its state is UNAVAILABLE."""
     await registry.refresh()
     alpha.go_down()
     await registry.refresh()
@@ -254,8 +254,8 @@ async def test_what_was_listed_stays_while_its_provider_is_away(registry: ModelR
     assert unreachable == ("alpha",)
 
 
-async def test_a_caller_with_a_token_of_its_own_sees_its_own(registry: ModelRegistry, alpha: FakeProvider) -> None:
-    """What others were told is not for it, nor what it is told for others."""
+async def test_a_caller_with_its_own_token_sees_its_own_listing(registry: ModelRegistry, alpha: FakeProvider) -> None:
+    """It does not see the shared listing, and other callers do not see its listing."""
     alpha.served = ["secret"]
     assert (await registry.get("alpha/secret", "token")).state is ModelState.SERVING
     models, _, _ = await registry.list(token="token", wanted=Filter(provider_id="alpha"))
@@ -267,7 +267,7 @@ async def test_a_caller_with_a_token_of_its_own_sees_its_own(registry: ModelRegi
 
 
 async def _snapshot(registry: ModelRegistry) -> AsyncIterator[Step]:
-    """What a watch begins with, up to its bookmark."""
+    """The snapshot of a watch."""
     async with aclosing(registry.watch()) as steps:
         async for step in steps:
             if step.kind is None:
@@ -275,7 +275,7 @@ async def _snapshot(registry: ModelRegistry) -> AsyncIterator[Step]:
             yield step
 
 
-async def test_no_name_is_the_only_chat_model(open_registry: Opener) -> None:
+async def test_without_a_name_the_only_chat_model_is_used(open_registry: Opener) -> None:
     """A model and its registrations count as one, by the first registered id; models of other types do not count."""
     provider = FakeProvider("vllm", ["llama", "bge"])
     async with open_registry(provider) as registry:
@@ -287,8 +287,8 @@ async def test_no_name_is_the_only_chat_model(open_registry: Opener) -> None:
         assert (resolution.model.id, resolution.alias, resolution.provider) == ("chat", "", provider)
 
 
-async def test_no_name_needs_an_only_chat_model(open_registry: Opener) -> None:
-    """Several are listed in the refusal; none is not found, or cannot be looked up while no provider answers."""
+async def test_without_a_name_several_chat_models_are_ambiguous(open_registry: Opener) -> None:
+    """The error lists them; if there is none, it is NOT_FOUND, or UNAVAILABLE if no provider answers."""
     one, two = FakeProvider("a", ["m"]), FakeProvider("b", ["m"])
     async with open_registry(one, two) as registry:
         failure = await failure_of(registry.resolve(""))

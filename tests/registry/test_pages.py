@@ -16,7 +16,7 @@ from tests.support.fake_provider import FakeProvider
 
 
 async def test_pages(registry: ModelRegistry, alpha: FakeProvider) -> None:
-    """Ascending ids, every model once, the last page without a token."""
+    """Ascending ids, each model once, and no token on the last page."""
     alpha.served = [f"model-{number}" for number in (3, 1, 2)]
     await registry.register("mine", "alpha", "model-2")
     pages, token = [], ""
@@ -31,15 +31,15 @@ async def test_pages(registry: ModelRegistry, alpha: FakeProvider) -> None:
 
 @pytest.mark.parametrize(("size", "expected"), [(0, 100), (1, 1), (1000, 1000), (1001, 1000), (2**31 - 1, 1000)])
 async def test_page_sizes(registry: ModelRegistry, alpha: FakeProvider, size: int, expected: int) -> None:
-    """None is a hundred, too many are a thousand."""
+    """0 is 100; values above 1000 are 1000."""
     alpha.served = [str(number) for number in range(1100)]
     models, token, _ = await registry.list(size)
     assert len(models) == expected
     assert token
 
 
-async def test_a_page_of_many_notes_is_shorter(registry: ModelRegistry, alpha: FakeProvider) -> None:
-    """Other languages' clients receive 4 MiB by default: no page may be beyond that, and none is empty."""
+async def test_a_page_of_large_models_is_shorter(registry: ModelRegistry, alpha: FakeProvider) -> None:
+    """Clients in other languages receive 4 MiB by default: no page is larger, and none is empty."""
     notes = {f"{number:0128}": "é" * 448 for number in range(64)}
     alpha.served = [f"model-{number}" for number in range(40)]
     for number in range(40):
@@ -52,7 +52,7 @@ async def test_a_page_of_many_notes_is_shorter(registry: ModelRegistry, alpha: F
 
 
 async def test_a_full_last_page_has_no_token(registry: ModelRegistry) -> None:
-    """Nobody asks for a page that would be empty."""
+    """So no caller requests an empty page."""
     models, token, _ = await registry.list(4)
     assert (len(models), token) == (4, "")
 
@@ -61,8 +61,8 @@ async def test_a_full_last_page_has_no_token(registry: ModelRegistry) -> None:
     "token",
     ["!", "a", "é", "a b=", base64.urlsafe_b64encode(b"\xff").decode()],
 )
-async def test_a_token_that_is_none_of_ours(registry: ModelRegistry, token: str) -> None:
-    """It is refused rather than taken for the beginning, together with a bad size."""
+async def test_an_invalid_page_token(registry: ModelRegistry, token: str) -> None:
+    """It is refused, together with an invalid size."""
     failure = await failure_of(registry.list(-1, token))
     assert [violation.field for violation in failure.violations] == ["page_size", "page_token"]
     assert failure.reason is Reason.INVALID_REQUEST
@@ -71,7 +71,7 @@ async def test_a_token_that_is_none_of_ours(registry: ModelRegistry, token: str)
 
 
 async def test_a_token_belongs_to_its_filter(registry: ModelRegistry, alpha: FakeProvider) -> None:
-    """With another filter it is refused: the page would begin where the caller has not been. A token is opaque: no id is in it."""
+    """A page with another filter would begin at an id that the caller never received. The token does not show the id."""
     alpha.served = [f"model-{number}" for number in range(3)]
     _, token, _ = await registry.list(1, wanted=Filter(provider_id="alpha"))
     assert b"alpha" not in token.encode()
@@ -83,7 +83,7 @@ async def test_a_token_belongs_to_its_filter(registry: ModelRegistry, alpha: Fak
 
 
 async def test_a_negative_size(registry: ModelRegistry, alpha: FakeProvider) -> None:
-    """It is refused, and nobody was asked for anything."""
+    """It is refused before any provider is listed."""
     failure = await failure_of(registry.list(-1))
     assert [violation.field for violation in failure.violations] == ["page_size"]
     assert alpha.tokens == []
@@ -96,8 +96,10 @@ async def test_a_negative_size(registry: ModelRegistry, alpha: FakeProvider) -> 
     changes=st.lists(st.sets(st.integers(0, 30)), max_size=20),
     size=st.integers(1, 7),
 )
-async def test_what_stays_is_seen_just_once(start: set[int], changes: list[set[int]], size: int) -> None:
-    """Models come and go between pages: those that stay are neither missed nor repeated, and the order holds."""
+async def test_a_model_that_exists_throughout_is_listed_once(
+    start: set[int], changes: list[set[int]], size: int
+) -> None:
+    """While others are added and removed between pages; the order is kept."""
     provider = FakeProvider("vllm")
     registry = ModelRegistry(Store("sqlite://"), Providers([provider], listing_seconds=0.0))
     await registry.open()

@@ -69,7 +69,7 @@ class Kit:
 
     def names(self, provider_id: str) -> list[str]:
         """What a provider listed last."""
-        return [model.id for model in self.served.models(provider_id)]
+        return [*self.served.listed(provider_id)]
 
 
 @asynccontextmanager

@@ -46,12 +46,20 @@ async def test_unregistering_an_unknown_name(registry: ModelRegistry) -> None:
     assert failure.reason is Reason.MODEL_NOT_FOUND
 
 
-async def test_unregistering_a_discovered_model(registry: ModelRegistry) -> None:
-    """It is there for as long as it is served."""
-    failure = await failure_of(registry.unregister("llama"))
-    assert isinstance(failure, RegistryError)
-    assert (failure.reason, failure.code) == (Reason.MODEL_DISCOVERED, Code.FAILED_PRECONDITION)
-    assert failure.metadata == {"model": "alpha/llama"}
+async def test_a_discovered_model_has_to_be_registered_first(registry: ModelRegistry) -> None:
+    """The errors of update and unregister have the arguments to register it with, after which both succeed by the same id."""
+    for call in (registry.unregister("llama"), registry.update("llama", {"aliases": ["a"]})):
+        failure = await failure_of(call)
+        assert isinstance(failure, RegistryError)
+        assert (failure.reason, failure.code) == (Reason.MODEL_DISCOVERED, Code.FAILED_PRECONDITION)
+        assert failure.metadata == {"model": "alpha/llama"}
+        assert failure.message == (
+            "model 'alpha/llama' is not registered but discovered: it exists as long as provider 'alpha' serves it;"
+            " register it first: RegisterModel with model_id 'llama' and this provider_id"
+        )
+    await registry.register("llama", "alpha")
+    await registry.update("alpha/llama", {"aliases": ["a"]})
+    await registry.unregister("alpha/llama")
 
 
 async def test_a_served_name_is_too_loose_to_delete_by(registry: ModelRegistry) -> None:
@@ -224,8 +232,7 @@ async def test_an_update_to_a_name_of_another_model(registry: ModelRegistry) -> 
 
 
 async def test_what_is_not_registered_cannot_be_updated(registry: ModelRegistry) -> None:
-    """Discovered models are as their provider has them."""
-    assert (await failure_of(registry.update("llama", {"aliases": ["a"]}))).reason is Reason.MODEL_DISCOVERED
+    """An unknown name is reported as such."""
     assert (await failure_of(registry.update("unknown", {"aliases": ["a"]}))).reason is Reason.MODEL_NOT_FOUND
 
 
@@ -298,7 +305,10 @@ async def test_a_large_provider_that_goes_down_cuts_no_watcher(
 async def test_calls_build_no_more_models_than_they_show(
     open_registry: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many a provider lists: a look-up builds one, a miss and a list none; a list of a caller's own gives way."""
+    """A look-up builds one model, a miss and a list none, a page of a caller's own listing one more than it has.
+
+    A walk through a whole listing lets other tasks run.
+    """
     large = FakeProvider("large", [f"model-{number:04}" for number in range(3000)])
     built = 0
 
@@ -332,7 +342,11 @@ async def test_calls_build_no_more_models_than_they_show(
                 await asyncio.sleep(0)
 
         counting = asyncio.create_task(count_turns())
+        built = 0
         models, _, _ = await registry.list(token="token", wanted=Filter(provider_id="large"))
+        assert (len(models), built) == (100, 101)
+        turns = 0
+        models, _, _ = await registry.list(token="token", wanted=Filter(provider_id="large", type=ModelType.RERANK))
         counting.cancel()
-        assert len(models) == 100
+        assert models == []
         assert turns >= 3000 / view.LOOKS_AT_ONCE

@@ -1,4 +1,4 @@
-"""All models as they are: what is seen of what is registered and what is served, and the changes one by one."""
+"""The models that callers see, as computed from registrations and listings, and their changes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltawire_server.errors import DeltawireError, ProviderError, Reason
+from deltawire_server.registry.feed import Feed
 from deltawire_server.registry.listing_cache import ListingCache
 from deltawire_server.registry.model import MAX_CONTEXT_TOKENS, Model, ModelSource, ModelState, ModelType
 from deltawire_server.registry.registered_index import RegisteredIndex
@@ -29,8 +30,18 @@ GONE = ProviderError(Reason.UPSTREAM_UNAVAILABLE, "cannot be reached")
 WANTS_TOKEN = ProviderError(Reason.PROVIDER_MISCONFIGURED, "wants a token")
 
 
+class _RecordingFeed(Feed):
+    def __init__(self, events: list[tuple[ChangeKind, Model]]) -> None:
+        super().__init__()
+        self._events = events
+
+    def publish(self, kind: ChangeKind, model: Model) -> None:
+        self._events.append((kind, model))
+        super().publish(kind, model)
+
+
 class Kit:
-    """A view, what it is a view of, and what was published."""
+    """A view with its inputs, its feed, and all published changes."""
 
     def __init__(self, *provider_ids: str) -> None:
         self.fakes = {each: FakeProvider(each) for each in provider_ids or ("p", "q")}
@@ -38,16 +49,22 @@ class Kit:
         self.known = RegisteredIndex()
         self.events: list[tuple[ChangeKind, Model]] = []
         self.served = ListingCache(self.providers, lambda provider_id: self.view.listed(provider_id))
-        self.view = View(self.known, self.served, lambda kind, model: self.events.append((kind, model)))
+        self.feed = _RecordingFeed(self.events)
+        self.view = View(self.known, self.served, self.feed)
+
+    @property
+    def models(self) -> dict[str, Model]:
+        """All models, by id."""
+        return {model.id: model for model in self.feed.models()}
 
     async def serve(self, provider_id: str, *models: str | ServedModel, failure: DeltawireError | None = None) -> None:
-        """Have a provider listed when it serves these, or fails."""
+        """List a provider that serves these models, or fails."""
         fake = self.fakes[provider_id]
         fake.served, fake.failure = list(models), failure
         await asyncio.gather(self.served.listing(provider_id, fresh=True), return_exceptions=True)
 
     async def fail(self, provider_id: str, failure: DeltawireError = GONE) -> None:
-        """Have a provider listed when it fails."""
+        """List a provider that fails."""
         await self.serve(provider_id, failure=failure)
 
     def exchange(self, before: Model | None, now: Model | None) -> None:
@@ -59,22 +76,22 @@ class Kit:
         self.view.registered(before, now)
 
     def provide(self, *provider_ids: str) -> None:
-        """Have providers with these ids, which are all others than before, as a reload does."""
+        """Replace the providers by new ones with these ids, as a reload does."""
         before = self.providers.ids
         self.fakes = {each: FakeProvider(each) for each in provider_ids}
         self.providers.replace(self.fakes.values())
         self.served.forget({*before, *provider_ids})
 
-    def told(self) -> list[tuple[ChangeKind, str, ModelState]]:
+    def published(self) -> list[tuple[ChangeKind, str, ModelState]]:
         """What was published since the last time."""
-        told = [(kind, model.id, model.state) for kind, model in self.events]
+        published = [(kind, model.id, model.state) for kind, model in self.events]
         self.events.clear()
-        return told
+        return published
 
 
 @pytest.fixture
 def kit() -> Kit:
-    """Nothing is registered and nobody was asked; providers p and q."""
+    """No registrations and no listings; providers p and q."""
     return Kit()
 
 
@@ -83,11 +100,11 @@ def registered(model_id: str, provider_id: str = "p", name: str = "m", *aliases:
     return Model(model_id, provider_id, name, aliases=aliases, revision=1, **fields)
 
 
-async def test_what_is_discovered(kit: Kit) -> None:
-    """With all that its provider says; it comes and goes with the listing, and each change of it is told."""
+async def test_discovered_models(kit: Kit) -> None:
+    """They have the data of the listing, and each change of it is published."""
     lora = ServedModel("lora", "/adapters/lora", "m", 4096)
     await kit.serve("p", "m", lora)
-    assert kit.view.models["p/lora"] == Model(
+    assert kit.models["p/lora"] == Model(
         "p/lora",
         "p",
         "lora",
@@ -97,200 +114,200 @@ async def test_what_is_discovered(kit: Kit) -> None:
         base_model="m",
         state=SERVING,
     )
-    assert kit.told() == [(ADDED, "p/m", SERVING), (ADDED, "p/lora", SERVING)]
+    assert kit.published() == [(ADDED, "p/m", SERVING), (ADDED, "p/lora", SERVING)]
     await kit.serve("p", replace(lora, max_context_tokens=8192))
-    assert kit.view.models.keys() == {"p/lora"}
-    assert kit.told() == [(REMOVED, "p/m", SERVING), (MODIFIED, "p/lora", SERVING)]
+    assert kit.models.keys() == {"p/lora"}
+    assert kit.published() == [(REMOVED, "p/m", SERVING), (MODIFIED, "p/lora", SERVING)]
 
 
 @pytest.mark.parametrize(
     ("tokens", "seen"), [(-1, None), (0, 0), (MAX_CONTEXT_TOKENS, MAX_CONTEXT_TOKENS), (2**31, None)]
 )
-async def test_a_context_that_cannot_be_is_left_out(kit: Kit, tokens: int, seen: int | None) -> None:
-    """A number that the wire cannot carry must not end every watch."""
+async def test_an_invalid_context_length_is_omitted(kit: Kit, tokens: int, seen: int | None) -> None:
+    """A number outside of the API's range must not end every watch."""
     await kit.serve("p", ServedModel("m", max_context_tokens=tokens))
-    assert kit.view.models["p/m"].max_context_tokens == seen
+    assert kit.models["p/m"].max_context_tokens == seen
 
 
-async def test_nothing_new_is_nothing_told(kit: Kit) -> None:
-    """However often providers are listed, in whatever order, and whatever is registered again as it was."""
+async def test_no_change_is_published_without_a_difference(kit: Kit) -> None:
+    """For listings in any order, and for a registration that is registered again."""
     mine = registered("mine")
     kit.exchange(None, mine)
     await kit.serve("p", "m", "n")
     await kit.serve("q", "m")
-    kit.told()
+    kit.published()
     for models in (("m", "n"), ("n", "m"), ("m", "n")):
         await kit.serve("p", *models)
         await kit.serve("q", "m")
         kit.exchange(mine, mine)
-    assert kit.told() == []
+    assert kit.published() == []
 
 
-async def test_a_registered_model_stands_for_what_it_leads_to(kit: Kit) -> None:
-    """The discovered one is gone from the list while one is registered, and back when the last is not any more."""
+async def test_a_registered_model_hides_the_discovered_one(kit: Kit) -> None:
+    """The discovered model is removed with the first registration, and added after the last one is removed."""
     await kit.serve("p", "m")
-    kit.told()
+    kit.published()
     first, second = registered("first"), registered("second")
     kit.exchange(None, first)
-    assert kit.told() == [(ADDED, "first", SERVING), (REMOVED, "p/m", SERVING)]
+    assert kit.published() == [(ADDED, "first", SERVING), (REMOVED, "p/m", SERVING)]
     kit.exchange(None, second)
-    assert kit.told() == [(ADDED, "second", SERVING)]
+    assert kit.published() == [(ADDED, "second", SERVING)]
     kit.exchange(first, None)
-    assert kit.told() == [(REMOVED, "first", SERVING)]
+    assert kit.published() == [(REMOVED, "first", SERVING)]
     kit.exchange(second, None)
-    assert kit.told() == [(REMOVED, "second", SERVING), (ADDED, "p/m", SERVING)]
+    assert kit.published() == [(REMOVED, "second", SERVING), (ADDED, "p/m", SERVING)]
 
 
-async def test_registering_by_the_provider_s_own_name_is_a_change(kit: Kit) -> None:
-    """The id stays, so that it is neither gone nor new; so it is when it is unregistered again."""
+async def test_registering_under_the_discovered_id_is_a_modification(kit: Kit) -> None:
+    """The id exists before and after, so it is neither added nor removed; also when it is unregistered."""
     await kit.serve("p", "m")
-    kit.told()
+    kit.published()
     mine = registered("p/m", type=ModelType.EMBEDDING, embedding_dimension=3)
     kit.exchange(None, mine)
-    assert kit.view.models["p/m"] == replace(mine, state=SERVING)
-    assert kit.told() == [(MODIFIED, "p/m", SERVING)]
+    assert kit.models["p/m"] == replace(mine, state=SERVING)
+    assert kit.published() == [(MODIFIED, "p/m", SERVING)]
     kit.exchange(mine, None)
-    assert kit.view.models["p/m"].source is ModelSource.DISCOVERED
-    assert kit.told() == [(MODIFIED, "p/m", SERVING)]
+    assert kit.models["p/m"].source is ModelSource.DISCOVERED
+    assert kit.published() == [(MODIFIED, "p/m", SERVING)]
 
 
-async def test_a_reserved_name_hides_nothing(kit: Kit) -> None:
-    """Whatever a database has under it: what the provider serves is listed, and a registration of that id gives way to it."""
+async def test_a_registration_with_a_reserved_name_hides_no_model(kit: Kit) -> None:
+    """The model that the provider serves under the name is listed, instead of the registration."""
     await kit.serve("p", "m", "n")
-    kit.told()
+    kit.published()
     mine = registered("mine", "p", "m", "p/n", "q/m")
     kit.exchange(None, mine)
-    assert kit.told() == [(ADDED, "mine", SERVING), (REMOVED, "p/m", SERVING)]
+    assert kit.published() == [(ADDED, "mine", SERVING), (REMOVED, "p/m", SERVING)]
     await kit.serve("q", "m")
-    assert kit.told() == [(ADDED, "q/m", SERVING)]
+    assert kit.published() == [(ADDED, "q/m", SERVING)]
     elsewhere = registered("q/n", "p", "n")
     kit.exchange(None, elsewhere)
-    assert kit.told() == [(ADDED, "q/n", SERVING), (REMOVED, "p/n", SERVING)]
+    assert kit.published() == [(ADDED, "q/n", SERVING), (REMOVED, "p/n", SERVING)]
     await kit.serve("q", "m", "n")
-    assert kit.view.models["q/n"].target == ("q", "n")
-    assert kit.told() == [(MODIFIED, "q/n", SERVING)]
+    assert kit.models["q/n"].target == ("q", "n")
+    assert kit.published() == [(MODIFIED, "q/n", SERVING)]
     await kit.serve("q", "m")
-    assert kit.view.models["q/n"] == replace(elsewhere, state=SERVING)
+    assert kit.models["q/n"] == replace(elsewhere, state=SERVING)
 
 
-async def test_very_many_models_are_looked_at_in_parts(kit: Kit) -> None:
-    """Other tasks run meanwhile; after `settled` the view has all, and a registered model's state is never an old one."""
+async def test_very_many_models_are_updated_in_steps(kit: Kit) -> None:
+    """Other tasks run between the steps; after `settled`, the feed has all changes, and `as_seen` always has the current state."""
     names = [f"m{number:05}" for number in range(10 * LOOKS_AT_ONCE)]
     mine = registered("mine", "p", names[-1])
     kit.exchange(None, mine)
-    kit.told()
+    kit.published()
     await kit.serve("p", *names)
     turns = 0
-    while len(kit.view.models) < len(names):
+    while len(kit.models) < len(names):
         before = len(kit.events)
         await asyncio.sleep(0)
         turns += 1
         assert len(kit.events) - before <= LOOKS_AT_ONCE
     assert turns >= 5
     await kit.view.settled()
-    kit.told()
+    kit.published()
     await kit.fail("p")
     assert 0 < len(kit.events) < len(names)
     assert kit.view.as_seen(mine).state is UNAVAILABLE
     await kit.view.settled()
-    assert {model.state for model in kit.view.models.values()} == {UNAVAILABLE}
-    assert len(kit.told()) == len(names)
+    assert {model.state for model in kit.models.values()} == {UNAVAILABLE}
+    assert len(kit.published()) == len(names)
     await kit.serve("p", *names)
     await kit.view.stop()
     await kit.view.settled()
 
 
-async def test_what_is_hidden_is_not_told_when_it_is_listed(kit: Kit) -> None:
-    """Only the state of the model that stands for it."""
+async def test_a_hidden_model_is_not_published(kit: Kit) -> None:
+    """Only the state of the registered model changes."""
     kit.exchange(None, registered("mine"))
-    assert kit.told() == [(ADDED, "mine", UNKNOWN)]
+    assert kit.published() == [(ADDED, "mine", UNKNOWN)]
     await kit.serve("p", "m")
-    assert kit.told() == [(MODIFIED, "mine", SERVING)]
+    assert kit.published() == [(MODIFIED, "mine", SERVING)]
     await kit.serve("p")
-    assert kit.told() == [(MODIFIED, "mine", UNAVAILABLE)]
+    assert kit.published() == [(MODIFIED, "mine", UNAVAILABLE)]
 
 
-async def test_leading_elsewhere(kit: Kit) -> None:
-    """What it led to is seen again, what it leads to is not, and its state is the new one's."""
+async def test_a_changed_target(kit: Kit) -> None:
+    """The old target is visible again, the new one is hidden, and the state is that of the new one."""
     await kit.serve("p", "m")
     await kit.serve("q", "n")
     await kit.fail("q")
     before, after = registered("mine"), registered("mine", "q", "n")
     kit.exchange(None, before)
-    kit.told()
+    kit.published()
     kit.exchange(before, after)
-    assert kit.told() == [(MODIFIED, "mine", UNAVAILABLE), (ADDED, "p/m", SERVING), (REMOVED, "q/n", UNAVAILABLE)]
+    assert kit.published() == [(MODIFIED, "mine", UNAVAILABLE), (ADDED, "p/m", SERVING), (REMOVED, "q/n", UNAVAILABLE)]
 
 
-async def test_a_provider_that_does_not_answer(kit: Kit) -> None:
-    """Its models stay, each in another state, told once for as long as it is away; the other's are not touched."""
+async def test_a_provider_that_fails(kit: Kit) -> None:
+    """Its models change their state once, and those of other providers do not."""
     kit.exchange(None, registered("mine"))
     await kit.serve("p", "m", "n")
     await kit.serve("q", "m")
-    kit.told()
+    kit.published()
     for _ in range(3):
         await kit.fail("p")
-    assert sorted(kit.told(), key=str) == [(MODIFIED, "mine", UNAVAILABLE), (MODIFIED, "p/n", UNAVAILABLE)]
-    assert kit.view.models["q/m"].state is SERVING
+    assert sorted(kit.published(), key=str) == [(MODIFIED, "mine", UNAVAILABLE), (MODIFIED, "p/n", UNAVAILABLE)]
+    assert kit.models["q/m"].state is SERVING
     await kit.fail("p", WANTS_TOKEN)
-    assert sorted(kit.told(), key=str) == [(MODIFIED, "mine", UNKNOWN), (MODIFIED, "p/n", UNKNOWN)]
+    assert sorted(kit.published(), key=str) == [(MODIFIED, "mine", UNKNOWN), (MODIFIED, "p/n", UNKNOWN)]
     await kit.serve("p", "n")
-    assert sorted(kit.told(), key=str) == [(MODIFIED, "mine", UNAVAILABLE), (MODIFIED, "p/n", SERVING)]
+    assert sorted(kit.published(), key=str) == [(MODIFIED, "mine", UNAVAILABLE), (MODIFIED, "p/n", SERVING)]
 
 
-async def test_a_flapping_provider(kit: Kit) -> None:
-    """Each turn of it is told once, with the state that it has then."""
+async def test_a_provider_that_fails_repeatedly(kit: Kit) -> None:
+    """Each change of the state is published once."""
     await kit.serve("p", "m")
-    kit.told()
+    kit.published()
     for _ in range(20):
         await kit.fail("p")
         await kit.serve("p", "m")
-    assert kit.told() == [(MODIFIED, "p/m", UNAVAILABLE), (MODIFIED, "p/m", SERVING)] * 20
+    assert kit.published() == [(MODIFIED, "p/m", UNAVAILABLE), (MODIFIED, "p/m", SERVING)] * 20
 
 
-async def test_a_provider_that_is_gone(kit: Kit) -> None:
-    """What it served is gone; what is registered at it stays, and cannot be called."""
+async def test_a_removed_provider(kit: Kit) -> None:
+    """Its discovered models are removed; registered ones stay UNAVAILABLE."""
     kit.exchange(None, registered("mine"))
     await kit.serve("p", "m", "n")
-    kit.told()
+    kit.published()
     kit.provide("q")
-    assert sorted(kit.told(), key=str) == [(MODIFIED, "mine", UNAVAILABLE), (REMOVED, "p/n", SERVING)]
+    assert sorted(kit.published(), key=str) == [(MODIFIED, "mine", UNAVAILABLE), (REMOVED, "p/n", SERVING)]
     kit.provide("p", "q")
-    assert kit.told() == [(MODIFIED, "mine", UNKNOWN)]
+    assert kit.published() == [(MODIFIED, "mine", UNKNOWN)]
     await kit.serve("p", "m", "n")
-    assert kit.told() == [(MODIFIED, "mine", SERVING), (ADDED, "p/n", SERVING)]
+    assert kit.published() == [(MODIFIED, "mine", SERVING), (ADDED, "p/n", SERVING)]
 
 
-async def test_a_provider_that_is_another_now(kit: Kit) -> None:
-    """What its predecessor served counts no more; until it is asked nothing is known of what is registered at it."""
+async def test_a_replaced_provider(kit: Kit) -> None:
+    """The listing of the old provider is dropped; states are UNKNOWN until the new one is listed."""
     kit.exchange(None, registered("mine"))
     await kit.serve("p", "m", "n")
-    kit.told()
+    kit.published()
     kit.provide("p", "q")
-    assert sorted(kit.told(), key=str) == [(MODIFIED, "mine", UNKNOWN), (REMOVED, "p/n", SERVING)]
+    assert sorted(kit.published(), key=str) == [(MODIFIED, "mine", UNKNOWN), (REMOVED, "p/n", SERVING)]
 
 
 async def test_ids_and_names_with_slashes() -> None:
-    """However provider and name could be told apart, a model is that of the provider that lists it."""
+    """A model belongs to the provider that lists it, also if its id can be split in several ways."""
     kit = Kit("org", "org/lab")
     await kit.serve("org", "lab/m", "n")
     await kit.serve("org/lab", "m")
-    assert {model.id: model.target for model in kit.view.models.values()} == {
+    assert {model.id: model.target for model in kit.models.values()} == {
         "org/lab/m": ("org", "lab/m"),
         "org/n": ("org", "n"),
     }
-    kit.told()
+    kit.published()
     await kit.serve("org", "n")
-    assert kit.view.models["org/lab/m"].target == ("org/lab", "m")
-    assert kit.told() == [(MODIFIED, "org/lab/m", SERVING)]
+    assert kit.models["org/lab/m"].target == ("org/lab", "m")
+    assert kit.published() == [(MODIFIED, "org/lab/m", SERVING)]
 
 
 async def test_as_seen(kit: Kit) -> None:
-    """A registered model with its state: as it was asked for, not as somebody has changed it since, or removed it."""
+    """A registered model with its current state, without later changes of the registration."""
     mine = registered("mine")
     kit.exchange(None, mine)
     await kit.serve("p", "m")
-    assert kit.view.as_seen(mine) is kit.view.models["mine"]
+    assert kit.view.as_seen(mine) is kit.models["mine"]
     assert kit.view.as_seen(mine) == replace(mine, state=SERVING)
     changed = replace(mine, annotations={"k": "v"}, revision=mine.revision + 1)
     assert kit.view.as_seen(changed) == replace(changed, state=SERVING)
@@ -299,7 +316,7 @@ async def test_as_seen(kit: Kit) -> None:
 
 
 def replayed(models: Iterable[Model], events: Iterable[tuple[ChangeKind, Model]]) -> dict[str, Model]:
-    """What a watcher knows after a snapshot and changes, each of which must be news to it."""
+    """The models of a watcher after a snapshot and changes; each change must make a difference."""
     table = {model.id: model for model in models}
     for kind, model in events:
         if kind is ADDED:
@@ -316,7 +333,7 @@ def replayed(models: Iterable[Model], events: Iterable[tuple[ChangeKind, Model]]
 def expected(
     kit: Kit, listed: dict[str, dict[str, ServedModel]], failed: dict[str, DeltawireError]
 ) -> dict[str, Model]:
-    """What there is to see, looked at as a whole: by what providers said last and how they failed since."""
+    """The models that callers see, computed from the last listings and errors of all providers."""
 
     def state(provider_id: str, name: str) -> ModelState:
         failure = failed.get(provider_id)
@@ -362,11 +379,8 @@ _STEPS = st.one_of(
 
 @given(st.lists(_STEPS, max_size=25))
 @settings(max_examples=300, deadline=None)
-async def test_whatever_happens_the_changes_add_up_to_what_there_is(steps: list[tuple[Any, ...]]) -> None:
-    """After each step the view is what looking at everything gives, and from any snapshot on the changes lead there.
-
-    No change is without news, and none comes before what it builds on.
-    """
+async def test_changes_lead_to_the_current_models(steps: list[tuple[Any, ...]]) -> None:
+    """After each action, the models are those computed from everything, and the changes from any snapshot lead to them."""
     kit = Kit()
     listed: dict[str, dict[str, ServedModel]] = {}
     failed: dict[str, DeltawireError] = {}
@@ -392,7 +406,7 @@ async def test_whatever_happens_the_changes_add_up_to_what_there_is(steps: list[
                 listed.clear()
                 failed.clear()
                 kit.provide(*sorted(provider_ids))
-        assert kit.view.models == expected(kit, listed, failed)
-        snapshots.append((len(kit.events), dict(kit.view.models)))
+        assert kit.models == expected(kit, listed, failed)
+        snapshots.append((len(kit.events), dict(kit.models)))
     for place, models in snapshots:
-        assert replayed(models.values(), kit.events[place:]) == kit.view.models
+        assert replayed(models.values(), kit.events[place:]) == kit.models

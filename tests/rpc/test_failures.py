@@ -147,7 +147,8 @@ BEFORE = {
         Script.error(400, "n must be 1", "BadRequestError"),
         StatusCode.INVALID_ARGUMENT,
         "UPSTREAM_REJECTED",
-        metadata={"http_status": "400"},
+        metadata={"http_status": "400", "field": "chat.choice_count"},
+        violated="chat.choice_count",
     ),
     "HTTP 422": Before(
         Script.error(422, "no", param="body.stop"),

@@ -14,6 +14,7 @@ from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import message_pb2, tool_pb2
 from deltawire_server.errors import CallerError, Reason, Violation
 from deltawire_server.rpc.validate import MAX_CACHE_SALT, MAX_CHOICES, MAX_TOOLS
+from deltawire_server.upstream.request import SAMPLING as SAMPLING_ROWS
 from deltawire_server.upstream.request import (
     ChatMessage,
     ChatRequest,
@@ -186,6 +187,11 @@ REFUSED = {
 def test_each_rule(chat: chat_pb.ChatRequest, fields: list[str]) -> None:
     """A request that breaks just one rule is refused for just that field."""
     assert violations(chat) == fields
+
+
+def test_sampling_has_a_row_for_each_field() -> None:
+    """The table and the message have the same names."""
+    assert [*SAMPLING_ROWS] == [field.name for field in chat_pb.Sampling.DESCRIPTOR.fields]
 
 
 @pytest.mark.parametrize(

@@ -220,3 +220,41 @@ async def test_a_request_is_refused_before_it_is_parsed(served: Running) -> None
     failure = taken_apart(caught.value)
     assert (failure.code, failure.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
     assert "more than 100000 fields" in failure.message
+
+
+BAD = "\ue000".encode()
+"""Stands for bytes that are not UTF-8 until the request is serialized."""
+
+TEXTS = {
+    "chat.user": ask(user=BAD.decode()),
+    "chat.messages[0].user.text": ask(messages=[{"user": {"text": BAD.decode()}}]),
+    "chat.messages[1].assistant.tool_calls[1].arguments": ask(
+        messages=[
+            {"user": {"text": "é"}},
+            {"assistant": {"tool_calls": [{"call_id": "a"}, {"call_id": "b", "arguments": f"é{BAD.decode()}"}]}},
+        ]
+    ),
+    "chat.sampling.stop[2]": ask(
+        sampling={"seed": -1, "temperature": 0.5, "stop": ["a", "", BAD.decode(), BAD.decode()]}
+    ),
+}
+
+
+@pytest.mark.parametrize(("path", "message"), TEXTS.items(), ids=TEXTS)
+async def test_a_text_that_is_not_utf_8_is_named(path: str, message: chat_pb.ChatRequest) -> None:
+    """The first one, by its path in the request."""
+    data = REQUEST(chat=message).SerializeToString().replace(BAD, b"\xed\xa0\x80")
+    with pytest.raises(DecodeError):
+        REQUEST.FromString(data)
+    error = await wire.unparsed(data, METHOD)
+    assert error.message == f"{path}: is not UTF-8 text: encode it as UTF-8"
+    assert [violation.field for violation in error.violations] == [path]
+
+
+@given(st.binary(max_size=200))
+@example(b"\x0b\x0a\x01\xff\x0c")
+@example(b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01")
+async def test_other_bytes_are_only_not_a_message(data: bytes) -> None:
+    """Whatever they are, there is an error."""
+    error = await wire.unparsed(data, METHOD)
+    assert error.reason is Reason.INVALID_REQUEST

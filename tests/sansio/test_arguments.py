@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltawire_server.sansio.events import FailureReason
-from deltawire_server.sansio.tool_calls import MAX_BRACKETS, MAX_EXPLAINED, _Brackets, find_problem
+from deltawire_server.sansio.json_object import MAX_EXPLAINED, find_problem
+from deltawire_server.sansio.tool_calls import MAX_BRACKETS, _Brackets
 
 FINE = {
     "empty": "{}",
@@ -34,7 +35,7 @@ FINE = {
 
 @pytest.mark.parametrize("text", FINE.values(), ids=FINE.keys())
 def test_takes(text: str) -> None:
-    """What the grammar calls an object can be passed on as it is."""
+    """A JSON object has no problem."""
     assert find_problem(text) is None
 
 

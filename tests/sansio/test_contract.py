@@ -1,4 +1,4 @@
-"""The contract of a stream, point by point, as far as it is decided here; usage and joining have files of their own."""
+"""The contract of a stream, point by point; usage and merging have their own files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from deltawire_server.sansio.events import (
     ToolCallStarted,
     ToolCallSucceeded,
 )
-from deltawire_server.sansio.reader import STOP_REASONS, Limits, Phase
+from deltawire_server.sansio.phases import Phase
+from deltawire_server.sansio.reader import STOP_REASONS, Limits
 from tests.sansio.build import (
     DONE,
     STARTED,
@@ -46,7 +47,7 @@ from tests.sansio.build import (
     text,
 )
 from tests.support import chop
-from tests.support.told import pieces_told
+from tests.support.tool_call_events import check_calls
 
 ROLE = chunk(part({"role": "assistant", "content": ""}))
 COMMENT = b": keep-alive\n\n"
@@ -66,8 +67,8 @@ def _finished(events: list[Event]) -> list[ChoiceFinished]:
 # --- 1. `Started` first, and only once the engine has really begun
 
 
-def test_1_nothing_is_told_before_the_first_choice() -> None:
-    """Comments, an empty chunk and a usage chunk begin nothing; the first choice does, even if it says nothing."""
+def test_1_no_event_before_the_first_choice() -> None:
+    """Comments, an empty chunk and a usage chunk return no event; the first choice returns `Started`, even without output."""
     reading = reader()
     for piece in [COMMENT, b"\n\n", chunk(), chunk(usage=figures(7, 0)), b"event: x\n\n"]:
         assert reading.receive(piece) == []
@@ -77,7 +78,7 @@ def test_1_nothing_is_told_before_the_first_choice() -> None:
 
 
 def test_1_started_comes_once() -> None:
-    """Under the first chunk's id and model, whatever the later ones say."""
+    """`Started` has the id and model of the first chunk, even if later chunks differ."""
     first = data({"id": "1", "model": "a", "choices": [part()]})
     second = data({"id": "2", "model": "b", "choices": [part({"content": "x"}, finish="stop")]})
     events = read(first, second, DONE)
@@ -123,21 +124,21 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize(("pieces", "fault"), REFUSALS.values(), ids=REFUSALS.keys())
-def test_1_what_fails_before_it_began_is_refused(pieces: list[bytes], fault: Fault) -> None:
-    """One `Refused` and nothing else, so that the failure can be sent in trailers alone and the call can be retried."""
+def test_1_a_failure_before_the_first_choice_is_refused(pieces: list[bytes], fault: Fault) -> None:
+    """`Refused` is the only event, so that the failure can be sent in trailers only and the call can be retried."""
     assert read(*pieces, ROLE if fault.reason is not Reason.UPSTREAM_UNAVAILABLE else b"") == [Refused(fault)]
 
 
 @pytest.mark.parametrize("payload", [b"data: <html>\n\n", b'data: {"ping":1}\n\n', b"data: []\n\n"])
-def test_1_nonsense_is_refused(payload: bytes) -> None:
-    """What is no chunk is named so."""
+def test_1_an_invalid_payload_is_refused(payload: bytes) -> None:
+    """A payload that is not a chunk is UPSTREAM_MALFORMED."""
     [refused] = read(payload)
     assert isinstance(refused, Refused)
     assert refused.fault.reason is Reason.UPSTREAM_MALFORMED
 
 
-def test_1_giving_up_before_it_began_refuses() -> None:
-    """Whoever reads may have waited long enough: what it says is the fault."""
+def test_1_a_timeout_before_the_first_choice_is_refused() -> None:
+    """The fault that is passed to `finish` is the reason."""
     reading = reader()
     fault = Fault(Reason.UPSTREAM_TIMEOUT, "no first event")
     assert reading.finish(fault) == [Refused(fault)]
@@ -147,8 +148,8 @@ def test_1_giving_up_before_it_began_refuses() -> None:
 # --- 2. Text is never reordered, lost or sent twice
 
 
-def test_2_text_beside_anything_is_text() -> None:
-    """Within a chunk the order is reasoning, text, tool calls; a second choice's share comes after the first's."""
+def test_2_the_order_within_a_chunk() -> None:
+    """Within a chunk the order is reasoning, text, tool calls, first of the first choice."""
     everything: Json = {"content": "t", "reasoning": "r", "tool_calls": [entry("{}", call_id="c", name="f")]}
     body = chunk(part(everything, finish="stop"), part({"content": "u"}, choice=1, finish="stop"))
     assert read(body, DONE, choice_count=2, incremental=True)[:-2] == [
@@ -164,7 +165,7 @@ def test_2_text_beside_anything_is_text() -> None:
 
 
 def test_2_text_after_the_finish_is_not_lost() -> None:
-    """An engine that goes on after its finish reason is read on: its output is returned, and is in `Completed`."""
+    """Output after a finish reason is returned and is in `Completed`."""
     events = read(text("a", finish="stop"), text("b"), chunk(part({"reasoning": "c"})), DONE)
     assert [event.text for event in events if isinstance(event, TextDelta | ReasoningDelta)] == ["a", "b", "c"]
     assert isinstance(events[-1], Completed)
@@ -172,7 +173,7 @@ def test_2_text_after_the_finish_is_not_lost() -> None:
 
 
 def test_2_both_names_of_reasoning_are_read_once() -> None:
-    """A chunk with reasoning under its new and its old name says it once."""
+    """Reasoning under its new and its old name in one chunk is returned once."""
     events = read(chunk(part({"reasoning": "a", "reasoning_content": "a"}, finish="stop")), DONE)
     assert events[:2] == [STARTED, ReasoningDelta(0, "a")]
     assert len(events) == 4
@@ -208,8 +209,8 @@ def _tokens(*tokens: str) -> tuple[TokenLogprob, ...]:
     ],
     ids=["text", "reasoning", "both", "a call", "nothing", "null"],
 )
-def test_2_a_chunks_logprobs_ride_once(delta: Json | None, expected: list[Event]) -> None:
-    """On the first text or reasoning made from it, else on an empty text; `Completed` repeats them only on demand."""
+def test_2_logprobs_are_sent_once(delta: Json | None, expected: list[Event]) -> None:
+    """The first delta of a chunk has its log-probabilities, or an empty text; `Completed` repeats them only on request."""
     body = data({"id": "up", "model": "m", "choices": [{"index": 0, "delta": delta, "logprobs": _logprobs("a", "é")}]})
     for keep in (False, True):
         reading = reader(keep_logprobs=keep)
@@ -220,14 +221,14 @@ def test_2_a_chunks_logprobs_ride_once(delta: Json | None, expected: list[Event]
 
 
 def test_2_logprobs_without_entries_are_none() -> None:
-    """A chunk whose list is null or empty gives no event."""
+    """A null or empty list of log-probabilities returns no event."""
     nothing: list[Json] = [{"content": None}, {"content": []}, {}]
     for logprobs in nothing:
         assert read(chunk(part({}, logprobs=logprobs), part({}, finish="stop")), DONE)[:-2] == [STARTED]
 
 
 def test_2_a_token_without_bytes_has_none() -> None:
-    """Bytes and alternatives may be null or left out."""
+    """Bytes and alternatives may be null or missing."""
     logprobs: Json = {
         "content": [{"token": "a", "logprob": -1, "bytes": None, "top_logprobs": None}, {"token": "b", "logprob": 0}]
     }
@@ -240,7 +241,7 @@ def test_2_a_token_without_bytes_has_none() -> None:
 
 
 def test_4_verdicts_come_at_the_true_end_by_index() -> None:
-    """A whole call waits for the answer's true end, since only that says whether it may be trusted."""
+    """The verdict on a call is returned at the true end of the answer."""
     reading = reader(incremental=True)
     reading.receive(calls(entry("{}", index=1, call_id="b", name="g")))
     assert not any(
@@ -256,8 +257,8 @@ def test_4_verdicts_come_at_the_true_end_by_index() -> None:
     ]
 
 
-def test_4_assembled_tells_only_verdicts() -> None:
-    """Pieces are returned only on demand."""
+def test_4_assembled_calls_have_only_verdicts() -> None:
+    """Fragments are returned only with `incremental`."""
     body = [calls(entry("{", call_id="a", name="f")), calls(entry("}")), end("tool_calls"), DONE]
     pieces = [
         event for event in read(*body, incremental=True) if isinstance(event, ToolCallStarted | ToolCallArguments)
@@ -266,13 +267,13 @@ def test_4_assembled_tells_only_verdicts() -> None:
     assert read(*body) == [event for event in read(*body, incremental=True) if event not in pieces]
 
 
-def test_4_a_call_without_arguments_is_started_all_the_same() -> None:
-    """Started, then the verdict, though no fragment ever came."""
+def test_4_a_call_without_arguments_is_started() -> None:
+    """A call without fragments has a STARTED event and a verdict."""
     events = read(calls(entry(call_id="a", name="f")), end("tool_calls"), DONE, incremental=True)
     assert events[1:3] == [ToolCallStarted(0, 0, "a", "f"), ToolCallSucceeded(0, 0, "a", "f", "{}")]
 
 
-# --- 5. A failed call says why, where, and what the model said
+# --- 5. A failed call has its reason, its position and its raw text
 
 
 @pytest.mark.parametrize(
@@ -288,7 +289,7 @@ def test_4_a_call_without_arguments_is_started_all_the_same() -> None:
 def test_5_the_first_reason_that_applies(
     tool: str | None, arguments: str, finish: str, reason: FailureReason, offset: int | None
 ) -> None:
-    """Reason, sentence, place and raw text; the call stands among the failed ones in `Completed`."""
+    """A failed call has the first reason that applies, a message, an offset and the raw text, and is in `Completed`."""
     events = read(calls(entry(arguments, call_id="a", name=tool)), end(finish), DONE)
     [failed] = [event for event in events if isinstance(event, ToolCallFailed)]
     assert (failed.reason, failed.raw_arguments, failed.byte_offset) == (reason, arguments, offset)
@@ -299,7 +300,7 @@ def test_5_the_first_reason_that_applies(
 
 
 def _no(_: str) -> tuple[str, str]:
-    """A check that nothing passes."""
+    """A check that always fails."""
     return "/a/0", "is wrong"
 
 
@@ -314,10 +315,8 @@ def _no(_: str) -> tuple[str, str]:
         ("f", "{}", "stop", FailureReason.SCHEMA_MISMATCH),
     ],
 )
-def test_5_the_schema_comes_after_all_else(
-    tool: str | None, arguments: str, finish: str, reason: FailureReason
-) -> None:
-    """Only a complete call of a known tool is checked against a schema; only a mismatch says where in the arguments it is."""
+def test_5_the_schema_is_checked_last(tool: str | None, arguments: str, finish: str, reason: FailureReason) -> None:
+    """Only a complete call of an offered tool is checked against its schema; only a mismatch has a path."""
     events = read(calls(entry(arguments, call_id="a", name=tool)), end(finish), DONE, checks={"f": _no, "nuke": _no})
     [failed] = [event for event in events if isinstance(event, ToolCallFailed)]
     assert failed.reason is reason
@@ -329,7 +328,7 @@ def test_5_the_schema_comes_after_all_else(
 
 
 def test_5_each_tool_has_its_own_check() -> None:
-    """A check is given the arguments as they are returned, "{}" for none; tools without a check accept any object."""
+    """A check gets the returned arguments, "{}" for none; tools without a check accept any object."""
     seen: list[str] = []
 
     def note(arguments: str) -> None:
@@ -348,8 +347,8 @@ def test_5_each_tool_has_its_own_check() -> None:
     assert _finished(events)[0].tool_calls_executable
 
 
-def test_5_one_mismatch_stops_the_whole_turn() -> None:
-    """A batch of which one call does not follow its schema is not to be executed, as after every other failure."""
+def test_5_one_mismatch_makes_the_turn_not_executable() -> None:
+    """If one call does not follow its schema, no call of the turn may be executed."""
     body = [
         calls(entry("{}", index=0, call_id="a", name="f")),
         calls(entry("{}", index=1, call_id="b", name="g")),
@@ -364,8 +363,8 @@ def test_5_one_mismatch_stops_the_whole_turn() -> None:
     assert [call.call_id for call in last.choices[0].failed_tool_calls] == ["b"]
 
 
-def test_5_a_defective_check_is_not_the_models_fault() -> None:
-    """An exception of a check reaches the caller of the reader: no verdict is made of it."""
+def test_5_an_exception_of_a_check_is_raised() -> None:
+    """An exception of a check reaches the caller of the reader and gives no verdict."""
 
     def broken(_: str) -> None:
         raise ZeroDivisionError
@@ -376,7 +375,7 @@ def test_5_a_defective_check_is_not_the_models_fault() -> None:
         reading.receive(DONE)
 
 
-# --- 6. In a cut turn the call that was being written is truncated, and nothing is to be executed
+# --- 6. In a turn that was cut off, the current call is truncated, and no call may be executed
 
 _TWO_CALLS = [
     calls(entry("{}", index=0, call_id="a", name="f")),
@@ -402,7 +401,7 @@ CUTS: dict[str, tuple[list[bytes], Fault | None, StopReason]] = {
 
 @pytest.mark.parametrize(("pieces", "given_up", "reason"), CUTS.values(), ids=CUTS.keys())
 def test_6_a_cut_turn(pieces: list[bytes], given_up: Fault | None, reason: StopReason) -> None:
-    """The call before has succeeded, the current one has not though it parses, and neither is to be executed."""
+    """The earlier call has succeeded, the current one is TRUNCATED even if it parses, and neither may be executed."""
     reading = reader()
     events = [event for piece in [*_TWO_CALLS, *pieces] for event in reading.receive(piece)]
     events += reading.finish(given_up)
@@ -419,7 +418,7 @@ def test_6_a_cut_turn(pieces: list[bytes], given_up: Fault | None, reason: StopR
 
 @pytest.mark.parametrize("word", ["stop", "tool_calls"])
 def test_6_executable_only_if_all_succeeded(word: str) -> None:
-    """A turn that ended by itself may be executed if it has calls and none of them failed."""
+    """The calls of a turn that ended by itself may be executed if none of them failed."""
     bad = calls(entry("[", index=2, call_id="c", name="f"))
     assert [
         _finished(read(*body, end(word), DONE))[0].tool_calls_executable
@@ -431,15 +430,15 @@ def test_6_executable_only_if_all_succeeded(word: str) -> None:
     ]
 
 
-def test_6_a_word_that_nobody_knows_executes_nothing() -> None:
-    """Calls under an unknown word get the verdicts of a whole turn, but what it means for them is unknown."""
+def test_6_an_unknown_finish_reason_is_not_executable() -> None:
+    """With an unknown finish reason, calls get normal verdicts, but may not be executed."""
     events = read(*_TWO_CALLS, end("whim"), DONE)
     assert sum(isinstance(event, ToolCallSucceeded) for event in events) == 2
     assert _finished(events) == [ChoiceFinished(0, StopReason.END_OF_TURN, "whim")]
 
 
 def test_6_choices_have_their_own_verdicts() -> None:
-    """One choice's cut does not touch the calls of one that ended by itself."""
+    """A choice that was cut off does not affect the calls of another choice."""
     both = [calls(entry("{}", call_id=call_id, name="f"), choice=choice) for choice, call_id in enumerate("ab")]
     events = read(*both, end("length", choice=1), end("tool_calls", choice=0), DONE, choice_count=2)
     assert _finished(events) == [
@@ -463,43 +462,43 @@ OWN_ENDS = ["stop", "tool_calls", "length", "content_filter", "repetition", "whi
 
 
 @pytest.mark.parametrize(("word", "reason"), STOPS.items())
-def test_7_each_word_has_its_stop_reason(word: str, reason: StopReason) -> None:
-    """The engine's word stands beside what it means."""
+def test_7_stop_reasons(word: str, reason: StopReason) -> None:
+    """Each finish reason has its stop reason, and is returned too."""
     assert _finished(read(text("a"), end(word), DONE)) == [ChoiceFinished(0, reason, word)]
 
 
 def test_7_a_finish_without_a_delta() -> None:
-    """A choice that only finishes may leave its delta null."""
+    """A chunk with only a finish reason may have a null delta."""
     finish = {"index": 0, "delta": None, "finish_reason": "stop"}
     assert _finished(read(text("a"), chunk(finish), DONE)) == [ChoiceFinished(0, StopReason.END_OF_TURN, "stop")]
 
 
-def test_7_the_table_of_words_is_tested_whole() -> None:
-    """A word that is added to the table is added here."""
+def test_7_every_finish_reason_is_tested() -> None:
+    """The tested finish reasons are those of the table."""
     assert STOP_REASONS == STOPS
 
 
 @pytest.mark.parametrize("word", OWN_ENDS)
-def test_7_an_end_of_the_models_own_is_no_fault(word: str) -> None:
-    """Whatever ended the model, the stream is a success."""
+def test_7_a_normal_end_is_not_a_fault(word: str) -> None:
+    """An answer that the model or a limit ended has no fault."""
     assert _fault(read(text("a"), end(word), DONE)) is None
 
 
 def test_7_an_aborted_answer_is_a_fault() -> None:
-    """Somebody else ended the request; every choice has a finish reason and still it is not whole."""
+    """An aborted answer has a fault, although every choice has a finish reason."""
     assert _fault(read(text("a"), end("abort"), DONE)) == Fault(
         Reason.UPSTREAM_ABORTED, "the provider aborted the request"
     )
 
 
-def test_7_an_engines_error_word_is_a_fault() -> None:
-    """A finish reason may itself be the failure."""
+def test_7_the_finish_reason_error_is_a_fault() -> None:
+    """The finish reason "error" is a fault."""
     fault = Fault(Reason.UPSTREAM_ERROR, "the provider ended the answer with an error")
     assert _fault(read(text("a"), end("error"), DONE)) == fault
 
 
-def test_7_stop_sequence_only_if_the_caller_sent_it() -> None:
-    """A stop text or token of the caller's; a model's own end token is named, but is an end of turn; a call outranks both."""
+def test_7_stop_sequences_are_the_callers() -> None:
+    """Only a stop text or token of the caller is STOP_SEQUENCE, and only in an answer without calls."""
 
     def finished(matched: str | int | None, *before: bytes, word: str = "stop") -> ChoiceFinished:
         events = read(*before, end(word, stop_reason=matched), DONE, stop=["END", "7"], stop_token_ids=[5])
@@ -516,7 +515,7 @@ def test_7_stop_sequence_only_if_the_caller_sent_it() -> None:
 
 
 def test_7_nothing_after_the_end() -> None:
-    """An answer that has ended takes nothing in, however often `finish` is called."""
+    """An ended answer returns no events, even if `finish` is called several times."""
     reading = reader()
     reading.receive(text("a", finish="stop") + DONE + text("b") + error())
     assert reading.ended
@@ -527,7 +526,7 @@ def test_7_nothing_after_the_end() -> None:
 
 
 def test_7_choices_end_by_index() -> None:
-    """In whatever order they finish; `Completed` lists them in the same order."""
+    """Choices end in the order of their indexes, which is also the order of `Completed`."""
     events = read(text("b", choice=2), text("a", choice=0), end("stop", choice=1), error(), choice_count=3)
     assert [event.choice for event in _finished(events)] == [0, 1, 2]
     assert isinstance(events[-1], Completed)
@@ -539,16 +538,16 @@ def test_7_choices_end_by_index() -> None:
     ]
 
 
-def test_7_a_fault_after_the_finish_leaves_the_choice_as_it_was() -> None:
-    """What a choice ended with stays; the fault is the answer's."""
+def test_7_a_fault_after_the_finish_reason_keeps_the_stop_reason() -> None:
+    """A choice keeps its stop reason; the answer has the fault."""
     events = read(text("a", finish="stop"), error())
     assert _finished(events) == [ChoiceFinished(0, StopReason.END_OF_TURN, "stop")]
     assert _fault(events) == Fault(Reason.UPSTREAM_ERROR, "broken", 500, "InternalServerError")
 
 
 @pytest.mark.parametrize("choice", [-1, 2])
-def test_7_a_choice_that_was_not_asked_for_is_a_fault(choice: int) -> None:
-    """An answer of more choices than asked for is malformed; what came before it is returned."""
+def test_7_an_unrequested_choice_is_a_fault(choice: int) -> None:
+    """An answer with an unrequested choice is malformed; the events before it are returned."""
     events = read(text("a"), text("b", choice=choice), choice_count=2)
     assert events[:2] == [STARTED, TextDelta(0, "a")]
     message = f"choice {choice} came in an answer of 2"
@@ -570,13 +569,13 @@ def test_7_a_choice_that_was_not_asked_for_is_a_fault(choice: int) -> None:
     ],
 )
 def test_8_incomplete(pieces: list[bytes], choice_count: int, missing: str, last: list[bytes]) -> None:
-    """Neither the body's end nor `[DONE]` makes an answer whole; a choice that never came counts as unfinished."""
+    """Neither the end of the body nor `[DONE]` completes an answer; a missing choice counts as unfinished."""
     message = f"the stream ended without a finish reason for {missing} choices"
     assert _fault(read(*pieces, *last, choice_count=choice_count)) == Fault(Reason.UPSTREAM_INCOMPLETE, message)
 
 
-def test_8_whole_without_done() -> None:
-    """Every choice has finished: a body that ends without `[DONE]`, or within a later event, took nothing away."""
+def test_8_complete_without_done() -> None:
+    """If every choice has a finish reason, a body without `[DONE]`, or with a truncated last event, is complete."""
     assert _fault(read(text("a", finish="stop"))) is None
     assert _fault(read(text("a", finish="stop"), chunk(usage=figures(1, 1))[:-1])) is None
 
@@ -593,8 +592,8 @@ def test_8_whole_without_done() -> None:
     ],
     ids=["event", "calls", "call"],
 )
-def test_what_exceeds_a_limit_ends_the_answer(limits: Limits, message: str, verdict_count: int) -> None:
-    """As a fault, with everything that came before it, also within the same read and the same chunk."""
+def test_exceeding_a_limit_ends_the_answer(limits: Limits, message: str, verdict_count: int) -> None:
+    """Exceeding a limit is a fault; earlier events of the same read and the same chunk are returned."""
     body = b"".join(
         [
             text("a"),
@@ -618,8 +617,8 @@ def test_what_exceeds_a_limit_ends_the_answer(limits: Limits, message: str, verd
         assert read(*pieces, limits=limits, incremental=True) == events
 
 
-def test_what_comes_after_done_cannot_exceed_a_limit() -> None:
-    """Nobody reads it, whether it comes in the same read or in another."""
+def test_limits_do_not_apply_after_done() -> None:
+    """Data after `[DONE]` is not read, whether it is received in the same read or in another."""
     body = text("a", finish="stop") + DONE + b"data: " + b"x" * 500
     events = read(body, limits=Limits(max_event_bytes=300))
     assert _fault(events) is None
@@ -629,8 +628,8 @@ def test_what_comes_after_done_cannot_exceed_a_limit() -> None:
 # --- anomalies, for the log
 
 
-def test_what_was_got_over_is_counted() -> None:
-    """Things that no vLLM should send and that cost nothing are counted by what they are."""
+def test_anomalies_are_counted() -> None:
+    """Anomalies that do not change the answer are counted by name."""
     reading = reader()
     for piece in [
         chunk(),
@@ -656,8 +655,8 @@ def test_what_was_got_over_is_counted() -> None:
 # --- the proto's numbers
 
 
-def test_the_numbers_are_the_protos() -> None:
-    """A reason is translated by its number; each has the same name there."""
+def test_reasons_have_the_numbers_of_the_proto() -> None:
+    """Each reason has the same number and name in the proto, because it is converted by its number."""
     for ours, theirs, prefix in [
         (StopReason, chat_completion_pb2.StopReason, "STOP_REASON_"),
         (Provenance, chat_completion_pb2.UsageProvenance, "USAGE_PROVENANCE_"),
@@ -719,20 +718,20 @@ _PIECES = st.sampled_from(
 def test_any_stream_keeps_the_contract(
     pieces: list[bytes], cuts: list[int], incremental: bool, given_up: Fault | None
 ) -> None:
-    """Nothing raises; the order of events, the number of ends, the sums and the verdicts hold; no cut changes anything."""
+    """No stream raises; the order of events, the ends, the concatenated texts and the verdicts are correct for every split."""
     body = b"".join(pieces)
-    told = []
+    read_events = []
     for way in ([body], chop.at(body, cuts)):
         reading = reader(choice_count=2, incremental=incremental)
         events = [event for piece in way for event in reading.receive(piece)]
         events += reading.finish(given_up)
         assert reading.ended
         assert reading.receive(body) == []
-        told.append(events)
-    events = told[0]
-    assert told[1] == events
+        read_events.append(events)
+    events = read_events[0]
+    assert read_events[1] == events
     msgspec.json.encode(events)  # every text is Unicode
-    pieces_told(events, incremental=incremental)
+    check_calls(events, incremental=incremental)
     last = events[-1]
     if isinstance(last, Refused):
         assert len(events) == 1
@@ -774,8 +773,8 @@ def test_any_stream_keeps_the_contract(
     assert len(set(ids)) == len(ids)
 
 
-def test_a_repeated_name_does_not_count_towards_a_calls_size() -> None:
-    """An engine that says the name beside every fragment has no smaller limit than one that says it once."""
+def test_a_repeated_name_does_not_count_toward_the_size() -> None:
+    """A name that is repeated with every fragment counts once."""
     pieces = [calls(entry(piece, call_id="c", name="get_weather")) for piece in ('{"a', '": ', '"b"}')]
     limits = Limits(max_call_bytes=len("get_weather" * 2 + '{"a": "b"}'))
     events = read(*pieces, end("tool_calls"), DONE, limits=limits)
@@ -783,14 +782,14 @@ def test_a_repeated_name_does_not_count_towards_a_calls_size() -> None:
     assert any(isinstance(event, ToolCallSucceeded) for event in events)
 
 
-def test_an_empty_finish_reason_is_none() -> None:
-    """An engine that fills in the field with an empty text has not ended the choice."""
+def test_an_empty_finish_reason_is_ignored() -> None:
+    """An empty finish reason does not end the choice."""
     events = read(text("a", finish=""), text("b", finish="stop"), DONE)
     assert [event.engine_finish_reason for event in events if isinstance(event, ChoiceFinished)] == ["stop"]
 
 
-def test_null_is_as_good_as_left_out() -> None:
-    """A chunk whose id, model, object and choice index are null is a chunk."""
+def test_null_means_missing() -> None:
+    """A chunk whose id, model, object and choice index are null is valid."""
     nulls = data({"id": None, "model": None, "object": None, "choices": [{"index": None, "delta": {"content": "a"}}]})
     events = read(nulls, end("stop"), DONE)
     assert events[:2] == [Started("", ""), TextDelta(0, "a")]

@@ -63,7 +63,7 @@ UNREADABLE = {
     "a reference to itself": '{"$ref": "#"}',
     "references in a circle": '{"$ref": "#/a", "a": {"$ref": "#/b"}, "b": {"$ref": "#/a"}}',
     "a reference to nothing": '{"$ref": "#/a"}',
-    "a reference to a place in a list that is none": '{"$ref": "#/allOf/x", "allOf": []}',
+    "a reference to a missing list item": '{"$ref": "#/allOf/x", "allOf": []}',
     "a reference into a text": '{"$ref": "#/type/x", "type": "object"}',
     "a reference to another document": '{"$ref": "https://example.com/s.json"}',
     "a reference to an anchor": '{"$ref": "#a"}',

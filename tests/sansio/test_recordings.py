@@ -29,7 +29,7 @@ from deltawire_server.sansio.events import (
     ToolCallSucceeded,
 )
 from tests.support import chop, golden, recordings
-from tests.support.told import pieces_told
+from tests.support.tool_call_events import check_calls
 
 ROOT = Path(__file__).parents[2]
 NAMES = recordings.names()
@@ -90,21 +90,21 @@ def _cut_everywhere(name: str) -> None:
 def test_gives_the_same_assembled_without_the_pieces(name: str) -> None:
     """Without pieces of calls the list is the golden one minus `ToolCallStarted` and `ToolCallArguments`."""
     recording = recordings.load(name)
-    told = [event for event in recording.read() if not isinstance(event, ToolCallStarted | ToolCallArguments)]
-    assert recording.read(incremental=False) == told
+    returned = [event for event in recording.read() if not isinstance(event, ToolCallStarted | ToolCallArguments)]
+    assert recording.read(incremental=False) == returned
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_calls_are_told_in_order_and_add_up(name: str) -> None:
     """Pieces add up to the text of the verdict, joined or not, however the bytes are cut; assembled, the verdicts are the same."""
     recording = recordings.load(name)
-    calls = pieces_told(recording.read(incremental=False), incremental=False)
+    calls = check_calls(recording.read(incremental=False), incremental=False)
     for pieces in (None, chop.byte_by_byte(recording.data), *chop.at_random(recording.data)):
         events = recording.read(pieces)
-        assert pieces_told(events, incremental=True) == calls
+        assert check_calls(events, incremental=True) == calls
         coalescer = Coalescer()
         coalescer.receive(events)
-        assert pieces_told(coalescer.take(), incremental=True) == calls
+        assert check_calls(coalescer.take(), incremental=True) == calls
 
 
 def test_every_golden_file_belongs_to_a_recording() -> None:
@@ -198,7 +198,7 @@ CUT_CALLS = [
     "p-qwen3-coder-truncated", "tool-truncated",
 ]  # fmt: skip
 
-TOLD: dict[str, Ended] = {
+EXPECTED_ENDS: dict[str, Ended] = {
     **dict.fromkeys(TEXTS, Ended((_TURN,))),
     **dict.fromkeys(CUT_TEXTS, Ended((_LENGTH,))),
     **dict.fromkeys(ONE_CALL, Ended((_called(),))),
@@ -250,11 +250,11 @@ TOLD: dict[str, Ended] = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(TOLD))
+@pytest.mark.parametrize("name", sorted(EXPECTED_ENDS))
 def test_is_told_as_it_was_made(name: str) -> None:
     """Stop reason, the engine's word, verdicts, permission to execute, provenance and fault are what the recording shows."""
     events = recordings.load(name).read()
-    expected = TOLD[name]
+    expected = EXPECTED_ENDS[name]
     last = events[-1]
     if not expected.choices:
         assert isinstance(last, Refused)
@@ -262,7 +262,7 @@ def test_is_told_as_it_was_made(name: str) -> None:
         assert (last.fault.reason, last.fault.upstream_code) == (expected.fault, expected.code)
         return
     assert isinstance(last, Completed)
-    told = tuple(
+    returned = tuple(
         CompletionView(
             choice.stop_reason,
             choice.engine_finish_reason,
@@ -272,7 +272,7 @@ def test_is_told_as_it_was_made(name: str) -> None:
         )
         for choice in last.choices
     )
-    assert told == expected.choices
+    assert returned == expected.choices
     assert last.usage.provenance is expected.provenance
     assert (last.fault and last.fault.reason) == expected.fault
     assert (last.fault.upstream_code if last.fault else 0) == expected.code
@@ -314,8 +314,8 @@ def test_a_probability_that_is_null_is_not_known() -> None:
     """The token's entry is there, and so are its alternatives."""
     last = recordings.load("w-logprob-null").read(keep_logprobs=True)[-1]
     assert isinstance(last, Completed)
-    told = [(token.logprob, [other.logprob for other in token.alternatives]) for token in last.choices[0].logprobs]
-    assert told == [(-0.1, [-0.1]), (None, [None, -3.0]), (-0.2, [])]
+    returned = [(token.logprob, [other.logprob for other in token.alternatives]) for token in last.choices[0].logprobs]
+    assert returned == [(-0.1, [-0.1]), (None, [None, -3.0]), (-0.2, [])]
 
 
 def test_arguments_after_the_finish_reason_are_the_calls() -> None:
@@ -395,7 +395,7 @@ def _read_raw_choice(raw: Raw, choice: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_loses_and_invents_nothing(name: str) -> None:
-    """Text, reasoning, arguments, ids, names, words, log-probabilities and usage are, to the letter, what the lines hold."""
+    """Text, reasoning, arguments, ids, names, finish reasons, log-probabilities and usage are those of the recorded lines."""
     recording = recordings.load(name)
     raw = _read_raw(recording.data)
     events = recording.read(keep_logprobs=True)
@@ -425,10 +425,10 @@ def test_loses_and_invents_nothing(name: str) -> None:
             if isinstance(event, ToolCallArguments) and (event.choice, event.index) == key
         )
         assert fragments == raw.arguments[key]
-        told = call.arguments if isinstance(call, ToolCallSucceeded) else call.raw_arguments
-        assert told == raw.arguments[key] or (told == "{}" and not raw.arguments[key])
+        returned = call.arguments if isinstance(call, ToolCallSucceeded) else call.raw_arguments
+        assert returned == raw.arguments[key] or (returned == "{}" and not raw.arguments[key])
         if isinstance(call, ToolCallSucceeded):
-            assert isinstance(json.loads(told), dict)
+            assert isinstance(json.loads(returned), dict)
     told_tokens = [
         token for event in events if isinstance(event, TextDelta | ReasoningDelta) for token in event.logprobs
     ]
@@ -474,11 +474,11 @@ def test_a_stale_golden_file_is_found(
     """`--check` names what is missing, changed or left over, changes nothing and fails; without it, it is written."""
     for suffix in (".sse", ".request.json"):
         (tmp_path / f"text-stop{suffix}").write_bytes((recordings.TRANSCRIPTS / f"text-stop{suffix}").read_bytes())
-    (tmp_path / "gone.events.jsonl").write_bytes(b"")
+    (tmp_path / "removed.events.jsonl").write_bytes(b"")
     monkeypatch.setattr(recordings, "TRANSCRIPTS", tmp_path)
     assert golden.main(["--check"]) == 1
-    assert capsys.readouterr().out == "stale: text-stop.events.jsonl\nstale: gone.events.jsonl\n"
+    assert capsys.readouterr().out == "stale: text-stop.events.jsonl\nstale: removed.events.jsonl\n"
     assert not (tmp_path / "text-stop.events.jsonl").exists()
     assert golden.main([]) == 0
-    assert capsys.readouterr().out == "written: text-stop.events.jsonl\nremoved: gone.events.jsonl\n"
+    assert capsys.readouterr().out == "written: text-stop.events.jsonl\nremoved: removed.events.jsonl\n"
     assert golden.main(["--check"]) == 0

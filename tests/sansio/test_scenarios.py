@@ -147,7 +147,7 @@ def test_call_without_arguments(arguments: str | None) -> None:
 
 
 def test_arguments_of_white_space() -> None:
-    """Put right: they were passed on to the letter though they are no JSON; they are no arguments."""
+    """Put right: white space is not JSON, and counts as missing arguments."""
     assert read(calls(entry(" ", call_id="c1", name="f")), end("tool_calls"), DONE) == [
         STARTED,
         *ending(StopReason.END_OF_MESSAGE, "tool_calls", succeeded=(_ok("{}"),), executable=True, chunks=1),
@@ -475,7 +475,7 @@ def test_original_4_empty_buffer() -> None:
 
 
 def test_original_5_streaming_arguments() -> None:
-    """Kept: one call with the arguments to the letter; put right: id and name once, though both were repeated."""
+    """Kept: one call with verbatim arguments; put right: id and name once, though both were repeated."""
     arguments = '{"number": 28, "power": 3}'
     assert read(
         calls(entry("", index=1, call_id="tc_1", name="power")),

@@ -93,7 +93,7 @@ def test_an_answer_that_has_ended_is_not_stopped(last: bytes) -> None:
 
 
 def test_nothing_is_read_after_the_stop() -> None:
-    """What was on its way is not part of the answer any more."""
+    """Data that is received after the end is not part of the answer."""
     reading = reader()
     reading.stop(StopReason.CANCELLED)
     assert reading.receive(text("late")) == []

@@ -22,6 +22,7 @@ from deltawire_server.sansio.events import (
     ToolCallStarted,
     ToolCallSucceeded,
 )
+from deltawire_server.sansio.json_object import find_problem
 from deltawire_server.sansio.tool_calls import CallIds, ToolCallAssembler, ToolCallLimitError
 from tests.support.recordings import counting_ids
 
@@ -610,7 +611,7 @@ _ENTRIES = st.builds(
 )
 
 
-def _told(entries: Sequence[Sequence[ToolEntry]], *, incremental: bool, cut: bool) -> tuple[list[Event], list[Event]]:
+def _read(entries: Sequence[Sequence[ToolEntry]], *, incremental: bool, cut: bool) -> tuple[list[Event], list[Event]]:
     """What came while the calls were written, and what came at the end."""
     assembler = _assembler(incremental=incremental)
     return [event for chunk in entries for event in assembler.receive(chunk)], assembler.finish(cut=cut)
@@ -620,12 +621,12 @@ def _told(entries: Sequence[Sequence[ToolEntry]], *, incremental: bool, cut: boo
 @given(st.lists(st.lists(_ENTRIES, max_size=3), max_size=8), st.booleans())
 def test_whatever_comes_every_call_is_judged_once(entries: list[list[ToolEntry]], cut: bool) -> None:
     """Nothing raises; each call gets one verdict, in ascending order, under one id that no other has, after its pieces."""
-    told, last = _told(entries, incremental=True, cut=cut)
+    emitted, last = _read(entries, incremental=True, cut=cut)
     verdicts = [event for event in last if isinstance(event, ToolCallSucceeded | ToolCallFailed)]
-    started = [event for event in [*told, *last] if isinstance(event, ToolCallStarted)]
-    pieces = [event for event in told if isinstance(event, ToolCallArguments)]
-    assert [*told, *last] == [
-        *[event for event in told if isinstance(event, ToolCallStarted | ToolCallArguments)],
+    started = [event for event in [*emitted, *last] if isinstance(event, ToolCallStarted)]
+    pieces = [event for event in emitted if isinstance(event, ToolCallArguments)]
+    assert [*emitted, *last] == [
+        *[event for event in emitted if isinstance(event, ToolCallStarted | ToolCallArguments)],
         *last,
     ]
     indexes = [call.index for call in verdicts]
@@ -641,11 +642,11 @@ def test_whatever_comes_every_call_is_judged_once(entries: list[list[ToolEntry]]
         raw = "".join(piece.fragment for piece in pieces if piece.index == call.index)
         if isinstance(call, ToolCallSucceeded):
             assert call.arguments == (raw if raw.strip() else "{}")
-            assert tool_calls.find_problem(call.arguments) is None
+            assert find_problem(call.arguments) is None
         elif call.reason is not FailureReason.MISSING_NAME:
             assert call.raw_arguments == raw
     begun: set[int] = set()
-    for event in [*told, *last]:
+    for event in [*emitted, *last]:
         if isinstance(event, ToolCallStarted):
             begun.add(event.index)
         elif isinstance(event, ToolCallArguments):
@@ -661,9 +662,9 @@ def test_whatever_comes_every_call_is_judged_once(entries: list[list[ToolEntry]]
 @given(st.lists(st.lists(_ENTRIES, max_size=3), max_size=8), st.booleans())
 def test_assembled_and_incremental_give_the_same_verdicts(entries: list[list[ToolEntry]], cut: bool) -> None:
     """Whether pieces are returned changes no verdict, no id and no order; assembled, nothing else is returned."""
-    told, assembled = _told(entries, incremental=False, cut=cut)
-    _, incremental = _told(entries, incremental=True, cut=cut)
-    assert told == []
+    emitted, assembled = _read(entries, incremental=False, cut=cut)
+    _, incremental = _read(entries, incremental=True, cut=cut)
+    assert emitted == []
     assert assembled == [event for event in incremental if not isinstance(event, ToolCallStarted)]
 
 
@@ -673,10 +674,10 @@ def test_the_number_of_entries_in_a_chunk_means_nothing(
     entries: list[ToolEntry], data: st.DataObject, cut: bool
 ) -> None:
     """Entries give the same whether they come in one chunk, in a chunk each, or anything between."""
-    alone = _told([[entry] for entry in entries], incremental=True, cut=cut)
+    alone = _read([[entry] for entry in entries], incremental=True, cut=cut)
     positions = sorted(data.draw(st.sets(st.integers(0, len(entries)), max_size=4)))
     bounds = [0, *positions, len(entries)]
-    grouped = _told([entries[start:end] for start, end in itertools.pairwise(bounds)], incremental=True, cut=cut)
+    grouped = _read([entries[start:end] for start, end in itertools.pairwise(bounds)], incremental=True, cut=cut)
     assert grouped == alone
 
 

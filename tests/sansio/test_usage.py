@@ -26,7 +26,7 @@ def test_the_account_without_choices_is_exact() -> None:
 
 
 def test_the_exact_account_replaces_what_was_known() -> None:
-    """It is taken as it is, also where an earlier figure was larger."""
+    """The final usage is used, even if an earlier report was larger."""
     streamed = chunk(part({"content": "a"}), usage=figures(9, 8, cached=5, reasoning=4))
     assert _usage(streamed, end("stop"), chunk(usage=figures(7, 3)), DONE) == Usage(3, Provenance.EXACT, 7, 5)
 
@@ -213,7 +213,7 @@ def test_usage_is_known_at_any_time() -> None:
 
 @pytest.mark.parametrize("last", [[error()], [b"data: nonsense\n\n"], [b"data: [DONE]\n\n"], []])
 def test_usage_is_there_whatever_ends_the_answer(last: list[bytes]) -> None:
-    """A fault costs no figure that came before it."""
+    """A fault keeps the usage reported before it."""
     assert _usage(chunk(part({"content": "a"}), usage=figures(7, 2)), *last) == Usage(2, Provenance.LOWER_BOUND, 7)
 
 

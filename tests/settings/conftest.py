@@ -42,7 +42,7 @@ def pem(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def keys_file(tmp_path: Path) -> Path:
-    """A file that lets somebody call, kept as it should be."""
+    """An access list with one caller and the required file mode."""
     path = tmp_path / "keys"
     path.write_text(f"from-file call sha256:{'0' * 64}\n")
     path.chmod(0o600)

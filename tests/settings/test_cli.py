@@ -24,7 +24,7 @@ def defaults() -> Settings:
 
 
 def test_the_example_is_the_defaults() -> None:
-    """Copied as it is, it changes nothing."""
+    """The printed file has no effect if it is copied unchanged."""
     assert Settings.model_validate(tomllib.loads(example())) == defaults()
 
 
@@ -39,7 +39,7 @@ def test_the_example_has_every_key() -> None:
 
 
 def test_the_example_in_the_readme(monkeypatch: pytest.MonkeyPatch, pem: Path) -> None:
-    """Can be used as it is, but for the token and the CA file."""
+    """The example can be used unchanged, except for the token and the CA file."""
     monkeypatch.setenv("HOME", str(pem.parent))
     readme = (Path(__file__).parents[2] / "server" / "README.md").read_text("utf-8")
     (text,) = re.findall(r"^```toml\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)

@@ -42,7 +42,7 @@ def test_both_sources(read: Parse, keys_file: Path, mutual: dict[str, str]) -> N
     access = read(
         VLLM_URL=URL, DELTAWIRE_ACCESS_KEYS_FILE=str(keys_file), DELTAWIRE_ACCESS_KEYS=keys, **mutual
     ).settings.access
-    assert [principal.masked() for principal in access.principals] == [
+    assert [principal.line(masked=True) for principal in access.principals] == [
         "ops all sha256:***",
         "ci call,read sha256:***",
         "mesh call mtls:uri:spiffe://mesh/ns/frontend",
@@ -57,7 +57,7 @@ def test_both_sources(read: Parse, keys_file: Path, mutual: dict[str, str]) -> N
 
 
 def test_settings_hold_no_key(read: Parse) -> None:
-    """A key is hashed as soon as it is read, commented-out ones are forgotten, and nothing printed has a digest either."""
+    """A key is hashed as soon as it is read, commented-out ones are dropped, and nothing printed has a digest either."""
     invocation = read(
         VLLM_URL=URL, DELTAWIRE_ACCESS_KEYS=f"ci call {SECRET};# old call {SECRET}\nb read sha256:{'2' * 64}"
     )
@@ -148,7 +148,7 @@ def test_identities_need_client_certificates(problems: Problems, keys_file: Path
 
 
 def test_a_wrong_client_ca_is_the_only_error(problems: Problems, mutual: dict[str, str]) -> None:
-    """What depends on it is not judged."""
+    """Settings that depend on it are not validated."""
     mutual["DELTAWIRE_SERVER_TLS_CLIENT_CA_FILE"] = "/nowhere/ca.pem"
     (line,) = problems(VLLM_URL=URL, DELTAWIRE_ACCESS_KEYS="a all mtls:dns:a", **mutual)
     assert line.startswith("server.tls_client_ca_file")

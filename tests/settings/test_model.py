@@ -88,7 +88,7 @@ def test_settings_are_frozen() -> None:
 
 
 def test_built_directly_it_is_checked_as_well() -> None:
-    """Settings that exist can be served with, whoever made them."""
+    """Every valid settings object can be served."""
     with pytest.raises(ValidationError, match="no provider is configured"):
         Settings()
 
@@ -170,7 +170,7 @@ def test_plaintext_beyond_this_machine_is_chosen(pem: Path) -> None:
 
 
 def test_a_wrong_certificate_is_the_only_error(tmp_path: Path) -> None:
-    """What depends on it is not judged."""
+    """Settings that depend on it are not validated."""
     missing = str(tmp_path / "missing")
     assert f"{missing} does not exist" in refusal(ServerSettings, tls_cert_file=missing, listen=["0.0.0.0:1"])
 

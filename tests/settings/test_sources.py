@@ -348,7 +348,7 @@ def test_variables_of_others(name: str, read: Parse) -> None:
     ],
 )
 def test_files_that_cannot_be_understood(content: bytes, message: str, problems: Problems, settings_file: Path) -> None:
-    """The file is named, and nothing else is judged."""
+    """The error names the file, and nothing else is validated."""
     (line,) = problems(file=content)
     assert line.startswith(f"file {settings_file}: {message}")
 

@@ -1,4 +1,4 @@
-"""A TCP proxy that breaks connections: when it is told to, or after so many bytes, wherever in a message that is."""
+"""A TCP proxy that breaks connections on request or after a number of bytes, anywhere in a message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A provider in memory: it serves what a test tells it to, and fails when told to."""
+"""A provider in memory with scripted models and failures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class FakeProvider:
 
     Attributes:
         served: What it lists now; assign to change it.
-        failure: What asking it raises; `None` while it is well.
+        failure: The exception of each call; `None` while it is healthy.
         gate: If set, a listing waits for it.
         asked: Set as soon as it has been asked for a listing.
         tokens: The token of each listing, in order: its length is how often it was listed.
@@ -109,7 +109,7 @@ class FakeProvider:
         yield OpenStream(self._body(), self.notices, self.replicas_tried)
 
     async def count_tokens(self, request: ChatRequest, model: str, call: CallContext) -> TokenCount:
-        """What it was told to count."""
+        """The scripted token count."""
         self.requests.append((request, model, call))
         if self.failure is not None:
             raise self.failure
@@ -126,7 +126,7 @@ class FakeProvider:
         return tuple(model if isinstance(model, ServedModel) else ServedModel(model) for model in self.served)
 
     async def check_health(self) -> Health:
-        """OK unless it was told to fail."""
+        """OK without a scripted failure."""
         if self.failure is not None:
             return Health(HealthStatus.ERROR, f"Health check failed: {self.failure.message}")
         return Health(HealthStatus.OK)

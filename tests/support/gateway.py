@@ -102,7 +102,7 @@ class Running:
     def resume(
         self, completion_id: str, after: int | None = None, *, metadata: tuple[tuple[str, str], ...] = ()
     ) -> StreamCall:
-        """Go on with a retained stream."""
+        """Resume a retained stream."""
         start = chat_pb.ResumePoint(completion_id=completion_id, last_sequence=after)
         return self.chat.StreamChatCompletion(chat_pb.StreamChatCompletionRequest(resume=start), metadata=metadata)
 
@@ -113,14 +113,14 @@ class Running:
     async def look_up(
         self, completion_id: str, *, metadata: tuple[tuple[str, str], ...] = ()
     ) -> chat_pb.GetChatCompletionResponse:
-        """What has become of a completion."""
+        """Look up a completion."""
         request = chat_pb.GetChatCompletionRequest(completion_id=completion_id)
         return await self.chat.GetChatCompletion(request, metadata=metadata)
 
     async def create(
         self, chat: chat_pb.ChatRequest | None = None, *, metadata: tuple[tuple[str, str], ...] = ()
     ) -> chat_pb.CreateChatCompletionResponse:
-        """Ask for a whole completion."""
+        """Send a unary request."""
         request = chat_pb.CreateChatCompletionRequest(chat=ask() if chat is None else chat)
         return await self.chat.CreateChatCompletion(request, metadata=metadata)
 
@@ -153,7 +153,7 @@ def tool(name: str = "get_weather", **fields: Any) -> tool_pb2.Tool:  # noqa: AN
 
 @dataclass
 class Failure:
-    """How a call failed, as its caller sees it.
+    """The failure of a call, as its caller receives it.
 
     Attributes:
         code: The status code.
@@ -185,7 +185,7 @@ class Failure:
 
 
 def taken_apart(error: aio.AioRpcError) -> Failure:
-    """What a failed call's status and trailers say; both must say the same."""
+    """The status of a failed call and of its trailers, which must be equal."""
     trailers = dict(error.trailing_metadata() or ())
     packed = trailers["grpc-status-details-bin"]
     assert isinstance(packed, bytes)
@@ -278,7 +278,7 @@ class Lines(io.StringIO):
         return super().write(text)
 
     async def find(self, event: str, **values: object) -> dict[str, Any]:
-        """The first entry of this event with these values, as soon as it is there."""
+        """Wait for the first entry of this event with these values."""
 
         def fits(entry: dict[str, Any]) -> bool:
             return entry["event"] == event and all(entry.get(key) == value for key, value in values.items())

@@ -3,7 +3,7 @@
     python -m tests.support.golden            rewrites them; read the diff
     python -m tests.support.golden --check    says which would change, and fails then
 
-One event a line, as compact JSON, with tool calls told while they are written. The engine's ids differ on every run, so
+One event a line, as compact JSON, with incremental tool calls. The engine's ids differ on every run, so
 they are masked: its id of the answer, and its call ids by the order in which they appear.
 """
 

@@ -11,7 +11,7 @@ _PORTS = range(20_000, 32_000)
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on, and that nobody is given by chance.
+    """A free port of 127.0.0.1 outside of the range of ephemeral ports.
 
     Raises:
         OSError: None was found.

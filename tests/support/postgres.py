@@ -44,7 +44,7 @@ class PostgresError(RuntimeError):
 class PostgresServer:
     """One PostgreSQL on 127.0.0.1 that asks for a password, empty at first.
 
-    As a context manager it makes its files and starts; on leaving it ends and they are gone. In between,
+    As a context manager it creates its files and starts; at the end it stops and removes them. In between,
     `create_database` gives each test a database of its own; `down` makes it unreachable for a while, and `frozen` silent.
     A server that was stopped or killed can be started again and keeps port, password and data. All calls block for up to
     a second; one object is for one thread.
@@ -72,7 +72,7 @@ class PostgresServer:
         return f"postgresql://{_USER}:{self.password}@127.0.0.1:{self.port}/{database}"
 
     def create_database(self) -> str:
-        """Make a database that is empty and nobody else's; its URL.
+        """Create an empty database, and return its URL.
 
         Raises:
             psycopg.OperationalError: The server does not run.
@@ -157,7 +157,7 @@ class PostgresServer:
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
-        """Its processes stand still until this is left: connections can be made and stay, and nobody answers.
+        """Suspend its processes until the end of the block: connections are accepted and stay open, without responses.
 
         Raises:
             psycopg.OperationalError: The server does not run.
@@ -261,14 +261,14 @@ class PostgresServer:
             lines = (self._data / "postmaster.pid").read_text(encoding="utf-8").splitlines()
         except FileNotFoundError:
             return False
-        # A killed server leaves the file behind; the process in the first line tells whose it is.
+        # A killed server leaves the file behind; the process id in its first line identifies the server.
         return len(lines) >= 8 and lines[0] == str(process_id) and lines[7].strip() == "ready"
 
     def _end(self, signal_number: int) -> None:
         if self._process is None:
             return
         # A connection that was given up while it was being made is closed with the garbage, and until then the server
-        # waits, for a minute, to be told who it is.
+        # waits for its startup message for a minute.
         gc.collect()
         self._process.send_signal(signal_number)
         # Its processes each are a group of their own. Those of a killed server end by themselves as soon as they

@@ -90,7 +90,7 @@ class Scenario:
         note: What it shows.
         request: The request; its form is set by `forced`.
         forced: What the model must say, `THINK` and `THINK_END` included; empty for what it says by itself.
-        thinking: Whether the server tells reasoning apart.
+        thinking: Whether the server has a reasoning parser.
         kill_after: Events after which all of the server's processes are killed; `None` for never.
     """
 

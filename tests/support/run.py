@@ -5,7 +5,8 @@
 VLLM_URL names the vLLM (and VLLM_API_TOKEN its key). Without it, `tests.support.vllm_cpu` sets up and starts a small one on
 127.0.0.1:8000, or on a free port if that one is in use; it needs no key, because only this machine reaches it. The gateway is
 the command `deltawire-server`, in its own process. Its registry is in a temporary directory, so that models that are
-registered for a trial never reach the registry of a real gateway; DELTAWIRE_REGISTRY_DATABASE_URL names another one.
+registered for a trial never reach the registry of a real gateway; DELTAWIRE_REGISTRY_DATABASE_URL names another one. The logs
+of the gateway and of the small vLLM are kept, and their paths are printed.
 
 Exit status: 0 after a signal while it served, or after --once; 1 a failure; 2 wrong usage; 130 or 143 after a signal (Ctrl-C,
 SIGTERM) before it served. In every case all processes that it started have ended.
@@ -25,15 +26,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, NoReturn
 
 from deltawire import Client, DeltawireError, RequestError, ToolCall, tool_definition
 from deltawire.v1.model_registry_pb2 import Model, ModelType
+from tests.support.gateway_process import GatewayProcess, GatewayProcessError
 from tests.support.vllm_cpu import ServerError, SetupError, VllmServer, set_up
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from types import FrameType, TracebackType
+    from collections.abc import Sequence
+    from types import FrameType
 
 HOST = "127.0.0.1"
 DEFAULT_PORT = 50051
@@ -68,125 +70,12 @@ class RunError(Exception):
     """The run failed; the message says why."""
 
 
-class ToldToStopError(BaseException):
-    """A signal arrived. Like KeyboardInterrupt, this is no failure, and so no Exception."""
+class SignalReceivedError(BaseException):
+    """A signal arrived. This is not a failure, so it is not an Exception, as with KeyboardInterrupt."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
-
-
-class GatewayProcess:
-    """The command `deltawire-server` of this environment, as a process; its log is a file of JSON lines.
-
-    `with GatewayProcess(...) as gateway:` starts it and waits until it serves; leaving lets it drain and ends it. One that
-    has ended can be started again.
-
-    Args:
-        arguments: Its flags.
-        variables: Environment variables over this process's own; an empty value is the same as none.
-        log: Where its standard error goes; emptied with each start.
-    """
-
-    def __init__(self, arguments: Sequence[str], variables: Mapping[str, str], log: Path) -> None:
-        self.log = log
-        self._command = [str(Path(sys.executable).with_name("deltawire-server")), "--log-format", "json", *arguments]
-        self._variables = dict(variables)
-        self._process: subprocess.Popen[bytes] | None = None
-        self._addresses: list[str] = []
-
-    @property
-    def address(self) -> str:
-        """The first address that it listens on; it serves there."""
-        return self._addresses[0]
-
-    @property
-    def running(self) -> bool:
-        """Whether the process is there."""
-        return self._process is not None and self._process.poll() is None
-
-    def records(self) -> Iterator[dict[str, Any]]:
-        """Its log so far, entry by entry."""
-        for line in self.log.read_bytes().splitlines():
-            with contextlib.suppress(ValueError):  # a warning of a library, or a line that is being written
-                record = json.loads(line)
-                if isinstance(record, dict):
-                    yield record
-
-    def start(self, timeout: float = 60.0) -> None:
-        """Start it and wait until it serves.
-
-        Raises:
-            RunError: It ended, or does not serve within `timeout` seconds. It is not there then.
-        """
-        self._addresses = []
-        with self.log.open("wb") as log:
-            # In its own session: Ctrl-C is for this process, which then lets the gateway drain.
-            self._process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, **self._variables},
-                start_new_session=True,
-            )
-        deadline = time.monotonic() + timeout
-        while not self._addresses:
-            if not self.running:
-                raise RunError(
-                    f"the gateway exited with {self._process.returncode}; the end of its log:\n{self.last_words()}"
-                )
-            if time.monotonic() > deadline:
-                self.stop(grace=0.0)
-                raise RunError(
-                    f"the gateway does not serve after {timeout:g} s; the end of its log:\n{self.last_words()}"
-                )
-            time.sleep(0.05)
-            self._addresses = next((each["addresses"] for each in self.records() if each["event"] == "serving"), [])
-
-    def last_words(self, lines: int = 20) -> str:
-        """The end of its log."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
-
-    def stop(self, grace: float = 45.0) -> int | None:
-        """Let it drain and end; after `grace` seconds it is ended by force. Fine when it is not running.
-
-        Returns:
-            Its exit status; `None` if it was never started.
-        """
-        if self._process is None:
-            return None
-        if self._process.poll() is None:
-            self._process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(grace)
-        if self._process.poll() is None:
-            self._process.kill()
-        return self._process.wait()
-
-    def pause(self) -> None:
-        """Have it do nothing any more, as if it hung; it must run. It can still be killed."""
-        assert self._process is not None
-        self._process.send_signal(signal.SIGSTOP)
-
-    def kill(self) -> None:
-        """End it at once, as a crash would; it must run."""
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait()
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.stop(grace=5.0)
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -201,9 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _run(options, stack)
             finally:
                 _ignore_signals()  # the stops have time limits and must not be interrupted
-    except ToldToStopError as told:
-        return 128 + told.number
-    except (RunError, SetupError, ServerError, DeltawireError) as error:
+    except SignalReceivedError as received:
+        return 128 + received.number
+    except (RunError, GatewayProcessError, SetupError, ServerError, DeltawireError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -224,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _stop(number: int, _frame: FrameType | None) -> NoReturn:
     _ignore_signals()  # later ones change nothing
-    raise ToldToStopError(number)
+    raise SignalReceivedError(number)
 
 
 def _ignore_signals() -> None:
@@ -252,8 +141,8 @@ def _run(options: argparse.Namespace, stack: contextlib.ExitStack) -> None:
 
     # No load balancer waits for the drain, and Ctrl-C should take seconds.
     flags = ["--listen", f"{HOST}:{options.port}", "--set", "server.drain_delay=0", "--set", "server.drain_grace=5"]
-    gateway = GatewayProcess(flags, variables, directory / "gateway.log")
-    stack.callback(_say, "stopped")
+    gateway = GatewayProcess(flags, variables, _new_log())
+    stack.callback(_say, f"stopped; the gateway's log is kept in {gateway.log}")
     stack.enter_context(gateway)
     stack.callback(_say, "stopping")
     _say(f"gateway: serving on {gateway.address}; its log is {gateway.log}")
@@ -263,9 +152,16 @@ def _run(options: argparse.Namespace, stack: contextlib.ExitStack) -> None:
         _say(f"model: {model.id}")
         _show_answer(gateway.address, model.id)
         _show_call(client, model.id, required=vllm is not None)
-    _show_ways(gateway.address, model.provider_model_id, vllm)
+    _show_commands(gateway.address, model.provider_model_id, vllm)
     if not options.once:
         _serve(gateway, vllm)
+
+
+def _new_log() -> Path:
+    """A new file, outside the temporary directory, so that the log can be read after the end."""
+    descriptor, path = tempfile.mkstemp(prefix="deltawire-gateway-", suffix=".log")
+    os.close(descriptor)
+    return Path(path)
 
 
 def _check_port(port: int) -> None:
@@ -386,10 +282,10 @@ def _call_line(call: ToolCall) -> str:
     return f"{call.tool_name}({call.arguments})"
 
 
-def _show_ways(target: str, model: str, vllm: VllmServer | None) -> None:
+def _show_commands(target: str, model: str, vllm: VllmServer | None) -> None:
     """Print commands to try next."""
     question = "Why is the sky blue?"
-    request = {"chat": {"model": model, "messages": [{"user": {"content": [{"text": question}]}}]}}
+    request = {"chat": {"model": model, "messages": [{"user": {"text": question}}]}}
     own = "" if target == f"{HOST}:{DEFAULT_PORT}" else f" --target {target}"
     bin_directory = os.path.relpath(Path(sys.executable).parent)
     _say("try it, from another terminal:")
@@ -397,7 +293,7 @@ def _show_ways(target: str, model: str, vllm: VllmServer | None) -> None:
         f"""
   {bin_directory}/deltawire chat{own} "{question}"
   {bin_directory}/deltawire models list{own}
-  {bin_directory}/buf curl --protocol grpc --http2-prior-knowledge --data {shlex.quote(json.dumps(request))} \\
+  {bin_directory}/buf curl --http2-prior-knowledge --protocol grpc -d {shlex.quote(json.dumps(request))} \\
       http://{target}/deltawire.v1.ChatCompletion/StreamChatCompletion
 """,
         flush=True,
@@ -424,11 +320,11 @@ def _serve(gateway: GatewayProcess, vllm: VllmServer | None) -> None:
         _say("serving until Ctrl-C")  # inside `try`: a reader of this line may send a signal at once
         while True:
             if not gateway.running:
-                raise RunError(f"the gateway exited unexpectedly; the end of its log:\n{gateway.last_words()}")
+                raise RunError(f"the gateway exited unexpectedly; {gateway.log_end()}")
             if vllm is not None and not vllm.running:
                 raise RunError(f"vLLM exited unexpectedly; its log is {vllm.log}")
             time.sleep(0.25)
-    except ToldToStopError:
+    except SignalReceivedError:
         print(flush=True)
 
 

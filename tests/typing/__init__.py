@@ -1,1 +1,1 @@
-"""Typed uses of the public packages, for mypy to judge."""
+"""Typed uses of the public packages, for mypy to check."""

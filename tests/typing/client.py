@@ -179,7 +179,7 @@ async def calling_functions(client: Client, other: AsyncClient) -> None:
     assert_type(run, ToolRun)
     assert_type(run.answer, Answer)
     assert_type(run.messages, tuple[ChatMessage, ...])
-    assert_type(await other.chat.run_tools("hi", tools=[fetch], on_error="tell", temperature=0), ToolRun)
+    assert_type(await other.chat.run_tools("hi", tools=[fetch], on_error="return", temperature=0), ToolRun)
     add("1")  # type: ignore[arg-type]
     client.chat.run_tools("hi")  # type: ignore[call-arg]
     client.chat.run_tools("hi", tools=[3])  # type: ignore[list-item]

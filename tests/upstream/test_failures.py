@@ -25,11 +25,11 @@ REJECTED = (Code.INVALID_ARGUMENT, Reason.UPSTREAM_REJECTED)
 RECORDED = {
     "err-bad-json": (*REJECTED, ""),
     "err-content-type": (*REJECTED, ""),
-    "err-image": (*REJECTED, ""),
+    "err-image": (*REJECTED, "chat.messages"),
     "err-max-tokens-0": (*REJECTED, "chat.sampling.max_tokens"),
     "err-missing-messages": (*REJECTED, "chat.messages"),
-    "err-n0": (*REJECTED, ""),
-    "err-n2-greedy": (*REJECTED, ""),
+    "err-n0": (*REJECTED, "chat.choice_count"),
+    "err-n2-greedy": (*REJECTED, "chat.choice_count"),
     "err-named-missing": (*REJECTED, "chat.tool_choice"),
     "err-nonstream-bad-regex": (*REJECTED, ""),
     "err-not-found": (Code.FAILED_PRECONDITION, Reason.PROVIDER_MISCONFIGURED, ""),
@@ -196,6 +196,8 @@ FORMAT_ERRORS = (
     "Failed to convert the grammar from Lark to EBNF.",
     "Error parsing regex: unclosed group",
     "Regex uses unsupported feature for structured outputs: lookahead",
+    "The JSON schema is nested too deeply: objects and arrays may nest at most 64 levels",
+    "The provided JSON schema contains features not supported by xgrammar.",
 )
 """How vLLM's backends for structured outputs begin the message."""
 
@@ -209,6 +211,32 @@ def test_an_invalid_response_format_is_named(text: str) -> None:
     assert error.metadata["field"] == "chat.response_format.regex"
     without = failure_of(UpstreamError(400, text), "p")
     assert (without.message, without.violations) == (text, ())
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ("n must be 1 when using greedy sampling, got 2.", "chat.choice_count"),
+        ("litellm.BadRequestError: OpenAIException - n must be at least 1, got 0.", "chat.choice_count"),
+        ("min_tokens must be less than or equal to max_tokens=1, got 2.", "chat.sampling.min_tokens"),
+        ("bad_words cannot contain an empty string.", "chat.sampling.bad_words"),
+        ("smollm2 is not a multimodal model", "chat.messages"),
+        ("Found unexpected chat template kwargs from request: {'tokenize'}", "chat.chat_template_kwargs"),
+        ("extra_args must be small", ""),
+        ("the template says: n must be 1", ""),
+    ],
+)
+def test_an_error_without_a_field_that_begins_with_one(text: str, field: str) -> None:
+    """The message and the violation name the field of this API, not only vLLM's."""
+    error = failure_of(UpstreamError(400, text), "p")
+    assert error.message == (f"{field}: {text}" if field else text)
+    assert [each.field for each in error.violations] == ([field] if field else [])
+
+
+def test_an_image_too_many() -> None:
+    """VLLM names the kind of input instead of a field."""
+    error = failure_of(UpstreamError(400, "At most 1 image(s) may be provided in one prompt.", param="image"), "p")
+    assert [each.field for each in error.violations] == ["chat.messages"]
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,8 @@ def test_an_extra_field_is_checked_under_its_own_name() -> None:
     [
         (None, (), ""),
         (TextFormat(FormatKind.JSON_OBJECT), (), ""),
+        (None, (ToolSpec("t"),), "chat.tools"),
+        (TextFormat(FormatKind.JSON_OBJECT), (ToolSpec("t"),), "chat.tools"),
         (TextFormat(FormatKind.JSON_SCHEMA, "{}"), (), "chat.response_format.json_schema.schema"),
         (TextFormat(FormatKind.JSON_SCHEMA, "{}"), (ToolSpec("t"),), ""),
         (TextFormat(FormatKind.GRAMMAR, "x"), (ToolSpec("t"),), "chat.response_format.grammar"),

@@ -43,7 +43,7 @@ async def _answer(method: aio.UnaryUnaryMultiCallable[Q, R], request: Q, outgoin
 
 
 def task_is_cancelled() -> bool:
-    """Whether it is this task that is being cancelled, and not only its call: gRPC raises the same for both."""
+    """Whether it is this task that is being canceled, and not only its call: gRPC raises the same for both."""
     task = asyncio.current_task()
     return task is None or task.cancelling() > 0
 

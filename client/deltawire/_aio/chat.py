@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self, Unpack, cast
 from grpc import aio
 
 from deltawire._aio.call import invoke, pause, task_is_cancelled
-from deltawire._completion import Answer, Resumption, StreamCalls, answer_of, text_of_event
+from deltawire._completion import Resumption, StreamCalls, answer_of, text_of_event
 from deltawire._errors import ClientClosedError
 from deltawire._failure import failed_call
 from deltawire._fields import made
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from deltawire._aio.connections import Connections
+    from deltawire._answer import Answer
     from deltawire._channel import CallOptions, Defaults
     from deltawire._failure import FailedCall
     from deltawire._tools.loop import OnError, ToolLike, ToolRun
@@ -58,14 +59,14 @@ class AsyncChat:
         self._defaults = defaults
 
     async def create(self, messages: Messages | ChatRequest, **arguments: Unpack[ChatArguments]) -> Answer:
-        """Ask, and wait for the whole answer; see `Chat.create`. Cancelling the task cancels the call."""
+        """Send a request, and wait for the whole answer; see `Chat.create`. Canceling the task cancels the call."""
         chat, options = split_arguments(messages, arguments)
         outgoing = self._defaults.outgoing(options)
         response = await invoke(self._stub.CreateChatCompletion, CreateChatCompletionRequest(chat=chat), outgoing)
         return answer_of(response, outgoing.info)
 
     def stream(self, messages: Messages | ChatRequest, **arguments: Unpack[StreamArguments]) -> AsyncChatStream:
-        """Ask, and read the answer while it is generated; see `Chat.stream`. No `await` here.
+        """Send a request, and read the answer while it is generated; see `Chat.stream`. No `await` here.
 
         Use the stream in an `async with` block: leaving it ends the call on both sides, which leaving an `async for`
         does not.
@@ -81,7 +82,7 @@ class AsyncChat:
         retention: Seconds = RESUME_FOR,
         **options: Unpack[CallOptions],
     ) -> AsyncChatStream:
-        """Read a stream that was asked for with `retention`, replayed and then live; see `Chat.resume`. No `await` here."""
+        """Read a stream with `retention`, first replayed, then live; see `Chat.resume`. No `await` here."""
         request, resume_for = resume_request(completion_id, last_sequence, retention)
         return AsyncChatStream(self._connections, self._defaults, request, resume_for, options)
 
@@ -92,7 +93,7 @@ class AsyncChat:
         return await self._connections.find(lambda stub: stub.CancelChatCompletion, request, outgoing)
 
     async def get(self, completion_id: str, **options: Unpack[CallOptions]) -> GetChatCompletionResponse:
-        """How far a completion has come, and its result if that is retained; see `Chat.get`."""
+        """The state of a completion, and its result if that is retained; see `Chat.get`."""
         request = made(GetChatCompletionRequest, {"completion_id": completion_id})
         outgoing = self._defaults.outgoing(options)
         return await self._connections.find(lambda stub: stub.GetChatCompletion, request, outgoing)
@@ -100,7 +101,7 @@ class AsyncChat:
     async def count_tokens(
         self, messages: Messages | ChatRequest, **arguments: Unpack[ChatArguments]
     ) -> CountTokensResponse:
-        """How many tokens the prompt has that `create` would send; see `Chat.count_tokens`."""
+        """Count the tokens of the prompt that `create` would send; see `Chat.count_tokens`."""
         chat, options = split_arguments(messages, arguments)
         outgoing = self._defaults.outgoing(options)
         return await invoke(self._stub.CountTokens, CountTokensRequest(chat=chat), outgoing)
@@ -115,10 +116,10 @@ class AsyncChat:
         on_event: Callable[[StreamChatCompletionResponse], object] | None = None,
         **arguments: Unpack[ToolRunArguments],
     ) -> ToolRun:
-        """Ask, run the functions that the model calls, and ask again, until it answers; see `Chat.run_tools`.
+        """Send a request, run the functions that the model calls, and repeat until it answers; see `Chat.run_tools`.
 
-        The calls of a turn are run at the same time: functions with `async` here, others in threads. `on_event` may have to
-        be awaited. Cancelling the task cancels the call and the functions, but a thread runs on to its end.
+        The calls of a turn run concurrently: `async` functions in this event loop, others in threads. `on_event` may be
+        `async`. Canceling the task cancels the call and the functions, but a thread runs to its end.
         """
         request, options = split_arguments(messages, cast("ChatArguments", arguments))
 
@@ -135,10 +136,7 @@ class AsyncChat:
 
 
 class AsyncChatStream(StreamCalls):
-    """An answer on its way: iterate over its events, over `text`, or go straight to `final()`.
-
-    All three read the same stream, so what one has taken the others do not see again; `final()` always has everything.
-    """
+    """An answer that is being generated: iterate over its events, over `text`, or await `final()`; see `ChatStream`."""
 
     def __init__(
         self,
@@ -161,7 +159,7 @@ class AsyncChatStream(StreamCalls):
         return self
 
     async def __anext__(self) -> StreamChatCompletionResponse:
-        """The next event; see `ChatStream.__next__`. Cancelling the task cancels the call."""
+        """The next event; see `ChatStream.__next__`. Canceling the task cancels the call."""
         while self._outcome is None and self._rpc is not None:
             try:
                 event = await self._read(self._rpc)
@@ -179,7 +177,7 @@ class AsyncChatStream(StreamCalls):
 
     @property
     def text(self) -> AsyncIterator[str]:
-        """The text of choice 0, piece by piece. Raises what iterating over events raises."""
+        """The text of choice 0, piece by piece; see `ChatStream.text`."""
         return (piece async for event in self if (piece := text_of_event(event)))
 
     async def final(self) -> Answer:

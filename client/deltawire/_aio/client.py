@@ -1,4 +1,4 @@
-"""The asynchronous client itself: its channel, and the way to everything that it can do."""
+"""The asynchronous client itself: its channel and its services."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
 
 
 class AsyncClient:
-    """Talks to a gateway, one channel for all calls; close it, or use it in an `async with` block.
+    """A client of a gateway, with one channel for all calls; close it, or use it in an `async with` block.
 
-    Make it inside the event loop that will use it: it belongs to that loop and its thread. A channel does not survive
-    a fork: make the client in the child process.
+    Create it inside the event loop that uses it: it belongs to that loop and its thread. A channel does not survive a fork:
+    create the client in the child process.
 
     Args:
         target: A gRPC target: "host:port", "unix:/path", "dns:///name:port".
         channel: A `grpc.aio` channel of your own, used unchanged. The client does not close it; you configure its retries,
             limits, interceptors and TLS. The client cannot make new connections then: WrongReplicaError is raised at once.
-        interceptors: grpc.aio's own kind; the first is the outermost.
+        interceptors: grpc.aio client interceptors; the first is the outermost.
         options: See `ConnectOptions`.
 
     Raises:
         RuntimeError: No event loop is running.
-        ValueError: A token would go over plaintext to another machine, or interceptors came with a channel.
+        ValueError: See `Client`; or interceptors were given together with a channel.
 
-    Nothing is connected yet: the first call does that. Go on with `chat`, `models` and `providers`.
+    The first call connects. Call the methods of `chat`, `models` and `providers`.
     """
 
     def __init__(

@@ -42,7 +42,7 @@ class Connection:
         self.registry = ModelRegistryStub(channel)
 
     def close(self, reading: AsyncIterator[object] | None = None) -> None:
-        """Close the channel soon, without waiting for it; calls over it end as cancelled.
+        """Close the channel soon, without waiting for it; calls over it end as CANCELLED.
 
         `reading` is what its stream was read from.
         """

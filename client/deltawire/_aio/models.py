@@ -1,4 +1,4 @@
-"""Which models there are, changes to them as they happen, and the servers that have them."""
+"""The models, changes to them as they happen, and the providers that serve them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 
 class AsyncModels:
-    """Which models can be called, under which names."""
+    """The models that can be called, and their registered names."""
 
     def __init__(self, connections: Connections, defaults: Defaults) -> None:
         self._connections = connections
@@ -55,7 +55,7 @@ class AsyncModels:
         self._defaults = defaults
 
     def list(self, **arguments: Unpack[ListArguments]) -> AsyncModelList:
-        """All models by ascending id, or those that pass, for `async for`; see `Models.list`. No `await` here."""
+        """All models by ascending id, or those that match, for `async for`; see `Models.list`. No `await` here."""
         request, options = split_listing(arguments)
         return AsyncModelList(self._stub, self._defaults, request, options)
 
@@ -65,7 +65,7 @@ class AsyncModels:
         return (await invoke(self._stub.GetModel, request, self._defaults.outgoing(options))).model
 
     async def register(self, model: str | RegisterModelRequest, **arguments: Unpack[RegisterArguments]) -> Model:
-        """Give a served model an id and aliases of your own; see `Models.register`."""
+        """Register a served model under an id and aliases of your own; see `Models.register`."""
         request, options = split_registration(model, arguments)
         return (await invoke(self._stub.RegisterModel, request, self._defaults.outgoing(options))).model
 
@@ -75,14 +75,14 @@ class AsyncModels:
         return (await invoke(self._stub.UpdateModel, request, self._defaults.outgoing(options))).model
 
     async def unregister(self, model_id: str, *, etag: str = "", **options: Unpack[CallOptions]) -> None:
-        """Forget a registered model; see `Models.unregister`."""
+        """Unregister a model; see `Models.unregister`."""
         request = UnregisterModelRequest(model_id=model_id, etag=etag)
         await invoke(self._stub.UnregisterModel, request, self._defaults.outgoing(options))
 
     async def refresh(
         self, provider_id: str = "", **options: Unpack[CallOptions]
     ) -> Sequence[RefreshModelsResponse.Provider]:
-        """List what a provider serves now; see `Models.refresh`."""
+        """List the models of a provider, or of all, now; see `Models.refresh`."""
         request = RefreshModelsRequest(provider_id=provider_id)
         outgoing = self._defaults.outgoing(options)
         return tuple((await invoke(self._stub.RefreshModels, request, outgoing)).providers)
@@ -101,7 +101,7 @@ class AsyncModels:
 
 
 class AsyncModelList(ModelPages):
-    """Iterates over models, fetching pages as they are needed."""
+    """Iterates over models, and fetches each page when it is needed; see `Models.list`."""
 
     def __init__(
         self, stub: ModelRegistryAsyncStub, defaults: Defaults, request: ListModelsRequest, options: CallOptions
@@ -124,7 +124,7 @@ class AsyncModelList(ModelPages):
 
 
 class AsyncModelWatch(WatchCalls):
-    """Changes to models, without an end: iterate over it, and look at what is a `ModelChange` or a `WatchBookmark`."""
+    """Changes to models, without an end: iterate over it, and branch on `ModelChange` and `WatchBookmark`."""
 
     def __init__(
         self, stub: ModelRegistryAsyncStub, defaults: Defaults, state: WatchState, revision: str, options: CallOptions
@@ -138,7 +138,7 @@ class AsyncModelWatch(WatchCalls):
         return self
 
     async def __anext__(self) -> WatchEvent:
-        """The next event; see `ModelWatch.__next__`. Cancelling the task ends the watch."""
+        """The next event; see `ModelWatch.__next__`. Canceling the task ends the watch."""
         try:
             while self._error is None and not self._events:
                 await self._read()
@@ -150,7 +150,7 @@ class AsyncModelWatch(WatchCalls):
         return self._event()
 
     def cancel(self) -> None:
-        """End the watch now, on both sides. Reading on raises `CallCancelledError`, unless it was over before."""
+        """End the watch now, on both sides; see `ModelWatch.cancel`."""
         self._stop(is_closed=False)
 
     async def __aenter__(self) -> Self:
@@ -211,20 +211,20 @@ class AsyncModelWatch(WatchCalls):
 
 
 class AsyncProviders:
-    """The servers of models that the gateway's operator configured."""
+    """The providers that the gateway's operator configured."""
 
     def __init__(self, connections: Connections, defaults: Defaults) -> None:
         self._stub = connections.main.registry
         self._defaults = defaults
 
     async def list(self, **options: Unpack[CallOptions]) -> Sequence[Provider]:
-        """All of them, by ascending id, from as many pages as there are; see `Providers.list`."""
+        """All providers by ascending id; see `Providers.list`."""
         pages = ProviderPages()
         while pages.request is not None:
             pages.receive(await invoke(self._stub.ListProviders, pages.request, self._defaults.outgoing(options)))
         return tuple(pages.providers)
 
     async def health(self, provider_id: str, **options: Unpack[CallOptions]) -> CheckProviderHealthResponse:
-        """How a provider is; see `Providers.health`."""
+        """Check a provider's health now; see `Providers.health`."""
         request = CheckProviderHealthRequest(provider_id=provider_id)
         return await invoke(self._stub.CheckProviderHealth, request, self._defaults.outgoing(options))

@@ -1,8 +1,8 @@
 """The command `deltawire`: chat with a model, and list, register and change models.
 
-Standard output is the answer and nothing else: text, or with --json one message per line. Everything about the answer
-goes to standard error: a model's reasoning (only if that is a terminal), notes and errors. Exit status: 0 the answer came
-whole, whatever its stop reason, or the reader of standard output closed it; 1 the call failed; 2 wrong usage; 130 Ctrl-C.
+Standard output has only the answer: text, or with --json one message per line. Everything else goes to standard error:
+reasoning (only if that is a terminal), notes and errors. Exit status: 0 the answer is complete, whatever its stop reason, or
+the reader of standard output closed it; 1 the call failed, or its output cannot be written; 2 wrong usage; 130 Ctrl-C.
 
 The modules, in the order of a command's execution:
 

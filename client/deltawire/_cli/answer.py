@@ -12,8 +12,8 @@ from deltawire.v1.chat_completion_pb2 import StopReason
 from deltawire.v1.tool_pb2 import ToolCall, ToolCallDelta, ToolCallFailureReason, ToolCallParseStatus
 
 if TYPE_CHECKING:
+    from deltawire._answer import Choice
     from deltawire._client import ChatStream
-    from deltawire._completion import Choice
     from deltawire.v1.chat_completion_pb2 import StreamChatCompletionResponse
 
 # Ends that need no word: the model said what it had to say.
@@ -38,7 +38,7 @@ def print_answer(stream: ChatStream) -> None:
             say(f"note: {' '.join(notice.message.split())}{field}")
     answer = stream.final()
     if not answer.completed.choices:
-        # Nothing came after the event that it was resumed after, and how it ended was told before that.
+        # There was no event after the one after which it was resumed, so its end was printed before.
         return
     for choice in answer.choices:
         if choice.index != 0:

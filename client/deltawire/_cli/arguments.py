@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from deltawire._channel import DEFAULT_TARGET
@@ -20,7 +21,7 @@ from deltawire._cli.registry import (
     update_model,
     watch_models,
 )
-from deltawire._cli.request_arguments import add_request_options, add_telling_options, seconds
+from deltawire._cli.request_arguments import add_request_options, add_stream_options, seconds
 from deltawire._cli.status import USAGE, UsageError
 from deltawire._cli.terminal import one_line
 from deltawire._values import RESUME_FOR
@@ -29,18 +30,20 @@ from deltawire._version import __version__
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from _typeshed import SupportsWrite
+
 # A file may be called by bytes that are no text.
 _FILES = frozenset(
     {"tool", "request", "image", "json_schema", "grammar", "structural_tag", "ca_file", "cert_file", "key_file"}
 )
 
 _TYPES = ("llm", "embedding", "rerank")
-# What no filter says, in the API's own word.
+# No filter, in the API's own word.
 _ANY = "unspecified"
 
 _WATCH_DESCRIPTION = """\
-Goes on until Ctrl-C. If the connection is lost, that is noted on standard error, and what was missed is shown once it is
-back. With --json also the revisions are shown from which another watch can go on.
+Runs until Ctrl-C. If the connection is lost, a note is printed to standard error, and the missed changes follow when it is
+restored. --json also prints the revisions from which another watch can continue.
 """
 
 _CHAT_EXAMPLES = """\
@@ -51,7 +54,7 @@ examples:
   deltawire chat --image cat.png "What is this?"
   deltawire chat --json-schema person.json "Invent a person."
   deltawire chat --json "hi" | jq -r '.textDelta.text // empty'
-  echo '{"model": "llama", "messages": [{"user": {"content": [{"text": "hi"}]}}]}' | deltawire chat --request -
+  echo '{"messages": [{"user": {"text": "hi"}}]}' | deltawire chat --request -
   deltawire chat                                  a conversation; Ctrl-D ends it
 
 Without PROMPT, standard input is the prompt, unless it is a terminal. A model's reasoning, and tool calls while they are
@@ -88,8 +91,16 @@ class _Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return options
 
+    # argparse ignores errors of `write`, so a full disk would lose the help in silence.
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
+        if message:
+            (file or sys.stderr).write(message)
+
     def error(self, message: str) -> NoReturn:
         """Print what is wrong, and exit."""
+        option, _, problem = message.rpartition(": ")
+        if problem == "expected one argument":
+            message += f"; a value that begins with - needs {option.removeprefix('argument ')}=VALUE"
         self.exit(USAGE, f"error: {one_line(message)}\nsee {self.prog} --help\n")
 
 
@@ -113,7 +124,7 @@ def make_parser() -> argparse.ArgumentParser:
     providers = commands.add_parser("providers", help="list the servers of models", parents=[common])
     providers.set_defaults(run=list_providers)
     health = commands.add_parser(
-        "health", help="ask how providers are", parents=[common], description="Exit status 1 if any of them is down."
+        "health", help="check providers", parents=[common], description="Exit status 1 if any of them is unhealthy."
     )
     health.add_argument("provider", metavar="PROVIDER", nargs="?", help="its id; without it, all of them")
     health.set_defaults(run=check_health)
@@ -124,7 +135,7 @@ def count(text: str) -> int:
     """A number of things, as the API's messages can hold it.
 
     Raises:
-        argparse.ArgumentTypeError: It is none, or too large.
+        argparse.ArgumentTypeError: It is not a whole number, or out of range.
     """
     return _whole(text, 1, 2**31 - 1)
 
@@ -133,7 +144,7 @@ def _sequence(text: str) -> int:
     """The sequence of an event.
 
     Raises:
-        argparse.ArgumentTypeError: It is none, or too large.
+        argparse.ArgumentTypeError: It is not a whole number, or out of range.
     """
     return _whole(text, 0, 2**63 - 1)
 
@@ -151,7 +162,7 @@ def _whole(text: str, least: int, most: int) -> int:
 
 
 def check_text(options: argparse.Namespace) -> None:
-    """Check that each value is UTF-8 text, and that the request id fits into a header.
+    """Check that each value is UTF-8 text.
 
     Python passes other bytes on as lone surrogates.
 
@@ -169,9 +180,6 @@ def check_text(options: argparse.Namespace) -> None:
                 named = name in {"prompt", "completion", "model", "provider"}
                 message = f"the {name} is not UTF-8 text" if named else f"--{name.replace('_', '-')}: not UTF-8 text"
                 raise UsageError(message) from error
-    if options.request_id is not None and not all(" " <= each <= "~" for each in options.request_id):
-        message = f"--request-id {options.request_id}: must be printable ASCII, to be sent in a header"
-        raise UsageError(message)
 
 
 def _etag(text: str) -> str:
@@ -197,7 +205,7 @@ def _common_options() -> _Parser:
     )
     group.add_argument("--timeout", type=seconds, metavar="SECONDS", help="give up after this long")
     group.add_argument("--tls", action="store_true", help="use TLS")
-    group.add_argument("--ca-file", metavar="FILE", help="whom to trust, as PEM; implies --tls")
+    group.add_argument("--ca-file", metavar="FILE", help="trusted root certificates, as PEM; implies --tls")
     group.add_argument("--cert-file", metavar="FILE", help="your own certificate, as PEM; implies --tls")
     group.add_argument("--key-file", metavar="FILE", help="its key, as PEM")
     group.add_argument(
@@ -205,9 +213,9 @@ def _common_options() -> _Parser:
         default=os.environ.get("DELTAWIRE_TOKEN"),
         help="your key for the gateway (default $DELTAWIRE_TOKEN, which others cannot see in ps)",
     )
-    group.add_argument("--insecure", action="store_true", help="let tokens go over plaintext to other machines")
+    group.add_argument("--insecure", action="store_true", help="allow tokens over plaintext to other machines")
     group.add_argument("--vllm-token", metavar="TOKEN", help="your own token for vLLM")
-    group.add_argument("--request-id", metavar="ID", help="what the gateway's log shall know the call by")
+    group.add_argument("--request-id", metavar="ID", help="the call's id in the gateway's log")
     return common
 
 
@@ -221,7 +229,7 @@ def _add_chat(commands: Any, common: argparse.ArgumentParser) -> None:  # noqa: 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_request_options(chat)
-    add_telling_options(chat)
+    add_stream_options(chat)
     chat.set_defaults(run=run_chat)
     count = commands.add_parser(
         "count-tokens",
@@ -249,14 +257,14 @@ def _add_completions(commands: Any, common: argparse.ArgumentParser) -> None:  #
         description="Prints it from its beginning, or after a given event, and continues live.",
     )
     for command in (cancel, get, resume):
-        command.add_argument("completion", metavar="ID", help="its id, which `started` says, or your own")
+        command.add_argument("completion", metavar="ID", help="its id, which the event `started` has, or your own")
     resume.add_argument("--after", metavar="N", type=_sequence, help="only what comes after the event of this sequence")
     resume.add_argument(
         "--retention",
         metavar="SECONDS",
         type=seconds,
         default=RESUME_FOR,
-        help="how long to go on if the connection is lost (default %(default)g)",
+        help="how long to resume after lost connections (default %(default)g)",
     )
     cancel.set_defaults(run=cancel_completion)
     get.set_defaults(run=get_completion)
@@ -272,14 +280,14 @@ def _add_models(actions: Any, common: argparse.ArgumentParser) -> None:  # noqa:
         "--state", choices=("serving", "unavailable", "unknown"), default=_ANY, help="only those in this state"
     )
     listing.add_argument(
-        "--source", choices=("registered", "discovered"), default=_ANY, help="only those that came to be known so"
+        "--source", choices=("registered", "discovered"), default=_ANY, help="only those from this source"
     )
     listing.set_defaults(run=list_models)
     watch = actions.add_parser(
         "watch", help="all models, then every change to them", parents=[common], description=_WATCH_DESCRIPTION
     )
     watch.add_argument(
-        "--revision", default="", help="go on after this revision, which --json shows, with no models first"
+        "--revision", default="", help="continue after this revision, which --json prints, without the existing models"
     )
     watch.set_defaults(run=watch_models)
     get = actions.add_parser("get", help="one model", parents=[common])
@@ -287,7 +295,7 @@ def _add_models(actions: Any, common: argparse.ArgumentParser) -> None:  # noqa:
     get.set_defaults(run=get_model)
     _add_register(actions, common)
     _add_update(actions, common)
-    unregister = actions.add_parser("unregister", help="forget a registered model", parents=[common])
+    unregister = actions.add_parser("unregister", help="unregister a model", parents=[common])
     unregister.add_argument("model", metavar="MODEL", help="an id or alias")
     unregister.add_argument("--etag", type=_etag, help="only if it still has this etag")
     unregister.set_defaults(run=unregister_model)
@@ -303,13 +311,13 @@ def _add_models(actions: Any, common: argparse.ArgumentParser) -> None:  # noqa:
 
 def _add_register(actions: Any, common: argparse.ArgumentParser) -> None:  # noqa: ANN401 -- argparse hides the type
     """The command `models register`."""
-    register = actions.add_parser("register", help="give a served model a name of your own", parents=[common])
+    register = actions.add_parser("register", help="register a served model under your own name", parents=[common])
     register.add_argument("model", metavar="ID", help="the id to call it by")
-    register.add_argument("--provider", default="", help="who serves it (default: the only one there is)")
-    register.add_argument("--provider-model", metavar="NAME", default="", help="its name there (default: ID)")
-    register.add_argument("--type", choices=_TYPES, default="llm", help="what it is for")
+    register.add_argument("--provider", default="", help="the provider that serves it (default: the only one)")
+    register.add_argument("--provider-model", metavar="NAME", default="", help="its name at the provider (default: ID)")
+    register.add_argument("--type", choices=_TYPES, default="llm", help="its type")
     register.add_argument(
-        "--embedding-dimension", metavar="N", type=count, help="numbers in a vector; for embedding alone"
+        "--embedding-dimension", metavar="N", type=count, help="the length of a vector; only for the type embedding"
     )
     register.add_argument("--alias", action="append", default=[], help="a further name; repeatable")
     register.add_argument(
@@ -329,17 +337,17 @@ def _add_update(actions: Any, common: argparse.ArgumentParser) -> None:  # noqa:
         "update",
         help="change a registered model",
         parents=[common],
-        description="What no option says stays as it is.",
+        description="Fields without an option are kept.",
     )
     update.add_argument("model", metavar="ID", help="its id or an alias")
-    update.add_argument("--provider", help="who serves it")
-    update.add_argument("--provider-model", metavar="NAME", help="its name there")
-    update.add_argument("--type", choices=_TYPES, help="what it is for")
+    update.add_argument("--provider", help="the provider that serves it")
+    update.add_argument("--provider-model", metavar="NAME", help="its name at the provider")
+    update.add_argument("--type", choices=_TYPES, help="its type")
     update.add_argument(
-        "--embedding-dimension", metavar="N", type=count, help="numbers in a vector; for embedding alone"
+        "--embedding-dimension", metavar="N", type=count, help="the length of a vector; only for the type embedding"
     )
     aliases = update.add_mutually_exclusive_group()
-    aliases.add_argument("--alias", action="append", help="a further name, instead of all there were; repeatable")
+    aliases.add_argument("--alias", action="append", help="a further name; replaces all existing ones; repeatable")
     aliases.add_argument("--no-aliases", action="store_const", const=[], dest="alias", help="no further names")
     notes = update.add_mutually_exclusive_group()
     notes.add_argument(
@@ -347,7 +355,7 @@ def _add_update(actions: Any, common: argparse.ArgumentParser) -> None:  # noqa:
         metavar="KEY=VALUE",
         dest="annotations",
         action="append",
-        help="a note, instead of all there were; repeatable",
+        help="a note; replaces all existing ones; repeatable",
     )
     notes.add_argument("--no-annotations", action="store_const", const=[], dest="annotations", help="no notes")
     update.add_argument("--etag", type=_etag, help="only if it still has this etag")

@@ -10,7 +10,7 @@ from deltawire._cli.answer import call_line
 from deltawire._cli.connection import call_options, connect, first_call
 from deltawire._cli.follow import follow
 from deltawire._cli.output import print_error, print_json, say
-from deltawire._cli.request import images_of, request_of, telling_of, turn_of
+from deltawire._cli.request import images_of, request_of, streaming_of, turn_of
 from deltawire._cli.status import OK, UsageError
 from deltawire._cli.terminal import one_line
 from deltawire._errors import DeltawireError
@@ -19,8 +19,8 @@ from deltawire._messages import tool, user
 if TYPE_CHECKING:
     import argparse
 
+    from deltawire._answer import Answer
     from deltawire._client import Client
-    from deltawire._completion import Answer
     from deltawire.v1.chat_completion_pb2 import ChatRequest
 
 
@@ -68,7 +68,7 @@ def _asked(options: argparse.Namespace) -> tuple[ChatRequest, bool]:
 
 def _answer(client: Client, request: ChatRequest, options: argparse.Namespace) -> Answer:
     """Ask, and print the answer while it comes."""
-    return follow(client.chat.stream(request, **telling_of(options), **call_options(options)), options)
+    return follow(client.chat.stream(request, **streaming_of(options), **call_options(options)), options)
 
 
 def _converse(client: Client, request: ChatRequest, options: argparse.Namespace) -> None:

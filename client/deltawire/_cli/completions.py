@@ -13,7 +13,7 @@ from deltawire._cli.status import OK
 from deltawire._cli.terminal import Printer
 from deltawire._completion import answer_of
 from deltawire._errors import status_code
-from deltawire._failure import CallInfo
+from deltawire._metadata import CallInfo
 from deltawire.v1.chat_completion_pb2 import CompletionState, CreateChatCompletionResponse, StopReason, UsageProvenance
 from deltawire.v1.error_reason_pb2 import ErrorReason
 

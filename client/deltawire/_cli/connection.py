@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from deltawire._channel import VLLM_TOKEN, CallOptions, ConnectOptions, tls_credentials
+from deltawire._channel import CallOptions, ConnectOptions, tls_credentials
 from deltawire._cli.files import refuse_file
 from deltawire._cli.status import FailedError, UsageError
 from deltawire._client import Client
@@ -28,6 +28,7 @@ _OPTION_OF = {
     "insecure=True": "--insecure",
     "the token must": "--token must",
     "the vllm_token must": "--vllm-token must",
+    "the request_id must": "--request-id must",
 }
 
 
@@ -35,13 +36,12 @@ def client_of(options: argparse.Namespace) -> Client:
     """The client that the options describe.
 
     Raises:
-        UsageError: A target without a port, a file that cannot be used, or a token that cannot be sent.
+        UsageError: A target without a port, a file that cannot be used, or a token or request id that cannot be sent.
     """
     connect: ConnectOptions = {
         "token": options.token or None,
         "insecure": options.insecure,
         "timeout": options.timeout,
-        "metadata": [(VLLM_TOKEN, options.vllm_token)] if options.vllm_token else [],
     }
     try:
         if _uses_tls(options):
@@ -49,6 +49,8 @@ def client_of(options: argparse.Namespace) -> Client:
                 ca_file=options.ca_file, cert_file=options.cert_file, key_file=options.key_file
             )
         client = Client(options.target, **connect)
+        # Refuses what no call can send.
+        client.chat._defaults.outgoing(call_options(options))
     except OSError as error:
         refuse_file(error.filename, error)
     except ValueError as error:
@@ -64,7 +66,7 @@ def client_of(options: argparse.Namespace) -> Client:
 
 def call_options(options: argparse.Namespace) -> CallOptions:
     """How calls are made."""
-    return {"request_id": options.request_id}
+    return {"request_id": options.request_id, "vllm_token": options.vllm_token}
 
 
 def first_call(client: Client, options: argparse.Namespace) -> CallOptions:

@@ -27,7 +27,8 @@ def read_text(path: str) -> str:
 
 
 def _bounded(file: TextIO, path: str) -> str:
-    text = file.read(MAX_CHARACTERS + 1)
+    # Some editors begin a file with a byte order mark.
+    text = file.read(MAX_CHARACTERS + 1).removeprefix("\ufeff")
     if len(text) > MAX_CHARACTERS:
         message = f"{name_of(path)}: has more than {MAX_CHARACTERS} characters"
         raise UsageError(message)

@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING
 
 from deltawire._cli.answer import print_answer
 from deltawire._cli.interrupt import Interrupt, end_softly
-from deltawire._cli.output import log_on_stderr, print_json, say
-from deltawire._errors import CallCancelledError, DeadlineExceededError, StreamInterrupted
+from deltawire._cli.output import print_error, print_json, say
+from deltawire._errors import CallCancelledError, DeadlineExceededError, DeltawireError, StreamInterrupted
 
 if TYPE_CHECKING:
     import argparse
 
+    from deltawire._answer import Answer
     from deltawire._client import ChatStream
-    from deltawire._completion import Answer
+
+# Ends after which the gateway may still have more of a retained answer.
+_WITH_REST = (CallCancelledError, StreamInterrupted, DeadlineExceededError, KeyboardInterrupt)
 
 
 def follow(stream: ChatStream, options: argparse.Namespace) -> Answer:
@@ -25,7 +28,7 @@ def follow(stream: ChatStream, options: argparse.Namespace) -> Answer:
         DeltawireError: See `ChatStream`.
     """
     ends = (functools.partial(end_softly, stream), stream.cancel)
-    with stream, log_on_stderr(), Interrupt(*ends) as interrupt:
+    with stream, Interrupt(*ends) as interrupt:
         try:
             if options.json:
                 for event in stream:
@@ -33,17 +36,19 @@ def follow(stream: ChatStream, options: argparse.Namespace) -> Answer:
             else:
                 print_answer(stream)
             answer = stream.final()
-        except (CallCancelledError, StreamInterrupted, DeadlineExceededError, KeyboardInterrupt) as error:
+        except (DeltawireError, KeyboardInterrupt) as error:
             cancelled = isinstance(error, CallCancelledError)
             if cancelled and not interrupt.pressed:
                 raise
-            if options.retention is not None:
+            if options.retention is not None and isinstance(error, _WITH_REST) and not stream._is_only_sought:
                 last = "" if stream.last_sequence is None else f" --after {stream.last_sequence}"
                 say(f"note: for the rest: deltawire resume {stream.completion_id}{last}")
-            if cancelled:
-                # It could not be ended softly, or not soon enough.
-                raise KeyboardInterrupt from None
-            raise
+            if not interrupt.pressed or isinstance(error, KeyboardInterrupt):
+                raise
+            # It could not be ended softly, or not soon enough.
+            if not cancelled:
+                print_error(error)
+            raise KeyboardInterrupt from None
         if interrupt.pressed:
             say(f"note: it had {answer.usage.completion_tokens} tokens")
             raise KeyboardInterrupt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from typing import TYPE_CHECKING, Self
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Interrupt:
-    """Lets each Ctrl-C end a call in its own way, from another thread; one more than there are ways is KeyboardInterrupt.
+    """Runs one of `ends` at each Ctrl-C, in another thread; when none is left, Ctrl-C raises KeyboardInterrupt.
 
     KeyboardInterrupt in the middle of gRPC's code can lose track of an operation. Then gRPC's thread waits for its end,
     and fails on standard error once the channel is closed.
@@ -55,8 +56,9 @@ class Interrupt:
 
 
 def end_softly(stream: ChatStream) -> None:
-    """End an answer: softly if that can be done, else at once."""
-    try:
-        stream.cancel_softly()
-    except (DeltawireError, RuntimeError):
-        stream.cancel()
+    """End an answer: softly if its gateway process is connected and allows it, else at once."""
+    with contextlib.suppress(DeltawireError, RuntimeError):
+        if not stream._is_only_sought:
+            stream.cancel_softly()
+            return
+    stream.cancel()

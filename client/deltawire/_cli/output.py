@@ -73,10 +73,10 @@ def print_error(error: DeltawireError) -> None:
     if isinstance(error, CallError):
         for violation in error.violations:
             detail = f"{violation.field}: {violation.description}"
-            # The message of an error with one violation mostly is that violation.
+            # The gateway's message mostly lists the violations already.
             if violation.description == error.message:
-                detail = f"field: {violation.field}"
-            if detail != error.message:
+                say(f"  field: {violation.field}")
+            elif detail not in error.message:
                 say(f"  {detail}")
         if error.retry_after is not None:
             say(f"  try again in {error.retry_after:g} s")

@@ -11,7 +11,6 @@ from google.protobuf.json_format import MessageToDict
 from deltawire._cli.connection import first_call
 from deltawire._cli.interrupt import Interrupt
 from deltawire._cli.output import (
-    log_on_stderr,
     note_unreachable,
     print_json,
     print_json_text,
@@ -159,7 +158,7 @@ def watch_models(client: Client, options: argparse.Namespace) -> NoReturn:
     # The client's own does not limit a watch.
     call["timeout"] = options.timeout
     watch = client.models.watch(options.revision, **call)
-    with log_on_stderr(), watch, Interrupt(watch.cancel) as interrupt:
+    with watch, Interrupt(watch.cancel) as interrupt:
         try:
             while True:
                 _print_event(next(watch), options)

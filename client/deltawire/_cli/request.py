@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,7 +27,7 @@ from deltawire._messages import (
     tool_from_openai,
     user,
 )
-from deltawire._requests import CHAT_OPTIONS, TELLING_OPTIONS, TellingOptions, chat_request
+from deltawire._requests import CHAT_OPTIONS, STREAMING_OPTIONS, StreamingOptions, chat_request
 from deltawire.v1.chat_completion_pb2 import ChatRequest
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ _NAMES: Mapping[str, str] = MappingProxyType(
 # Those whose value is made from what was given.
 _MADE = frozenset({"tool", "tool_calls", "logit_bias", "response_format"})
 
+# What protobuf says of a number or a text where an object must be.
+_NOT_ITERABLE = re.compile(r"'\w+' object is not iterable")
 # What to write instead of a message in the form of OpenAI's API.
 _SHAPE = '; instead of {"role": "user", "content": "hi"} write {"user": {"text": "hi"}}'
 
@@ -62,11 +65,16 @@ def request_of(options: argparse.Namespace) -> ChatRequest:
     request = ChatRequest()
     if options.request is not None:
         text = read_text(options.request)
+        # protobuf takes [] for an empty message, and iterates over what is not an object.
+        if not text.lstrip().startswith("{"):
+            message = f"{name_of(options.request)}: not a JSON object"
+            raise UsageError(message)
         try:
             Parse(text, request)
         except (ParseError, RecursionError) as error:
             hint = _SHAPE if 'no field named "role"' in str(error) else ""
-            message = f"{name_of(options.request)}: not a ChatRequest: {error}{hint}"
+            problem = _NOT_ITERABLE.sub("it must be an object", str(error))
+            message = f"{name_of(options.request)}: not a ChatRequest: {problem}{hint}"
             raise UsageError(message) from error
     try:
         over = chat_request([], **_given(options, CHAT_OPTIONS), **_made(options))
@@ -79,9 +87,9 @@ def request_of(options: argparse.Namespace) -> ChatRequest:
     return request
 
 
-def telling_of(options: argparse.Namespace) -> TellingOptions:
+def streaming_of(options: argparse.Namespace) -> StreamingOptions:
     """The options of the stream."""
-    return cast("TellingOptions", _given(options, TELLING_OPTIONS))
+    return cast("StreamingOptions", _given(options, STREAMING_OPTIONS))
 
 
 def turn_of(options: argparse.Namespace) -> ChatMessage | None:
@@ -170,7 +178,7 @@ def _tools(path: str) -> Iterator[Tool]:
     for index, each in enumerate(value if isinstance(value, list) else [value]):
         where = f"{name_of(path)}: tool {index + 1}" if isinstance(value, list) else name_of(path)
         if not isinstance(each, Mapping):
-            message = f"{where}: not an object"
+            message = f"{where}: not a JSON object"
             raise UsageError(message)
         try:
             yield tool_from_openai(each)

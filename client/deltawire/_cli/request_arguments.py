@@ -1,13 +1,15 @@
-"""The options that say what a chat asks: those of `chat` and `count-tokens`, and the stream options of `chat`.
+"""The options of a chat request, for `chat` and `count-tokens`, and the stream options of `chat`.
 
-What each becomes in a request stands in `request`.
+`request` makes a request of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 
+from deltawire._channel import MAX_TIMEOUT
 from deltawire._values import EFFORTS
 
 _SAMPLING = (
@@ -19,15 +21,13 @@ _SAMPLING = (
     ("presence_penalty", float, "-2 to 2; above 0 discourages repeating at all"),
     ("repetition_penalty", float, "above 1 discourages tokens of prompt and answer"),
     ("seed", int, "make sampling repeatable"),
-    ("max_tokens", int, "the most tokens to generate"),
-    ("min_tokens", int, "the fewest tokens to generate"),
+    ("max_tokens", int, "maximum number of tokens to generate"),
+    ("min_tokens", int, "minimum number of tokens to generate"),
 )
-# A time that nothing here needs to be longer than, in seconds.
-_LONGEST = 10**9
 
 
 def add_request_options(parser: argparse.ArgumentParser) -> None:
-    """What is asked."""
+    """The options of a request."""
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help='what to say; "-" reads standard input')
     parser.add_argument("--model", help="id or alias (default: the only chat model that the gateway serves)")
     parser.add_argument("--system", metavar="TEXT", help="instructions for the model")
@@ -36,41 +36,43 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
         metavar="PATH|URL",
         action="append",
         default=[],
-        help="an image beside the prompt; the gateway fetches URLs, if its operator lets it; repeatable",
+        help="an image beside the prompt; the gateway fetches URLs, if its operator allows it; repeatable",
     )
     parser.add_argument(
         "--request",
         metavar="FILE",
-        help='a ChatRequest as protobuf JSON, "-" for standard input; the other options are laid over it',
+        help='a ChatRequest as protobuf JSON, "-" for standard input; other options replace its values and append to its lists',
     )
     _add_tools(parser.add_argument_group("tools"))
     _add_reasoning(parser.add_argument_group("reasoning"))
     _add_form(parser.add_argument_group("the form of the answer"))
-    _add_sampling(parser.add_argument_group("sampling", "What is not given is left to the model's own defaults."))
+    _add_sampling(
+        parser.add_argument_group("sampling", "The model's own defaults apply to options that are not given.")
+    )
     _add_limits(parser.add_argument_group("the completion"))
 
 
-def add_telling_options(parser: argparse.ArgumentParser) -> None:
+def add_stream_options(parser: argparse.ArgumentParser) -> None:
     """The options of a stream."""
     group = parser.add_argument_group("the stream")
     group.add_argument(
         "--usage-updates", action="store_const", const=True, help="send usage updates during the stream, for --json"
     )
     group.add_argument(
-        "--coalesce", metavar="SECONDS", type=_delay, help="let deltas be held back for that long, to be joined"
+        "--coalesce", metavar="SECONDS", type=_delay, help="let the gateway hold deltas for that long and merge them"
     )
     group.add_argument("--heartbeat", metavar="SECONDS", type=seconds, help="send a heartbeat after this much silence")
     group.add_argument(
         "--early-heartbeats",
         action="store_const",
         const=True,
-        help="also before the answer begins; it cannot be tried again by gRPC then",
+        help="also before the answer begins; gRPC then cannot retry the call",
     )
     group.add_argument(
         "--retention",
         metavar="SECONDS",
         type=seconds,
-        help="have the stream kept for that long, and go on if the connection is lost; see also `deltawire resume`",
+        help="retain the stream for that long, and resume it if the connection is lost; see `deltawire resume`",
     )
 
 
@@ -103,9 +105,11 @@ def _add_tools(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_reasoning(group: argparse._ArgumentGroup) -> None:
-    """How much to think."""
-    group.add_argument("--reasoning-effort", choices=EFFORTS, help="how hard to think")
-    group.add_argument("--reasoning-budget", metavar="N", type=int, help="the most tokens of it; 0 means none")
+    """The reasoning."""
+    group.add_argument("--reasoning-effort", choices=EFFORTS, help="the reasoning effort")
+    group.add_argument(
+        "--reasoning-budget", metavar="N", type=int, help="maximum number of reasoning tokens; 0 means none"
+    )
     group.add_argument(
         "--no-reasoning",
         action="store_const",
@@ -116,7 +120,7 @@ def _add_reasoning(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_form(group: argparse._ArgumentGroup) -> None:
-    """What form the answer has."""
+    """The form of the answer."""
     forms = group.add_mutually_exclusive_group()
     forms.add_argument("--response-format", choices=("text", "json_object"), help="free text, or any JSON object")
     forms.add_argument("--json-schema", metavar="FILE", help="JSON that follows this JSON Schema")
@@ -140,7 +144,7 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
         "--stop-token-id", metavar="ID", type=int, action="append", help="a token that ends the answer; repeatable"
     )
     group.add_argument(
-        "--ignore-eos", action="store_const", const=True, help="go on past the model's own end of the answer"
+        "--ignore-eos", action="store_const", const=True, help="continue after the model's end-of-sequence token"
     )
     group.add_argument(
         "--logit-bias",
@@ -155,14 +159,23 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_limits(group: argparse._ArgumentGroup) -> None:
-    """What is said of the completion as a whole."""
+    """The options of the completion as a whole."""
     group.add_argument(
-        "--soft-time-limit", metavar="SECONDS", type=seconds, help="end the answer well after this long, as it is then"
+        "--soft-time-limit",
+        metavar="SECONDS",
+        type=seconds,
+        help="end the answer normally after this long, with the text so far",
     )
     group.add_argument("--completion-id", metavar="ID", help="an id of your own, to cancel, look up and resume it by")
-    group.add_argument("--priority", metavar="N", type=int, help="lower goes earlier, if the engine heeds it")
-    group.add_argument("--cache-salt", metavar="TEXT", help="keep the engine's prefix cache apart from others'")
-    group.add_argument("--user", metavar="TEXT", help="who the end user is, for the engine")
+    group.add_argument(
+        "--priority", metavar="N", type=int, help="a lower number is served earlier, if the engine supports it"
+    )
+    group.add_argument(
+        "--cache-salt",
+        metavar="TEXT",
+        help="share the engine's prefix cache only with requests that have the same salt",
+    )
+    group.add_argument("--user", metavar="TEXT", help="the end user's id, for the engine")
     group.add_argument(
         "--template-kwargs", metavar="JSON", type=_json_object, help="arguments for the model's chat template"
     )
@@ -172,30 +185,31 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
 
 
 def seconds(text: str) -> float:
-    """A length of time.
+    """A length of time, in seconds above 0.
 
     Raises:
-        argparse.ArgumentTypeError: It is none that can be waited for.
+        argparse.ArgumentTypeError: It is not a number, or out of range.
     """
-    value = _delay(text)
-    if not value:
-        message = f"{text} is not a number of seconds above 0"
-        raise argparse.ArgumentTypeError(message)
-    return value
+    return _length(text, "above 0 and up", math.nextafter(0, 1))
 
 
 def _delay(text: str) -> float:
-    """A length of time that may also be none at all.
+    """A length of time, in seconds, 0 or above.
 
     Raises:
-        argparse.ArgumentTypeError: It is none that can be waited for.
+        argparse.ArgumentTypeError: It is not a number, or out of range.
     """
+    return _length(text, "from 0", 0)
+
+
+def _length(text: str, least_in_words: str, least: float) -> float:
+    """A length of time, in seconds from `least` to MAX_TIMEOUT."""
     try:
         value = float(text)
     except ValueError:
-        value = -1
-    if not 0 <= value <= _LONGEST:
-        message = f"{text} is not a number of seconds from 0 to {_LONGEST}"
+        value = math.nan
+    if not least <= value <= MAX_TIMEOUT:
+        message = f"{text} is not a number of seconds {least_in_words} to {MAX_TIMEOUT}"
         raise argparse.ArgumentTypeError(message)
     return value
 
@@ -208,17 +222,20 @@ def _bias(text: str) -> tuple[int, float]:
     """
     token, _, bias = text.partition("=")
     try:
-        return int(token), float(bias)
-    except ValueError as error:
-        message = f"{text} is not ID=X, such as 1734=-100"
-        raise argparse.ArgumentTypeError(message) from error
+        pair = int(token), float(bias)
+    except ValueError:
+        pair = -1, 0.0
+    if pair[0] < 0:
+        message = f"{text} is not ID=X with an ID of 0 or above, such as 1734=-100"
+        raise argparse.ArgumentTypeError(message)
+    return pair
 
 
 def _json_object(text: str) -> str:
-    """JSON text of an object, as it was written.
+    """JSON text of an object, verbatim.
 
     Raises:
-        argparse.ArgumentTypeError: It is none.
+        argparse.ArgumentTypeError: It is not JSON, or not an object.
     """
     try:
         is_object = isinstance(json.loads(text), dict)

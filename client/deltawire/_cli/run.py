@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from deltawire._cli.arguments import check_text, make_parser
 from deltawire._cli.connection import client_of
-from deltawire._cli.output import print_error, say
+from deltawire._cli.output import log_on_stderr, print_error, say
 from deltawire._cli.status import FAILED, OK, USAGE, FailedError, UsageError
 from deltawire._errors import DeltawireError
 
@@ -59,7 +59,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     function: Callable[[Client, argparse.Namespace], int] = options.run
     try:
         check_text(options)
-        with client_of(options) as client:
+        with client_of(options) as client, log_on_stderr():
             return function(client, options)
     except UsageError as error:
         say(f"error: {error}")
@@ -73,13 +73,13 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 class _Stderr(io.FileIO):
-    """Standard error. If its reader closes it, the command goes on, and its exit status says what became of it."""
+    """Standard error. If it cannot be written, the command continues, and its exit status has the result."""
 
     def write(self, data: ReadableBuffer, /) -> int:
-        """Write, unless the reader has closed it."""
+        """Write, and ignore a closed reader or a full disk."""
         try:
             return super().write(data)
-        except BrokenPipeError:
+        except OSError:
             return memoryview(data).nbytes
 
 

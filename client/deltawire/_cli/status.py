@@ -10,4 +10,4 @@ class UsageError(Exception):
 
 
 class FailedError(Exception):
-    """What was asked for is right and could not be done now, though every call came back."""
+    """The command is valid and failed, although every call succeeded."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self, Unpack, cast
 import grpc
 
 from deltawire._client.call import invoke
-from deltawire._completion import Answer, Resumption, StreamCalls, answer_of, text_of_event
+from deltawire._completion import Resumption, StreamCalls, answer_of, text_of_event
 from deltawire._errors import ClientClosedError
 from deltawire._failure import failed_call
 from deltawire._fields import made
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from grpc import _CallIterator
 
+    from deltawire._answer import Answer
     from deltawire._channel import CallOptions, Defaults
     from deltawire._client.connections import Connections
     from deltawire._failure import FailedCall
@@ -59,17 +60,18 @@ class Chat:
         self._defaults = defaults
 
     def create(self, messages: Messages | ChatRequest, **arguments: Unpack[ChatArguments]) -> Answer:
-        """Ask, and wait for the whole answer.
+        """Send a request, and wait for the whole answer.
 
         Args:
             messages: The conversation, or a whole `ChatRequest`.
-            arguments: See `ChatOptions` and `CallOptions`.
+            arguments: See `ChatOptions` and `CallOptions`; with a `ChatRequest`, only the latter.
 
         Raises:
             CallError: The call failed; see `deltawire._errors`.
-            TypeError: An argument that does not exist.
+            ProtocolError: The answer has no choice.
+            TypeError, ValueError: An argument does not exist or cannot be sent; the message names it.
 
-        The answer's `message` goes into the history; if `tool_calls_executable`, run its `tool_calls` next.
+        Append the answer's `message` to the history; if `tool_calls_executable`, run its `tool_calls` next.
         """
         chat, options = split_arguments(messages, arguments)
         outgoing = self._defaults.outgoing(options)
@@ -77,22 +79,22 @@ class Chat:
         return answer_of(response, outgoing.info)
 
     def stream(self, messages: Messages | ChatRequest, **arguments: Unpack[StreamArguments]) -> ChatStream:
-        """Ask, and read the answer while it is generated. It takes what `create` takes, and the options of the stream.
+        """Send a request, and read the answer while it is generated.
 
         Args:
             messages: The conversation, or a whole `ChatRequest`.
-            arguments: See `ChatOptions`, `TellingOptions` and `CallOptions`.
+            arguments: See `ChatOptions`, `StreamingOptions` and `CallOptions`; with a `ChatRequest`, not the first.
 
         Raises:
-            TypeError: An argument that does not exist.
+            TypeError, ValueError: An argument does not exist or cannot be sent; the message names it.
 
-        The request is on its way when this returns; its errors come from reading. Use the stream in a `with` block:
+        This returns when the request is sent; reading raises the errors of the call. Use the stream in a `with` block:
         leaving it ends the call on both sides.
 
-        With `retention` the gateway keeps the stream, and it goes on by itself, each event once, if the connection is
-        lost, until nothing new has come for that long. Generation then ends by itself, by `soft_time_limit`, by
-        `cancel_softly`, or when no client has read for `retention`. Leaving the block ends only the call; `resume` reads the
-        stream again. Without a `completion_id` the client generates an unguessable one.
+        With `retention` the gateway retains the stream. If the connection is lost, the stream resumes automatically and
+        returns each event once, until no new event has arrived for that long. Generation ends normally, by
+        `soft_time_limit`, by `cancel_softly`, or when no client has read for `retention`. Leaving the block ends only the
+        call; `resume` reads the stream again. Without a `completion_id` the client generates an unguessable one.
         """
         request, options = split_streaming(messages, arguments)
         return ChatStream(self._connections, self._defaults, request, None, options)
@@ -105,21 +107,21 @@ class Chat:
         retention: Seconds = RESUME_FOR,
         **options: Unpack[CallOptions],
     ) -> ChatStream:
-        """Read a stream that was asked for with `retention`, replayed and then live.
+        """Read a stream with `retention` from its beginning or after a given event: first replayed, then live.
 
         Args:
             completion_id: Its id.
-            last_sequence: The `sequence` of the last event that you have. None begins with the first.
-            retention: For how long (seconds, or a `timedelta`) without anything new to go on by itself if the connection
-                is lost; give what the stream was asked with.
+            last_sequence: The `sequence` of the last event that you have, 0 or above. None begins with the first event.
+            retention: For how long (seconds, or a `timedelta`) without a new event the stream resumes automatically; pass
+                the `retention` of the request.
             options: See `CallOptions`.
 
         Raises:
-            ValueError: A length of time that is none.
+            TypeError, ValueError: An argument does not exist or cannot be sent; the message names it.
 
-        From the middle, `final()` gives what `completed` says of the answer; if its `messages_omitted` is set, only what
-        came here. After the last event of an ended stream nothing comes: `final()` gives an answer without text whose
-        stop reason is STOP_REASON_UNSPECIFIED, and `get` says how it ended.
+        After `last_sequence`, `final()` has the messages of `completed`; if its `messages_omitted` is set, only the text
+        that was received here. After the last event of an ended stream there are no events: `final()` returns an answer
+        without text whose stop reason is STOP_REASON_UNSPECIFIED, and `get` has the result.
         Reading raises CompletionNotFoundError, CompletionGoneError, and WrongReplicaError if no new connection reaches
         the process that has the stream.
         """
@@ -130,33 +132,36 @@ class Chat:
         """End a completion softly: its stream ends normally, with the text so far and the usage.
 
         Raises:
-            CompletionNotFoundError: There is none of this id.
+            CompletionNotFoundError: This caller has no completion with this id.
             WrongReplicaError: Another gateway process has it, and no new connection reached that one.
 
-        The `state` that comes back is the one before: one that had ended already is no error.
+        The returned `state` and `usage` are those before the cancel. Canceling an ended completion has no effect.
         """
         request = made(CancelChatCompletionRequest, {"completion_id": completion_id})
         outgoing = self._defaults.outgoing(options)
         return self._connections.find(lambda stub: stub.CancelChatCompletion, request, outgoing)
 
     def get(self, completion_id: str, **options: Unpack[CallOptions]) -> GetChatCompletionResponse:
-        """How far a completion has come, what it has cost, and its result if that is retained.
+        """The state of a completion, its usage so far in tokens, and its result if that is retained.
 
         Raises:
-            CompletionNotFoundError: There is none of this id, or it ended long ago.
+            CompletionNotFoundError: This caller has no completion with this id, or it ended too long ago.
             WrongReplicaError: Another gateway process has it, and no new connection reached that one.
+
+        Read `completed` if the response has it, else branch on `state`; `last_sequence` is what `resume` continues after.
         """
         request = made(GetChatCompletionRequest, {"completion_id": completion_id})
         outgoing = self._defaults.outgoing(options)
         return self._connections.find(lambda stub: stub.GetChatCompletion, request, outgoing)
 
     def count_tokens(self, messages: Messages | ChatRequest, **arguments: Unpack[ChatArguments]) -> CountTokensResponse:
-        """How many tokens the prompt has that `create` would send; nothing is generated. It takes what `create` takes.
+        """Count the tokens of the prompt that `create` would send, with the same arguments. Nothing is generated.
 
         Raises:
-            NotSupportedByProviderError: The provider does not count.
+            NotSupportedByProviderError: The provider cannot count tokens.
+            CallError: The call failed otherwise.
 
-        Read `prompt_tokens`, and `max_context_tokens` if it is there.
+        Read `prompt_tokens`, and `max_context_tokens`, which is for prompt and answer, if the response has it.
         """
         chat, options = split_arguments(messages, arguments)
         return invoke(self._stub.CountTokens, CountTokensRequest(chat=chat), self._defaults.outgoing(options))
@@ -171,27 +176,28 @@ class Chat:
         on_event: Callable[[StreamChatCompletionResponse], object] | None = None,
         **arguments: Unpack[ToolRunArguments],
     ) -> ToolRun:
-        """Ask, run the functions that the model calls, send it the results, and ask again, until it answers.
+        """Send a request, run the functions that the model calls, send the results, and repeat until it answers.
 
-        A turn's calls are run only if all of them can be: else none is run, and the model gets what was wrong with each.
-        The run also ends with an answer that was cut off, and with a call of a tool that is no function: then the calls in
-        `run.answer` are yours to look at.
+        The calls of a turn are run only if all of them can be: otherwise none is run, and the model receives the problem of
+        each. The run also ends with an answer that was cut off, and with a call of a tool that is only a definition.
 
         Args:
             messages: The conversation, or a whole `ChatRequest`.
-            tools: Functions, see `function_tool`; definitions alone are offered too.
-            max_rounds: How often to ask.
-            on_error: "raise" lets an exception in a function through; "tell" sends the model its type and message. A
-                result that cannot be sent to the model is treated the same; the exception that is raised names the tool.
-            on_event: Is called with every event of every answer as it comes.
+            tools: Functions, see `function_tool`, or definitions alone.
+            max_rounds: The maximum number of requests, 1 or above.
+            on_error: "raise" raises an exception in a function to the caller; "return" returns its type and message to the
+                model as the result. A result that cannot be sent is treated in the same way; its exception names the tool.
+            on_event: Is called with each event of each answer as it arrives.
             arguments: See `PlainChatOptions` and `CallOptions`. `timeout` is for each answer. A `tool_choice` that makes the
-                model call is for the first round only: it would never answer.
+                model call a tool applies only to the first round: otherwise the model would never answer.
 
         Raises:
             CallError: A call failed; see `deltawire._errors`.
-            ToolRoundsExceededError: The model still called in the last round; its `run` has all that was said.
-            TypeError: A function that cannot be a tool, or that has to be awaited.
-            ValueError: Arguments that make no sense here: several choices, an id for one answer, two tools of one name.
+            ToolRoundsExceededError: The model still called tools in the last round; `run` has the conversation.
+            TypeError: A function cannot be a tool, or must be awaited.
+            ValueError: Several choices, a completion id, which only one answer can have, or two tools with one name.
+
+        Read `run.text`. If `run.answer` has calls, they were not run: execute or refuse them yourself.
         """
         request, options = split_arguments(messages, cast("ChatArguments", arguments))
 
@@ -207,9 +213,9 @@ class Chat:
 
 
 class ChatStream(StreamCalls):
-    """An answer on its way: iterate over its events, over `text`, or go straight to `final()`.
+    """An answer that is being generated: iterate over its events, over `text`, or call `final()`.
 
-    All three read the same stream, so what one has taken the others do not see again; `final()` always has everything.
+    All three read the same stream: an event that one has read is not returned by the others. `final()` has the whole answer.
     """
 
     def __init__(
@@ -234,11 +240,11 @@ class ChatStream(StreamCalls):
     def __next__(self) -> StreamChatCompletionResponse:
         """The next event; branch on `event.WhichOneof("event")` and skip None, an event of a later version.
 
-        A retained stream waits out lost connections, and logs each to `deltawire`.
+        A stream with `retention` resumes after lost connections, and logs each to `deltawire`.
 
         Raises:
-            CallError: The call failed. After a fault this comes after the `completed` event, which has the same error.
-            ProtocolError: The gateway broke the rules of the stream; the call is cancelled.
+            CallError: The call failed. After a fault it is raised after the `completed` event, which has the same error.
+            ProtocolError: The gateway violated the rules of the stream; the call is canceled.
         """
         while self._outcome is None:
             try:
@@ -257,39 +263,39 @@ class ChatStream(StreamCalls):
 
     @property
     def text(self) -> Iterator[str]:
-        """The text of choice 0, piece by piece. Raises what iterating over events raises."""
+        """The text of choice 0, piece by piece. It raises the same errors as `__next__`; call `final()` afterwards."""
         return (piece for event in self if (piece := text_of_event(event)))
 
     def final(self) -> Answer:
-        """Read to the end.
+        """Read to the end, and return the whole answer; later calls return the same.
 
         Raises:
-            CallError: See `__next__`; its `answer` has what had come.
+            CallError, ProtocolError: See `__next__`; the `answer` of a CallError has what was received.
 
-        Call it as often as you like: the stream is read once.
+        Append the answer's `message` to the history, as after `Chat.create`.
         """
         for _ in self:
             pass
         return self._result()
 
     def cancel(self) -> None:
-        """End the call now, on both sides. Reading on raises `CallCancelledError`, unless the stream had ended.
+        """End the call now, on both sides. Reading then raises `CallCancelledError`, unless the stream had ended.
 
-        With `retention` the gateway goes on all the same: `cancel_softly` ends that, `Chat.resume` reads it.
+        With `retention` the gateway continues to generate: `cancel_softly` ends that, `Chat.resume` reads it.
         """
         self._stop(is_closed=False)
 
     def cancel_softly(self) -> CancelChatCompletionResponse:
-        """End generation now. Reading on gives the normal end: the text so far, STOP_REASON_CANCELLED, and the usage.
+        """End generation now. Reading then returns the normal end: the text so far, STOP_REASON_CANCELLED, and the usage.
 
-        Any thread may call it, as often as it likes.
+        Any thread may call it, any number of times.
 
         Raises:
-            RuntimeError: The completion's id is not known: `started` has not come, and the request has no
-                `completion_id`. Then nothing has been generated: `cancel()`.
+            RuntimeError: The completion's id is not known: `started` has not arrived, and the request has no
+                `completion_id`. Call `cancel()` instead.
             CallError: See `Chat.cancel`.
 
-        What comes back says what it met, and what the completion had cost by then.
+        The response has the state and the usage before the cancel. Continue to read until the stream ends.
         """
         request, outgoing = self._softly()
         first = self._connection
@@ -332,7 +338,7 @@ class ChatStream(StreamCalls):
             self._connection = self._connections.another()
         with contextlib.suppress(ClientClosedError):
             self._call()
-        # Another thread may have cancelled the previous call instead of this one.
+        # Another thread may have canceled the previous call instead of this one.
         if self._stopped.is_set():
             self._rpc.cancel()
             self._leave()

@@ -1,4 +1,4 @@
-"""The blocking client itself: its channel, and the way to everything that it can do."""
+"""The blocking client itself: its channel and its services."""
 
 from __future__ import annotations
 
@@ -19,22 +19,24 @@ if TYPE_CHECKING:
 
 
 class Client:
-    """Talks to a gateway, one channel for all calls; close it, or use it in a `with` block.
+    """A client of a gateway, with one channel for all calls; close it, or use it in a `with` block.
 
-    Any number of threads may share a client; a stream belongs to one thread at a time, and only its `cancel` may be
-    called from others. A channel does not survive a fork: make the client in the child process.
+    Any number of threads may share a client. A stream may be used by one thread at a time; `cancel` and `cancel_softly` may
+    be called from any. A channel does not survive a fork: create the client in the child process.
 
     Args:
         target: A gRPC target: "host:port", "unix:/path", "dns:///name:port".
         channel: A channel of your own, used unchanged. The client does not close it; you configure its retries, limits
             and TLS. The client cannot make new connections then: WrongReplicaError is raised at once.
-        interceptors: gRPC's own kind; the first is the outermost.
+        interceptors: gRPC client interceptors; the first is the outermost.
         options: See `ConnectOptions`.
 
     Raises:
-        ValueError: A token would go over plaintext to another machine.
+        TypeError: An option does not exist.
+        ValueError: The target, the token or the timeout is invalid; a token would be sent over plaintext to another
+            machine; or options for a channel were given together with a channel.
 
-    Nothing is connected yet: the first call does that. Go on with `chat`, `models` and `providers`.
+    The first call connects. Call the methods of `chat`, `models` and `providers`.
     """
 
     def __init__(

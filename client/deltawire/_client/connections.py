@@ -42,7 +42,7 @@ class Connection:
         self.registry = ModelRegistryStub(channel)
 
     def close(self) -> None:
-        """Close the channel; calls over it end as cancelled."""
+        """Close the channel; calls over it end as CANCELLED."""
         self.channel.close()
 
     _close = close

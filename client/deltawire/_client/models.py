@@ -1,4 +1,4 @@
-"""Which models there are, changes to them as they happen, and the servers that have them."""
+"""The models, changes to them as they happen, and the providers that serve them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 
 class Models:
-    """Which models can be called, under which names."""
+    """The models that can be called, and their registered names."""
 
     def __init__(self, connections: Connections, defaults: Defaults) -> None:
         self._connections = connections
@@ -58,7 +58,7 @@ class Models:
         self._defaults = defaults
 
     def list(self, **arguments: Unpack[ListArguments]) -> ModelList:
-        """All models by ascending id, or those that pass every filter, fetched page by page while you iterate.
+        """All models by ascending id, or those that match every filter, fetched page by page while you iterate.
 
         Args:
             arguments: See `ListOptions` and `CallOptions`; `timeout` is for each page.
@@ -66,7 +66,7 @@ class Models:
         Raises:
             ValueError: There is no such type, state or source.
 
-        Read `unreachable_provider_ids` when the listing is at its end.
+        Iterating raises CallError. After the last model, read `unreachable_provider_ids`.
         """
         request, options = split_listing(arguments)
         return ModelList(self._stub, self._defaults, request, options)
@@ -75,44 +75,48 @@ class Models:
         """One model, by any name that a chat request takes.
 
         Raises:
-            ModelNotFoundError: There is none.
+            ModelNotFoundError: No model has this name.
             ModelAmbiguousError: Several providers serve a model of this name.
+
+        Pass the model to `update` to change it only if it has not changed since.
         """
         outgoing = self._defaults.outgoing(options)
         return invoke(self._stub.GetModel, GetModelRequest(model_id=model_id), outgoing).model
 
     def register(self, model: str | RegisterModelRequest, **arguments: Unpack[RegisterArguments]) -> Model:
-        """Give a served model an id and aliases of your own; doing the same again changes nothing.
+        """Register a served model under an id and aliases of your own. An identical registration has no effect.
 
         Args:
-            model: The id to call it by, or a whole request.
+            model: The new id, or a whole request.
             arguments: See `RegisterOptions` and `CallOptions`.
 
         Raises:
             ModelAlreadyExistsError: The id or an alias belongs to another model.
             ModelNotServedError: The provider does not serve it.
+            RegistryFullError: The registry has no room for it.
+            TypeError, ValueError: An argument does not exist or cannot be sent.
 
-        The model comes back as registered: its `id` is what to call it by.
+        Returns the registered model. Use its `id`, or an alias, as the `model` of requests.
         """
         request, options = split_registration(model, arguments)
         return invoke(self._stub.RegisterModel, request, self._defaults.outgoing(options)).model
 
     def update(self, model: str | Model | UpdateModelRequest, **arguments: Unpack[UpdateArguments]) -> Model:
-        """Change a registered model. What is not given stays, and calls under way are not touched.
+        """Change a registered model. Fields that are not given are kept, and running calls are not affected.
 
         Args:
-            model: Its id or an alias, to change it in any case; the `Model` as it was read, to change it only if it
+            model: Its id or an alias, to change it in any case; the `Model` that was read, to change it only if it
                 has not changed since; or a whole request.
             arguments: See `UpdateOptions` and `CallOptions`.
 
         Raises:
-            EtagMismatchError: It was changed since that etag; read it again. After a lost connection
-                that may have been this call.
-            ModelNotFoundError: There is none.
-            ModelDiscoveredError: It was never registered: a provider serves it.
+            EtagMismatchError: It has changed since it had that etag; read it again. After a lost connection, the first
+                attempt of this call may have changed it.
+            ModelNotFoundError: No model has this id or alias.
+            ModelDiscoveredError: It was discovered, not registered; register it first.
             ModelAlreadyExistsError: An alias belongs to another model.
-            ModelNotServedError: The provider does not serve what it is to lead to.
-            TypeError: Nothing is to be changed.
+            ModelNotServedError: The provider does not serve the new `provider_model_id`.
+            TypeError: There is nothing to change.
 
         Returns the model after the change, with the `etag` for the next one.
         """
@@ -120,12 +124,12 @@ class Models:
         return invoke(self._stub.UpdateModel, request, self._defaults.outgoing(options)).model
 
     def unregister(self, model_id: str, *, etag: str = "", **options: Unpack[CallOptions]) -> None:
-        """Unregister a model, by id or alias; with the `etag` that it had, only if it has not changed since.
+        """Unregister a model, by id or alias; with an `etag`, only if the model still has it.
 
         Raises:
-            EtagMismatchError: It has; read it again, then decide again.
-            ModelNotFoundError: There is none; after a lost connection, the first attempt may have unregistered it.
-            ModelDiscoveredError: It was never registered: a provider serves it.
+            EtagMismatchError: It has changed; read it again, then decide again.
+            ModelNotFoundError: No model has this name; after a lost connection, the first attempt may have unregistered it.
+            ModelDiscoveredError: It was discovered, not registered.
         """
         request = UnregisterModelRequest(model_id=model_id, etag=etag)
         invoke(self._stub.UnregisterModel, request, self._defaults.outgoing(options))
@@ -133,12 +137,12 @@ class Models:
     def refresh(
         self, provider_id: str = "", **options: Unpack[CallOptions]
     ) -> Sequence[RefreshModelsResponse.Provider]:
-        """List what a provider serves now, without waiting for its next turn; "" is all of them, by ascending id.
+        """List the models of a provider now, or of all providers, by ascending id, if it is "".
 
         Raises:
-            ProviderNotFoundError: There is none of this name.
+            ProviderNotFoundError: No provider has this id.
 
-        One that cannot be listed is an answer and no error: look at each `error`, which is empty if all went well.
+        A provider that cannot be listed raises nothing: check the `error` of each, which is empty on success.
         """
         request = RefreshModelsRequest(provider_id=provider_id)
         return tuple(invoke(self._stub.RefreshModels, request, self._defaults.outgoing(options)).providers)
@@ -149,12 +153,15 @@ class Models:
         """All models, and then every change to them as it happens, across lost connections, each once.
 
         Args:
-            revision: Go on after this revision of an earlier watch; "" begins with the models that there are.
-            known: The models that you know from that watch. If the gateway no longer has the revision, the watch
-                returns how they differ from now as changes; without `known` it ends then.
-            options: See `CallOptions`. `timeout` is for the whole watch; None, also as the client's own, lets it go on.
+            revision: Continue after this revision of an earlier watch; "" begins with all existing models.
+            known: The models that you know from that watch. If the gateway no longer has the revision, the watch returns
+                the differences from now as changes; without `known` it then raises RevisionGoneError.
+            options: See `CallOptions`. `timeout` is for the whole watch; the client's own does not apply to it.
 
-        The request is on its way when this returns; its errors come from reading. Use the watch in a `with` block:
+        Raises:
+            TypeError, ValueError: An option does not exist or cannot be sent.
+
+        This returns when the request is sent; reading raises the errors of the call. Use the watch in a `with` block:
         leaving it ends the call on both sides.
         """
         watch = ModelWatch(self._stub, self._defaults, WatchState(revision, known), revision, options)
@@ -163,7 +170,7 @@ class Models:
 
 
 class ModelList(ModelPages):
-    """Iterates over models, fetching pages as they are needed."""
+    """Iterates over models, and fetches each page when it is needed; see `Models.list`."""
 
     def __init__(
         self, stub: ModelRegistryStub, defaults: Defaults, request: ListModelsRequest, options: CallOptions
@@ -185,7 +192,7 @@ class ModelList(ModelPages):
 
 
 class ModelWatch(WatchCalls):
-    """Changes to models, without an end: iterate over it, and look at what is a `ModelChange` or a `WatchBookmark`."""
+    """Changes to models, without an end: iterate over it, and branch on `ModelChange` and `WatchBookmark`."""
 
     def __init__(
         self, stub: ModelRegistryStub, defaults: Defaults, state: WatchState, revision: str, options: CallOptions
@@ -200,15 +207,15 @@ class ModelWatch(WatchCalls):
         return self
 
     def __next__(self) -> WatchEvent:
-        """The next event, whenever it comes. A watch waits out lost connections, and logs each to `deltawire`.
+        """Wait for the next event. A watch resumes after lost connections, and logs each to `deltawire`.
 
         Raises:
             RevisionGoneError: The gateway no longer has the revision, and `known` was not given. Watch
                 again without one; models that the new watch does not return no longer exist.
-            UnauthenticatedError, PermissionDeniedError, RequestError: Trying again would fail in the same way.
+            UnauthenticatedError, PermissionDeniedError, RequestError: A retry would fail in the same way.
             InternalError: A defect of the gateway.
             DeadlineExceededError: The watch's own `timeout` passed.
-            CallCancelledError: It was cancelled; ClientClosedError if by closing the client.
+            CallCancelledError: It was canceled; ClientClosedError if by closing the client.
         """
         while self._error is None and not self._events:
             try:
@@ -225,7 +232,7 @@ class ModelWatch(WatchCalls):
         return self._event()
 
     def cancel(self) -> None:
-        """End the watch now, on both sides. Reading on raises `CallCancelledError`, unless it was over before."""
+        """End the watch now, on both sides. Reading then raises `CallCancelledError`, unless it had ended already."""
         self._stop(is_closed=False)
 
     def __enter__(self) -> Self:
@@ -265,30 +272,32 @@ class ModelWatch(WatchCalls):
         if pause is not None and not self._stopped.wait(pause):
             with contextlib.suppress(ClientClosedError):
                 self._call()
-            # Another thread may have cancelled the previous call instead of this one.
+            # Another thread may have canceled the previous call instead of this one.
             if self._stopped.is_set():
                 self._rpc.cancel()
 
 
 class Providers:
-    """The servers of models that the gateway's operator configured."""
+    """The providers that the gateway's operator configured."""
 
     def __init__(self, connections: Connections, defaults: Defaults) -> None:
         self._stub = connections.main.registry
         self._defaults = defaults
 
     def list(self, **options: Unpack[CallOptions]) -> Sequence[Provider]:
-        """All of them, by ascending id, from as many pages as there are; `timeout` is for each page."""
+        """All providers by ascending id, from all pages; `timeout` is for each page. Raises CallError."""
         pages = ProviderPages()
         while pages.request is not None:
             pages.receive(invoke(self._stub.ListProviders, pages.request, self._defaults.outgoing(options)))
         return tuple(pages.providers)
 
     def health(self, provider_id: str, **options: Unpack[CallOptions]) -> CheckProviderHealthResponse:
-        """How a provider is; one that is down is an answer, `HEALTH_STATUS_ERROR`, and no error.
+        """Check a provider's health now. A failed check raises nothing: its `status` is `HEALTH_STATUS_ERROR`.
 
         Raises:
-            ProviderNotFoundError: There is none of this name.
+            ProviderNotFoundError: No provider has this id.
+
+        Branch on `status`; `message` has the problem, and `engine` what answers at the provider's addresses.
         """
         request = CheckProviderHealthRequest(provider_id=provider_id)
         return invoke(self._stub.CheckProviderHealth, request, self._defaults.outgoing(options))

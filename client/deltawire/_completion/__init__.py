@@ -2,15 +2,13 @@
 
 In the order of the files one needs to read:
 
-    answer        what the caller gets: `Answer` and `Choice`; also from a call that gave them whole
-    accumulator   a stream's events in, its answer or its error out
+    accumulator   a stream's events, or a whole response, in; its answer or its error out
     elsewhere     how long to wait, and on how many connections to look for the process that has a completion
     resumption    the ends of a stream's calls in, its next call out
     stream        what both kinds of stream share: everything but the waiting
 """
 
-from deltawire._completion.accumulator import Accumulator
-from deltawire._completion.answer import Answer, Choice, answer_of
+from deltawire._completion.accumulator import Accumulator, answer_of
 from deltawire._completion.elsewhere import MAX_CONNECTIONS, Search
 from deltawire._completion.resumption import Resumption
 from deltawire._completion.stream import StreamCalls, text_of_event
@@ -18,8 +16,6 @@ from deltawire._completion.stream import StreamCalls, text_of_event
 __all__ = [
     "MAX_CONNECTIONS",
     "Accumulator",
-    "Answer",
-    "Choice",
     "Resumption",
     "Search",
     "StreamCalls",

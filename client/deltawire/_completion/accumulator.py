@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, assert_never
 
 import grpc
 
-from deltawire._completion.answer import Answer, choice_of, with_info
+from deltawire._answer import Answer, choice_of, with_info
 from deltawire._errors import ProtocolError, StreamInterrupted, error_for, with_fault
 from deltawire._failure import Failure
 from deltawire.v1.chat_completion_pb2 import (
@@ -41,7 +41,8 @@ from deltawire.v1.chat_completion_pb2 import (
 from deltawire.v1.message_pb2 import AssistantMessage
 
 if TYPE_CHECKING:
-    from deltawire._failure import CallInfo
+    from deltawire._metadata import CallInfo
+    from deltawire.v1.chat_completion_pb2 import CreateChatCompletionResponse
     from deltawire.v1.tool_pb2 import ToolCall, ToolCallDelta
 
 # Ends that are the caller's own doing: they mean the same whether or not the answer had begun.
@@ -50,7 +51,7 @@ CALLERS_OWN = frozenset({grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXC
 
 @dataclass(slots=True)
 class _Parts:
-    """What the events said of one choice. Text is kept in pieces and joined once."""
+    """The events' content for one choice. Text is kept in pieces, which are concatenated once."""
 
     text: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
@@ -60,7 +61,7 @@ class _Parts:
     finished: ChoiceFinished = field(default_factory=ChoiceFinished)
 
     def message(self) -> AssistantMessage:
-        """The model's turn, as far as it came."""
+        """The model's turn, as far as it was received."""
         text = "".join(self.text)
         return AssistantMessage(
             text=text or None,
@@ -70,14 +71,18 @@ class _Parts:
 
 
 class Accumulator:
-    """Folds a stream's events into its answer, and holds the stream to its rules.
+    """Builds the answer from a stream's events, and checks the stream against its rules.
 
     Args:
-        completion_id: The stream's id, for the answer if `started` is not seen.
-        last_sequence: The last event that was read already; None reads the stream from its first. Read from
-            the middle, the answer is what `completed` says of it, and incomplete if that leaves the messages out.
+        completion_id: The stream's id, for the answer if `started` is not received.
+        last_sequence: The `sequence` of the last event that was read before; None if this reads the stream from its first
+            event. Otherwise the answer has the messages of `completed`, and is incomplete if that omits them.
 
-    `usage` is the latest that was received; `notices` are those that came, in order.
+    Attributes:
+        usage: The latest usage received.
+        notices: The notices received, in order.
+
+    Call `receive` for each event, then `finish` once.
     """
 
     def __init__(self, completion_id: str = "", last_sequence: int | None = None) -> None:
@@ -102,24 +107,24 @@ class Accumulator:
 
     @property
     def has_begun(self) -> bool:
-        """Whether anything of the answer has come."""
+        """Whether any part of the answer was received."""
         return self._started is not None or (self._from_middle and self._next > self._first)
 
     @property
     def is_only_the_end(self) -> bool:
-        """Whether a stream that is read from the middle has brought nothing: if it ends so, all of it had been read before."""
+        """Whether a stream that is read from the middle had no event: if it ends now, all of it was read before."""
         return self._from_middle and self._next == self._first
 
     @property
     def is_complete(self) -> bool:
-        """Whether the last event has come."""
+        """Whether the last event was received."""
         return self._completed is not None
 
     def receive(self, event: StreamChatCompletionResponse) -> None:
-        """Take the next event. An event of a kind that is not known here counts, and is otherwise skipped.
+        """Take the next event. An event of an unknown kind is counted, and otherwise skipped.
 
         Raises:
-            ProtocolError: An event is missing, or this one comes where it must not.
+            ProtocolError: An event is missing, or this one is not allowed here.
         """
         kind = event.WhichOneof("event")
         self._check(event.sequence, kind)
@@ -152,11 +157,11 @@ class Accumulator:
                 assert_never(kind)
 
     def finish(self, failure: Failure | None, info: CallInfo) -> Answer:
-        """Say what the stream came to.
+        """The answer of a stream whose last call has ended.
 
         Args:
             failure: How the call failed; None if its status was OK.
-            info: What came beside the events.
+            info: The call's request id and metadata.
 
         Raises:
             CallError: By the table at the top of this file.
@@ -168,7 +173,7 @@ class Accumulator:
         if failure is None and self.is_only_the_end:
             return answer
         interrupted = failure is None or (self.has_begun and failure.code not in CALLERS_OWN)
-        # A status of OK without an answer is nothing that anybody should read as OK.
+        # A status of OK without an answer is a failure.
         failure = failure or Failure(
             grpc.StatusCode.UNKNOWN,
             "the stream ended without its last event",
@@ -187,7 +192,7 @@ class Accumulator:
         raise error_for(failure)
 
     def _check(self, sequence: int, kind: str | None) -> None:
-        """Hold the next event to the rules: no gap, `started` first and once, nothing after `completed`."""
+        """Check the next event against the rules: no gap, `started` first and once, nothing after `completed`."""
         if sequence != self._next:
             _broken(f"event {self._next} was expected and {sequence} came")
         if self._completed is not None:
@@ -205,7 +210,7 @@ class Accumulator:
 
     @staticmethod
     def _receive_call(parts: _Parts, delta: ToolCallDelta) -> None:
-        """Take a verdict on a tool call. It says all that the pieces before it said, so those are not kept."""
+        """Take a verdict on a tool call. It has all that its fragments had, so those are not kept."""
         outcome = delta.WhichOneof("outcome")
         match outcome:
             case "tool_call":
@@ -218,7 +223,7 @@ class Accumulator:
                 assert_never(outcome)
 
     def _answer(self, info: CallInfo) -> Answer:
-        """The answer as far as it came, with choice 0 always in it."""
+        """The answer as far as it was received; it always has choice 0."""
         completed = self._completed or Completed(usage=self.usage)
         started = self._started or Started(completion_id=self._completion_id)
         stated = {} if completed.messages_omitted else {choice.index: choice for choice in completed.choices}
@@ -231,6 +236,25 @@ class Accumulator:
             failed = tuple(choice.failed_tool_calls) or tuple(parts.failed)
             choices.append(choice_of(index, choice, message, failed, tuple(parts.logprobs)))
         return with_info(Answer(started, completed, tuple(choices), tuple(self.notices)), info)
+
+
+def answer_of(response: CreateChatCompletionResponse, info: CallInfo) -> Answer:
+    """The answer of a call that gave it whole."""
+    completed = response.completed
+    choices = tuple(
+        choice_of(
+            choice.index,
+            choice,
+            choice.message,
+            tuple(choice.failed_tool_calls),
+            tuple(choice.logprobs),
+        )
+        for choice in completed.choices
+    )
+    if not choices:
+        message = "the answer holds no choice"
+        raise ProtocolError(message, info.request_id)
+    return with_info(Answer(response.started, completed, choices), info)
 
 
 def _unstated(finished: ChoiceFinished) -> Completed.Choice:

@@ -6,6 +6,7 @@ and the others answer WRONG_REPLICA if its id says so.
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from typing import TYPE_CHECKING
@@ -20,6 +21,14 @@ if TYPE_CHECKING:
 MAX_CONNECTIONS = 8
 # Seconds between two calls; the pauses before eight connections add up to at most 9.5 s.
 MIN_PAUSE, MAX_PAUSE = 0.1, 2.0
+
+
+logger = logging.getLogger("deltawire")
+
+
+def log_search(why: object) -> None:
+    """Log that new connections are tried, and the error that says so: it can take 10 s."""
+    logger.warning("trying up to %d new connections: %s", MAX_CONNECTIONS, why)
 
 
 class Pauses:
@@ -59,6 +68,7 @@ class Search:
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._outgoing = outgoing
         self._left = connections
+        self._logged = False
         self._pauses = Pauses(random.uniform)
 
     def next(self, error: WrongReplicaError) -> float | None:
@@ -72,4 +82,9 @@ class Search:
             if self._outgoing.arguments["timeout"] <= 0:
                 return None
         self._left -= 1
-        return None if self._left < 0 else pause
+        if self._left < 0:
+            return None
+        if not self._logged:
+            self._logged = True
+            log_search(error)
+        return pause

@@ -21,7 +21,7 @@ event. What was asked with `retention` goes on:
                                               id was made here, or it
                                               was started before
                                               any other                give up: another call began it
-    anything else                             any call                 give up: trying again does not mend it
+    anything else                             any call                 give up: a retry would fail again
 
 Between two calls there is a pause, longer each time until something new comes. What was not asked with `retention`, and
 what has brought nothing new for that long, is given up in any case. Whether the caller's own deadline has passed is seen
@@ -31,8 +31,8 @@ to before `ended` is asked.
 from __future__ import annotations
 
 import enum
+import os
 import random
-import secrets
 from types import MappingProxyType
 from typing import TYPE_CHECKING, assert_never
 
@@ -64,11 +64,11 @@ class End(enum.Enum):
     MISSING = "missing"
     # There is a completion of this id already.
     EXISTS = "exists"
-    # Trying again would not mend it.
+    # A retry would fail again.
     OVER = "over"
 
 
-# A test holds this whole: every value of the enum but the unspecified one.
+# A test checks that every value of the enum but the unspecified one is here.
 REASONS: Mapping[ErrorReason.ValueType, End] = MappingProxyType(
     {
         # Another process may have taken over, or this one keeps the stream for a while.
@@ -175,7 +175,7 @@ class Resumption:
             self._after = request.resume.last_sequence if request.resume.HasField("last_sequence") else None
         else:
             if self.is_retained and not request.chat.completion_id:
-                request.chat.completion_id = f"own-{secrets.token_hex(16)}"
+                request.chat.completion_id = f"own-{os.urandom(16).hex()}"
                 self._made_id = True
             self.completion_id = request.chat.completion_id
 

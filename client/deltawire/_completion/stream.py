@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING
 import grpc
 
 from deltawire._completion.accumulator import Accumulator
+from deltawire._completion.elsewhere import log_search
 from deltawire._errors import CallError, DeltawireError, ProtocolError, error_for
-from deltawire._failure import FailedCall, Failure, Metadata
+from deltawire._failure import FailedCall, Failure
 from deltawire.v1.chat_completion_pb2 import CancelChatCompletionRequest
 
 if TYPE_CHECKING:
+    from deltawire._answer import Answer
     from deltawire._channel import CallOptions, Defaults, Outgoing
-    from deltawire._completion.answer import Answer
     from deltawire._completion.resumption import Resumption
+    from deltawire._metadata import Metadata
     from deltawire.v1.chat_completion_pb2 import (
         Notice,
         StreamChatCompletionRequest,
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
         Usage,
     )
 
-# A stream that goes on by itself would otherwise do so in silence.
+# A stream that resumes automatically would otherwise do so in silence.
 logger = logging.getLogger("deltawire")
 
 
@@ -40,25 +42,27 @@ class StreamCalls:
         self._accumulator = Accumulator(resumption.completion_id, resumption.last_sequence)
         self._outcome: Answer | DeltawireError | None = None
         self._begun = False
+        # Whether the log has it that another gateway process has the completion; until the next new event.
+        self._logged_search = False
 
     @property
     def completion_id(self) -> str:
-        """What the gateway knows this completion by; "" until `started`, unless the stream was asked for with an id."""
+        """The completion's id, for `Chat.get`, `cancel` and `resume`; "" until `started`, unless the request has one."""
         return self._accumulator.completion_id
 
     @property
     def last_sequence(self) -> int | None:
-        """The `sequence` of the last event that was read; None if none was. `Chat.resume` goes on after it."""
+        """The `sequence` of the last event that was read; None if none was. `Chat.resume` continues after it."""
         return self._resumption.last_sequence
 
     @property
     def request_id(self) -> str:
-        """What the gateway's log knows this call by; the gateway's own word once the first event is there."""
+        """The call's id in the gateway's log; after the first event, as the gateway sent it."""
         return self._outgoing.info.request_id
 
     @property
     def initial_metadata(self) -> Metadata:
-        """The headers; empty until the first event is there."""
+        """The headers; empty until the first event."""
         return self._outgoing.info.initial_metadata
 
     @property
@@ -73,13 +77,18 @@ class StreamCalls:
 
     @property
     def notices(self) -> tuple[Notice, ...]:
-        """What the gateway had to say beside the answer, so far."""
+        """The gateway's notices so far, such as a field that has no effect; each has `kind`, `message` and `field`."""
         return tuple(self._accumulator.notices)
 
     @property
     def resumed(self) -> int:
         """How often the stream was resumed automatically after its connection was lost."""
         return max(0, self._resumption.calls - 1)
+
+    @property
+    def _is_only_sought(self) -> bool:
+        """Whether nothing has been received, because the process that has the completion has not been reached."""
+        return self._resumption.moves and not self._accumulator.has_begun
 
     def _begin(self) -> StreamChatCompletionRequest:
         """Begin a call, whose arguments are in `_outgoing` then."""
@@ -106,12 +115,13 @@ class StreamCalls:
             self._outcome = error.with_traceback(None)
             return False
         self._resumption.received(event.sequence, time.monotonic())
+        self._logged_search = False
         return True
 
     def _end(self, failed: FailedCall | None) -> float | None:
         """Take the end of a call: its exception, or None if its status was OK.
 
-        Seconds to wait before the next call come back; None if the stream is over.
+        Returns the seconds to wait before the next call; None if the stream is over.
         """
         failure = None if failed is None else self._outgoing.failure(failed)
         if self._outcome is not None:
@@ -122,8 +132,7 @@ class StreamCalls:
             pause = self._resumption.ended(failure, has_begun=has_begun, now=time.monotonic())
             remaining = self._remaining()
             if pause is not None and (remaining is None or remaining > 0):
-                why = "the call ended" if failure is None else error_for(failure)
-                logger.warning("stream %s broke off and goes on in %.1f s: %s", self.completion_id, pause, why)
+                self._log("the call ended" if failure is None else error_for(failure), pause)
                 return pause if remaining is None else min(pause, remaining)
             if pause is not None:
                 failure = self._timed_out(failure)
@@ -131,6 +140,15 @@ class StreamCalls:
         if isinstance(self._outcome, DeltawireError) and isinstance(failed, Exception):
             self._outcome.__cause__ = failed
         return None
+
+    def _log(self, why: object, pause: float) -> None:
+        """Log why there is another call, in `pause` seconds; once for all connections of a search."""
+        if not self._resumption.moves:
+            what = "broke off and goes on" if self._accumulator.has_begun else "has not begun and is requested again"
+            logger.warning("stream %s %s in %.1f s: %s", self.completion_id, what, pause, why)
+        elif not self._logged_search:
+            self._logged_search = True
+            log_search(why)
 
     def _timed_out(self, failure: Failure | None) -> Failure:
         """The end of a stream whose timeout passed while its connection was lost."""
@@ -143,7 +161,7 @@ class StreamCalls:
         return replace(failure, code=code, message=message, reason="")
 
     def _cancelled(self, *, is_closed: bool = False) -> None:
-        """Record that this program cancelled the stream, or closed its client, unless the stream has ended already."""
+        """Record that this program canceled the stream, or closed its client, unless the stream has ended already."""
         if self._outcome is None:
             self._settle(self._outgoing.cancelled(is_closed=is_closed))
 
@@ -159,7 +177,7 @@ class StreamCalls:
         return CancelChatCompletionRequest(completion_id=self.completion_id), self._outgoing.aside(self._remaining())
 
     def _settle(self, failure: Failure | None) -> None:
-        """Decide what the stream came to; it is decided once."""
+        """Decide the outcome of the stream, once."""
         try:
             self._outcome = self._accumulator.finish(failure, self._outgoing.info)
         except CallError as error:

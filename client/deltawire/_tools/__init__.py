@@ -1,12 +1,12 @@
 """Python functions as tools, and the conversation in which a model calls them.
 
-No I/O here: the clients ask and wait. Only `signature` imports pydantic, and only when the first function is made a tool, so
-that whoever has no such tools needs neither it nor the extra `tools`. In the order of the files one needs to read:
+No I/O here: the clients make the calls. Only `signature` imports pydantic, when the first function is made a tool, so a program
+without such tools does not need the extra `tools`. In reading order:
 
-    docstring     what a function's docstring says of it and of its parameters
-    signature     a function's parameters as JSON Schema, and arguments for it out of JSON
-    function      `function_tool` and what it makes
-    loop          what to ask and what to run next, until the model is done
+    docstring     the descriptions in a function's docstring
+    signature     a function's parameters as JSON Schema, and its arguments from JSON
+    function      `function_tool` and its result
+    loop          the next request and the next calls, until the model answers
     shells        the loop with and without `await`
 """
 

@@ -1,4 +1,4 @@
-"""What a docstring says: its first paragraph, and the lines of its `Args:` section."""
+"""The first paragraph of a docstring, and the lines of its `Args:` section."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def description_of(docstring: str | None) -> str:
 
 
 def parameters_of(docstring: str | None) -> dict[str, str]:
-    """What is said of each parameter in a section of Google's style, by name; other styles say nothing."""
+    """The descriptions of parameters by name, from a section in Google's style; empty for other styles."""
     lines = inspect.cleandoc(docstring or "").splitlines()
     starts = [number for number, line in enumerate(lines) if _HEADING.fullmatch(line)]
-    said: dict[str, str] = {}
+    texts: dict[str, str] = {}
     name = ""
     margin = 0
     for line in lines[starts[0] + 1 :] if starts else ():
@@ -31,7 +31,7 @@ def parameters_of(docstring: str | None) -> dict[str, str]:
         found = _PARAMETER.fullmatch(text) if indent == margin else None
         if found:
             name = found[1]
-            said[name] = found[2] or ""
+            texts[name] = found[2] or ""
         elif name and text:
-            said[name] = f"{said[name]} {text}".strip()
-    return said
+            texts[name] = f"{texts[name]} {text}".strip()
+    return texts

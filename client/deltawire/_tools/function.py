@@ -16,16 +16,16 @@ R = TypeVar("R")
 
 
 class ToolArgumentsError(ValueError):
-    """The arguments of a call do not fit the function; the message is a sentence that the model can read."""
+    """The arguments of a call do not fit the function. Send the message to the model as the result of the call."""
 
 
 class FunctionTool(Generic[P, R]):
-    """A function with what a model has to know of it; made by `function_tool`. Calling it calls the function.
+    """A function and its definition for a model, as `function_tool` returns it. Calling it calls the function.
 
     Attributes:
         function: The function itself.
-        definition: What the model receives: name, description and the JSON Schema of the parameters.
-        is_async: Whether it has to be awaited.
+        definition: The `Tool` that the model receives: name, description and the JSON Schema of the parameters.
+        is_async: Whether the function must be awaited.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class FunctionTool(Generic[P, R]):
             if not name.isidentifier():
                 message = "a function without a name needs name="
                 raise TypeError(message)
-        # Here, so that pydantic is needed by those only who make functions tools.
+        # Imported here, so that only programs with functions as tools need pydantic.
         from deltawire._tools.signature import Signature
 
         self._signature = Signature(function, parameters_of(function.__doc__))
@@ -54,7 +54,7 @@ class FunctionTool(Generic[P, R]):
 
     @property
     def name(self) -> str:
-        """What the model calls it by."""
+        """The tool's name."""
         return self.definition.name
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -64,7 +64,7 @@ class FunctionTool(Generic[P, R]):
         """The arguments of a call, from JSON text into the types of the function's parameters; call `function` with them.
 
         Raises:
-            ToolArgumentsError: They do not fit. The message names the first few problems: send it to the model.
+            ToolArgumentsError: They do not fit. The message has the first five problems: send it to the model.
         """
         from deltawire._tools.signature import ArgumentsError
 
@@ -74,10 +74,10 @@ class FunctionTool(Generic[P, R]):
             raise ToolArgumentsError(str(error)) from None
 
     def result_text(self, result: object) -> str:
-        """A result as the model reads it: text as it is, everything else as JSON.
+        """A result as text for the model: text unchanged, every other value as JSON. Pass it to `tool`.
 
         Raises:
-            TypeError: JSON has nothing for it.
+            TypeError: JSON cannot represent it.
             ValueError: It is text with lone surrogates, which cannot be sent.
         """
         from deltawire._tools.signature import json_text
@@ -117,21 +117,21 @@ def function_tool(
 ) -> FunctionTool[P, R] | Callable[[Callable[P, R]], FunctionTool[P, R]]:
     """Make a tool of a function, as `@function_tool`, `@function_tool(strict=True)` or `function_tool(function)`.
 
-    The parameters' types become the JSON Schema: whatever pydantic knows, `Literal`, enums, dataclasses, models and
-    `Annotated[int, Field(description=..., ge=0)]` among them. The docstring's first paragraph becomes the description, the
-    lines of its `Args:` section those of the parameters.
+    The JSON Schema is derived from the types of the parameters: all that pydantic supports, such as `Literal`, enums,
+    dataclasses, models and `Annotated[int, Field(description=..., ge=0)]`. The description is the docstring's first
+    paragraph; those of the parameters are the lines of its `Args:` section.
 
     Args:
         function: A function or a bound method, with `async` or without, all of whose parameters have types and names.
-        name: What the model calls it by; the function's own name if not given.
-        description: What it does and when to use it; from the docstring if not given.
-        strict: Whether the engine must hold the arguments to the schema. None leaves it to the engine.
+        name: The tool's name; by default the function's own.
+        description: What it does and when to use it; by default from the docstring.
+        strict: Whether the engine must make the arguments follow the schema. None leaves it to the engine.
 
     Raises:
-        TypeError: A model could not call it, or would not know how.
-        ImportError: pydantic is not there: install the extra `tools`.
+        TypeError: A model cannot call it, for example because of `*args` or a parameter without a type.
+        ImportError: pydantic is not installed: install the extra `tools`.
 
-    Hand it to `chat.run_tools`; its `definition` is for `chat.create(tools=...)`.
+    Pass the result to `chat.run_tools`, or its `definition` to `chat.create(tools=...)`.
     """
 
     def made(function: Callable[P, R]) -> FunctionTool[P, R]:

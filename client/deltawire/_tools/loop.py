@@ -1,14 +1,14 @@
-"""What to ask and what to run next, until the model is done: the conversation of `run_tools` without any I/O.
+"""The next request and the next calls, until the model answers: the conversation of `run_tools` without any I/O.
 
     ASK ── answer ──▶ receive ── calls that can all be run ──▶ RUN ── results ──▶ finish ──▶ ASK
                         │ ├───── calls of which one cannot: all get an error ────────────────▶ ASK
                         │ └───── no calls, a cut answer, or a call that is not ours ────────▶ DONE
                         └─────── calls, and the last round is over ─────────────────────────▶ ToolRoundsExceededError
 
-All calls of a turn are looked at before one of them is run, and a turn is run whole or not at all: half of what a model
-wanted to do together may be worse than nothing. What it gets to read instead says of each call what was wrong with it, or that
-it was not run because of another, and it calls again. That works for an unknown tool, for arguments that are no JSON and for
-those that do not fit. A turn that was cut off is not asked again: the same limit would cut it again.
+All calls of a turn are checked before the first one is run, and either all of them are run or none: a model may depend on
+all of their effects. If one cannot be run, the model receives the problem of each call, or that it was not run because of
+another, and calls again: for an unknown tool, for arguments that are not JSON, and for those that do not fit. A turn that was
+cut off is not repeated: the same limit would cut it off again.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from deltawire.v1.message_pb2 import ChatMessage
 from deltawire.v1.tool_pb2 import Tool, ToolCall, ToolCallDelta, ToolChoice
 
 if TYPE_CHECKING:
-    from deltawire._completion import Answer
+    from deltawire._answer import Answer
 
-# A tool as callers may give it. A definition alone is sent to the model; a call of it ends the run.
+# A tool as callers may pass it. A definition alone is sent to the model; a call of it ends the run.
 ToolLike: TypeAlias = FunctionTool[..., Any] | Callable[..., Any] | Tool | Mapping[str, Any]
-OnError: TypeAlias = Literal["raise", "tell"]
+OnError: TypeAlias = Literal["raise", "return"]
 
 _SHOWN = 500  # characters of what the model wrote, repeated to it
 _COUNTS = ("prompt_tokens", "completion_tokens", "cached_prompt_tokens", "reasoning_tokens")
@@ -38,11 +38,12 @@ _COUNTS = ("prompt_tokens", "completion_tokens", "cached_prompt_tokens", "reason
 
 @dataclass(frozen=True, slots=True)
 class ToolRun:
-    """A conversation with tools, as far as it went.
+    """A conversation with tools.
 
     Attributes:
-        answers: What the model said, one answer for each round.
-        messages: The whole conversation: what was given, each answer, each result. Append to it and run again.
+        answers: The answers, one for each round, at least one.
+        messages: The whole conversation: the given messages, each answer, each result. To continue, append to them and run
+            again.
     """
 
     answers: tuple[Answer, ...]
@@ -55,17 +56,17 @@ class ToolRun:
 
     @property
     def text(self) -> str:
-        """What the model said at the end."""
+        """The text of the last answer."""
         return self.answer.text
 
     @property
     def rounds(self) -> int:
-        """How often the model was asked."""
+        """The number of requests."""
         return len(self.answers)
 
     @property
     def usage(self) -> Usage:
-        """Tokens used by all rounds together: a figure is absent if one round lacks it, and the weakest provenance counts."""
+        """The tokens of all rounds: a number is absent if one round lacks it; the provenance is the least reliable one."""
         usages = [answer.usage for answer in self.answers]
         total = Usage(provenance=max(usage.provenance for usage in usages))
         for name in _COUNTS:
@@ -75,10 +76,10 @@ class ToolRun:
 
 
 class ToolRoundsExceededError(RuntimeError):
-    """The model still called tools when it had been asked as often as allowed.
+    """The model still called tools in round `max_rounds`.
 
     Attributes:
-        run: The conversation so far. The calls of its last answer were not run.
+        run: The conversation so far. The calls of its last answer were not run: run them and continue, or give up.
     """
 
     def __init__(self, run: ToolRun) -> None:
@@ -102,25 +103,25 @@ class ToolLoop:
     """One conversation with tools.
 
     Args:
-        request: What to ask first; it is not changed.
-        tools: Those to offer, besides any that the request has.
-        max_rounds: How often to ask.
-        on_error: What becomes of an exception in a function, and of a result that cannot be encoded.
+        request: The first request; it is not changed.
+        tools: The tools, besides those of the request.
+        max_rounds: The maximum number of requests.
+        on_error: Whether an exception in a function, and a result that cannot be encoded, is raised or returned to the model.
 
     Attributes:
-        request: What to ask now.
+        request: The next request.
 
     Raises:
-        ValueError: Two tools of one name, or something that cannot be asked for more than once.
-        TypeError: A function that cannot be a tool.
+        ValueError: Two tools have one name, or the request has a field that only one answer can have.
+        TypeError: A function cannot be a tool.
     """
 
     def __init__(self, request: ChatRequest, tools: Iterable[ToolLike], *, max_rounds: int, on_error: OnError) -> None:
         if max_rounds < 1:
             message = f"max_rounds must be 1 or more, not {max_rounds}"
             raise ValueError(message)
-        if on_error not in ("raise", "tell"):
-            message = f'on_error must be "raise" or "tell", not {on_error!r}'
+        if on_error not in ("raise", "return"):
+            message = f'on_error must be "raise" or "return", not {on_error!r}'
             raise ValueError(message)
         if request.choice_count > 1:
             message = "choice_count must be 1: the conversation goes on from one answer"
@@ -155,11 +156,11 @@ class ToolLoop:
         """Take the answer to `request`.
 
         Returns:
-            The calls to run, whose results go to `finish`, and then `request` is to be asked. None if the conversation is
-            over: `run` has it.
+            The calls to run: pass their results to `finish`, then send `request`. None if the conversation has ended:
+            `run` has it.
 
         Raises:
-            ToolRoundsExceededError: It is not over, and the last round was.
+            ToolRoundsExceededError: It has not ended, and this was the last round.
         """
         self._answers.append(answer)
         problems = _problems(answer)
@@ -170,7 +171,7 @@ class ToolLoop:
         if len(self._answers) >= self._max_rounds:
             self.request.messages.append(answer.message)
             raise ToolRoundsExceededError(self.run)
-        # From the second round on the model must be free to answer: forced to call, it would never come to an end.
+        # From the second round on the model must be free to answer: if it must call a tool, it never answers.
         if self.request.tool_choice.mode != ToolChoice.MODE_NONE:
             self.request.ClearField("tool_choice")
         planned: list[PlannedCall] = []
@@ -194,13 +195,13 @@ class ToolLoop:
         for each, result in zip(planned, results, strict=True):
             self.request.messages.append(tool_message(each.call, result))
 
-    def told(self, planned: PlannedCall, result: object) -> str:
+    def returned(self, planned: PlannedCall, result: object) -> str:
         """The tool result for what a function returned.
 
         Raises:
             Exception: It cannot be encoded, and `on_error` is "raise".
         """
-        if self._on_error == "tell" and isinstance(result, str):
+        if self._on_error == "return" and isinstance(result, str):
             result = _sendable(result)
         try:
             return planned.tool.result_text(result)
@@ -211,7 +212,7 @@ class ToolLoop:
         """The tool result for an exception in a function, or for a result that cannot be encoded.
 
         Raises:
-            Exception: The same one, if that is what was asked for.
+            Exception: The same one, if `on_error` is "raise".
         """
         if self._on_error == "raise":
             error.add_note(f"in the tool {planned.tool.name!r}, called by the model as {planned.call.call_id!r}")
@@ -260,7 +261,7 @@ def _turn(answer: Answer) -> ChatMessage:
     turn.CopyFrom(answer.message)
     for each in answer.failed_tool_calls:
         raw = each.failure.raw_arguments
-        # What is no JSON cannot be sent back as arguments: chat templates parse them.
+        # Text that is not JSON cannot be sent as arguments: chat templates parse them.
         turn.assistant.tool_calls.add(
             call_id=each.call_id, tool_name=each.tool_name, arguments=raw if _is_object(raw) else "{}"
         )

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from deltawire._completion import Answer
+    from deltawire._answer import Answer
     from deltawire._tools.loop import PlannedCall, ToolLoop, ToolRun
     from deltawire.v1.chat_completion_pb2 import ChatRequest
 
 
 def run(loop: ToolLoop, ask: Callable[[ChatRequest], Answer]) -> ToolRun:
-    """Go through a conversation; the calls of a turn are run one after the other.
+    """Run a conversation; the calls of a turn run one after the other.
 
     Raises:
-        TypeError: One of the functions has to be awaited.
+        TypeError: One of the functions must be awaited.
     """
     if waiting := [each.name for each in loop.functions if each.is_async]:
         message = f"{', '.join(waiting)} must be awaited: use AsyncClient"
@@ -31,13 +31,13 @@ def run(loop: ToolLoop, ask: Callable[[ChatRequest], Answer]) -> ToolRun:
 def _result(loop: ToolLoop, planned: PlannedCall) -> str:
     try:
         value = planned.tool.function(**planned.arguments)
-    except Exception as error:  # noqa: BLE001 (what becomes of it is the caller's choice)
+    except Exception as error:  # noqa: BLE001 (`on_error` decides)
         return loop.failed(planned, error)
-    return loop.told(planned, value)
+    return loop.returned(planned, value)
 
 
 async def run_async(loop: ToolLoop, ask: Callable[[ChatRequest], Awaitable[Answer]]) -> ToolRun:
-    """Go through a conversation; the calls of a turn are run at the same time, functions without `async` in threads."""
+    """Run a conversation; the calls of a turn run concurrently, functions without `async` in threads."""
     while (planned := loop.receive(await ask(loop.request))) is not None:
         loop.finish(planned, await _results(loop, planned))
     return loop.run
@@ -48,7 +48,7 @@ async def _results(loop: ToolLoop, planned: list[PlannedCall]) -> list[str]:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(_result_async(loop, each)) for each in planned]
     except BaseExceptionGroup as errors:
-        # The first one ended the others; a caller that catches what its function raises need not know of groups.
+        # The first one ended the others. A caller can catch what its function raises, without an exception group.
         raise errors.exceptions[0] from None
     return [task.result() for task in tasks]
 
@@ -60,8 +60,8 @@ async def _result_async(loop: ToolLoop, planned: PlannedCall) -> str:
             value: Any = await function(**planned.arguments)
         else:
             value = await asyncio.to_thread(function, **planned.arguments)
-            if inspect.isawaitable(value):  # a function without `async` that gives back a coroutine
+            if inspect.isawaitable(value):  # a function without `async` that returns a coroutine
                 value = await value
-    except Exception as error:  # noqa: BLE001 (what becomes of it is the caller's choice)
+    except Exception as error:  # noqa: BLE001 (`on_error` decides)
         return loop.failed(planned, error)
-    return loop.told(planned, value)
+    return loop.returned(planned, value)

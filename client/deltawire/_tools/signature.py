@@ -1,4 +1,4 @@
-"""A function's parameters as JSON Schema, and arguments for it out of JSON. The one module that imports pydantic."""
+"""A function's parameters as JSON Schema, and its arguments from JSON. The only module that imports pydantic."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 MAX_ERRORS = 5
-"""Of one call's arguments in a sentence. The model corrects itself by the first; all of them could be thousands."""
+"""The maximum number of problems of one call in a message. The model needs the first ones; there may be thousands."""
 
 _ANY: TypeAdapter[Any] = TypeAdapter(Any)
 
 
 class ArgumentsError(ValueError):
-    """Arguments that the function cannot be called with; the message is a sentence for the model."""
+    """Arguments with which the function cannot be called; the message is a sentence for the model."""
 
 
 class Signature:
-    """What a function can be called with.
+    """The arguments with which a function can be called.
 
     Args:
         function: A function or a bound method whose parameters all have types and can be given by name.
-        said: What to say of parameters, by name, where their types say nothing themselves.
+        descriptions: Descriptions of parameters by name, for those whose types have none.
 
     Raises:
-        TypeError: It cannot be called by name, or says too little of its parameters.
+        TypeError: It cannot be called by name, or a parameter has no usable type.
     """
 
-    def __init__(self, function: Callable[..., Any], said: Mapping[str, str]) -> None:
+    def __init__(self, function: Callable[..., Any], descriptions: Mapping[str, str]) -> None:
         self._name = function.__name__
         self._names: list[str] = []
         hints = self._hints(function)
@@ -53,9 +53,9 @@ class Signature:
             hint = hints[parameter.name]
             default = ... if parameter.default is parameter.empty else parameter.default
             field = Field(default, alias=parameter.name)
-            if parameter.name in said and not _is_described(hint):
-                field = Field(default, alias=parameter.name, description=said[parameter.name])
-            # Named by number, since pydantic keeps names such as "json" and "_id" to itself.
+            if parameter.name in descriptions and not _is_described(hint):
+                field = Field(default, alias=parameter.name, description=descriptions[parameter.name])
+            # Named by number, because pydantic reserves names such as "json" and "_id".
             fields[f"p{number}"] = (hint, field)
             self._names.append(parameter.name)
         try:
@@ -73,7 +73,7 @@ class Signature:
         return json.dumps(self._schema, ensure_ascii=False) if self._names else ""
 
     def parse(self, arguments: str) -> dict[str, Any]:
-        """The arguments by name, as the function's types want them; what is absent is the parameter's default.
+        """The arguments by name, in the types of the parameters; an absent one is the parameter's default.
 
         Raises:
             ArgumentsError: They do not fit.
@@ -82,7 +82,7 @@ class Signature:
             model = self._model.model_validate_json(arguments)
         except ValidationError as error:
             errors = error.errors(include_url=False, include_context=False)
-            raise ArgumentsError("; ".join(map(_told, errors[:MAX_ERRORS]))) from None
+            raise ArgumentsError("; ".join(map(_sentence, errors[:MAX_ERRORS]))) from None
         return {name: getattr(model, f"p{number}") for number, name in enumerate(self._names)}
 
     def _hints(self, function: Callable[..., Any]) -> dict[str, Any]:
@@ -107,9 +107,9 @@ class Signature:
 
 
 class _SchemaWithoutTitles(GenerateJsonSchema):
-    """The titles repeat the names, and the model would pay for them in tokens."""
+    """Omits titles: they repeat the names and cost tokens."""
 
-    # A default that JSON does not have is the function's own business.
+    # A default that JSON cannot represent is omitted from the schema, and the function still uses it.
     ignored_warning_kinds: set[JsonSchemaWarningKind] = {"skipped-choice", "non-serializable-default"}  # noqa: RUF012
 
     def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ANN401, ARG002 (pydantic's own signature)
@@ -117,14 +117,14 @@ class _SchemaWithoutTitles(GenerateJsonSchema):
 
 
 def json_text(name: str, value: object) -> str:
-    """A function's result as the model reads it: text as it is, everything else as JSON.
+    """A function's result as text for the model: text unchanged, every other value as JSON.
 
     Args:
         name: The tool's name, for errors.
         value: The result.
 
     Raises:
-        TypeError: JSON has nothing for it.
+        TypeError: JSON cannot represent it.
     """
     if isinstance(value, str):
         return value
@@ -139,6 +139,6 @@ def _is_described(hint: object) -> bool:
     return any(isinstance(each, FieldInfo) and each.description for each in getattr(hint, "__metadata__", ()))
 
 
-def _told(error: ErrorDetails) -> str:
+def _sentence(error: ErrorDetails) -> str:
     where = ".".join(map(str, error["loc"]))
     return f"{where}: {error['msg']}" if where else error["msg"]

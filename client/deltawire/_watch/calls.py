@@ -40,15 +40,15 @@ class WatchCalls:
 
     @property
     def revision(self) -> str:
-        """Where another watch can go on after the last event that this one gave; "" until a snapshot is complete.
+        """From where another watch can continue after the last event that was read; "" until a snapshot is complete.
 
-        Store it together with the models, and hand both to `watch` after a restart.
+        Store it together with the models, and pass both to `watch` after a restart.
         """
         return self._revision
 
     @property
     def request_id(self) -> str:
-        """What the gateway's log knows the latest call by; each reconnection is a call of its own."""
+        """The latest call's id in the gateway's log; each reconnection is a call of its own."""
         return self._outgoing.info.request_id
 
     def _begin(self) -> WatchModelsRequest:
@@ -65,7 +65,7 @@ class WatchCalls:
     def _end(self, failed: FailedCall | None) -> float | None:
         """Take the end of a call: its exception, or None if its status was OK.
 
-        Seconds to wait before the next call come back; None if the watch is over.
+        Returns the seconds to wait before the next call; None if the watch is over.
         """
         if self._error is not None:
             return None
@@ -89,7 +89,7 @@ class WatchCalls:
         return pause if remaining is None else min(pause, remaining)
 
     def _cancelled(self, *, is_closed: bool = False) -> None:
-        """Record that this program cancelled the watch, or closed its client, unless the watch has ended already."""
+        """Record that this program canceled the watch, or closed its client, unless the watch has ended already."""
         if self._error is None:
             self._error = error_for(self._outgoing.cancelled(is_closed=is_closed))
 

@@ -59,9 +59,9 @@ class ModelChange:
     """A model was added, modified or removed.
 
     Attributes:
-        change: "ADDED": it exists, now or before the watch. "MODIFIED": something of it changed, such as its state.
-            "REMOVED": it does not exist any more.
-        model: Its present value; the last one if it was removed.
+        change: "ADDED": it exists, now or before the watch. "MODIFIED": a field of it changed, such as its state.
+            "REMOVED": it no longer exists.
+        model: Its current value; the last one if it was removed.
         revision: From where another watch can continue after this change; "" until a snapshot is complete.
     """
 
@@ -76,6 +76,9 @@ class WatchBookmark:
 
     The first one follows the snapshot, or the missed changes of a watch that continues from a revision. One follows each lost
     connection, and about one per minute comes while nothing changes, so that a stored revision stays usable.
+
+    Attributes:
+        revision: From where another watch can continue: store it together with the models.
     """
 
     revision: str

@@ -1,7 +1,7 @@
 // A chat with a deltawire gateway, from Node.
 //
 //     npm ci
-//     node chat.js "Tell me about Norway"
+//     node chat.js "Describe Norway"
 //     node chat.js --target gateway.example:50051 --model my-model --tool tools.json "How warm is it in Oslo?"
 //
 // No code was generated for it: grpc-js reads the proto files when it starts, so this file and the protos are all that a
@@ -56,7 +56,7 @@ function connect(target, protos) {
   const { ChatCompletion, ModelRegistry } = grpc.loadPackageDefinition(definition).deltawire.v1;
   const options = {
     'grpc.service_config': JSON.stringify(SERVICE_CONFIG),
-    // A stream may be silent for minutes while a long prompt is read: pings notice when the other side is gone.
+    // A stream may be silent for minutes while a long prompt is read: pings detect a lost connection.
     'grpc.keepalive_time_ms': 30_000,
   };
   // For a gateway with TLS: grpc.credentials.createSsl().

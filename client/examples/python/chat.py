@@ -13,7 +13,7 @@ from deltawire import CallError, Client, StopReason, StreamInterrupted
 
 
 def main() -> int:
-    """Ask, print, and tell what it cost."""
+    """Send a prompt, print the answer, and print its usage."""
     if len(sys.argv) != 3:
         print("usage: python chat.py MODEL PROMPT", file=sys.stderr)
         return 2
@@ -26,7 +26,7 @@ def main() -> int:
             print()
             answer = stream.final()
     except StreamInterrupted as error:
-        print(f"\nthe gateway is gone; ask again from the top ({error.message})", file=sys.stderr)
+        print(f"\nthe stream broke off; send the prompt again ({error.message})", file=sys.stderr)
         return 1
     except CallError as error:
         print(f"\n{error.reason or error.code.name}: {error.message} (request {error.request_id})", file=sys.stderr)

@@ -24,7 +24,7 @@ WEATHER = tool_definition(
     },
     strict=True,
 )
-# A model that goes on calling must not go on for ever.
+# A model may call tools without an end.
 MAX_ROUNDS = 5
 
 
@@ -35,7 +35,7 @@ async def execute(call: ToolCall) -> str:
 
 
 async def main() -> int:
-    """Ask until the model has said its last word."""
+    """Send requests until the model answers without a call."""
     if len(sys.argv) != 3:
         print("usage: python tools.py MODEL PROMPT", file=sys.stderr)
         return 2
@@ -57,7 +57,7 @@ async def main() -> int:
             for call, result in zip(answer.tool_calls, results, strict=True):
                 print(f"{call.tool_name}({call.arguments}) -> {result}", file=sys.stderr)
                 history.append(tool(call, result))
-    print("the model did not come to an end", file=sys.stderr)
+    print("the model still called tools in the last round", file=sys.stderr)
     return 1
 
 

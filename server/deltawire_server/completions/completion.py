@@ -39,6 +39,7 @@ from deltawire_server.sansio.reader import CompletionReader, Limits
 from deltawire_server.telemetry import get_logger
 from deltawire_server.upstream.base import BrokenBodyError
 from deltawire_server.upstream.failures import RETRY_SECONDS, UpstreamError, failure_of
+from deltawire_server.upstream.vllm_fields import format_field
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -112,6 +113,7 @@ class Completion:
         head: Its id, model, provider and sampling.
         resolution: The model, the provider, and the alias in the request.
         state: Its state.
+        begun: Whether `Started` was returned.
         ended_by: The cause of its end; `None` before.
         failure: The error that ended it; `None` before the end and without an error.
         attempts: Number of replicas that the request was sent to.
@@ -152,7 +154,7 @@ class Completion:
         self._images = images
         self._limits = limits
         self._accepted = accepted
-        self._begun = False
+        self.begun = False
         self._sent: float | None = None
         self._ended: float | None = None
         self._gaps = _Gaps()
@@ -174,15 +176,9 @@ class Completion:
         self._request_bytes = request_bytes
         hold.evict = self._evict
         self._task: asyncio.Task[None] | None = None
-        self._reading: asyncio.Timeout | None = (
-            None  # set while the provider's answer is read; has no deadline of its own
-        )
+        # Set while the provider's answer is read; it has no deadline of its own.
+        self._reading: asyncio.Timeout | None = None
         self._clock = _Clock(self._time_out)
-
-    @property
-    def begun(self) -> bool:
-        """Whether `Started` was returned."""
-        return self._begun
 
     @property
     def usage(self) -> Usage:
@@ -200,7 +196,7 @@ class Completion:
         return Timings(
             total=(self._ended or time.monotonic()) - self._accepted,
             queue=None if self._sent is None else self._sent - self._accepted,
-            first_event=self._gaps.first - self._accepted if self._begun and self._gaps.first is not None else None,
+            first_event=self._gaps.first - self._accepted if self.begun and self._gaps.first is not None else None,
             mean_gap=self._gaps.mean,
             worst_gap=self._gaps.worst,
         )
@@ -384,21 +380,17 @@ class Completion:
 
     def _time_out(self) -> None:
         """Handle a timeout: the provider's between events, or the completion's own time limit."""
-        if not self._clock.is_over:
-            self._silent()
+        if not self._clock.is_over and self.state is State.TAIL:
+            self._take(self._reader.finish())
+        elif not self._clock.is_over:
+            limit = self._clock.allowed
+            self.end(Fault(Reason.UPSTREAM_TIMEOUT, f"the provider sent no event for {limit:g} seconds"), limit)
         elif (soft := self._request.soft_time_limit) is not None and soft <= self._limits.max_duration:
             self.stop(StopReason.TIME_LIMIT)
         else:
             limit = self._limits.max_duration
             message = f"the call reached the gateway's time limit of {limit:g} seconds"
             self.end(Fault(Reason.DURATION_LIMIT_EXCEEDED, message), limit)
-
-    def _silent(self) -> None:
-        if self.state is State.TAIL:
-            self._take(self._reader.finish())
-        else:
-            limit = self._clock.allowed
-            self.end(Fault(Reason.UPSTREAM_TIMEOUT, f"the provider sent no event for {limit:g} seconds"), limit)
 
     def _take(
         self,
@@ -420,8 +412,8 @@ class Completion:
         if isinstance(last, Refused):
             self._end(Cause.FAULT, self._failure_of(last.fault, limit_seconds))
             return
-        if not self._begun:
-            self._begun = True
+        if not self.begun:
+            self.begun = True
             if self.state is State.ASKING and not soft:
                 self.state = advance(self.state, Cause.BEGUN)
             started, *events = events
@@ -439,7 +431,7 @@ class Completion:
         if self.state is State.ENDED:
             return
         events: list[Event] = []
-        if self._begun:
+        if self.begun:
             # Return the events so far, unless the exception is in the reader itself.
             with contextlib.suppress(Exception):
                 events = self._reader.finish(Fault(error.reason, error.message))
@@ -477,19 +469,20 @@ class Completion:
                 callers_token=self._call.token is not None,
                 token_withheld=self._call.token_withheld,
                 model=self._request.model,
-                begun=self._begun,
-                metadata=metadata if self._begun else None,
+                format_field=format_field(self._request),
+                begun=self.begun,
+                metadata=metadata if self.begun else None,
             )
         if fault.reason in _OURS:
-            code = Code.ABORTED if fault.reason is Reason.DRAINING and self._begun else None
+            code = Code.ABORTED if fault.reason is Reason.DRAINING and self.begun else None
             retry_after = RETRY_SECONDS if fault.reason is Reason.MEMORY_LIMIT_EXCEEDED else None
             return GatewayError(fault.reason, fault.message, code=code, metadata=metadata, retry_after=retry_after)
         return ProviderError(
             fault.reason,
             f"provider {provider_id!r}: {fault.message}",
-            code=Code.ABORTED if self._begun else None,
+            code=Code.ABORTED if self.begun else None,
             metadata=metadata,
-            retry_after=RETRY_SECONDS if fault.reason is Reason.UPSTREAM_UNAVAILABLE and not self._begun else None,
+            retry_after=RETRY_SECONDS if fault.reason is Reason.UPSTREAM_UNAVAILABLE and not self.begun else None,
         )
 
     def _metadata(self, limit_seconds: float | None) -> dict[str, str]:

@@ -13,6 +13,7 @@ import re
 import secrets
 import time
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from sys import getsizeof
 from typing import TYPE_CHECKING
@@ -20,11 +21,11 @@ from typing import TYPE_CHECKING
 from deltawire_server.completions.info import NOTHING_YET, ActiveCompletion, CompletionInfo, Outcome
 from deltawire_server.errors import CallerError, Code, GatewayError, Reason
 from deltawire_server.sansio.events import StopReason, Usage
+from deltawire_server.upstream.request import Sampling
 
 if TYPE_CHECKING:
     from deltawire_server.completions.retention import RetainedStream
     from deltawire_server.sansio.events import Fault
-    from deltawire_server.upstream.request import Sampling
 
 MAX_REMEMBERED = 10_000
 """Limit for remembered records: some minutes of a busy process. One takes about 1.5 KiB."""
@@ -44,6 +45,9 @@ MAX_LISTS_BYTES = 2048
 
 REMEMBERED_SECONDS = 600.0
 """How long a record is remembered: enough for a caller that lost its connection to look up the result."""
+
+_LISTS = (tuple, Mapping)
+"""The types of the values of a sampling that a caller can make large."""
 
 _GENERATED = re.compile(r"cmpl-[0-9a-f]{32}-([0-9a-f]{8})")
 
@@ -127,8 +131,8 @@ class Record:
             message = self.outcome.message.encode(errors="replace")[:MAX_MESSAGE].decode(errors="ignore")
             self.outcome = replace(self.outcome, message=message)
         if self.head is not None and _lists_bytes(self.head.sampling) > MAX_LISTS_BYTES:
-            sampling = replace(self.head.sampling, stop=(), stop_token_ids=(), logit_bias={}, bad_words=())
-            self.head = replace(self.head, sampling=sampling)
+            scalars = {name: each for name, each in self.head.sampling.given().items() if not isinstance(each, _LISTS)}
+            self.head = replace(self.head, sampling=Sampling(**scalars))
         texts = [self.caller, self.completion_id]
         if self.outcome is not None:
             texts.append(self.outcome.message)
@@ -139,10 +143,12 @@ class Record:
 
 
 def _lists_bytes(sampling: Sampling) -> int:
-    """Memory of a sampling's texts and lists; each entry of `logit_bias` takes two numbers and a slot in a table."""
-    texts = sum(map(getsizeof, (*sampling.stop, *sampling.bad_words)))
-    entries = len(sampling.stop) + len(sampling.bad_words)
-    return texts + 8 * entries + 40 * len(sampling.stop_token_ids) + 128 * len(sampling.logit_bias)
+    """Memory of a sampling's texts and lists; each entry of a table takes two numbers and a slot."""
+    lists = [value for value in sampling.given().values() if isinstance(value, _LISTS)]
+    return sum(
+        128 * len(value) if isinstance(value, Mapping) else sum(8 + getsizeof(entry) for entry in value)
+        for value in lists
+    )
 
 
 def lost(completion_id: str, code: Code | None = None, retry_after: float | None = None) -> GatewayError:

@@ -18,7 +18,7 @@ from deltawire_server.fake_vllm.wire import DONE, Generation, prompt_tokens
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
 CHAT = "/v1/chat/completions"
 MAX_MODEL_LEN = 4096
@@ -92,14 +92,14 @@ class FakeVllm:
         self._arrived = asyncio.Event()
         self._awake = asyncio.Event()
         self._awake.set()
-        routes = {
-            ("POST", CHAT): self._chat,
+        routes: dict[tuple[str, str], Callable[[Any], Script | None]] = {
+            ("POST", CHAT): self._refusal,
             ("GET", "/v1/models"): self._list_models,
-            ("GET", "/health"): self._health,
-            ("GET", "/version"): self._version,
-            ("GET", "/openapi.json"): self._openapi,
+            ("GET", "/health"): lambda _: Script.answer(b"", status=200 if self.healthy else 503),
+            ("GET", "/version"): lambda _: Script.answer({"version": self.version}),
+            ("GET", "/openapi.json"): lambda _: Script.answer(openapi(self.version, self.without_fields)),
             ("POST", "/tokenize"): self._tokenize,
-            ("GET", "/is_sleeping"): self._is_sleeping,
+            ("GET", "/is_sleeping"): lambda _: Script.answer({"is_sleeping": not self._awake.is_set()}),
             ("GET", "/metrics"): self._metrics,
         }
         self._routes = {key: route for key, route in routes.items() if key[1] not in without_endpoints}
@@ -194,26 +194,25 @@ class FakeVllm:
         self.requests.append(request)
         if request.path == CHAT:
             self._arrived.set()
+        document = self._document(request)
+        if document is None:
+            await self._chat(request, connection)
+        else:
+            await Player(connection, document).play([[piece] for piece in document.pieces or ()])
+
+    def _document(self, request: Request) -> Script | None:
+        """The answer to a request; `None` for a valid chat request, whose answer is played."""
         guarded = self._api_key is not None and request.path.startswith("/v1")
         if guarded and request.headers.get("authorization") != f"Bearer {self._api_key}":
-            await self._say(connection, Script.answer({"error": "Unauthorized"}, status=401))
-            return
+            return Script.answer({"error": "Unauthorized"}, status=401)
         route = self._routes.get((request.method, request.path))
         if route is not None:
-            await route(request, connection)
-        elif any(path == request.path for _, path in self._routes):
-            await self._say(connection, Script.answer({"detail": "Method Not Allowed"}, status=405))
-        else:
-            await self._say(connection, Script.answer({"detail": "Not Found"}, status=404))
-
-    async def _say(self, connection: Connection, script: Script) -> None:
-        await Player(connection, script).play([[piece] for piece in script.pieces or ()])
+            return route(request.body)
+        if any(path == request.path for _, path in self._routes):
+            return Script.answer({"detail": "Method Not Allowed"}, status=405)
+        return Script.answer({"detail": "Not Found"}, status=404)
 
     async def _chat(self, request: Request, connection: Connection) -> None:
-        refusal = self._refusal(request.body)
-        if refusal is not None:
-            await self._say(connection, refusal)
-            return
         script = self._queued.popleft() if self._queued else self._default
         self.running += 1
         try:
@@ -283,10 +282,10 @@ class FakeVllm:
         """The model name in the answer to a request for this name."""
         return model if model in self._adapters else self._models[0]
 
-    async def _list_models(self, _: Request, connection: Connection) -> None:
+    def _list_models(self, _: object) -> Script:
         now = int(time.time())
         cards = [self._card(name, now, number) for number, name in enumerate((*self._models, *self._adapters))]
-        await self._say(connection, Script.answer({"object": "list", "data": cards}))
+        return Script.answer({"object": "list", "data": cards})
 
     def _card(self, name: str, now: int, number: int) -> dict[str, Any]:
         permission = {
@@ -315,32 +314,17 @@ class FakeVllm:
             "permission": [permission],
         }
 
-    async def _health(self, _: Request, connection: Connection) -> None:
-        await self._say(connection, Script.answer(b"", status=200 if self.healthy else 503))
-
-    async def _version(self, _: Request, connection: Connection) -> None:
-        await self._say(connection, Script.answer({"version": self.version}))
-
-    async def _openapi(self, _: Request, connection: Connection) -> None:
-        await self._say(connection, Script.answer(openapi(self.version, self.without_fields)))
-
-    async def _tokenize(self, request: Request, connection: Connection) -> None:
-        body = request.body
+    def _tokenize(self, body: Any) -> Script:  # noqa: ANN401 - it is any JSON
         if not isinstance(body, dict) or not ({"messages", "prompt"} & body.keys()):
             message = "2 validation errors:\n  {'type': 'missing', 'loc': 'body.messages', 'msg': 'Field required'}"
-            script = Script.error(400, message, "Bad Request", "body.messages")
-        elif (unknown := self._unknown_model(body)) is not None:
-            script = unknown
-        else:
-            count = prompt_tokens(body)
-            counted = {"count": count, "max_model_len": MAX_MODEL_LEN, "tokens": list(range(count)), "token_strs": None}
-            script = Script.answer(counted)
-        await self._say(connection, script)
+            return Script.error(400, message, "Bad Request", "body.messages")
+        if (unknown := self._unknown_model(body)) is not None:
+            return unknown
+        count = prompt_tokens(body)
+        counted = {"count": count, "max_model_len": MAX_MODEL_LEN, "tokens": list(range(count)), "token_strs": None}
+        return Script.answer(counted)
 
-    async def _is_sleeping(self, _: Request, connection: Connection) -> None:
-        await self._say(connection, Script.answer({"is_sleeping": not self._awake.is_set()}))
-
-    async def _metrics(self, _: Request, connection: Connection) -> None:
+    def _metrics(self, _: object) -> Script:
         name = self._models[0]
         labels = f'engine="0",model_name="{name}"'
         awake = int(self._awake.is_set())
@@ -356,4 +340,4 @@ class FakeVllm:
             f'vllm:engine_sleep_state{{{labels},sleep_state="awake"}} {awake}.0\n'
         )
         content_type = "text/plain; version=1.0.0; charset=utf-8"
-        await self._say(connection, Script.answer(text.encode(), content_type=content_type))
+        return Script.answer(text.encode(), content_type=content_type)

@@ -41,6 +41,8 @@ MAX_REPORT = 1024 * 1024
 STABLE_SECONDS = 60.0
 """A worker that served for so long is started again after `FIRST_DELAY`."""
 
+REMEDY = "use another address (--listen)"
+
 _log = get_logger(__name__)
 
 
@@ -61,8 +63,8 @@ def run(arguments: Sequence[str], settings: Settings) -> int:
             try:
                 addresses.append(_reserve(address, stack))
             except OSError as error:
-                taken = f"cannot listen on {address}: is it taken by another process? ({error})"
-                print(f"deltawire-server: {taken}", file=sys.stderr)
+                problem = f"cannot listen on {address}: {error.strerror or error}; {REMEDY}"
+                print(f"deltawire-server: {problem}", file=sys.stderr)
                 return 1
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="deltawire-", ignore_cleanup_errors=True))
         first = WorkerProcess(0, settings.server.workers, 0, secrets.token_hex(2), folder, addresses, control=-1)

@@ -1,8 +1,7 @@
-"""The Llama models by all the names that they have, and which entry of a provider's listing a name means.
+"""All names of the Llama models, and which entry of a provider's listing a name refers to.
 
-A Llama has a descriptor, which its makers and llama-stack call it by ("Llama3.1-8B-Instruct"), and a repository on the
-Hugging Face hub ("meta-llama/Llama-3.1-8B-Instruct"), after which a vLLM names what it serves unless it is told another
-name. Who registers one may use either.
+A Llama model has a descriptor ("Llama3.1-8B-Instruct"), which Meta and llama-stack use, and a repository on the Hugging Face hub
+("meta-llama/Llama-3.1-8B-Instruct"), which is vLLM's default name for the model. A registration may use either.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class KnownModel:
-    """A Llama as its makers published it.
+    """A published Llama model.
 
     Attributes:
         family: Its generation, or "safety" for models that classify content.
-        descriptor: Its makers' name for it, with the variant after a colon if there are several; no two have the same.
-        repository: Where it is on the Hugging Face hub. Two that differ only in how many files hold the weights share one.
-        max_sequence_length: Tokens of prompt and answer together that it was made for; a provider may allow fewer.
+        descriptor: Meta's name, with the variant after a colon if there are several; unique.
+        repository: Its repository on the Hugging Face hub; shared by models that differ only in the number of weight files.
+        max_sequence_length: Limit of prompt and answer together in tokens; a provider may have a lower one.
     """
 
     family: str
@@ -34,95 +33,77 @@ class KnownModel:
     max_sequence_length: int
 
 
-KNOWN_MODELS: tuple[KnownModel, ...] = (
-    KnownModel("llama2", "Llama-2-7b", "meta-llama/Llama-2-7b", 4_096),
-    KnownModel("llama2", "Llama-2-13b", "meta-llama/Llama-2-13b", 4_096),
-    KnownModel("llama2", "Llama-2-70b", "meta-llama/Llama-2-70b", 4_096),
-    KnownModel("llama2", "Llama-2-7b-chat", "meta-llama/Llama-2-7b-chat", 4_096),
-    KnownModel("llama2", "Llama-2-13b-chat", "meta-llama/Llama-2-13b-chat", 4_096),
-    KnownModel("llama2", "Llama-2-70b-chat", "meta-llama/Llama-2-70b-chat", 4_096),
-    KnownModel("llama3", "Llama-3-8B", "meta-llama/Llama-3-8B", 8_192),
-    KnownModel("llama3", "Llama-3-70B", "meta-llama/Llama-3-70B", 8_192),
-    KnownModel("llama3", "Llama-3-8B-Instruct", "meta-llama/Llama-3-8B-Instruct", 8_192),
-    KnownModel("llama3", "Llama-3-70B-Instruct", "meta-llama/Llama-3-70B-Instruct", 8_192),
-    KnownModel("llama3_1", "Llama3.1-8B", "meta-llama/Llama-3.1-8B", 131_072),
-    KnownModel("llama3_1", "Llama3.1-70B", "meta-llama/Llama-3.1-70B", 131_072),
-    KnownModel("llama3_1", "Llama3.1-405B:bf16-mp8", "meta-llama/Llama-3.1-405B", 131_072),
-    KnownModel("llama3_1", "Llama3.1-405B:bf16-mp16", "meta-llama/Llama-3.1-405B", 131_072),
-    KnownModel("llama3_1", "Llama3.1-405B", "meta-llama/Llama-3.1-405B-FP8", 131_072),
-    KnownModel("llama3_1", "Llama3.1-8B-Instruct", "meta-llama/Llama-3.1-8B-Instruct", 131_072),
-    KnownModel("llama3_1", "Llama3.1-70B-Instruct", "meta-llama/Llama-3.1-70B-Instruct", 131_072),
-    KnownModel("llama3_1", "Llama3.1-405B-Instruct:bf16-mp8", "meta-llama/Llama-3.1-405B-Instruct", 131_072),
-    KnownModel("llama3_1", "Llama3.1-405B-Instruct:bf16-mp16", "meta-llama/Llama-3.1-405B-Instruct", 131_072),
-    KnownModel("llama3_1", "Llama3.1-405B-Instruct", "meta-llama/Llama-3.1-405B-Instruct-FP8", 131_072),
-    KnownModel("llama3_2", "Llama3.2-1B", "meta-llama/Llama-3.2-1B", 131_072),
-    KnownModel("llama3_2", "Llama3.2-3B", "meta-llama/Llama-3.2-3B", 131_072),
-    KnownModel("llama3_2", "Llama3.2-11B-Vision", "meta-llama/Llama-3.2-11B-Vision", 131_072),
-    KnownModel("llama3_2", "Llama3.2-90B-Vision", "meta-llama/Llama-3.2-90B-Vision", 131_072),
-    KnownModel("llama3_2", "Llama3.2-1B-Instruct", "meta-llama/Llama-3.2-1B-Instruct", 131_072),
-    KnownModel("llama3_2", "Llama3.2-3B-Instruct", "meta-llama/Llama-3.2-3B-Instruct", 131_072),
-    KnownModel("llama3_2", "Llama3.2-11B-Vision-Instruct", "meta-llama/Llama-3.2-11B-Vision-Instruct", 131_072),
-    KnownModel("llama3_2", "Llama3.2-90B-Vision-Instruct", "meta-llama/Llama-3.2-90B-Vision-Instruct", 131_072),
-    KnownModel(
-        "llama3_2", "Llama3.2-1B-Instruct:int4-qlora-eo8", "meta-llama/Llama-3.2-1B-Instruct-QLORA_INT4_EO8", 8_192
-    ),
-    KnownModel(
-        "llama3_2",
-        "Llama3.2-1B-Instruct:int4-spinquant-eo8",
-        "meta-llama/Llama-3.2-1B-Instruct-SpinQuant_INT4_EO8",
-        8_192,
-    ),
-    KnownModel(
-        "llama3_2", "Llama3.2-3B-Instruct:int4-qlora-eo8", "meta-llama/Llama-3.2-3B-Instruct-QLORA_INT4_EO8", 8_192
-    ),
-    KnownModel(
-        "llama3_2",
-        "Llama3.2-3B-Instruct:int4-spinquant-eo8",
-        "meta-llama/Llama-3.2-3B-Instruct-SpinQuant_INT4_EO8",
-        8_192,
-    ),
-    KnownModel("llama3_3", "Llama3.3-70B-Instruct", "meta-llama/Llama-3.3-70B-Instruct", 131_072),
-    KnownModel("llama4", "Llama-4-Scout-17B-16E", "meta-llama/Llama-4-Scout-17B-16E", 262_144),
-    KnownModel("llama4", "Llama-4-Maverick-17B-128E", "meta-llama/Llama-4-Maverick-17B-128E", 262_144),
-    KnownModel("llama4", "Llama-4-Scout-17B-16E-Instruct", "meta-llama/Llama-4-Scout-17B-16E-Instruct", 10_485_760),
-    KnownModel(
-        "llama4", "Llama-4-Maverick-17B-128E-Instruct", "meta-llama/Llama-4-Maverick-17B-128E-Instruct", 1_048_576
-    ),
-    KnownModel(
-        "llama4",
-        "Llama-4-Maverick-17B-128E-Instruct:fp8",
-        "meta-llama/Llama-4-Maverick-17B-128E-Instruct-FP8",
-        1_048_576,
-    ),
-    KnownModel("safety", "Llama-Guard-4-12B", "meta-llama/Llama-Guard-4-12B", 8_192),
-    KnownModel("safety", "Llama-Guard-3-11B-Vision", "meta-llama/Llama-Guard-3-11B-Vision", 131_072),
-    KnownModel("safety", "Llama-Guard-3-1B:int4", "meta-llama/Llama-Guard-3-1B-INT4", 131_072),
-    KnownModel("safety", "Llama-Guard-3-1B", "meta-llama/Llama-Guard-3-1B", 131_072),
-    KnownModel("safety", "Llama-Guard-3-8B", "meta-llama/Llama-Guard-3-8B", 131_072),
-    KnownModel("safety", "Llama-Guard-3-8B:int8", "meta-llama/Llama-Guard-3-8B-INT8", 131_072),
-    KnownModel("safety", "Llama-Guard-2-8B", "meta-llama/Llama-Guard-2-8B", 4_096),
+KNOWN_MODELS: tuple[KnownModel, ...] = tuple(
+    KnownModel(family, descriptor, f"meta-llama/{name}", max_sequence_length)
+    for family, descriptor, name, max_sequence_length in (
+        ("llama2", "Llama-2-7b", "Llama-2-7b", 4_096),
+        ("llama2", "Llama-2-13b", "Llama-2-13b", 4_096),
+        ("llama2", "Llama-2-70b", "Llama-2-70b", 4_096),
+        ("llama2", "Llama-2-7b-chat", "Llama-2-7b-chat", 4_096),
+        ("llama2", "Llama-2-13b-chat", "Llama-2-13b-chat", 4_096),
+        ("llama2", "Llama-2-70b-chat", "Llama-2-70b-chat", 4_096),
+        ("llama3", "Llama-3-8B", "Llama-3-8B", 8_192),
+        ("llama3", "Llama-3-70B", "Llama-3-70B", 8_192),
+        ("llama3", "Llama-3-8B-Instruct", "Llama-3-8B-Instruct", 8_192),
+        ("llama3", "Llama-3-70B-Instruct", "Llama-3-70B-Instruct", 8_192),
+        ("llama3_1", "Llama3.1-8B", "Llama-3.1-8B", 131_072),
+        ("llama3_1", "Llama3.1-70B", "Llama-3.1-70B", 131_072),
+        ("llama3_1", "Llama3.1-405B:bf16-mp8", "Llama-3.1-405B", 131_072),
+        ("llama3_1", "Llama3.1-405B:bf16-mp16", "Llama-3.1-405B", 131_072),
+        ("llama3_1", "Llama3.1-405B", "Llama-3.1-405B-FP8", 131_072),
+        ("llama3_1", "Llama3.1-8B-Instruct", "Llama-3.1-8B-Instruct", 131_072),
+        ("llama3_1", "Llama3.1-70B-Instruct", "Llama-3.1-70B-Instruct", 131_072),
+        ("llama3_1", "Llama3.1-405B-Instruct:bf16-mp8", "Llama-3.1-405B-Instruct", 131_072),
+        ("llama3_1", "Llama3.1-405B-Instruct:bf16-mp16", "Llama-3.1-405B-Instruct", 131_072),
+        ("llama3_1", "Llama3.1-405B-Instruct", "Llama-3.1-405B-Instruct-FP8", 131_072),
+        ("llama3_2", "Llama3.2-1B", "Llama-3.2-1B", 131_072),
+        ("llama3_2", "Llama3.2-3B", "Llama-3.2-3B", 131_072),
+        ("llama3_2", "Llama3.2-11B-Vision", "Llama-3.2-11B-Vision", 131_072),
+        ("llama3_2", "Llama3.2-90B-Vision", "Llama-3.2-90B-Vision", 131_072),
+        ("llama3_2", "Llama3.2-1B-Instruct", "Llama-3.2-1B-Instruct", 131_072),
+        ("llama3_2", "Llama3.2-3B-Instruct", "Llama-3.2-3B-Instruct", 131_072),
+        ("llama3_2", "Llama3.2-11B-Vision-Instruct", "Llama-3.2-11B-Vision-Instruct", 131_072),
+        ("llama3_2", "Llama3.2-90B-Vision-Instruct", "Llama-3.2-90B-Vision-Instruct", 131_072),
+        ("llama3_2", "Llama3.2-1B-Instruct:int4-qlora-eo8", "Llama-3.2-1B-Instruct-QLORA_INT4_EO8", 8_192),
+        ("llama3_2", "Llama3.2-1B-Instruct:int4-spinquant-eo8", "Llama-3.2-1B-Instruct-SpinQuant_INT4_EO8", 8_192),
+        ("llama3_2", "Llama3.2-3B-Instruct:int4-qlora-eo8", "Llama-3.2-3B-Instruct-QLORA_INT4_EO8", 8_192),
+        ("llama3_2", "Llama3.2-3B-Instruct:int4-spinquant-eo8", "Llama-3.2-3B-Instruct-SpinQuant_INT4_EO8", 8_192),
+        ("llama3_3", "Llama3.3-70B-Instruct", "Llama-3.3-70B-Instruct", 131_072),
+        ("llama4", "Llama-4-Scout-17B-16E", "Llama-4-Scout-17B-16E", 262_144),
+        ("llama4", "Llama-4-Maverick-17B-128E", "Llama-4-Maverick-17B-128E", 262_144),
+        ("llama4", "Llama-4-Scout-17B-16E-Instruct", "Llama-4-Scout-17B-16E-Instruct", 10_485_760),
+        ("llama4", "Llama-4-Maverick-17B-128E-Instruct", "Llama-4-Maverick-17B-128E-Instruct", 1_048_576),
+        ("llama4", "Llama-4-Maverick-17B-128E-Instruct:fp8", "Llama-4-Maverick-17B-128E-Instruct-FP8", 1_048_576),
+        ("safety", "Llama-Guard-4-12B", "Llama-Guard-4-12B", 8_192),
+        ("safety", "Llama-Guard-3-11B-Vision", "Llama-Guard-3-11B-Vision", 131_072),
+        ("safety", "Llama-Guard-3-1B:int4", "Llama-Guard-3-1B-INT4", 131_072),
+        ("safety", "Llama-Guard-3-1B", "Llama-Guard-3-1B", 131_072),
+        ("safety", "Llama-Guard-3-8B", "Llama-Guard-3-8B", 131_072),
+        ("safety", "Llama-Guard-3-8B:int8", "Llama-Guard-3-8B-INT8", 131_072),
+        ("safety", "Llama-Guard-2-8B", "Llama-Guard-2-8B", 4_096),
+    )
 )
-"""All of them, by family."""
+"""All models, by family."""
 
 
 def names_of(name: str) -> tuple[str, ...]:
-    """Every other name of the model of this name: its repository, then its descriptors as `KNOWN_MODELS` has them.
+    """The other names of a model: its repository, then its descriptors in the order of `KNOWN_MODELS`.
 
     Args:
-        name: A repository or a descriptor, letter for letter; of anything else no other name is known.
+        name: A repository or a descriptor, exactly; for any other text the result is empty.
     """
     return _OTHER_NAMES.get(name, ())
 
 
 def served_as(wanted: str, listing: Sequence[ServedModel]) -> ServedModel | None:
-    """The entry of a provider's listing that a name means; `None` if none does, or if it is not certain which.
+    """The entry of a provider's listing that a name refers to; `None` if there is none, or if it is ambiguous.
 
-    That is the entry of just this id, else of another name of the model. Else the only one that was loaded from what is
-    wanted: a vLLM that was given a name to serve a model under still says from where it loaded it.
+    That is the entry with this id, else with another name of the model. Else the only entry that was loaded from a path or
+    repository of one of these names: vLLM reports it also for a model with another served name.
 
     Args:
-        wanted: An id of the listing's, or a repository or a descriptor, known or not.
-        listing: What the provider serves.
+        wanted: An id of the listing, a repository or a descriptor.
+        listing: The listing of the provider.
     """
     names = (wanted, *names_of(wanted))
     for name in names:
@@ -130,7 +111,7 @@ def served_as(wanted: str, listing: Sequence[ServedModel]) -> ServedModel | None
             if served.id == name:
                 return served
     loaded = [served for served in listing if served.engine_root in names]
-    # A LoRA adapter is another model than the one whose weights it changes.
+    # A LoRA adapter is another model than its base model.
     return loaded[0] if len(loaded) == 1 and not loaded[0].base_model else None
 
 

@@ -1,9 +1,10 @@
-"""The log of changes to all models, for any number of watchers.
+"""All models as callers see them, and the log of their changes, for any number of watchers.
 
-There is one log, and a watcher is a position in it: a slow watcher costs no memory and does not delay others. The log always
-keeps the last change of each existing model, and `SUPERSEDED_BYTES` of earlier changes. A watcher that has not read an earlier
-change when it is dropped receives the current model instead. So a watcher that reads misses nothing, even if all models of a
-provider change at once. Of removed models the log keeps `REMOVED_BYTES`; a watcher that missed more must start again.
+The log always keeps the last change of each existing model, so it is also the table of the models: no other copy of it is kept. It
+also keeps `SUPERSEDED_BYTES` of earlier changes. A watcher is a position in the log: a slow watcher costs no memory and does not
+delay others. A watcher that has not read an earlier change when it is dropped receives the current model instead. So a watcher
+that reads misses nothing, even if all models of a provider change at once. Of removed models the log keeps `REMOVED_BYTES`; a
+watcher that missed more must start again.
 
 A revision is a position in the log of this process. Revisions of another process, or from before a restart, are invalid here.
 """
@@ -23,28 +24,27 @@ from deltawire_server.errors import CallerError, GatewayError, Reason
 from deltawire_server.registry.store import ChangeKind
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterable
+    from collections.abc import AsyncGenerator, Iterable
 
     from deltawire_server.registry.model import Model
 
 SUPERSEDED_BYTES = 4 * 1024 * 1024
-"""Memory of what models were before their last change: some thousands of changes of usual size, so that watchers that read see
-each of them."""
+"""Limit for the memory of changes before the last ones: some thousands of typical changes."""
 
 REMOVED_BYTES = 32 * 1024 * 1024
-"""Memory of removed models that the log keeps: those of a provider with some 40,000 models that is removed at once. The models
-that are there cost nothing here, since the registry keeps them anyway."""
+"""Limit for the memory of removed models: enough for a provider with 40,000 models. Existing models are not included."""
 
 MAX_DIGITS = 18
-"""In a place: more than there ever are, and read at once, however long what a caller sends is."""
+"""Limit for the digits of a place in a revision that a caller sends."""
 
 BOOKMARK_SECONDS = 60.0
-"""After so many seconds without changes, a watcher gets a bookmark with the current revision, which shows that the watch works."""
+"""Seconds without changes after which a watcher receives a bookmark with the current revision."""
 
 _MIN_DROPPED = 1024
-"""Dropped entries at which the log is first rewritten without them: that takes microseconds."""
+"""Number of dropped entries at which the log is first rewritten without them, which takes microseconds."""
 
 _PLACE = attrgetter("place")
+_ID = attrgetter("id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +52,9 @@ class Step:
     """One step of a watch.
 
     Attributes:
-        kind: What became of the model; `None` for a bookmark.
-        model: As it is now, or was; `None` for a bookmark.
-        revision: Where another watch can go on after this; empty within a snapshot.
+        kind: How the model changed; `None` for a bookmark.
+        model: The model after the change, or before its removal; `None` for a bookmark.
+        revision: The revision to resume after this step; empty within a snapshot.
     """
 
     kind: ChangeKind | None
@@ -67,11 +67,11 @@ class _Entry:
     """A change of a model.
 
     Attributes:
-        place: After this change.
-        kind: What became of the model.
-        model: As it is after the change, or was before it was removed; `None` once the entry is dropped.
-        added: The place after the model was added; 0 if that was before everything that the log has.
-        size: Bytes of memory, of an entry that keeps a model which the registry does not have any more.
+        place: The place after this change.
+        kind: How the model changed.
+        model: The model after the change, or before its removal; `None` once the entry is dropped.
+        added: The place after the model was added; 0 if it is unknown.
+        size: Bytes of memory, if the entry is not the last one of an existing model.
     """
 
     place: int
@@ -82,12 +82,12 @@ class _Entry:
 
 
 class Feed:
-    """Where changes are published and watched.
+    """The models and their changes.
 
     Args:
-        superseded_bytes: Memory of what models were before their last change that is kept.
-        removed_bytes: Memory of removed models that is kept; the last one always is.
-        bookmark_seconds: After so much silence a watcher hears a bookmark.
+        superseded_bytes: See `SUPERSEDED_BYTES`.
+        removed_bytes: See `REMOVED_BYTES`; the last removed model is always kept.
+        bookmark_seconds: See `BOOKMARK_SECONDS`.
     """
 
     def __init__(
@@ -99,14 +99,14 @@ class Feed:
     ) -> None:
         self._epoch = secrets.token_hex(4)
         self._log: list[_Entry] = []  # by ascending place, with dropped entries
-        self._last: dict[str, _Entry] = {}  # the last one of each model, by its id
+        self._current: dict[str, _Entry] = {}  # the last one of each existing model, by its id
+        self._removed: dict[str, _Entry] = {}  # the last one of each removed model, the oldest first
         self._superseded: deque[_Entry] = deque()  # all others, the oldest first
         self._superseded_size = 0
         self._superseded_bytes = superseded_bytes
-        self._removed: dict[str, _Entry] = {}  # those in `_last` of removed models, the oldest first
         self._removed_size = 0
         self._removed_bytes = removed_bytes
-        self._start = 0  # what happened up to this place is not known completely
+        self._start = 0  # changes up to this place are incomplete
         self._end = 0  # the place after the last change
         self._more = asyncio.Event()
         self._bookmark_seconds = bookmark_seconds
@@ -120,22 +120,40 @@ class Feed:
 
     @property
     def entries(self) -> int:
-        """How many changes are kept."""
-        return len(self._last) + len(self._superseded)
+        """The number of kept changes."""
+        return len(self._current) + len(self._removed) + len(self._superseded)
+
+    @property
+    def ids(self) -> Iterable[str]:
+        """The ids of all models, in no order."""
+        return self._current.keys()
+
+    def get(self, model_id: str) -> Model | None:
+        """The model of this id; `None` if there is none."""
+        entry = self._current.get(model_id)
+        return None if entry is None else entry.model
+
+    def models(self) -> list[Model]:
+        """All models, in no order."""
+        return [entry.model for entry in self._current.values() if entry.model is not None]
 
     def publish(self, kind: ChangeKind, model: Model) -> None:
         """Emit a change to all watchers; it supersedes the last one of the same model."""
         self._end += 1
-        before = self._last.get(model.id)
+        before = self._current.get(model.id)
+        if before is None and (before := self._removed.pop(model.id, None)) is not None:
+            self._removed_size -= before.size
         added = self._end if kind is ChangeKind.ADDED else before.added if before is not None else 0
         entry = _Entry(self._end, kind, model, added)
         self._log.append(entry)
-        self._last[model.id] = entry
         if before is not None:
-            self._supersede(before, model.id)
+            self._supersede(before)
         if kind is ChangeKind.REMOVED:
+            self._current.pop(model.id, None)
             self._remove(entry, model.id)
-        # Seldom enough to cost nothing per change, often enough to keep the log no longer than twice its entries.
+        else:
+            self._current[model.id] = entry
+        # Rare enough to cost little per change; the log stays below about twice its entries.
         if len(self._log) > _MIN_DROPPED + 2 * self.entries:
             self._log = [each for each in self._log if each.model is not None]
         self._wake()
@@ -150,20 +168,16 @@ class Feed:
         self._closed = True
         self._wake()
 
-    async def watch(
-        self, snapshot: Callable[[], Iterable[Model]], added: ChangeKind, revision: str = ""
-    ) -> AsyncGenerator[Step]:
-        """A snapshot, a bookmark, then the changes as they come; or what came after a revision, and then the same.
+    async def watch(self, revision: str = "") -> AsyncGenerator[Step]:
+        """All models as ADDED, a bookmark, then the changes as they come; or the changes after a revision, and then the same.
 
         If a watcher is so far behind that earlier changes of a model are dropped, the last one stands for them. ADDED then
         replaces what the watcher may have of the model, and REMOVED may be of one that it never received; MODIFIED is always
         of one that it has.
 
-        Nothing is looked at before the first step is asked for. Leave it by `aclose`.
+        The snapshot is taken when the first step is requested. End the watch with `aclose`.
 
         Args:
-            snapshot: All models as they are now; called at once, if at all.
-            added: The kind that a model of the snapshot is reported as.
             revision: From an earlier step; empty for a snapshot.
 
         Raises:
@@ -178,10 +192,9 @@ class Feed:
             place, complete = self._place(revision)
             bookmark_at: int | None = self._end
         else:
-            models, place = tuple(snapshot()), self._end
-            bookmark_at = complete = place
-            for model in models:
-                yield Step(added, model, "")
+            bookmark_at = complete = place = self._end
+            for model in sorted(self.models(), key=_ID):
+                yield Step(ChangeKind.ADDED, model, "")
                 self._check_open(begun)
         while True:
             if place != bookmark_at:
@@ -240,10 +253,8 @@ class Feed:
                 return self._log[index]
         return None
 
-    def _supersede(self, entry: _Entry, model_id: str) -> None:
-        """Keep a change that is not the last one of its model any more, and drop the oldest ones above the limit."""
-        if self._removed.pop(model_id, None) is not None:
-            self._removed_size -= entry.size
+    def _supersede(self, entry: _Entry) -> None:
+        """Keep a change that is no longer the last one of its model, and drop the oldest ones above the limit."""
         entry.size = _memory_of(entry.model)
         self._superseded.append(entry)
         self._superseded_size += entry.size
@@ -258,8 +269,7 @@ class Feed:
         self._removed[model_id] = entry
         self._removed_size += entry.size
         while self._removed_size > self._removed_bytes and len(self._removed) > 1:
-            oldest_id, oldest = next(iter(self._removed.items()))
-            del self._removed[oldest_id], self._last[oldest_id]
+            oldest = self._removed.pop(next(iter(self._removed)))
             self._removed_size -= oldest.size
             self._start = oldest.place
             oldest.model = None

@@ -39,7 +39,7 @@ class ListingCache:
     def __init__(self, providers: Providers, on_change: Callable[[str], None] = lambda _: None) -> None:
         self._providers = providers
         self._on_change = on_change
-        self._models: dict[str, dict[str, ServedModel]] = {}
+        self._models: dict[str, Mapping[str, ServedModel]] = {}
         self._failures: dict[str, DeltawireError] = {}
 
     @property
@@ -63,8 +63,8 @@ class ListingCache:
 
     async def listing(
         self, provider_id: str, token: str | None = None, *, fresh: bool = False, named: bool = False
-    ) -> tuple[ServedModel, ...]:
-        """Request a provider's listing and record it; see `Providers.listing`.
+    ) -> Mapping[str, ServedModel]:
+        """Request a provider's listing, by served name, and record it; see `Providers.listing`.
 
         Args:
             provider_id: Which.
@@ -76,37 +76,29 @@ class ListingCache:
             CallerError: No such provider; UPSTREAM_UNAUTHENTICATED if it requires a token and the caller's was not sent.
             ProviderError: It is unreachable, refuses the request, or its answer is malformed.
         """
-        if not self.shared(provider_id, token, named=named):
-            return await self._providers.listing(provider_id, token, fresh=fresh)
+        shared = self.shared(provider_id, token, named=named)
         asked = self._providers.get(provider_id)
         try:
-            listing = await self._providers.listing(provider_id, fresh=fresh)
+            listing = await self._providers.listing(provider_id, None if shared else token, fresh=fresh)
         except DeltawireError as error:
+            if not shared:
+                raise
             if self._is_current(asked):
                 self._fail(provider_id, error)
             withheld = token is not None and self._providers.token_for(provider_id, token, named=named) is None
             if withheld and error.metadata.get("http_status") in _REFUSED:
                 raise token_not_sent(provider_id, error.metadata) from error
             raise
-        if self._is_current(asked):
-            self._record(provider_id, listing)
-        return listing
+        models = {served.id: served for served in listing}
+        return self._record(provider_id, models) if shared and self._is_current(asked) else models
 
     def listed(self, provider_id: str) -> Mapping[str, ServedModel]:
-        """What it listed last, by served name; never changed, but replaced by the next listing."""
+        """The last listing of a provider, by served name; empty if there is none. The next listing replaces it."""
         return self._models.get(provider_id, {})
 
-    def models(self, provider_id: str) -> tuple[ServedModel, ...]:
-        """What it listed last; nothing if it never did."""
-        return tuple(self._models.get(provider_id, {}).values())
-
     def was_asked(self, provider_id: str) -> bool:
-        """Whether it was asked ever, and so whether `models` is all that is known of it."""
+        """Whether the provider was asked before, so that `listed` is not merely unknown."""
         return provider_id in self._models or provider_id in self._failures
-
-    def find(self, provider_id: str, served_name: str) -> ServedModel | None:
-        """What it listed last under this name."""
-        return self._models.get(provider_id, {}).get(served_name)
 
     def state(self, provider_id: str, served_name: str) -> ModelState:
         """Whether this can be called now."""
@@ -130,14 +122,15 @@ class ListingCache:
         """Whether a provider is still the one of its id, or there is another one now, of whom its answer says nothing."""
         return any(provider is each for each in self._providers.all())
 
-    def _record(self, provider_id: str, listing: Iterable[ServedModel]) -> None:
-        models = {served.id: served for served in listing}
+    def _record(self, provider_id: str, models: Mapping[str, ServedModel]) -> Mapping[str, ServedModel]:
+        """Record a listing; return the recorded one, which is the previous one if it is equal."""
         failed = self._failures.pop(provider_id, None)
         if failed is not None:
             _log.info("provider answers again", provider=provider_id)
         if failed is not None or models != self._models.get(provider_id):
             self._models[provider_id] = models
             self._on_change(provider_id)
+        return self._models[provider_id]
 
     def _fail(self, provider_id: str, error: DeltawireError) -> None:
         before = self._failures.get(provider_id)

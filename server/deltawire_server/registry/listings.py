@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
 
 class Listings:
-    """The listings that one call looks at: each provider is asked at most once.
+    """The listings that one call reads. Each provider is requested at most once.
 
     Args:
-        served: Asks them, and knows what they said last.
-        token: The caller's token for them.
-        named: The providers that the call names: they may have the token; see `Providers.token_for`.
+        served: Requests the listings, and has the last ones.
+        token: The caller's token for the providers.
+        named: The providers that the call names, which may have the token; see `Providers.token_for`.
 
     Attributes:
-        provider_ids: All there are, ascending.
-        failures: Why a provider that was asked did not say what it serves, by its id.
+        provider_ids: All provider ids, ascending.
+        failures: The errors of the providers that could not be listed, by id.
     """
 
     def __init__(self, served: ListingCache, token: str | None, named: Iterable[str] = ()) -> None:
@@ -44,15 +44,14 @@ class Listings:
 
     async def recall(self, provider_ids: Iterable[str]) -> None:
         """Load the last listings of these providers, even of those that do not answer; request only missing ones."""
-        provider_ids = tuple(provider_ids)
-        await self.fetch(each for each in provider_ids if not self._recalled(each))
+        await self.fetch([each for each in provider_ids if not self._recalled(each)])
 
-    async def fetch(self, provider_ids: Iterable[str]) -> None:
-        """Load listings that are at most five seconds old; for providers that do not answer, the last ones."""
+    async def fetch(self, provider_ids: Iterable[str], *, fresh: bool = False) -> None:
+        """Load listings that are at most five seconds old, or new ones; for providers that do not answer, the last ones."""
         missing = [each for each in provider_ids if each not in self._asked]
         self._asked.update(missing)
         results = await asyncio.gather(
-            *(self._served.listing(each, self._token, named=each in self._named) for each in missing),
+            *(self._served.listing(each, self._token, fresh=fresh, named=each in self._named) for each in missing),
             return_exceptions=True,
         )
         for provider_id, result in zip(missing, results, strict=True):
@@ -62,29 +61,33 @@ class Listings:
             elif isinstance(result, BaseException):
                 raise result
             else:
-                self._listings[provider_id] = {served.id: served for served in result}
+                self._listings[provider_id] = result
 
     def find(self, provider_id: str, served_name: str) -> Model | None:
-        """The discovered model of this name; `None` as well if its provider was not asked or did not say."""
+        """The discovered model of this name; `None` if it is not listed, or the listing is not loaded."""
         served = self._listings.get(provider_id, {}).get(served_name)
         if served is None:
             return None
-        # A caller with a token of its own has just seen it.
+        # A listing for the caller's own token was requested by this call.
         state = self._served.state(provider_id, served.id) if self.shared(provider_id) else ModelState.SERVING
         return discovered(provider_id, served, state)
 
     def targets(self) -> Iterator[tuple[str, str]]:
-        """Provider and served name of everything that is listed, whether registered or not."""
+        """The provider and the served name of each listed model, whether it is registered or not."""
         for provider_id, listing in self._listings.items():
             for served_name in listing:
                 yield provider_id, served_name
 
+    def count(self, provider_id: str) -> int:
+        """The number of listed models of a provider."""
+        return len(self._listings.get(provider_id, {}))
+
     def shared(self, provider_id: str) -> bool:
-        """Whether all callers see this listing of the provider, and not only this one by its own token."""
+        """Whether all callers see the same listing of the provider; otherwise it is that of the caller's own token."""
         return self._served.shared(provider_id, self._token, named=provider_id in self._named)
 
     def own(self) -> frozenset[str]:
-        """The providers of which this caller sees a listing of its own."""
+        """The providers whose listings are those of the caller's own token."""
         return frozenset(each for each in self.provider_ids if not self.shared(each))
 
     def _recalled(self, provider_id: str) -> bool:

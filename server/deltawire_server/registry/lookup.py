@@ -1,10 +1,10 @@
-"""A name to its model: registered or, failing that, discovered.
+"""Resolves a name to a model: a registered one first, then a discovered one.
 
-    a name ──► id ──► alias ──► "provider/served name" ──► served name of just one provider
-               └── memory ──┘   └── memory, what the providers said last, what they say now ─┘
+    name ──▶ id ──▶ alias ──▶ "provider/served name" ──▶ served name of exactly one provider
+             └─ memory ──┘    └─ memory, then the last listings, then new listings ───────┘
 
-Registered names come first. A name that begins with a provider's id leads to that provider or nowhere; see `scopes`.
-Providers are called only for names that nothing else resolves: a call for a known model waits for no provider.
+A name that begins with a provider's id refers only to that provider; see `scopes`. New listings are requested only for names that
+are not found otherwise, so a call for a known model never waits for a provider.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 
 async def find(name: str, known: RegisteredIndex, listings: Listings) -> Model:
-    """The model of this name. Asks only the providers that it needs to.
+    """The model of this name. Only providers that may serve it are listed.
 
     Raises:
-        CallerError: MODEL_NOT_FOUND, whose message lists some that there are; MODEL_AMBIGUOUS.
-        ProviderError: No provider that could serve it answers.
+        CallerError: MODEL_NOT_FOUND, with some existing names in the message; MODEL_AMBIGUOUS.
+        ProviderError: No provider that may serve it answers.
     """
     model = registered(name, known, listings.provider_ids)
     if model is not None:
         return model
-    # A provider that the name begins with is the only one asked; it may serve the rest of the name, or all of it.
+    # If the name begins with a provider's id, this provider may serve the rest of the name, or the whole name.
     scopes = scopes_of(name, listings.provider_ids)
     asked = tuple(scopes) or listings.provider_ids
     found: list[Model] = []
@@ -48,11 +48,11 @@ async def find(name: str, known: RegisteredIndex, listings: Listings) -> Model:
 
 
 async def only_chat_model(known: RegisteredIndex, listings: Listings) -> Model:
-    """The chat model, for a request that names none. A model and its registrations count as one, by its first registered id.
+    """The only chat model, for a request without a name. A model and its registrations count as one, by its first registered id.
 
     Raises:
-        CallerError: INVALID_REQUEST, which lists the models to choose from; MODEL_NOT_FOUND if there is none.
-        ProviderError: There is none, and a provider cannot be asked.
+        CallerError: INVALID_REQUEST if there are several, with their names in the message; MODEL_NOT_FOUND if there is none.
+        ProviderError: There is none, and no provider answers.
     """
     await listings.recall(listings.provider_ids)
     chat_models = _chat_models(known, listings)
@@ -76,9 +76,9 @@ async def only_chat_model(known: RegisteredIndex, listings: Listings) -> Model:
 
 
 def _chat_models(known: RegisteredIndex, listings: Listings) -> dict[tuple[str, str], str]:
-    """What can chat, by target: the first id that is registered for it, else the id that it is discovered by.
+    """The ids of the chat models by target: the first registered id, else the id of the discovered model.
 
-    A discovered model is only named here: there may be very many of them.
+    Discovered models are not built here, because there may be very many.
     """
     found: dict[tuple[str, str], str] = {}
     for model_id, model in sorted(known.models.items()):
@@ -96,13 +96,13 @@ async def _serving(
     listings: Listings,
     have: Callable[[Iterable[str]], Awaitable[None]],
 ) -> list[Model]:
-    """The models that providers have under the names wanted of them; whose is registered is not asked.
+    """The models of served names. A listing is loaded only if no model is registered for the name.
 
     Args:
-        wanted: By provider.
-        known: What is registered.
-        listings: Of the providers.
-        have: Their method that gets those that are looked at.
+        wanted: The served name by provider.
+        known: The registered models.
+        listings: The listings.
+        have: The method of `listings` that loads them.
     """
     serving = {provider_id: known.serving(provider_id, served_name) for provider_id, served_name in wanted.items()}
     await have(provider_id for provider_id, model in serving.items() if model is None)
@@ -121,11 +121,11 @@ def _ambiguous(name: str, found: Sequence[Model]) -> CallerError:
 
 
 def _not_found(name: str, asked: Sequence[str], known: RegisteredIndex, listings: Listings) -> DeltawireError:
-    """Why nothing was found: there is nothing, or those who could know it are away."""
+    """The error if no model was found: it does not exist, or the providers that may serve it do not answer."""
     failures = [listings.failures[provider_id] for provider_id in asked if provider_id in listings.failures]
     if failures and len(failures) == len(asked):
         if all(failure.code is not Code.UNAVAILABLE for failure in failures):
-            # Refused, misconfigured: that is what has to be known, and waiting would not help.
+            # A rejected token or a wrong setting: a retry would not help.
             return failures[0]
         return ProviderError(
             Reason.UPSTREAM_UNAVAILABLE,
@@ -153,5 +153,5 @@ def _not_found(name: str, asked: Sequence[str], known: RegisteredIndex, listings
 
 
 def _described(name: str) -> str:
-    """What was looked for: a model by its name, or any chat model."""
+    """The model that was requested: by its name, or any chat model."""
     return f"model {quoted(name)}" if name else "a chat model"

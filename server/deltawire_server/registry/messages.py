@@ -1,4 +1,4 @@
-"""Names as messages show them: messages travel in the trailers, whose limit leaves one about a thousand characters."""
+"""Formats names for error messages, which are sent in trailers and are limited to about a thousand characters."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 MAX_NAME_LENGTH = 256
-"""Characters in an id or alias: twice the longest names on the public hubs, and error messages stay readable."""
+"""Limit for the characters of an id or alias: twice the longest names on the public hubs."""
 MAX_NAMES_SHOWN = 20
 MAX_NAMES_LENGTH = 600
-"""Names, and characters of them, in a message."""
+"""Limits for the names, and for their characters, in a message."""
 
 
 def cut(name: str) -> str:
-    """A name that may be a caller's nonsense, no longer than a name may be."""
+    """A name, which may be any text of a caller, truncated to the maximum length of a name."""
     return name if len(name) <= MAX_NAME_LENGTH else f"{name[:MAX_NAME_LENGTH]}…"
 
 
 def quoted(name: str) -> str:
-    """The same in quotes."""
+    """A truncated name in quotes."""
     return repr(cut(name))
 
 
 def some(names: Iterable[str]) -> str:
-    """At most twenty names, and how many more there are; empty if there are none."""
+    """At most `MAX_NAMES_SHOWN` names, and the number of the others; empty if there are none."""
     names = list(names)
     shown: list[str] = []
     for name in names[:MAX_NAMES_SHOWN]:

@@ -1,4 +1,4 @@
-"""A model that can be called: plain frozen values, free of database and protobuf."""
+"""The models, independent of the database and of protobuf."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
 MAX_CONTEXT_TOKENS = 2**31 - 1
-"""What the wire can carry, and a few thousand times the longest context there is."""
+"""The maximum in the API."""
 
 
 _NO_ANNOTATIONS: Mapping[str, str] = MappingProxyType({})
@@ -20,7 +20,7 @@ _NO_ANNOTATIONS: Mapping[str, str] = MappingProxyType({})
 
 
 class ModelType(enum.Enum):
-    """What a model is for; the values are those of `deltawire.v1.ModelType`, the names are what the database holds."""
+    """The purpose of a model; the values are those of `deltawire.v1.ModelType`, the names are stored in the database."""
 
     LLM = 1
     EMBEDDING = 2
@@ -36,7 +36,7 @@ class ModelState(enum.Enum):
 
 
 class ModelSource(enum.Enum):
-    """How a model came to be known; the values are those of `deltawire.v1.ModelSource`."""
+    """The origin of a model; the values are those of `deltawire.v1.ModelSource`."""
 
     REGISTERED = 1
     DISCOVERED = 2
@@ -48,22 +48,22 @@ class Model:
 
     Attributes:
         id: Unique. An alias chosen at registration, else "provider_id/provider_model_id".
-        provider_id: Who serves it.
+        provider_id: The provider that serves it.
         provider_model_id: Its name at the provider.
-        type: What it is for. Discovered models are LLM: a vLLM does not say.
-        aliases: Further names in the order they were given, each unique over the registry.
-        annotations: Free notes, set at registration.
-        source: How it came to be known.
-        max_context_tokens: Longest prompt and answer together, as the provider said at registration, or says now of a
-            discovered model; `None` if it does not say.
-        engine_root: What the provider loaded it from; empty if it does not say.
-        base_model: The base model of a LoRA adapter; empty for others.
+        type: Its purpose. Discovered models are LLM, because vLLM does not report it.
+        aliases: Further names in the order of the registration, each unique in the registry.
+        annotations: Free text by key, set at registration.
+        source: Its origin.
+        max_context_tokens: Limit of prompt and answer together, as reported by the provider at registration, or in the last
+            listing for a discovered model; `None` if unknown.
+        engine_root: The path or repository that the provider loaded it from; empty if unknown.
+        base_model: The base model of a LoRA adapter; empty for other models.
         create_time: When it was registered, in UTC; `None` for discovered models.
         update_time: When its registration last changed, in UTC; `None` for discovered models.
-        embedding_dimension: Numbers in a vector that it makes; `None` unless its type is EMBEDDING.
-        revision: Of the change that made it what it is, unique and rising; 0 for discovered models.
-        state: Whether it can be called now, as far as this process knows.
-        owner: The name of the caller that registered it; empty for discovered models and where callers are not identified.
+        embedding_dimension: Length of its vectors; `None` unless its type is EMBEDDING.
+        revision: The revision of its last change, unique and ascending; 0 for discovered models.
+        state: Whether it can be called now, as known to this process.
+        owner: The name of the caller that registered it; empty for discovered models and if callers are not identified.
     """
 
     id: str
@@ -85,17 +85,17 @@ class Model:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The id, then the aliases. No other model may have any of them."""
+        """The id, then the aliases; each is unique in the registry."""
         return (self.id, *self.aliases)
 
     @property
     def target(self) -> tuple[str, str]:
-        """Provider and name at the provider: what actually answers."""
+        """The provider and the provider's name of the model."""
         return (self.provider_id, self.provider_model_id)
 
     @property
     def etag(self) -> str:
-        """What changes with every change of the registration; empty for discovered models."""
+        """The etag, which every change of the registration changes; empty for discovered models."""
         return f"r{self.revision}" if self.revision else ""
 
 

@@ -1,8 +1,8 @@
-"""Pages of a list by ascending id: what may be asked for, and where a page begins and ends.
+"""Pages of a list by ascending id.
 
-A page begins after the last id of the previous one, so its token holds that id: whatever was added or removed in between, what
-stays is listed exactly once. The token also holds a digest of the filter that it belongs to, since a page of another filter
-would continue at a place that the caller never saw.
+A page begins after the last id of the previous page, so its token contains that id: an entry that exists throughout is listed
+exactly once. The token also contains a digest of the filter, because a page with another filter would begin at an id that the
+caller never received.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ T = TypeVar("T")
 
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
-"""Entries in a page: plenty for one call, and made within milliseconds."""
+"""Limit for the entries of a page."""
 MAX_PAGE_BYTES = 1024 * 1024
-"""Text in a page, give or take its last entry: well within the 4 MiB that clients receive by default."""
+"""Bytes of text after which a page ends: with its last entry, it is well below the 4 MiB that clients receive by default."""
 
 _DIGEST_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
 class PageRequest:
-    """A page that may be asked for.
+    """A valid request for a page.
 
     Attributes:
-        size: The most entries.
-        after: The id that it begins after; empty for the first page.
-        digest: Of the filter.
+        size: Limit for the entries.
+        after: The last id of the previous page; empty for the first page.
+        digest: The digest of the filter.
     """
 
     size: int
@@ -45,15 +45,15 @@ class PageRequest:
 
 
 def asked_for(page_size: int, page_token: str, query: str) -> PageRequest:
-    """Check what a caller asks for; then `page_of` makes the page.
+    """Validate a request; `page_of` then returns the page.
 
     Args:
-        page_size: As requested; 0 for the default.
-        page_token: As requested; empty for the first page.
-        query: Which list this is a page of and its filter, as any text; a token belongs to one of them.
+        page_size: The requested size; 0 for the default.
+        page_token: The requested token; empty for the first page.
+        query: The list and its filter, as any text; a token is valid for one of them.
 
     Raises:
-        CallerError: INVALID_REQUEST: a negative page size, or a token that no page of this query returned.
+        CallerError: INVALID_REQUEST: a negative page size, or a token that is not from a page of this query.
     """
     violations: list[Violation] = []
     if page_size < 0:
@@ -63,7 +63,7 @@ def asked_for(page_size: int, page_token: str, query: str) -> PageRequest:
     if token[:_DIGEST_BYTES] not in (b"", digest) or (page_token and not token):
         violations.append(
             Violation(
-                "page_token", "is not a next_page_token of this call with these filters: leave it out to begin anew"
+                "page_token", "is not a next_page_token of this call with these filters: omit it for the first page"
             )
         )
     if violations:
@@ -76,26 +76,23 @@ def page_of(entries: Mapping[str, T], page: PageRequest, bytes_of: Callable[[T],
     """The entries of a page by ascending id, and the token of the next page, empty on the last.
 
     Args:
-        entries: All there are, by id.
-        page: As `asked_for` returned it.
-        bytes_of: How much text an entry holds.
+        entries: The entries by id; after `page.after`, the first `page.size` and one more are enough.
+        page: From `asked_for`.
+        bytes_of: The size of an entry.
     """
-    # No id is empty, so the first page begins after the empty one.
-    ids = sorted(entry_id for entry_id in entries if entry_id > page.after)
     shown: list[T] = []
-    room = MAX_PAGE_BYTES
-    for entry_id in ids[: page.size]:
+    room, last = MAX_PAGE_BYTES, ""
+    # No id is empty, so the first page has all of them.
+    for entry_id in sorted(each for each in entries if each > page.after):
+        if len(shown) == page.size or room < 0:
+            return shown, base64.urlsafe_b64encode(page.digest + last.encode()).decode()
         shown.append(entries[entry_id])
-        room -= bytes_of(entries[entry_id])
-        if room < 0:
-            break
-    if len(ids) == len(shown):
-        return shown, ""
-    return shown, base64.urlsafe_b64encode(page.digest + ids[len(shown) - 1].encode()).decode()
+        room, last = room - bytes_of(entries[entry_id]), entry_id
+    return shown, ""
 
 
 def _decoded(page_token: str) -> bytes:
-    """The bytes of a page token; empty if it does not hold an id."""
+    """The bytes of a page token; empty if it is invalid."""
     try:
         token = base64.b64decode(page_token, altchars=b"-_", validate=True)
         token[_DIGEST_BYTES:].decode()

@@ -1,6 +1,6 @@
-"""The registry in PostgreSQL, which any number of gateways on any machine may share. Importing it needs psycopg.
+"""The registry in PostgreSQL, which any number of gateways on several machines may share. The import requires psycopg.
 
-Everything is set within a transaction, and nothing on a connection: a pooler in between may give each transaction another.
+All settings are made within a transaction, because a pooler may use another connection for each transaction.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ CHANNEL = "deltawire_registry"
 """The channel of notifications, whose payload is the revision."""
 
 LISTEN_SECONDS = 5.0
-"""How long a listening connection may be silent before it is checked: one that a firewall dropped stays silent forever."""
+"""Silence after which a listening connection is checked: a connection that a firewall dropped stays silent forever."""
 
 RECONNECT_SECONDS = 0.5
-"""Between attempts to listen again: soon enough to hear of changes within a second of the database's return."""
+"""Interval between attempts to listen again."""
 
 MIGRATION_LOCK = 0x64656C7461
-"""The number of the advisory lock that processes which open one database at a time hold in turn."""
+"""The number of the advisory lock for migrations."""
 
 _log = get_logger(__name__)
 
@@ -40,22 +40,22 @@ _log = get_logger(__name__)
 class PostgresDatabase(Database):
     """A PostgreSQL database.
 
-    A transaction that gets no answer, from a server that hangs or a network that swallows, is given up after twice
-    `busy_seconds`, and ten seconds more in which psycopg tries to have the server end it.
+    A transaction without an answer fails after twice `busy_seconds`, and up to ten seconds more for psycopg's attempt to cancel it
+    on the server.
     """
 
     def __init__(self, url: URL, busy_seconds: float) -> None:
         if "connect_timeout" not in url.query:
-            # For each of the hosts that a URL may name; psycopg takes less than two seconds as two.
+            # It applies to each host of the URL; for psycopg, the minimum is two seconds.
             url = url.update_query_dict({"connect_timeout": str(max(2, round(busy_seconds)))})
         super().__init__(
             create_async_engine(
                 url,
                 # Parameters are callers' data, which must not be logged.
                 hide_parameters=True,
-                # A connection that a restart of the database has cut is not handed out.
+                # Do not use a connection that a restart of the database has closed.
                 pool_pre_ping=True,
-                # What is prepared belongs to a connection; these statements are too few and too short to need it.
+                # Prepared statements belong to a connection, which a pooler may exchange.
                 connect_args={"prepare_threshold": None},
             )
         )
@@ -65,18 +65,18 @@ class PostgresDatabase(Database):
         self._reader = self._engine.execution_options(isolation_level="REPEATABLE READ")
 
     async def open(self) -> None:
-        """The database has to be there; its tables are made by the store."""
+        """No effect: the database must exist, and the store creates the tables."""
 
     def reading(self) -> AbstractAsyncContextManager[AsyncConnection]:
-        """A snapshot, from its first query on."""
+        """A snapshot as of its first query."""
         return self._transaction(self._reader)
 
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[AsyncConnection]:
-        """Each statement sees what was committed before it; the first one takes the lock."""
+        """Each statement sees all changes committed before it; the first one of the store acquires the lock."""
         async with self._transaction(self._engine) as connection:
             await connection.exec_driver_sql(
-                # The second for the others' sake: a gateway that hangs, or whose machine is gone, keeps the lock no longer.
+                # The second setting releases the lock of a gateway that hangs or whose machine fails.
                 "SELECT set_config('lock_timeout', %(wait)s, true),"
                 " set_config('idle_in_transaction_session_timeout', %(idle)s, true)",
                 {"wait": f"{self._lock_milliseconds}ms", "idle": f"{2 * self._lock_milliseconds}ms"},
@@ -84,17 +84,17 @@ class PostgresDatabase(Database):
             yield connection
 
     async def lock_migrations(self, connection: AsyncConnection) -> None:
-        """An advisory lock: tables that do not exist yet cannot be locked."""
+        """Acquire an advisory lock, because tables that do not exist yet cannot be locked."""
         await connection.exec_driver_sql("SELECT pg_advisory_xact_lock(%(lock)s)", {"lock": MIGRATION_LOCK})
 
     async def announce(self, connection: AsyncConnection, revision: int) -> None:
-        """PostgreSQL sends it with the commit."""
+        """Send a notification, which PostgreSQL delivers on commit."""
         await connection.exec_driver_sql(
             "SELECT pg_notify(%(channel)s, %(revision)s)", {"channel": CHANNEL, "revision": str(revision)}
         )
 
     async def changes_elsewhere(self) -> AsyncGenerator[None]:
-        """Listens on a connection of its own, which is made anew when it breaks."""
+        """Listen on a separate connection, and reconnect if it fails."""
         deaf = False
         while True:
             try:
@@ -105,12 +105,12 @@ class PostgresDatabase(Database):
                         _log.info("the database announces changes again")
                     deaf = False
                     while True:
-                        # At first, since what happened before was not heard; and after a silence, in which a pooler
-                        # may have kept the announcements from us.
+                        # First because of changes before LISTEN; and after a silence, because a pooler may have withheld
+                        # notifications.
                         yield
                         async for _ in connection.notifies(timeout=LISTEN_SECONDS, stop_after=1):
                             pass
-                        await self._ask(connection, "SELECT 1")  # fails if the connection is not there any more
+                        await self._ask(connection, "SELECT 1")  # raises if the connection is closed
             except (psycopg.Error, OSError) as error:
                 if not deaf:
                     _log.warning("the database does not announce changes", error=cause_text(error))

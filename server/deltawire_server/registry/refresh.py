@@ -21,11 +21,10 @@ if TYPE_CHECKING:
 _log = get_logger(__name__)
 
 RETRY_SECONDS = 2.0
-"""Between two looks at a provider that does not answer, if its interval is not shorter: it is missed, and asking costs it
-nothing."""
+"""Interval for a provider that does not answer, unless its own interval is shorter."""
 
 STALE_SECONDS = 1.0
-"""Between two looks that calls asked for: a hundred failed calls are one reason to look, not a hundred."""
+"""Minimum interval between listings because of failed calls, so that a hundred failed calls cause one listing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +35,13 @@ class _Turn:
 
 
 class Refresher:
-    """Keeps the listings fresh.
+    """Refreshes the listings.
 
     Args:
-        providers: All there are.
-        served: Asks them, and keeps what they say.
-        retry_seconds: Between two looks at a provider that does not answer.
-        stale_seconds: Between two looks at a provider that calls asked for, at least.
+        providers: The configured providers.
+        served: Requests and records the listings.
+        retry_seconds: See `RETRY_SECONDS`.
+        stale_seconds: See `STALE_SECONDS`.
     """
 
     def __init__(
@@ -56,7 +55,7 @@ class Refresher:
         self._providers = providers
         self._served = served
         self._retry_seconds = retry_seconds
-        self._suspect_seconds = stale_seconds
+        self._stale_seconds = stale_seconds
         self._turns: dict[str, _Turn] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -65,7 +64,7 @@ class Refresher:
         providers = {provider.id: provider for provider in self._providers.all()}
         for provider_id, turn in tuple(self._turns.items()):
             if providers.get(provider_id) is not turn.provider:
-                # Also one whose id another has now: the old one may be hanging, and the new one must not wait for it.
+                # Also if a new provider has its id: the old one may hang, and the new one must not wait for it.
                 del self._turns[provider_id]
                 turn.task.cancel()
         for provider_id, provider in providers.items():
@@ -92,18 +91,18 @@ class Refresher:
 
     async def _refresh(self, provider: Provider, stale: asyncio.Event) -> None:
         clock = asyncio.get_running_loop().time
-        stale_look_from = clock()  # when the next look that a call asked for may begin
+        next_stale = clock()  # the earliest time of the next listing because of failed calls
         while True:
             pause = provider.refresh_interval
             stale.clear()
             try:
                 await self._served.listing(provider.id, fresh=True)
             except DeltawireError:
-                pause = min(pause, self._retry_seconds)  # why is in the log, once
-            except Exception:  # noqa: BLE001 (a defect must not end the refreshing for good)
+                pause = min(pause, self._retry_seconds)  # `ListingCache` logs the error once
+            except Exception:  # noqa: BLE001 (a defect must not end the task)
                 _log.exception("a provider cannot be refreshed", provider=provider.id)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await stale.wait()
-                    await asyncio.sleep(stale_look_from - clock())
-                    stale_look_from = clock() + self._suspect_seconds
+                    await asyncio.sleep(next_stale - clock())
+                    next_stale = clock() + self._stale_seconds

@@ -16,7 +16,7 @@ class RegisteredIndex:
     """Models by id, by name and by target. Initially empty; only `ChangeLogReader` changes it while the registry is open.
 
     Attributes:
-        models: All of them, by id.
+        models: All models, by id.
     """
 
     def __init__(self) -> None:
@@ -69,25 +69,20 @@ class RegisteredIndex:
         """The existing model with an equal registration; `None` if all names are free.
 
         Raises:
-            RegistryError: A name is taken.
+            RegistryError: MODEL_ALREADY_EXISTS: a name is taken.
         """
-        for name in wanted.names:
-            owner = self.find(name)
-            if owner is None:
-                continue
-            if owner.id != wanted.id:
-                raise taken(name, owner.id, f"already belongs to model {owner.id!r}")
-            different = _differences(owner, wanted)
-            if not different:
-                return owner
-            raise taken(name, owner.id, f"is already registered with different {' and '.join(different)}")
-        return None
+        owner = self.models.get(wanted.id)
+        if owner is None:
+            self.free(wanted)
+        elif different := _differences(owner, wanted):
+            raise taken(wanted.id, owner.id, f"is already registered with different {' and '.join(different)}")
+        return owner
 
     def free(self, wanted: Model) -> None:
         """Check that no other model has one of the names.
 
         Raises:
-            RegistryError: A name is taken.
+            RegistryError: MODEL_ALREADY_EXISTS: a name is taken.
         """
         for name in wanted.names:
             owner = self.find(name)
@@ -105,7 +100,7 @@ def taken(name: str, model_id: str, why: str, remedy: str = MEND) -> RegistryErr
         name: The name.
         model_id: The model that has the name.
         why: The message after the name.
-        remedy: What to do.
+        remedy: What the caller can do.
     """
     return RegistryError(
         Reason.MODEL_ALREADY_EXISTS,

@@ -7,7 +7,6 @@ providers, which are refreshed periodically.
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -20,11 +19,10 @@ from deltawire_server.registry.feed import Feed
 from deltawire_server.registry.listing_cache import ListingCache
 from deltawire_server.registry.listings import Listings
 from deltawire_server.registry.messages import cut, quoted, some
-from deltawire_server.registry.model import Model, ModelSource, ModelState, ModelType
+from deltawire_server.registry.model import Model, ModelSource, ModelState, ModelType, scoped_id
 from deltawire_server.registry.refresh import Refresher
 from deltawire_server.registry.registered_index import RegisteredIndex
 from deltawire_server.registry.scopes import may_have, scopes_of
-from deltawire_server.registry.store import ChangeKind
 from deltawire_server.registry.view import LOOKS_AT_ONCE, View, is_new
 from deltawire_server.registry.writes import Writes
 from deltawire_server.telemetry import get_logger
@@ -94,8 +92,8 @@ class ModelRegistry:
         self._providers = providers
         self._feed = feed or Feed()
         self._known = RegisteredIndex()
-        self._served = ListingCache(providers, self._listed)
-        self._view = View(self._known, self._served, self._feed.publish)
+        self._served = ListingCache(providers, lambda provider_id: self._view.listed(provider_id))
+        self._view = View(self._known, self._served, self._feed)
         self._follower = ChangeLogReader(store, self._known, self._view.registered)
         self._writes = Writes(store, self._known, self._follower)
         self._refresher = Refresher(providers, self._served)
@@ -295,7 +293,8 @@ class ModelRegistry:
             raise RegistryError(
                 Reason.MODEL_DISCOVERED,
                 f"model {model.id!r} is not registered but discovered: it exists as long as provider {model.provider_id!r}"
-                " serves it",
+                f" serves it; register it first: RegisterModel with model_id {quoted(model.provider_model_id)} and this"
+                " provider_id",
                 metadata={"model": model.id},
             )
         raise CallerError(
@@ -363,38 +362,43 @@ class ModelRegistry:
         listings = Listings(self._served, token, (wanted.provider_id,))
         await listings.fetch(each for each in listings.provider_ids if wanted.provider_id in ("", each))
         await self._view.settled()
-        own = listings.own()
-        theirs = {
-            model.id: model
-            async for model in self._discovered_by(listings, own)
-            if wanted.takes(model) and is_new(model, self._known, self._providers.ids)
-        }
-        await asyncio.sleep(0)  # what follows looks at all models once more
-        shown = {
-            model_id: model
-            for model_id, model in self._view.models.items()
-            if wanted.takes(model) and not (model.provider_id in own and model.source is ModelSource.DISCOVERED)
-        }
-        shown |= theirs
-        models_of_page, next_page_token = pages.page_of(shown, page, _bytes_of)
-        return models_of_page, next_page_token, tuple(sorted(listings.failures))
+        own_providers = listings.own()
+        # The caller's own token shows these models, instead of what all callers see of these providers.
+        own = {scoped_id(*target): target for target in listings.targets() if target[0] in own_providers}
+        # Not a set: its order is random, and ids that are almost in order are sorted much faster.
+        ids = sorted(each for each in dict.fromkeys((*own, *self._feed.ids)) if each > page.after)
+        shown: dict[str, Model] = {}
+        for count, model_id in enumerate(ids):
+            if count % LOOKS_AT_ONCE == 0:
+                await give_way()
+            model = listings.find(*own[model_id]) if model_id in own else None
+            if model is None or not is_new(model, self._known, self._providers.ids):
+                model = self._feed.get(model_id)
+                if model is None or (model.provider_id in own_providers and model.source is ModelSource.DISCOVERED):
+                    continue
+            if wanted.takes(model):
+                shown[model_id] = model
+                if len(shown) > page.size:
+                    break
+        models, next_page_token = pages.page_of(shown, page, _bytes_of)
+        return models, next_page_token, tuple(sorted(listings.failures))
 
     def watch(self, revision: str = "") -> AsyncGenerator[Step]:
         """All models and then every change, or what came after a revision and then every change; see `Feed.watch`.
 
         What only a caller's own token shows is not among them.
         """
-        return self._feed.watch(self._snapshot, ChangeKind.ADDED, revision)
+        return self._feed.watch(revision)
 
     async def refresh(self, provider_id: str = "", token: str | None = None) -> dict[str, int | DeltawireError]:
         """List a provider now, or all of them.
 
         Args:
-            provider_id: Whose; empty for all.
+            provider_id: The provider; empty for all.
             token: The caller's token, used where the operator configured none; see `Providers.token_for`.
 
         Returns:
-            By ascending id, how many models each lists, or why it could not be listed.
+            By ascending id, the number of models that each lists, or the error if it could not be listed.
 
         Raises:
             CallerError: No such provider.
@@ -402,19 +406,9 @@ class ModelRegistry:
         provider_ids = self._providers.ids
         if provider_id:
             provider_ids = (self._providers.get(provider_id).id,)
-        listings = await asyncio.gather(
-            *(self._served.listing(each, token, fresh=True, named=bool(provider_id)) for each in provider_ids),
-            return_exceptions=True,
-        )
-        results: dict[str, int | DeltawireError] = {}
-        for each, listing in zip(provider_ids, listings, strict=True):
-            if isinstance(listing, DeltawireError):
-                results[each] = listing
-            elif isinstance(listing, BaseException):
-                raise listing
-            else:
-                results[each] = len(listing)
-        return results
+        listings = Listings(self._served, token, (provider_id,))
+        await listings.fetch(provider_ids, fresh=True)
+        return {each: listings.failures.get(each) or listings.count(each) for each in provider_ids}
 
     def mark_stale(self, provider_id: str) -> None:
         """List a provider now, because a call failed in a way that suggests an out-of-date listing."""
@@ -423,22 +417,6 @@ class ModelRegistry:
     def _named_by(self, name: str) -> dict[str, str]:
         """The providers that a model's name names."""
         return scopes_of(name, self._providers.ids)
-
-    async def _discovered_by(self, listings: Listings, provider_ids: frozenset[str]) -> AsyncGenerator[Model]:
-        """What a caller's own token shows at these providers. There may be very many: other tasks run meanwhile."""
-        targets = (target for target in listings.targets() if target[0] in provider_ids)
-        for count, target in enumerate(targets):
-            if count % LOOKS_AT_ONCE == 0:
-                await give_way()
-            model = listings.find(*target)
-            if model is not None:
-                yield model
-
-    def _listed(self, provider_id: str) -> None:
-        self._view.listed(provider_id)
-
-    def _snapshot(self) -> Iterable[Model]:
-        return [model for _, model in sorted(self._view.models.items())]
 
 
 def _bytes_of(model: Model) -> int:

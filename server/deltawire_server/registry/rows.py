@@ -1,15 +1,16 @@
-"""Models as rows and back. Nothing that a row holds is believed: another program may have put it there."""
+"""Converts models to rows and back. Rows are validated, because other programs may write to the database."""
 
 from __future__ import annotations
 
 import json
 from datetime import UTC, datetime, timedelta
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from deltawire_server.registry.model import MAX_CONTEXT_TOKENS, Model, ModelType
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -23,25 +24,11 @@ def values_of(model: Model) -> dict[str, Any]:
     """The columns of a model's row.
 
     Raises:
-        ValueError: It has no times: only registered models are stored.
+        ValueError: The model has no times: only registered models are stored.
     """
     if model.create_time is None or model.update_time is None:
         raise ValueError(f"model {model.id!r} has no times: only registered models are stored")
-    return {
-        "id": model.id,
-        "provider_id": model.provider_id,
-        "provider_model_id": model.provider_model_id,
-        "type": model.type.name,
-        "annotations": json.dumps(dict(model.annotations)),
-        "max_context_tokens": model.max_context_tokens,
-        "engine_root": model.engine_root,
-        "base_model": model.base_model,
-        "create_time": (model.create_time - _EPOCH) // _MICROSECOND,
-        "update_time": (model.update_time - _EPOCH) // _MICROSECOND,
-        "embedding_dimension": model.embedding_dimension,
-        "revision": model.revision,
-        "owner": model.owner,
-    }
+    return {name: stored(getattr(model, name)) for name, (stored, _) in _COLUMNS.items()}
 
 
 def model_of(values: Mapping[str, Any], aliases: Sequence[object]) -> Model:
@@ -51,33 +38,19 @@ def model_of(values: Mapping[str, Any], aliases: Sequence[object]) -> Model:
         DamagedRecordError: The row is not one that this release writes.
     """
     try:
-        return Model(
-            id=_text(values["id"]),
-            provider_id=_text(values["provider_id"]),
-            provider_model_id=_text(values["provider_model_id"]),
-            type=ModelType[values["type"]],
-            aliases=tuple(_text(alias) for alias in aliases),
-            annotations=_annotations(values["annotations"]),
-            max_context_tokens=_count(values["max_context_tokens"]),
-            engine_root=_text(values["engine_root"]),
-            base_model=_text(values["base_model"]),
-            create_time=_EPOCH + int(values["create_time"]) * _MICROSECOND,
-            update_time=_EPOCH + int(values["update_time"]) * _MICROSECOND,
-            embedding_dimension=_count(values["embedding_dimension"]),
-            revision=int(values["revision"]),
-            owner=_text(values["owner"]),
-        )
+        fields = {name: read(values[name]) for name, (_, read) in _COLUMNS.items()}
+        return Model(**fields, aliases=tuple(_text(alias) for alias in aliases))
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise DamagedRecordError(repr(error)) from error
 
 
 def record_of(model: Model) -> str:
-    """A model with its aliases as the text that the list of changes keeps."""
+    """A model and its aliases as a text for the log of changes."""
     return json.dumps(values_of(model) | {"aliases": list(model.aliases)})
 
 
 def model_of_record(record: object) -> Model:
-    """The model of such a text.
+    """The model of a text from `record_of`.
 
     Raises:
         DamagedRecordError: It is not a record that this release writes.
@@ -92,15 +65,15 @@ def model_of_record(record: object) -> Model:
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
-    value.encode()  # fails for half a surrogate pair, which JSON can spell and the wire cannot hold
+        raise TypeError(f"{value!r} is not a text")
+    value.encode()  # raises for half a surrogate pair, which JSON allows and protobuf does not
     return value
 
 
 def _count(value: object) -> int | None:
-    """Tokens, or a dimension: what the wire holds in 32 bits."""
+    """A number of tokens or dimensions, which has 32 bits in the API."""
     if value is not None and not (isinstance(value, int) and 0 <= value <= MAX_CONTEXT_TOKENS):
-        raise ValueError(f"{value!r} is no count")
+        raise ValueError(f"{value!r} is not a count")
     return value
 
 
@@ -109,3 +82,30 @@ def _annotations(text: object) -> dict[str, str]:
     if not isinstance(annotations, dict):
         raise TypeError("annotations is not a JSON object")
     return {_text(key): _text(value) for key, value in annotations.items()}
+
+
+def _unchanged(value: Any) -> Any:  # noqa: ANN401 (a column of any type)
+    return value
+
+
+def _microseconds(time: datetime) -> int:
+    return (time - _EPOCH) // _MICROSECOND
+
+
+def _time(value: int) -> datetime:
+    return _EPOCH + int(value) * _MICROSECOND
+
+
+_COLUMNS: Mapping[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = MappingProxyType(
+    {
+        **dict.fromkeys(
+            ("id", "provider_id", "provider_model_id", "engine_root", "base_model", "owner"), (_unchanged, _text)
+        ),
+        **dict.fromkeys(("max_context_tokens", "embedding_dimension"), (_unchanged, _count)),
+        **dict.fromkeys(("create_time", "update_time"), (_microseconds, _time)),
+        "type": (lambda kind: kind.name, ModelType.__getitem__),
+        "annotations": (lambda annotations: json.dumps(dict(annotations)), _annotations),
+        "revision": (_unchanged, int),
+    }
+)
+"""How each field of a model is converted to its column, and back; the second raises for values that `values_of` never returns."""

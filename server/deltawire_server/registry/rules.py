@@ -1,8 +1,7 @@
-"""What can be registered: requests within the limits, of models that are served, under names that are not reserved.
+"""Validates registrations: limits, whether the provider serves the model, and reserved names.
 
-requested ──► as_registered   is it there already?
-    └───────► as_served       what its provider calls it
-                  └── the identifier rule, on the provider's own name of the model
+requested ──▶ as_registered   in the form of an existing registration
+    └───────▶ as_served       in the form of the provider's listing; the id depends on the provider's name of the model
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ if TYPE_CHECKING:
     from deltawire_server.upstream.providers import Providers
 
 MAX_ALIASES = 32
-"""Aliases of a model: people use a few; this keeps a registration small."""
+"""Limit for the aliases of a model."""
 MAX_ANNOTATIONS = 64
 MAX_ANNOTATION_KEY_LENGTH = 128
 MAX_ANNOTATION_VALUE_LENGTH = 4096
 MAX_ANNOTATION_BYTES = 64 * 1024
-"""Notes, not documents: every gateway keeps them in memory and sends them with every list, watch and change. The sum is that of
-all keys and values in UTF-8, room for fifteen values of the greatest length."""
+"""Limits for annotations: every gateway keeps them in memory and sends them with every list, watch and change. The bytes are those
+of all keys and values in UTF-8, enough for fifteen values of the maximum length."""
 
 _TYPES: Mapping[int, ModelType] = MappingProxyType({0: ModelType.LLM} | {kind.value: kind for kind in ModelType})
 
@@ -48,13 +47,12 @@ def requested(
     annotations: Mapping[str, str],
     embedding_dimension: int | None,
 ) -> Model:
-    """The model that a request describes, if it is within all limits; its provider may not serve it.
+    """Validate a request; whether the provider serves the model is not checked.
 
-    Its id and its name at the provider are those of the request: `as_registered` and `as_served` give them their
-    final form.
+    The id and the provider's name are those of the request; `as_registered` and `as_served` convert them to their final form.
 
     Raises:
-        CallerError: INVALID_REQUEST, which lists all broken rules; PROVIDER_NOT_FOUND.
+        CallerError: INVALID_REQUEST, which lists all violations; PROVIDER_NOT_FOUND.
     """
     violations = [*_name_violations("model_id", model_id), *_annotation_violations(annotations)]
     if not provider_id and len(providers.ids) == 1:
@@ -85,15 +83,15 @@ UPDATABLE = ("provider_id", "provider_model_id", "type", "aliases", "annotations
 
 
 def changed(model: Model, changes: Mapping[str, Any], providers: Providers) -> Model:
-    """A registered model with changes, if it keeps all limits then.
+    """Validate changes of a registered model; return the changed model.
 
     Args:
-        model: As it is.
+        model: The registered model.
         changes: New values by `UPDATABLE` name.
-        providers: All there are.
+        providers: The configured providers.
 
     Raises:
-        CallerError: INVALID_REQUEST, which lists all broken rules; PROVIDER_NOT_FOUND.
+        CallerError: INVALID_REQUEST, which lists all violations; PROVIDER_NOT_FOUND.
     """
     values = {name: getattr(model, name) for name in UPDATABLE} | dict(changes)
     kind = _kind(values["type"])
@@ -101,7 +99,7 @@ def changed(model: Model, changes: Mapping[str, Any], providers: Providers) -> M
         *(Violation(name, "is required") for name in ("provider_id", "provider_model_id") if not values[name]),
         *_kind_violations(values["type"], kind, values["embedding_dimension"]),
         *_alias_violations(values["aliases"], model.id, model.aliases),
-        # Those that it has, from before a limit was lower, do not prevent other changes.
+        # Existing annotations above a limit, which may have been higher, do not prevent other changes.
         *(_annotation_violations(values["annotations"]) if values["annotations"] != model.annotations else ()),
     ]
     if violations or kind is None:
@@ -112,10 +110,9 @@ def changed(model: Model, changes: Mapping[str, Any], providers: Providers) -> M
 
 
 def as_registered(wanted: Model, known: RegisteredIndex) -> Model:
-    """What is requested in the form in which it is registered, if it is; no provider is asked.
+    """The requested model in the form of an existing registration, without listing the provider.
 
-    What its provider called the model is then known; for a model that is not registered it is taken to be the name of
-    the request.
+    If it is registered, its registration has the provider's name; otherwise, the name of the request is used.
     """
     for model_id in (wanted.id, scoped_id(wanted.provider_id, wanted.id)):
         model = known.find(model_id)
@@ -127,27 +124,27 @@ def as_registered(wanted: Model, known: RegisteredIndex) -> Model:
 
 
 async def as_served(wanted: Model, providers: ListingCache, token: str | None, *, named: bool) -> Model:
-    """What is requested in the form in which it is to be registered, as its provider, asked anew, lists it.
+    """The requested model in the form of a new listing of its provider, to be registered.
 
     Args:
-        wanted: As it is requested.
-        providers: What they serve.
-        token: The caller's.
+        wanted: The requested model.
+        providers: The listings.
+        token: The caller's token.
         named: Whether the request names the provider; see `Providers.token_for`.
 
     Raises:
-        CallerError: INVALID_REQUEST if an alias is what the id has become.
+        CallerError: INVALID_REQUEST if an alias equals the final id.
         RegistryError: MODEL_NOT_SERVED.
-        ProviderError: The provider cannot be asked.
+        ProviderError: The provider cannot be listed.
     """
     listing = await providers.listing(wanted.provider_id, token, fresh=True, named=named)
-    served = served_as(wanted.provider_model_id, listing)
+    served = served_as(wanted.provider_model_id, tuple(listing.values()))
     if served is not None:
         model = with_served(_named(wanted, served.id), served)
         if violations := list(_alias_violations(model.aliases, model.id)):
             raise invalid_request(violations)
         return model
-    names = some(served.id for served in listing) or "nothing"
+    names = some(listing) or "nothing"
     raise RegistryError(
         Reason.MODEL_NOT_SERVED,
         f"model {quoted(wanted.provider_model_id)} is not being served by provider {wanted.provider_id!r};"
@@ -157,17 +154,17 @@ async def as_served(wanted: Model, providers: ListingCache, token: str | None, *
 
 
 def refuse_reserved_names(wanted: Model, provider_ids: Sequence[str], before: Model | None = None) -> None:
-    """Check that no name begins with a provider's id, but "provider/served name" of the model itself.
+    """Check that no name begins with a provider's id, except "provider/served name" of the model itself.
 
-    Whether that provider serves such a name now does not matter: it may do so later.
+    Such a name is refused even if the provider does not serve it now, because it may later.
 
     Args:
-        wanted: As it is to be registered.
-        provider_ids: All configured providers.
-        before: As it is registered already: its names do not prevent other changes, unless it is to lead elsewhere.
+        wanted: The model to register.
+        provider_ids: The ids of the configured providers.
+        before: The registered model that is updated; its names are accepted unless the target changes.
 
     Raises:
-        CallerError: INVALID_REQUEST, which lists all such names.
+        CallerError: INVALID_REQUEST, which lists all reserved names.
     """
     fields = {wanted.id: "model_id" if before is None else "provider_id"}
     fields |= {alias: f"aliases[{place}]" for place, alias in enumerate(wanted.aliases)}
@@ -201,7 +198,7 @@ def _kind_violations(model_type: ModelType | int, kind: ModelType | None, dimens
 
 
 def _final_id(model_id: str, provider_id: str, served_name: str) -> str:
-    """The identifier rule: an id that differs from the provider's name is kept; the provider's own name gets a scope."""
+    """The id of a registration: "provider/name" if the requested id is the provider's own name, else the requested id."""
     return scoped_id(provider_id, served_name) if model_id == served_name else model_id
 
 
@@ -214,15 +211,14 @@ def _name_violations(field: str, name: str) -> Iterable[Violation]:
         yield Violation(field, "is required")
     if len(name) > MAX_NAME_LENGTH:
         yield Violation(field, f"has {len(name)} characters; at most {MAX_NAME_LENGTH} are allowed")
-    # Other alphabets have letters that look like these, and several spellings of one letter: a name that looks like another
-    # one must be that one. The names of models on the public hubs are within this. No further than a name may be long: each
-    # character is looked at by itself, which takes a second for 8 MiB.
+    # Other alphabets have letters that look like ASCII ones, and several encodings of one letter. Names on the public hubs are
+    # ASCII. Only the allowed length is checked, because checking 8 MiB takes a second.
     if not all("!" <= character <= "~" for character in name[:MAX_NAME_LENGTH]):
         yield Violation(field, "must be printable ASCII, without white space; in annotations any text is allowed")
 
 
 def _alias_violations(aliases: Sequence[str], model_id: str, before: Sequence[str] = ()) -> Iterable[Violation]:
-    """What is wrong with aliases; one that the model has already may have any characters."""
+    """The violations of aliases; an alias that the model already has may have any characters."""
     if len(aliases) > MAX_ALIASES:
         yield Violation("aliases", f"are {len(aliases)}; at most {MAX_ALIASES} are allowed")
     seen = {model_id}

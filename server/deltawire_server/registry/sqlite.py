@@ -1,4 +1,4 @@
-"""SQLite: a file that the gateways of one machine share, or a database in memory that dies with its process."""
+"""SQLite: a file that gateways on one machine may share, or a database in memory, which ends with the process."""
 
 from __future__ import annotations
 
@@ -26,11 +26,10 @@ if TYPE_CHECKING:
     from sqlalchemy.pool import ConnectionPoolEntry
 
 POLL_SECONDS = 0.2
-"""How often an SQLite file is looked at for what other processes changed: a tenth of a millisecond's work, and changes are
-known everywhere well within a second."""
+"""Interval between checks for changes of other processes. A check takes 0.1 ms."""
 
 PRIVATE = 0o600
-"""The mode of an SQLite file: other users of the machine must not read what callers register."""
+"""The mode of the file: other users of the machine must not read registrations."""
 
 _log = get_logger(__name__)
 
@@ -42,12 +41,12 @@ class SqliteDatabase(Database):
         self._url = url
         self._busy_seconds = busy_seconds
         self._file: tuple[int, int] | None = None  # device and number of the one that was opened
-        # A database in memory is one connection's: transactions take it in turn.
+        # A database in memory belongs to one connection, which transactions use in turn.
         pool = {"poolclass": AsyncAdaptedQueuePool, "pool_size": 1, "max_overflow": 0} if self._in_memory else {}
-        # Parameters are callers' notes: they have no business in the log.
+        # Parameters are callers' data, which must not be logged.
         super().__init__(create_async_engine(url, hide_parameters=True, connect_args={"timeout": busy_seconds}, **pool))
-        # Shares the engine's connections; its transactions take the write lock at once, since one that begins by
-        # reading and is overtaken fails without waiting.
+        # It shares the engine's connections. Its transactions acquire the write lock first, because one that reads first fails
+        # without waiting if another transaction has written meanwhile.
         self._writer = self._engine.execution_options(deltawire_write=True)
         event.listen(self._engine.sync_engine, "connect", _prepare)
         event.listen(self._engine.sync_engine, "begin", _begin)
@@ -55,36 +54,36 @@ class SqliteDatabase(Database):
             event.listen(self._engine.sync_engine, "handle_error", _keep)
 
     async def open(self) -> None:
-        """Make the file and its folder if there are none."""
+        """Create the file and its folder if they do not exist."""
         if self._in_memory:
             return
         if self._path is not None:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             _make_private(self._path)
-        # The asynchronous driver's thread may outlive a connection that fails, and even the event loop, and then it
-        # complains. So whether there is a database to connect to is found out without it.
+        # If a connection fails, the thread of the asynchronous driver may outlive the event loop and print an error. So the
+        # first connection is made without this driver.
         await asyncio.to_thread(self._probe)
         self._file = self._file_now()
 
     def reading(self) -> AbstractAsyncContextManager[AsyncConnection]:
-        """A snapshot, from its first look on."""
+        """A snapshot as of its first query."""
         return self._engine.begin()
 
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[AsyncConnection]:
-        """With the file's one write lock from the begin."""
+        """A transaction that begins with the write lock of the file."""
         self._check_file()
         async with self._writer.begin() as connection:
             yield connection
 
     async def lock_migrations(self, connection: AsyncConnection) -> None:
-        """The write lock is enough."""
+        """No effect: the write lock is sufficient."""
 
     async def announce(self, connection: AsyncConnection, revision: int) -> None:
-        """Others look by themselves."""
+        """No effect: other processes poll."""
 
     async def changes_elsewhere(self) -> AsyncGenerator[None]:
-        """Looks at the number that SQLite changes for a connection when another one has committed."""
+        """Poll the data version, which changes for a connection when another one commits."""
         if self._in_memory:
             await asyncio.Event().wait()  # no other process can access it
         blind = False
@@ -113,22 +112,22 @@ class SqliteDatabase(Database):
 
     @property
     def _path(self) -> Path | None:
-        """The file; `None` for a database in memory, and for SQLite's own "file:" URI, which may ask for anything."""
+        """The file; `None` for a database in memory, and for a "file:" URI, which may have any options."""
         database = self._url.database or ""
         return None if self._in_memory or database.startswith("file:") else Path(database)
 
     def _file_now(self) -> tuple[int, int] | None:
-        """What is at the path now."""
+        """The device and number of the file at the path."""
         if self._path is None:
             return None
         status = self._path.stat()
         return status.st_dev, status.st_ino
 
     def _check_file(self) -> None:
-        """Check that the file is still the one that was opened: writes to a removed file would be lost with the process.
+        """Check that the file was not removed or replaced: writes to a removed file would be lost.
 
         Raises:
-            OSError: It is not.
+            OSError: It was.
         """
         try:
             same = self._file_now() == self._file
@@ -153,7 +152,7 @@ class SqliteDatabase(Database):
 
 
 def _make_private(path: Path) -> None:
-    """Create the file for this user alone, or warn of one that others may use. SQLite gives -wal and -shm the same mode.
+    """Create the file with mode `PRIVATE`; log a warning if an existing one has another. SQLite's -wal and -shm get its mode.
 
     Raises:
         OSError: It cannot be created.
@@ -168,7 +167,7 @@ def _make_private(path: Path) -> None:
 
 
 def _use_log(connection: Connection) -> None:
-    """Let readers and a writer of several processes not wait for each other: the file remembers it."""
+    """Set the journal mode in which readers and a writer do not wait for each other. The file stores it."""
     if connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal":
         return
     # Processes that do this at the same time get "locked" instead of waiting. That is harmless: another process sets it, or
@@ -178,7 +177,7 @@ def _use_log(connection: Connection) -> None:
 
 
 def _prepare(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
-    # Left to itself the driver begins transactions late and not at all for tables, so half a migration could stay.
+    # By default, the driver begins no transaction for changes of tables, so a failed migration would be half done.
     connection.isolation_level = None
     # Invalid UTF-8 would fail the whole query; returned as bytes, it makes only one record damaged.
     connection.driver_connection.text_factory = _text_or_bytes
@@ -195,7 +194,7 @@ def _text_or_bytes(value: bytes) -> str | bytes:
 
 
 def _keep(context: ExceptionContext) -> None:
-    # A call that is given up would take its connection along, and the database in memory with it.
+    # Otherwise a canceled call would close its connection, and the database in memory with it.
     context.is_disconnect = False
 
 

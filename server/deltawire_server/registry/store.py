@@ -1,9 +1,8 @@
 """Registered models in a database: SQLite, or PostgreSQL for gateways on several machines.
 
-Each write is one transaction, has a revision one above that of the write before it, and leaves a record of what it did,
-by which other processes catch up. A constraint of the database ensures that a name has one owner, also across processes. Errors of
-the database become a `RegistryError` with STORE_UNAVAILABLE. The cause is in the log and not in the message, because callers must
-not see paths and SQL.
+Each write is one transaction. It increments the revision and records its change, which other processes read. A constraint of the
+database ensures that a name has one owner, also across processes. Errors of the database become a `RegistryError` with
+STORE_UNAVAILABLE. The cause is in the log and not in the message, because callers must not see paths and SQL.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
-from sqlalchemy import delete, func, insert, literal, make_url, select, update
+from sqlalchemy import Text, delete, func, insert, literal, make_url, select, update
 from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
 from deltawire_server.errors import Reason, RegistryError
@@ -42,26 +41,25 @@ if TYPE_CHECKING:
 _log = get_logger(__name__)
 
 CHANGES_KEPT = 10_000
-"""Records of changes: who missed more reads everything anew, which costs about as much as that many records."""
+"""Limit for the recorded changes. A process that missed more reads all models again, which takes about as long."""
 
 CHANGES_BYTES = 16 * 1024 * 1024
-"""Characters of those records, looked at every `_TRIM_EVERY` changes: the database does not grow with what was overwritten."""
+"""Limit for the characters of these records, applied every `_TRIM_EVERY` changes."""
 
 _TRIM_EVERY = 64
 
 PAGE = 200
-"""Rows that are read at once: at the greatest size of a model this is some megabytes of memory, and reading them as models some
-milliseconds of work."""
+"""Rows of one read: with models of the maximum size a few megabytes of memory, and a few milliseconds of work."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoreLimits:
-    """How much can be registered, over all gateways that share the database. See `settings.model.RegistrySettings`.
+    """Limits for the models of a database, which gateways may share. See `settings.model.RegistrySettings`.
 
     Attributes:
-        max_models: Registered models.
-        max_aliases: Aliases of all of them.
-        max_bytes: Characters of text of all of them, as the database keeps it.
+        max_models: Number of registered models.
+        max_aliases: Number of aliases of all models.
+        max_bytes: Characters of text of all models, as stored in the database.
     """
 
     max_models: int = 10_000
@@ -70,7 +68,7 @@ class StoreLimits:
 
 
 class ChangeKind(enum.Enum):
-    """What became of a model; the values are those of `deltawire.v1.WatchModelsResponse.Change`."""
+    """How a model changed; the values are those of `deltawire.v1.WatchModelsResponse.Change`."""
 
     ADDED = 1
     MODIFIED = 2
@@ -79,13 +77,13 @@ class ChangeKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A change that was committed.
+    """A committed change.
 
     Attributes:
-        revision: Its place in the order of all of them.
-        kind: What became of the model.
-        model_id: Whose.
-        model: As it is after the change, or was before it was removed; `None` if the record cannot be read.
+        revision: The position in the order of all changes.
+        kind: How the model changed.
+        model_id: The id of the model.
+        model: The model after the change, or before its removal; `None` if the record cannot be read.
     """
 
     revision: int
@@ -95,15 +93,14 @@ class Change:
 
 
 class Store:
-    """The database of registered models. `open` it before anything else, `close` it in the end.
+    """The database of registered models. Call `open` first and `close` last.
 
     Args:
-        url: An SQLAlchemy URL, "sqlite:////var/lib/deltawire/registry.db" or "postgresql://user:password@host/name" for
-            example; "sqlite://" lives in memory and dies with the process.
-        busy_seconds: How long a write waits for another process's.
-        changes_kept: Records of changes that each write leaves.
-        changes_bytes: Characters of them.
-        limits: How much can be registered. What the database has beyond them stays, and can be changed to something smaller.
+        url: See `database_of`.
+        busy_seconds: How long a write waits for the writes of other processes.
+        changes_kept: Limit for the recorded changes.
+        changes_bytes: Limit for the characters of these records.
+        limits: Limits for the models. Models above a lowered limit stay, and can be changed to smaller ones.
 
     Raises:
         ValueError: The URL is invalid, the database is not supported, or its driver is not installed.
@@ -124,12 +121,10 @@ class Store:
         self._limits = limits or StoreLimits()
 
     async def open(self) -> None:
-        """Make what is missing, and bring the tables up to date; then call the others.
-
-        A database that is up to date is not written to.
+        """Open the database and migrate its tables, if necessary. A current database is not written to.
 
         Raises:
-            RegistryError: It cannot be opened, or is of a newer release.
+            RegistryError: STORE_UNAVAILABLE: it cannot be opened, or a newer release has migrated it.
         """
         with _translated("open"):
             await self._database.open()
@@ -141,19 +136,17 @@ class Store:
                     await connection.run_sync(migrate)
 
     async def close(self) -> None:
-        """Close all connections. Nothing else may be called afterwards."""
+        """Close all connections. No other method may be called afterwards."""
         await self._database.close()
 
     async def load(self, known: Mapping[str, Model] = MappingProxyType({})) -> tuple[int, list[Model]]:
-        """The revision of the last change, and all models that can be read, by ascending id; read in pages.
-
-        A damaged record is logged and left out.
+        """The revision of the last change, and all readable models by ascending id. Damaged records are logged and omitted.
 
         Args:
-            known: Models in memory by id: one that is unchanged is returned itself, so that only the others take memory.
+            known: Models in memory by id; for an unchanged model, this object is returned, so that it does not take memory twice.
 
         Raises:
-            RegistryError: The database cannot be read.
+            RegistryError: STORE_UNAVAILABLE.
         """
         models: list[Model] = []
         with _translated("load"):
@@ -161,7 +154,7 @@ class Store:
                 revision = await _revision(connection)
                 page = select(MODELS).order_by(MODELS.c.id).limit(PAGE)
                 read = 0
-                # By position and not from the last id on, which may be damaged.
+                # By position and not after the last id, because this id may be damaged.
                 while rows := (await connection.execute(page.offset(read))).mappings().all():
                     read += len(rows)
                     theirs = NAMES.c.model_id.in_([row["id"] for row in rows])
@@ -174,17 +167,17 @@ class Store:
                         if model is not None:
                             before = known.get(model.id)
                             models.append(before if before == model and before is not None else model)
-        # Not by the database: what comes before what differs between them.
+        # Not sorted by the database, because the databases have different orders.
         return revision, sorted(models, key=lambda model: model.id)
 
     async def changes_after(self, revision: int) -> list[Change] | None:
-        """The first `PAGE` changes after a revision, in their order; `None` if they cannot all be had: `load` then.
+        """The first `PAGE` changes after a revision, in order; `None` if some are missing, and then the caller must `load`.
 
-        They cannot if they are too many to have been kept, if one of them is damaged, which is logged, or if the database
-        is older than the revision, because a backup was restored.
+        They are missing if they are no longer recorded, if one of them is damaged, which is logged, or if the database is older
+        than the revision, because a backup was restored.
 
         Raises:
-            RegistryError: The database cannot be read.
+            RegistryError: STORE_UNAVAILABLE.
         """
         with _translated("catch up"):
             async with self._database.reading() as connection:
@@ -204,78 +197,79 @@ class Store:
             return None
 
     async def insert(self, model: Model) -> Model | None:
-        """Keep a model under its id and aliases.
+        """Insert a model with its id and aliases.
 
         Args:
-            model: With both times set.
+            model: The model, with both times.
 
         Returns:
-            As it is kept, with its revision; `None` if a name of it has an owner, and then nothing has changed: `load`
-            tells who.
+            The stored model, with its revision; `None` if a name has an owner, and then nothing has changed: `load` returns the
+            owner.
 
         Raises:
-            RegistryError: REGISTRY_FULL. The database cannot be written.
+            RegistryError: REGISTRY_FULL, STORE_UNAVAILABLE.
         """
         with _translated("insert"):
-            try:
-                async with self._database.writing() as connection:
-                    model = replace(model, revision=await self._next_revision(connection))
-                    await connection.execute(insert(MODELS).values(**values_of(model)))
-                    await _insert_names(connection, model)
-                    self._check_size(_Size(), await _size(connection))
-                    await _record(connection, Change(model.revision, ChangeKind.ADDED, model.id, model))
-            except IntegrityError:
-                return None
-        return model
+            return await self._put(ChangeKind.ADDED, model)
 
     async def update(self, model: Model) -> Model | None:
-        """Put a model in the place of the one of the same id and revision.
+        """Replace the model of the same id and revision.
 
         Args:
-            model: As it shall be; its revision is that of the one which it was made from.
+            model: The new model, with the revision of the model that it replaces.
 
         Returns:
-            As it is kept, with its new revision; `None` if that one is not there any more or a name has an owner, and then
-            nothing has changed.
+            The stored model, with its new revision; `None` if the database has no model of this id and revision or a name has an
+            owner, and then nothing has changed.
 
         Raises:
-            RegistryError: REGISTRY_FULL. The database cannot be written.
+            RegistryError: REGISTRY_FULL, STORE_UNAVAILABLE.
         """
         with _translated("update"):
-            try:
-                async with self._database.writing() as connection:
-                    changed = replace(model, revision=await self._next_revision(connection))
+            return await self._put(ChangeKind.MODIFIED, model)
+
+    async def _put(self, kind: ChangeKind, model: Model) -> Model | None:
+        try:
+            async with self._database.writing() as connection:
+                stored = replace(model, revision=await self._next_revision(connection))
+                before = _Size()
+                if kind is ChangeKind.ADDED:
+                    await connection.execute(insert(MODELS).values(**values_of(stored)))
+                else:
                     before = await _size(connection)
                     mine = (MODELS.c.id == model.id) & (MODELS.c.revision == model.revision)
-                    result = await connection.execute(update(MODELS).where(mine).values(**values_of(changed)))
+                    result = await connection.execute(update(MODELS).where(mine).values(**values_of(stored)))
                     if not result.rowcount:
                         raise _OvertakenError
                     await connection.execute(delete(NAMES).where(NAMES.c.model_id == model.id))
-                    await _insert_names(connection, changed)
-                    self._check_size(before, await _size(connection))
-                    await _record(connection, Change(changed.revision, ChangeKind.MODIFIED, changed.id, changed))
-            except (IntegrityError, _OvertakenError):
-                return None
-        return changed
+                rows = [
+                    {"name": name, "model_id": model.id, "position": place} for place, name in enumerate(model.names)
+                ]
+                await connection.execute(insert(NAMES), rows)
+                self._check_size(before, await _size(connection))
+                await _record(connection, Change(stored.revision, kind, stored.id, stored))
+        except (IntegrityError, _OvertakenError):
+            return None
+        return stored
 
     async def delete(self, name: str, revision: int | None = None) -> Change | None:
-        """Forget the model of this id or alias, damaged or not, with all its names.
+        """Delete a model and its names, even if the record is damaged.
 
         Args:
-            name: Id or alias.
-            revision: Only if it still is of this one; `None` for in any case.
+            name: The id or an alias.
+            revision: The expected revision; `None` for any.
 
         Returns:
-            The change; `None` if no model has this name, or it is of another revision.
+            The change; `None` if no model has this name and revision.
 
         Raises:
-            RegistryError: The database cannot be written.
+            RegistryError: STORE_UNAVAILABLE.
         """
         with _translated("delete"):
             try:
                 async with self._database.writing() as connection:
                     next_revision = await self._next_revision(connection)
-                    # Of a damaged record one half may be missing.
+                    # If the record is damaged, the row of the name or of the model may be missing.
                     owner = await connection.scalar(select(NAMES.c.model_id).where(NAMES.c.name == name))
                     model_id = name if owner is None else owner
                     row = (await connection.execute(select(MODELS).where(MODELS.c.id == model_id))).mappings().first()
@@ -290,17 +284,17 @@ class Store:
                     await connection.execute(delete(MODELS).where(MODELS.c.id == model_id))
                     change = Change(next_revision, ChangeKind.REMOVED, model_id, model)
                     await _record(connection, change)
-            # A name that the database cannot store belongs to no model.
+            # DataError: the database cannot store such a name, so no model has it.
             except (_OvertakenError, DataError):
                 return None
         return change
 
     def changes_elsewhere(self) -> AsyncGenerator[None]:
-        """Something may have changed, each time: `changes_after` tells. Ends only by being closed."""
+        """Yield whenever other processes may have changed something; then call `changes_after`. It ends only when closed."""
         return self._database.changes_elsewhere()
 
     async def _next_revision(self, connection: AsyncConnection) -> int:
-        """Raise the revision. First in every write: it makes all others wait until this one is done."""
+        """Increment the revision. It is the first statement of every write, and locks out the writes of other processes."""
         raised = update(REVISION).values(revision=REVISION.c.revision + 1).returning(REVISION.c.revision)
         revision = int((await connection.execute(raised)).scalar_one())
         await connection.execute(delete(CHANGES).where(CHANGES.c.revision <= revision - self._changes_kept))
@@ -313,10 +307,10 @@ class Store:
         return revision
 
     def _check_size(self, before: _Size, after: _Size) -> None:
-        """Check a write, within its transaction, which all other writers wait for.
+        """Check the limits after a write, within its transaction.
 
         Raises:
-            RegistryError: REGISTRY_FULL: there is more than may be, and more than before.
+            RegistryError: REGISTRY_FULL: a size is above its limit and has grown.
         """
         limits = (self._limits.max_models, self._limits.max_aliases, self._limits.max_bytes)
         for what, limit, old, new in zip(_Size._fields, limits, before, after, strict=True):
@@ -329,26 +323,18 @@ class Store:
                 )
 
 
-_TEXTS = (
-    MODELS.c.id,
-    MODELS.c.provider_id,
-    MODELS.c.provider_model_id,
-    MODELS.c.annotations,
-    MODELS.c.engine_root,
-    MODELS.c.base_model,
-    MODELS.c.owner,
-)
+_TEXTS = [column for column in MODELS.c if isinstance(column.type, Text) and column is not MODELS.c.type]
 _SIZE = select(
     select(func.count()).select_from(MODELS).scalar_subquery(),
     select(func.count()).select_from(NAMES).where(NAMES.c.position > 0).scalar_subquery(),
     select(func.coalesce(func.sum(sum((func.length(each) for each in _TEXTS), start=literal(0))), 0)).scalar_subquery()
     + select(func.coalesce(func.sum(func.length(NAMES.c.name)), 0)).scalar_subquery(),
 )
-"""What `_Size` holds. Text is counted as it is kept: names in characters, annotations as JSON in ASCII."""
+"""The query for `_Size`. Text is counted as stored: names in characters, annotations as JSON in ASCII."""
 
 
 class _Size(NamedTuple):
-    """How much is registered; the names are those of the limits."""
+    """The size of all registered models; the names are those of the limits."""
 
     models: int = 0
     aliases: int = 0
@@ -356,21 +342,16 @@ class _Size(NamedTuple):
 
 
 async def _size(connection: AsyncConnection) -> _Size:
-    """How much is registered, in one query: the write lock is held meanwhile."""
+    """The size of all registered models, in one query, because the transaction holds the write lock."""
     return _Size(*map(int, (await connection.execute(_SIZE)).one()))
 
 
 class _OvertakenError(Exception):
-    """What was to be changed is not there any more: the transaction is rolled back."""
+    """The model to change no longer exists in this revision: the transaction is rolled back."""
 
 
 async def _revision(connection: AsyncConnection) -> int:
     return int((await connection.execute(select(REVISION.c.revision))).scalar_one())
-
-
-async def _insert_names(connection: AsyncConnection, model: Model) -> None:
-    rows = [{"name": name, "model_id": model.id, "position": place} for place, name in enumerate(model.names)]
-    await connection.execute(insert(NAMES), rows)
 
 
 async def _record(connection: AsyncConnection, change: Change) -> None:
@@ -384,14 +365,14 @@ async def _record(connection: AsyncConnection, change: Change) -> None:
 
 
 def _change(revision: int, kind: str, model_id: object, record: object) -> Change:
-    """The change of a record.
+    """The change of a row.
 
     Raises:
         DamagedRecordError: It is not a record that this release writes.
     """
     if kind not in ChangeKind.__members__ or not isinstance(model_id, str):
         raise DamagedRecordError(f"revision {revision}: {kind!r} of {model_id!r}")
-    # What has been removed may have been damaged before.
+    # A removed model may have been damaged.
     if ChangeKind[kind] is ChangeKind.REMOVED and record == "":
         return Change(revision, ChangeKind.REMOVED, model_id, None)
     model = model_of_record(record)
@@ -401,7 +382,7 @@ def _change(revision: int, kind: str, model_id: object, record: object) -> Chang
 
 
 def _readable(row: RowMapping, names: Sequence[object]) -> Model | None:
-    """The model of a row and its names; `None`, and logged, if it is damaged."""
+    """The model of a row and its names; `None` if it is damaged, which is logged."""
     try:
         if row["id"] not in names:
             raise DamagedRecordError("its id is not among its names")
@@ -425,12 +406,12 @@ def _translated(what: str) -> Iterator[None]:
 
 
 def database_of(url: str, busy_seconds: float = BUSY_SECONDS) -> Database:
-    """The database behind an SQLAlchemy URL; `open` it, `close` it in the end.
+    """The database of an SQLAlchemy URL. Call `open` first and `close` last.
 
     Args:
-        url: "sqlite:////var/lib/deltawire/registry.db", "sqlite://" for one in memory that dies with the process, or
-            "postgresql://user:password@host/name".
-        busy_seconds: How long a write waits for another process's.
+        url: "sqlite:////var/lib/deltawire/registry.db", "postgresql://user:password@host/name", or "sqlite://" for a database in
+            memory, which ends with the process.
+        busy_seconds: How long a write waits for the writes of other processes.
 
     Raises:
         ValueError: The URL is invalid, the database is not supported, or its driver is not installed. The message does not
@@ -446,9 +427,9 @@ def database_of(url: str, busy_seconds: float = BUSY_SECONDS) -> Database:
         return SqliteDatabase(parsed.set(drivername="sqlite+aiosqlite"), busy_seconds)
     if kind == "postgresql":
         try:
-            # Only who uses PostgreSQL has its driver.
+            # The driver is an optional dependency.
             from deltawire_server.registry.postgres import PostgresDatabase
         except ImportError as error:
             raise ValueError("PostgreSQL needs psycopg: pip install 'deltawire[postgres]'") from error
         return PostgresDatabase(parsed.set(drivername="postgresql+psycopg"), busy_seconds)
-    raise ValueError(f"the registry keeps its models in SQLite or PostgreSQL, not in {kind}")
+    raise ValueError(f"the registry supports SQLite and PostgreSQL, not {kind}")

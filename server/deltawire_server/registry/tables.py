@@ -1,7 +1,7 @@
-"""The registry's tables, and the numbered steps that lead to them from an empty database.
+"""The tables of the registry, and the numbered migration steps that create them.
 
-A step is never edited once it has been released: databases out there have taken it. To change a table, append a step
-and bring the `Table` below in line; a test holds that the steps lead to just these tables.
+Released steps must not be edited, because existing databases have applied them. To change a table, append a step and update the
+`Table`; a test compares the tables with the result of the steps.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SCHEMA_STEPS = Table(
     Column("version", Integer, primary_key=True, autoincrement=False),
     Column("applied_time", BigInteger, nullable=False),
 )
-"""The steps taken, and when, in microseconds since 1970."""
+"""The applied steps, with their times in microseconds since 1970."""
 
 MODELS = Table(
     "models",
@@ -46,8 +46,8 @@ MODELS = Table(
     Column("revision", BigInteger, nullable=False),
     Column("owner", Text, nullable=False),
 )
-"""Registered models. `type` is the enum's name, `annotations` a JSON object of strings; times: microseconds since 1970.
-`revision` is that of the change that made the row what it is."""
+"""Registered models. `type` is the name in the enum, `annotations` a JSON object of strings; times are in microseconds since 1970.
+`revision` is that of the row's last change."""
 
 NAMES = Table(
     "names",
@@ -56,7 +56,7 @@ NAMES = Table(
     Column("model_id", Text, ForeignKey("models.id", ondelete="CASCADE"), nullable=False),
     Column("position", Integer, nullable=False),
 )
-"""Every id (position 0) and alias (from 1). Its key is what makes a name unique, whichever of the two it is."""
+"""All ids (position 0) and aliases (from 1). The key makes each name unique."""
 
 REVISION = Table(
     "registry_revision",
@@ -64,8 +64,8 @@ REVISION = Table(
     Column("id", Integer, primary_key=True, autoincrement=False),
     Column("revision", BigInteger, nullable=False),
 )
-"""One row, with the revision of the last change. Every write begins by raising it, so that writes are in one order, which
-is that of their revisions, and a revision that is rolled back is used again: there are no gaps."""
+"""One row, with the revision of the last change. Every write increments it first, so writes are ordered by their revisions. A
+revision that is rolled back is used again, so there are no gaps."""
 
 CHANGES = Table(
     "changes",
@@ -75,8 +75,8 @@ CHANGES = Table(
     Column("model_id", Text, nullable=False),
     Column("record", Text, nullable=False),
 )
-"""The last changes, for processes that have to catch up. `change` is the enum's name, `record` the model as JSON: after the
-change, or before it if it was removed."""
+"""The last changes, for other processes. `change` is the name in the enum, `record` the model as JSON after the change, or before
+its removal."""
 
 STEPS: Mapping[int, tuple[str, ...]] = MappingProxyType(
     {
@@ -124,21 +124,21 @@ STEPS: Mapping[int, tuple[str, ...]] = MappingProxyType(
             "ALTER TABLE models RENAME COLUMN root TO engine_root",
             "ALTER TABLE models RENAME COLUMN parent TO base_model",
             "ALTER TABLE models ADD COLUMN owner TEXT NOT NULL DEFAULT ''",
-            # Their records have the old names. Processes that miss them read all models anew.
+            # Their records have the old names. Processes read all models again.
             "DELETE FROM changes",
         ),
     }
 )
-"""What each step does, in ascending order."""
+"""The statements of each step, in ascending order."""
 
 LATEST = max(STEPS)
 
 
 def version_of(connection: Connection) -> int:
-    """The last step that this database has taken; 0 for an empty one.
+    """The last applied step; 0 for an empty database.
 
     Raises:
-        RegistryError: It was taken further by a newer release, whose tables this one does not know.
+        RegistryError: STORE_UNAVAILABLE: a newer release has migrated the database.
     """
     if not inspect(connection).has_table(SCHEMA_STEPS.name):
         return 0
@@ -152,7 +152,7 @@ def version_of(connection: Connection) -> int:
 
 
 def migrate(connection: Connection) -> None:
-    """Take the steps that are missing. The caller holds the write lock and commits all of them or none."""
+    """Apply the missing steps. The caller holds the write lock, and commits all of them or none."""
     for version in range(version_of(connection) + 1, LATEST + 1):
         for statement in STEPS[version]:
             connection.exec_driver_sql(statement)

@@ -1,12 +1,7 @@
-"""All models as they are now: registered and discovered, each with its state; and the changes to them, one by one.
+"""Computes the models that callers see, registered and discovered, with their states, and publishes each change to the feed.
 
-    database ── follower ──▶ known ──┐
-                                     ├──▶ view ──▶ feed ──▶ watchers
-    providers ── refresh ──▶ served ─┘
-
-Whatever changes says which ids may look different now; those are looked at again, and what is different is published.
-A provider may list very many models, which all change when it goes down: they are looked at a part at a time, and other
-tasks run in between.
+Each change of a registration or a listing names the ids that it may affect. These models are computed again, and published if they
+differ. If a provider with very many models fails, all of them change: they are updated in steps, and other tasks run in between.
 """
 
 from __future__ import annotations
@@ -22,103 +17,98 @@ from deltawire_server.registry.scopes import may_have, registered
 from deltawire_server.registry.store import ChangeKind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
+    from deltawire_server.registry.feed import Feed
     from deltawire_server.registry.listing_cache import ListingCache
     from deltawire_server.registry.registered_index import RegisteredIndex
     from deltawire_server.upstream.base import ServedModel
 
 
 LOOKS_AT_ONCE = 250
-"""Models that are looked at without giving way: some milliseconds of work."""
+"""Models that are computed or read before other tasks run: a few milliseconds of work."""
 
 
 class View:
-    """What a caller without a token of its own sees.
+    """The models that all callers see; a caller's own token may show others.
 
     Args:
-        known: What is registered.
-        served: What the providers list.
-        publish: Called with every change, in order.
-
-    Attributes:
-        models: All of them, by id.
+        known: The registered models.
+        served: The listings of the providers.
+        feed: Keeps the models and publishes every change.
     """
 
-    def __init__(
-        self, known: RegisteredIndex, served: ListingCache, publish: Callable[[ChangeKind, Model], None]
-    ) -> None:
-        self.models: dict[str, Model] = {}
+    def __init__(self, known: RegisteredIndex, served: ListingCache, feed: Feed) -> None:
         self._known = known
         self._served = served
-        self._publish = publish
+        self._feed = feed
         self._due: dict[str, None] = {}
         self._task: asyncio.Task[None] | None = None
 
     async def settled(self) -> None:
-        """Wait until `models` has all that was reported."""
+        """Wait until the feed has all reported changes."""
         while self._task is not None:
             await asyncio.wait([self._task])
 
     async def stop(self) -> None:
-        """Look at nothing more."""
+        """Cancel the remaining updates."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
 
     def registered(self, *models: Model | None) -> None:
-        """A registration has changed: it was one of these and is the other."""
+        """Update the models that a change of a registration affects.
+
+        Args:
+            models: The registration before and after the change; `None` if there is none.
+        """
         ids: dict[str, None] = {}
         for model in models:
             if model is not None:
-                # Whatever it is called, and what it leads to: a registered model stands for its target.
+                # Also the id of the discovered model, which a registration hides.
                 ids.update(dict.fromkeys((*model.names, scoped_id(*model.target))))
-        self._look(ids)
+        self._update(ids)
 
     def listed(self, provider_id: str) -> None:
-        """What is known of a provider has changed: some models are looked at now, the rest as soon as possible."""
-        seen = [model.id for model in self.models.values() if model.provider_id == provider_id]
-        served = (scoped_id(provider_id, each.id) for each in self._served.models(provider_id))
+        """Update the models of a provider whose listing or health has changed: `LOOKS_AT_ONCE` now, the rest in a task."""
+        seen = [model.id for model in self._feed.models() if model.provider_id == provider_id]
+        served = (scoped_id(provider_id, each) for each in self._served.listed(provider_id))
         self._due.update(dict.fromkeys((*seen, *served)))
         if self._task is None:
-            self._look_at_some()
+            self._update_some()
         if self._due and self._task is None:
-            self._task = asyncio.create_task(self._look_at_all(), name="look at many models")
-            self._task.add_done_callback(self._looked_at_all)
+            self._task = asyncio.create_task(self._update_all(), name="update many models")
+            self._task.add_done_callback(self._updated_all)
 
     def as_seen(self, model: Model) -> Model:
         """A registered model with its current state, without later changes to the registration."""
         state = self._served.state(*model.target)
-        seen = self.models.get(model.id)
+        seen = self._feed.get(model.id)
         if seen is not None and seen.revision == model.revision and seen.state is state:
             return seen
         return replace(model, state=state)
 
-    async def _look_at_all(self) -> None:
+    async def _update_all(self) -> None:
         while self._due:
             await give_way()
-            self._look_at_some()
+            self._update_some()
 
-    def _looked_at_all(self, _: asyncio.Task[None]) -> None:
+    def _updated_all(self, _: asyncio.Task[None]) -> None:
         self._task = None
 
-    def _look_at_some(self) -> None:
+    def _update_some(self) -> None:
         some = list(itertools.islice(self._due, LOOKS_AT_ONCE))
         for model_id in some:
             del self._due[model_id]
-        self._look(some)
+        self._update(some)
 
-    def _look(self, ids: Iterable[str]) -> None:
+    def _update(self, ids: Iterable[str]) -> None:
         for model_id in ids:
-            before, now = self.models.get(model_id), self._now(model_id)
-            if now == before:
-                continue
-            if now is not None:
-                self.models[model_id] = now
-                self._publish(ChangeKind.ADDED if before is None else ChangeKind.MODIFIED, now)
-            elif before is not None:
-                del self.models[model_id]
-                self._publish(ChangeKind.REMOVED, before)
+            before, now = self._feed.get(model_id), self._now(model_id)
+            if now is None and before is not None:
+                self._feed.publish(ChangeKind.REMOVED, before)
+            elif now is not None and now != before:
+                self._feed.publish(ChangeKind.ADDED if before is None else ChangeKind.MODIFIED, now)
 
     def _now(self, model_id: str) -> Model | None:
         model = self._known.models.get(model_id)
@@ -134,14 +124,14 @@ class View:
         for provider_id in self._served.provider_ids:
             scope = scoped_id(provider_id, "")
             if model_id.startswith(scope):
-                served = self._served.find(provider_id, model_id.removeprefix(scope))
+                served = self._served.listed(provider_id).get(model_id.removeprefix(scope))
                 if served is not None:
                     return discovered(provider_id, served, self._served.state(provider_id, served.id))
         return None
 
 
 def discovered(provider_id: str, served: ServedModel, state: ModelState) -> Model:
-    """What a provider lists, as a model. Made in one step: there may be very many of them."""
+    """The model of an entry of a provider's listing. It is built in one step, because there may be very many."""
     return Model(
         scoped_id(provider_id, served.id),
         provider_id,
@@ -155,23 +145,18 @@ def discovered(provider_id: str, served: ServedModel, state: ModelState) -> Mode
 
 
 def with_served(model: Model, served: ServedModel) -> Model:
-    """A registered model with what its provider says of it."""
-    return replace(
-        model,
-        max_context_tokens=_context_tokens(served),
-        engine_root=served.engine_root,
-        base_model=served.base_model,
-    )
+    """A registered model with the data of its provider's listing."""
+    tokens, root, base = _context_tokens(served), served.engine_root, served.base_model
+    return replace(model, max_context_tokens=tokens, engine_root=root, base_model=base)
 
 
 def _context_tokens(served: ServedModel) -> int | None:
-    # A number that cannot be is as good as none, and must not fail the call.
+    # An invalid number is ignored, so that it does not fail the call.
     tokens = served.max_context_tokens
     return tokens if tokens is not None and 0 <= tokens <= MAX_CONTEXT_TOKENS else None
 
 
 def is_new(discovered_model: Model, known: RegisteredIndex, provider_ids: Iterable[str]) -> bool:
-    """Whether a discovered model is to be seen: neither it nor its name is registered."""
-    if known.has_target(discovered_model.target):
-        return False
-    return registered(discovered_model.id, known, provider_ids) is None
+    """Whether a discovered model is visible: neither the model nor its id is registered."""
+    hidden = known.has_target(discovered_model.target)
+    return not hidden and registered(discovered_model.id, known, provider_ids) is None

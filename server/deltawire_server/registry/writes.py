@@ -1,4 +1,4 @@
-"""Changes to what is registered: to the database first, and to memory when that has succeeded."""
+"""Writes registrations: to the database first, then to memory."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 UNREADABLE = "unregister that one first, or choose another name"
-"""What to do about a record that is damaged: it cannot be updated."""
+"""The remedy for a damaged record, which cannot be updated."""
 
 
 class Writes:
-    """The writes of a registry, one after the other and each as a whole.
+    """The writes of a registry, one at a time. A write completes even if its caller is canceled.
 
     Args:
-        store: Open before the first write, until `finish` has returned.
-        known: What is in memory.
-        follower: Brings the writes into it.
+        store: The store, open until `finish` has returned.
+        known: The registered models in memory.
+        follower: Applies the writes to memory.
     """
 
     def __init__(self, store: Store, known: RegisteredIndex, follower: ChangeLogReader) -> None:
@@ -39,23 +39,23 @@ class Writes:
         self._tasks: set[asyncio.Task[object]] = set()
 
     async def insert(self, model: Model) -> Model:
-        """Keep a model, with both times set; gives back the one that is kept, which may be another's of just now.
+        """Insert a model with both times; return the stored one, which may be an equal one of a concurrent call.
 
         Raises:
-            RegistryError: MODEL_ALREADY_EXISTS, STORE_UNAVAILABLE.
+            RegistryError: MODEL_ALREADY_EXISTS, REGISTRY_FULL, STORE_UNAVAILABLE.
         """
         return await self._to_the_end(self._insert(model))
 
     async def update(self, model: Model) -> Model | None:
-        """Put a model in the place of the one of the same id and revision; `None` if others have changed that meanwhile.
+        """Replace the model of the same id and revision; return `None` if it was changed or removed: read it and retry.
 
         Raises:
-            RegistryError: MODEL_ALREADY_EXISTS, STORE_UNAVAILABLE.
+            RegistryError: MODEL_ALREADY_EXISTS, REGISTRY_FULL, STORE_UNAVAILABLE.
         """
         return await self._to_the_end(self._update(model))
 
     async def delete(self, name: str, revision: int | None = None) -> bool:
-        """Forget the model of this id or alias; whether there was one, of this revision if one is given.
+        """Delete the model of this id or alias, and of this revision if given; return whether there was one.
 
         Raises:
             RegistryError: STORE_UNAVAILABLE.
@@ -63,7 +63,7 @@ class Writes:
         return await self._to_the_end(self._delete(name, revision))
 
     async def finish(self) -> None:
-        """Wait for the writes under way."""
+        """Wait for the active writes."""
         if self._tasks:
             await asyncio.wait(self._tasks)
 
@@ -71,7 +71,7 @@ class Writes:
         async with self._lock:
             revision = -1
             while revision != self._follower.revision:
-                # Someone may have been faster while the provider was asked.
+                # A concurrent call may have registered it while the provider was listed.
                 stored = self._known.same(model)
                 if stored is not None:
                     return stored
@@ -80,7 +80,7 @@ class Writes:
                 if kept is not None:
                     await self._follower.applied(Change(kept.revision, ChangeKind.ADDED, kept.id, kept))
                     return kept
-                # The names were free in memory: another process has registered meanwhile, and may have unregistered since.
+                # A name is free in memory and not in the database: another process has registered it.
                 await self._follower.catch_up()
             raise taken(model.id, model.id, "or an alias belongs to a record that cannot be read", UNREADABLE)
 
@@ -96,30 +96,30 @@ class Writes:
                 if kept is not None:
                     await self._follower.applied(Change(kept.revision, ChangeKind.MODIFIED, kept.id, kept))
                     return kept
-                # Another process has changed the model or has taken a name meanwhile, and may have given it up since.
+                # Another process has changed the model, or has registered a name.
                 await self._follower.catch_up()
             raise taken(
                 model.id, model.id, "cannot have an alias that belongs to a record that cannot be read", UNREADABLE
             )
 
     def _is_current(self, model: Model) -> bool:
-        """Whether a model is unchanged in memory; otherwise its names must not be compared with those of others."""
+        """Whether a model is unchanged in memory; otherwise its own names may belong to other models."""
         known = self._known.models.get(model.id)
         return known is not None and known.revision == model.revision
 
     async def _delete(self, name: str, revision: int | None) -> bool:
         async with self._lock:
-            # The database decides: it may hold what another process registered, or a record too damaged for memory.
+            # The database may have a model that is not in memory: of another process, or with a damaged record.
             change = await self._store.delete(name, revision)
             if change is not None:
                 await self._follower.applied(change)
                 return True
-            # Memory may hold what another process has just removed or changed.
+            # Memory may have a model that another process has changed or removed.
             await self._follower.catch_up()
             return False
 
     async def _to_the_end(self, write: Coroutine[object, object, T]) -> T:
-        """Complete a write even if its caller is cancelled, so that memory has every change of the database."""
+        """Complete a write even if its caller is canceled, so that memory has every change of the database."""
         task = asyncio.create_task(write)
         self._tasks.add(task)
         task.add_done_callback(self._done)
@@ -128,5 +128,5 @@ class Writes:
     def _done(self, task: asyncio.Task[object]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            # Retrieve the exception so that asyncio does not log it if the caller was cancelled.
+            # Retrieve the exception so that asyncio does not log it if the caller was canceled.
             task.exception()

@@ -19,7 +19,7 @@ from deltawire_server.sansio.events import Completed
 from deltawire_server.worker import Caller
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from grpc import aio
 
@@ -136,7 +136,7 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         del request, chat
         async with running as completion:
             messages = convert.ResponseWriter(completion, self._max_completed_bytes)
-            writer = self._writer(context, record, slow_caller)
+            writer = self._writer(context, record)
             sequence = 0
             with _noted(record, completion):
                 async with aclosing(completion.batches()) as batches:
@@ -210,7 +210,8 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
     ) -> None:
         """Write a stream from the caller's position to its end."""
         messages = convert.ResponseWriter(stream, self._max_completed_bytes)
-        writer = self._writer(context, record, _slow_reader if stream.is_retained else slow_caller)
+        more = "; the stream is retained and can be resumed" if stream.is_retained else ""
+        writer = self._writer(context, record, more)
         with stream.read(caller.left, after) as reader, _noted(record, stream):
             async with aclosing(reader.follow()) as batches:
                 async for numbered in batches:
@@ -219,8 +220,8 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         if not record.latch.succeeded:
             record.latch.succeed()  # the caller already had the last message, and it had no fault
 
-    def _writer(self, context: _Context, record: CallRecord, slow: Callable[[float], GatewayError]) -> StreamWriter:
-        return StreamWriter(context, record, self._slow_caller_timeout, slow)
+    def _writer(self, context: _Context, record: CallRecord, more: str = "") -> StreamWriter:
+        return StreamWriter(context, record, self._slow_caller_timeout, lambda limit: slow_caller(limit, more))
 
 
 def _is_whole(event: StreamEvent) -> bool:
@@ -228,14 +229,9 @@ def _is_whole(event: StreamEvent) -> bool:
     return isinstance(event, Completed) and event.fault is None
 
 
-def slow_caller(limit: float) -> GatewayError:
-    """SLOW_CALLER: the caller did not receive a message of a stream that is not retained in time."""
-    message = f"the caller did not receive a message for {limit:g} seconds"
-    return GatewayError(Reason.SLOW_CALLER, message, metadata={"limit_seconds": f"{limit:g}"})
-
-
-def _slow_reader(limit: float) -> GatewayError:
-    message = f"the caller did not receive a message for {limit:g} seconds; the stream is retained and can be resumed"
+def slow_caller(limit: float, more: str = "") -> GatewayError:
+    """SLOW_CALLER: the caller did not receive a message of its stream within the limit in seconds; `more` ends the message."""
+    message = f"the caller did not receive a message for {limit:g} seconds{more}"
     return GatewayError(Reason.SLOW_CALLER, message, metadata={"limit_seconds": f"{limit:g}"})
 
 

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
     from deltawire_server.completions.info import CompletionInfo, CompletionView, Timings
     from deltawire_server.completions.records import Record
-    from deltawire_server.upstream.request import Sampling
 
 MAX_PATH_BYTES = 16 * 1024
 """The longest JSON Pointer that is sent. Its steps are keys that the model wrote, and the same message has arguments of up to
@@ -64,30 +63,24 @@ class ResponseWriter:
             event: Any event except `Refused`, which the worker converts to an error.
         """
         response = chat_pb.StreamChatCompletionResponse(sequence=sequence)
+        choice: int | None = getattr(event, "choice", None)
+        if choice is not None:
+            response.choice_index = choice
         match event:
-            case TextDelta():
-                response.choice_index = event.choice
-                response.text_delta.text = event.text
+            case TextDelta() | ReasoningDelta():
+                delta = response.text_delta if isinstance(event, TextDelta) else response.reasoning_delta
+                delta.text = event.text
                 if event.logprobs:
-                    response.text_delta.logprobs.extend(logprobs(event.logprobs))
-            case ReasoningDelta():
-                response.choice_index = event.choice
-                response.reasoning_delta.text = event.text
-                if event.logprobs:
-                    response.reasoning_delta.logprobs.extend(logprobs(event.logprobs))
+                    delta.logprobs.extend(logprobs(event.logprobs))
             case ToolCallStarted():
-                response.choice_index = event.choice
                 _set_call(response.tool_call_delta, event, tool_pb2.TOOL_CALL_PARSE_STATUS_STARTED)
                 response.tool_call_delta.tool_name = event.tool_name
             case ToolCallArguments():
-                response.choice_index = event.choice
                 _set_call(response.tool_call_delta, event, tool_pb2.TOOL_CALL_PARSE_STATUS_IN_PROGRESS)
                 response.tool_call_delta.arguments_fragment = event.fragment
             case ToolCallSucceeded() | ToolCallFailed():
-                response.choice_index = event.choice
                 response.tool_call_delta.CopyFrom(_verdict(event))
             case ChoiceFinished():
-                response.choice_index = event.choice
                 response.choice_finished.CopyFrom(_choice_finished(event))
             case Started():
                 response.started.CopyFrom(started(self._completion.head))
@@ -118,7 +111,7 @@ def started(head: CompletionInfo) -> chat_pb.Started:
         alias=head.alias,
         provider_id=head.provider_id,
         create_time=_timestamp(head.create_time),
-        effective_sampling=_sampling(head.sampling),
+        effective_sampling=chat_pb.Sampling(**head.sampling.given()),
     )
 
 
@@ -272,26 +265,6 @@ def usage(usage: Usage) -> chat_pb.Usage:
         cached_prompt_tokens=usage.cached_prompt_tokens,
         reasoning_tokens=usage.reasoning_tokens,
         provenance=chat_pb.UsageProvenance.ValueType(usage.provenance.value),
-    )
-
-
-def _sampling(sampling: Sampling) -> chat_pb.Sampling:
-    return chat_pb.Sampling(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        frequency_penalty=sampling.frequency_penalty,
-        presence_penalty=sampling.presence_penalty,
-        repetition_penalty=sampling.repetition_penalty,
-        seed=sampling.seed,
-        max_tokens=sampling.max_tokens,
-        min_tokens=sampling.min_tokens,
-        stop=sampling.stop,
-        stop_token_ids=sampling.stop_token_ids,
-        ignore_eos=sampling.ignore_eos,
-        logit_bias=sampling.logit_bias,
-        bad_words=sampling.bad_words,
     )
 
 

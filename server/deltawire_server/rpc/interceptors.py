@@ -239,7 +239,10 @@ class CallInterceptor(aio.ServerInterceptor):
                             )
                             record.request_bytes = len(data)
                             async with self._memory.turn(len(data)):
-                                request = _parsed(parse, data)
+                                try:
+                                    request = parse(data)
+                                except DecodeError:
+                                    raise await wire.unparsed(data, method) from None
                             del data
                         admitted.enter_context(_disconnect_is_cancellation())
                         running = behaviour(request, context)

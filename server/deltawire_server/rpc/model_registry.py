@@ -9,7 +9,6 @@ Methods raise the `DeltawireError`s of the registry, which `CallInterceptor` con
 from __future__ import annotations
 
 from contextlib import aclosing
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -21,16 +20,12 @@ from deltawire_server.registry import pages, rules
 from deltawire_server.registry.messages import quoted
 from deltawire_server.registry.model import ModelSource, ModelState, ModelType
 from deltawire_server.registry.registry import Filter
-from deltawire_server.registry.store import ChangeKind
 from deltawire_server.rpc.interceptors import call_context, call_record
 from deltawire_server.rpc.status import MAX_MESSAGE, shorten
 from deltawire_server.rpc.violations import Violations
 from deltawire_server.rpc.writer import StreamWriter
-from deltawire_server.upstream.base import HealthStatus
-from deltawire_server.upstream.engine import EngineKind
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from datetime import datetime
 
     import grpc
@@ -43,47 +38,6 @@ if TYPE_CHECKING:
     from deltawire_server.upstream.providers import Providers
 
     Context = grpc.aio.ServicerContext[Any, Any]
-
-MODEL_TYPES: Mapping[ModelType, pb.ModelType.ValueType] = MappingProxyType(
-    {
-        ModelType.LLM: pb.MODEL_TYPE_LLM,
-        ModelType.EMBEDDING: pb.MODEL_TYPE_EMBEDDING,
-        ModelType.RERANK: pb.MODEL_TYPE_RERANK,
-    }
-)
-MODEL_SOURCES: Mapping[ModelSource, pb.ModelSource.ValueType] = MappingProxyType(
-    {
-        ModelSource.REGISTERED: pb.MODEL_SOURCE_REGISTERED,
-        ModelSource.DISCOVERED: pb.MODEL_SOURCE_DISCOVERED,
-    }
-)
-MODEL_STATES: Mapping[ModelState, pb.ModelState.ValueType] = MappingProxyType(
-    {
-        ModelState.SERVING: pb.MODEL_STATE_SERVING,
-        ModelState.UNAVAILABLE: pb.MODEL_STATE_UNAVAILABLE,
-        ModelState.UNKNOWN: pb.MODEL_STATE_UNKNOWN,
-    }
-)
-CHANGES: Mapping[ChangeKind, pb.WatchModelsResponse.Change.ValueType] = MappingProxyType(
-    {
-        ChangeKind.ADDED: pb.WatchModelsResponse.CHANGE_ADDED,
-        ChangeKind.MODIFIED: pb.WatchModelsResponse.CHANGE_MODIFIED,
-        ChangeKind.REMOVED: pb.WatchModelsResponse.CHANGE_REMOVED,
-    }
-)
-ENGINE_KINDS: Mapping[EngineKind, pb.Engine.Kind.ValueType] = MappingProxyType(
-    {
-        EngineKind.UNKNOWN: pb.Engine.KIND_UNKNOWN,
-        EngineKind.VLLM: pb.Engine.KIND_VLLM,
-        EngineKind.PROXY: pb.Engine.KIND_PROXY,
-    }
-)
-HEALTH_STATUSES: Mapping[HealthStatus, pb.HealthStatus.ValueType] = MappingProxyType(
-    {
-        HealthStatus.OK: pb.HEALTH_STATUS_OK,
-        HealthStatus.ERROR: pb.HEALTH_STATUS_ERROR,
-    }
-)
 
 SLOW_WATCHER_SECONDS = 30.0
 """How long a watcher may take to receive a message by default: as long as the caller of a chat."""
@@ -144,9 +98,9 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
         """Return a page of all models."""
         wanted = Filter(
             request.provider_id,
-            _chosen("type", request.type, MODEL_TYPES),
-            _chosen("state", request.state, MODEL_STATES),
-            _chosen("source", request.source, MODEL_SOURCES),
+            _chosen("type", request.type, ModelType),
+            _chosen("state", request.state, ModelState),
+            _chosen("source", request.source, ModelSource),
         )
         models, next_page_token, unreachable = await self._registry.list(
             request.page_size, request.page_token, call_context(context).token, wanted
@@ -242,7 +196,7 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
         provider = self._providers.get(request.provider_id)
         health = await self._providers.check_health(provider.id)
         return pb.CheckProviderHealthResponse(
-            status=HEALTH_STATUSES[health.status],
+            status=pb.HealthStatus.ValueType(health.status.value),
             message=shorten(health.message, MAX_MESSAGE),
             engine=engine_message(provider.engine),
         )
@@ -283,7 +237,11 @@ def step_message(step: Step) -> pb.WatchModelsResponse:
     """The message for a step of a watch."""
     if step.kind is None or step.model is None:
         return pb.WatchModelsResponse(bookmark=True, revision=step.revision)
-    return pb.WatchModelsResponse(change=CHANGES[step.kind], model=model_message(step.model), revision=step.revision)
+    return pb.WatchModelsResponse(
+        change=pb.WatchModelsResponse.Change.ValueType(step.kind.value),
+        model=model_message(step.model),
+        revision=step.revision,
+    )
 
 
 def model_message(model: Model) -> pb.Model:
@@ -292,16 +250,16 @@ def model_message(model: Model) -> pb.Model:
         id=model.id,
         provider_id=model.provider_id,
         provider_model_id=model.provider_model_id,
-        type=MODEL_TYPES[model.type],
+        type=pb.ModelType.ValueType(model.type.value),
         aliases=model.aliases,
         annotations=model.annotations,
-        source=MODEL_SOURCES[model.source],
+        source=pb.ModelSource.ValueType(model.source.value),
         max_context_tokens=model.max_context_tokens,
         engine_root=model.engine_root,
         base_model=model.base_model,
         create_time=_timestamp(model.create_time),
         update_time=_timestamp(model.update_time),
-        state=MODEL_STATES[model.state],
+        state=pb.ModelState.ValueType(model.state.value),
         etag=model.etag,
         embedding_dimension=model.embedding_dimension,
         owner=model.owner,
@@ -310,7 +268,11 @@ def model_message(model: Model) -> pb.Model:
 
 def engine_message(engine: Engine) -> pb.Engine:
     """The message for the engine of a provider."""
-    return pb.Engine(kind=ENGINE_KINDS[engine.kind], version=engine.version, detail=shorten(engine.detail, MAX_MESSAGE))
+    return pb.Engine(
+        kind=pb.Engine.Kind.ValueType(engine.kind.value),
+        version=engine.version,
+        detail=shorten(engine.detail, MAX_MESSAGE),
+    )
 
 
 def _timestamp(time: datetime | None) -> Timestamp | None:
@@ -321,15 +283,14 @@ def _timestamp(time: datetime | None) -> Timestamp | None:
     return timestamp
 
 
-def _chosen(field: str, number: int, meanings: Mapping[_Choice, int]) -> _Choice | None:
+def _chosen(field: str, number: int, meanings: type[_Choice]) -> _Choice | None:
     """The enum value for a filter's number; `None` for all."""
-    if not number:
-        return None
-    for meaning, value in meanings.items():
-        if value == number:
-            return meaning
-    known = ", ".join(f"{value} ({meaning.name})" for meaning, value in meanings.items())
-    raise invalid_request([Violation(field, f"{number} is not a valid value: use one of {known}, or 0 for all")])
+    try:
+        return meanings(number) if number else None
+    except ValueError:
+        known = ", ".join(f"{meaning.value} ({meaning.name})" for meaning in meanings)
+        violation = f"{number} is not a valid value: use one of {known}, or 0 for all"
+        raise invalid_request([Violation(field, violation)]) from None
 
 
 def _only_of(record: CallRecord) -> str | None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -24,6 +25,7 @@ from deltawire_server.rpc.validate_content import ContentLimits, ContentReader
 from deltawire_server.rpc.violations import MAX_FIELD, Violations
 from deltawire_server.schemas import MAX_SCHEMA_BYTES, compiled_checks
 from deltawire_server.upstream.request import (
+    SAMPLING,
     ChatMessage,
     ChatRequest,
     FormatKind,
@@ -34,11 +36,8 @@ from deltawire_server.upstream.request import (
     TextFormat,
     ToolMode,
     ToolSpec,
+    allowed_among,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
-
 
 KIB = 1024
 
@@ -78,26 +77,13 @@ MAX_EXTRA_FIELDS = 128
 MAX_CACHE_SALT = 1024
 """Characters: the largest limit of any vLLM version. Newer versions have lower limits and report them."""
 
+_ANY = (-math.inf, math.inf, "must be finite")
+
 _MODES = {
     tool_pb2.ToolChoice.MODE_AUTO: ToolMode.AUTO,
     tool_pb2.ToolChoice.MODE_REQUIRED: ToolMode.REQUIRED,
     tool_pb2.ToolChoice.MODE_NONE: ToolMode.NONE,
 }
-
-_RANGES: dict[str, tuple[float, float, str]] = {
-    "temperature": (0.0, math.inf, "must be 0 or above"),
-    "top_p": (math.ulp(0.0), 1.0, "must be above 0 and at most 1"),
-    "top_k": (-1, math.inf, "must be -1 or above"),
-    "min_p": (0.0, 1.0, "must be between 0 and 1"),
-    "frequency_penalty": (-2.0, 2.0, "must be between -2 and 2"),
-    "presence_penalty": (-2.0, 2.0, "must be between -2 and 2"),
-    "repetition_penalty": (math.ulp(0.0), math.inf, "must be above 0"),
-    "max_tokens": (1, math.inf, "must be 1 or more; leave it out for the rest of the context"),
-    "min_tokens": (0, math.inf, "must be 0 or more"),
-}
-"""Ranges of the sampling numbers: lowest, highest, and the description of a violation."""
-
-_SCALARS = (*_RANGES, "seed", "ignore_eos")
 
 
 class _JsonObject(msgspec.Struct):
@@ -169,12 +155,13 @@ class _ChatReader:
             self._violations.add("chat.cache_salt", f"must have at most {MAX_CACHE_SALT} characters")
         self._fits("chat.model", chat.model, MAX_NAME_BYTES)
         self._fits("chat.user", chat.user, MAX_NAME_BYTES)
+        tools, allowed = self._tools(chat.tools), self._allowed_tools(chat)
         request = ChatRequest(
             model=chat.model,
             messages=messages,
-            tools=self._tools(chat.tools),
-            allowed_tools=self._allowed_tools(chat),
-            tool_choice=self._tool_choice(chat),
+            tools=tools,
+            allowed_tools=allowed,
+            tool_choice=self._tool_choice(chat, tools, allowed),
             parallel_tool_calls=chat.parallel_tool_calls if chat.HasField("parallel_tool_calls") else None,
             sampling=self._sampling(chat.sampling),
             response_format=self._response_format(chat.response_format) if chat.HasField("response_format") else None,
@@ -289,12 +276,13 @@ class _ChatReader:
             self._violations.add(f"chat.allowed_tools[{index}]", violation)
         return frozenset(chat.allowed_tools)
 
-    def _tool_choice(self, chat: chat_pb.ChatRequest) -> ToolMode | NamedTool | None:
+    def _tool_choice(
+        self, chat: chat_pb.ChatRequest, tools: Iterable[ToolSpec], allowed: Collection[str]
+    ) -> ToolMode | NamedTool | None:
         if not chat.HasField("tool_choice"):
             return None
         choice = chat.tool_choice
-        allowed = frozenset(chat.allowed_tools)
-        names = {tool.name: None for tool in chat.tools if not allowed or tool.name in allowed}
+        names = {tool.name: None for tool in allowed_among(tools, allowed)}
         kind = "allowed tools" if allowed else "tools"
         if choice.WhichOneof("choice") == "tool_name":
             if choice.tool_name not in names:
@@ -312,13 +300,18 @@ class _ChatReader:
         return mode
 
     def _sampling(self, sampling: chat_pb.Sampling) -> Sampling:
-        for name, (lowest, highest, violation) in _RANGES.items():
-            # Also refuses NaN, because comparisons with it are false, and infinity, which JSON cannot represent.
-            value = getattr(sampling, name)
-            if sampling.HasField(name) and not (lowest <= value <= highest and math.isfinite(value)):  # type: ignore[arg-type]
-                self._violations.add(f"chat.sampling.{name}", violation)
-        for name in ("stop", "stop_token_ids", "logit_bias", "bad_words"):
-            self._bound(f"chat.sampling.{name}", len(getattr(sampling, name)), MAX_SAMPLING_VALUES)
+        values: dict[str, Any] = {}
+        for name, row in SAMPLING.items():
+            value: Any = getattr(sampling, name)
+            if isinstance(value, Mapping | Sequence):
+                self._bound(f"chat.sampling.{name}", len(value), MAX_SAMPLING_VALUES)
+                values[name] = dict(value) if isinstance(value, Mapping) else tuple(value)
+            elif sampling.HasField(name):  # type: ignore[arg-type]
+                lowest, highest, violation = row.get("range", _ANY)
+                # Also refuses NaN, because comparisons with it are false, and infinity, which JSON cannot represent.
+                if not (lowest <= value <= highest and math.isfinite(value)):
+                    self._violations.add(f"chat.sampling.{name}", violation)
+                values[name] = value
         size = 0
         for name in ("stop", "bad_words"):
             for index, text in enumerate(getattr(sampling, name)):
@@ -327,18 +320,7 @@ class _ChatReader:
                 size += len(text.encode())
         self._bound("chat.sampling", size, MAX_SAMPLING_BYTES, "bytes of stop and bad_words")
         self._check_token_ids(sampling)
-        scalars: dict[str, Any] = {
-            name: getattr(sampling, name)
-            for name in _SCALARS
-            if sampling.HasField(name)  # type: ignore[arg-type]
-        }
-        return Sampling(
-            **scalars,
-            stop=tuple(sampling.stop),
-            stop_token_ids=tuple(sampling.stop_token_ids),
-            logit_bias=dict(sampling.logit_bias),
-            bad_words=tuple(sampling.bad_words),
-        )
+        return Sampling(**values)
 
     def _check_token_ids(self, sampling: chat_pb.Sampling) -> None:
         for index, token in enumerate(sampling.stop_token_ids):

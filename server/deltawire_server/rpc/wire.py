@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import enum
 import re
+from collections import Counter
 from functools import cache
 from typing import TYPE_CHECKING
 
 from google.protobuf import descriptor_pool
 
-from deltawire_server.errors import CallerError, Reason
+from deltawire_server.errors import CallerError, Reason, Violation, invalid_request
 from deltawire_server.pacing import give_way
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ STEP = 2_500
 """Fields that are scanned before other calls run: 1 to 3 ms."""
 
 NOT_A_MESSAGE = "the request is not a message of this method: its bytes are not protobuf, or a text in it is not UTF-8"
+"""For a request whose invalid text cannot be found."""
 
 _VARINT, _LENGTH, _GROUP, _GROUP_END = 0, 2, 3, 4
 _VARINT_BYTES = re.compile(rb"[\x80-\xff]{0,9}[\x00-\x7f]")
@@ -68,9 +70,8 @@ async def check(data: bytes, method: str) -> None:
     """
     if len(data) <= SCANNED_BYTES:
         return
-    described = descriptor_pool.Default().FindMethodByName(method[1:].replace("/", "."))
     images = 0
-    for count, images in scan(data, described.input_type):  # noqa: B007 (its last value is used)
+    for count, images in scan(data, _request_of(method)):  # noqa: B007 (its last value is used)
         if count > MAX_FIELDS:
             raise CallerError(
                 Reason.INVALID_REQUEST,
@@ -169,6 +170,56 @@ def scan(  # noqa: C901 (one flat loop: a call for each field would double the t
                 due = count + STEP
     except (_MalformedError, IndexError):
         raise CallerError(Reason.INVALID_REQUEST, NOT_A_MESSAGE) from None
+
+
+async def unparsed(data: bytes, method: str) -> CallerError:
+    """The error for a request that passed `check` and that the parser refuses: usually for a text that is not UTF-8.
+
+    Args:
+        data: The request's bytes.
+        method: As for `check`.
+
+    Returns:
+        INVALID_REQUEST, which names the first such text if there is one; raise it.
+    """
+    try:
+        for count, field in enumerate(_texts(data, 0, len(data), _request_of(method), ""), start=1):
+            if field:
+                return invalid_request([Violation(field, "is not UTF-8 text: encode it as UTF-8")])
+            if count % STEP == 0:
+                await give_way()
+    except (_MalformedError, IndexError, RecursionError):
+        pass
+    return CallerError(Reason.INVALID_REQUEST, NOT_A_MESSAGE)
+
+
+def _texts(data: bytes, at: int, end: int, message: Descriptor, path: str) -> Iterator[str]:
+    """For each field of a message, its path if it is a text that is not UTF-8, else nothing."""
+    counts: Counter[int] = Counter()
+    while at < end:
+        tag, at = _varint(data, at)
+        kind = tag & 7
+        if kind != _LENGTH:
+            at = _varint(data, at)[1] if kind == _VARINT else at + _FIXED.get(kind, end)
+        else:
+            size, at = _varint(data, at)
+            field = message.fields_by_number.get(tag >> 3)
+            if field is not None:
+                here = f"{path}{field.name}[{counts[tag]}]" if field.is_repeated else f"{path}{field.name}"
+                counts[tag] += 1
+                if field.message_type is not None:
+                    yield from _texts(data, at, at + size, field.message_type, f"{here}.")
+                elif (
+                    field.type == field.TYPE_STRING
+                    and (text := data[at : at + size]).decode(errors="ignore").encode() != text
+                ):
+                    yield here
+            at += size
+        yield ""
+
+
+def _request_of(method: str) -> Descriptor:
+    return descriptor_pool.Default().FindMethodByName(method[1:].replace("/", ".")).input_type
 
 
 class _MalformedError(Exception):

@@ -1,32 +1,7 @@
 """Reads one answer: from the bytes of the engine's event stream to events, up to the last one.
 
-**Phases.** An answer is complete only at its *true end*. A finish reason does not end a choice, because some engines and proxies
-send more output of the choice after it. The true end of the answer is a usage report without choices after the finish reasons of
-all choices, `[DONE]`, or the end of the body. Verdicts on tool calls and `ChoiceFinished` are returned at the true end; output
-before it is part of its choice.
-
-    WAITING   no choice was received
-    OPEN      a choice was received, and at least one requested choice has no finish reason
-    TAIL      every requested choice has a finish reason; the true end was not received
-    ENDED     `Refused` or `Completed` was returned
-
-**Inputs and transitions** (`TRANSITIONS` decides; a pair without an entry raises `TransitionError`):
-
-    input                                           WAITING     OPEN       TAIL
-    CHOICES    a chunk with choices                 OPEN        OPEN       TAIL
-    FINISHED   it had the last finish reason        -           TAIL       -
-    ACCOUNT    a chunk with usage, without choices  WAITING     OPEN       WHOLE
-    NOTHING    a chunk with neither                 WAITING     OPEN       TAIL
-    DONE       `[DONE]`                             REFUSED     FAULTED    WHOLE
-    BROKEN     an error event, or an invalid event  REFUSED     FAULTED    FAULTED
-    END        `finish()`: the body has ended       REFUSED     FAULTED    WHOLE
-    FAULT      `finish(fault)`: a timeout, a reset, REFUSED     FAULTED    WHOLE
-               a time limit, a shutdown
-    STOP       `stop(reason)`                       STOPPED     STOPPED    WHOLE
-
-REFUSED, FAULTED, WHOLE and STOPPED lead to ENDED. In ENDED, further data is an anomaly, and `finish` and `stop` return no events.
-REFUSED returns one `Refused`. The others return `Completed`: FAULTED with the fault, WHOLE and STOPPED without one, unless the
-finish reason of a choice is "abort" or "error".
+`phases` defines the phases of an answer, its true end, and how it ends. In ENDED, further data is an anomaly, and `finish` and
+`stop` return no events.
 
 The reader has no clock. While `in_tail` is true, the engine may send nothing more; the code that reads the body must then wait
 only for a short time and call `finish`.
@@ -37,9 +12,9 @@ verdicts by ascending index, `ChoiceFinished`; then `Completed`.
 
 from __future__ import annotations
 
-import enum
 import functools
 from collections import Counter
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -67,6 +42,7 @@ from deltawire_server.sansio.events import (
     ToolCallSucceeded,
     Usage,
 )
+from deltawire_server.sansio.phases import Ending, Input, Phase, next_phase
 from deltawire_server.sansio.usage import UsageMeter
 
 if TYPE_CHECKING:
@@ -130,78 +106,12 @@ LATE = "event after the end"
 """The name of this anomaly."""
 
 
-class Phase(enum.Enum):
-    """The phase of an answer; see the module."""
-
-    WAITING = enum.auto()
-    OPEN = enum.auto()
-    TAIL = enum.auto()
-    ENDED = enum.auto()
-
-
-class Input(enum.Enum):
-    """An input of the state machine; see the module."""
-
-    CHOICES = enum.auto()
-    FINISHED = enum.auto()
-    ACCOUNT = enum.auto()
-    NOTHING = enum.auto()
-    DONE = enum.auto()
-    BROKEN = enum.auto()
-    END = enum.auto()
-    FAULT = enum.auto()
-    STOP = enum.auto()
-
-
-class Ending(enum.Enum):
-    """How an answer ends; each leads to `Phase.ENDED`."""
-
-    REFUSED = enum.auto()
-    FAULTED = enum.auto()
-    WHOLE = enum.auto()
-    STOPPED = enum.auto()
-
-
-TRANSITIONS: Mapping[tuple[Phase, Input], Phase | Ending] = MappingProxyType(
-    {
-        (Phase.WAITING, Input.CHOICES): Phase.OPEN,
-        (Phase.WAITING, Input.ACCOUNT): Phase.WAITING,
-        (Phase.WAITING, Input.NOTHING): Phase.WAITING,
-        (Phase.WAITING, Input.DONE): Ending.REFUSED,
-        (Phase.WAITING, Input.BROKEN): Ending.REFUSED,
-        (Phase.WAITING, Input.END): Ending.REFUSED,
-        (Phase.WAITING, Input.FAULT): Ending.REFUSED,
-        (Phase.WAITING, Input.STOP): Ending.STOPPED,
-        (Phase.OPEN, Input.CHOICES): Phase.OPEN,
-        (Phase.OPEN, Input.FINISHED): Phase.TAIL,
-        (Phase.OPEN, Input.ACCOUNT): Phase.OPEN,
-        (Phase.OPEN, Input.NOTHING): Phase.OPEN,
-        (Phase.OPEN, Input.DONE): Ending.FAULTED,
-        (Phase.OPEN, Input.BROKEN): Ending.FAULTED,
-        (Phase.OPEN, Input.END): Ending.FAULTED,
-        (Phase.OPEN, Input.FAULT): Ending.FAULTED,
-        (Phase.OPEN, Input.STOP): Ending.STOPPED,
-        (Phase.TAIL, Input.CHOICES): Phase.TAIL,
-        (Phase.TAIL, Input.ACCOUNT): Ending.WHOLE,
-        (Phase.TAIL, Input.NOTHING): Phase.TAIL,
-        (Phase.TAIL, Input.DONE): Ending.WHOLE,
-        (Phase.TAIL, Input.BROKEN): Ending.FAULTED,
-        (Phase.TAIL, Input.END): Ending.WHOLE,
-        (Phase.TAIL, Input.FAULT): Ending.WHOLE,
-        (Phase.TAIL, Input.STOP): Ending.WHOLE,
-    }
-)
-"""The next phase or the ending for each phase and input; other pairs are impossible."""
-
 _TRUE_ENDS = frozenset({Input.ACCOUNT, Input.DONE, Input.END})
 _NO_DELTA = Delta()
 _ENDED: Phase = Phase.ENDED  # not a literal, so that the type checker does not narrow `phase` across method calls
 
 
-class TransitionError(RuntimeError):
-    """An input that is impossible in the current phase: a bug of the gateway, not of the engine."""
-
-
+@dataclass(slots=True, kw_only=True)
 class Limits:
     """The limits for an answer. The reason for each default is at its definition.
 
@@ -214,31 +124,15 @@ class Limits:
         max_whole_bytes: The same if only `Completed` is sent. A larger answer ends with ANSWER_TOO_LARGE.
     """
 
-    __slots__ = (
-        "max_call_bytes",
-        "max_calls",
-        "max_completed_bytes",
-        "max_event_bytes",
-        "max_held_bytes",
-        "max_whole_bytes",
-    )
+    max_event_bytes: int = sse.MAX_EVENT_BYTES
+    max_calls: int = tool_calls.MAX_CALLS
+    max_call_bytes: int = tool_calls.MAX_CALL_BYTES
+    max_held_bytes: int = MAX_HELD_BYTES
+    max_completed_bytes: int = MAX_WHOLE_BYTES
+    max_whole_bytes: int = MAX_WHOLE_BYTES
 
-    def __init__(
-        self,
-        *,
-        max_event_bytes: int = sse.MAX_EVENT_BYTES,
-        max_calls: int = tool_calls.MAX_CALLS,
-        max_call_bytes: int = tool_calls.MAX_CALL_BYTES,
-        max_held_bytes: int = MAX_HELD_BYTES,
-        max_completed_bytes: int = MAX_WHOLE_BYTES,
-        max_whole_bytes: int = MAX_WHOLE_BYTES,
-    ) -> None:
-        self.max_completed_bytes = max_completed_bytes
-        self.max_event_bytes = max_event_bytes
-        self.max_held_bytes = max_held_bytes
-        self.max_whole_bytes = max_whole_bytes
-        self.max_calls = max_calls
-        self.max_call_bytes = min(max_call_bytes, tool_calls.MAX_CALL_BYTES)
+    def __post_init__(self) -> None:
+        self.max_call_bytes = min(self.max_call_bytes, tool_calls.MAX_CALL_BYTES)
 
 
 class _Text:
@@ -262,20 +156,18 @@ class _Text:
         return "".join([*self._joined, *self._tokens])
 
 
+@dataclass(slots=True)
 class _Choice:
     """One choice while it is being generated."""
 
-    __slots__ = ("calls", "finish_reason", "index", "late_calls", "logprobs", "matched", "reasoning", "text")
-
-    def __init__(self, index: int, calls: tool_calls.ToolCallAssembler) -> None:
-        self.index = index
-        self.calls = calls
-        self.text = _Text()
-        self.reasoning = _Text()
-        self.logprobs: list[TokenLogprob] = []
-        self.finish_reason = ""  # the last one
-        self.matched: str | int | None = None  # the `stop_reason` of the same chunk
-        self.late_calls = False  # whether tool entries followed it
+    index: int
+    calls: tool_calls.ToolCallAssembler
+    text: _Text = field(default_factory=_Text)
+    reasoning: _Text = field(default_factory=_Text)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str = ""  # the last one
+    matched: str | int | None = None  # the `stop_reason` of the same chunk
+    late_calls: bool = False  # whether tool entries followed it
 
 
 class CompletionReader:
@@ -603,9 +495,7 @@ class CompletionReader:
             fault: The fault; by default, an answer that ends too early is incomplete.
             cut_as: The stop reason of the choices without a finish reason, if there is no fault.
         """
-        target = TRANSITIONS.get((self.phase, what))
-        if target is None:
-            raise TransitionError(f"{what.name} is impossible in phase {self.phase.name}")
+        target = next_phase(self.phase, what)
         if isinstance(target, Phase):
             self.phase = target
             return

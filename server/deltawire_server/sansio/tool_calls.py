@@ -42,12 +42,9 @@ Fragments are kept in a list and joined once, for the verdict, so the work is li
 from __future__ import annotations
 
 import itertools
-import json
 import re
 import secrets
-from typing import TYPE_CHECKING, NoReturn
-
-import msgspec
+from typing import TYPE_CHECKING
 
 from deltawire_server.sansio.characters import mend
 from deltawire_server.sansio.events import (
@@ -58,6 +55,7 @@ from deltawire_server.sansio.events import (
     ToolCallStarted,
     ToolCallSucceeded,
 )
+from deltawire_server.sansio.json_object import WHITE, find_problem
 from deltawire_server.sansio.pieces import split
 
 if TYPE_CHECKING:
@@ -82,7 +80,6 @@ MAX_ID_BYTES = 256
 _MAX_INDEX = 2**31 - 1
 _MAX_MESSAGE = 1024  # characters
 _MAX_QUOTED_NAME = 64  # characters
-_WHITE = " \t\r\n"
 
 
 class ToolCallLimitError(ValueError):
@@ -193,7 +190,7 @@ class _Call:
             return False
         if name:
             return name != self.name or not self.arguments or not arguments or self.is_closed()
-        return bool(arguments.strip(_WHITE)) and self.is_closed()
+        return bool(arguments.strip(WHITE)) and self.is_closed()
 
 
 class ToolCallAssembler:
@@ -252,25 +249,25 @@ class ToolCallAssembler:
             ToolCallLimitError: There are too many calls, or one is too large; call `finish(cut=True)`.
         """
         events: list[Event] = []
-        try:
-            self._receive_entries(entries, events)
-        except ToolCallLimitError as error:
-            error.events = events
-            raise
-        return events
-
-    def _receive_entries(self, entries: Sequence[ToolEntry], events: list[Event]) -> None:
         for entry in entries:
             name = (entry.function.name or "") if entry.function else ""
             arguments = (entry.function.arguments or "") if entry.function else ""
-            call = self._find(entry, name, arguments)
-            if call is None:
-                continue
-            self._current = call
-            if name:
-                self._take_name(call, name, events)
-            if arguments:
-                self._take_arguments(call, arguments, events)
+            try:
+                self._receive_entry(entry, name, arguments, events)
+            except ToolCallLimitError as error:
+                error.events = events
+                raise
+        return events
+
+    def _receive_entry(self, entry: ToolEntry, name: str, arguments: str, events: list[Event]) -> None:
+        call = self._find(entry, name, arguments)
+        if call is None:
+            return
+        self._current = call
+        if name:
+            self._take_name(call, name, events)
+        if arguments:
+            self._take_arguments(call, arguments, events)
 
     def finish(self, *, cut: bool) -> list[Event]:
         """Give the verdict on every call at the end of the answer. No method may be called afterwards.
@@ -371,7 +368,7 @@ class ToolCallAssembler:
 
     def _verdict(self, call: _Call, *, cut: bool, current: bool) -> ToolCallSucceeded | ToolCallFailed:
         raw = "".join(call.arguments)
-        given = bool(raw.strip(_WHITE))
+        given = bool(raw.strip(WHITE))
         problem = find_problem(raw) if given else None
         offset = None if problem is None else problem.byte_offset
         path: str | None = None
@@ -407,109 +404,3 @@ def _size(text: str) -> int:
 def _enclosing(path: str) -> str:
     """A JSON Pointer; if it is too long, a pointer to an enclosing value."""
     return path if len(path) <= _MAX_MESSAGE else path[:_MAX_MESSAGE].rpartition("/")[0]
-
-
-class Problem:
-    """Why a text is not a JSON object, and where parsing stopped."""
-
-    __slots__ = ("byte_offset", "message", "reason")
-
-    def __init__(self, reason: FailureReason, message: str, byte_offset: int | None) -> None:
-        self.reason = reason
-        self.message = message
-        self.byte_offset = byte_offset
-
-
-_TOO_DEEP = Problem(FailureReason.MALFORMED_JSON, "the arguments are nested too deeply to be parsed", None)
-
-
-def find_problem(text: str) -> Problem | None:
-    """Check that a text is one JSON object, by the strict grammar: no NaN, no text after it.
-
-    Duplicate keys and numbers of any size are allowed.
-
-    Returns:
-        The problem; `None` if the text is an object, which can be sent unchanged.
-    """
-    try:
-        _SYNTAX.decode(text)
-    except RecursionError:
-        return _TOO_DEEP
-    except ValueError as error:
-        # msgspec is stricter than the grammar for lone surrogates, and its messages are less clear than Python's.
-        problem = _read(text) if len(text) <= MAX_EXPLAINED else _read_large(text, error)
-        if problem is not None:
-            return problem
-    if not text.lstrip(_WHITE).startswith("{"):
-        return Problem(FailureReason.NOT_AN_OBJECT, "the arguments are JSON, but not an object", None)
-    return None
-
-
-_SYNTAX = msgspec.json.Decoder(msgspec.Raw)
-"""Checks the syntax without building objects: at most 20 ms for 4 MiB, where `json.loads` can take 700 ms and 90 MiB."""
-
-MAX_EXPLAINED = 64 * 1024
-"""Limit, in characters, for invalid arguments that Python's parser reads again for its clearer error message."""
-
-_HALVES = re.compile("[\ud800-\udfff]")
-_ESCAPED_HALVES = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
-_POSITION = re.compile(r" \(byte (\d+)\)$")
-
-
-def _read_large(text: str, error: ValueError) -> Problem | None:
-    """The problem of a large text, given the error of `_SYNTAX`; `None` if the only problem is lone surrogates."""
-    mended = text
-    if isinstance(error, UnicodeEncodeError):
-        mended = _HALVES.sub("\uffff", mended)
-    if "\\u" in mended:
-        mended = _ESCAPED_HALVES.sub(r"\\u0000", mended)
-    if mended is not text:  # positions are unchanged, because each replacement has the same length
-        try:
-            _SYNTAX.decode(mended)
-        except RecursionError:
-            return _TOO_DEEP
-        except ValueError as second:
-            error = second
-        else:
-            return None
-    message = str(error).removeprefix("JSON is malformed: ")
-    position = _POSITION.search(message)
-    offset = int(position[1]) if position else len(mended.encode())
-    return Problem(FailureReason.MALFORMED_JSON, f"the arguments are not JSON: {_POSITION.sub('', message)}", offset)
-
-
-def _read(text: str) -> Problem | None:
-    try:
-        json.loads(text, parse_int=_unread, parse_float=_unread, parse_constant=_refuse)
-    except json.JSONDecodeError as error:
-        return _malformed(text, error.msg, error.pos)
-    except _ConstantError as error:
-        return _malformed(text, f"{error} is not JSON", _constant_position(text))
-    except RecursionError:
-        return _TOO_DEEP
-    return None
-
-
-class _ConstantError(Exception):
-    """NaN or an infinity, which Python's parser accepts and JSON does not have."""
-
-
-def _unread(_: str) -> int:
-    return 0
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise _ConstantError(constant)
-
-
-_STRING_OR_CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|(?P<constant>NaN|-?Infinity)')
-
-
-def _constant_position(text: str) -> int:
-    """The position of the first such constant outside of strings, which the parser does not report."""
-    return next(match.start() for match in _STRING_OR_CONSTANT.finditer(text) if match["constant"])
-
-
-def _malformed(text: str, message: str, position: int) -> Problem:
-    offset = len(text[:position].encode("utf-8", "surrogatepass"))
-    return Problem(FailureReason.MALFORMED_JSON, f"the arguments are not JSON: {message}", offset)

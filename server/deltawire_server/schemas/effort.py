@@ -49,14 +49,8 @@ _LENGTH_BYTES_WEIGHT = 1  # counting characters, hashing
 
 _BYTES_WEIGHTS = {
     "pattern": _PATTERN_BYTES_WEIGHT,
-    "format": _FORMAT_BYTES_WEIGHT,
-    "contentMediaType": _FORMAT_BYTES_WEIGHT,
-    "contentEncoding": _FORMAT_BYTES_WEIGHT,
-    "minLength": _LENGTH_BYTES_WEIGHT,
-    "maxLength": _LENGTH_BYTES_WEIGHT,
-    "uniqueItems": _LENGTH_BYTES_WEIGHT,
-    "enum": _LENGTH_BYTES_WEIGHT,
-    "const": _LENGTH_BYTES_WEIGHT,
+    **dict.fromkeys(("format", "contentMediaType", "contentEncoding"), _FORMAT_BYTES_WEIGHT),
+    **dict.fromkeys(("minLength", "maxLength", "uniqueItems", "enum", "const"), _LENGTH_BYTES_WEIGHT),
 }
 
 _UNIQUE_WEIGHT = 100  # per value in an array of up to 15 items, which are compared pairwise
@@ -71,12 +65,15 @@ _HEAVY_KEYWORDS = frozenset(
 )  # fmt: skip
 """The keywords whose weight is not one unit."""
 
-_OF_OBJECTS = frozenset(
-    ("properties", "patternProperties", "additionalProperties", "propertyNames", "unevaluatedProperties")
-)
-_OF_ARRAYS = frozenset(("prefixItems", "items", "additionalItems", "contains", "unevaluatedItems"))
+_OF_PARTS = frozenset(
+    (
+        "properties", "patternProperties", "additionalProperties", "propertyNames", "unevaluatedProperties",
+        "prefixItems", "items", "additionalItems", "contains", "unevaluatedItems",
+    )
+)  # fmt: skip
+"""The keywords whose subschemas apply to parts of the value."""
 
-_PATH_KEYWORDS = _SAME_VALUE | _REFERENCES | _OF_OBJECTS | _OF_ARRAYS
+_PATH_KEYWORDS = _SAME_VALUE | _REFERENCES | _OF_PARTS
 """The keywords with subschemas."""
 
 
@@ -229,37 +226,33 @@ class Effort:
             elif keyword in _REFERENCES and isinstance(value, str):
                 for part in self._references.targets(value):
                     self._add_same(node, part)
-            elif keyword in _OF_OBJECTS:
+            elif keyword in _OF_PARTS:
                 node.has_parts = True
-                self._fill_object(node, keyword, value)
-            elif keyword in _OF_ARRAYS:
-                node.has_parts = True
-                self._fill_array(node, keyword, value)
+                self._fill_parts(node, keyword, value)
         if "unevaluatedProperties" in schema or "unevaluatedItems" in schema:
             node.factor = _UNEVALUATED_FACTOR
 
-    def _fill_object(self, node: _Node, keyword: str, value: object) -> None:
-        if keyword == "properties":
-            if isinstance(value, dict):
+    def _fill_parts(self, node: _Node, keyword: str, value: object) -> None:
+        match keyword, value:
+            case "properties", dict():
                 node.properties = {name: self._part(node, part) for name, part in value.items()}
-        elif keyword == "patternProperties":
-            if isinstance(value, dict):
+            case "patternProperties", dict():
                 node.patterns = len(value)
                 node.every.extend([self._part(node, part) for part in value.values()])
-        elif keyword == "unevaluatedProperties":
-            node.every.append(self._part(node, value))
-        elif keyword == "additionalProperties":
-            node.additional = self._part(node, value)
-        else:
-            node.names = self._part(node, value)
-
-    def _fill_array(self, node: _Node, keyword: str, value: object) -> None:
-        if keyword in ("contains", "unevaluatedItems"):
-            node.contains.append(self._part(node, value))
-        elif isinstance(value, list):
-            node.prefix.extend([self._part(node, part) for part in value])
-        else:
-            node.items = self._part(node, value)
+            case "properties" | "patternProperties", _:
+                pass  # invalid, which the validator reports
+            case "unevaluatedProperties", _:
+                node.every.append(self._part(node, value))
+            case "additionalProperties", _:
+                node.additional = self._part(node, value)
+            case "propertyNames", _:
+                node.names = self._part(node, value)
+            case "contains" | "unevaluatedItems", _:
+                node.contains.append(self._part(node, value))
+            case _, list():
+                node.prefix.extend([self._part(node, part) for part in value])
+            case _:
+                node.items = self._part(node, value)
 
     def _add_same(self, node: _Node, schema: object) -> None:
         part = self._part(node, schema)

@@ -1,7 +1,7 @@
 """The operator's settings: one TOML file, overridden by environment variables, overridden by flags. No network access.
 
 `parse` returns an `Invocation` with valid settings, or raises `SettingsError` with every problem. To add a key, add a field
-with a description to `model`: the file, the environment, `--set`, `--help` and the printed settings then support it.
+with a docstring to `model`: the file, the environment, `--set`, `--help` and the printed settings then support it.
 """
 
 from deltawire_server.settings.cli import Invocation, effective, example, parse

@@ -140,21 +140,16 @@ def is_local(listen: str) -> bool:
     return ip.is_loopback
 
 
-def readable_file(value: Path) -> Path:
+def readable_file(value: Path, what: str = "a PEM file") -> Path:
     """Expand `~` and check that the file is readable, so that startup fails instead of the first handshake.
+
+    Args:
+        value: The path.
+        what: The kind of file, for errors.
 
     Raises:
         ValueError: It does not exist, is not a file, or cannot be read.
     """
-    return _readable(value, "a PEM file")
-
-
-def lines_file(value: Path) -> Path:
-    """Like `readable_file`, for the file of access lines."""
-    return _readable(value, "a text file with access lines")
-
-
-def _readable(value: Path, what: str) -> Path:
     path = _expanded(value)
     if not path.exists():
         raise ValueError(f"{path} does not exist: give the path of {what}")
@@ -289,27 +284,15 @@ def headers(value: Mapping[str, SecretStr]) -> Mapping[str, SecretStr]:
     return kept
 
 
-def model_pattern(value: str) -> str:
-    """Strip white space from the name of a model, or a pattern of names.
+def pattern(value: str) -> str:
+    """Strip white space from a name, or a pattern of names.
 
     Raises:
         ValueError: It is empty.
     """
     text = value.strip()
     if not text:
-        raise ValueError('contains an empty name: remove it, or write "*" for every model')
-    return text
-
-
-def field_pattern(value: str) -> str:
-    """Strip white space from the name of a request field, or a pattern of names.
-
-    Raises:
-        ValueError: It is empty.
-    """
-    text = value.strip()
-    if not text:
-        raise ValueError('contains an empty name: remove it, or write "*" for every field')
+        raise ValueError('contains an empty name: remove it, or write "*" for all')
     return text
 
 

@@ -17,12 +17,10 @@ import enum
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from deltawire_server.errors import CallerError, Reason, Violation
 from deltawire_server.sansio.events import Notice, NoticeKind
-from deltawire_server.upstream.failures import NOT_JSON, excerpt
-from deltawire_server.upstream.vllm_fields import at, field_names
+from deltawire_server.upstream.failures import excerpt
+from deltawire_server.upstream.vllm_fields import at, decoded, field_names, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -142,8 +140,7 @@ def _signs_of_proxy(documents: Mapping[str, Document]) -> Iterator[str]:
         yield f"{HEALTH} has a body, vLLM's has none"
     openapi = documents.get(OPENAPI)
     if openapi is not None and openapi.status == 200:
-        title = at(_decoded(openapi.body), "info", "title")
-        title = title if isinstance(title, str) else ""
+        title = text_of(at(decoded(openapi.body), "info", "title"))
         if title != "FastAPI" and "vllm" not in title.lower():
             yield f"{OPENAPI} has the title {excerpt(repr(title))}, vLLM's is 'FastAPI'"
         if _OWN_FIELD not in field_names(openapi.body):
@@ -152,16 +149,8 @@ def _signs_of_proxy(documents: Mapping[str, Document]) -> Iterator[str]:
 
 def _version(answer: Document | str | None) -> str:
     """The version in vLLM's `/version` document, which has no other member; empty if the answer is not such a document."""
-    document = _decoded(answer.body) if isinstance(answer, Document) and answer.status == 200 else None
-    version = at(document, "version")
-    return excerpt(version) if isinstance(version, str) and isinstance(document, dict) and len(document) == 1 else ""
-
-
-def _decoded(body: bytes) -> object:
-    try:
-        return msgspec.json.decode(body)
-    except NOT_JSON:
-        return None
+    document = decoded(answer.body) if isinstance(answer, Document) and answer.status == 200 else None
+    return excerpt(text_of(at(document, "version"))) if isinstance(document, dict) and len(document) == 1 else ""
 
 
 class EngineReader:

@@ -32,9 +32,6 @@ MAX_RETRY_SECONDS = 3600.0
 MAX_EXCERPT_BYTES = 512
 """Limit for an error text in an unknown format. A message in vLLM's own format is passed on whole."""
 
-NOT_JSON = (msgspec.DecodeError, UnicodeError, RecursionError)
-"""The exceptions that msgspec raises for bytes that are not JSON, not UTF-8, or nested too deeply."""
-
 REASONS: Mapping[int, Reason] = MappingProxyType(
     {
         400: Reason.UPSTREAM_REJECTED,
@@ -61,14 +58,18 @@ FIELDS: Mapping[str, str] = MappingProxyType(
         # Not fields of the body: vLLM derives them from it.
         "input_tokens": "chat.messages",
         "prompt": "chat.messages",
+        # Of a model that accepts fewer images.
+        "image": "chat.messages",
     }
 )
 """The request field for the first name of vLLM's `param`, which has forms such as `stop`, `body.stop` and
 `body.messages.0.content`."""
 
+_LITELLM = re.compile(r"(litellm\.BadRequestError: |\w+Exception - )+")
+"""What LiteLLM puts before vLLM's message."""
+
 _CONTEXT = re.compile(
     r"""
-    (litellm\.BadRequestError:\ |\w+Exception\ -\ )*  # LiteLLM's prefixes
     (   (this|the)\ model's\ (maximum\ )?context\ length\ is\ \d
     |   you\ passed\ \d+\ input\ (tokens|characters)\ and\ requested\ \d+\ output\ tokens
     |   '?max_(completion_)?tokens'?(\ or\ '?max_completion_tokens'?)?\ is\ too\ large
@@ -85,18 +86,29 @@ on, a message may quote the request."""
 
 _FORMAT = re.compile(
     r"""
-    (litellm\.BadRequestError:\ |\w+Exception\ -\ )*  # LiteLLM's prefixes
     (   grammar\ error:                             # llguidance
     |   invalid\ (grammar|regex|structural\ tag|json\ schema)
     |   failed\ to\ (transform|convert|compile|parse)\ .{0,40}\b(grammar|regex|schema|structural\ tag)
     |   error\ parsing\ regex                        # outlines
     |   regex\ (uses|does\ not)\b
+    |   the\ (provided\ )?json\ schema\ (is\ nested|contains)\b
     )
     """,
     re.IGNORECASE | re.VERBOSE,
 )
 """How vLLM's backends for structured outputs begin the message for a regular expression, grammar or schema that they cannot
 compile. vLLM sets no `param` for these."""
+
+_NAMED_FIRST = re.compile(r"(\w+) (must|cannot)\b")
+"""How vLLM begins a message about one of its fields, such as "n must be 1 when using greedy sampling", without a `param`."""
+
+_OTHERS: Mapping[re.Pattern[str], str] = MappingProxyType(
+    {
+        re.compile(r"\S+ is not a multimodal model"): "chat.messages",
+        re.compile(r"Found unexpected chat template kwargs"): "chat.chat_template_kwargs",
+    }
+)
+"""The request field of other messages without a `param`, by their beginning."""
 
 _CONTEXT_CODES = frozenset({"context_length_exceeded", "context_window_exceeded"})
 """The error codes or types that OpenAI and proxies use for a context that is too long."""
@@ -145,7 +157,7 @@ def read_error(body: bytes, status: int = 0, retry_after: str = "") -> UpstreamE
     wait = float(retry_after) if retry_after.isascii() and retry_after.isdecimal() else None
     try:
         document: Any = msgspec.json.decode(body)
-    except NOT_JSON:
+    except vllm_fields.NOT_JSON:
         return UpstreamError(status, _plain(body.decode(errors="replace")), retry_after=wait)
     if not isinstance(document, dict):
         return UpstreamError(status, excerpt(_json(document)) if document else "", retry_after=wait)
@@ -158,18 +170,15 @@ def read_error(body: bytes, status: int = 0, retry_after: str = "") -> UpstreamE
     return UpstreamError(
         status or (int(code) if _STATUS.fullmatch(code) else 0),
         message or (excerpt(_json(error)) if error else ""),
-        code if code in _CONTEXT_CODES else _text(fields.get("type")),
-        _text(fields.get("param")) or param,
+        code if code in _CONTEXT_CODES else vllm_fields.text_of(fields.get("type")),
+        vllm_fields.text_of(fields.get("param")) or param,
         wait,
     )
 
 
 def is_error(payload: bytes) -> bool:
     """Whether the data of an event is an error, in any format that `read_error` decodes, and not a chunk."""
-    try:
-        document: Any = msgspec.json.decode(payload)
-    except NOT_JSON:
-        return False
+    document = vllm_fields.decoded(payload)
     if not isinstance(document, dict):
         return False
     if document.get("error") or document.get("object") == "error":
@@ -205,7 +214,7 @@ def failure_of(
         callers_token: Whether the token that was sent is the caller's; if so, 401 and 403 are the caller's error.
         token_withheld: Whether the call had a token that was not sent to this provider; if so, the error explains that.
         model: The model name in the call; empty if the request has none.
-        format_field: The path of the response format in the call, from `vllm_fields.format_field`; empty if there is none.
+        format_field: From `vllm_fields.format_field`, for errors about what vLLM compiles.
         begun: Whether the first event of the answer was received; if so, the code is always ABORTED (UPSTREAM_ERROR).
         metadata: More values for the error's metadata.
 
@@ -283,15 +292,25 @@ def _reason(status: int) -> Reason:
 def _rejection(error: UpstreamError, detail: str, metadata: dict[str, str], format_field: str) -> CallerError:
     field = field_of(error.param)
     message = detail
-    if format_field and (field == FIELDS["response_format"] or (not field and _FORMAT.match(detail))):
-        field = format_field
-        message = f"{field}: {detail}"
+    text = _LITELLM.sub("", detail, count=1) if _LITELLM.match(detail) else detail
+    named = format_field if field == FIELDS["response_format"] else "" if field else _field_in(text, format_field)
+    if named:
+        field, message = named, f"{named}: {detail}"
     violations = (Violation(field, detail),) if field else ()
     if field:
         metadata["field"] = field
-    too_long = error.param == "input_tokens" or error.type in _CONTEXT_CODES or _CONTEXT.match(detail) is not None
+    too_long = error.param == "input_tokens" or error.type in _CONTEXT_CODES or _CONTEXT.match(text) is not None
     reason = Reason.CONTEXT_LENGTH_EXCEEDED if too_long else Reason.UPSTREAM_REJECTED
     return CallerError(reason, message, metadata=metadata, violations=violations)
+
+
+def _field_in(message: str, format_field: str) -> str:
+    """The request field that a message of vLLM is about; empty if unknown."""
+    if _FORMAT.match(message):
+        return format_field
+    if (first := _NAMED_FIRST.match(message)) is not None:
+        return FIELDS.get(first[1], "")
+    return next((field for pattern, field in _OTHERS.items() if pattern.match(message)), "")
 
 
 def _message_and_param(fields: dict[str, Any]) -> tuple[str, str]:
@@ -303,7 +322,7 @@ def _message_and_param(fields: dict[str, Any]) -> tuple[str, str]:
         if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             places = [".".join(map(str, place)) if isinstance(place := item.get("loc"), list) else "" for item in value]
             sentences = [
-                f"{place}: {item.get('msg', '')}" if place else _text(item.get("msg")) or _json(item)
+                f"{place}: {item.get('msg', '')}" if place else vllm_fields.text_of(item.get("msg")) or _json(item)
                 for place, item in zip(places, value, strict=True)
             ]
             return excerpt("; ".join(sentences)), places[0]
@@ -322,7 +341,3 @@ def _plain(text: str) -> str:
 
 def _json(value: object) -> str:
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else ""

@@ -37,7 +37,23 @@ class Action:
 
 
 _NOTHING = Action()
-_ANSWER = Action(answer=True)
+
+_ANSWERS = (
+    *(Reason.CONTEXT_LENGTH_EXCEEDED, Reason.ENDPOINT_NOT_SUPPORTED, Reason.MODEL_NOT_FOUND),
+    *(Reason.UPSTREAM_REJECTED, Reason.UPSTREAM_UNAUTHENTICATED),
+)
+"""The request must change, or the model does not exist: another replica would answer the same."""
+
+_OWN = (
+    *(Reason.ACCESS_CHANGED, Reason.ANSWER_TOO_LARGE, Reason.COMPLETION_ALREADY_EXISTS, Reason.COMPLETION_GONE),
+    *(Reason.COMPLETION_NOT_FOUND, Reason.DRAINING, Reason.DURATION_LIMIT_EXCEEDED, Reason.ETAG_MISMATCH),
+    *(Reason.FIELD_NOT_SUPPORTED, Reason.IMAGE_UNAVAILABLE, Reason.INTERNAL, Reason.INVALID_REQUEST),
+    *(Reason.MEMORY_LIMIT_EXCEEDED, Reason.MODEL_ALREADY_EXISTS, Reason.MODEL_AMBIGUOUS, Reason.MODEL_DISCOVERED),
+    *(Reason.MODEL_NOT_SERVED, Reason.MODEL_WRONG_TYPE, Reason.PERMISSION_DENIED, Reason.PROVIDER_NOT_FOUND),
+    *(Reason.REVISION_GONE, Reason.SLOW_CALLER, Reason.SLOW_WATCHER, Reason.STORE_UNAVAILABLE),
+    *(Reason.TOO_MANY_STREAMS, Reason.UNAUTHENTICATED, Reason.WRONG_REPLICA, Reason.REGISTRY_FULL),
+)
+"""The gateway's own reasons, which do not depend on a replica."""
 
 ACTIONS: Mapping[Reason, Action] = MappingProxyType(
     {
@@ -57,41 +73,8 @@ ACTIONS: Mapping[Reason, Action] = MappingProxyType(
         Reason.UPSTREAM_INCOMPLETE: Action(eject_after_start=True),
         # An administrator of the engine aborted the request.
         Reason.UPSTREAM_ABORTED: _NOTHING,
-        # The request must change, or the model does not exist: another replica would answer the same.
-        Reason.CONTEXT_LENGTH_EXCEEDED: _ANSWER,
-        Reason.ENDPOINT_NOT_SUPPORTED: _ANSWER,
-        Reason.MODEL_NOT_FOUND: _ANSWER,
-        Reason.UPSTREAM_REJECTED: _ANSWER,
-        Reason.UPSTREAM_UNAUTHENTICATED: _ANSWER,
-        # The gateway's own reasons, which do not depend on a replica.
-        Reason.ACCESS_CHANGED: _NOTHING,
-        Reason.ANSWER_TOO_LARGE: _NOTHING,
-        Reason.COMPLETION_ALREADY_EXISTS: _NOTHING,
-        Reason.COMPLETION_GONE: _NOTHING,
-        Reason.COMPLETION_NOT_FOUND: _NOTHING,
-        Reason.DRAINING: _NOTHING,
-        Reason.DURATION_LIMIT_EXCEEDED: _NOTHING,
-        Reason.ETAG_MISMATCH: _NOTHING,
-        Reason.FIELD_NOT_SUPPORTED: _NOTHING,
-        Reason.IMAGE_UNAVAILABLE: _NOTHING,
-        Reason.INTERNAL: _NOTHING,
-        Reason.INVALID_REQUEST: _NOTHING,
-        Reason.MEMORY_LIMIT_EXCEEDED: _NOTHING,
-        Reason.MODEL_ALREADY_EXISTS: _NOTHING,
-        Reason.MODEL_AMBIGUOUS: _NOTHING,
-        Reason.MODEL_DISCOVERED: _NOTHING,
-        Reason.MODEL_NOT_SERVED: _NOTHING,
-        Reason.MODEL_WRONG_TYPE: _NOTHING,
-        Reason.PERMISSION_DENIED: _NOTHING,
-        Reason.PROVIDER_NOT_FOUND: _NOTHING,
-        Reason.REVISION_GONE: _NOTHING,
-        Reason.SLOW_CALLER: _NOTHING,
-        Reason.SLOW_WATCHER: _NOTHING,
-        Reason.STORE_UNAVAILABLE: _NOTHING,
-        Reason.TOO_MANY_STREAMS: _NOTHING,
-        Reason.UNAUTHENTICATED: _NOTHING,
-        Reason.WRONG_REPLICA: _NOTHING,
-        Reason.REGISTRY_FULL: _NOTHING,
+        **dict.fromkeys(_ANSWERS, Action(answer=True)),
+        **dict.fromkeys(_OWN, _NOTHING),
     }
 )
 """By reason; every reason has a row."""

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+import math
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from deltawire_server.upstream.web_address import WebAddress
 
@@ -131,25 +133,43 @@ class TextFormat:
     strict: bool | None = None
 
 
+def _within(lowest: float, highest: float, violation: str) -> Any:  # noqa: ANN401 (as `dataclasses.field` returns)
+    """A number that may be absent, with its range and the description of a violation."""
+    return field(default=None, metadata={"range": (lowest, highest, violation)})
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Sampling parameters and stop conditions; the units and ranges are those of `deltawire.v1.Sampling`."""
+    """Sampling parameters and stop conditions: the only list of them in the gateway, one row for each.
 
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    repetition_penalty: float | None = None
+    `deltawire.v1.Sampling` and the body of vLLM's request have the same names. Numbers and booleans are `None` if absent, lists
+    and tables empty. A number without a range may be any. `newer` marks what not every supported vLLM has, so that the
+    gateway checks for it.
+    """
+
+    temperature: float | None = _within(0.0, math.inf, "must be 0 or above")
+    top_p: float | None = _within(math.ulp(0.0), 1.0, "must be above 0 and at most 1")
+    top_k: int | None = _within(-1, math.inf, "must be -1 or above")
+    min_p: float | None = _within(0.0, 1.0, "must be between 0 and 1")
+    frequency_penalty: float | None = _within(-2.0, 2.0, "must be between -2 and 2")
+    presence_penalty: float | None = _within(-2.0, 2.0, "must be between -2 and 2")
+    repetition_penalty: float | None = _within(math.ulp(0.0), math.inf, "must be above 0")
     seed: int | None = None
-    max_tokens: int | None = None
-    min_tokens: int | None = None
+    max_tokens: int | None = _within(1, math.inf, "must be 1 or more; leave it out for the rest of the context")
+    min_tokens: int | None = _within(0, math.inf, "must be 0 or more")
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    bad_words: tuple[str, ...] = ()
+    bad_words: tuple[str, ...] = field(default=(), metadata={"newer": True})
+
+    def given(self) -> dict[str, Any]:
+        """The values that are not absent, by name: as protobuf and, encoded as JSON, vLLM have them."""
+        return {name: value for name in SAMPLING if (value := getattr(self, name)) not in (None, (), {})}
+
+
+SAMPLING: Mapping[str, Mapping[str, Any]] = MappingProxyType({row.name: row.metadata for row in fields(Sampling)})
+"""The names in `Sampling`, each with "range" (lowest, highest and violation) and "newer", if it has them."""
 
 
 class CheckBudget:
@@ -239,6 +259,9 @@ class ChatRequest:
     @property
     def offered_tools(self) -> tuple[ToolSpec, ...]:
         """The tools that are sent to the model: none if `tool_choice` is NONE."""
-        if self.tool_choice is ToolMode.NONE:
-            return ()
-        return tuple(tool for tool in self.tools if not self.allowed_tools or tool.name in self.allowed_tools)
+        return () if self.tool_choice is ToolMode.NONE else allowed_among(self.tools, self.allowed_tools)
+
+
+def allowed_among(tools: Iterable[ToolSpec], allowed: Collection[str]) -> tuple[ToolSpec, ...]:
+    """The tools that the model may call: all if `allowed` is empty, else those that it names."""
+    return tuple(tool for tool in tools if not allowed or tool.name in allowed)

@@ -23,10 +23,11 @@ from deltawire_server.secret import Secret
 from deltawire_server.telemetry import get_logger
 from deltawire_server.upstream.base import BrokenBodyError, CallContext, ServedModel, TokenCount
 from deltawire_server.upstream.engine import Document
-from deltawire_server.upstream.failures import NOT_JSON, RETRY_SECONDS, UpstreamError, excerpt, failure_of, read_error
+from deltawire_server.upstream.failures import RETRY_SECONDS, UpstreamError, excerpt, failure_of, read_error
 from deltawire_server.upstream.opening import read_opening
 from deltawire_server.upstream.transport.errors import ProtocolViolationError
 from deltawire_server.upstream.unreachable import reason_of
+from deltawire_server.upstream.vllm_fields import NOT_JSON, at, decoded, text_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
@@ -212,16 +213,13 @@ class VllmApi:
             if not 200 <= document.status < 300:
                 return f"HTTP {document.status}"
             document = await self._get(replica, f"{replica.root}/is_sleeping", headers)
-            if document.status == httpx.codes.OK and _is_asleep(document.body):
+            if document.status == httpx.codes.OK and at(decoded(document.body), "is_sleeping") is True:
                 return "the engine is asleep"
             # vLLM's /health needs no API key: with a wrong one the replica would seem healthy while every call fails.
-            if self._api_token is not None and (
-                await self._get(replica, f"{replica.base_url}/models", headers)
-            ).status in (
-                401,
-                403,
-            ):
-                return "it rejects the token in the gateway's settings"
+            if self._api_token is not None:
+                document = await self._get(replica, f"{replica.base_url}/models", headers)
+                if document.status in (401, 403):
+                    return "it rejects the token in the gateway's settings"
         except DeltawireError as error:
             problem = error.message.removeprefix(f"provider {self._id!r} ")
             return problem.removeprefix("cannot be reached: ")
@@ -372,23 +370,11 @@ def _error_in(document: Document) -> UpstreamError:
     return read_error(document.body[:MAX_ERROR_BYTES], document.status, document.headers.get("retry-after", ""))
 
 
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else ""
-
-
 def _served_model(card: dict[str, Any]) -> ServedModel:
     length = card.get("max_model_len")
     return ServedModel(
         id=str(card["id"]),
-        engine_root=_text(card.get("root")),
-        base_model=_text(card.get("parent")),
+        engine_root=text_of(card.get("root")),
+        base_model=text_of(card.get("parent")),
         max_context_tokens=length if isinstance(length, int) and length > 0 else None,
     )
-
-
-def _is_asleep(body: bytes) -> bool:
-    try:
-        document = msgspec.json.decode(body)
-    except NOT_JSON:
-        return False
-    return isinstance(document, dict) and document.get("is_sleeping") is True

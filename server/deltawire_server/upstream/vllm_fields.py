@@ -6,18 +6,20 @@ check.
 
 from __future__ import annotations
 
-from dataclasses import fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from deltawire_server.upstream.request import FormatKind, Sampling
+from deltawire_server.upstream.request import SAMPLING, FormatKind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from deltawire_server.upstream.request import ChatRequest
+
+NOT_JSON = (msgspec.DecodeError, UnicodeError, RecursionError)
+"""The exceptions that msgspec raises for bytes that are not JSON, not UTF-8, or nested too deeply."""
 
 CHAT_PATH = "/v1/chat/completions"
 
@@ -41,7 +43,7 @@ FIELDS: Mapping[str, str] = MappingProxyType(
         "cache_salt": "chat.cache_salt",
         "chat_template_kwargs": "chat.chat_template_kwargs",
         "user": "chat.user",
-        **{field.name: f"chat.sampling.{field.name}" for field in fields(Sampling)},
+        **{name: f"chat.sampling.{name}" for name in SAMPLING},
     }
 )
 """The request field for each field of the body. Any other field of the body comes from `extra_body`."""
@@ -51,17 +53,9 @@ STRICT = "tools.function.strict"
 
 CORE = frozenset(
     {
-        *("model", "messages", "stream", "stream_options", "n", "max_tokens", "temperature", "top_p", "top_k", "min_p"),
-        *(
-            "frequency_penalty",
-            "presence_penalty",
-            "repetition_penalty",
-            "seed",
-            "stop",
-            "stop_token_ids",
-            "min_tokens",
-        ),
-        *("ignore_eos", "logit_bias", "logprobs", "top_logprobs", "tools", "tool_choice", "response_format", "user"),
+        *("model", "messages", "stream", "stream_options", "n", "logprobs", "top_logprobs", "tools", "tool_choice"),
+        *("response_format", "user"),
+        *(name for name, row in SAMPLING.items() if not row.get("newer")),
     }
 )
 """Fields that every vLLM since 0.6 supports, the first version with automatic tool choice and the oldest supported one."""
@@ -85,23 +79,22 @@ def fields_to_check(body: Mapping[str, Any], request: ChatRequest) -> dict[str, 
         request: The request that the body was built from.
     """
     found = {name: FIELDS.get(name, f"chat.extra_body.{name}") for name in body.keys() - CORE}
-    offered = {tool.name for tool in request.offered_tools}
-    for index, tool in enumerate(request.tools):
-        if tool.strict is not None and tool.name in offered:
-            found[STRICT] = f"chat.tools[{index}].strict"
-            break
+    strict = next((tool for tool in request.offered_tools if tool.strict is not None), None)
+    if strict is not None:
+        found[STRICT] = f"chat.tools[{request.tools.index(strict)}].strict"
     return found
 
 
 def format_field(request: ChatRequest) -> str:
-    """The path of the request field that vLLM compiles to constrain the text; empty if there is none.
+    """The path of the request field that vLLM compiles to constrain the answer; empty if there is none.
 
     Also empty for a JSON schema beside tools: vLLM's error for it reads like that for a tool's schema.
     """
-    form = request.response_format
-    if form is None or (form.kind is FormatKind.JSON_SCHEMA and request.offered_tools):
+    form = None if request.response_format is None else _FORMAT_FIELDS.get(request.response_format.kind)
+    tools = FIELDS["tools"] if request.offered_tools else ""
+    if tools and form == _FORMAT_FIELDS[FormatKind.JSON_SCHEMA]:
         return ""
-    return _FORMAT_FIELDS.get(form.kind, "")
+    return form or tools
 
 
 def field_names(document: bytes | None) -> frozenset[str]:
@@ -112,7 +105,7 @@ def field_names(document: bytes | None) -> frozenset[str]:
     Args:
         document: An OpenAPI document; `None` if there is none.
     """
-    spec = _decoded(document)
+    spec = decoded(document)
     body = at(spec, "paths", CHAT_PATH, "post", "requestBody", "content", "application/json", "schema")
     properties = _properties(spec, body)
     if not {"model", "messages"} <= properties.keys():
@@ -124,11 +117,17 @@ def field_names(document: bytes | None) -> frozenset[str]:
     return frozenset(properties.keys() | strict)
 
 
-def _decoded(body: bytes | None) -> object:
+def decoded(body: bytes | None) -> object:
+    """The value of a JSON text; `None` if it is absent or not JSON."""
     try:
         return msgspec.json.decode(body or b"null")
-    except (msgspec.DecodeError, UnicodeError, RecursionError):
+    except NOT_JSON:
         return None
+
+
+def text_of(value: object) -> str:
+    """A JSON value if it is a string, else the empty string."""
+    return value if isinstance(value, str) else ""
 
 
 def at(value: object, *path: str) -> object:

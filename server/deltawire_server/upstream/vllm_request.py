@@ -28,7 +28,6 @@ from deltawire_server.upstream.request import (
     NamedTool,
     Reasoning,
     Role,
-    Sampling,
     TextFormat,
     ToolMode,
     ToolSpec,
@@ -51,24 +50,6 @@ _NO_ARGUMENTS = '{"type": "object", "properties": {}}'
 
 _PLAIN = ("priority", "cache_salt", "user")
 """Fields with the same name in vLLM; `None` and empty ones are left out."""
-
-_PLAIN_SAMPLING = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "frequency_penalty",
-    "presence_penalty",
-    "repetition_penalty",
-    "seed",
-    "max_tokens",
-    "min_tokens",
-    "ignore_eos",
-)
-"""Scalars with the same name in vLLM; `None` is left out."""
-
-_LISTED_SAMPLING = ("stop", "stop_token_ids", "bad_words")
-"""Lists with the same name in vLLM; empty ones are left out."""
 
 _PROMPT_FIELDS = (
     "add_generation_prompt",
@@ -118,7 +99,7 @@ def chat_body(request: ChatRequest, model: str, extra: Mapping[str, msgspec.Raw]
         body["top_logprobs"] = request.top_logprobs
     if request.response_format is not None:
         body.update(_response_format(request.response_format))
-    body.update(_sampling(request.sampling))
+    body.update(request.sampling.given())
     body.update(_reasoning(request.reasoning))
     body.update({name: value for name in _PLAIN if (value := getattr(request, name)) not in (None, "")})
     if request.chat_template_kwargs:
@@ -333,26 +314,9 @@ def _response_format(form: TextFormat) -> dict[str, Any]:
 
 
 def _reasoning(reasoning: Reasoning) -> dict[str, Any]:
-    body: dict[str, Any] = {}
-    if reasoning.effort:
-        body["reasoning_effort"] = reasoning.effort
-    if reasoning.token_budget is not None:
-        body["thinking_token_budget"] = reasoning.token_budget
-    if reasoning.include is not None:
-        body["include_reasoning"] = reasoning.include
-    return body
-
-
-def _sampling(sampling: Sampling) -> dict[str, Any]:
-    body: dict[str, Any] = {}
-    for name in _PLAIN_SAMPLING:
-        value = getattr(sampling, name)
-        if value is not None:
-            body[name] = value
-    for name in _LISTED_SAMPLING:
-        value = getattr(sampling, name)
-        if value:
-            body[name] = list(value)
-    if sampling.logit_bias:
-        body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias.items()}
-    return body
+    given = {
+        "reasoning_effort": reasoning.effort or None,
+        "thinking_token_budget": reasoning.token_budget,
+        "include_reasoning": reasoning.include,
+    }
+    return {name: value for name, value in given.items() if value is not None}

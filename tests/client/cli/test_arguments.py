@@ -73,7 +73,7 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         (["chat", "--seed", "99999999999999999999", "hi"], "error: --seed: 99999999999999999999 is not a whole"),
         (
             ["chat", "--logit-bias=2147483648=1", "hi"],
-            "error: --logit-bias: {2147483648: 1.0} does not give a number for a whole",
+            "error: --logit-bias: {2147483648: 1.0} does not give a finite number for a whole",
         ),
         (
             ["chat", "--choices", "2147483648", "hi"],
@@ -107,8 +107,9 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         (["chat", "--request-id", "\udcff", "hi"], "error: --request-id: not UTF-8 text"),
         (
             ["chat", "--request-id", "ü", "hi"],
-            "error: --request-id ü: must be printable ASCII, to be sent in a header\n",
+            "error: --request-id must be printable ASCII, to be sent in a header: 'ü' is not\n",
         ),
+        (["models", "list", "--vllm-token", "a b"], "error: --vllm-token must be printable ASCII without spaces"),
         (
             ["chat", "--target", "gateway", "hi"],
             "error: --target gateway: needs a port from 1 to 65535, as in 127.0.0.1:50051\n",
@@ -120,13 +121,23 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         (["models", "get", "\udcff"], "error: the model is not UTF-8 text"),
         (["chat", "--template-kwargs", "{", "hi"], "--template-kwargs: not JSON: Expecting"),
         (["chat", "--extra-body", "[]", "hi"], "--extra-body: not a JSON object: []"),
-        (["chat", "--logit-bias", "5", "hi"], "--logit-bias: 5 is not ID=X, such as 1734=-100"),
+        (
+            ["chat", "--logit-bias", "5", "hi"],
+            "--logit-bias: 5 is not ID=X with an ID of 0 or above, such as 1734=-100",
+        ),
         (["chat", "--logit-bias", "a=1", "hi"], "--logit-bias: a=1 is not ID=X"),
+        (["chat", "--logit-bias=-1=2", "hi"], "--logit-bias: -1=2 is not ID=X with an ID of 0 or above"),
+        (["chat", "--logit-bias", "1=nan", "hi"], "error: --logit-bias: {1: nan} does not give a finite number"),
+        (["chat", "--temperature", "inf", "hi"], "error: --temperature: inf is not a finite number"),
+        (["chat", "hi", "--stop", "-x"], "expected one argument; a value that begins with - needs --stop=VALUE"),
         (["chat", "--soft-time-limit", "0", "hi"], "--soft-time-limit: 0 is not a number of seconds above 0"),
         (["chat", "--timeout", "0", "hi"], "--timeout: 0 is not a number of seconds above 0"),
-        (["models", "list", "--timeout", "-1"], "--timeout: -1 is not a number of seconds from 0"),
-        (["chat", "--retention", "nan", "hi"], "--retention: nan is not a number of seconds from 0 to 1000000000"),
-        (["chat", "--heartbeat", "1e300", "hi"], "--heartbeat: 1e300 is not a number of seconds from 0 to 1000000000"),
+        (["models", "list", "--timeout", "-1"], "--timeout: -1 is not a number of seconds above 0 and up to"),
+        (
+            ["chat", "--retention", "nan", "hi"],
+            "--retention: nan is not a number of seconds above 0 and up to 1000000000",
+        ),
+        (["chat", "--heartbeat", "1e300", "hi"], "--heartbeat: 1e300 is not a number of seconds above 0 and up to"),
         (["chat", "--coalesce", "soon", "hi"], "--coalesce: soon is not a number of seconds from 0"),
         (["chat", "--coalesce", "-1", "hi"], "--coalesce: -1 is not a number of seconds from 0"),
         (["chat", "--reasoning-effort", "much", "hi"], "invalid choice: 'much'"),

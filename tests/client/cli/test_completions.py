@@ -223,6 +223,29 @@ def test_a_stream_that_goes_on(gateway: Gateway, run: Run, monkeypatch: pytest.M
     assert (status, err.startswith("note: for the rest: deltawire resume mine\nerror: ")) == (1, True)
 
 
+@pytest.mark.parametrize("command", ["resume", "get", "cancel"])
+def test_a_completion_of_another_process(
+    gateway: Gateway, run: Run, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """The search is noted once, however many connections it takes, and nothing of a stream that broke off."""
+    monkeypatch.setattr(elsewhere, "MAX_PAUSE", 0.0)
+    for _ in range(1 + elsewhere.MAX_CONNECTIONS):
+        gateway.will(Fail(STATUS.FAILED_PRECONDITION, "WRONG_REPLICA", "another process has it"))
+    error = "FAILED_PRECONDITION (WRONG_REPLICA): another process has it"
+    notes = f"note: trying up to 8 new connections: {error}\nerror: {error}\n  request id: mine\n"
+    assert run(command, "its-id", "--request-id", "mine") == (1, "", notes)
+
+
+def test_a_stream_that_has_not_begun(gateway: Gateway, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It did not break off, and the note does not say so."""
+    monkeypatch.setattr(elsewhere, "MAX_PAUSE", 0.0)
+    gateway.will(LOST)
+    gateway.will(*saying("hi"))
+    status, _, err = run("chat", "--retention", "60", "--completion-id", "mine", "hi")
+    note = "note: stream mine has not begun and is requested again in 0.0 s: INTERNAL: it failed\n"
+    assert (status, err) == (0, note)
+
+
 def test_count_tokens(gateway: Gateway, run: Run) -> None:
     """The number alone, so that a script can use it; how many there may be is said beside it."""
     gateway.will(CountTokensResponse(prompt_tokens=12))

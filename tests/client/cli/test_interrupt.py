@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -33,8 +34,9 @@ def interruptible() -> Iterator[None]:
 class Stream:
     """Notes how it is ended."""
 
-    def __init__(self, error: Exception | None = None) -> None:
+    def __init__(self, error: Exception | None = None, *, is_only_sought: bool = False) -> None:
         self.ends: list[str] = []
+        self._is_only_sought = is_only_sought
         self.over = threading.Event()
         self._error = error
 
@@ -52,16 +54,16 @@ class Stream:
 
 
 @pytest.mark.parametrize(
-    ("error", "ends"),
+    ("stream", "ends"),
     [
-        (None, ["softly"]),
-        (UnavailableError(Failure(STATUS.UNAVAILABLE, "it is away")), ["softly", "at once"]),
-        (RuntimeError("there is no id"), ["softly", "at once"]),
+        (Stream(), ["softly"]),
+        (Stream(UnavailableError(Failure(STATUS.UNAVAILABLE, "it is away"))), ["softly", "at once"]),
+        (Stream(RuntimeError("there is no id")), ["softly", "at once"]),
+        (Stream(is_only_sought=True), ["at once"]),
     ],
 )
-def test_the_first_one(error: Exception | None, ends: list[str]) -> None:
+def test_the_first_one(stream: Stream, ends: list[str]) -> None:
     """Softly if that can be done, else at once; afterwards Ctrl-C is what it was."""
-    stream = Stream(error)
     before = signal.getsignal(signal.SIGINT)
     with Interrupt(lambda: end_softly(cast("ChatStream", stream))) as interrupt:
         assert not interrupt.pressed
@@ -98,6 +100,15 @@ class Pressed(Interrupt):
         return self
 
 
+class PressedLater(Interrupt):
+    """A Ctrl-C half a second after the answer is waited for."""
+
+    def __enter__(self) -> Any:  # noqa: ANN401 -- whatever the other one gives
+        """Press it soon."""
+        threading.Timer(0.5, self._press, (signal.SIGINT, None)).start()
+        return self
+
+
 def test_an_answer_that_was_ended_at_once(gateway: Gateway, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Status 130, with what came; here nothing."""
     monkeypatch.setattr(follow, "Interrupt", Pressed)
@@ -111,6 +122,26 @@ def test_a_retained_answer_that_was_ended_at_once(gateway: Gateway, run: Run, mo
     gateway.will(WAIT)
     status, out, err = run("chat", "--model", "llama", "--retention", "60", "--completion-id", "mine", "hi")
     assert (status, out, err) == (130, "", "note: for the rest: deltawire resume mine\ninterrupted\n")
+
+
+def test_a_search_that_was_ended(gateway: Gateway, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No connection has reached the process that has the completion: status 130, without waiting for the others."""
+    monkeypatch.setattr(follow, "Interrupt", PressedLater)
+    gateway.will(Fail(STATUS.FAILED_PRECONDITION, "WRONG_REPLICA", "another process has it"))
+    gateway.will(WAIT)
+    started = time.monotonic()
+    note = "note: trying up to 8 new connections: FAILED_PRECONDITION (WRONG_REPLICA): another process has it"
+    assert run("resume", "mine") == (130, "", f"{note}\ninterrupted\n")
+    assert time.monotonic() - started < 5
+
+
+def test_an_answer_that_fails_after_ctrl_c(gateway: Gateway, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its error is printed; the status is 130 all the same."""
+    monkeypatch.setattr(follow, "Interrupt", Pressed)
+    monkeypatch.setattr(Pressed, "way", "softly")
+    gateway.will(Fail(STATUS.INTERNAL, "INTERNAL", "it failed"))
+    status, _, err = run("chat", "--request-id", "mine", "hi")
+    assert (status, err) == (130, "error: INTERNAL (INTERNAL): it failed\n  request id: mine\ninterrupted\n")
 
 
 def test_a_watch_that_is_cancelled(gateway: Gateway, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,6 +148,16 @@ def test_help_into_a_reader_that_closes_the_pipe(gateway: Gateway) -> None:
     assert (status, out.startswith(b"usage: deltawire chat"), err) == (0, True, b"")
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_help_onto_a_full_disk(gateway: Gateway, unbuffered: str) -> None:
+    """A lost output is a failure; a lost error message leaves the status of the error."""
+    error = b"error: input or output failed: No space left on device\n"
+    python = f"PYTHONUNBUFFERED={unbuffered} $deltawire"
+    for option in ("--help", "--version"):
+        assert in_shell(gateway, f"{python} {option} >/dev/full") == (1, b"", error)
+    assert in_shell(gateway, f"{python} --bogus 2>/dev/full") == (2, b"", b"")
+
+
 def test_closed_standard_files(gateway: Gateway) -> None:
     """They are like /dev/null: no input is an error in one line, and no output is none."""
     error = b"error: there is no prompt: standard input is empty\n"

@@ -53,6 +53,7 @@ def test_a_failed_call(gateway: Gateway, run: Run) -> None:
 @pytest.mark.parametrize(
     ("message", "detail"),
     [("chat.model: is empty", []), ("is empty", ["  field: chat.model"]), ("no", ["  chat.model: is empty"])],
+    ids=["whole", "description", "other"],
 )
 def test_one_violation(gateway: Gateway, run: Run, message: str, detail: list[str]) -> None:
     """What the message says already is not said twice."""
@@ -61,6 +62,18 @@ def test_one_violation(gateway: Gateway, run: Run, message: str, detail: list[st
     assert err.splitlines() == [
         f"error: INVALID_ARGUMENT (INVALID_REQUEST): {message}",
         *detail,
+        "  request id: mine",
+    ]
+
+
+def test_violations_in_the_message(gateway: Gateway, run: Run) -> None:
+    """The gateway lists them there; only one that is missing there has a line."""
+    violations = [("a", "is empty"), ("b", "is negative"), ("c", "is unknown")]
+    gateway.will(Fail(STATUS.INVALID_ARGUMENT, "INVALID_REQUEST", "a: is empty; b: is negative", violations=violations))
+    _, _, err = run("chat", "--request-id", "mine", "hi")
+    assert err.splitlines() == [
+        "error: INVALID_ARGUMENT (INVALID_REQUEST): a: is empty; b: is negative",
+        "  c: is unknown",
         "  request id: mine",
     ]
 

@@ -10,7 +10,7 @@ import grpc
 from google.protobuf.json_format import Parse
 
 from deltawire.v1 import model_registry_pb2 as registry
-from tests.client.scripted import WAIT, Fail, Gateway, bookmark, model, told
+from tests.client.scripted import WAIT, Fail, Gateway, bookmark, changed, model
 
 if TYPE_CHECKING:
     from tests.client.cli.support import Run
@@ -187,8 +187,8 @@ DENIED = Fail(grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED")
 
 def test_models_watch(gateway: Gateway, run: Run) -> None:
     """A line for each change; a lost connection is noted, and what would not mend ends it."""
-    gateway.will(told("ADDED", LLAMA), bookmark("1"), Fail(grpc.StatusCode.ABORTED, "DRAINING", "shutting down"))
-    gateway.will(told("ADDED", FOUND, "2"), told("REMOVED", LLAMA, "3"), DENIED)
+    gateway.will(changed("ADDED", LLAMA), bookmark("1"), Fail(grpc.StatusCode.ABORTED, "DRAINING", "shutting down"))
+    gateway.will(changed("ADDED", FOUND, "2"), changed("REMOVED", LLAMA, "3"), DENIED)
     status, out, err = run("models", "watch")
     assert status == 1
     assert [line.split() for line in out.splitlines()] == [
@@ -208,7 +208,7 @@ def test_models_watch(gateway: Gateway, run: Run) -> None:
 
 def test_models_watch_in_json(gateway: Gateway, run: Run) -> None:
     """Each step on a line, also those that are no change, as they bear revisions."""
-    steps = [told("MODIFIED", LLAMA, "8"), bookmark("9")]
+    steps = [changed("MODIFIED", LLAMA, "8"), bookmark("9")]
     gateway.will(*steps, DENIED)
     status, out, _ = run("models", "watch", "--json", "--revision", "7")
     assert status == 1
@@ -221,7 +221,7 @@ def test_models_watch_with_a_timeout(gateway: Gateway, run: Run) -> None:
     gateway.will(bookmark("1"), WAIT)
     status, out, err = run("models", "watch", "--json", "--timeout", "0.5")
     assert (status, out) == (1, '{"revision": "1", "bookmark": true}\n')
-    assert err.startswith("error: DEADLINE_EXCEEDED")
+    assert err.startswith("error: DEADLINE_EXCEEDED: the timeout passed\n")
 
 
 def test_providers(gateway: Gateway, run: Run) -> None:

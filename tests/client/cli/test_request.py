@@ -25,7 +25,7 @@ from deltawire import (
 )
 from deltawire._cli.arguments import make_parser
 from deltawire._cli.request import _NAMES
-from deltawire._requests import CHAT_OPTIONS, TELLING_OPTIONS
+from deltawire._requests import CHAT_OPTIONS, STREAMING_OPTIONS
 from deltawire.v1.chat_completion_pb2 import Sampling, StreamChatCompletionRequest
 from tests.client.cli.support import Run, asked
 from tests.client.scripted import Gateway, saying
@@ -130,7 +130,7 @@ def test_every_argument_of_a_request_has_an_option() -> None:
     # A whole message cannot be typed, but its fields can.
     whole = {"sampling", "stream_options"}
     named = {_NAMES.get(name, name) for name in options}
-    assert (CHAT_OPTIONS | TELLING_OPTIONS) - made - whole <= named
+    assert (CHAT_OPTIONS | STREAMING_OPTIONS) - made - whole <= named
 
 
 @pytest.mark.parametrize(
@@ -215,10 +215,10 @@ def test_tools_in_an_object(gateway: Gateway, run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        ('{"tools": [{"name": "a"}, 3]}', "tools.json: tool 2: not an object"),
+        ('{"tools": [{"name": "a"}, 3]}', "tools.json: tool 2: not a JSON object"),
         ("{", "tools.json: not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
-        ("3", "tools.json: not an object"),
-        ('[{"name": "a"}, 3]', "tools.json: tool 2: not an object"),
+        ("3", "tools.json: not a JSON object"),
+        ('[{"name": "a"}, 3]', "tools.json: tool 2: not a JSON object"),
         ('[{"name": "a"}, {}]', 'tools.json: tool 2: the tool has no "name"'),
         (
             '{"name": "a", "input_schema": {}}',
@@ -251,6 +251,32 @@ def test_requests_that_are_wrong(run: Run) -> None:
     assert status == 2
     assert err.startswith("error: standard input: not a ChatRequest: ")
     assert "modle" in err
+
+
+@pytest.mark.parametrize("content", ["null", "5", '"a"', "[]", ""])
+def test_a_request_that_is_not_an_object(gateway: Gateway, run: Run, tmp_path: Path, content: str) -> None:
+    """The message names the file; an empty list is not an empty request."""
+    path = tmp_path / "request.json"
+    path.write_text(content)
+    assert run("chat", "--request", str(path)) == (2, "", f"error: {path}: not a JSON object\n")
+    assert gateway.calls == []
+
+
+def test_a_field_that_is_not_an_object(run: Run) -> None:
+    """The message names the field, and has no words of Python's."""
+    status, _, err = run("chat", "--request", "-", stdin='{"messages": [5]}')
+    problem = "Failed to parse messages field: it must be an object."
+    assert (status, err) == (2, f"error: standard input: not a ChatRequest: {problem}\n")
+
+
+def test_a_byte_order_mark(gateway: Gateway, run: Run, tmp_path: Path) -> None:
+    """It is no part of a file or of standard input."""
+    request, tools = tmp_path / "request.json", tmp_path / "tools.json"
+    request.write_text('{"messages": [{"user": {"text": "1"}}]}', encoding="utf-8-sig")
+    tools.write_text(json.dumps(WEATHER), encoding="utf-8-sig")
+    gateway.will(*saying("hi"))
+    assert run("chat", "--request", str(request), "--tool", str(tools), "-", stdin="\ufeff2")[0] == 0
+    assert list(asked(gateway).messages) == [user("1"), user("2")]
 
 
 def test_a_message_in_the_form_of_openai(run: Run) -> None:

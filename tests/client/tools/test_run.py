@@ -337,9 +337,9 @@ async def test_an_exception_may_be_told(gateway: Gateway, client: Client, async_
         gateway.will(answering(said="Sorry."))
     tools: list[ToolLike] = [weather, broken]
     told = [("c1", "rain in Oslo, 7 C"), ("c2", "Failed: LookupError: no Oslo")]
-    await asyncio.to_thread(client.chat.run_tools, "hi", tools=tools, on_error="tell")
+    await asyncio.to_thread(client.chat.run_tools, "hi", tools=tools, on_error="return")
     assert results(asked(gateway).messages) == told
-    await async_client.chat.run_tools("hi", tools=tools, on_error="tell")
+    await async_client.chat.run_tools("hi", tools=tools, on_error="return")
     assert results(asked(gateway).messages) == told
 
 
@@ -399,8 +399,8 @@ async def test_a_result_that_cannot_be_told(
     for _ in range(2):
         gateway.will(answering(call))
         gateway.will(answering(said="Sorry."))
-    await asyncio.to_thread(client.chat.run_tools, "hi", tools=[odd], on_error="tell")
-    await async_client.chat.run_tools("hi", tools=[odd], on_error="tell")
+    await asyncio.to_thread(client.chat.run_tools, "hi", tools=[odd], on_error="return")
+    await async_client.chat.run_tools("hi", tools=[odd], on_error="return")
     for asked_again in asked(gateway, 1), asked(gateway, 3):
         ((_, text),) = results(asked_again.messages)
         assert text == "a\ufffd" if told is None else text.startswith(f"Failed: {told}")
@@ -434,7 +434,7 @@ def test_an_exception_that_cannot_be_told_as_it_is(
 
     gateway.will(answering(ToolCall(call_id="c1", tool_name="odd", arguments="{}")))
     gateway.will(answering(said="Sorry."))
-    client.chat.run_tools("hi", tools=[odd], on_error="tell")
+    client.chat.run_tools("hi", tools=[odd], on_error="return")
     assert results(asked(gateway).messages) == [("c1", told)]
 
 
@@ -559,7 +559,7 @@ SENSELESS: dict[str, tuple[dict[str, Any], str]] = {
     "two of one name": ({"tools": [weather, Tool(name="weather")]}, "several tools are named weather"),
     "several answers": ({"choice_count": 2}, "choice_count must be 1"),
     "no round": ({"max_rounds": 0}, "max_rounds must be 1 or more, not 0"),
-    "a word": ({"on_error": "ignore"}, 'on_error must be "raise" or "tell", not \'ignore\''),
+    "a word": ({"on_error": "ignore"}, 'on_error must be "raise" or "return", not \'ignore\''),
 }
 
 

@@ -29,7 +29,7 @@ CREATE = f"{CHAT}CreateChatCompletion"
 _SEEN_BY_PROVIDER = frozenset({"NOT_FOUND", "RESOURCE_EXHAUSTED", "UNIMPLEMENTED", "FAILED_PRECONDITION"})
 """The upstream answers 404."""
 UNREAD_SECONDS = 5.0
-"""How long callers do not read: after a second, no queue grows any more."""
+"""How long callers do not read: after a second, queues no longer grow."""
 
 
 def _images(count: int) -> Prepared:

@@ -3,7 +3,7 @@
 usage: python convert_model.py SOURCE.gguf DIRECTORY
 
 Writes ``model.safetensors`` (bfloat16), the configuration and the tokenizer to DIRECTORY, which is made if
-need be. Ends with a traceback and status 1 when the file cannot be read; the caller shows it.
+necessary. Ends with a traceback and status 1 when the file cannot be read; the caller shows it.
 """
 
 import importlib

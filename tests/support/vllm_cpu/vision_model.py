@@ -2,7 +2,7 @@
 
 usage: python vision_model.py TEXT_MODEL DIRECTORY
 
-Writes a BLIP-2's configuration, with a few narrow layers, and its processor to DIRECTORY, which is made if need be; the
+Writes a BLIP-2's configuration, with a few narrow layers, and its processor to DIRECTORY, which is created if necessary; the
 tokenizer is the text model's. There are no weights: serve it with ``--load-format dummy``, which makes some up, so what it
 says is noise. Each image is IMAGE_TOKENS tokens of its prompt, whatever its size.
 

@@ -1,4 +1,4 @@
-"""What must be true of calls that are told while they are written."""
+"""Checks the events of tool calls."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ if TYPE_CHECKING:
 _ABOUT_A_CALL = (ToolCallStarted, ToolCallArguments, ToolCallSucceeded, ToolCallFailed)
 
 
-def pieces_told(events: Sequence[StreamEvent], *, incremental: bool) -> int:
-    """Hold the events of an answer that has ended to it, and say how many calls there were.
+def check_calls(events: Sequence[StreamEvent], *, incremental: bool) -> int:
+    """Check the tool call events of a complete answer, and return the number of calls.
 
-    Each call is told in this order: once STARTED, if it has a name; its pieces, none of them empty; one verdict. All of them
-    agree on id and name, and the pieces add up to the raw text that the verdict is about.
+    The events of a call are STARTED, if it has a name; non-empty fragments; one verdict. All have the same id and name, and the
+    concatenated fragments are the raw text of the verdict.
     """
     by_call: dict[tuple[int, int], list[StreamEvent]] = {}
     for event in events:
         if isinstance(event, _ABOUT_A_CALL):
             by_call.setdefault((event.choice, event.index), []).append(event)
-    for told in by_call.values():
-        verdict = told.pop()
+    for of_call in by_call.values():
+        verdict = of_call.pop()
         assert isinstance(verdict, ToolCallSucceeded | ToolCallFailed)
         if not incremental or not verdict.tool_name:
-            assert told == []
+            assert of_call == []
             continue
-        first, *pieces = told
+        first, *pieces = of_call
         assert first == ToolCallStarted(verdict.choice, verdict.index, verdict.call_id, verdict.tool_name)
         written = ""
         for piece in pieces:

@@ -1,19 +1,17 @@
-"""The finished answer, and how it is put together."""
+"""The finished answer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from deltawire._errors import ProtocolError
 from deltawire._messages import message_text
 from deltawire.v1.message_pb2 import AssistantMessage, ChatMessage
 
 if TYPE_CHECKING:
-    from deltawire._failure import CallInfo, Metadata
+    from deltawire._metadata import CallInfo, Metadata
     from deltawire.v1.chat_completion_pb2 import (
         Completed,
-        CreateChatCompletionResponse,
         Notice,
         Started,
         StopReason,
@@ -27,9 +25,16 @@ if TYPE_CHECKING:
 class Choice:
     """One of the answers to a request.
 
-    `message` is the model's turn, ready to be sent back; its tool calls are those that can be executed.
-    `failed_tool_calls` are the others, with all that the model said. `matched_stop` and `matched_token_id` say what made
-    the engine stop, if it said so. `logprobs` are those of all tokens, if asked for.
+    Attributes:
+        index: 0 for the first choice.
+        message: The model's turn in the form of a request; its tool calls are those that were parsed.
+        failed_tool_calls: The other calls, each with the reason and the text that the model wrote.
+        stop_reason: Why the choice ended; STOP_REASON_UNSPECIFIED if it did not. `StopReason.Name` returns the name.
+        engine_finish_reason: The engine's own `finish_reason`.
+        tool_calls_executable: Whether the choice ended normally, has at least one call, and all of them were parsed.
+        matched_stop: The text of `stop` that ended the choice; None if none did.
+        matched_token_id: The id of `stop_token_ids` that ended the choice; None if none did.
+        logprobs: The log-probabilities of all tokens, in order; empty if they were not requested.
     """
 
     index: int
@@ -44,30 +49,36 @@ class Choice:
 
     @property
     def text(self) -> str:
-        """What the model said."""
+        """The answer's text; "" if it has none."""
         return message_text(self.message)
 
     @property
     def reasoning(self) -> str:
-        """What the model thought before it answered; "" if the engine does not separate it."""
+        """The model's reasoning; "" if the engine does not separate it."""
         return self.message.assistant.reasoning
 
     @property
     def tool_calls(self) -> tuple[ToolCall, ...]:
-        """The calls that parsed. Execute them only if `tool_calls_executable`."""
+        """The calls that were parsed. Execute them only if `tool_calls_executable`."""
         return tuple(self.message.assistant.tool_calls)
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A whole answer. `text`, `message` and the like are those of choice 0; `choices` holds all, by ascending index.
+    """A whole answer. The properties of `Choice` are those of choice 0.
 
-    In an error's `answer` it is what had come by then: the stop reason of a choice that did not end is
-    STOP_REASON_UNSPECIFIED, and `completed` may hold no more than the usage as it was received last, if it was.
+    Attributes:
+        started: The event `started`: the completion's id, the model, the sampling in effect.
+        completed: The event `completed`: the usage, and the choices as messages of the API.
+        choices: All choices by ascending index, at least one.
+        notices: The gateway's notices; empty after `Chat.create`.
+        request_id: The call's id in the gateway's log.
+        initial_metadata: The headers.
+        trailing_metadata: The trailers.
 
-    `notices` are what the gateway had to say beside the answer; a call that gives the answer whole has none.
+    In an error's `answer` it is what was received: `completed` may have only the latest usage, or nothing.
 
-    To go on with the conversation, append `message` to the history; after tool calls, `tool(call, result)` for each.
+    To continue the conversation, append `message` to the history; after tool calls, append `tool(call, result)` for each.
     """
 
     started: Started
@@ -80,72 +91,53 @@ class Answer:
 
     @property
     def completion_id(self) -> str:
-        """What the gateway knows this completion by."""
+        """The completion's id, for `Chat.get`, `cancel` and `resume`."""
         return self.started.completion_id
 
     @property
     def model(self) -> str:
-        """The model that answered, by its id."""
+        """The id of the model that answered."""
         return self.started.model
 
     @property
     def usage(self) -> Usage:
-        """Tokens used, over all choices."""
+        """The tokens used by all choices together, and how reliable the numbers are (`provenance`)."""
         return self.completed.usage
 
     @property
     def message(self) -> ChatMessage:
-        """The model's turn, ready to be sent back."""
+        """The model's turn in the form of a request: append it to the history."""
         return self.choices[0].message
 
     @property
     def text(self) -> str:
-        """What the model said."""
+        """The answer's text; "" if it has none."""
         return self.choices[0].text
 
     @property
     def reasoning(self) -> str:
-        """What the model thought before it answered."""
+        """The model's reasoning; "" if the engine does not separate it."""
         return self.choices[0].reasoning
 
     @property
     def tool_calls(self) -> tuple[ToolCall, ...]:
-        """The calls that parsed. Execute them only if `tool_calls_executable`."""
+        """The calls that were parsed. Execute them only if `tool_calls_executable`."""
         return self.choices[0].tool_calls
 
     @property
     def failed_tool_calls(self) -> tuple[ToolCallDelta, ...]:
-        """The calls that cannot be executed."""
+        """The calls that cannot be executed, each with the reason and the text that the model wrote."""
         return self.choices[0].failed_tool_calls
 
     @property
     def tool_calls_executable(self) -> bool:
-        """Whether the answer ended by itself, with at least one call, and all of them parsed."""
+        """Whether the answer ended normally, has at least one call, and all of them were parsed."""
         return self.choices[0].tool_calls_executable
 
     @property
     def stop_reason(self) -> StopReason.ValueType:
-        """Why the answer ended; `StopReason.Name` gives the word."""
+        """Why the answer ended; `StopReason.Name` returns the name."""
         return self.choices[0].stop_reason
-
-
-def answer_of(response: CreateChatCompletionResponse, info: CallInfo) -> Answer:
-    """The answer of a call that gave it whole."""
-    completed = response.completed
-    choices = tuple(
-        choice_of(
-            choice.index,
-            choice,
-            choice.message,
-            tuple(choice.failed_tool_calls),
-            tuple(choice.logprobs),
-        )
-        for choice in completed.choices
-    )
-    if not choices:
-        message = "the answer holds no choice"
-        raise ProtocolError(message, info.request_id)
-    return with_info(Answer(response.started, completed, choices), info)
 
 
 def choice_of(
@@ -171,7 +163,7 @@ def choice_of(
 
 
 def with_info(answer: Answer, info: CallInfo) -> Answer:
-    """The answer with what came beside it."""
+    """The answer with the call's request id and metadata."""
     return replace(
         answer,
         request_id=info.request_id,
