@@ -160,7 +160,10 @@ class Gateway:
 
     async def __aenter__(self) -> Self:
         try:
-            self._lifecycle.listen()  # first, so that a gateway that cannot serve creates no database
+            if (
+                self._process is None
+            ):  # a worker listens when it can serve, because the kernel assigns connections to it then
+                self._lifecycle.listen()  # first, so that a gateway that cannot serve creates no database
             await self._registry.open()
             self._registry.start_refreshing()
             if self._process is not None and self._passing is not None:
