@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
+    from deltawire_server.completions.records import Records
     from deltawire_server.images.load import Images
     from deltawire_server.memory import Ledger
     from tests.conftest import Certificates, StartGateway
@@ -155,9 +156,10 @@ async def test_settings_reach_the_parts(vllm: FakeVllm, tmp_path: Path, monkeypa
             limits: WorkerLimits | None = None,
             images: Images | None = None,
             memory: Ledger | None = None,
+            records: Records | None = None,
         ) -> None:
             seen.append(limits)
-            super().__init__(registry, providers, limits, images, memory)
+            super().__init__(registry, providers, limits, images, memory, records)
 
     monkeypatch.setattr(app, "Worker", Seen)
     settings = settings_of(

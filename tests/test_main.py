@@ -119,7 +119,7 @@ def test_wrong_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(line.startswith("deltawire-server: ") for line in lines)
 
 
-@pytest.mark.parametrize("missing", ["uvloop", "deltawire_server.app"])
+@pytest.mark.parametrize("missing", ["deltawire_server.settings", "uvloop", "deltawire_server.app"])
 def test_without_the_servers_libraries(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], missing: str
 ) -> None:
@@ -127,12 +127,12 @@ def test_without_the_servers_libraries(
     real = builtins.__import__
 
     def without(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:  # noqa: A002, ANN401
-        if name == missing or (name == "deltawire_server" and missing.endswith(".app") and "app" in (fromlist or ())):
+        if missing in (name, *(f"{name}.{each}" for each in fromlist or ())):
             raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
         return real(name, globals, locals, fromlist, level)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    assert main([]) == 2
+    assert main(["--vllm-url", URL]) == 2
     error = capsys.readouterr().err
     assert missing in error
     assert "pip install 'deltawire[server]'" in error

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING
 from deltawire_server import signals
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Sequence
+
+    from deltawire_server.processes.worker_process import WorkerProcess
+    from deltawire_server.settings import Settings
 
 
 GC_THRESHOLDS = (2_000, 5, 200)
@@ -35,6 +38,42 @@ def _main(arguments: Sequence[str], *, owns_process: bool = False) -> int:
     # gRPC's own output is not in the log format, and callers without a key could make it write a line for each call.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
+        from deltawire_server import settings
+        from deltawire_server.processes import parent
+        from deltawire_server.processes.worker_process import WorkerProcess
+    except ModuleNotFoundError as error:
+        return _incomplete(error)
+    process = WorkerProcess.taken_from(os.environ)
+
+    def failed(status: int, *problems: str) -> int:
+        if process is not None:
+            process.report(problems=problems)  # the parent prints them once for all workers
+        else:
+            for problem in problems:
+                print(f"deltawire-server: {problem}", file=sys.stderr)
+        return status
+
+    try:
+        invocation = settings.parse(arguments, os.environ)
+    except settings.SettingsError as error:
+        return failed(2, *error.problems)
+    if invocation.check_only:
+        print(settings.effective(invocation.settings, invocation.origins))
+        return 0
+    if process is None and invocation.settings.server.workers > 1:
+        return parent.run(arguments, invocation.settings)
+    return _serve(arguments, invocation.settings, process, failed, owns_process=owns_process)
+
+
+def _serve(
+    arguments: Sequence[str],
+    configured: Settings,
+    process: WorkerProcess | None,
+    failed: Callable[..., int],
+    *,
+    owns_process: bool,
+) -> int:
+    try:
         import uvloop
 
         from deltawire_server import app, settings
@@ -42,18 +81,7 @@ def _main(arguments: Sequence[str], *, owns_process: bool = False) -> int:
         from deltawire_server.lifecycle import ListenError
         from deltawire_server.registry.database import cause_text
     except ModuleNotFoundError as error:
-        print(
-            f"deltawire-server needs the server dependencies ({error.name} is missing): pip install 'deltawire[server]'",
-            file=sys.stderr,
-        )
-        return 2
-    try:
-        invocation = settings.parse(arguments, os.environ)
-    except settings.SettingsError as error:
-        return _refused(error.problems)
-    if invocation.check_only:
-        print(settings.effective(invocation.settings, invocation.origins))
-        return 0
+        return _incomplete(error)
     if owns_process:
         # The modules and classes so far live until the end. Without freeze, each full collection would traverse them, which blocks
         # the event loop for 50 ms. Objects of uvloop and gRPC must not be frozen: the process crashes when they are freed.
@@ -62,24 +90,24 @@ def _main(arguments: Sequence[str], *, owns_process: bool = False) -> int:
         gc.set_threshold(*GC_THRESHOLDS)
     try:
         # A reload uses the same flags, environment and file.
-        uvloop.run(app.serve(invocation.settings, lambda: settings.parse(arguments, os.environ).settings))
+        uvloop.run(app.serve(configured, lambda: settings.parse(arguments, os.environ).settings, process))
     except settings.SettingsError as error:
-        return _refused(error.problems)
+        return failed(2, *error.problems)
     except ListenError as error:
-        print(f"deltawire-server: {error}", file=sys.stderr)
-        return 1
+        return failed(1, str(error))
     except RegistryError as error:
         # The error's own message is for callers and contains no paths. This one is for the operator.
-        url = settings.shown_database_url(invocation.settings.registry.database_url)
+        url = settings.shown_database_url(configured.registry.database_url)
         cause = cause_text(error.__cause__ or error)
-        print(f"deltawire-server: cannot use the database {url}: {cause}", file=sys.stderr)
-        return 1
+        return failed(1, f"cannot use the database {url}: {cause}")
     return 0
 
 
-def _refused(problems: Iterable[str]) -> int:
-    for problem in problems:
-        print(f"deltawire-server: {problem}", file=sys.stderr)
+def _incomplete(error: ModuleNotFoundError) -> int:
+    print(
+        f"deltawire-server needs the server dependencies ({error.name} is missing): pip install 'deltawire[server]'",
+        file=sys.stderr,
+    )
     return 2
 
 

@@ -9,17 +9,21 @@ import ssl
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import structlog
+
 from deltawire._version import __version__
 from deltawire.v1 import chat_completion_pb2, chat_completion_pb2_grpc, model_registry_pb2, model_registry_pb2_grpc
 from deltawire_server import signals
 from deltawire_server.access import Access
 from deltawire_server.completions.adaptive import AdaptiveDelay
 from deltawire_server.completions.completion import CompletionLimits
+from deltawire_server.completions.records import Records
 from deltawire_server.completions.retention import RetentionLimits
 from deltawire_server.images.load import Images
 from deltawire_server.images.policy import Policy
-from deltawire_server.lifecycle import Lifecycle, plaintext_addresses
+from deltawire_server.lifecycle import Lifecycle, ListenError, plaintext_addresses
 from deltawire_server.memory import Allocator, Ledger, default_limit
+from deltawire_server.processes.passing import Passing
 from deltawire_server.registry.registry import ModelRegistry
 from deltawire_server.registry.store import Store, StoreLimits
 from deltawire_server.rpc.chat_completion import ChatCompletionServicer
@@ -41,6 +45,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from types import TracebackType
 
+    from grpc import aio
+
+    from deltawire_server.processes.worker_process import WorkerProcess
     from deltawire_server.settings import ProviderSettings, Settings
 
 SPARE_CONNECTIONS = 32
@@ -76,6 +83,7 @@ class Gateway:
 
     Args:
         settings: Valid settings.
+        process: This process, if it is one of several workers of a gateway.
 
     Raises:
         SettingsError: From the constructor: a file that a provider's settings name cannot be used.
@@ -83,8 +91,9 @@ class Gateway:
         RegistryError: On entry: the registry's database cannot be used.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, process: WorkerProcess | None = None) -> None:
         self._settings = settings
+        self._process = process
         self._files = _digests(settings)
         self._tasks: set[asyncio.Task[None]] = set()
         self._connections = settings.server.max_streams + SPARE_CONNECTIONS
@@ -93,13 +102,14 @@ class Gateway:
         )
         self._registry = ModelRegistry(_store(settings), self._providers)
         self._images = Images(_image_policy(settings), user_agent=_USER_AGENT)
-        memory = Ledger(settings.server.max_memory_bytes or default_limit())
+        workers = process.count if process else 1
+        memory = Ledger((settings.server.max_memory_bytes or default_limit()) // workers)
         self._allocator = Allocator()
         memory.trim = self._allocator.trim
         self._adaptive = AdaptiveDelay(settings.server.max_adaptive_delay)
-        self._worker = Worker(
-            self._registry, self._providers, _worker_limits(settings), self._images, memory, self._adaptive
-        )
+        records = Records(mark=process.mark, seat=process.seat) if process else None
+        limits = _worker_limits(settings, workers)
+        self._worker = Worker(self._registry, self._providers, limits, self._images, memory, records, self._adaptive)
         self._access = Access(settings.access.principals)
         chat = ChatCompletionServicer(
             self._worker,
@@ -123,7 +133,21 @@ class Gateway:
                 settings.server.receive_timeout,
             ),
         )
-        self._lifecycle = Lifecycle(settings.server, [self._calls], self._calls)
+        listener = settings.server
+        interceptors: list[aio.ServerInterceptor] = [self._calls]
+        self._passing: Passing | None = None
+        if process is not None:
+            listener = listener.model_copy(update={"listen": tuple(process.addresses), "workers": process.count})
+            self._passing = Passing(
+                process,
+                self._calls,
+                memory,
+                max_receive_bytes=listener.max_receive_bytes,
+                slow_caller_timeout=settings.stream.slow_caller_timeout,
+            )
+            chat_completion_pb2_grpc.add_ChatCompletionServicer_to_server(chat, self._passing.server)
+            interceptors.append(self._passing)
+        self._lifecycle = Lifecycle(listener, interceptors, self._calls)
         self._lifecycle.add_service(
             lambda server: chat_completion_pb2_grpc.add_ChatCompletionServicer_to_server(chat, server)
         )
@@ -138,15 +162,27 @@ class Gateway:
 
     async def __aenter__(self) -> Self:
         try:
-            self._lifecycle.listen()  # first, so that a gateway that cannot serve creates no database
+            # A worker listens when it can serve, because the kernel assigns connections to it from then on.
+            if self._process is None:
+                self._lifecycle.listen()  # first, so that a gateway that cannot serve creates no database
             await self._registry.open()
             self._registry.start_refreshing()
+            if self._process is not None and self._passing is not None:
+                await self._passing.start()
+                if not await self._process.ready():
+                    raise ListenError("the parent process has ended")
             await self._lifecycle.start(SERVICES)
             self._run(self._allocator.trim_for_ever(), "return free memory")
             self._run(self._adaptive.adapt_for_ever(), "adapt the delay of deltas")
         except BaseException:
             await self._close()
             raise
+        if self._process is None or self._process.announces:
+            self._announce()
+        return self
+
+    def _announce(self) -> None:
+        """Log what is served, and warnings about it."""
         server = self._settings.server
         _log.info(
             "serving",
@@ -154,6 +190,7 @@ class Gateway:
             addresses=list(self.addresses),
             tls="mutual" if server.tls_client_ca_file else "yes" if server.tls else "no",
             access=self._access.summary,
+            workers=1 if self._process is None else self._process.count,
             file_descriptors=self._lifecycle.descriptors,
             max_connections=self._lifecycle.max_connections,
             providers={provider.id: list(provider.base_urls) for provider in self._providers.all()},
@@ -162,7 +199,6 @@ class Gateway:
         if exposed:
             _log.warning("serving without TLS to other machines", addresses=list(exposed))
         self._log_access_warnings(self._settings)
-        return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -266,20 +302,23 @@ class Gateway:
         for task in self._tasks:
             task.cancel()
         await self._lifecycle.stop(at_once=True)
+        if self._passing is not None:
+            await self._passing.close()
         await self._worker.close()
         await self._registry.close()
         await self._providers.close()
         await self._images.close()
 
 
-async def serve(settings: Settings, reload: Callable[[], Settings]) -> None:
-    """Serve until SIGTERM or SIGINT, then drain; a second signal cancels active calls.
+async def serve(settings: Settings, reload: Callable[[], Settings], process: WorkerProcess | None = None) -> None:
+    """Serve until SIGTERM or SIGINT, or the end of a worker's parent, then drain; a second signal cancels active calls.
 
     SIGHUP reads the settings again and applies them. If they are invalid, the log says why, and the current settings stay.
 
     Args:
         settings: The initial settings.
         reload: Reads the settings again; raises `SettingsError` if they are invalid.
+        process: This process, if it is one of several workers of a gateway.
 
     Raises:
         SettingsError: A file that a provider's settings name cannot be used.
@@ -287,6 +326,8 @@ async def serve(settings: Settings, reload: Callable[[], Settings]) -> None:
         RegistryError: The registry's database cannot be used.
     """
     configure_logging(settings.log.level, settings.log.format)
+    if process is not None:
+        structlog.contextvars.bind_contextvars(worker=process.number)  # in the records of all tasks
     drain_requested = asyncio.Event()
     stop_requested = asyncio.Event()
     reload_requested = asyncio.Event()
@@ -297,7 +338,9 @@ async def serve(settings: Settings, reload: Callable[[], Settings]) -> None:
     if set(signals.STOP) & set(signals.take_recorded()):  # an early SIGHUP needs no reload: the settings are new
         _log.info("stopped before serving")
         return
-    async with Gateway(settings) as gateway:
+    async with Gateway(settings, process) as gateway:
+        if process is not None:
+            process.serving(parent_ended=drain_requested.set)
         reloading = asyncio.create_task(_reload_on(reload_requested, gateway, reload))
         await drain_requested.wait()
         reloading.cancel()
@@ -398,7 +441,7 @@ def _image_policy(settings: Settings) -> Policy:
     )
 
 
-def _worker_limits(settings: Settings) -> WorkerLimits:
+def _worker_limits(settings: Settings, workers: int) -> WorkerLimits:
     stream = settings.stream
     return WorkerLimits(
         max_streams=settings.server.max_streams,
@@ -416,7 +459,7 @@ def _worker_limits(settings: Settings) -> WorkerLimits:
         ),
         retention=RetentionLimits(
             max_stream_bytes=settings.retention.max_stream_bytes,
-            max_bytes=settings.retention.max_bytes,
+            max_bytes=settings.retention.max_bytes // workers,
             max_completed_bytes=settings.server.max_completed_bytes,
         ),
     )

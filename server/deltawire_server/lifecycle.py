@@ -21,7 +21,9 @@ from grpc import aio
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from deltawire_server import descriptors
+from deltawire_server.processes.parent import REMEDY
 from deltawire_server.rpc import health
+from deltawire_server.rpc.reception import PENDING_REQUESTS
 from deltawire_server.settings import ServerSettings, is_local
 from deltawire_server.telemetry import get_logger
 
@@ -33,9 +35,6 @@ REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 FAREWELL_SECONDS = 1.0
 """Time for ended calls to send their last message; calls whose callers do not read are cancelled afterwards."""
 
-MAX_PENDING_REQUESTS = 1_000_000
-"""Calls that wait for a Python handler; more than the connections of any machine carry at once."""
-
 MAX_PING_STRIKES = 20
 """Pings that may arrive sooner than `min_ping_interval` after the previous one; more close the connection with ENHANCE_YOUR_CALM.
 In gRPC, 0 means any number. A message from the server resets the count. The limit allows bursts, such as those of a proxy with
@@ -43,8 +42,6 @@ several timers, but not a flood, which has hundreds."""
 
 FLUSH_SECONDS = 0.2
 """Time to flush the last messages to the sockets."""
-
-_REMEDY = "use another address (--listen)"
 
 _log = get_logger(__name__)
 
@@ -181,7 +178,7 @@ class Lifecycle:
             else:
                 port = self._server.add_secure_port(address, credentials)
         except (RuntimeError, ValueError) as error:
-            raise ListenError(f"cannot listen on {address}: {_problem(address)}; {_REMEDY}") from error
+            raise ListenError(f"cannot listen on {address}: {_problem(address)}; {REMEDY}") from error
         return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
 
     def _add_reflection(self, names: list[str]) -> None:
@@ -205,8 +202,8 @@ def _check_socket(path: str) -> None:
         except (FileNotFoundError, ConnectionRefusedError):
             return
         except OSError as error:
-            raise ListenError(f"cannot listen on unix:{path}: {error}; {_REMEDY}") from error
-    raise ListenError(f"cannot listen on unix:{path}: another process listens on it; {_REMEDY}")
+            raise ListenError(f"cannot listen on unix:{path}: {error}; {REMEDY}") from error
+    raise ListenError(f"cannot listen on unix:{path}: another process listens on it; {REMEDY}")
 
 
 def _problem(address: str) -> str:
@@ -225,15 +222,14 @@ def _problem(address: str) -> str:
 
 def _options(settings: ServerSettings, connections: int) -> list[tuple[str, int]]:
     return [
-        # Otherwise a second process on the same port would start without an error and get half of the connections.
-        ("grpc.so_reuseport", 0),
+        # With 1, a second process on the same port starts without an error and gets half of the connections. Workers do that on
+        # purpose, on a port that their parent holds.
+        ("grpc.so_reuseport", int(settings.workers > 1)),
         ("grpc.max_receive_message_length", settings.max_receive_bytes),
         # Only the first algorithm, "identity": a compressed request is refused by its headers. Otherwise 30 KiB from an
         # unauthenticated caller could become 32 MiB here. Images, the largest part of requests, do not compress anyway.
         ("grpc.compression_enabled_algorithms_bitset", 1),
-        # By default, grpc itself cancels calls of a burst without a reason. The gateway has its own admission control.
-        ("grpc.server.max_pending_requests", MAX_PENDING_REQUESTS),
-        ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_REQUESTS),
+        *PENDING_REQUESTS,
         ("grpc.keepalive_time_ms", _milliseconds(settings.keepalive_time)),
         # This option determines when a vanished peer is detected; grpc.keepalive_timeout_ms has no effect.
         ("grpc.http2.ping_timeout_ms", _milliseconds(settings.ping_timeout)),

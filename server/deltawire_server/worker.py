@@ -111,6 +111,7 @@ class Worker:
         limits: Limits of completions.
         images: Loads images from URLs; by default it refuses them.
         memory: The memory of all calls; by default without a limit.
+        records: The records of the completions.
         adaptive: How long deltas are delayed under load; not at all by default.
 
     Attributes:
@@ -125,6 +126,7 @@ class Worker:
         limits: WorkerLimits | None = None,
         images: Images | None = None,
         memory: Ledger | None = None,
+        records: Records | None = None,
         adaptive: AdaptiveDelay | None = None,
     ) -> None:
         self._adaptive = adaptive
@@ -134,7 +136,7 @@ class Worker:
         self._images = images or Images()
         self.admission = Admission(self._limits.max_streams)
         self._completions: set[Completion] = set()
-        self._records = Records()
+        self._records = records or Records()
         self.memory = memory or Ledger(sys.maxsize)
         self._retention = Retention(self._limits.retention, self.memory)
         self._tasks: set[asyncio.Task[None]] = set()

@@ -100,6 +100,7 @@ def test_every_flag(read: Parse, pem: Path, keys_file: Path) -> None:
     """Each reaches its key and is named as the origin."""
     invocation = read(
         *("--listen", "0.0.0.0:1", "--listen", "unix:/run/d.sock", "--allow-plaintext", "--max-streams", "7"),
+        *("--workers", "1"),
         *("--tls-cert-file", str(pem), "--tls-key-file", str(pem), "--tls-client-ca-file", str(pem)),
         *("--access-keys-file", str(keys_file)),
         *("--vllm-url", "https://h/v1, https://i", "--vllm-url", "https://j", "--vllm-max-tokens", "9"),

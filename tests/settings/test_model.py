@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -490,3 +491,14 @@ def test_limits_that_passing_would_ignore(key: str) -> None:
     assert "has no effect with images.urls = pass" in message
     assert "remove it, or set images.urls = fetch" in message
     assert ImageSettings(urls="pass", allowed_hosts=(), schemes=("https",)).urls == "pass"
+
+
+def test_workers_share_ports_and_a_database() -> None:
+    """Several cannot share a unix socket or a database in memory; `auto` is the number of cores."""
+    assert ServerSettings.model_validate({"workers": "auto"}).workers == len(os.sched_getaffinity(0))
+    assert "only ports can be shared" in refusal(ServerSettings, listen="127.0.0.1:1,unix:/run/d.sock", workers=2)
+    for database in ("sqlite://", "sqlite:///:memory:", "sqlite:///file:x?mode=memory&uri=true"):
+        values = {"providers": {"vllm": {"base_url": URL}}, "registry": {"database_url": database}}
+        Settings.model_validate(values)
+        with pytest.raises(ValidationError, match="a database in memory cannot be shared"):
+            Settings.model_validate({**values, "server": {"workers": 2}})

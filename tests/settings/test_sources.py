@@ -27,6 +27,7 @@ SCALARS: list[KeyPath] = [
 SAMPLES = {
     "max_memory_bytes": "100000000",
     "listen": "127.0.0.1:1,127.0.0.1:2",
+    "workers": "2",
     "tls_cert_file": "PEM",
     "tls_key_file": "PEM",
     "tls_client_ca_file": "PEM",

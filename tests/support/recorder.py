@@ -80,7 +80,7 @@ class Recorder(aio.ServerInterceptor):
             if method == _STREAM:
                 check_stream(_parsed(chat_pb.StreamChatCompletionRequest, request), recording.responses, ending)
             elif method == _CREATE:
-                whole = cast("chat_pb.CreateChatCompletionResponse | None", answer)
+                whole = None if answer is None else _parsed(chat_pb.CreateChatCompletionResponse, answer)
                 check_whole(_parsed(chat_pb.CreateChatCompletionRequest, request), whole, ending)
             elif not recording.responses:
                 check_failure(ending)
@@ -88,11 +88,14 @@ class Recorder(aio.ServerInterceptor):
             self.broken.append(f"{method}: {broken}")
 
 
-_Request = TypeVar("_Request", bound=Message)
+_Parsed = TypeVar("_Parsed", bound=Message)
 
 
-def _parsed(kind: type[_Request], request: object) -> _Request:
-    """A request, which a gateway may have left to its handler to parse; an empty one if it is not protobuf."""
+def _parsed(kind: type[_Parsed], request: object) -> _Parsed:
+    """A message, which may be in bytes: a request that a handler parses, or a response that another worker made.
+
+    An empty one if it is not protobuf.
+    """
     if isinstance(request, bytes):
         with contextlib.suppress(DecodeError):
             return kind.FromString(request)
@@ -122,8 +125,11 @@ class _Recording:
 
     async def write(self, message: Any) -> None:  # noqa: ANN401
         # A copy, since a writer may use its message again.
-        copy = type(message)()
-        copy.CopyFrom(message)
+        if isinstance(message, bytes):  # passed on by another worker
+            copy = chat_pb.StreamChatCompletionResponse.FromString(message)
+        else:
+            copy = type(message)()
+            copy.CopyFrom(message)
         await self._context.write(message)
         self.responses.append(copy)
 

@@ -194,6 +194,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_COMPLETION_GONE: _ErrorReason.ValueType  # 37
     """OUT_OF_RANGE. The completion exists or existed, but the requested messages are not retained.
+    Also if the completion is lost, because the gateway's worker process that had it has ended;
+    ABORTED if the answer had begun. UNAVAILABLE if the process that would run a new completion has
+    ended: retry after the delay in RetryInfo.
     Metadata: {"completion_id": "my-1", "first_sequence": "812"} (the oldest message that is
     available, if any).
     """
@@ -408,6 +411,9 @@ Metadata: {"completion_id": "my-1"}.
 """
 ERROR_REASON_COMPLETION_GONE: ErrorReason.ValueType  # 37
 """OUT_OF_RANGE. The completion exists or existed, but the requested messages are not retained.
+Also if the completion is lost, because the gateway's worker process that had it has ended;
+ABORTED if the answer had begun. UNAVAILABLE if the process that would run a new completion has
+ended: retry after the delay in RetryInfo.
 Metadata: {"completion_id": "my-1", "first_sequence": "812"} (the oldest message that is
 available, if any).
 """

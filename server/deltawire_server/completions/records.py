@@ -19,7 +19,7 @@ from sys import getsizeof
 from typing import TYPE_CHECKING
 
 from deltawire_server.completions.info import NOTHING_YET, ActiveCompletion, CompletionInfo, Outcome
-from deltawire_server.errors import CallerError, GatewayError, Reason
+from deltawire_server.errors import CallerError, Code, GatewayError, Reason
 from deltawire_server.sansio.events import StopReason, Usage
 from deltawire_server.upstream.request import Sampling
 
@@ -49,7 +49,13 @@ REMEMBERED_SECONDS = 600.0
 _LISTS = (tuple, Mapping)
 """The types of the values of a sampling that a caller can make large."""
 
-_GENERATED = re.compile(r"cmpl-[0-9a-f]{32}-(?P<owner>[0-9a-f]{8})")
+_GENERATED = re.compile(r"cmpl-[0-9a-f]{32}-([0-9a-f]{8})")
+
+
+def mark_of(completion_id: str) -> str:
+    """The eight digits of a generated id that identify the process that generated it; empty for an id of another form."""
+    generated = _GENERATED.fullmatch(completion_id)
+    return generated[1] if generated else ""
 
 
 @dataclass(slots=True)
@@ -145,6 +151,23 @@ def _lists_bytes(sampling: Sampling) -> int:
     )
 
 
+def lost(completion_id: str, code: Code | None = None, retry_after: float | None = None) -> GatewayError:
+    """The error for a completion whose worker process has ended: COMPLETION_GONE.
+
+    Args:
+        completion_id: Its id.
+        code: The status code; by default that of the reason.
+        retry_after: Seconds after which it may be started again.
+    """
+    return GatewayError(
+        Reason.COMPLETION_GONE,
+        f"completion {completion_id!r} is lost: the worker process that had it has ended; start the completion again",
+        code=code,
+        metadata={"completion_id": completion_id},
+        retry_after=retry_after,
+    )
+
+
 class Records:
     """The records of this process.
 
@@ -152,6 +175,8 @@ class Records:
         max_remembered: Limit for remembered records; retained ones do not count.
         remembered_seconds: How long they are remembered.
         max_bytes: Memory limit for them.
+        mark: Eight hexadecimal digits that identify this process; random if empty.
+        seat: The first of them, if processes with the same first digits preceded this one and have ended.
     """
 
     def __init__(
@@ -159,8 +184,12 @@ class Records:
         max_remembered: int = MAX_REMEMBERED,
         remembered_seconds: float = REMEMBERED_SECONDS,
         max_bytes: int = MAX_REMEMBERED_BYTES,
+        *,
+        mark: str = "",
+        seat: str = "",
     ) -> None:
-        self._owner = secrets.token_hex(4)
+        self._mark = mark or secrets.token_hex(4)
+        self._seat = seat
         self._max_remembered = max_remembered
         self._max_bytes = max_bytes
         self._size = 0
@@ -193,7 +222,7 @@ class Records:
         Raises:
             CallerError: COMPLETION_ALREADY_EXISTS: the caller has a running or retained completion of this id.
         """
-        key = (caller, completion_id or f"cmpl-{secrets.token_hex(16)}-{self._owner}")
+        key = (caller, completion_id or f"cmpl-{secrets.token_hex(16)}-{self._mark}")
         taken = self._kept.get(key)
         if taken is not None and not taken.is_abandoned:
             state = "is retained" if taken.ended else "is running"
@@ -231,7 +260,8 @@ class Records:
 
         Raises:
             CallerError: COMPLETION_NOT_FOUND: the caller has no completion of this id; another caller may have one.
-            GatewayError: WRONG_REPLICA: the caller has none here, and another process generated the id.
+            GatewayError: WRONG_REPLICA: the caller has none here, and another process generated the id. COMPLETION_GONE: that
+                process has ended, and this one replaces it.
         """
         self._forget()
         key = (caller, completion_id)
@@ -239,8 +269,10 @@ class Records:
         if record is not None:
             return record
         metadata = {"completion_id": completion_id}
-        generated = _GENERATED.fullmatch(completion_id)
-        if generated and generated["owner"] != self._owner:
+        mark = mark_of(completion_id)
+        if mark and mark != self._mark:
+            if self._seat and mark.startswith(self._seat):
+                raise lost(completion_id)
             raise GatewayError(
                 Reason.WRONG_REPLICA,
                 f"completion {completion_id!r} belongs to another gateway process, or to this one before a restart",

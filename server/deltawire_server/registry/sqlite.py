@@ -13,6 +13,7 @@ from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from deltawire_server.registry.database import Database, cause_text
+from deltawire_server.settings.values import is_in_memory
 from deltawire_server.telemetry import get_logger
 
 if TYPE_CHECKING:
@@ -107,8 +108,7 @@ class SqliteDatabase(Database):
 
     @property
     def _in_memory(self) -> bool:
-        in_memory = self._url.database in (None, "", ":memory:", "file::memory:")
-        return in_memory or self._url.query.get("mode") == "memory"
+        return is_in_memory(self._url)
 
     @property
     def _path(self) -> Path | None:

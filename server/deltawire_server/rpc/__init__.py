@@ -1,4 +1,4 @@
-"""The gRPC layer: only this folder and `lifecycle` depend on gRPC and protobuf.
+"""The gRPC layer: only this folder, `processes.passing` and `lifecycle` depend on gRPC and protobuf.
 
 The request flow, in the order of the modules:
 

@@ -221,7 +221,7 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
             record.latch.succeed()  # the caller already had the last message, and it had no fault
 
     def _writer(self, context: _Context, record: CallRecord, more: str = "") -> StreamWriter:
-        return StreamWriter(context, record, self._slow_caller_timeout, lambda limit: _slow(limit, more))
+        return StreamWriter(context, record, self._slow_caller_timeout, lambda limit: slow_caller(limit, more))
 
 
 def _is_whole(event: StreamEvent) -> bool:
@@ -229,7 +229,8 @@ def _is_whole(event: StreamEvent) -> bool:
     return isinstance(event, Completed) and event.fault is None
 
 
-def _slow(limit: float, more: str = "") -> GatewayError:
+def slow_caller(limit: float, more: str = "") -> GatewayError:
+    """SLOW_CALLER: the caller did not receive a message of its stream within the limit in seconds; `more` ends the message."""
     message = f"the caller did not receive a message for {limit:g} seconds{more}"
     return GatewayError(Reason.SLOW_CALLER, message, metadata={"limit_seconds": f"{limit:g}"})
 

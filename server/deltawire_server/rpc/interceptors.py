@@ -22,7 +22,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc import aio
 
-from deltawire_server.access import Access, Identity, NameKind, Permission, bearer_key
+from deltawire_server.access import REVOKED, Access, Identity, NameKind, Permission, bearer_key
 from deltawire_server.admission import Admission
 from deltawire_server.errors import (
     CallerError,
@@ -116,6 +116,10 @@ class CallRecord:
         self.place: Place | None = None
         self.request_bytes = 0
 
+
+passed_on: contextvars.ContextVar[tuple[str, str] | None] = contextvars.ContextVar("deltawire_passed_on", default=None)
+"""The name and the owner of the caller of a call that another worker authorized and passed on. Only the private listener of
+`processes.passing` sets it."""
 
 _record: contextvars.ContextVar[CallRecord] = contextvars.ContextVar("deltawire_call")
 
@@ -287,7 +291,8 @@ class CallInterceptor(aio.ServerInterceptor):
 
     def _admit(self, method: str, record: CallRecord, place: Place) -> None:
         """Refuse the call if this process shuts down, or if its method needs a place and there is none."""
-        if self._draining:
+        # Only this process has the completion of a passed-on call.
+        if self._draining and passed_on.get() is None:
             message = "this gateway process is shutting down: retry on a new connection"
             raise GatewayError(Reason.DRAINING, message, retry_after=DRAINING_RETRY_SECONDS)
         if method not in ADMITTED:
@@ -310,6 +315,12 @@ class CallInterceptor(aio.ServerInterceptor):
 
     def _authorize(self, method: str, record: CallRecord, context: _Context) -> None:
         """Authorize the call or raise. The log line gets the caller's name and, on a refusal, the missing permission."""
+        passed = passed_on.get()
+        if passed is not None:
+            record.caller, record.owner = passed
+            if not self._access.admits(record.owner, method):
+                raise GatewayError(Reason.ACCESS_CHANGED, REVOKED)
+            return
         if self._access.open:
             identity = next(iter(_identities(context)), None)
             if identity is not None:

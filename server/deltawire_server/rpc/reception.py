@@ -33,6 +33,16 @@ A read opens the window for the whole message, whatever its size; in this time, 
 The wait spans several iterations of the event loop, to see requests that arrived while the loop was busy."""
 
 
+_MAX_PENDING = 1_000_000
+"""Calls that wait for a Python handler; more than the connections of any machine carry at once."""
+
+PENDING_REQUESTS = (
+    ("grpc.server.max_pending_requests", _MAX_PENDING),
+    ("grpc.server.max_pending_requests_hard_limit", _MAX_PENDING),
+)
+"""Options of a server. By default, grpc itself cancels calls of a burst without a reason. The gateway has its own admission
+control."""
+
 QUICK_SECONDS = 0.003
 """A request that takes longer to arrive may be large, so it waits for `give_way` before gRPC copies it."""
 

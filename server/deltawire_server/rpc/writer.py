@@ -64,7 +64,7 @@ class StreamWriter:
         except TimeoutError:
             raise self._slow(self._timeout) from None
 
-    async def write(self, message: Message, *, last: bool = False) -> None:
+    async def write(self, message: Message | bytes, *, last: bool = False) -> None:
         """Write a message. If the caller does not receive it in time, the call is canceled.
 
         Args:

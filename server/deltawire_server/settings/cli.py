@@ -32,6 +32,7 @@ FLAGS: Mapping[str, KeyPath] = MappingProxyType(
         "--tls-key-file": ("server", "tls_key_file"),
         "--tls-client-ca-file": ("server", "tls_client_ca_file"),
         "--access-keys-file": ("access", "keys_file"),
+        "--workers": ("server", "workers"),
         "--max-streams": ("server", "max_streams"),
         "--vllm-url": ("providers", "vllm", "base_url"),
         "--vllm-max-tokens": ("providers", "vllm", "max_tokens"),

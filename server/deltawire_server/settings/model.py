@@ -49,6 +49,9 @@ OptionalFile = Annotated[
 ADDRESSES = "an address or a list of addresses"
 """The `title` of a field describes the values that it accepts, if its type does not."""
 
+MAX_WORKERS = 256
+"""As many as the ids of completions can name."""
+
 ProviderId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
 
 
@@ -86,18 +89,25 @@ class ServerSettings(Section):
     allow_plaintext: bool = False
     """Serve without TLS on addresses that other machines can reach. Use this behind a sidecar or a load balancer that
     terminates TLS. By default it is off, because prompts and tokens would cross the network unencrypted."""
+    workers: Annotated[int, BeforeValidator(values.workers), Field(ge=1, le=MAX_WORKERS)] = Field(
+        default=1, title=f"a whole number from 1 to {MAX_WORKERS}, or auto"
+    )
+    """Processes that serve together as one gateway, on the same port; auto for one for each core. Limits on numbers
+    (max_streams, max_connections, max_receiving) apply to each of them; max_memory_bytes and retention.max_bytes are divided
+    among them. More than one cannot use a unix socket or a database in memory. The default, 1, suits gateways that a load
+    balancer or Kubernetes replicates."""
     max_streams: Whole = Field(default=1000, ge=1, le=100_000)
-    """Completions that run at once; further ones are refused with RESOURCE_EXHAUSTED (TOO_MANY_STREAMS). Each uses one
-    connection to a provider. The default is about what one process forwards at full speed."""
+    """Completions that run at once in each worker; further ones are refused with RESOURCE_EXHAUSTED (TOO_MANY_STREAMS). Each
+    uses one connection to a provider. The default is about what one process forwards at full speed."""
     max_adaptive_delay: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = 0.1
     """Seconds for which deltas may be delayed while the gateway is busy, so that several share a message; 0 never delays them.
     While there is time to spare, every token is sent at once. Under load the delay grows only as far as the load needs. A
     caller's max_coalesce_delay is used instead. The first delta of an answer and all other events are never delayed."""
     max_connections: Whole = Field(default=10_000, ge=1, le=1_000_000)
-    """Client connections at once, over all addresses; further ones are closed as soon as they are accepted. The gateway
-    never uses more than half of the process's file descriptors for clients; at startup it raises the soft limit to the hard
-    limit (see `serving` in the log). An idle connection takes about 30 KiB. The default is ten times what proxies with a
-    few connections each need."""
+    """Client connections of each worker at once, over all addresses; further ones are closed as soon as they are accepted.
+    The gateway never uses more than half of the process's file descriptors for clients; at startup it raises the soft limit
+    to the hard limit (see `serving` in the log). An idle connection takes about 30 KiB. The default is ten times what
+    proxies with a few connections each need."""
     max_concurrent_streams: Whole = Field(default=2000, ge=1, le=100_000)
     """Concurrent calls on one connection; the client delays further calls or opens another connection. Do not set it lower
     than max_streams: a proxy may send all calls over one connection. The default is twice the default of max_streams."""
@@ -108,9 +118,9 @@ class ServerSettings(Section):
     """Bytes of the largest request. Receiving a request briefly takes three times its size in memory. The default leaves
     room for a few images; gRPC's own default is 4 MiB."""
     max_receiving: Whole = Field(default=64, ge=1, le=100_000)
-    """Requests received at once, each of at most max_receive_bytes; one caller may use a quarter of them. Further calls
-    wait, and the gateway receives at most 64 KiB of each. A small request takes less than a millisecond. The default
-    amounts to 1.25 GiB of the largest requests."""
+    """Requests received at once by each worker, each of at most max_receive_bytes; one caller may use a quarter of them.
+    Further calls wait, and the gateway receives at most 64 KiB of each. A small request takes less than a millisecond. The
+    default amounts to 1.25 GiB of the largest requests."""
     receive_timeout: Seconds = 60.0
     """Seconds for a request to arrive; then the call ends with DEADLINE_EXCEEDED (DURATION_LIMIT_EXCEEDED). A call may wait
     as long for its turn to be received; then it ends with RESOURCE_EXHAUSTED (TOO_MANY_STREAMS). The default is enough for
@@ -121,8 +131,8 @@ class ServerSettings(Section):
     """Bytes of memory for the requests, answers, queues and retained streams of all calls together. At seven eighths of the
     limit, new calls are refused with RESOURCE_EXHAUSTED (MEMORY_LIMIT_EXCEEDED); at the limit, the largest calls are ended.
     If not set, the limit is half of the memory that the process may use: its cgroup's limit, or else the machine's memory.
-    The other half is for the process itself and for the copies that gRPC and the sockets make. Set it if several processes
-    share that memory."""
+    The other half is for the process itself and for the copies that gRPC and the sockets make. Set it if other processes
+    share that memory. With several workers, each gets an equal part of the limit."""
     max_completed_bytes: Bytes = 1 * MIB
     """Bytes up to which the last event of a stream repeats the whole answer; for a larger answer it sets messages_omitted.
     The default stays well below the 4 MiB that gRPC clients receive by default."""
@@ -155,6 +165,16 @@ class ServerSettings(Section):
         return self.tls_cert_file is not None
 
     # In the validators below, a key that is missing from `info.data` was itself invalid and has its own error.
+
+    @field_validator("workers")
+    @classmethod
+    def _workers_share_ports(cls, value: int, info: ValidationInfo) -> int:
+        sockets = [listen for listen in info.data.get("listen", ()) if listen.startswith("unix:")]
+        if value > 1 and sockets:
+            raise ValueError(
+                f"cannot be more than 1 with {', '.join(sockets)}, because only ports can be shared: listen on a port"
+            )
+        return value
 
     @field_validator("tls_key_file")
     @classmethod
@@ -295,9 +315,9 @@ class RetentionSettings(Section):
     """Bytes kept of one stream; the oldest messages are dropped first. The default holds a hundred thousand tokens, each in
     a message of its own."""
     max_bytes: Bytes = 256 * MIB
-    """Bytes kept of all streams together. Above the limit, the gateway first drops ended streams, in the order in which
-    they ended, then the oldest messages of active streams. In addition, each active stream keeps up to 256 KiB that its
-    readers have not received yet. The default is as much as queue_bytes can add up to."""
+    """Bytes kept of all streams together, in equal parts for the workers. Above the limit, the gateway first drops ended
+    streams, in the order in which they ended, then the oldest messages of active streams. In addition, each active stream
+    keeps up to 256 KiB that its readers have not received yet. The default is as much as queue_bytes can add up to."""
 
 
 class ImageSettings(Section):
@@ -492,6 +512,16 @@ class Settings(Section):
             problems = lines.certificates_needed(value._entries)
             if problems:
                 raise lines.LinesError(problems)
+        return value
+
+    @field_validator("registry")
+    @classmethod
+    def _workers_share_the_database(cls, value: RegistrySettings, info: ValidationInfo) -> RegistrySettings:
+        if "server" in info.data and info.data["server"].workers > 1 and values.is_in_memory(value.database_url):
+            raise ValueError(
+                "a database in memory cannot be shared by several workers: set database_url to a file or to PostgreSQL, or "
+                "server.workers to 1"
+            )
         return value
 
     @field_validator("providers")

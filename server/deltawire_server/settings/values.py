@@ -73,6 +73,13 @@ def number(value: object) -> object:
     return value
 
 
+def workers(value: object) -> object:
+    """Replace `auto` by the number of cores that the process may use."""
+    if lower(value) != "auto":
+        return number(value)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def lower(value: object) -> object:
     """Convert text to lower case, so that `INFO` is accepted as `info`; return other values unchanged."""
     return value.strip().lower() if isinstance(value, str) else value
@@ -342,6 +349,18 @@ def database_url(value: str, info: ValidationInfo) -> str:
     if rest.startswith("/~"):
         rest = f"/{_expanded(Path(rest[1:]))}"
     return f"sqlite+aiosqlite://{rest}"
+
+
+def is_in_memory(url: str | URL) -> bool:
+    """Whether a database is in the memory of its process, which no other process can access.
+
+    Args:
+        url: A URL that `database_url` returned.
+    """
+    parsed = make_url(url)
+    return parsed.get_backend_name() == "sqlite" and (
+        parsed.database in (None, "", ":memory:", "file::memory:") or parsed.query.get("mode") == "memory"
+    )
 
 
 def shown_database_url(url: str) -> str:

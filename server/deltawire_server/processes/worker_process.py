@@ -1,0 +1,132 @@
+"""One worker of a gateway: its number, the worker that has a completion, and the connection to the parent."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import json
+import os
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from deltawire_server.completions.records import mark_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, MutableMapping, Sequence
+
+VARIABLE = "_DELTAWIRE_WORKER"
+"""The environment variable that carries a `WorkerProcess` from the parent to the worker."""
+
+INCARNATIONS = 256
+"""Incarnations of a worker that ids can distinguish. After that many restarts, old ids are reported as unknown instead of lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerProcess:
+    """One worker of a gateway.
+
+    Attributes:
+        number: From 0 to `count` - 1. A worker that replaces another one has its number.
+        count: The number of workers, at least 2.
+        incarnation: How many workers had the number before.
+        gateway: Four hexadecimal digits that identify the gateway.
+        folder: The private directory (mode 0700) with the sockets of the workers.
+        addresses: The addresses to listen on, each with its port.
+        control: The file descriptor of the connection to the parent.
+    """
+
+    number: int
+    count: int
+    incarnation: int
+    gateway: str
+    folder: str
+    addresses: Sequence[str]
+    control: int
+
+    @classmethod
+    def taken_from(cls, environ: MutableMapping[str, str]) -> Self | None:
+        """Remove the worker from an environment; `None` if the process is not one of several workers."""
+        value = environ.pop(VARIABLE, None)
+        return None if value is None else cls(**json.loads(value))
+
+    def variables(self) -> dict[str, str]:
+        """The environment variables from which `taken_from` makes this worker."""
+        return {VARIABLE: json.dumps(asdict(self))}
+
+    @property
+    def seat(self) -> str:
+        """Six hexadecimal digits: the gateway and the number, which a replacement keeps."""
+        return f"{self.gateway}{self.number:02x}"
+
+    @property
+    def mark(self) -> str:
+        """Eight hexadecimal digits at the end of every id that this process generates: the seat and the incarnation."""
+        return f"{self.seat}{self.incarnation % INCARNATIONS:02x}"
+
+    @property
+    def announces(self) -> bool:
+        """Whether it logs what it serves: once for all workers at startup, and after each restart."""
+        return self.number == 0 or self.incarnation > 0
+
+    def socket(self, number: int) -> str:
+        """The address of a worker's private listener."""
+        return f"unix:{self.folder}/{number}.sock"
+
+    def number_for(self, owner: str, completion_id: str) -> int:
+        """The number of the worker that has a completion, or that runs it if it is new.
+
+        A generated id names its worker. Ids that callers choose are distributed by a hash, so that every worker finds them.
+
+        Args:
+            owner: The owner of the completion; see `CallRecord.owner`.
+            completion_id: Its id; empty for a new completion without one, which runs here.
+        """
+        if not completion_id:
+            return self.number
+        mark = mark_of(completion_id)
+        if mark.startswith(self.gateway) and (number := int(mark[4:6], 16)) < self.count:
+            return number
+        return zlib.crc32(f"{owner} {completion_id}".encode()) % self.count
+
+    def report(self, **state: Any) -> None:  # noqa: ANN401 (JSON)
+        """Send a line to the parent, such as `problems=[…]` before an exit."""
+        with contextlib.suppress(OSError):  # it has ended
+            os.write(self.control, json.dumps(state).encode() + b"\n")
+
+    async def ready(self) -> bool:
+        """Report that this process can serve, and wait until it may; return false if the parent has ended."""
+        self.report(ready=True)
+        loop = asyncio.get_running_loop()
+        readable = asyncio.Event()
+        loop.add_reader(self.control, readable.set)
+        try:
+            await readable.wait()
+            return bool(os.read(self.control, 1))
+        except OSError:
+            return False
+        finally:
+            loop.remove_reader(self.control)
+
+    def serving(self, parent_ended: Callable[[], object]) -> None:
+        """Report that this process serves.
+
+        Args:
+            parent_ended: Called when the parent has ended. Then drain.
+        """
+        self.report(serving=True)
+        loop = asyncio.get_running_loop()
+
+        def ended() -> None:
+            loop.remove_reader(self.control)
+            atexit.register(_remove, self.folder)  # which the parent would have done
+            parent_ended()
+
+        loop.add_reader(self.control, ended)
+
+
+def _remove(folder: str) -> None:
+    with contextlib.suppress(OSError):  # not empty: a sibling still runs, and removes it
+        Path(folder).rmdir()

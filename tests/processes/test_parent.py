@@ -1,0 +1,59 @@
+"""The parent holds the port: for the workers, and against all others."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+
+import pytest
+
+from deltawire_server.processes.parent import _reserve
+
+
+def bound(address: str, *, shared: bool) -> socket.socket:
+    """A socket that listens, as gRPC does it in a worker (`shared`) or in the only process of a gateway."""
+    host, _, port = address.rpartition(":")
+    made = socket.socket()
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, int(shared))
+    try:
+        made.bind((host, int(port)))
+        made.listen()
+    except OSError:
+        made.close()
+        raise
+    return made
+
+
+def test_only_workers_share_the_port() -> None:
+    """Not before it is reserved, not with a second parent, and not without the option; afterwards it is free."""
+    with contextlib.ExitStack() as stack:
+        address = _reserve("127.0.0.1:0", stack)
+        assert not address.endswith(":0")
+        for _ in range(2):
+            stack.enter_context(bound(address, shared=True))
+        for taken in (lambda: bound(address, shared=False), lambda: _reserve(address, stack)):
+            with pytest.raises(OSError) as caught:  # noqa: PT011 (the number is checked)
+                taken()
+            assert caught.value.errno == errno.EADDRINUSE
+    with contextlib.ExitStack() as stack:
+        assert _reserve(address, stack) == address
+
+
+def test_connections_that_are_closing_are_no_obstacle() -> None:
+    """A gateway that starts again gets its port at once."""
+    with contextlib.ExitStack() as stack:
+        address = _reserve("localhost:0", stack)
+        listening = stack.enter_context(bound(f"127.0.0.1:{address.rpartition(':')[2]}", shared=True))
+        client = stack.enter_context(socket.create_connection(listening.getsockname()))
+        listening.accept()[0].close()  # first, so that its end waits
+        client.close()
+    with contextlib.ExitStack() as stack:
+        assert _reserve(address, stack) == address
+
+
+def test_a_foreign_address() -> None:
+    """Is refused."""
+    with contextlib.ExitStack() as stack, pytest.raises(OSError, match=r"[Cc]annot assign"):
+        _reserve("192.0.2.1:0", stack)
