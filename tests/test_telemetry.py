@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import json
 import logging
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
 import structlog
 
-from deltawire_server.telemetry import configure_logging, get_logger
+from deltawire_server.telemetry import MAX_LINES, configure_logging, get_logger, in_background
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,6 +23,21 @@ class Terminal(io.StringIO):
     def isatty(self) -> bool:
         """Yes."""
         return True
+
+
+class Blocked(io.StringIO):
+    """Takes nothing until it may go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reached = threading.Event()
+        self.may_go_on = threading.Event()
+
+    def write(self, text: str) -> int:
+        """Wait, then write."""
+        self.reached.set()
+        self.may_go_on.wait(10)
+        return super().write(text)
 
 
 @pytest.fixture(autouse=True)
@@ -96,3 +112,37 @@ def test_standard_error_is_the_default(capsys: pytest.CaptureFixture[str]) -> No
     captured = capsys.readouterr()
     assert "happened" in captured.err
     assert not captured.out
+
+
+def test_lines_are_written_in_the_background() -> None:
+    """A reader that stops does not stop the gateway: lines beyond the limit are dropped and counted, the others are written."""
+    stream = Blocked()
+    configure_logging("info", "json", stream=stream)
+    logger = get_logger("ours")
+    with in_background():
+        logger.info("first")
+        stream.reached.wait(10)
+        for number in range(MAX_LINES + 5):
+            logger.info("more", number=number)
+        assert stream.getvalue() == ""
+        stream.may_go_on.set()
+    entries = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [entry["event"] for entry in entries[:1]] == ["first"]
+    assert [entry["number"] for entry in entries if entry["event"] == "more"] == [*range(MAX_LINES)]
+    assert [entry["lines"] for entry in entries if entry["level"] == "warning"] == [5]
+
+
+def test_a_closed_stream_loses_lines_only() -> None:
+    """The process goes on."""
+    stream = io.StringIO()
+    configure_logging("info", "json", stream=stream)
+    stream.close()
+    get_logger("ours").info("lost")
+
+
+def test_half_a_character() -> None:
+    """As in the name of a file that is not UTF-8."""
+    stream = io.StringIO()
+    configure_logging("info", "json", stream=stream)
+    get_logger("ours").info("x", name="\ud800", kind=object)
+    assert json.loads(stream.getvalue())["name"] == "\ud800"

@@ -80,6 +80,7 @@ def _serve(
         from deltawire_server.errors import RegistryError
         from deltawire_server.lifecycle import ListenError
         from deltawire_server.registry.database import cause_text
+        from deltawire_server.telemetry import in_background
     except ModuleNotFoundError as error:
         return _incomplete(error)
     if owns_process:
@@ -89,8 +90,9 @@ def _serve(
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
     try:
-        # A reload uses the same flags, environment and file.
-        uvloop.run(app.serve(configured, lambda: settings.parse(arguments, os.environ).settings, process))
+        with in_background():
+            # A reload uses the same flags, environment and file.
+            uvloop.run(app.serve(configured, lambda: settings.parse(arguments, os.environ).settings, process))
     except settings.SettingsError as error:
         return failed(2, *error.problems)
     except ListenError as error:

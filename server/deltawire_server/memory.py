@@ -22,6 +22,7 @@ from deltawire_server.errors import GatewayError, Reason
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+    from contextlib import AbstractAsyncContextManager
     from types import TracebackType
 
 SHARE = 0.5
@@ -64,6 +65,9 @@ _CGROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
 """The files of cgroup v2 and v1, below the mount of the file system of cgroups."""
 
 
+_AT_ONCE = contextlib.nullcontext()
+
+
 class Ledger:
     """The memory of all calls of this process.
 
@@ -84,16 +88,16 @@ class Ledger:
         self._making_room = False
         self._turn = asyncio.Lock()
 
-    @contextlib.asynccontextmanager
-    async def turn(self, size: int) -> AsyncIterator[None]:
+    def turn(self, size: int) -> AbstractAsyncContextManager[None]:
         """Wait until no other large request is processed; a request of at most `LARGE_BYTES` does not wait.
 
         Args:
             size: Bytes of the request.
         """
-        if size <= LARGE_BYTES:
-            yield
-            return
+        return _AT_ONCE if size <= LARGE_BYTES else self._large_turn()
+
+    @contextlib.asynccontextmanager
+    async def _large_turn(self) -> AsyncIterator[None]:
         async with self._turn:
             self.trim()
             await asyncio.sleep(REST_SECONDS)

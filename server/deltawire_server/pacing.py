@@ -34,19 +34,12 @@ MOST_STEPS = 8
 
 async def give_way() -> None:
     """Wait for the turn of the next step of long work. A step should take at most a few milliseconds."""
-    turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    call_in_turn(functools.partial(_begin, turn))
-    await turn
+    await _line().turn()
 
 
 def call_in_turn(step: Callable[[], None]) -> None:
     """Call a step of long work in its turn."""
     _line().add(step)
-
-
-def _begin(turn: asyncio.Future[None]) -> None:
-    if not turn.done():  # else its task was canceled
-        turn.set_result(None)
 
 
 class _Line:
@@ -60,6 +53,11 @@ class _Line:
         self._began = 0.0
         self._took = 0.0
         self._worked = 0.0  # since the last pause
+
+    async def turn(self) -> None:
+        turn: asyncio.Future[None] = self._loop.create_future()
+        self.add(functools.partial(_begin, turn))
+        await turn
 
     def add(self, step: Callable[[], None]) -> None:
         self._waiting.append(step)
@@ -97,6 +95,11 @@ class _Line:
             self._move()
         else:
             self._is_moving = False
+
+
+def _begin(turn: asyncio.Future[None]) -> None:
+    if not turn.done():  # else its task was canceled
+        turn.set_result(None)
 
 
 _lines: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Line] = weakref.WeakKeyDictionary()

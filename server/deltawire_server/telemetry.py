@@ -1,23 +1,107 @@
 """Logging: one line per event, as JSON or text, to standard error.
 
-All records go through the standard library's logging, those of the gateway by structlog, so one setting applies to all. The values
-of keys that name secrets are masked in every record.
+The gateway's own records are rendered by structlog and those of libraries by the standard library's logging, in the same form and
+at the same level. The values of keys that name secrets are masked in every record.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import json
 import logging
+import queue
 import sys
+import threading
 from typing import TYPE_CHECKING, TextIO
 
+import msgspec
 import structlog
 
 if TYPE_CHECKING:
-    from structlog.typing import EventDict, Processor, WrappedLogger
+    from collections.abc import Iterator
+
+    from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
+
+MAX_LINES = 10_000
+"""Lines that may wait for standard error; further ones are dropped and counted. Whoever reads it may stop, and calls go on."""
+
+FLUSH_SECONDS = 2.0
+"""How long the process waits at its end until the last lines are written."""
 
 _SECRET_WORDS = ("token", "authorization", "password", "secret", "api_key")
 _COUNTS = ("prompt_tokens", "completion_tokens", "reasoning_tokens", "cached_prompt_tokens", "max_tokens")
 """Keys that contain one of these words and are not secret."""
+
+
+class _Output:
+    """Writes lines to a stream: at once, or in a thread so that the event loop never waits for the reader of standard error."""
+
+    def __init__(self) -> None:
+        self.stream: TextIO = sys.stderr
+        self._waiting: queue.SimpleQueue[str | None] | None = None
+        self._dropped = 0
+
+    def write(self, line: str) -> None:
+        """Write a line."""
+        if self._waiting is None:
+            self._write(line)
+        elif self._waiting.qsize() < MAX_LINES:
+            self._waiting.put(line)
+        else:
+            self._dropped += 1
+
+    @contextlib.contextmanager
+    def in_background(self) -> Iterator[None]:
+        """Write in a thread until the end of the context, which waits for the last lines."""
+        waiting = self._waiting = queue.SimpleQueue[str | None]()
+        thread = threading.Thread(target=self._write_for_ever, args=(waiting,), name="log", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._waiting = None
+            waiting.put(None)
+            thread.join(FLUSH_SECONDS)
+
+    def _write_for_ever(self, waiting: queue.SimpleQueue[str | None]) -> None:
+        while (line := waiting.get()) is not None:
+            dropped, self._dropped = self._dropped, 0
+            if dropped:
+                get_logger(__name__).warning("log lines dropped: standard error is not read", lines=dropped)
+            self._write(line)
+
+    def _write(self, line: str) -> None:
+        # In one call, because several processes may write to the same stream.
+        with contextlib.suppress(OSError, ValueError):  # closed: there is nobody to tell
+            self.stream.write(line + "\n")
+            self.stream.flush()
+
+
+_output = _Output()
+
+in_background = _output.in_background
+
+
+class _Logger:
+    """The end of structlog's chain: writes what the processors rendered."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def msg(self, line: str) -> None:
+        """Write a line."""
+        _output.write(line)
+
+    debug = info = warning = error = critical = exception = msg
+
+
+class _Handler(logging.Handler):
+    """Writes the records of libraries."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        _output.write(self.format(record))
 
 
 def configure_logging(level: str, form: str, *, stream: TextIO | None = None) -> None:
@@ -28,18 +112,17 @@ def configure_logging(level: str, form: str, *, stream: TextIO | None = None) ->
         form: "json", "text", or "auto": text to a terminal, JSON to anything else.
         stream: The output; standard error by default.
     """
-    output = sys.stderr if stream is None else stream
+    output = _output.stream = sys.stderr if stream is None else stream
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
-        structlog.stdlib.PositionalArgumentsFormatter(),
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         mask_secrets,
     ]
     renderer: Processor
     if form == "json" or (form == "auto" and not output.isatty()):
-        renderer = structlog.processors.JSONRenderer()
+        renderer = _as_json
         shared.append(structlog.processors.format_exc_info)
     else:
         shared.append(escape_unprintable)
@@ -48,15 +131,12 @@ def configure_logging(level: str, form: str, *, stream: TextIO | None = None) ->
             colors=output.isatty(), exception_formatter=structlog.dev.plain_traceback
         )
     structlog.configure(
-        processors=[
-            structlog.stdlib.filter_by_level,
-            *shared,
-            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
-        ],
-        logger_factory=structlog.stdlib.LoggerFactory(),
+        processors=[*shared, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=_Logger,
         cache_logger_on_first_use=False,
     )
-    handler = logging.StreamHandler(output)
+    handler = _Handler()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
@@ -72,6 +152,13 @@ def configure_logging(level: str, form: str, *, stream: TextIO | None = None) ->
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
+def _as_json(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
+    try:
+        return msgspec.json.encode(event, enc_hook=repr).decode()
+    except UnicodeEncodeError:  # half of a surrogate pair, for example in the name of a file
+        return json.dumps(event, default=repr)
+
+
 def _holds_no_header(record: logging.LogRecord) -> bool:
     """Drop grpc's log records of headers that are not UTF-8, because they contain the value, which may be a token."""
     return not (record.name.startswith("grpc") and str(record.msg).startswith("Invalid encoding on"))
@@ -80,9 +167,14 @@ def _holds_no_header(record: logging.LogRecord) -> bool:
 def mask_secrets(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     """Mask the values of keys that name secrets. This is a safeguard: no code should log a secret."""
     for key in event:
-        if key not in _COUNTS and any(word in key.lower() for word in _SECRET_WORDS):
+        if _is_secret(key):
             event[key] = "***"
     return event
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_secret(key: str) -> bool:
+    return key not in _COUNTS and any(word in key.lower() for word in _SECRET_WORDS)
 
 
 def escape_unprintable(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
@@ -93,7 +185,7 @@ def escape_unprintable(_logger: WrappedLogger, _method: str, event: EventDict) -
     return event
 
 
-def get_logger(name: str) -> structlog.stdlib.BoundLogger:
+def get_logger(name: str) -> FilteringBoundLogger:
     """A logger for a module. Call it with the name of an event, and its values as keyword arguments."""
-    logger: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger(name)
+    logger: FilteringBoundLogger = structlog.get_logger(name)
     return logger

@@ -241,16 +241,15 @@ class Worker:
         """Whether a completion of the caller with this id is active or retained: then `open` joins it or refuses the id."""
         return self._records.current(caller.name, completion_id) is not None
 
-    @contextlib.asynccontextmanager
-    async def completion(
+    def completion(
         self,
         request: ChatRequest,
         caller: Caller,
         options: StreamOptions | None = None,
         *,
         keep_logprobs: bool = False,
-    ) -> AsyncIterator[Completion]:
-        """Admit a completion and resolve its provider. The provider is called only by `batches`.
+    ) -> AbstractAsyncContextManager[Completion]:
+        """Admit a completion. Enter the result at once, which resolves the provider; it is called only by `batches`.
 
         Args:
             request: The request.
@@ -260,13 +259,10 @@ class Worker:
 
         Raises:
             GatewayError: Too many completions.
-            DeltawireError: The model cannot be found or cannot chat, or the completion's id is taken.
+            DeltawireError: The completion's id is taken; or, on entering, the model cannot be found or cannot chat.
         """
         record, place = self._admit(caller, request.completion_id)
-        running = self._run(record, place, request, caller, options or StreamOptions(), keep_logprobs=keep_logprobs)
-        del request
-        async with running as completion:
-            yield completion
+        return self._run(record, place, request, caller, options or StreamOptions(), keep_logprobs=keep_logprobs)
 
     @contextlib.asynccontextmanager
     async def _run(
@@ -296,7 +292,7 @@ class Worker:
                     self._images,
                     self._limits.completion,
                     accepted,
-                    checks=await argument_checks(request, resolution.provider.engine),
+                    checks=await argument_checks(request, resolution.provider.engine) if request.offered_tools else {},
                     keep_logprobs=keep_logprobs,
                     hold=self.memory.hold(),
                     request_bytes=caller.request_bytes,
@@ -304,10 +300,13 @@ class Worker:
                 )
                 del request  # the completion has it, until it is sent
                 record.run(completion)
-                async with self._under_way(completion):
+                self._completions.add(completion)
+                try:
                     yield completion
                     if completion.state is State.ENDED and completion.failure is None:
                         outcome = None
+                finally:
+                    await self._close(completion)
         except DeltawireError as error:
             outcome = Outcome.of(error)
             raise
@@ -320,24 +319,19 @@ class Worker:
             place.release()
             self._records.end(record, outcome)
 
-    @contextlib.asynccontextmanager
-    async def _under_way(self, completion: Completion) -> AsyncIterator[None]:
-        self._completions.add(completion)
-        try:
-            yield
-        finally:
-            self._completions.discard(completion)
-            await completion.close()
-            provider_id = completion.resolution.provider.id
-            if completion.anomalies:
-                _log.warning(
-                    "the provider's answer had anomalies",
-                    provider=provider_id,
-                    completion_id=completion.head.completion_id,
-                    anomalies=dict(completion.anomalies),
-                )
-            if completion.failure is not None and completion.failure.reason in _STALE_REASONS:
-                self._registry.mark_stale(provider_id)
+    async def _close(self, completion: Completion) -> None:
+        self._completions.discard(completion)
+        await completion.close()
+        provider_id = completion.resolution.provider.id
+        if completion.anomalies:
+            _log.warning(
+                "the provider's answer had anomalies",
+                provider=provider_id,
+                completion_id=completion.head.completion_id,
+                anomalies=dict(completion.anomalies),
+            )
+        if completion.failure is not None and completion.failure.reason in _STALE_REASONS:
+            self._registry.mark_stale(provider_id)
 
     async def count_tokens(self, request: ChatRequest, call: CallContext) -> tuple[TokenCount, Resolution]:
         """Count the prompt tokens of a request, by the provider that would serve it.
@@ -412,5 +406,6 @@ def _log_end(completion: Completion, caller: Caller) -> None:
         completion_tokens=usage.completion_tokens,
         usage=usage.provenance.name,
         seconds=round(completion.timings.total, 6),
+        joined_deltas=completion.joined_deltas,
         reason=None if completion.failure is None else completion.failure.reason.name,
     )

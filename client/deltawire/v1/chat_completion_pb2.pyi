@@ -979,7 +979,9 @@ class StreamOptions(_message.Message):
     @_builtins.property
     def max_coalesce_delay(self) -> _duration_pb2.Duration:
         """How long the gateway may hold back a delta to merge it with later ones, which saves messages
-        where latency does not matter. At most 10 seconds. Absent means that deltas are not held back.
+        where latency does not matter. At most 10 seconds; 0 means that deltas are never held back.
+        Absent means that they are held back only while the gateway is busy, and not the first one (at
+        most 0.1 seconds by default; the operator sets the maximum).
         """
 
     @_builtins.property
@@ -1027,8 +1029,8 @@ class StreamChatCompletionResponse(_message.Message):
     2. Text is never reordered, lost or sent twice. The concatenated `text_delta`s of a choice are
        the text of its message in `completed`.
     3. If the caller is slower than the engine, adjacent queued deltas of the same kind and choice
-       may be merged. Without `max_coalesce_delay` the gateway never holds back an event that it can
-       send.
+       may be merged, and so may deltas that are held back (`max_coalesce_delay`). The gateway never
+       holds back any other event that it can send.
     4. Every tool call of a choice gets exactly one verdict: a `tool_call_delta` with SUCCEEDED or
        FAILED. Verdicts and `choice_finished` are sent at the end of the whole answer, because some
        engines send output after a finish reason. The answer ends when every choice has a finish

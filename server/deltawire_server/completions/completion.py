@@ -196,6 +196,11 @@ class Completion:
         return self._reader.usage
 
     @property
+    def joined_deltas(self) -> int:
+        """How many deltas shared the message of an earlier one."""
+        return self._queue.joined
+
+    @property
     def anomalies(self) -> Mapping[str, int]:
         """Anomalies in the engine's stream that were repaired or ignored, with counts."""
         return self._reader.anomalies

@@ -28,6 +28,7 @@ class EventBuffer:
         adaptive: The delay under load, which the first deltas do not have; `None` for none.
 
     Attributes:
+        joined: How many deltas were sent with an earlier one.
         on_room: Called when the queued events were taken and it had been `full`.
     """
 
@@ -41,6 +42,7 @@ class EventBuffer:
         self._had_pieces = False
         self._timer: asyncio.TimerHandle | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self.joined = 0
         self.on_room: Callable[[], None] = lambda: None
 
     @property
@@ -84,8 +86,9 @@ class EventBuffer:
             finally:
                 self._waiter = None
         self._due = self._closed
-        was_full = self.full
+        was_full, queued = self.full, len(self._waiting)
         events = self._waiting.take()
+        self.joined += queued - len(events)
         if was_full:
             self.on_room()
         return events

@@ -90,6 +90,10 @@ class ActiveCompletion(CompletionView, Protocol):
         """Number of replicas that the request was sent to."""
 
     @property
+    def joined_deltas(self) -> int:
+        """How many deltas shared the message of an earlier one."""
+
+    @property
     def usage(self) -> Usage:
         """The usage so far."""
 

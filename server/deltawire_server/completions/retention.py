@@ -76,7 +76,7 @@ class RetainedStream:
         self._retention = retention
         self._head: CompletionInfo | None = None
         self._running: ActiveCompletion | None = None  # `None` after `close`, because it holds the whole answer
-        self._attempts = 0
+        self._attempts = self._joined_deltas = 0
         self._usage = NOTHING_YET
         self._timings = Timings(0.0)
         self._failure: DeltawireError | None = None
@@ -113,6 +113,11 @@ class RetainedStream:
     def attempts(self) -> int:
         """Number of replicas that the request was sent to so far."""
         return self._attempts if self._running is None else self._running.attempts
+
+    @property
+    def joined_deltas(self) -> int:
+        """How many deltas shared the message of an earlier one so far."""
+        return self._joined_deltas if self._running is None else self._running.joined_deltas
 
     @property
     def usage(self) -> Usage:
@@ -167,7 +172,7 @@ class RetainedStream:
             self._closed, self._failure = True, failure and failure.again()
         if self._running is not None:
             self._timings, self._usage = self._running.timings, self._running.usage
-            self._attempts = self._running.attempts
+            self._attempts, self._joined_deltas = self._running.attempts, self._running.joined_deltas
             self._running = None
         if not self._messages:
             self.drop()  # the answer did not begin, so there is nothing to resume

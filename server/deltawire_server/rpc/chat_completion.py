@@ -291,4 +291,5 @@ def _noted(record: CallRecord, completion: Completion | RetainedStream) -> Itera
                 usage=usage.provenance.name,
                 seconds_to_first_event=None if timings.first_event is None else round(timings.first_event, 6),
                 attempts=completion.attempts,
+                joined_deltas=completion.joined_deltas,
             )
