@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
+    from deltawire_server.completions.adaptive import AdaptiveDelay
     from deltawire_server.completions.records import Records
     from deltawire_server.images.load import Images
     from deltawire_server.memory import Ledger
@@ -157,9 +158,10 @@ async def test_settings_reach_the_parts(vllm: FakeVllm, tmp_path: Path, monkeypa
             images: Images | None = None,
             memory: Ledger | None = None,
             records: Records | None = None,
+            adaptive: AdaptiveDelay | None = None,
         ) -> None:
             seen.append(limits)
-            super().__init__(registry, providers, limits, images, memory, records)
+            super().__init__(registry, providers, limits, images, memory, records, adaptive)
 
     monkeypatch.setattr(app, "Worker", Seen)
     settings = settings_of(

@@ -26,6 +26,7 @@ class FakeCompletion:
         self.head = CompletionInfo(completion_id, "m", "", "p", 1.0, Sampling())
         self.begun = True
         self.attempts = 1
+        self.joined_deltas = 0
         self.usage = Usage(3, Provenance.LOWER_BOUND, 7)
         self.timings = Timings(1.0)
         self.failure: DeltawireError | None = None

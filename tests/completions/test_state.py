@@ -158,4 +158,4 @@ async def test_an_endless_body_after_the_end(make_worker: MakeWorker) -> None:
     async with make_worker(provider=Endless(served=["fake"])) as worker, worker.completion(ask(), CALLER) as completion:
         seen = await drained(completion)
     assert seen[-2:] == [Completed, None]
-    assert DRAIN_BYTES < taken <= DRAIN_BYTES + 2 * 16 * 1024
+    assert DRAIN_BYTES < taken <= DRAIN_BYTES + 6 * 16 * 1024  # the task leaves a few iterations later

@@ -20,6 +20,7 @@ from deltawire_server.rpc import validate
 from deltawire_server.secret import Secret
 from deltawire_server.telemetry import configure_logging
 from deltawire_server.upstream.base import CallContext
+from deltawire_server.upstream.transport.client import Transport
 from deltawire_server.upstream.vllm_api import VllmApi
 from deltawire_server.worker import Worker
 from tests.support.gateway import Running, ask, failure_of, read
@@ -44,7 +45,7 @@ DEFECTS = [
     (Access, "authorize"),
     (validate, "chat_request"),
     (ModelRegistry, "resolve"),
-    (VllmApi, "_send"),
+    (Transport, "send"),
     (VllmApi, "_call_headers"),
     (Worker, "_run"),
 ]

@@ -44,6 +44,7 @@ SAMPLES = {
     "engine": "proxy",
     "max_images": "2",
     "max_redirects": "2",
+    "max_adaptive_delay": "0.05",
     "base_url": "https://elsewhere/v1",
     "api_token": "12345678",
     "allowed_models": "llama,team-a/*",

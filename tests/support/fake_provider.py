@@ -107,7 +107,11 @@ class FakeProvider:
         self.requests.append((request, model, call))
         if self.failure is not None:
             raise self.failure
-        yield OpenStream(PushedBody(self._body()), self.notices, self.replicas_tried)
+        body = PushedBody(self._body())
+        try:
+            yield OpenStream(body, self.notices, self.replicas_tried)
+        finally:
+            body.close()
 
     async def count_tokens(self, request: ChatRequest, model: str, call: CallContext) -> TokenCount:
         """The scripted token count."""

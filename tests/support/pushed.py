@@ -22,6 +22,7 @@ class PushedBody(Body):
 
     def __init__(self, pieces: AsyncIterable[bytes]) -> None:
         self._pieces = pieces
+        self._task: asyncio.Task[None] | None = None
         self._may_go_on = asyncio.Event()
         self._may_go_on.set()
 
@@ -34,8 +35,14 @@ class PushedBody(Body):
     def resume(self) -> None:
         self._may_go_on.set()
 
+    def close(self) -> None:
+        """Push nothing from now on."""
+        if self._task is not None:
+            self._task.cancel()
+
     async def _push(self, receive: Callable[[bytes], None], end: Callable[[Fault | None], None]) -> None:
         async for piece in self._pieces:
+            await asyncio.sleep(0)
             await self._may_go_on.wait()
             receive(piece)
         await self._may_go_on.wait()
