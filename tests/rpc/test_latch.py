@@ -108,7 +108,8 @@ async def test_what_fails_after_the_last_message_is_for_the_log(lines: Lines) ->
     """The caller has the whole answer, and the call ends OK; the defect is logged."""
 
     async def answer(_: bytes, context: aio.ServicerContext[bytes, bytes]) -> None:
-        await StreamWriter(context, call_record(context), 5.0, slow).write(cast("Any", b"last"), last=True)
+        async with StreamWriter(context, call_record(context), 5.0, slow) as writer:
+            await writer.write(cast("Any", b"last"), last=True)
         raise ZeroDivisionError
 
     assert await call(answer, streaming=True) == ([b"last"], grpc.StatusCode.OK, "")
@@ -119,9 +120,9 @@ async def test_nothing_is_written_after_the_end(lines: Lines) -> None:
     """A message after the last one is a defect: it does not reach the caller."""
 
     async def answer(_: bytes, context: aio.ServicerContext[bytes, bytes]) -> None:
-        writer = StreamWriter(context, call_record(context), 5.0, slow)
-        await writer.write(cast("Any", b"last"), last=True)
-        await writer.write(cast("Any", b"late"))
+        async with StreamWriter(context, call_record(context), 5.0, slow) as writer:
+            await writer.write(cast("Any", b"last"), last=True)
+            await writer.write(cast("Any", b"late"))
 
     assert await call(answer, streaming=True) == ([b"last"], grpc.StatusCode.OK, "")
     assert "a message was written after the end of its call" in lines.getvalue()
@@ -147,12 +148,13 @@ async def test_each_message_has_its_own_time() -> None:
     """A caller that takes a message now and then is not slow, however long that goes on; one that takes none is."""
     context: Any = Context(0.01)
     writer = StreamWriter(context, CallRecord(CallContext("r")), 0.2, slow)
-    for number in range(40):  # twice the time of one message
-        await writer.write(cast("Any", number))
-    assert context.messages == [*range(40)]
-    context.seconds = 3600
     with pytest.raises(GatewayError) as caught:
-        await writer.write(cast("Any", 40))
+        async with writer:
+            for number in range(40):  # twice the time of one message
+                await writer.write(cast("Any", number))
+            assert context.messages == [*range(40)]
+            context.seconds = 3600
+            await writer.write(cast("Any", 40))
     assert caught.value.reason is Reason.SLOW_CALLER
     with pytest.raises(RuntimeError):
         await writer.write(cast("Any", 41))
@@ -162,9 +164,24 @@ async def test_a_message_that_waits_can_be_hastened() -> None:
     """When the process is about to stop."""
     context: Any = Context(3600)
     writer = StreamWriter(context, CallRecord(CallContext("r")), 3600, slow)
-    writing = asyncio.create_task(writer.write(cast("Any", 1)))
+
+    async def write() -> None:
+        async with writer:
+            await writer.write(cast("Any", 1))
+
+    writing = asyncio.create_task(write())
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     writer.hasten(0.01)
     with pytest.raises(GatewayError):
         await writing
+
+
+async def test_the_time_between_messages_is_not_the_callers() -> None:
+    """A stream may be silent for longer than one message may take."""
+    context: Any = Context(0)
+    async with StreamWriter(context, CallRecord(CallContext("r")), 0.02, slow) as writer:
+        for number in range(3):
+            await writer.write(cast("Any", number))
+            await asyncio.sleep(0.05)
+    assert context.messages == [0, 1, 2]

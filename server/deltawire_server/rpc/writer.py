@@ -49,9 +49,10 @@ class StreamWriter:
         self._begun = False
         self._writing = False
         self._call = asyncio.timeout(None)
-        self._clock = Clock(self._time_out)
+        self._clock: Clock  # from `__aenter__` on, so that nothing is written without it
 
     async def __aenter__(self) -> Self:
+        self._clock = Clock(self._time_out)
         await self._call.__aenter__()
         return self
 
