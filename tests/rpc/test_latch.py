@@ -148,13 +148,17 @@ async def test_each_message_has_its_own_time() -> None:
     """A caller that takes a message now and then is not slow, however long that goes on; one that takes none is."""
     context: Any = Context(0.01)
     writer = StreamWriter(context, CallRecord(CallContext("r")), 0.2, slow)
-    with pytest.raises(GatewayError) as caught:
+
+    async def write() -> None:
         async with writer:
             for number in range(40):  # twice the time of one message
                 await writer.write(cast("Any", number))
             assert context.messages == [*range(40)]
             context.seconds = 3600
             await writer.write(cast("Any", 40))
+
+    with pytest.raises(GatewayError) as caught:
+        await write()
     assert caught.value.reason is Reason.SLOW_CALLER
     with pytest.raises(RuntimeError):
         await writer.write(cast("Any", 41))

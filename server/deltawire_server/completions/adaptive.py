@@ -22,7 +22,7 @@ IDLE = 0.2
 LAG = 0.005
 """Seconds that the event loop runs late, twice in a row, above which the delay grows: one late turn may be another process's."""
 
-STEPS = 10
+STEPS = 4
 """Intervals in which the delay grows from nothing to its limit."""
 
 SHRINK = 0.8
