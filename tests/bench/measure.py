@@ -62,6 +62,8 @@ STEPS = Pace(150, 50.0, in_steps=True)
 THOUSANDS = ("server.max_streams=4000",)
 """More streams than the gateway admits by default."""
 
+MANY_STREAMS = "open-2000"
+
 SCENARIOS = (
     Scenario("steps-64", "64 streams of 50 tokens/s, in steps", 64, STEPS),
     Scenario("steps-200", "200 streams of 50 tokens/s, in steps", 200, STEPS),
@@ -72,7 +74,7 @@ SCENARIOS = (
     Scenario("own-64", "64 streams of 50 tokens/s, own clocks", 64, Pace(150, 50.0), repeat=2),
     Scenario("steps-300", "300 streams of 50 tokens/s, in steps", 300, STEPS, repeat=2),
     Scenario(
-        "open-2000",
+        MANY_STREAMS,
         "2,000 streams of 2 tokens/s, in steps",
         2000,
         Pace(12, 2.0, in_steps=True),
