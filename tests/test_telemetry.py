@@ -11,10 +11,15 @@ from typing import TYPE_CHECKING
 import pytest
 import structlog
 
-from deltawire_server.telemetry import MAX_LINES, configure_logging, get_logger, in_background
+from deltawire_server.telemetry import MAX_WAITING, configure_logging, get_logger, in_background
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+LARGE = 64 * 1024
+LARGE_LINES = MAX_WAITING // LARGE
+"""Lines of this size that fit into the limit: the last one may exceed it, and each has a little more than its text."""
 
 
 class Terminal(io.StringIO):
@@ -122,13 +127,13 @@ def test_lines_are_written_in_the_background() -> None:
     with in_background():
         logger.info("first")
         stream.reached.wait(10)
-        for number in range(MAX_LINES + 5):
-            logger.info("more", number=number)
+        for number in range(LARGE_LINES + 5):
+            logger.info("more", number=number, text="x" * LARGE)
         assert stream.getvalue() == ""
         stream.may_go_on.set()
     entries = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert [entry["event"] for entry in entries[:1]] == ["first"]
-    assert [entry["number"] for entry in entries if entry["event"] == "more"] == [*range(MAX_LINES)]
+    assert [entry["number"] for entry in entries if entry["event"] == "more"] == [*range(LARGE_LINES)]
     assert [entry["lines"] for entry in entries if entry["level"] == "warning"] == [5]
 
 

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
     from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
 
-MAX_LINES = 10_000
-"""Lines that may wait for standard error; further ones are dropped and counted. Whoever reads it may stop, and calls go on."""
+MAX_WAITING = 4 * 1024 * 1024
+"""Characters of the lines that may wait for standard error; further lines are dropped and counted. If the reader of standard error
+stops, calls go on."""
 
 FLUSH_SECONDS = 2.0
 """How long the process waits at its end until the last lines are written."""
@@ -40,16 +41,22 @@ class _Output:
     def __init__(self) -> None:
         self.stream: TextIO = sys.stderr
         self._waiting: queue.SimpleQueue[str | None] | None = None
+        self._lock = threading.Lock()  # of the two counts; libraries log in threads of their own
+        self._size = 0
         self._dropped = 0
 
     def write(self, line: str) -> None:
         """Write a line."""
-        if self._waiting is None:
+        waiting = self._waiting
+        if waiting is None:
             self._write(line)
-        elif self._waiting.qsize() < MAX_LINES:
-            self._waiting.put(line)
-        else:
-            self._dropped += 1
+            return
+        with self._lock:
+            if self._size >= MAX_WAITING:
+                self._dropped += 1
+                return
+            self._size += len(line)
+        waiting.put(line)
 
     @contextlib.contextmanager
     def in_background(self) -> Iterator[None]:
@@ -66,7 +73,9 @@ class _Output:
 
     def _write_for_ever(self, waiting: queue.SimpleQueue[str | None]) -> None:
         while (line := waiting.get()) is not None:
-            dropped, self._dropped = self._dropped, 0
+            with self._lock:
+                self._size -= len(line)
+                dropped, self._dropped = self._dropped, 0
             if dropped:
                 get_logger(__name__).warning("log lines dropped: standard error is not read", lines=dropped)
             self._write(line)
