@@ -82,7 +82,7 @@ class _Output:
 
     def _write(self, line: str) -> None:
         # In one call, because several processes may write to the same stream.
-        with contextlib.suppress(OSError, ValueError):  # closed: there is nobody to tell
+        with contextlib.suppress(OSError, ValueError):  # closed: the line is lost
             self.stream.write(line + "\n")
             self.stream.flush()
 
