@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from deltawire_server import pacing
 from deltawire_server.errors import Reason
 from deltawire_server.upstream.body import MAX_PIECE, AnswerBody
 from deltawire_server.upstream.transport.errors import ConnectionLostError, ProtocolViolationError
@@ -42,6 +43,12 @@ class Pushed:
 def chunk(data: bytes) -> bytes:
     """A chunk of the encoding."""
     return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow machine does not change the number of iterations."""
+    monkeypatch.setattr(pacing, "WORK_SECONDS", float("inf"))
 
 
 @pytest.fixture
