@@ -51,7 +51,8 @@ def settings_of(
 ) -> Settings:
     """Settings of a gateway on a free port before one provider, named vllm, that does not dally when it stops."""
     return Settings(
-        server=ServerSettings(**{"listen": "127.0.0.1:0", "drain_delay": 0, **(server or {})}),
+        # Tests keep the process busy, and most of them expect a message for each delta.
+        server=ServerSettings(**{"listen": "127.0.0.1:0", "drain_delay": 0, "max_adaptive_delay": 0, **(server or {})}),
         access=AccessSettings(**(access or {})),
         stream=StreamSettings(**(stream or {})),
         retention=RetentionSettings(**(retention or {})),
