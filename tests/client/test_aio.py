@@ -215,7 +215,7 @@ async def test_leaving_the_block_ends_the_call(gateway: Gateway, async_client: A
 
 
 async def test_another_task_may_cancel(gateway: Gateway, async_client: AsyncClient) -> None:
-    """Whoever reads meanwhile gets the error, and is not cancelled itself."""
+    """A reader gets the error, and its task is not canceled."""
     gateway.will(*saying("Hel", "lo")[:2], WAIT)
     async with async_client.chat.stream("hi", model="llama") as stream:
         assert await anext(stream.text) == "Hel"

@@ -230,7 +230,7 @@ def test_leaving_the_block_ends_the_call(gateway: Gateway, client: Client) -> No
 
 
 def test_another_thread_may_cancel(gateway: Gateway, client: Client) -> None:
-    """Whoever reads meanwhile gets the error."""
+    """A reader gets the error."""
     gateway.will(*saying("Hel", "lo")[:2], WAIT)
     with client.chat.stream("hi", model="llama") as stream, ThreadPoolExecutor(1) as pool:
         assert next(stream.text) == "Hel"
@@ -283,7 +283,7 @@ def test_unavailable_is_tried_again(gateway: Gateway, client: Client, way: str) 
     ],
 )
 def test_nothing_else_is_tried_again(gateway: Gateway, client: Client, fail: Fail, kind: type[Exception]) -> None:
-    """The request may be what does the harm, and whoever is overloaded asked for a pause."""
+    """The request itself may cause the failure, and an overloaded server has asked for a pause."""
     gateway.will(fail)
     with pytest.raises(kind):
         client.chat.create("hi", model="llama")

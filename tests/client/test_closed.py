@@ -132,7 +132,7 @@ async def test_before_the_call_with_asyncio(
 @every_call
 @pytest.mark.parametrize("own", [False, True], ids=["client", "channel"])
 def test_during_the_call(gateway: Gateway, call: Callable[[Client], Any], own: bool) -> None:
-    """Whoever waits gets the same error."""
+    """A waiting task gets the same error."""
     gateway.will(WAIT)
     channel = grpc.insecure_channel(gateway.target)
     client = Client(gateway.target, channel=channel if own else None)

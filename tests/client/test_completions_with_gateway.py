@@ -89,7 +89,7 @@ async def test_cut_at_every_word(client: AsyncClient, wire: CuttingProxy, vllm: 
 
 
 async def test_cut_before_the_beginning(client: AsyncClient, wire: CuttingProxy, vllm: FakeVllm) -> None:
-    """The completion is found by the id that the client made up, whoever asks again, gRPC or the client, and generated once."""
+    """The completion is found by the id that the client made up, whether gRPC or the client retries, and generated once."""
     first = asyncio.Event()
     vllm.play(Script.chunks([first, CHUNKS.role(), CHUNKS.text("hi"), CHUNKS.finish()]))
     async with client.chat.stream("hi", model="fake", retention=60) as stream:

@@ -109,7 +109,7 @@ def test_text_of_a_message() -> None:
 
 
 def test_a_schema_as_text_stays_to_the_letter() -> None:
-    """Text is not parsed and written again: key order and spaces may matter to whoever wrote it."""
+    """Text is not parsed and written again: key order and spaces may matter to its author."""
     schema = '{ "type":"object" , "properties":{} }'
     made = tool_definition("f", "does", input_schema=schema, output_schema={"type": "string"}, strict=True)
     assert made == Tool(
@@ -138,7 +138,7 @@ def test_images(tmp_path: Path) -> None:
 
 
 def test_a_name_of_a_file_is_no_url() -> None:
-    """It is neither read nor sent: whoever means a file says so."""
+    """It is neither read nor sent: a caller that means a file says so."""
     with pytest.raises(ValueError, match=r"a pathlib\.Path, and 'cat\.png' is not a URL"):
         image("cat.png")
     with pytest.raises(TypeError, match=r"an image is a URL, bytes, or a pathlib\.Path, not int"):

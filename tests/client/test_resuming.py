@@ -400,7 +400,7 @@ def test_nothing_to_resume(
 
 
 def test_a_start_in_the_middle_of_heartbeats(gateway: Gateway, read: Read) -> None:
-    """`started` may still come to whoever has only heartbeats; nothing but the last event twice is wrong."""
+    """`started` may follow heartbeats; nothing but the last event twice is wrong."""
     events = numbered(heartbeat(), started(), text("hi"), finished(), completed(choice(said="hi")))
     play(gateway, events[1:])
     seen, answer, _ = read("mine", 0)

@@ -191,7 +191,7 @@ async def test_leaving_the_block_ends_the_call_with_asyncio(gateway: Gateway, as
 
 
 def test_another_thread_may_cancel(gateway: Gateway, client: Client) -> None:
-    """Whoever reads meanwhile gets the error."""
+    """A reader gets the error."""
     gateway.will(bookmark("1"), WAIT)
     with client.models.watch() as watch, ThreadPoolExecutor(1) as pool:
         next(watch)
@@ -248,7 +248,7 @@ def test_a_pause_can_be_ended(gateway: Gateway, client: Client, pausing: threadi
 async def test_a_pause_can_be_ended_with_asyncio(
     gateway: Gateway, async_client: AsyncClient, pausing: threading.Event, how: str
 ) -> None:
-    """In the same way; whoever waits is not cancelled itself."""
+    """In the same way; a waiting task is not canceled."""
     gateway.will(LOST)
     watch = async_client.models.watch()
     reader = asyncio.create_task(anext(watch))
@@ -264,7 +264,7 @@ async def test_a_pause_can_be_ended_with_asyncio(
 
 
 async def test_another_task_may_cancel(gateway: Gateway, async_client: AsyncClient) -> None:
-    """Whoever reads meanwhile gets the error, and is not cancelled itself."""
+    """A reader gets the error, and its task is not canceled."""
     gateway.will(bookmark("1"), WAIT)
     watch = async_client.models.watch()
     await anext(watch)

@@ -119,6 +119,16 @@ async def test_the_tail_timeout_ends_the_answer(make_worker: MakeWorker, vllm: F
         assert completion.usage.provenance.name == "ESTIMATED"
 
 
+async def test_the_tail_timeout_applies_after_a_full_queue(make_worker: MakeWorker, vllm: FakeVllm) -> None:
+    """When the caller has taken the queued events, the timeout is that of the tail, and not the long one between events."""
+    last = b'data: {"choices":[{"index":0,"delta":{"content":"end"},"finish_reason":"stop"}]}\n\n'
+    vllm.play(Script.chunks([last, asyncio.Event()]))
+    async with make_worker(tail=0.05, queue_bytes=1) as worker, worker.completion(ask(), CALLER) as completion:
+        async with asyncio.timeout(10):
+            seen = await drained(completion)
+        assert seen[-2:] == [Completed, None]
+
+
 async def test_a_time_limit_and_a_refusal_at_once(make_worker: MakeWorker, vllm: FakeVllm) -> None:
     """Whichever is processed first, the call fails."""
     for number in range(40):

@@ -118,7 +118,7 @@ async def test_an_engine_that_gets_sigterm(client: AsyncClient, vllm: VllmServer
     """At SIGTERM vLLM stops its engine; the answer ends with a fault, with the text and the usage.
 
     Mostly it says so in an error event. At times it says nothing any more, yet keeps the connection: only the gateway's
-    limit on silence ends that. Whoever watches is next_change that the model cannot be called now.
+    limit on silence ends that. A watcher gets the change that the model cannot be called now.
     """
     async with client.models.watch() as watch:
         assert (await next_change(watch, "ADDED", SCOPED)).model.state == ModelState.MODEL_STATE_SERVING
@@ -173,7 +173,7 @@ async def test_a_loaded_and_unloaded_adapter(client: AsyncClient, engine: Engine
 async def test_an_engine_that_is_killed(client: AsyncClient, vllm: VllmServer) -> None:
     """The connection breaks; an answer without a finish reason is not complete.
 
-    That call is enough: watchers are next_change at once, and not at the provider's next turn.
+    That call is enough: watchers get the change at once, and not at the provider's next turn.
     """
     async with client.models.watch() as watch:
         await next_change(watch, "ADDED", f"vllm/{NEXT}")

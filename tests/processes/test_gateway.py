@@ -129,7 +129,7 @@ def runs(pid: int) -> bool:
 
 
 def clean() -> dict[str, str]:
-    """The environment without settings of whoever runs the tests."""
+    """The environment without the settings of the user who runs the tests."""
     return {name: value for name, value in os.environ.items() if not name.startswith(("DELTAWIRE_", "VLLM_"))}
 
 
@@ -204,7 +204,7 @@ async def test_from_start_to_sigterm(vllm: FakeVllm, tmp_path: Path) -> None:
 async def test_a_worker_is_killed_and_then_the_parent(vllm: FakeVllm, tmp_path: Path) -> None:
     """Only its own streams fail, its ids are lost, and another takes its place. Without the parent, all end.
 
-    Whoever breaks the settings file meanwhile delays the replacement until it is repaired.
+    While the settings file is invalid, the worker is not replaced.
     """
     file = tmp_path / "deltawire.toml"
     file.write_text("")

@@ -62,7 +62,7 @@ def id_at(number: int, worker: Running, owner: str = "") -> str:
 @pytest.mark.parametrize("own", [OWN, ""])
 @pytest.mark.parametrize("first", [0, 1])
 async def test_an_id_at_every_worker(workers: list[Running], vllm: FakeVllm, own: str, first: int) -> None:
-    """Look-up, resume and cancel are the same at both, whichever began the stream, and whoever made the id."""
+    """Look-up, resume and cancel are the same at both, for streams of either worker, and for ids of the gateway and of callers."""
     gate = asyncio.Event()
     vllm.play(Script.chunks([CHUNKS.role(), CHUNKS.text("a"), gate, CHUNKS.text("b"), asyncio.Event()]))
     stream = aiter(workers[first].stream(ask(completion_id=own), options=KEPT))

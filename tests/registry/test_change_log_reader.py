@@ -1,4 +1,4 @@
-"""Memory follows the database, whichever it is and whoever writes; and what stores hear of each other."""
+"""Memory follows the database, for both databases and all writers; and what stores hear of each other."""
 
 from __future__ import annotations
 
@@ -352,7 +352,7 @@ async def test_following_goes_on_when_the_server_is_back(postgres: PostgresServe
         await until(lambda: memory.models == [first])
         with structlog.testing.capture_logs() as logs:
             with postgres.down(kill=kill):
-                # By whoever notices first: the one who listens, or one who reads what was heard just before.
+                # By the first to notice: the listener, or the reader of the last notification.
                 await until(lambda: bool(logs))
                 assert memory.models == [first]
             second = await inserted(other, VECTORS)

@@ -140,7 +140,7 @@ async def test_a_call_that_is_given_up_does_not_cost_the_memory(memory: Store) -
 
 
 async def test_nobody_else_changes_a_database_in_memory(memory: Store) -> None:
-    """Whoever listens hears nothing, and can be told to stop."""
+    """A listener gets no notification, and can be stopped."""
     listening = asyncio.ensure_future(anext(memory.changes_elsewhere()))
     await memory.insert(LLAMA)
     assert not listening.done()

@@ -236,7 +236,7 @@ async def test_memory_holds_what_was_on_disk(open_registry: Opener) -> None:
 
 
 async def test_a_write_is_in_memory_and_on_disk(open_registry: Opener) -> None:
-    """Kept: it is found here at once, and by whoever opens the same database while this one is open."""
+    """Kept: it is found here at once, and by another store on the same database."""
     provider = FakeProvider("test_provider", ["test-model"])
     async with open_registry(provider) as registry:
         model = await registry.register("mine", provider_model_id="test-model")

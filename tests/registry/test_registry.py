@@ -221,7 +221,7 @@ async def test_an_update_keeps_the_rules(
 
 
 async def test_an_update_to_a_name_of_another_model(registry: ModelRegistry) -> None:
-    """The name has an owner, whoever is registered there; nothing is changed."""
+    """The name is taken, by whichever caller registered it; nothing changes."""
     model = await registry.register("mine", "alpha", "llama")
     await registry.register("other", "alpha", "llama", aliases=["wanted"])
     failure = await failure_of(registry.update("mine", {"aliases": ["free", "wanted"]}))

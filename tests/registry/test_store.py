@@ -157,7 +157,7 @@ async def test_a_refused_update_changes_nothing(
 
 
 async def test_changes_tell_all_that_was_done_in_its_order(store: Store) -> None:
-    """Whoever has a state and applies the changes after it has the state now."""
+    """A state with the later changes applied is the current state."""
     start, _ = await store.load()
     added = await inserted(store, LLAMA)
     other = await inserted(store, VECTORS)
@@ -336,7 +336,7 @@ async def test_of_many_processes_that_change_a_model_one_does(url: str, store: S
 
 
 async def test_writes_of_many_processes_are_in_one_order_without_gaps(url: str, store: Store) -> None:
-    """Whoever asks now and then gets each change once, in an order that leads to what is there."""
+    """A reader that polls gets each change once, in an order that leads to the current state."""
     start, _ = await store.load()
     stores = [Store(url, busy_seconds=60) for _ in range(4)]
     for other in stores:

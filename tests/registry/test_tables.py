@@ -109,7 +109,7 @@ async def test_what_is_up_to_date_is_not_written_to(url: str) -> None:
 
 @pytest.mark.parametrize("old", [False, True], ids=["new", "of the release before"])
 async def test_many_may_open_a_database_at_once(url: str, old: bool) -> None:
-    """Each step is taken once, by whoever comes first; the others find it done."""
+    """Each step runs once, in the first process; the others find it done."""
     if old:
         make_version_1(url)
     await asyncio.gather(*(open_and_close(url) for _ in range(8)))

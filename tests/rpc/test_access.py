@@ -98,7 +98,7 @@ async def test_every_rpc_asks_for_its_permission(start_gateway: StartGateway, vl
     assert vllm.chats == []
 
 
-async def test_whoever_is_known_is_served(start_gateway: StartGateway, vllm: FakeVllm, lines: Lines) -> None:
+async def test_known_callers_are_served(start_gateway: StartGateway, vllm: FakeVllm, lines: Lines) -> None:
     """Unary and streamed; the log names the caller, and the key goes nowhere: not to vLLM and into no line."""
     async with start_gateway(access=ACCESS, provider={"api_token": "operators-token"}) as gateway:
         await read_well(gateway.stream(metadata=bearer(KEYS[Permission.CALL])))

@@ -250,7 +250,7 @@ async def test_the_log_line_of_another_call(served: Running, lines: Lines) -> No
 
 
 async def test_anomalies_are_logged(served: Running, vllm: FakeVllm, lines: Lines) -> None:
-    """What was got over, for whoever looks after the provider."""
+    """The log has the repaired anomalies, for the operator of the provider."""
     vllm.play(Script.chunks([CHUNKS.role(), CHUNKS.finish("because")]))
     events = await read_well(served.stream())
     entry = await lines.find("the provider's answer had anomalies")

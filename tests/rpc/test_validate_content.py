@@ -108,7 +108,7 @@ def test_refused(part: message_pb2.ContentPart, field: str, said: str) -> None:
 
 
 def test_addresses_are_kept_in_their_one_form() -> None:
-    """With the field that they came in, for whoever fetches them."""
+    """Each URL is kept with its field, for the errors of the fetch."""
     assert content_of(message_pb2.ContentPart(text="x"), image(url="HTTPS://Images.EXAMPLE:443/a.png#top")) == (
         "x",
         ImageUrl(web_address(ADDRESS), "chat.messages[0].user.content[1].image.url"),

@@ -259,7 +259,7 @@ async def test_a_caller_that_was_cut_and_leaves(alpha: FakeProvider, lines: Line
 
 
 async def test_draining_ends_watches_at_once(start_gateway: StartGateway, lines: Lines) -> None:
-    """Though calls under way may take all of the grace: whoever watches has another process to watch."""
+    """Although active calls may use the whole grace: a watcher can watch another process."""
     async with start_gateway(server={"drain_grace": 3600}) as gateway:
         calls = [gateway.models.WatchModels(pb.WatchModelsRequest()) for _ in range(3)]
         for call in calls:

@@ -272,7 +272,7 @@ class PostgresServer:
         gc.collect()
         self._process.send_signal(signal_number)
         # Its processes each are a group of their own. Those of a killed server end by themselves as soon as they
-        # notice, and the pipe is at its end when the last one is gone: whoever was connected has lost the connection.
+        # notice, and the pipe is at its end when the last one is gone: every client has lost its connection.
         ended, _, _ = select.select([self._held], [], [], LIMIT)
         if not ended:
             raise self._error(f"PostgreSQL's processes do not end; the first is {self._process.pid}")

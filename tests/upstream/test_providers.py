@@ -58,7 +58,7 @@ async def test_an_old_listing_is_fetched_again(provider: FakeProvider) -> None:
 
 
 async def test_a_failure_is_not_kept(provider: FakeProvider) -> None:
-    """Whoever comes next asks again."""
+    """The next caller asks again."""
     providers = Providers([provider])
     provider.go_down()
     with pytest.raises(ProviderError):
@@ -170,7 +170,7 @@ async def closed(provider: FakeProvider) -> None:
 
 
 async def test_replacing() -> None:
-    """From the next look on there are the new ones, and whoever has looked already has the old ones, whole."""
+    """The next look-up returns the new ones; an earlier result keeps the old ones, complete."""
     a, b, c = FakeProvider("a"), FakeProvider("b"), FakeProvider("c")
     providers = Providers([a, b])
     before = (providers.ids, providers.all())

@@ -134,7 +134,7 @@ async def test_the_next_replica_counts(vllm: FakeVllm, other: FakeVllm) -> None:
 
 
 async def test_a_count_asks_for_extra_fields_that_are_allowed(vllm: FakeVllm) -> None:
-    """As the completion would be, so that whoever counts first learns it."""
+    """As a completion would be, so that a caller that counts first learns it."""
     async with provider(vllm.base_url) as p:
         with pytest.raises(CallerError, match="allowed_extra_fields"):
             await p.count_tokens(replace(HI, extra_body='{"echo":true}'), "fake", CALL)

@@ -65,7 +65,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_UPSTREAM_REJECTED: _ErrorReason.ValueType  # 9
     """INVALID_ARGUMENT. The provider rejected the request. The message is the provider's own. It begins
-    with the path of the request's field if the provider names none and the gateway can tell it.
+    with the path of the request's field if the provider names none and the gateway knows it.
     Metadata: {"provider": "vllm", "http_status": "400", "field": "chat.sampling.stop"}.
     """
     ERROR_REASON_UPSTREAM_UNAVAILABLE: _ErrorReason.ValueType  # 10
@@ -282,7 +282,7 @@ Metadata: {"provider": "vllm", "http_status": "401"}.
 """
 ERROR_REASON_UPSTREAM_REJECTED: ErrorReason.ValueType  # 9
 """INVALID_ARGUMENT. The provider rejected the request. The message is the provider's own. It begins
-with the path of the request's field if the provider names none and the gateway can tell it.
+with the path of the request's field if the provider names none and the gateway knows it.
 Metadata: {"provider": "vllm", "http_status": "400", "field": "chat.sampling.stop"}.
 """
 ERROR_REASON_UPSTREAM_UNAVAILABLE: ErrorReason.ValueType  # 10

@@ -363,7 +363,7 @@ class Completion:
             finally:
                 # Both are reference cycles, which would last until a garbage collection.
                 self._body = None
-                self._queue.on_room = _nothing
+                self._queue.on_room = None
 
     def _pushed(self, data: bytes) -> None:
         """Process bytes of the body."""
@@ -387,7 +387,7 @@ class Completion:
 
     def _read_piece(self, data: bytes) -> None:
         if self.ended_by is None:
-            self._receive(data, self.resolution.provider.timeouts.silence)
+            self._receive(data)
             if self._queue.full and self.state is not _ENDED and self._body is not None:
                 self._clock.pause()  # the timeout must not run while reading is paused
                 self._body.pause()
@@ -408,12 +408,17 @@ class Completion:
 
     def _go_on(self) -> None:
         """Read on, because the queued events were taken."""
-        self._queue.on_room = _nothing
+        self._queue.on_room = None
         if self._body is not None:
-            self._clock.allow(self.resolution.provider.timeouts.silence)
+            self._await_event()
             self._body.resume()
 
-    def _receive(self, data: bytes, silence: float) -> None:
+    def _await_event(self) -> None:
+        """Start the timeout for the next event."""
+        tail = self.state is State.TAIL
+        self._clock.allow(self._limits.tail if tail else self.resolution.provider.timeouts.silence)
+
+    def _receive(self, data: bytes) -> None:
         """Process bytes of the answer."""
         count = self._reader.event_count
         events = self._reader.receive(data)
@@ -427,7 +432,7 @@ class Completion:
         if self.state is not State.ENDED:
             if self._reader.in_tail and self.state is State.STREAMING:
                 self.state = advance(self.state, Cause.FINISHED)
-            self._clock.allow(self._limits.tail if self.state is State.TAIL else silence)
+            self._await_event()
 
     def _time_out(self) -> None:
         """Handle a timeout: the provider's between events, or the completion's own time limit."""
@@ -577,10 +582,6 @@ class _Gaps:
     def worst(self) -> float | None:
         """The longest gap; `None` with fewer than two events."""
         return self._worst if self._count > 1 else None
-
-
-def _nothing() -> None:
-    """Nothing waits for room in the queue."""
 
 
 def _with_defaults(request: ChatRequest, max_tokens: int | None) -> ChatRequest:

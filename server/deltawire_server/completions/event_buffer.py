@@ -29,7 +29,7 @@ class EventBuffer:
 
     Attributes:
         joined: How many deltas were sent with an earlier one.
-        on_room: Called when the queued events were taken and it had been `full`.
+        on_room: Called when the queued events were taken and it had been `full`; `None` for nothing.
     """
 
     def __init__(self, limit: int, delay: float | None = 0.0, adaptive: AdaptiveDelay | None = None) -> None:
@@ -43,7 +43,7 @@ class EventBuffer:
         self._timer: asyncio.TimerHandle | None = None
         self._waiter: asyncio.Future[None] | None = None
         self.joined = 0
-        self.on_room: Callable[[], None] = lambda: None
+        self.on_room: Callable[[], None] | None = None
 
     @property
     def size(self) -> int:
@@ -89,7 +89,7 @@ class EventBuffer:
         was_full, queued = self.full, len(self._waiting)
         events = self._waiting.take()
         self.joined += queued - len(events)
-        if was_full:
+        if was_full and self.on_room is not None:
             self.on_room()
         return events
 

@@ -74,7 +74,7 @@ def test_ctrl_c_elsewhere(gateway: Gateway, run: Run) -> None:
 
 
 def test_tool_calls_in_a_conversation(gateway: Gateway, run: Run) -> None:
-    """Whoever types is asked for the results."""
+    """The user types the results."""
     gateway.will(*calling(CALL))
     gateway.will(*saying("Rain."))
     status, out, _ = run("chat", "--model", "llama", stdin=["Köln?", "rain", EOFError()])

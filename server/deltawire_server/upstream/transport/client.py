@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import ssl
-from typing import TYPE_CHECKING, NamedTuple, cast
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
 
 import httpx
 
@@ -106,11 +107,17 @@ class Transport(httpx.AsyncBaseTransport):
         return tls_context(self._tls)
 
 
-class Prepared(NamedTuple):
-    """The parts of a request that are the same in all requests like it: the pool of its origin, and the first lines of its head."""
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The parts of a request that are the same in all requests like it.
+
+    Attributes:
+        pool: The pool of its origin.
+        head: The first lines of its head; not in the repr, because headers may be secrets.
+    """
 
     pool: _Pool
-    head: bytes
+    head: bytes = field(repr=False)
 
 
 def tls_context(tls: ssl.SSLContext | bool) -> ssl.SSLContext:
