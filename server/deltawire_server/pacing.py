@@ -42,13 +42,24 @@ def call_in_turn(step: Callable[[], None]) -> None:
     _line().add(step)
 
 
+def is_busy() -> bool:
+    """Whether steps of long work wait, or the queue pauses after them."""
+    return _line().is_moving
+
+
+def charge(seconds: float) -> None:
+    """Count a step that did not wait for its turn: the next ones wait for a pause. Short steps are not counted."""
+    if seconds >= SHORT_SECONDS:
+        _line().charge(seconds)
+
+
 class _Line:
     """The queue of one event loop: the next steps of all long work."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = weakref.proxy(loop)
         self._waiting: deque[Callable[[], None]] = deque()
-        self._is_moving = False
+        self.is_moving = False
         self._steps = 1  # of the next iteration
         self._began = 0.0
         self._took = 0.0
@@ -61,9 +72,16 @@ class _Line:
 
     def add(self, step: Callable[[], None]) -> None:
         self._waiting.append(step)
-        if not self._is_moving:
-            self._is_moving = True
+        if not self.is_moving:
+            self.is_moving = True
             self._loop.call_soon(self._move)
+
+    def charge(self, seconds: float) -> None:
+        if self.is_moving:
+            self._worked += seconds
+        else:
+            self.is_moving = True
+            self._loop.call_later(seconds * REST, self._go_on)
 
     def _move(self) -> None:
         """Run the steps of an iteration. A task that a step wakes runs after `_wake`, so its time is measured too."""
@@ -94,7 +112,7 @@ class _Line:
         if self._waiting:
             self._move()
         else:
-            self._is_moving = False
+            self.is_moving = False
 
 
 def _begin(turn: asyncio.Future[None]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import time
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -12,6 +14,7 @@ from grpc import aio
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import model_registry_pb2
+from deltawire_server import pacing
 from deltawire_server.errors import GatewayError, Reason
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
 from deltawire_server.rpc import reception, validate
@@ -244,30 +247,62 @@ class Context:
         return data
 
 
+class _Slow(Context):
+    """A call whose request takes long to copy."""
+
+    async def read(self) -> bytes:
+        """Block the event loop for longer than a short step."""
+        data = await self.arrived
+        time.sleep(0.02)  # noqa: ASYNC251 (as gRPC does)
+        return data
+
+
 async def _checked(_: bytes) -> None:
     pass
 
 
-@pytest.mark.parametrize(("quick", "turns"), [(0.0, 1), (60.0, 0)], ids=["slow", "quick"])
-async def test_large_requests_wait_in_line_to_be_copied(
-    monkeypatch: pytest.MonkeyPatch, quick: float, turns: int
-) -> None:
-    """Those that took their time to arrive: they may be large, and many of them may be complete at once."""
-    taken: list[None] = []
-
-    async def give_way() -> None:
-        taken.append(None)
-        await asyncio.sleep(0)
-
+@pytest.mark.parametrize("quick", [0.0, 60.0], ids=["slow", "quick"])
+async def test_large_requests_are_copied_one_at_a_time(monkeypatch: pytest.MonkeyPatch, quick: float) -> None:
+    """Those that took their time to arrive may be large: while long work is in progress, they wait for their turn."""
     monkeypatch.setattr(reception, "QUICK_SECONDS", quick)
-    monkeypatch.setattr(reception, "give_way", give_way)
     context: Any = Context()
     receiving = asyncio.create_task(Reception().receive(context, _checked, "me"))
     await asyncio.sleep(0.01)
-    assert not taken
+    steps: list[int] = []
+    for step in range(20):
+        pacing.call_in_turn(functools.partial(steps.append, step))
     context.arrived.set_result(b"data")
     assert await receiving == b"data"
-    assert (len(taken), context.copied) == (turns, [b"data"])
+    assert (len(steps) == 20) == (quick == 0.0)
+
+
+async def test_small_requests_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under load every request takes its time to arrive."""
+    monkeypatch.setattr(reception, "QUICK_SECONDS", 0.0)
+    reading: Any = Reception()
+    contexts: list[Any] = [Context() for _ in range(50)]
+    receiving = [asyncio.create_task(reading.receive(context, _checked, str(id(context)))) for context in contexts]
+    await asyncio.sleep(0.01)
+    for context in contexts:
+        context.arrived.set_result(b"data")
+    for _ in range(10):  # iterations of the event loop
+        await asyncio.sleep(0)
+    assert all(each.done() for each in receiving)
+
+
+async def test_a_large_request_is_followed_by_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one is copied at once, because its size is not known before; the next one waits."""
+    monkeypatch.setattr(reception, "QUICK_SECONDS", 0.0)
+    first: Any = _Slow()
+    second: Any = Context()
+    receiving = [asyncio.create_task(Reception().receive(each, _checked, "me")) for each in (first, second)]
+    await asyncio.sleep(0.01)
+    first.arrived.set_result(b"large")
+    second.arrived.set_result(b"data")
+    await receiving[0]
+    assert pacing.is_busy()
+    assert not second.copied
+    assert await receiving[1] == b"data"
 
 
 async def test_a_failed_read_fails_the_call() -> None:

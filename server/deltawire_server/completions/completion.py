@@ -141,7 +141,7 @@ class Completion:
         request_bytes: int,
         adaptive: AdaptiveDelay | None = None,
     ) -> None:
-        self._request = _with_defaults(request, resolution.provider.default_max_tokens)
+        request = _with_defaults(request, resolution.provider.default_max_tokens)
         self.resolution = resolution
         self.head = CompletionInfo(
             completion_id,
@@ -149,12 +149,15 @@ class Completion:
             resolution.alias,
             resolution.provider.id,
             time.time(),
-            self._request.sampling,
+            request.sampling,
         )
         self.state = State.QUEUED
         self.ended_by: Cause | None = None
         self.failure: DeltawireError | None = None
         self.attempts = 0
+        self._unsent = [request]
+        self._soft_time_limit = request.soft_time_limit
+        self._format_field = format_field(request)
         self._call = call
         self._options = options
         self._images = images
@@ -169,11 +172,11 @@ class Completion:
         self._sent_usage: Usage | None = None
         self._queue = EventBuffer(limits.queue_bytes, options.max_coalesce_delay, adaptive)
         self._reader = CompletionReader(
-            choice_count=self._request.choice_count,
-            offered_tools={tool.name: tool.input_schema for tool in self._request.offered_tools},
-            stop=self._request.sampling.stop,
-            stop_token_ids=self._request.sampling.stop_token_ids,
-            incremental=self._request.incremental_tool_calls,
+            choice_count=request.choice_count,
+            offered_tools={tool.name: tool.input_schema for tool in request.offered_tools},
+            stop=request.sampling.stop,
+            stop_token_ids=request.sampling.stop_token_ids,
+            incremental=request.incremental_tool_calls,
             argument_checks=checks,
             whole=keep_logprobs,
             limits=limits.answer,
@@ -321,7 +324,7 @@ class Completion:
         accepted = loop.time() - (time.monotonic() - self._accepted)
         self._clock.end_by = accepted + min(
             self._limits.max_duration,
-            float("inf") if self._request.soft_time_limit is None else self._request.soft_time_limit,
+            float("inf") if self._soft_time_limit is None else self._soft_time_limit,
         )
         self._clock.check()
 
@@ -341,9 +344,8 @@ class Completion:
         model = self.resolution.model.provider_model_id
         self.state = advance(self.state, Cause.ASKED)
         self._clock.allow(timeouts.first_event)
-        request = await self._images.load(self._request)
-        # Only the provider has the messages from here on; it drops them at the first event.
-        self._request = replace(self._request, messages=())
+        # Only the provider has the request from here on; it drops it at the first event.
+        request = await self._images.load(self._unsent.pop())
         # Up to the first event, the provider applies its timeout, because it has to attribute it to a replica.
         self._clock.pause()
         self._sent = time.monotonic()
@@ -441,7 +443,7 @@ class Completion:
         elif not self._clock.is_over:
             limit = self._clock.allowed
             self.end(Fault(Reason.UPSTREAM_TIMEOUT, f"the provider sent no event for {limit:g} seconds"), limit)
-        elif (soft := self._request.soft_time_limit) is not None and soft <= self._limits.max_duration:
+        elif (soft := self._soft_time_limit) is not None and soft <= self._limits.max_duration:
             self.stop(StopReason.TIME_LIMIT)
         else:
             limit = self._limits.max_duration
@@ -524,8 +526,8 @@ class Completion:
                 provider_id,
                 callers_token=self._call.token is not None,
                 token_withheld=self._call.token_withheld,
-                model=self._request.model,
-                format_field=format_field(self._request),
+                model=self.head.alias or self.head.model,
+                format_field=self._format_field,
                 begun=self.begun,
                 metadata=metadata if self.begun else None,
             )

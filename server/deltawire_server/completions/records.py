@@ -130,7 +130,9 @@ class Record:
         if self.outcome is not None:
             message = self.outcome.message.encode(errors="replace")[:MAX_MESSAGE].decode(errors="ignore")
             self.outcome = replace(self.outcome, message=message)
-        if self.head is not None and _lists_bytes(self.head.sampling) > MAX_LISTS_BYTES:
+        lists = 0 if self.head is None else _lists_bytes(self.head.sampling)
+        if self.head is not None and lists > MAX_LISTS_BYTES:
+            lists = 0
             scalars = {name: each for name, each in self.head.sampling.given().items() if not isinstance(each, _LISTS)}
             self.head = replace(self.head, sampling=Sampling(**scalars))
         texts = [self.caller, self.completion_id]
@@ -138,7 +140,6 @@ class Record:
             texts.append(self.outcome.message)
         if self.head is not None:
             texts += [self.head.model, self.head.alias, self.head.provider_id]
-        lists = 0 if self.head is None else _lists_bytes(self.head.sampling)
         self.size = RECORD_BYTES + lists + sum(map(getsizeof, texts))
 
 

@@ -49,6 +49,8 @@ class Listings:
     async def fetch(self, provider_ids: Iterable[str], *, fresh: bool = False) -> None:
         """Load listings that are at most five seconds old, or new ones; for providers that do not answer, the last ones."""
         missing = [each for each in provider_ids if each not in self._asked]
+        if not missing:
+            return
         self._asked.update(missing)
         results = await asyncio.gather(
             *(self._served.listing(each, self._token, fresh=fresh, named=each in self._named) for each in missing),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,16 +11,34 @@ from deltawire_server.errors import GatewayError, Reason
 from deltawire_server.pacing import give_way
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+    from types import TracebackType
 
 
 @dataclass(slots=True, eq=False)
 class _Call:
+    """A call; a context manager, because one made by `contextlib` takes several times as long."""
+
+    calls: set[_Call]
     owner: str
     method: str
     begun: Callable[[], bool]
-    task: asyncio.Task[object] | None
+    task: asyncio.Task[object] | None = None
     ended: bool = False
+
+    def __enter__(self) -> None:
+        self.task = asyncio.current_task()
+        self.calls.add(self)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.calls.discard(self)
+        # As in asyncio.timeout: another cancel, the client's own, takes precedence.
+        canceled = isinstance(error, asyncio.CancelledError) and self.ended
+        if canceled and self.task is not None and not self.task.uncancel():
+            raise GatewayError(Reason.ACCESS_CHANGED, REVOKED) from None
 
 
 class Admitted:
@@ -30,8 +47,9 @@ class Admitted:
     def __init__(self) -> None:
         self._calls: set[_Call] = set()
 
-    @contextmanager
-    def entered(self, owner: str, method: str, begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    def entered(
+        self, owner: str, method: str, begun: Callable[[], bool] = lambda: False
+    ) -> AbstractContextManager[None]:
         """Handle a call within this context.
 
         Args:
@@ -43,17 +61,7 @@ class Admitted:
         Raises:
             GatewayError: ACCESS_CHANGED: `end` ended the call. Send it to the caller.
         """
-        call = _Call(owner, method, begun, asyncio.current_task())
-        self._calls.add(call)
-        try:
-            yield
-        except asyncio.CancelledError:
-            # As in asyncio.timeout: another cancel, the client's own, takes precedence.
-            if call.ended and call.task is not None and not call.task.uncancel():
-                raise GatewayError(Reason.ACCESS_CHANGED, REVOKED) from None
-            raise
-        finally:
-            self._calls.discard(call)
+        return _Call(self._calls, owner, method, begun)
 
     async def end(self, admits: Callable[[str, str], bool]) -> None:
         """End every call that is no longer admitted and whose answer has not begun. Other calls run in between.

@@ -13,10 +13,10 @@ import asyncio
 import contextlib
 import contextvars
 import functools
-import secrets
+import random
 import sys
 import time
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -46,6 +46,7 @@ from deltawire_server.upstream.base import CallContext
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping
+    from types import TracebackType
 
     from deltawire_server.admission import Place
 
@@ -220,39 +221,17 @@ class CallInterceptor(aio.ServerInterceptor):
         ours = method.startswith(OUR_METHODS)
         metadata = _metadata(context)
         record = CallRecord(_call_context(metadata))
-        with contextlib.ExitStack() as counted:
-            if ours:
-                counted.enter_context(self._counted())
-            with (
-                _entered(record),
-                self._logged(method, record, context, metadata) as outcome,
-                self._admission.place() as place,
-            ):
+        _record.set(record)  # for the task of this call, so it is never reset
+        with _Active(self, ours) as active:
+            with self._logged(method, record, context, metadata) as outcome, self._admission.place() as place:
                 try:
-                    request = messages
-                    with contextlib.ExitStack() as admitted:
-                        if ours:
-                            await self._let_in(method, record, context, place)
-                            admitted.enter_context(self._admitted.entered(record.owner, method, lambda: record.begun))
-                            data = await self._reception.receive(
-                                context, functools.partial(wire.check, method=method), record.owner or context.peer()
-                            )
-                            record.request_bytes = len(data)
-                            async with self._memory.turn(len(data)):
-                                try:
-                                    request = parse(data)
-                                except DecodeError:
-                                    raise await wire.unparsed(data, method) from None
-                            del data
-                        admitted.enter_context(_disconnect_is_cancellation())
-                        running = behaviour(request, context)
-                        del request  # the handler holds it, and releases it when it is sent to the provider
-                        response = await running
-                        if response is not None:  # a stream sends the request id with its first message
-                            await context.send_initial_metadata(((REQUEST_ID, record.call.request_id),))
-                            record.latch.succeed()
-                        record.latch.check_succeeded()
-                        return response
+                    if not ours:
+                        return await self._handle(behaviour(messages, context), record, context)
+                    await self._let_in(method, record, context, place)
+                    with self._admitted.entered(record.owner, method, lambda: record.begun):
+                        # The handler alone holds the request, and drops it when it is sent to the provider.
+                        running = behaviour(await self._receive(method, parse, record, context), context)
+                        return await self._handle(running, record, context)
                 except DeltawireError as failure:
                     error = failure
                 except Exception as defect:  # noqa: BLE001 (the caller gets a status and the log the cause)
@@ -263,19 +242,48 @@ class CallInterceptor(aio.ServerInterceptor):
                 record.latch.fail()
             # The traceback of the error and the exception that `abort` raises form reference cycles with this frame. They would
             # keep the request until the garbage collector runs, which may be never.
-            data = b""
-            request = None  # noqa: F841 (see above)
             error.__traceback__ = error.__cause__ = error.__context__ = outcome.defect = None
             message = shorten(error.message, MAX_MESSAGE)
             # The call counts as active until its status is sent. If the caller does not read, the status is queued, and a drain
             # must not wait for it.
-            unread = asyncio.get_running_loop().call_later(UNREAD_SECONDS, counted.close)
+            unread = asyncio.get_running_loop().call_later(UNREAD_SECONDS, active.end)
             try:
-                with _disconnect_is_cancellation():
+                with _DISCONNECT_IS_CANCELLATION:
                     trailers = trailers_of(error, record.call.request_id)
                     return await context.abort(grpc_code(error.code), message, trailers)
             finally:
                 unread.cancel()
+
+    async def _receive(self, method: str, parse: _Parser, record: CallRecord, context: _Context) -> object:
+        """The request of an admitted call."""
+        data = await self._reception.receive(
+            context, functools.partial(wire.check, method=method), record.owner or context.peer()
+        )
+        record.request_bytes = len(data)
+        async with self._memory.turn(len(data)):
+            try:
+                return parse(data)
+            except DecodeError:
+                raise await wire.unparsed(data, method) from None
+
+    @staticmethod
+    async def _handle(running: Awaitable[object], record: CallRecord, context: _Context) -> object:
+        """Wait for the handler, and return the response of a unary call."""
+        with _DISCONNECT_IS_CANCELLATION:
+            response = await running
+            if response is not None:  # a stream sends the request id with its first message
+                await context.send_initial_metadata(((REQUEST_ID, record.call.request_id),))
+                record.latch.succeed()
+            record.latch.check_succeeded()
+            return response
+
+    def change_active(self, change: int) -> None:
+        """Count the active calls."""
+        self._active += change
+        if self._active:
+            self._idle.clear()
+        else:
+            self._idle.set()
 
     async def _let_in(self, method: str, record: CallRecord, context: _Context, place: Place) -> None:
         """Check access, the drain gate and admission, or raise."""
@@ -370,16 +378,46 @@ class CallInterceptor(aio.ServerInterceptor):
                     exc_info=outcome.defect,
                 )
 
-    @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
-        self._active += 1
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self._active -= 1
-            if not self._active:
-                self._idle.set()
+
+class _Active:
+    """Counts a call as active until `end`, or the end of its `with`; health and reflection do not count.
+
+    This is a class, as are the others that each call enters, because a context manager made by `contextlib` takes several times as
+    long.
+    """
+
+    def __init__(self, calls: CallInterceptor, counts: bool) -> None:
+        self._calls = calls
+        self._counts = counts
+        calls.change_active(counts)
+
+    def end(self) -> None:
+        self._calls.change_active(-self._counts)
+        self._counts = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+
+
+class _DisconnectIsCancellation:
+    """Treats a failed write as cancellation: the caller has disconnected, and grpc will cancel the task."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, aio.InternalError):
+            raise asyncio.CancelledError from error
+
+
+_DISCONNECT_IS_CANCELLATION = _DisconnectIsCancellation()
 
 
 class _Outcome:
@@ -395,24 +433,6 @@ class _Outcome:
         self.values = {"reason": error.reason.name, "error": shorten(error.message, MAX_LOGGED)}
         if error.reason is Reason.INTERNAL:
             self.defect = error.__cause__
-
-
-@contextlib.contextmanager
-def _disconnect_is_cancellation() -> Iterator[None]:
-    """Treat a failed write as cancellation: the caller has disconnected, and grpc will cancel the task."""
-    try:
-        yield
-    except aio.InternalError as disconnected:
-        raise asyncio.CancelledError from disconnected
-
-
-@contextlib.contextmanager
-def _entered(record: CallRecord) -> Iterator[None]:
-    mark = _record.set(record)
-    try:
-        yield
-    finally:
-        _record.reset(mark)
 
 
 def _parsed(parse: _Parser, data: bytes) -> object:
@@ -467,7 +487,7 @@ def _call_context(metadata: Mapping[str, str]) -> CallContext:
     given = metadata.get(REQUEST_ID, "")
     request_id = given
     if not given or len(given) > MAX_REQUEST_ID or not (given.isascii() and given.isprintable()):
-        request_id = secrets.token_hex(16)
+        request_id = f"{random.getrandbits(128):032x}"
         if given:
             _log.warning("request id replaced", given=given[:MAX_REQUEST_ID], request_id=request_id)
     traceparent, tracestate = trace_context(metadata.get("traceparent", ""), metadata.get("tracestate", ""))

@@ -13,8 +13,8 @@ import types
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
+from deltawire_server import pacing
 from deltawire_server.errors import CallerError, Code, GatewayError, Reason
-from deltawire_server.pacing import give_way
 from deltawire_server.upstream.failures import RETRY_SECONDS
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ PENDING_REQUESTS = (
 control."""
 
 QUICK_SECONDS = 0.003
-"""A request that takes longer to arrive may be large, so it waits for `give_way` before gRPC copies it."""
+"""A request that takes longer to arrive may be large, so it waits while long work is in progress before gRPC copies it."""
 
 SHARE = 4
 """One caller may use this fraction of the turns, so that a caller that sends slowly does not block others."""
@@ -98,16 +98,16 @@ class Reception:
             share.release()
 
     async def _receive(self, context: _Context, check: Callable[[bytes], Awaitable[None]]) -> bytes:
-        reading = _reading(context)
-        done, _ = await asyncio.wait([reading], timeout=self._timeout)
-        if not done:
+        try:
+            async with asyncio.timeout(self._timeout):
+                data = _message(await asyncio.shield(_reading(context)))
+        except TimeoutError:
             limit = f"{self._timeout:g}"
             raise GatewayError(
                 Reason.DURATION_LIMIT_EXCEEDED,
                 f"the request did not arrive within {limit} seconds: send it faster, or send a smaller one",
                 metadata={"limit_seconds": limit},
-            )
-        data = _message(reading.result())
+            ) from None
         await check(data)
         return data
 
@@ -160,7 +160,9 @@ def _reading(context: _Context) -> asyncio.Task[object]:
 def _read_in_turn(read: Coroutine[object, None, object]) -> Generator[object, None, object]:
     """Run gRPC's read coroutine, with a pause between the arrival of the request and gRPC's copies of it.
 
-    When the coroutine resumes, gRPC copies the request twice, which blocks the event loop for 1.5 ms per MiB.
+    When the coroutine resumes, gRPC copies the request twice, which blocks the event loop for 1.5 ms per MiB. How large it is can
+    be seen only afterwards. So the first large request is copied at once, and others wait for a pause after it; small ones do
+    not wait for each other, however busy the event loop is.
     """
     began = time.perf_counter()
     try:
@@ -168,12 +170,18 @@ def _read_in_turn(read: Coroutine[object, None, object]) -> Generator[object, No
         while True:
             try:
                 yield awaited
-                if time.perf_counter() - began > QUICK_SECONDS:
-                    yield from give_way().__await__()
+                waits = time.perf_counter() - began > QUICK_SECONDS and pacing.is_busy()
+                if waits:
+                    yield from pacing.give_way().__await__()
             except BaseException as error:  # noqa: BLE001 (it is for gRPC's coroutine)
                 awaited = read.throw(error)
             else:
-                awaited = read.send(None)
+                resumed = time.perf_counter()
+                try:
+                    awaited = read.send(None)
+                finally:
+                    if not waits:  # else the queue measures it
+                        pacing.charge(time.perf_counter() - resumed)
     except StopIteration as end:
         return end.value
 

@@ -163,7 +163,7 @@ class _ChatReader:
             allowed_tools=allowed,
             tool_choice=self._tool_choice(chat, tools, allowed),
             parallel_tool_calls=chat.parallel_tool_calls if chat.HasField("parallel_tool_calls") else None,
-            sampling=self._sampling(chat.sampling),
+            sampling=self._sampling(chat.sampling) if chat.HasField("sampling") else Sampling(),
             response_format=self._response_format(chat.response_format) if chat.HasField("response_format") else None,
             top_logprobs=self._top_logprobs(chat),
             choice_count=choice_count,
@@ -301,13 +301,14 @@ class _ChatReader:
 
     def _sampling(self, sampling: chat_pb.Sampling) -> Sampling:
         values: dict[str, Any] = {}
-        for name, row in SAMPLING.items():
-            value: Any = getattr(sampling, name)
+        value: Any
+        for descriptor, value in sampling.ListFields():
+            name = descriptor.name
             if isinstance(value, Mapping | Sequence):
                 self._bound(f"chat.sampling.{name}", len(value), MAX_SAMPLING_VALUES)
                 values[name] = dict(value) if isinstance(value, Mapping) else tuple(value)
-            elif sampling.HasField(name):  # type: ignore[arg-type]
-                lowest, highest, violation = row.get("range", _ANY)
+            else:
+                lowest, highest, violation = SAMPLING[name].get("range", _ANY)
                 # Also refuses NaN, because comparisons with it are false, and infinity, which JSON cannot represent.
                 if not (lowest <= value <= highest and math.isfinite(value)):
                     self._violations.add(f"chat.sampling.{name}", violation)

@@ -150,6 +150,8 @@ def stream_options(message: chat_pb.StreamOptions, max_retention: float) -> Stre
     Raises:
         CallerError: INVALID_REQUEST with every invalid field.
     """
+    if not message.ByteSize():
+        return StreamOptions()
     violations: list[Violation] = []
 
     def within(name: str, lowest: float, highest: float, violation: str) -> float | None:

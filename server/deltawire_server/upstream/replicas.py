@@ -14,14 +14,14 @@ replica that was ejected first enters PROBATION at once.
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
 
 EJECT_SECONDS = 5.0
 """Duration of the first ejection: the same as the connect timeout, so that a dead replica delays few calls."""
@@ -100,12 +100,27 @@ class Replica:
 
 
 class Attempt:
-    """One call at one replica; see `Replicas.attempt`."""
+    """One call at one replica, which counts as its stream until `end`; see `Replicas.attempt`."""
 
     def __init__(self, replica: Replica, replicas: Replicas) -> None:
         self.replica = replica
         self._replicas = replicas
         self._ejections = replica._ejections
+        self._counts = True
+        replica.streams += 1
+
+    def end(self) -> None:
+        """The call has ended at this replica."""
+        self.replica.streams -= self._counts
+        self._counts = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
 
     def answered(self) -> None:
         """Record that the replica answered: with a first event, or with a rejection of the request."""
@@ -150,7 +165,7 @@ class Replicas:
         self._turn = 0.0
 
     def choose(self, tried: Sequence[Replica] = ()) -> Replica:
-        """The best replica for a call; enter `attempt` with it before any `await`.
+        """The best replica for a call; begin an `attempt` with it before any `await`.
 
         A replica in PROBATION without a call comes first; then AVAILABLE and RETURNING ones, by streams per share; then the one
         that was ejected least recently. Equal ones take turns.
@@ -164,16 +179,11 @@ class Replicas:
         best.turn = self._turn + 1 / best.share
         return best
 
-    @contextlib.contextmanager
-    def attempt(self, replica: Replica) -> Iterator[Attempt]:
-        """Count a call at a replica while entered; report its result with the methods of the yielded `Attempt`."""
+    def attempt(self, replica: Replica) -> Attempt:
+        """Begin a call at a replica. Report its result with the methods of the `Attempt`, and `end` it, or use it in a `with`."""
         if replica.state is State.AVAILABLE:
             replica._level = 0  # fully recovered, so the next ejection is a first one
-        replica.streams += 1
-        try:
-            yield Attempt(replica, self)
-        finally:
-            replica.streams -= 1
+        return Attempt(replica, self)
 
     def in_order(self) -> tuple[Replica, ...]:
         """All replicas in the operator's order, ejected ones last: for requests that should go to the same one each time."""

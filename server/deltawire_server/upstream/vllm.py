@@ -160,12 +160,12 @@ class VllmProvider:
             unchecked = await self._check_fields(replica, to_check)
             return (*await self._api.open(replica, content, name, call, form), unchecked)
 
-        with contextlib.ExitStack() as held:
-            try:
-                attempt, answer, failures = await self._first_answer(held, send, self.timeouts.first_event)
-            finally:
-                content.clear()  # no further attempt
-            response, answer_body, unchecked = answer
+        try:
+            attempt, answer, failures = await self._first_answer(send, self.timeouts.first_event)
+        finally:
+            content.clear()  # no further attempt
+        response, answer_body, unchecked = answer
+        with attempt:
             try:
                 notices = (*self._passed_over(failures), *unchecked)
                 failed = functools.partial(self._failed_after_start, attempt)
@@ -181,10 +181,10 @@ class VllmProvider:
         extra = allowed_extra(request.extra_body, self._allowed_extra_fields, self.id)
         content = await encode_body(count_body(request, model, extra), request.messages)
         async with self._counting:
-            with contextlib.ExitStack() as held:
-                send = functools.partial(self._api.count, content=content, name=request.model, call=call)
-                _, count, _ = await self._first_answer(held, send, COUNT_SECONDS)
-                return count
+            send = functools.partial(self._api.count, content=content, name=request.model, call=call)
+            attempt, count, _ = await self._first_answer(send, COUNT_SECONDS)
+            attempt.end()
+            return count
 
     async def list_models(self, token: str | None = None) -> tuple[ServedModel, ...]:
         """List the served models; see `Provider.list_models`. Entries without an id, or with a very long one, are left out."""
@@ -231,17 +231,16 @@ class VllmProvider:
         return not allowed or any(fnmatchcase(model, pattern) for pattern in allowed)
 
     async def _first_answer(
-        self, held: contextlib.ExitStack, send: Callable[[Replica], Awaitable[T]], seconds: float
+        self, send: Callable[[Replica], Awaitable[T]], seconds: float
     ) -> tuple[Attempt, T, list[DeltawireError]]:
         """Send a request to a replica; if that fails and `policy` allows a retry, to one other.
 
         Args:
-            held: Takes over the attempt that succeeded: the replica's stream count includes it until this is closed.
             send: Sends the request to a replica.
             seconds: Time limit of all attempts together.
 
         Returns:
-            The attempt that succeeded, the result of `send`, and the failures before it.
+            The attempt that succeeded, which the caller must `end`, the result of `send`, and the failures before it.
 
         Raises:
             DeltawireError: Every attempt failed.
@@ -250,20 +249,22 @@ class VllmProvider:
         deadline = asyncio.get_running_loop().time() + seconds
         while True:
             replica = self._replicas.choose(tuple(failures))
-            with contextlib.ExitStack() as holding:
-                attempt = holding.enter_context(self._replicas.attempt(replica))
-                try:
-                    async with asyncio.timeout_at(deadline):
-                        answer = await send(replica)
-                except TimeoutError:
-                    failures[replica] = self._silence(seconds)
-                except DeltawireError as error:
-                    failures[replica] = error.with_traceback(None)
-                else:
-                    attempt.answered()
-                    held.push(holding.pop_all())
-                    return attempt, answer, list(failures.values())
-                self._failed(attempt, failures[replica])
+            attempt = self._replicas.attempt(replica)
+            try:
+                async with asyncio.timeout_at(deadline):
+                    answer = await send(replica)
+            except TimeoutError:
+                failures[replica] = self._silence(seconds)
+            except DeltawireError as error:
+                failures[replica] = error.with_traceback(None)
+            except BaseException:
+                attempt.end()
+                raise
+            else:
+                attempt.answered()
+                return attempt, answer, list(failures.values())
+            self._failed(attempt, failures[replica])
+            attempt.end()
             attempts = len(failures)
             if not ACTIONS[failures[replica].reason].repeat or attempts == min(MAX_ATTEMPTS, len(self._replicas.all)):
                 raise self._failure_of_all(list(failures.values()))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import secrets
+import random
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import httpx
@@ -112,7 +112,7 @@ class VllmApi:
         headers = self._headers(call.token)
         headers["content-type"] = "application/json"
         # vLLM uses this as the id of the request, so each attempt needs a different one.
-        headers["x-request-id"] = f"{call.request_id}-{secrets.token_hex(4)}"
+        headers["x-request-id"] = f"{call.request_id}-{random.getrandbits(32):08x}"
         if call.traceparent:
             headers["traceparent"] = call.traceparent
         if call.tracestate:
