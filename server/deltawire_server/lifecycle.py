@@ -14,7 +14,7 @@ import contextlib
 import enum
 import socket
 import ssl
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import grpc
 from grpc import aio
@@ -72,6 +72,20 @@ class Calls(Protocol):
         """Wait until no call is active."""
 
 
+class Unregistered:
+    """A server for the generated `add_…_to_server` functions, which does not register single methods.
+
+    For each registered method, grpc.aio keeps a task that waits for the next call, and with each call it waits for all of these
+    tasks again: 16 methods take 5 % of the time of a short call.
+    """
+
+    def __init__(self, server: aio.Server) -> None:
+        self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
+
+    def add_registered_method_handlers(self, *_: object) -> None:
+        """The generic handlers serve these methods too."""
+
+
 class Lifecycle:
     """One gRPC server.
 
@@ -98,7 +112,7 @@ class Lifecycle:
 
     def add_service(self, add: Callable[[aio.Server], None]) -> None:
         """Add a service before `start`. `add` is called with the server."""
-        add(self._server)
+        add(cast("aio.Server", Unregistered(self._server)))
 
     def listen(self) -> None:
         """Listen without serving: connections wait until `start`, which does this first otherwise.
