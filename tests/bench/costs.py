@@ -7,6 +7,7 @@ import contextlib
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from functools import partial
@@ -29,12 +30,17 @@ CANCEL_P99 = "ms from cancel to the upstream's closed connection, p99"
 PACED_BYTES = "bytes received per answer of 150 tokens, 50 tokens/s"
 FLAT_BYTES = "bytes received per answer of 150 tokens, flat out"
 IMPORT = "ms of an import"
+CAPACITY = "calls of 4 tokens per second of CPU of the busiest worker"
 PLAIN_SSE = "upstream, usage at the end only"
 
 IDLE_STREAMS = 500
 CANCELS = 100
 CANCEL_SECONDS = 5.0
 """A peer that has not closed the connection after this time counts with this time."""
+
+CAPACITY_STREAMS = 64
+CAPACITY_CALLS = 25
+CAPACITY_REPEAT = 4
 
 IMPORTS = ("import grpc", "import deltawire", "from deltawire import Client")
 IMPORT_REPEAT = 7
@@ -127,6 +133,32 @@ async def _received(server: Server, load_of: Callable[[Server], Load], tokens: i
             return float(received - before)
 
 
+async def workers(field: Field) -> list[Figure]:
+    """What one and two workers carry, by CPU time: the callers and the upstream need the cores of the machine too.
+
+    Each caller has its own connection, because the kernel assigns connections to workers. The fastest of several turns counts.
+    """
+    carried: dict[str, float] = {}
+    async with contextlib.AsyncExitStack() as stack:
+        upstream = stack.enter_context(servers.upstream(Pace(4)))
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        gateways = []
+        for count in (1, 2):
+            settings = (f"server.workers={count}", *field.settings)
+            database = f"sqlite:///{folder}/{count}.db"  # workers share it
+            server = stack.enter_context(servers.gateway(upstream, *settings, database=database))
+            load = await stack.enter_async_context(load_of(server, channels=CAPACITY_STREAMS))
+            gateways.append((f"{count} worker{'s' * (count > 1)}", server, load))
+        for _turn in range(CAPACITY_REPEAT):
+            for name, server, load in gateways:
+                before = server.worker_seconds
+                await load.run(CAPACITY_STREAMS, 4, calls=CAPACITY_CALLS)
+                took = (after - began for after, began in zip(server.worker_seconds, before, strict=True))
+                calls = CAPACITY_STREAMS * CAPACITY_CALLS / max(took)
+                carried[name] = max(carried.get(name, 0.0), calls)
+    return [Figure(CAPACITY, name, calls) for name, calls in carried.items()]
+
+
 async def imports(_: Field) -> list[Figure]:
     """Imports in fresh interpreters, in turns; the median, without the interpreter's own start."""
     code = "import time; begin = time.perf_counter()\n{}\nprint(time.perf_counter() - begin)"
@@ -143,6 +175,7 @@ COSTS: Mapping[str, Callable[[Field], Awaitable[list[Figure]]]] = {
     "memory": memory,
     "cancel": cancel,
     "wire": wire,
+    "workers": workers,
     "imports": imports,
 }
 """What measures the single figures, by its name on the command line."""

@@ -58,7 +58,7 @@ class Scenario:
         return self.streams * self.calls * (1 if self.per_call else self.pace.tokens)
 
 
-STEPS = Pace(150, 50.0, in_steps=True)
+STEPS = Pace(250, 50.0, in_steps=True)
 THOUSANDS = ("server.max_streams=4000",)
 """More streams than the gateway admits by default."""
 

@@ -41,6 +41,11 @@ class Server:
         return sum(map(_cpu_seconds, (self.pid, *_descendants(self.pid))))
 
     @property
+    def worker_seconds(self) -> list[float]:
+        """The CPU time of each worker process so far; of the process itself if it has none."""
+        return [_cpu_seconds(pid) for pid in _descendants(self.pid) or [self.pid]]
+
+    @property
     def memory_kib(self) -> int:
         """The resident memory of it and of its child processes in KiB."""
         statms = (Path(f"/proc/{pid}/statm").read_text() for pid in (self.pid, *_descendants(self.pid)))
