@@ -49,6 +49,7 @@ class StartGateway(Protocol):
         provider: Mapping[str, Any] | None = None,
         access: Mapping[str, Any] | None = None,
         retention: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
         options: tuple[tuple[str, int], ...] = (),
     ) -> AbstractAsyncContextManager[Running]: ...
 
@@ -148,6 +149,7 @@ def start_gateway(vllm: FakeVllm, tmp_path: Path) -> StartGateway:
         provider: Mapping[str, Any] | None = None,
         access: Mapping[str, Any] | None = None,
         retention: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
         options: tuple[tuple[str, int], ...] = (),
     ) -> AsyncIterator[Running]:
         settings = settings_of(
@@ -158,6 +160,7 @@ def start_gateway(vllm: FakeVllm, tmp_path: Path) -> StartGateway:
             provider=provider,
             access=access,
             retention=retention,
+            metrics=metrics,
         )
         async with running(settings, options=options) as gateway:
             yield gateway

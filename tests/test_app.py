@@ -423,28 +423,113 @@ async def test_a_damaged_access_file_does_not_open_it(
         served.signal()
 
 
-async def test_certificates_need_a_restart(
+class Files:
+    """The files of a listener with mutual TLS, on two addresses, and its settings."""
+
+    def __init__(self, folder: Path, base_url: str, certificates: Certificates) -> None:
+        self.tls: dict[str, Any] = {
+            "tls_cert_file": folder / "tls.crt",
+            "tls_key_file": folder / "tls.key",
+            "tls_client_ca_file": folder / "ca.crt",
+        }
+        self._authority = certificates.authority
+        self._certificates = certificates
+        self.tls["tls_client_ca_file"].write_bytes(certificates.authority.read_bytes())
+        self.replace(certificates.server, certificates.server_key)
+        listen = ["127.0.0.1:0", "127.0.0.1:0"]
+        self.settings = settings_of(base_url, folder, server={"listen": listen, **self.tls})
+
+    def replace(self, chain: Path, key: Path) -> None:
+        """As cert-manager does: one file after the other."""
+        self.tls["tls_cert_file"].write_bytes(chain.read_bytes())
+        self.tls["tls_key_file"].write_bytes(key.read_bytes())
+
+    async def served(self, address: str) -> bytes:
+        """The certificate that a new connection gets."""
+        context = ssl.create_default_context(cafile=self._authority)
+        context.check_hostname = False
+        context.set_alpn_protocols(["h2"])
+        context.load_cert_chain(self._certificates.client, self._certificates.client_key)
+        host, _, port = address.rpartition(":")
+        _, writer = await asyncio.open_connection(host, int(port), ssl=context)
+        try:
+            served = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+            assert isinstance(served, bytes)
+            return served
+        finally:
+            writer.close()
+
+
+async def test_a_new_certificate_is_served_without_a_lost_stream(
+    vllm: FakeVllm, tmp_path: Path, certificates: Certificates
+) -> None:
+    """Soon after its files have changed, on every address, with no signal; a stream that runs goes on."""
+    vllm.play(Script.generated(tokens=200, tokens_per_second=100))
+    files = Files(tmp_path, vllm.base_url, certificates)
+    async with Gateway(files.settings) as gateway:
+        credentials = grpc.ssl_channel_credentials(
+            certificates.authority.read_bytes(), certificates.client_key.read_bytes(), certificates.client.read_bytes()
+        )
+        async with aio.secure_channel(gateway.addresses[0], credentials) as channel:
+            reading = asyncio.create_task(read_well(Running(gateway, channel).stream()))
+            before = [await files.served(address) for address in gateway.addresses]
+            files.replace(*certificates.sign("renewed", "IP:127.0.0.1"))
+            for address, old in zip(gateway.addresses, before, strict=True):
+                async with asyncio.timeout(WAIT):
+                    while await files.served(address) == old:  # noqa: ASYNC110 (nothing announces it)
+                        await asyncio.sleep(0.05)
+            assert not reading.done()
+            assert kinds(await reading)[-1] == "completed"
+
+
+async def test_a_certificate_that_cannot_be_used_is_refused(
     vllm: FakeVllm, tmp_path: Path, lines: Lines, certificates: Certificates
 ) -> None:
-    """Where the files behind the same settings have changed, a reload names them, each time, and does not claim them."""
-    tls: dict[str, Any] = {}
-    for key, path in {
-        "tls_cert_file": certificates.server,
-        "tls_key_file": certificates.server_key,
-        "tls_client_ca_file": certificates.authority,
-    }.items():
-        tls[key] = tmp_path / key
-        tls[key].write_bytes(path.read_bytes())
-    settings = settings_of(vllm.base_url, tmp_path, server=tls)
-    async with Gateway(settings) as gateway:
-        await gateway.reload(settings)
-        tls["tls_cert_file"].write_bytes(certificates.client.read_bytes())
-        tls["tls_client_ca_file"].unlink()
-        for _ in range(2):
-            await gateway.reload(settings)
-    named = [entry["keys"] for entry in lines.entries if entry["event"] == "changed settings need a restart"]
-    assert named == [["server.tls_cert_file", "server.tls_client_ca_file"]] * 2
-    assert (await lines.find("settings reloaded"))["sections"] == ["access", "providers"]
+    """The old one is served, and the log says what is wrong; a reload reads the files too."""
+    files = Files(tmp_path, vllm.base_url, certificates)
+    async with Gateway(files.settings) as gateway:
+        old = await files.served(gateway.addresses[0])
+        chain, key = certificates.sign("renewed", "IP:127.0.0.1")
+        files.replace(chain, certificates.server_key)  # of another certificate
+        assert (await lines.find("certificates refused: the old ones are still served"))["level"] == "error"
+        await gateway.reload(files.settings)
+        assert await files.served(gateway.addresses[0]) == old
+        files.replace(chain, key)
+        await gateway.reload(files.settings)
+        assert await files.served(gateway.addresses[0]) != old
+        await lines.find("certificates loaded")
+
+
+async def test_other_client_authorities_are_required_at_once(
+    vllm: FakeVllm, tmp_path: Path, lines: Lines, certificates: Certificates
+) -> None:
+    """New connections of clients with a certificate of the old authority fail."""
+    files = Files(tmp_path, vllm.base_url, certificates)
+    async with Gateway(files.settings) as gateway:
+        await files.served(gateway.addresses[0])
+        chain, _ = certificates.sign("authority", "DNS:other")
+        files.tls["tls_client_ca_file"].write_bytes(chain.read_bytes())
+        await gateway.reload(files.settings)
+        await lines.find("certificates loaded")
+        credentials = grpc.ssl_channel_credentials(
+            certificates.authority.read_bytes(), certificates.client_key.read_bytes(), certificates.client.read_bytes()
+        )
+        async with aio.secure_channel(gateway.addresses[0], credentials) as channel:
+            failure = await failure_of(Running(gateway, channel).create())
+            assert failure.code is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_renewed_authorities_of_a_provider_are_used_without_a_signal(
+    vllm: FakeVllm, tmp_path: Path, lines: Lines, certificates: Certificates
+) -> None:
+    """The provider is replaced, as in a reload. Files that cannot be used are refused."""
+    authority = tmp_path / "ca.pem"
+    authority.write_bytes(certificates.authority.read_bytes())
+    async with Gateway(settings_of(vllm.base_url, tmp_path, provider={"tls_verify": authority})):
+        authority.write_text("no certificate")
+        await lines.find("certificates refused: the old ones are still used")
+        authority.write_bytes(certificates.authority.read_bytes() * 2)
+        assert (await lines.find("settings reloaded"))["providers_changed"] == ["vllm"]
 
 
 async def test_a_changed_authority_of_a_provider_is_read_again(

@@ -126,6 +126,19 @@ async def test_tls(start_gateway: StartGateway, certificates: Certificates, line
     assert (await lines.find("serving"))["tls"] == "yes"
 
 
+async def test_old_connections_are_replaced(start_gateway: StartGateway, vllm: FakeVllm, lines: Lines) -> None:
+    """A stream on the old connection runs to its end, and the next call uses a new one."""
+    vllm.play(Script.generated(tokens=200, tokens_per_second=100))
+    async with start_gateway(server={"max_connection_age": 0.3}) as gateway:
+        reading = asyncio.create_task(read_well(gateway.stream()))
+        async with asyncio.timeout(WAIT):
+            while len({entry["peer"] for entry in lines.entries if entry["event"] == "call"}) < 2:
+                await gateway.models.ListModels(model_registry_pb2.ListModelsRequest())
+                await asyncio.sleep(0.1)
+        assert not reading.done()
+        assert kinds(await reading)[-1] == "completed"
+
+
 async def test_mutual_tls(start_gateway: StartGateway, certificates: Certificates, lines: Lines) -> None:
     """A caller without a certificate is refused."""
     async with start_gateway(server=tls_settings(certificates, mutual=True)) as gateway:

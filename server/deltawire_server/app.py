@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import ssl
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -23,6 +22,8 @@ from deltawire_server.images.load import Images
 from deltawire_server.images.policy import Policy
 from deltawire_server.lifecycle import Lifecycle, ListenError, plaintext_addresses
 from deltawire_server.memory import Allocator, Ledger, default_limit
+from deltawire_server.metrics.listener import MetricsListener, serve_metrics
+from deltawire_server.metrics.table import INFO, REGISTRY, RELOADS
 from deltawire_server.processes.passing import Passing
 from deltawire_server.registry.registry import ModelRegistry
 from deltawire_server.registry.store import Store, StoreLimits
@@ -56,6 +57,12 @@ SPARE_CONNECTIONS = 32
 REVOKED_SECONDS = 1.0
 """Time for completions of a revoked caller to send their last message; then the calls are ended."""
 
+MEASURE_SECONDS = 1.0
+"""Interval at which the metrics of the current state are set: much shorter than that of scrapers."""
+
+FILES_SECONDS = 0.5
+"""Interval at which the files of certificates are checked for changes."""
+
 RELOADED = frozenset({"providers", "access"})
 """The sections of the settings that `Gateway.reload` applies; changes in the others require a restart."""
 
@@ -64,7 +71,6 @@ SERVICES = (
     model_registry_pb2.DESCRIPTOR.services_by_name["ModelRegistry"].full_name,
 )
 
-_CERTIFICATES = ("server.tls_cert_file", "server.tls_key_file", "server.tls_client_ca_file")
 _WOULD_OPEN = (
     "access: there are no access lines any more, so every caller could do everything: restore keys_file or keys, or set "
     "access.open = true (environment DELTAWIRE_ACCESS_OPEN)"
@@ -94,8 +100,9 @@ class Gateway:
     def __init__(self, settings: Settings, process: WorkerProcess | None = None) -> None:
         self._settings = settings
         self._process = process
-        self._files = _digests(settings)
+        self._authorities = _authorities(settings)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._metrics: MetricsListener | None = None
         self._connections = settings.server.max_streams + SPARE_CONNECTIONS
         self._providers = Providers(
             _provider(provider_id, provider, self._connections) for provider_id, provider in settings.providers.items()
@@ -160,11 +167,19 @@ class Gateway:
         """The addresses that it listens on."""
         return self._lifecycle.addresses
 
+    @property
+    def metrics_address(self) -> str:
+        """The address of the metrics, which the parent of workers serves; empty for none."""
+        if self._process is not None:
+            return self._process.metrics
+        return "" if self._metrics is None else self._metrics.address
+
     async def __aenter__(self) -> Self:
         try:
             # A worker listens when it can serve, because the kernel assigns connections to it from then on.
             if self._process is None:
                 self._lifecycle.listen()  # first, so that a gateway that cannot serve creates no database
+                self._serve_metrics()
             await self._registry.open()
             self._registry.start_refreshing()
             if self._process is not None and self._passing is not None:
@@ -174,12 +189,29 @@ class Gateway:
             await self._lifecycle.start(SERVICES)
             self._run(self._allocator.trim_for_ever(), "return free memory")
             self._run(self._adaptive.adapt_for_ever(), "adapt the delay of deltas")
+            self._run(self._measure_for_ever(), "measure")
+            self._run(self._follow_files(), "follow certificate files")
         except BaseException:
             await self._close()
             raise
         if self._process is None or self._process.announces:
             self._announce()
         return self
+
+    def _serve_metrics(self) -> None:
+        metrics = self._settings.metrics
+        try:
+            self._metrics = serve_metrics(metrics.address, REGISTRY, is_default=metrics.is_default)
+        except OSError as error:
+            raise ListenError(str(error)) from error
+
+    async def _measure_for_ever(self) -> None:
+        """Set the metrics of the current state once a second."""
+        INFO.labels(__version__).set(1)
+        while True:
+            self._worker.measure()
+            self._registry.measure()
+            await asyncio.sleep(MEASURE_SECONDS)
 
     def _announce(self) -> None:
         """Log what is served, and warnings about it."""
@@ -193,6 +225,7 @@ class Gateway:
             workers=1 if self._process is None else self._process.count,
             file_descriptors=self._lifecycle.descriptors,
             max_connections=self._lifecycle.max_connections,
+            metrics=self.metrics_address or "off",
             providers={provider.id: list(provider.base_urls) for provider in self._providers.all()},
         )
         exposed = plaintext_addresses(server)
@@ -209,8 +242,8 @@ class Gateway:
         """Apply new settings while serving: every change in the sections of `RELOADED`, or nothing if this fails.
 
         Providers with unchanged settings keep their connections. The others are created again, and active calls of the old
-        ones run to their end. The log names changed keys that require a restart, which keep their old values. Certificates are
-        read only at startup, so the log also names their keys if the files have changed.
+        ones run to their end. The log names changed keys that require a restart, which keep their old values. The files of the
+        server's certificates are read again too; if they cannot be used, the log says why, and the old ones are still served.
 
         Args:
             settings: Valid settings.
@@ -222,13 +255,12 @@ class Gateway:
         if not (self._access.open or settings.access.principals or settings.access.open):
             raise SettingsError([_WOULD_OPEN])
         before, after = self._settings.providers, settings.providers
-        files = _digests(settings)
+        authorities = _authorities(settings)
         changed = {
             provider_id
             for provider_id in before.keys() & after.keys()
             if before[provider_id] != after[provider_id]
-            or self._files.get(f"providers.{provider_id}.tls_verify")
-            != files.get(f"providers.{provider_id}.tls_verify")
+            or self._authorities.get(provider_id) != authorities.get(provider_id)
         }
         present = {provider.id: provider for provider in self._providers.all() if provider.id not in changed}
         providers = [
@@ -239,9 +271,9 @@ class Gateway:
         self._providers.replace(providers)
         self._registry.providers_changed(changed | (before.keys() ^ after.keys()))
         self._load_access(settings)
+        self._load_certificates()
         waiting = _changed_keys(self._settings, settings)
-        waiting += [key for key in _CERTIFICATES if key not in waiting and files.get(key) != self._files.get(key)]
-        self._files = files | {key: self._files[key] for key in _CERTIFICATES if key in self._files}
+        self._authorities = authorities
         self._settings = self._settings.model_copy(update={section: getattr(settings, section) for section in RELOADED})
         _log.info(
             "settings reloaded",
@@ -252,6 +284,33 @@ class Gateway:
         )
         if waiting:
             _log.warning("changed settings need a restart", keys=waiting)
+
+    def _load_certificates(self) -> None:
+        """Read the server's certificates again, for new connections."""
+        certificates = self._lifecycle.certificates
+        if certificates is None:
+            return
+        try:
+            if certificates.reload():
+                _log.info("certificates loaded")
+        except OSError as error:
+            _log.error("certificates refused: the old ones are still served", problem=str(error))
+
+    async def _follow_files(self) -> None:
+        """Apply changes of the files of certificates and authorities, as they are renewed without a signal."""
+        before = await asyncio.to_thread(_stamps, self._settings)
+        while True:
+            await asyncio.sleep(FILES_SECONDS)
+            stamps = await asyncio.to_thread(_stamps, self._settings)
+            if stamps == before:
+                continue
+            before = stamps
+            self._load_certificates()
+            if _authorities(self._settings) != self._authorities:
+                try:
+                    await self.reload(self._settings)
+                except SettingsError as error:
+                    _log.error("certificates refused: the old ones are still used", problem=str(error))
 
     def _load_access(self, settings: Settings) -> None:
         """Authorize calls by the new settings from now on, and end active calls of revoked callers if the settings say so."""
@@ -308,6 +367,8 @@ class Gateway:
         await self._registry.close()
         await self._providers.close()
         await self._images.close()
+        if self._metrics is not None:
+            await asyncio.to_thread(self._metrics.close)
 
 
 async def serve(settings: Settings, reload: Callable[[], Settings], process: WorkerProcess | None = None) -> None:
@@ -361,23 +422,39 @@ async def _reload_on(requested: asyncio.Event, gateway: Gateway, reload: Callabl
         try:
             await gateway.reload(reload())
         except SettingsError as error:
+            RELOADS.labels("refused").inc()
             _log.error("settings refused", problems=list(error.problems))
         except Exception:  # noqa: BLE001 (a defect must not prevent later reloads)
+            RELOADS.labels("refused").inc()
             _log.exception("settings not reloaded")
+        else:
+            RELOADS.labels("ok").inc()
 
 
-def _digests(settings: Settings) -> dict[str, bytes]:
-    """The digests of the certificate files in the settings, by key, without files that cannot be read."""
-    paths: dict[str, object] = {key: getattr(settings.server, key.partition(".")[2]) for key in _CERTIFICATES}
-    paths |= {
-        f"providers.{provider_id}.tls_verify": each.tls_verify for provider_id, each in settings.providers.items()
-    }
-    digests: dict[str, bytes] = {}
-    for key, path in paths.items():
-        if isinstance(path, Path):
+def _authorities(settings: Settings) -> dict[str, bytes]:
+    """The files of authorities in the settings of providers, by provider; without those that cannot be read."""
+    contents: dict[str, bytes] = {}
+    for provider_id, provider in settings.providers.items():
+        if isinstance(provider.tls_verify, Path):
             with contextlib.suppress(OSError):
-                digests[key] = hashlib.sha256(path.read_bytes()).digest()
-    return digests
+                contents[provider_id] = provider.tls_verify.read_bytes()
+    return contents
+
+
+def _stamps(settings: Settings) -> list[tuple[int, int, int] | None]:
+    """What changes when a file of a certificate or of authorities is replaced."""
+    server = settings.server
+    paths = [server.tls_cert_file, server.tls_key_file, server.tls_client_ca_file]
+    paths += [each.tls_verify for each in settings.providers.values() if isinstance(each.tls_verify, Path)]
+    return [_stamp(path) for path in paths if path is not None]
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_ino, stat.st_size
 
 
 def _changed_keys(before: Settings, after: Settings) -> list[str]:

@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import enum
 import socket
-import ssl
 from typing import TYPE_CHECKING, Protocol, cast
 
 import grpc
@@ -21,6 +20,7 @@ from grpc import aio
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from deltawire_server import descriptors
+from deltawire_server.certificates import ServerCertificates
 from deltawire_server.processes.parent import REMEDY
 from deltawire_server.rpc import health
 from deltawire_server.rpc.reception import PENDING_REQUESTS
@@ -39,6 +39,9 @@ MAX_PING_STRIKES = 20
 """Pings that may arrive sooner than `min_ping_interval` after the previous one; more close the connection with ENHANCE_YOUR_CALM.
 In gRPC, 0 means any number. A message from the server resets the count. The limit allows bursts, such as those of a proxy with
 several timers, but not a flood, which has hundreds."""
+
+NEVER_SECONDS = 2_000_000.0
+"""As long as gRPC's settings of a duration can be: 23 days, in milliseconds."""
 
 FLUSH_SECONDS = 0.2
 """Time to flush the last messages to the sockets."""
@@ -107,6 +110,8 @@ class Lifecycle:
         self._stopping: asyncio.Task[None] | None = None
         self._going_away: asyncio.Task[None] | None = None
         self.state = State.STARTING
+        self.certificates: ServerCertificates | None = None
+        """The certificates of its TLS listeners, from `listen` on; `None` without TLS."""
         self.addresses: tuple[str, ...] = ()
         """The addresses that it listens on, from `listen` to the end of `stop`; with the selected port for port 0."""
 
@@ -120,8 +125,8 @@ class Lifecycle:
         Raises:
             ListenError: An address is in use or does not belong to this machine, or the certificate cannot be used.
         """
-        credentials = _credentials(self._settings)
-        self.addresses = tuple(self._listen(address, credentials) for address in self._settings.listen)
+        self.certificates = _certificates(self._settings)
+        self.addresses = tuple(map(self._listen, self._settings.listen))
 
     async def start(self, services: Sequence[str]) -> None:
         """Serve.
@@ -182,15 +187,15 @@ class Lifecycle:
         self.addresses = ()
         self.state = State.STOPPED
 
-    def _listen(self, address: str, credentials: grpc.ServerCredentials | None) -> str:
+    def _listen(self, address: str) -> str:
         if address.startswith("unix:"):
             _check_socket(address.removeprefix("unix:"))
         try:
             # A unix socket is not reachable from other machines, and its file's permissions control access.
-            if credentials is None or address.startswith("unix:"):
+            if self.certificates is None or address.startswith("unix:"):
                 port = self._server.add_insecure_port(address)
             else:
-                port = self._server.add_secure_port(address, credentials)
+                port = self._server.add_secure_port(address, self.certificates.credentials())
         except (RuntimeError, ValueError) as error:
             raise ListenError(f"cannot listen on {address}: {_problem(address)}; {REMEDY}") from error
         return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
@@ -245,6 +250,8 @@ def _options(settings: ServerSettings, connections: int) -> list[tuple[str, int]
         ("grpc.compression_enabled_algorithms_bitset", 1),
         *PENDING_REQUESTS,
         ("grpc.keepalive_time_ms", _milliseconds(settings.keepalive_time)),
+        # gRPC itself varies it by a tenth. Without a grace, open calls may go on.
+        ("grpc.max_connection_age_ms", _milliseconds(settings.max_connection_age or NEVER_SECONDS)),
         # This option determines when a vanished peer is detected; grpc.keepalive_timeout_ms has no effect.
         ("grpc.http2.ping_timeout_ms", _milliseconds(settings.ping_timeout)),
         # This name is effective; grpc.http2.min_recv_ping_interval_without_data_ms is ignored.
@@ -260,23 +267,14 @@ def _options(settings: ServerSettings, connections: int) -> list[tuple[str, int]
     ]
 
 
-def _credentials(settings: ServerSettings) -> grpc.ServerCredentials | None:
+def _certificates(settings: ServerSettings) -> ServerCertificates | None:
     if settings.tls_cert_file is None or settings.tls_key_file is None:
         return None
-    client_ca = settings.tls_client_ca_file
     try:
-        # Only to report errors in the files, which grpc does not. The empty password prevents a prompt.
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(settings.tls_cert_file, settings.tls_key_file, password="")
-        if client_ca is not None:
-            context.load_verify_locations(client_ca)
-        return grpc.ssl_server_credentials(
-            [(settings.tls_key_file.read_bytes(), settings.tls_cert_file.read_bytes())],
-            root_certificates=client_ca.read_bytes() if client_ca else None,
-            require_client_auth=client_ca is not None,
-        )
+        return ServerCertificates(settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file)
     except OSError as error:
-        files = ", ".join(str(path) for path in (settings.tls_cert_file, settings.tls_key_file, client_ca) if path)
+        paths = (settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file)
+        files = ", ".join(str(path) for path in paths if path)
         raise ListenError(f"cannot use the certificates {files}: {error}") from error
 
 

@@ -30,6 +30,7 @@ from deltawire_server.completions.state import State
 from deltawire_server.errors import CallerError, Code, DeltawireError, GatewayError, Reason, internal_error
 from deltawire_server.images.load import Images
 from deltawire_server.memory import Ledger
+from deltawire_server.metrics.table import HELD_BYTES, HELD_LIMIT, RETAINED_STREAMS, STREAMS, STREAMS_LIMIT
 from deltawire_server.pacing import give_way
 from deltawire_server.registry.model import ModelType
 from deltawire_server.registry.registry import require_type
@@ -145,6 +146,16 @@ class Worker:
     def active(self) -> int:
         """The number of active completions, including calls that may start one."""
         return self.admission.active
+
+    def measure(self) -> None:
+        """Set the metrics of the current state."""
+        STREAMS.set(self.active)
+        STREAMS_LIMIT.set(self._limits.max_streams)
+        HELD_LIMIT.set(self.memory.limit)
+        HELD_BYTES.labels("calls").set(self.memory.held)
+        HELD_BYTES.labels("retained").set(self._retention.size)
+        HELD_BYTES.labels("remembered").set(self._records.size)
+        RETAINED_STREAMS.set(self._retention.count)
 
     def end_all(self) -> None:
         """End every completion on shutdown. Each sends the answer so far, and then the error."""

@@ -22,6 +22,7 @@ from deltawire.v1 import model_registry_pb2
 from deltawire_server.completions.records import mark_of
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
 from deltawire_server.processes.worker_process import WorkerProcess
+from tests.metrics.scrape import scrape, until_scraped
 from tests.support.gateway import WAIT, Running, ask, failure_of, kinds, read_well
 
 if TYPE_CHECKING:
@@ -250,6 +251,34 @@ async def test_a_worker_is_killed_and_then_the_parent(vllm: FakeVllm, tmp_path: 
         await gateway.reading  # which ends when the last one has closed its output
         assert not any(map(runs, processes))
         assert not private_directories(tmp_path)
+
+
+async def test_metrics_of_all_workers(vllm: FakeVllm, tmp_path: Path) -> None:
+    """One page with their sum. A worker that has ended takes its gauges along, and its counters stay."""
+
+    async def value(name: str, **labels: str) -> float:
+        return (await scrape(address)).value(name, **labels)
+
+    calls = {"grpc_method": "CreateChatCompletion", "grpc_code": "OK"}
+    async with started(tmp_path, vllm.base_url, "--metrics-listen", "127.0.0.1:0") as gateway:
+        workers = await gateway.connected()
+        address = (await gateway.logged("serving"))[0]["metrics"]
+        before = await value("grpc_server_handled_total", **calls)
+        assert before >= 2
+        for each in workers:
+            await each.create()
+        await until_scraped(address, lambda page: page.value("grpc_server_handled_total", **calls) == before + 2)
+        await until_scraped(address, lambda page: page.value("deltawire_streams_limit") == 2000)
+        os.kill(gateway.pid(1), signal.SIGKILL)
+        await gateway.logged("worker ended")
+        assert await value("deltawire_worker_ends_total") == 1
+        assert await value("grpc_server_handled_total", **calls) == before + 2
+        assert await value("deltawire_info") == 1
+        await gateway.logged("serving", 2)
+        await until_scraped(address, lambda page: page.value("deltawire_streams_limit") == 2000)
+        gateway.process.send_signal(signal.SIGTERM)
+        assert await gateway.process.wait() == 0
+    assert not private_directories(tmp_path)
 
 
 async def test_what_cannot_serve(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from deltawire.v1 import chat_completion_pb2_grpc, message_pb2, model_registry_p
 from deltawire_server.app import Gateway
 from deltawire_server.settings import (
     AccessSettings,
+    MetricsSettings,
     ProviderSettings,
     RegistrySettings,
     RetentionSettings,
@@ -48,6 +49,7 @@ def settings_of(
     provider: Mapping[str, Any] | None = None,
     access: Mapping[str, Any] | None = None,
     retention: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
 ) -> Settings:
     """Settings of a gateway on a free port before one provider, named vllm, that does not dally when it stops."""
     return Settings(
@@ -63,6 +65,8 @@ def settings_of(
             )
         },
         registry=RegistrySettings(database_url=f"sqlite:///{folder}/registry.db"),
+        # Many gateways run beside each other.
+        metrics=MetricsSettings(**{"listen": "off", **(metrics or {})}),
     )
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import time
 
+from deltawire_server.metrics.table import ADAPTIVE_DELAY, LOOP_LAG_SECONDS
+
 INTERVAL = 0.1
 """Seconds between two measurements."""
 
@@ -48,15 +50,16 @@ class AdaptiveDelay:
         self._was_late = False
 
     async def adapt_for_ever(self) -> None:
-        """Measure the load and adapt the delay, until canceled."""
-        if not self._longest:
-            return
+        """Measure the load and the lag of the event loop, and adapt the delay, until canceled."""
         loop = asyncio.get_running_loop()
         while True:
             cpu, began = time.process_time(), loop.time()
             await asyncio.sleep(INTERVAL)
             took = loop.time() - began
-            self.adapt((time.process_time() - cpu) / took, took - INTERVAL)
+            LOOP_LAG_SECONDS.observe(max(0.0, took - INTERVAL))
+            if self._longest:
+                self.adapt((time.process_time() - cpu) / took, took - INTERVAL)
+                ADAPTIVE_DELAY.set(self.seconds)
 
     def adapt(self, load: float, lag: float) -> None:
         """Adapt the delay to one measurement.

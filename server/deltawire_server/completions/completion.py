@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from deltawire_server.clock import Clock
+from deltawire_server.completions import measures
 from deltawire_server.completions.event_buffer import EventBuffer
 from deltawire_server.completions.info import CompletionInfo, Timings
 from deltawire_server.completions.state import Cause, State, advance
@@ -43,13 +44,14 @@ from deltawire_server.upstream.failures import RETRY_SECONDS, UpstreamError, fai
 from deltawire_server.upstream.vllm_fields import format_field
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 
     from deltawire_server.completions.adaptive import AdaptiveDelay
     from deltawire_server.completions.options import StreamOptions
     from deltawire_server.images.load import Images
     from deltawire_server.memory import Hold
     from deltawire_server.registry.registry import Resolution
+    from deltawire_server.sansio.events import FinishedChoice
     from deltawire_server.sansio.tool_calls import Check
     from deltawire_server.upstream.base import Body, CallContext
     from deltawire_server.upstream.request import ChatRequest
@@ -166,7 +168,7 @@ class Completion:
         self.begun = False
         self._sent: float | None = None
         self._ended: float | None = None
-        self._gaps = _Gaps()
+        self._gaps = measures.Gaps()
         self._notices: Sequence[Notice] = ()
         self._provider_failed: Callable[[Reason], None] = lambda _: None
         self._sent_usage: Usage | None = None
@@ -480,9 +482,9 @@ class Completion:
         if not isinstance(last, Completed):
             return
         if last.fault is not None:
-            self._end(Cause.FAULT, failure or self._failure_of(last.fault, limit_seconds))
+            self._end(Cause.FAULT, failure or self._failure_of(last.fault, limit_seconds), last.choices)
         else:
-            self._end(Cause.SOFT_END if soft and self.state is not State.TAIL else Cause.ANSWER)
+            self._end(Cause.SOFT_END if soft and self.state is not State.TAIL else Cause.ANSWER, choices=last.choices)
 
     def _fail(self, error: DeltawireError) -> None:
         """End it with an error from outside of the event stream: a rejection, or an exception while reading."""
@@ -498,7 +500,7 @@ class Completion:
         else:
             self._end(Cause.FAULT, error)
 
-    def _end(self, cause: Cause, failure: DeltawireError | None = None) -> None:
+    def _end(self, cause: Cause, failure: DeltawireError | None = None, choices: Iterable[FinishedChoice] = ()) -> None:
         """End the completion. No other method sets ENDED."""
         self.state = advance(self.state, cause)
         self.ended_by = cause
@@ -506,6 +508,7 @@ class Completion:
         self._ended = time.monotonic()
         self._clock.stop()
         self._queue.close()
+        measures.ended(self, self._gaps, choices, canceled=cause is Cause.CALLER)
         if isinstance(failure, ProviderError):
             self._provider_failed(failure.reason)
         if self._reading is None or self._reading.expired():
@@ -553,37 +556,6 @@ class Completion:
             metadata["prompt_tokens"] = str(usage.prompt_tokens)
         metadata["usage_provenance"] = usage.provenance.name
         return metadata
-
-
-class _Gaps:
-    """The gaps between the engine's events, on the monotonic clock. Events of one read have the same time."""
-
-    __slots__ = ("_count", "_last", "_worst", "first")
-
-    def __init__(self) -> None:
-        self.first: float | None = None
-        self._last = 0.0
-        self._worst = 0.0
-        self._count = 0
-
-    def receive(self, count: int, now: float) -> None:
-        """Record that `count` events were received now."""
-        if self.first is None:
-            self.first = now
-        else:
-            self._worst = max(self._worst, now - self._last)
-        self._last = now
-        self._count += count
-
-    @property
-    def mean(self) -> float | None:
-        """The mean gap; `None` with fewer than two events."""
-        return (self._last - self.first) / (self._count - 1) if self.first is not None and self._count > 1 else None
-
-    @property
-    def worst(self) -> float | None:
-        """The longest gap; `None` with fewer than two events."""
-        return self._worst if self._count > 1 else None
 
 
 def _with_defaults(request: ChatRequest, max_tokens: int | None) -> ChatRequest:

@@ -369,6 +369,8 @@ class Retention:
         self._limits = limits or RetentionLimits()
         self._hold = (memory or Ledger(sys.maxsize)).hold(self._drop_ended)
         self._size = 0
+        self.count = 0
+        """The number of streams."""
         self._ended: OrderedDict[RetainedStream, None] = OrderedDict()  # in the order of their ends
 
     @property
@@ -386,6 +388,7 @@ class Retention:
             whole: Whether to keep its last message unchanged, however large it is.
         """
         stream = RetainedStream(self, retain_for, dropped, whole=whole)
+        self.count += 1
         self.grown(stream, stream.size)
         return stream
 
@@ -420,6 +423,7 @@ class Retention:
 
     def dropped(self, stream: RetainedStream) -> None:
         """Record that a stream was dropped."""
+        self.count -= 1
         self._size -= stream.size
         self._hold.set(self._size)
         self._ended.pop(stream, None)

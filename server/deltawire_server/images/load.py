@@ -11,6 +11,7 @@ from deltawire_server.images.addresses import is_public
 from deltawire_server.images.connect import RefusedError, UnavailableError
 from deltawire_server.images.fetch import Budget, Fetcher
 from deltawire_server.images.policy import Policy
+from deltawire_server.metrics.table import IMAGES
 from deltawire_server.upstream.request import ImageData, ImageUrl
 
 if TYPE_CHECKING:
@@ -102,12 +103,16 @@ class Images:
     async def _fetch(self, image: ImageUrl, budget: Budget, turns: asyncio.Semaphore) -> ImageData:
         async with turns, self._turns:
             try:
-                return await self._fetcher.fetch(image.address, budget)
+                fetched = await self._fetcher.fetch(image.address, budget)
             except RefusedError as error:
+                IMAGES.labels("refused").inc()
                 raise invalid_request([Violation(image.field, str(error))]) from None
             except UnavailableError as error:
+                IMAGES.labels("unavailable").inc()
                 raise CallerError(
                     Reason.IMAGE_UNAVAILABLE,
                     f"{image.field}: the image at {image.address.host} {error}",
                     metadata={"field": image.field, "host": image.address.host},
                 ) from error
+            IMAGES.labels("ok").inc()
+            return fetched

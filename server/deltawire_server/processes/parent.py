@@ -23,7 +23,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from deltawire_server import signals
-from deltawire_server.processes.worker_process import WorkerProcess
+from deltawire_server.metrics.listener import serve_metrics
+from deltawire_server.processes.worker_metrics import WorkerMetrics
+from deltawire_server.processes.worker_process import METRICS_FOLDER, WorkerProcess
 from deltawire_server.telemetry import configure_logging, get_logger
 
 if TYPE_CHECKING:
@@ -67,8 +69,25 @@ def run(arguments: Sequence[str], settings: Settings) -> int:
                 print(f"deltawire-server: {problem}", file=sys.stderr)
                 return 1
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="deltawire-", ignore_cleanup_errors=True))
-        first = WorkerProcess(0, settings.server.workers, 0, secrets.token_hex(2), folder, addresses, control=-1)
-        return asyncio.run(_Parent(arguments, first).run())
+        metrics = WorkerMetrics(f"{folder}/{METRICS_FOLDER}")
+        try:
+            serving = serve_metrics(settings.metrics.address, metrics.registry, is_default=settings.metrics.is_default)
+        except OSError as error:
+            print(f"deltawire-server: {error}", file=sys.stderr)
+            return 1
+        if serving is not None:
+            stack.callback(serving.close)
+        first = WorkerProcess(
+            0,
+            settings.server.workers,
+            0,
+            secrets.token_hex(2),
+            folder,
+            addresses,
+            control=-1,
+            metrics="" if serving is None else serving.address,
+        )
+        return asyncio.run(_Parent(arguments, first, metrics).run())
 
 
 def _reserve(address: str, stack: contextlib.ExitStack) -> str:
@@ -178,11 +197,13 @@ class _Parent:
     Args:
         arguments: Their command line.
         first: Worker 0, from which the others differ only by their numbers.
+        metrics: Their metrics.
     """
 
-    def __init__(self, arguments: Sequence[str], first: WorkerProcess) -> None:
+    def __init__(self, arguments: Sequence[str], first: WorkerProcess, metrics: WorkerMetrics) -> None:
         self._arguments = arguments
         self._first = first
+        self._metrics = metrics
         self._workers: list[_Worker] = []
         self._stopping = asyncio.Event()
 
@@ -239,6 +260,7 @@ class _Parent:
         while True:
             if await worker.ended() >= STABLE_SECONDS:
                 delay = FIRST_DELAY
+            self._metrics.ended(worker.process.pid)
             if self._stopping.is_set():
                 return
             _log.warning(

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 VARIABLE = "_DELTAWIRE_WORKER"
 """The environment variable that carries a `WorkerProcess` from the parent to the worker."""
 
+METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+"""The environment variable that makes prometheus-client write the metrics of a process to files in a directory."""
+
+METRICS_FOLDER = "metrics"
+"""That directory, in the private one of the workers."""
+
 INCARNATIONS = 256
 """Incarnations of a worker that ids can distinguish. After that many restarts, old ids are reported as unknown instead of lost."""
 
@@ -36,6 +42,7 @@ class WorkerProcess:
         folder: The private directory (mode 0700) with the sockets of the workers.
         addresses: The addresses to listen on, each with its port.
         control: The file descriptor of the connection to the parent.
+        metrics: The address at which the parent serves the metrics; empty for none.
     """
 
     number: int
@@ -45,6 +52,7 @@ class WorkerProcess:
     folder: str
     addresses: Sequence[str]
     control: int
+    metrics: str = ""
 
     @classmethod
     def taken_from(cls, environ: MutableMapping[str, str]) -> Self | None:
@@ -54,7 +62,7 @@ class WorkerProcess:
 
     def variables(self) -> dict[str, str]:
         """The environment variables from which `taken_from` makes this worker."""
-        return {VARIABLE: json.dumps(asdict(self))}
+        return {VARIABLE: json.dumps(asdict(self)), METRICS_VARIABLE: f"{self.folder}/{METRICS_FOLDER}"}
 
     @property
     def seat(self) -> str:
@@ -128,5 +136,9 @@ class WorkerProcess:
 
 
 def _remove(folder: str) -> None:
+    for file in Path(folder, METRICS_FOLDER).glob(f"*_{os.getpid()}.db"):
+        file.unlink()
+    with contextlib.suppress(OSError):
+        Path(folder, METRICS_FOLDER).rmdir()
     with contextlib.suppress(OSError):  # not empty: a sibling still runs, and removes it
         Path(folder).rmdir()

@@ -7,10 +7,12 @@ models are read again and compared with memory.
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from deltawire_server.errors import RegistryError
+from deltawire_server.metrics.table import REGISTRY_CHANGES
 from deltawire_server.pacing import give_way
 from deltawire_server.registry.store import Change, ChangeKind
 from deltawire_server.telemetry import get_logger
@@ -53,6 +55,8 @@ class ChangeLogReader:
         self._task: asyncio.Task[None] | None = None
         self.revision = 0
         """The revision of the last change in memory."""
+        self.behind_since: float | None = None
+        """Since when changes could not be read, on the monotonic clock; `None` while they are."""
 
     async def start(self) -> None:
         """Read everything, then follow until `stop`.
@@ -60,7 +64,8 @@ class ChangeLogReader:
         Raises:
             RegistryError: The database cannot be read.
         """
-        await self._reload()
+        async with self._lock:
+            await self._reload()
         self._task = asyncio.create_task(self._follow(), name="follow the registry's database")
 
     async def stop(self) -> None:
@@ -99,12 +104,13 @@ class ChangeLogReader:
         while True:
             try:
                 await self.catch_up()
-            except RegistryError:
-                pass  # logged where it happened
+            except RegistryError:  # logged where it happened
+                self.behind_since = self.behind_since or time.monotonic()
             except Exception:  # noqa: BLE001 (a defect must not end the following for good)
                 _log.exception("the registry cannot follow its database")
                 self.revision = 0  # the state of memory is uncertain: read everything again
             else:
+                self.behind_since = None
                 return
             await asyncio.sleep(RETRY_SECONDS)
 
@@ -144,6 +150,7 @@ class ChangeLogReader:
         self.revision = revision
 
     def _apply(self, change: Change) -> None:
+        REGISTRY_CHANGES.labels(change.kind.name.lower()).inc()
         before = self._known.models.get(change.model_id)
         now = None if change.kind is ChangeKind.REMOVED else change.model
         self.revision = change.revision

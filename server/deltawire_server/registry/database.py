@@ -42,6 +42,10 @@ class Database(ABC):
             SQLAlchemyError, OSError: The database cannot be used.
         """
 
+    def is_away(self, error: BaseException) -> bool:  # noqa: ARG002 (a file is never away)
+        """Whether an error means that the database cannot be reached now, so that a later attempt may succeed without a change."""
+        return False
+
     @abstractmethod
     def reading(self) -> AbstractAsyncContextManager[AsyncConnection]:
         """A transaction with a consistent snapshot of the database.

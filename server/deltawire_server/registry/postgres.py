@@ -6,10 +6,12 @@ All settings are made within a transaction, because a pooler may use another con
 from __future__ import annotations
 
 import asyncio
+import re
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import psycopg
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from deltawire_server.registry.database import Database, cause_text
@@ -30,6 +32,12 @@ LISTEN_SECONDS = 5.0
 
 RECONNECT_SECONDS = 0.5
 """Interval between attempts to listen again."""
+
+_ANSWER = "FATAL:"
+"""In an error of a connection that the server itself refused. psycopg does not have the code of such an answer."""
+
+_FOR_NOW = re.compile(r"the database system is|too many|remaining connection slots")
+"""In such an answer, if a later one may be another: the server starts, stops, recovers, or has no free connection."""
 
 MIGRATION_LOCK = 0x64656C7461
 """The number of the advisory lock for migrations."""
@@ -63,6 +71,14 @@ class PostgresDatabase(Database):
         self._lock_milliseconds = max(1, round(busy_seconds * 1000))
         self._answer_seconds = 2 * busy_seconds
         self._reader = self._engine.execution_options(isolation_level="REPEATABLE READ")
+
+    def is_away(self, error: BaseException) -> bool:
+        """Its server does not answer, or refuses connections for now, unlike to a wrong password or name."""
+        if isinstance(error, DBAPIError):
+            error = error.orig or error
+        if isinstance(error, psycopg.OperationalError):
+            return _ANSWER not in str(error) or _FOR_NOW.search(str(error)) is not None
+        return isinstance(error, OSError)
 
     async def open(self) -> None:
         """No effect: the database must exist, and the store creates the tables."""
@@ -99,7 +115,9 @@ class PostgresDatabase(Database):
         while True:
             try:
                 _, parameters = self._engine.dialect.create_connect_args(self._url)
-                async with await psycopg.AsyncConnection.connect(**parameters, autocommit=True) as connection:
+                async with await psycopg.AsyncConnection.connect(
+                    **parameters, autocommit=True, prepare_threshold=None
+                ) as connection:
                     await self._ask(connection, f"LISTEN {CHANNEL}")
                     if deaf:
                         _log.info("the database announces changes again")

@@ -7,11 +7,15 @@ providers, which are refreshed periodically.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from deltawire_server.errors import CallerError, DeltawireError, GatewayError, Reason, RegistryError
+from deltawire_server.metrics.table import REGISTRY_BEHIND, REGISTRY_MODELS
 from deltawire_server.pacing import give_way
 from deltawire_server.registry import lookup, pages, rules
 from deltawire_server.registry.change_log_reader import ChangeLogReader
@@ -36,6 +40,9 @@ if TYPE_CHECKING:
     from deltawire_server.upstream.providers import Providers
 
 _log = get_logger(__name__)
+
+OPEN_SECONDS = 1.0
+"""Interval between attempts to open a database that cannot be reached."""
 
 ATTEMPTS = 100
 """Attempts of a write that conflicts with others, each with the new state of the model. Because the others succeed, conflicts end;
@@ -97,17 +104,59 @@ class ModelRegistry:
         self._follower = ChangeLogReader(store, self._known, self._view.registered)
         self._writes = Writes(store, self._known, self._follower)
         self._refresher = Refresher(providers, self._served)
+        self._opened = False
+        self._opening: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         """Open the store and read all registered models into memory. Call `close` even if this fails.
 
+        If the database cannot be reached now, the registry opens without it: discovered models can be called, and everything that
+        needs registered models fails with STORE_UNAVAILABLE until they are read.
+
         Raises:
-            RegistryError: The database cannot be used.
+            RegistryError: The database cannot be used, and a later attempt would not help.
         """
+        try:
+            await self._open()
+        except RegistryError as error:
+            if not self._store.is_away(error):
+                raise
+            _log.warning("serving without registered models: the registry's database cannot be reached")
+            self._follower.behind_since = time.monotonic()
+            self._opening = asyncio.create_task(self._open_at_last(), name="open the registry's database")
+
+    async def _open(self) -> None:
         await self._store.open()
         await self._follower.start()
+        self._opened = True
         _log.info("registry opened", registered_models=len(self._known.models), revision=self._follower.revision)
         self._warn_of_reserved_names()
+
+    async def _open_at_last(self) -> None:
+        while not self._opened:
+            await asyncio.sleep(OPEN_SECONDS)
+            with contextlib.suppress(RegistryError):  # logged where it happened
+                await self._open()
+
+    def _require_opened(self) -> None:
+        """Check that the registered models are known.
+
+        Raises:
+            RegistryError: STORE_UNAVAILABLE.
+        """
+        if not self._opened:
+            raise RegistryError(
+                Reason.STORE_UNAVAILABLE,
+                "the registry's database could not be reached since this gateway started, so registered models and aliases are"
+                " not known yet; discovered models can be called by provider/model",
+                retry_after=OPEN_SECONDS,
+            )
+
+    def measure(self) -> None:
+        """Set the metrics of the current state."""
+        REGISTRY_MODELS.set(len(self._known.models))
+        behind = self._follower.behind_since
+        REGISTRY_BEHIND.set(0.0 if behind is None else time.monotonic() - behind)
 
     def start_refreshing(self) -> None:
         """List the providers now, and periodically until `close`."""
@@ -139,6 +188,9 @@ class ModelRegistry:
 
     async def close(self) -> None:
         """Wait for active writes, then close the store."""
+        if self._opening is not None:
+            self._opening.cancel()
+            await asyncio.wait([self._opening])
         self._feed.close()
         await self._refresher.stop()
         await self._view.stop()
@@ -313,8 +365,14 @@ class ModelRegistry:
         Raises:
             CallerError: MODEL_NOT_FOUND, whose message lists some that there are; MODEL_AMBIGUOUS.
             ProviderError: No provider that could serve it answers: retry.
+            RegistryError: STORE_UNAVAILABLE: not found, and the database could not be reached since the start.
         """
-        model = await lookup.find(name, self._known, Listings(self._served, token, self._named_by(name)))
+        try:
+            model = await lookup.find(name, self._known, Listings(self._served, token, self._named_by(name)))
+        except CallerError as error:
+            if error.reason is Reason.MODEL_NOT_FOUND:
+                self._require_opened()
+            raise
         return self._view.as_seen(model) if model.source is ModelSource.REGISTERED else model
 
     async def resolve(self, name: str, token: str | None = None) -> Resolution:
@@ -356,7 +414,9 @@ class ModelRegistry:
 
         Raises:
             CallerError: A negative page size, or a token that is not from a page of this filter.
+            RegistryError: STORE_UNAVAILABLE: the database could not be reached since the start.
         """
+        self._require_opened()
         wanted = wanted or Filter()
         page = pages.asked_for(page_size, page_token, repr(wanted))
         listings = Listings(self._served, token, (wanted.provider_id,))
@@ -388,6 +448,7 @@ class ModelRegistry:
 
         What only a caller's own token shows is not among them.
         """
+        self._require_opened()
         return self._feed.watch(revision)
 
     async def refresh(self, provider_id: str = "", token: str | None = None) -> dict[str, int | DeltawireError]:

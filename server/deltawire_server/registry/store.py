@@ -135,6 +135,10 @@ class Store:
                     await self._database.lock_migrations(connection)
                     await connection.run_sync(migrate)
 
+    def is_away(self, error: RegistryError) -> bool:
+        """Whether the cause of an error is that the database cannot be reached now."""
+        return error.__cause__ is not None and self._database.is_away(error.__cause__)
+
     async def close(self) -> None:
         """Close all connections. No other method may be called afterwards."""
         await self._database.close()

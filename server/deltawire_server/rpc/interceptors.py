@@ -34,6 +34,7 @@ from deltawire_server.errors import (
     invalid_request,
 )
 from deltawire_server.memory import Ledger
+from deltawire_server.metrics.table import FAILED_CALLS, Rpc
 from deltawire_server.rpc import reflection, wire
 from deltawire_server.rpc.admitted import Admitted
 from deltawire_server.rpc.latch import Latch
@@ -208,22 +209,23 @@ class CallInterceptor(aio.ServerInterceptor):
         parse = cast("_Parser", handler.request_deserializer or bytes)
         if method.startswith(reflection.SERVICES):
             behaviour = functools.partial(self._reflect, behaviour, parse)
+        rpc = _rpc(method, handler.request_streaming, streams)
 
         async def wrapped(messages: object, context: _Context) -> object:
-            return await self._run(method, behaviour, parse, messages, context)
+            return await self._run(method, rpc, behaviour, parse, messages, context)
 
         make = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
         return cast("_Handler", cast("Any", make)(wrapped, None, handler.response_serializer))
 
     async def _run(
-        self, method: str, behaviour: _Behaviour, parse: _Parser, messages: object, context: _Context
+        self, method: str, rpc: Rpc, behaviour: _Behaviour, parse: _Parser, messages: object, context: _Context
     ) -> object:
         ours = method.startswith(OUR_METHODS)
         metadata = _metadata(context)
         record = CallRecord(_call_context(metadata))
         _record.set(record)  # for the task of this call, so it is never reset
         with _Active(self, ours) as active:
-            with self._logged(method, record, context, metadata) as outcome, self._admission.place() as place:
+            with self._logged(method, rpc, record, context, metadata) as outcome, self._admission.place() as place:
                 try:
                     if not ours:
                         return await self._handle(behaviour(messages, context), record, context)
@@ -347,10 +349,11 @@ class CallInterceptor(aio.ServerInterceptor):
 
     @contextlib.contextmanager
     def _logged(
-        self, method: str, record: CallRecord, context: _Context, metadata: Mapping[str, str]
+        self, method: str, rpc: Rpc, record: CallRecord, context: _Context, metadata: Mapping[str, str]
     ) -> Iterator[_Outcome]:
-        """Log the call when it ends, whatever the outcome."""
+        """Log and count the call when it ends, whatever the outcome."""
         begin = time.monotonic()
+        rpc.start()
         outcome = _Outcome()
         # The default: a caller's cancellation and deadline both arrive as cancellation of the task.
         outcome.code = "CANCELLED"
@@ -362,6 +365,7 @@ class CallInterceptor(aio.ServerInterceptor):
             if outcome.code == "CANCELLED" and deadline_passed(context):
                 outcome.code = "DEADLINE_EXCEEDED"
             seconds = time.monotonic() - begin
+            rpc.end(outcome.code, seconds)
             if outcome.code != "CANCELLED" or seconds >= QUICK_SECONDS or self._resets.first(context.peer()):
                 ours = method.startswith(OUR_METHODS)
                 log = _log.error if outcome.defect is not None else _log.info if ours else _log.debug
@@ -429,10 +433,17 @@ class _Outcome:
         self.defect: BaseException | None = None
 
     def fail(self, error: DeltawireError) -> None:
+        FAILED_CALLS.labels(error.reason.name).inc()
         self.code = error.code.name
         self.values = {"reason": error.reason.name, "error": shorten(error.message, MAX_LOGGED)}
         if error.reason is Reason.INTERNAL:
             self.defect = error.__cause__
+
+
+@functools.cache
+def _rpc(method: str, request_streams: bool, response_streams: bool) -> Rpc:
+    """The metrics of a method."""
+    return Rpc(method, request_streams=request_streams, response_streams=response_streams)
 
 
 def _parsed(parse: _Parser, data: bytes) -> object:

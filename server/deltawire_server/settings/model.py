@@ -155,6 +155,10 @@ class ServerSettings(Section):
     keepalive_time: Seconds = 30.0
     """Seconds without traffic after which the server pings a client. The default is below the 60 after which common load
     balancers drop an idle connection."""
+    max_connection_age: SecondsOrNone = 1800.0
+    """Seconds after which a client is asked to open a new connection, up to a tenth more or less, at random; 0 for never. Calls
+    on the old connection run to their end, however long. So the connections of long-lived clients are distributed again after
+    a gateway was added, and certificates that were renewed reach them."""
     ping_timeout: Seconds = 20.0
     """Seconds to wait for a ping response before the connection is closed and generation for its calls stops. The default
     tolerates a short network failure; with keepalive_time, a client that vanished is detected after at most 50."""
@@ -474,6 +478,25 @@ class RegistrySettings(Section):
     caller's requests may grow a gateway's memory."""
 
 
+class MetricsSettings(Section):
+    """Metrics for Prometheus."""
+
+    listen: Annotated[str, BeforeValidator(values.lower), AfterValidator(values.http_address)] = "127.0.0.1:9464"
+    """Address at which GET /metrics returns the metrics, over HTTP: host:port, or off. It needs no key, so let only scrapers reach
+    it. If the address is in use, the gateway does not start; with the default it serves without metrics and logs a warning,
+    because several gateways may run on one machine. With several workers, the page has the metrics of all of them."""
+
+    @property
+    def address(self) -> str:
+        """The address; empty for none."""
+        return "" if self.listen == values.OFF else self.listen
+
+    @property
+    def is_default(self) -> bool:
+        """Whether the operator did not choose the address."""
+        return "listen" not in self.model_fields_set
+
+
 class LogSettings(Section):
     """Logging, to standard error."""
 
@@ -501,6 +524,8 @@ class Settings(Section):
     """The vLLM servers, by the operator's name for each; at least one."""
     registry: RegistrySettings = Field(default_factory=RegistrySettings)
     """Registered models."""
+    metrics: MetricsSettings = Field(default_factory=MetricsSettings)
+    """Metrics."""
     log: LogSettings = Field(default_factory=LogSettings)
     """Logging."""
 
@@ -544,6 +569,7 @@ SECTIONS: Mapping[str, type[Section]] = MappingProxyType(
         "images": ImageSettings,
         "providers": ProviderSettings,
         "registry": RegistrySettings,
+        "metrics": MetricsSettings,
         "log": LogSettings,
     }
 )

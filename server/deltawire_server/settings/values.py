@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 MASK = "***"
 """Replaces each secret in printed settings."""
 
+OFF = "off"
+"""The value of an address for no listener."""
+
 _ADDRESS_FORMS = "write host:port, [IPv6 address]:port or unix:/path"
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9.])?")
 _IMAGE_HOST = re.compile(r"(\*\.)?(\*|\[[0-9a-f:.]+\]|[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_.])?)(?::([0-9]{1,5}))?")
@@ -118,6 +121,22 @@ def address(value: str) -> str:
     if not _HOST.fullmatch(host):
         raise ValueError(f"{text!r} is not a valid address: {_ADDRESS_FORMS}")
     return text
+
+
+def http_address(value: str) -> str:
+    """Validate an address to listen on for HTTP.
+
+    Args:
+        value: "host:port", "[::1]:port" or "off". Port 0 selects any free port.
+
+    Raises:
+        ValueError: It has none of these forms.
+    """
+    if value.strip() == OFF:
+        return OFF
+    if value.strip().startswith("unix:"):
+        raise ValueError(f"{value.strip()!r} is a unix socket: write host:port, or off")
+    return address(value)
 
 
 def is_local(listen: str) -> bool:

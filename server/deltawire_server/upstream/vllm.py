@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 import httpx
 
 from deltawire_server.errors import DeltawireError, ProviderError, Reason, Violation, invalid_request
+from deltawire_server.metrics.table import ATTEMPT_FAILURES, ATTEMPTS, EJECTIONS
 from deltawire_server.sansio.events import Notice, NoticeKind
 from deltawire_server.telemetry import get_logger
 from deltawire_server.upstream import vllm_fields
@@ -250,6 +251,7 @@ class VllmProvider:
         while True:
             replica = self._replicas.choose(tuple(failures))
             attempt = self._replicas.attempt(replica)
+            ATTEMPTS.labels(self.id, replica.base_url).inc()
             try:
                 async with asyncio.timeout_at(deadline):
                     answer = await send(replica)
@@ -270,12 +272,14 @@ class VllmProvider:
                 raise self._failure_of_all(list(failures.values()))
 
     def _failed(self, attempt: Attempt, error: DeltawireError) -> None:
+        ATTEMPT_FAILURES.labels(self.id, attempt.replica.base_url, error.reason.name).inc()
         if ACTIONS[error.reason].eject:
             self._eject(attempt, error.reason, error.message)
         elif ACTIONS[error.reason].answer:
             attempt.answered()
 
     def _failed_after_start(self, attempt: Attempt, reason: Reason) -> None:
+        ATTEMPT_FAILURES.labels(self.id, attempt.replica.base_url, reason.name).inc()
         if ACTIONS[reason].eject_after_start:
             self._eject(attempt, reason, "an answer failed after its first event")
 
@@ -283,6 +287,7 @@ class VllmProvider:
         seconds = attempt.failed()
         if seconds:
             replica = attempt.replica
+            EJECTIONS.labels(self.id, replica.base_url).inc()
             _log.warning(
                 "replica ejected",
                 provider=self.id,

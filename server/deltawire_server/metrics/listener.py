@@ -1,0 +1,141 @@
+"""Serves metrics over HTTP, in a thread beside the event loop."""
+
+from __future__ import annotations
+
+import socket
+import socketserver
+import threading
+from typing import TYPE_CHECKING, Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+from prometheus_client import make_wsgi_app
+
+from deltawire_server.telemetry import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from prometheus_client import CollectorRegistry
+
+MAX_REQUESTS = 8
+"""Requests that are answered at once: a few scrapers. Further connections are closed."""
+
+REQUEST_SECONDS = 5.0
+"""How long a client may take to send a request, or to read the response."""
+
+PATH = "/metrics"
+
+_log = get_logger(__name__)
+
+
+class MetricsListener:
+    """Serves the metrics of a registry at `PATH`, until `close`.
+
+    The standard library's server runs the application of prometheus-client: another web server would be a dependency for one page.
+
+    Args:
+        address: `host:port`; port 0 selects a free one.
+        registry: The metrics.
+
+    Raises:
+        OSError: From the constructor: the address is in use, or does not belong to this machine.
+    """
+
+    def __init__(self, address: str, registry: CollectorRegistry) -> None:
+        host, _, port = address.rpartition(":")
+        self._server = _server(host.strip("[]"), int(port))
+        self._server.set_app(_application(registry))
+        self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+        self.address = f"{host}:{self._server.server_port}"
+        """Where it listens."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop, in up to half a second."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def serve_metrics(address: str, registry: CollectorRegistry, *, is_default: bool) -> MetricsListener | None:
+    """Serve metrics as the settings say.
+
+    Args:
+        address: `host:port`; empty for no metrics.
+        registry: The metrics.
+        is_default: Whether the operator did not choose the address. Then a warning is logged if it cannot be used.
+
+    Returns:
+        The listener, which the caller must `close`; `None` without one.
+
+    Raises:
+        OSError: The operator's address cannot be used.
+    """
+    if not address:
+        return None
+    try:
+        return MetricsListener(address, registry)
+    except OSError as error:
+        problem = f"cannot serve metrics on {address}: {error.strerror or error}"
+        if not is_default:
+            raise OSError(f"{problem}; use another address, or off (--metrics-listen)") from error
+        _log.warning("metrics are not served", problem=problem)
+        return None
+
+
+def _application(registry: CollectorRegistry) -> Any:  # noqa: ANN401 (as WSGI has it)
+    metrics = make_wsgi_app(registry)
+
+    def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if environ["PATH_INFO"] == PATH:
+            page: Iterable[bytes] = metrics(environ, start_response)
+            return page
+        start_response("404 Not Found", [("Content-Type", "text/plain; charset=utf-8")])
+        return [f"There is nothing here: the metrics are at {PATH}.\n".encode()]
+
+    return application
+
+
+def _server(host: str, port: int) -> _Server:
+    family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    kind = type("_Server", (_Server,), {"address_family": family})
+    server: _Server = kind(place, _Handler)
+    return server
+
+
+class _Server(socketserver.ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+    def __init__(self, *arguments: Any) -> None:  # noqa: ANN401 (the library's)
+        self._turns = threading.BoundedSemaphore(MAX_REQUESTS)
+        super().__init__(*arguments)
+
+    def server_bind(self) -> None:
+        """As in `HTTPServer`, without its lookup of the host's full name, which takes seconds without a name server."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
+        self.setup_environ()
+
+    def process_request(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 (the library's)
+        """Answer in a thread, unless there are too many."""
+        if self._turns.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 (the library's)
+        """Answer one request."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._turns.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 (the library's)
+        """The client has disconnected, or was too slow. There is nothing to report."""
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = REQUEST_SECONDS
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (the library's)
+        """Not logged: a scraper asks every few seconds."""

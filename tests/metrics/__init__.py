@@ -1,0 +1,1 @@
+"""What the gateway measures, as a scraper sees it."""
