@@ -515,8 +515,9 @@ async def test_other_client_authorities_are_required_at_once(
             certificates.authority.read_bytes(), certificates.client_key.read_bytes(), certificates.client.read_bytes()
         )
         async with aio.secure_channel(gateway.addresses[0], credentials) as channel:
-            failure = await failure_of(Running(gateway, channel).create())
-            assert failure.code is grpc.StatusCode.UNAVAILABLE
+            with pytest.raises(aio.AioRpcError) as caught:
+                await Running(gateway, channel).create()
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
 async def test_renewed_authorities_of_a_provider_are_used_without_a_signal(

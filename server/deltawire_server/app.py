@@ -100,6 +100,7 @@ class Gateway:
     def __init__(self, settings: Settings, process: WorkerProcess | None = None) -> None:
         self._settings = settings
         self._process = process
+        self._stamps = _stamps(settings)  # before the files are read, so that no later change is missed
         self._authorities = _authorities(settings)
         self._tasks: set[asyncio.Task[None]] = set()
         self._metrics: MetricsListener | None = None
@@ -298,13 +299,12 @@ class Gateway:
 
     async def _follow_files(self) -> None:
         """Apply changes of the files of certificates and authorities, as they are renewed without a signal."""
-        before = await asyncio.to_thread(_stamps, self._settings)
         while True:
             await asyncio.sleep(FILES_SECONDS)
             stamps = await asyncio.to_thread(_stamps, self._settings)
-            if stamps == before:
+            if stamps == self._stamps:
                 continue
-            before = stamps
+            self._stamps = stamps
             self._load_certificates()
             if _authorities(self._settings) != self._authorities:
                 try:

@@ -16,7 +16,7 @@ from tests.bench import report, servers
 from tests.bench.load import load_of
 from tests.bench.measure import THOUSANDS, Field, Scenario, measure, sample
 from tests.bench.results import CURVES, PEERS, RUN, Results, Row, machine
-from tests.bench.servers import DELTAWIRE, MODEL, Pace
+from tests.bench.servers import DELTAWIRE, MODEL, SMALLEST, Pace
 
 REPEAT = 1
 STEPS = Pace(20, 5.0, in_steps=True)
@@ -90,7 +90,7 @@ def main() -> None:
     if unknown := set(arguments.names) - set(names):
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     results = Results(machine(arguments.peers))
-    field = Field(arguments.peers.absolute(), without=("smg", "litellm"))
+    field = Field(arguments.peers.absolute(), without=("smg", "litellm", SMALLEST))
     uvloop.run(_run(results, arguments.names or names, field))
     print(f"written to {RUN / CURVES}")
     sys.exit(report.failures(results) or None)

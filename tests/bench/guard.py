@@ -14,7 +14,7 @@ import uvloop
 from tests.bench import report
 from tests.bench.measure import SCENARIOS, Field, measure
 from tests.bench.results import RESULTS, Results
-from tests.bench.servers import BARE, DELTAWIRE, UPSTREAM
+from tests.bench.servers import BARE, DELTAWIRE, SMALLEST, UPSTREAM
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -54,7 +54,7 @@ def regressions(measured: Results, stated: Results) -> list[str]:
 
 
 async def _run(measured: Results) -> None:
-    field = Field(Path(), without=(UPSTREAM,))
+    field = Field(Path(), without=(SMALLEST, UPSTREAM))
     for scenario in SCENARIOS:
         if scenario.name in GUARDED:
             rows = await measure(scenario, field, REPEAT)

@@ -156,7 +156,7 @@ def percentile_99(values: Sequence[float]) -> float:
 
 
 async def measure(scenario: Scenario, field: Field, repeat: int) -> list[Row]:
-    """Run a load on the gateway, on every peer, on bare grpc.aio, and on the upstream itself; those not asked are idle.
+    """Run a load on the gateway, on every peer, on the two references in Python, and on the upstream itself, in turns.
 
     Each is warmed up by one run that is not counted.
 
@@ -174,7 +174,10 @@ async def measure(scenario: Scenario, field: Field, repeat: int) -> list[Row]:
         for name, start in field.servers(*scenario.settings):
             with noted(name):
                 under_test.append(stack.enter_context(start(upstream)))
-        if not scenario.pace.tool_call and scenario.pace.chunks_per_write == 1 and servers.BARE not in field.without:
+        texts = not scenario.pace.tool_call
+        if texts and servers.SMALLEST not in field.without:
+            under_test.append(stack.enter_context(servers.smallest_gateway(upstream)))
+        if texts and scenario.pace.chunks_per_write == 1 and servers.BARE not in field.without:
             under_test.append(stack.enter_context(servers.bare_grpc(scenario.pace)))
         if servers.UPSTREAM not in field.without:
             under_test.append(upstream)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tests.bench import costs
 from tests.bench.measure import MANY_STREAMS, SCENARIOS
 from tests.bench.results import CURVES, PROGRAMS, RESULTS, RUN, Figure, Results, Row
-from tests.bench.servers import BARE, DELTAWIRE, UPSTREAM
+from tests.bench.servers import BARE, DELTAWIRE, SMALLEST, UPSTREAM
 from tests.support.generated import write_part
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ STATED = Path(__file__).parent
 PLOTS = {"costs.svg": RESULTS, "growth.svg": CURVES}
 """The plots in that folder, and what each is drawn from."""
 
-SERVERS = (DELTAWIRE, BARE, *PROGRAMS)
+SERVERS = (DELTAWIRE, BARE, SMALLEST, *PROGRAMS)
 SINGLE = (costs.MEMORY, costs.CANCEL_P50, costs.CANCEL_P99, costs.PACED_BYTES, costs.FLAT_BYTES)
 
 
@@ -81,7 +81,7 @@ def markdown(results: Results) -> str:
     loads = {name: rows for name, rows in loads.items() if rows or name != MANY_STREAMS}
     if missing := [name for name, rows in loads.items() if not rows]:
         raise ValueError(f"the results are not those of a whole `make bench`: {', '.join(missing)} missing")
-    parts = [card(results.machine), _cpu(loads), _pace(loads), _single(results), _imports(results)]
+    parts = [card(results.machine), _cpu(loads), _pace(loads), _single(results), _workers(results), _imports(results)]
     return "\n" + "\n\n".join(parts) + "\n\n"
 
 
@@ -137,6 +137,13 @@ def _single(results: Results) -> str:
     columns = [name for name in columns if any(name in of for of in values.values())]
     lines = [[name, *(number(of[who]) if who in of else "" for who in columns)] for name, of in values.items()]
     return table(["", *columns], lines)
+
+
+def _workers(results: Results) -> str:
+    carried = results.values(costs.CAPACITY)
+    one = carried["1 worker"]
+    lines = [[name, number(calls), number(calls / one)] for name, calls in carried.items()]
+    return table(["", costs.CAPACITY, "÷ 1 worker"], lines)
 
 
 def _imports(results: Results) -> str:

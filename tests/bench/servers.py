@@ -24,6 +24,7 @@ MODEL = "fake"
 DELTAWIRE = "deltawire"
 OTHER = "other version"
 BARE = "bare grpc.aio"
+SMALLEST = "smallest gateway"
 UPSTREAM = "upstream"
 
 
@@ -127,6 +128,13 @@ def bare_grpc(pace: Pace) -> contextlib.AbstractContextManager[Server]:
     """A grpc.aio server that yields ready-made messages."""
     port = free_port()
     return running(BARE, [sys.executable, "-m", "tests.bench.bare", f"--port={port}", *_pace_options(pace)], port)
+
+
+def smallest_gateway(upstream: Server) -> contextlib.AbstractContextManager[Server]:
+    """A gateway that forwards answers as typed messages, and does nothing else."""
+    port = free_port()
+    options = [f"--port={port}", f"--upstream=http://127.0.0.1:{upstream.port}"]
+    return running(SMALLEST, [sys.executable, "-m", "tests.bench.smallest", *options], port)
 
 
 def vllm_router(programs: Path, upstream: Server) -> contextlib.AbstractContextManager[Server]:

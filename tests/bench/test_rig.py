@@ -10,7 +10,7 @@ import pytest
 from tests.bench import costs, curves, guard, report
 from tests.bench.measure import SCENARIOS, Field, Scenario, measure, noted, percentile_99
 from tests.bench.results import CURVES, RESULTS, Figure, Results, Row, Sample, machine
-from tests.bench.servers import BARE, DELTAWIRE, UPSTREAM, Pace
+from tests.bench.servers import BARE, DELTAWIRE, SMALLEST, UPSTREAM, Pace
 from tests.support.generated import part
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def run(cost: float, **costs_of: float) -> Results:
         for who, value, seconds in ((DELTAWIRE, own, 3.0), (BARE, 10.0, 2.0), (UPSTREAM, 1.0, 2.0))
     ]
     figures = [Figure(costs.IMPORT, statement, 50.0) for statement in costs.IMPORTS]
+    figures += [Figure(costs.CAPACITY, name, calls) for name, calls in (("1 worker", 300.0), ("2 workers", 540.0))]
     return Results(
         {"cores": 2, "cpu": "a CPU", "memory_gib": 4.0, "kernel": "6.1", "versions": {"Python": "3"}}, rows, figures
     )
@@ -152,7 +153,7 @@ class TestDocumentation:
 
 
 async def test_it_measures(tmp_path: Path) -> None:
-    """The gateway, bare grpc.aio and the upstream, for a moment."""
+    """The gateway, the two references and the upstream, for a moment."""
     rows = await measure(Scenario("tiny", "", 2, Pace(5)), Field(tmp_path), repeat=1)
-    assert [row.who for row in rows] == [DELTAWIRE, BARE, UPSTREAM]
+    assert [row.who for row in rows] == [DELTAWIRE, SMALLEST, BARE, UPSTREAM]
     assert all(len(row.samples) == 1 and row.fastest.cpu_micros > 0 for row in rows)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tests.support.gateway import Lines
 
 CHUNKS = Chunks()
-ANY = {"metrics": {"listen": "127.0.0.1:0"}}
+ANY = {"listen": "127.0.0.1:0"}
 STREAM = {
     "grpc_type": "server_stream",
     "grpc_service": "deltawire.v1.ChatCompletion",
@@ -38,7 +38,7 @@ STREAM = {
 @pytest.fixture
 async def gateway(start_gateway: StartGateway) -> AsyncIterator[Running]:
     """A gateway with metrics. They are those of the process, so tests compare two scrapes."""
-    async with start_gateway(**ANY) as gateway:
+    async with start_gateway(metrics=ANY) as gateway:
         yield gateway
 
 
@@ -76,9 +76,9 @@ async def test_a_completion_is_counted(gateway: Running, vllm: FakeVllm) -> None
     assert await added(gateway, before, f"{gaps}_count", **operation) == 6  # of seven chunks
     assert await added(gateway, before, f"{gaps}_sum", **operation) > 0.1
     assert await added(gateway, before, f"{gaps}_bucket", le="+Inf", **operation) == 6
-    assert await added(gateway, before, "deltawire_stop_reasons_total", stop_reason="stop") == 1
+    assert await added(gateway, before, "deltawire_stop_reasons_total", stop_reason="end_of_turn") == 1
     assert await added(gateway, before, "deltawire_usage_total", provenance="exact") == 1
-    replica = {"provider": "vllm", "replica": vllm.base_url}
+    replica = {"provider": "vllm", "replica": f"{vllm.base_url}/v1"}
     assert await added(gateway, before, "deltawire_attempts_total", **replica) == 1
 
 
@@ -87,7 +87,7 @@ async def test_a_failed_attempt_is_counted(gateway: Running, vllm: FakeVllm) -> 
     vllm.play(Script.error(503, "no"))
     before = await page_of(gateway)
     await failure_of(gateway.create())
-    replica = {"provider": "vllm", "replica": vllm.base_url}
+    replica = {"provider": "vllm", "replica": f"{vllm.base_url}/v1"}
     assert (
         await added(gateway, before, "deltawire_attempt_failures_total", reason="UPSTREAM_OVERLOADED", **replica) == 1
     )
@@ -187,7 +187,7 @@ async def test_an_address_in_use_is_an_error_if_the_operator_chose_it(
 async def test_the_busy_process_is_shown(start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     """The delay of deltas under load."""
     monkeypatch.setattr(AdaptiveDelay, "adapt", lambda adaptive, *_: setattr(adaptive, "seconds", 0.075))
-    async with start_gateway(server={"max_adaptive_delay": 0.1}, **ANY) as gateway:
+    async with start_gateway(server={"max_adaptive_delay": 0.1}, metrics=ANY) as gateway:
         await until_scraped(
             gateway.gateway.metrics_address, lambda page: page.value("deltawire_adaptive_delay_seconds") == 0.075
         )
@@ -195,7 +195,7 @@ async def test_the_busy_process_is_shown(start_gateway: StartGateway, monkeypatc
 
 async def test_an_unreadable_registry_is_behind(start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     """For as long as its database cannot be read."""
-    async with start_gateway(**ANY) as gateway:
+    async with start_gateway(metrics=ANY) as gateway:
         follower = gateway.gateway._registry._follower
         address = gateway.gateway.metrics_address
 
@@ -213,7 +213,7 @@ async def test_an_unreadable_registry_is_behind(start_gateway: StartGateway, mon
 async def test_refusals_are_counted(start_gateway: StartGateway, vllm: FakeVllm) -> None:
     """By their reason, as other failures."""
     vllm.play(Script.generated(tokens=1000, tokens_per_second=20))
-    async with start_gateway(server={"max_streams": 1}, **ANY) as gateway:
+    async with start_gateway(server={"max_streams": 1}, metrics=ANY) as gateway:
         before = await page_of(gateway)
         call = gateway.stream()
         await call.read()

@@ -44,7 +44,7 @@ async def registered(settings: Settings) -> None:
                 provider_model_id="fake",
                 provider_id="vllm",
                 aliases=["also"],
-                model_type=pb.MODEL_TYPE_LLM,
+                type=pb.MODEL_TYPE_LLM,
             )
         )
 
@@ -69,7 +69,7 @@ async def test_it_chats_without_its_database_and_joins_when_it_is_back(
             for call in (
                 gateway.create(ask(model="also")),
                 gateway.models.ListModels(pb.ListModelsRequest()),
-                gateway.models.GetModel(pb.GetModelRequest(name="mine")),
+                gateway.models.GetModel(pb.GetModelRequest(model_id="mine")),
                 gateway.models.RegisterModel(pb.RegisterModelRequest(model_id="x", provider_model_id="fake")),
                 anext(aiter(gateway.models.WatchModels(pb.WatchModelsRequest()))),
             ):
@@ -79,7 +79,7 @@ async def test_it_chats_without_its_database_and_joins_when_it_is_back(
         await until_scraped(gateway.gateway.metrics_address, lambda page: not is_behind(page))
         assert (await gateway.create(ask(model="also"))).started.model == "mine"
         listed = await gateway.models.ListModels(pb.ListModelsRequest())
-        assert listed.models[0].model_id == "mine"
+        assert listed.models[0].id == "mine"
 
 
 @pytest.mark.postgres

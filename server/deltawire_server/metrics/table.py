@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-disable_created_metrics()  # a second series for each, with its time of creation, which several processes cannot have
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, with its time of creation, which several processes cannot have
 
 REGISTRY = CollectorRegistry()
 """The metrics of this process."""

@@ -23,10 +23,10 @@ class WorkerMetrics:
         Path(folder).mkdir()
         self._folder = folder
         self.registry = CollectorRegistry()
-        multiprocess.MultiProcessCollector(self.registry, path=folder)
+        multiprocess.MultiProcessCollector(self.registry, path=folder)  # type: ignore[no-untyped-call]
         self.registry.register(WORKER_ENDS)
 
     def ended(self, pid: int) -> None:
         """Record that a worker has ended: its gauges no longer count, its counters do."""
-        multiprocess.mark_process_dead(pid, self._folder)
+        multiprocess.mark_process_dead(pid, self._folder)  # type: ignore[no-untyped-call]
         WORKER_ENDS.inc()

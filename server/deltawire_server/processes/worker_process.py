@@ -7,6 +7,7 @@ import atexit
 import contextlib
 import json
 import os
+import shutil
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -136,9 +137,6 @@ class WorkerProcess:
 
 
 def _remove(folder: str) -> None:
-    for file in Path(folder, METRICS_FOLDER).glob(f"*_{os.getpid()}.db"):
-        file.unlink()
-    with contextlib.suppress(OSError):
-        Path(folder, METRICS_FOLDER).rmdir()
-    with contextlib.suppress(OSError):  # not empty: a sibling still runs, and removes it
-        Path(folder).rmdir()
+    """Remove the private directory, unless a sibling still runs, which then removes it."""
+    if not any(Path(folder).glob("*.sock")):
+        shutil.rmtree(folder, ignore_errors=True)
