@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-COLORS = dict(zip(SERVERS, ("tab:blue", "tab:gray", "tab:orange", "tab:green", "tab:red"), strict=True))
+COLORS = dict(zip(SERVERS, ("tab:blue", "tab:gray", "tab:purple", "tab:orange", "tab:green", "tab:red"), strict=True))
 BARS = ("steps-64", "steps-200", "short-16", "flat")
 CURVE_AXES = {
     "streams": ("open streams of 5 tokens/s, in steps", "CPU µs per token"),

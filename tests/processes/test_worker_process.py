@@ -9,16 +9,16 @@ import pytest
 
 from deltawire_server.completions.records import Records, mark_of
 from deltawire_server.errors import DeltawireError, Reason
-from deltawire_server.processes.worker_process import VARIABLE, WorkerProcess
+from deltawire_server.processes.worker_process import METRICS_VARIABLE, VARIABLE, WorkerProcess
 
 FIRST = WorkerProcess(0, 4, 0, "ab12", "/run/x", ["127.0.0.1:5"], control=7)
 
 
 def test_it_goes_through_the_environment_once() -> None:
-    """The process's own children do not get it."""
+    """The process's own children do not get it. The directory of the metrics stays, because prometheus-client reads it again."""
     environ = {"A": "b", **FIRST.variables()}
     assert WorkerProcess.taken_from(environ) == FIRST
-    assert environ == {"A": "b"}
+    assert environ == {"A": "b", METRICS_VARIABLE: f"{FIRST.folder}/metrics"}
     assert WorkerProcess.taken_from(environ) is None
     assert VARIABLE in FIRST.variables()
 

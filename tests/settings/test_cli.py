@@ -105,6 +105,7 @@ def test_every_flag(read: Parse, pem: Path, keys_file: Path) -> None:
         *("--access-keys-file", str(keys_file)),
         *("--vllm-url", "https://h/v1, https://i", "--vllm-url", "https://j", "--vllm-max-tokens", "9"),
         *("--database-url", "sqlite:////r.db"),
+        *("--metrics-listen", "off"),
         *("--log-level", "warning", "--log-format", "json", "--check-config"),
     )
     server, vllm = invocation.settings.server, invocation.settings.providers["vllm"]

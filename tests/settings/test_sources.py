@@ -58,7 +58,11 @@ SAMPLES = {
 @pytest.mark.parametrize("path", SCALARS, ids=".".join)
 def test_every_key_has_its_variable(path: KeyPath, read: Parse, pem: Path, keys_file: Path) -> None:
     """Set alone, it changes that key and is named as its origin."""
-    sample = SAMPLES.get(path[-1], "2048").replace("PEM", str(pem)).replace("KEYS", str(keys_file))
+    sample = (
+        "off"
+        if path == ("metrics", "listen")
+        else SAMPLES.get(path[-1], "2048").replace("PEM", str(pem)).replace("KEYS", str(keys_file))
+    )
     tls = {f"DELTAWIRE_SERVER_TLS_{which}_FILE": str(pem) for which in ("CERT", "KEY") if "tls_" in path[1]}
     file = f'[providers."gpu-1.a"]\nbase_url = "{URL}"'
     before = read(file=file)
@@ -195,7 +199,10 @@ def test_two_names_for_one_key(read: Parse, problems: Problems) -> None:
         ("[servr]", "servr (from FILE): no such section; did you mean server?"),
         (
             "[zzz]",
-            "zzz (from FILE): no such section; valid ones are server, access, stream, retention, images, providers, registry, log",
+            (
+                "zzz (from FILE): no such section; valid ones are server, access, stream, retention, images, providers,"
+                " registry, metrics, log"
+            ),
         ),
         ("[server]\nmax_stream = 1", "server.max_stream (from FILE): no such key; did you mean server.max_streams?"),
         ("[log]\nzzz = 1", "log.zzz (from FILE): no such key; valid ones are level, format"),
