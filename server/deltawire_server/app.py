@@ -179,8 +179,8 @@ class Gateway:
         try:
             # A worker listens when it can serve, because the kernel assigns connections to it from then on.
             if self._process is None:
-                self._lifecycle.listen()  # first, so that a gateway that cannot serve creates no database
                 self._serve_metrics()
+                self._lifecycle.listen()  # early, so that a gateway that cannot serve creates no database
             await self._registry.open()
             self._registry.start_refreshing()
             if self._process is not None and self._passing is not None:

@@ -161,7 +161,11 @@ class Lifecycle:
 
     async def _stop(self, *, at_once: bool) -> None:
         settings = self._settings
-        if self.state is not State.STARTING:
+        if self.state is State.STARTING:
+            # gRPC crashes the process when it frees a server that was never started.
+            self._calls.refuse_new_calls()
+            await self._server.start()
+        else:
             self.state = State.DRAINING
             self._health.stop()
             if not at_once:
