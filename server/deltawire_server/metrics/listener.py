@@ -23,6 +23,9 @@ MAX_REQUESTS = 8
 REQUEST_SECONDS = 5.0
 """How long a client may take to send a request, or to read the response."""
 
+POLL_SECONDS = 0.1
+"""How often the listener checks whether it has to stop."""
+
 PATH = "/metrics"
 
 _log = get_logger(__name__)
@@ -45,13 +48,15 @@ class MetricsListener:
         host, _, port = address.rpartition(":")
         self._server = _server(host.strip("[]"), int(port))
         self._server.set_app(_application(registry))
-        self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(POLL_SECONDS,), name="metrics", daemon=True
+        )
         self.address = f"{host}:{self._server.server_port}"
         """Where it listens."""
         self._thread.start()
 
     def close(self) -> None:
-        """Stop, in up to half a second."""
+        """Stop, in up to `POLL_SECONDS`."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
