@@ -23,6 +23,8 @@ class Page:
         families = list(text_string_to_metric_families(text))
         self.documented = {family.name: family.documentation for family in families}
         self._samples = [sample for family in families for sample in family.samples]
+        series = [(sample.name, *sorted(sample.labels.items())) for sample in self._samples]
+        assert len(set(series)) == len(series)  # a scraper refuses a page with a series twice
 
     def value(self, name: str, **labels: str) -> float:
         """The sum of the series of this name with these labels, and any others."""

@@ -155,9 +155,13 @@ REGISTRY_BEHIND = _gauge(
     merge="livemax",
 )
 RELOADS = _counter("deltawire_settings_reloads_total", "Reloads of the settings, by outcome: ok, refused.", "outcome")
-WORKER_ENDS = _counter(
-    "deltawire_worker_ends_total", "Workers of server.workers that have ended and were started again."
+WORKER_ENDS = Row(
+    "deltawire_worker_ends_total",
+    "counter",
+    (),
+    "Workers that have ended and were started again; only with several workers.",
 )
+TABLE.append(WORKER_ENDS)  # counted by their parent, and by no worker
 INFO = _gauge("deltawire_info", "1, with the version of the gateway.", "version", merge="livemax")
 
 

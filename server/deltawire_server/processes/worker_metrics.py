@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, multiprocess
+from prometheus_client import CollectorRegistry, Counter, multiprocess
 
 from deltawire_server.metrics.table import WORKER_ENDS
 
@@ -24,9 +24,9 @@ class WorkerMetrics:
         self._folder = folder
         self.registry = CollectorRegistry()
         multiprocess.MultiProcessCollector(self.registry, path=folder)  # type: ignore[no-untyped-call]
-        self.registry.register(WORKER_ENDS)
+        self._ends = Counter(WORKER_ENDS.name, WORKER_ENDS.description, registry=self.registry)
 
     def ended(self, pid: int) -> None:
         """Record that a worker has ended: its gauges no longer count, its counters do."""
         multiprocess.mark_process_dead(pid, self._folder)  # type: ignore[no-untyped-call]
-        WORKER_ENDS.inc()
+        self._ends.inc()

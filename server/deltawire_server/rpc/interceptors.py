@@ -209,7 +209,8 @@ class CallInterceptor(aio.ServerInterceptor):
         parse = cast("_Parser", handler.request_deserializer or bytes)
         if method.startswith(reflection.SERVICES):
             behaviour = functools.partial(self._reflect, behaviour, parse)
-        rpc = _rpc(method, handler.request_streaming, streams)
+        # Handlers of unary requests take streams too, which is not visible on the wire; only reflection's requests are streams.
+        rpc = _rpc(method, method.startswith(reflection.SERVICES), streams)
 
         async def wrapped(messages: object, context: _Context) -> object:
             return await self._run(method, rpc, behaviour, parse, messages, context)
