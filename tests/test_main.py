@@ -157,7 +157,9 @@ def test_a_database_that_cannot_be_used(capfd: pytest.CaptureFixture[str], tmp_p
     (tmp_path / "file").write_text("not a folder")
     url = f"sqlite:///{tmp_path}/file/registry.db"
     assert main(["--vllm-url", URL, "--listen", "127.0.0.1:0", "--database-url", url, "--log-level", "error"]) == 1
-    assert "deltawire-server: " in capfd.readouterr().err
+    written = capfd.readouterr().err
+    assert "deltawire-server: cannot use the database" in written
+    assert "set --database-url to" in written
 
 
 @pytest.mark.parametrize("url", ["postgresql://u:geheim@{host}/d", "postgresql://u@{host}/d?password=geheim"])

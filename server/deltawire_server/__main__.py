@@ -101,7 +101,8 @@ def _serve(
         # The error's own message is for callers and contains no paths. This one is for the operator.
         url = settings.shown_database_url(configured.registry.database_url)
         cause = cause_text(error.__cause__ or error)
-        return failed(1, f"cannot use the database {url}: {cause}")
+        remedy = "set --database-url to a file in a writable folder, to PostgreSQL, or to sqlite:// for memory only"
+        return failed(1, f"cannot use the database {url}: {cause}; {remedy}")
     return 0
 
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
+import tempfile
+from typing import TYPE_CHECKING
 
 import pytest
 
+from deltawire_server.__main__ import main
 from deltawire_server.processes.parent import _reserve
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def bound(address: str, *, shared: bool) -> socket.socket:
@@ -57,3 +63,15 @@ def test_a_foreign_address() -> None:
     """Is refused."""
     with contextlib.ExitStack() as stack, pytest.raises(OSError, match=r"[Cc]annot assign"):
         _reserve("192.0.2.1:0", stack)
+
+
+def test_nowhere_for_temporary_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As with a root that is read-only: one sentence with the remedy."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    registry = ["--database-url", f"sqlite:///{tmp_path}/registry.db"]
+    assert main(["--workers", "2", "--vllm-url", "http://127.0.0.1:1", "--listen", "127.0.0.1:0", *registry]) == 1
+    error = capfd.readouterr().err
+    assert error.startswith("deltawire-server: cannot create the private directory of the workers: No such file")
+    assert "TMPDIR" in error

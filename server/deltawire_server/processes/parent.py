@@ -68,7 +68,13 @@ def run(arguments: Sequence[str], settings: Settings) -> int:
                 problem = f"cannot listen on {address}: {error.strerror or error}; {REMEDY}"
                 print(f"deltawire-server: {problem}", file=sys.stderr)
                 return 1
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="deltawire-", ignore_cleanup_errors=True))
+        try:
+            private = tempfile.TemporaryDirectory(prefix="deltawire-", ignore_cleanup_errors=True)
+        except OSError as error:
+            problem = f"cannot create the private directory of the workers: {error.strerror or error}"
+            print(f"deltawire-server: {problem}; set TMPDIR to a writable directory", file=sys.stderr)
+            return 1
+        folder = stack.enter_context(private)
         metrics = WorkerMetrics(f"{folder}/{METRICS_FOLDER}")
         try:
             serving = serve_metrics(settings.metrics.address, metrics.registry, is_default=settings.metrics.is_default)
