@@ -69,9 +69,10 @@ def test_nowhere_for_temporary_files(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """As with a root that is read-only: one sentence with the remedy."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
     registry = ["--database-url", f"sqlite:///{tmp_path}/registry.db"]
-    assert main(["--workers", "2", "--vllm-url", "http://127.0.0.1:1", "--listen", "127.0.0.1:0", *registry]) == 1
+    with monkeypatch.context() as nowhere:
+        nowhere.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+        assert main(["--workers", "2", "--vllm-url", "http://127.0.0.1:1", "--listen", "127.0.0.1:0", *registry]) == 1
     error = capfd.readouterr().err
     assert error.startswith("deltawire-server: cannot create the private directory of the workers: No such file")
     assert "TMPDIR" in error
