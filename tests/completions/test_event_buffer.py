@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from typing import TYPE_CHECKING
 
 from deltawire_server.completions.adaptive import AdaptiveDelay
 from deltawire_server.completions.event_buffer import EventBuffer
+from deltawire_server.metrics.table import LOOP_LAG_SECONDS
 from deltawire_server.sansio.events import ChoiceFinished, StopReason, TextDelta
+
+if TYPE_CHECKING:
+    import pytest
 
 
 async def test_events_wait_and_are_taken() -> None:
@@ -93,6 +99,17 @@ def test_one_late_turn_delays_nothing() -> None:
     assert adaptive.seconds > 0
 
 
-async def test_no_longest_delay_measures_nothing() -> None:
+async def test_without_a_longest_delay_only_the_lag_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """With 0, tokens are never delayed."""
-    await AdaptiveDelay(0).adapt_for_ever()
+    monkeypatch.setattr("deltawire_server.completions.adaptive.INTERVAL", 0.001)
+    lags: list[float] = []
+    monkeypatch.setattr(LOOP_LAG_SECONDS, "observe", lags.append)
+    adaptive = AdaptiveDelay(0)
+    measuring = asyncio.create_task(adaptive.adapt_for_ever())
+    await asyncio.sleep(0)
+    time.sleep(0.02)  # noqa: ASYNC251 (a late event loop)
+    while not lags:  # noqa: ASYNC110 (nothing announces it)
+        await asyncio.sleep(0.001)
+    measuring.cancel()
+    assert adaptive.seconds == 0
+    assert lags[0] > 0.01

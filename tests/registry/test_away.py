@@ -125,8 +125,9 @@ async def test_what_means_away(cause: Exception, away: bool) -> None:
 
 @pytest.fixture
 async def file(tmp_path: Path) -> AsyncIterator[Store]:
-    """A store in a folder that does not exist."""
-    store = Store(f"sqlite:///{tmp_path}/missing/registry.db")
+    """A store in something that is no folder."""
+    (tmp_path / "file").write_text("")
+    store = Store(f"sqlite:///{tmp_path}/file/registry.db")
     yield store
     await store.close()
 
