@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import subprocess
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -214,3 +215,13 @@ def postgres() -> Iterator[PostgresServer]:
         pytest.exit(str(error), returncode=1)
     with server:
         yield server
+
+
+@pytest.fixture
+def ipv6() -> None:
+    """The machine has IPv6, as that of CI."""
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        pytest.skip("this machine has no IPv6")

@@ -301,7 +301,8 @@ class Gateway:
         """Apply changes of the files of certificates and authorities, as they are renewed without a signal."""
         while True:
             await asyncio.sleep(FILES_SECONDS)
-            stamps = await asyncio.to_thread(_stamps, self._settings)
+            # In a thread only if there are files, which may be on a slow disk.
+            stamps = await asyncio.to_thread(_stamps, self._settings) if _certificate_files(self._settings) else []
             if stamps == self._stamps:
                 continue
             self._stamps = stamps
@@ -419,16 +420,15 @@ async def _reload_on(requested: asyncio.Event, gateway: Gateway, reload: Callabl
     while True:
         await requested.wait()
         requested.clear()
+        outcome = "refused"
         try:
             await gateway.reload(reload())
+            outcome = "ok"
         except SettingsError as error:
-            RELOADS.labels("refused").inc()
             _log.error("settings refused", problems=list(error.problems))
         except Exception:  # noqa: BLE001 (a defect must not prevent later reloads)
-            RELOADS.labels("refused").inc()
             _log.exception("settings not reloaded")
-        else:
-            RELOADS.labels("ok").inc()
+        RELOADS.labels(outcome).inc()
 
 
 def _authorities(settings: Settings) -> dict[str, bytes]:
@@ -443,10 +443,14 @@ def _authorities(settings: Settings) -> dict[str, bytes]:
 
 def _stamps(settings: Settings) -> list[tuple[int, int, int] | None]:
     """What changes when a file of a certificate or of authorities is replaced."""
+    return [_stamp(path) for path in _certificate_files(settings)]
+
+
+def _certificate_files(settings: Settings) -> list[Path]:
     server = settings.server
-    paths = [server.tls_cert_file, server.tls_key_file, server.tls_client_ca_file]
-    paths += [each.tls_verify for each in settings.providers.values() if isinstance(each.tls_verify, Path)]
-    return [_stamp(path) for path in paths if path is not None]
+    files = (server.tls_cert_file, server.tls_key_file, server.tls_client_ca_file)
+    verified = (provider.tls_verify for provider in settings.providers.values())
+    return [file for file in (*files, *verified) if isinstance(file, Path)]
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:

@@ -33,12 +33,6 @@ class Servicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         self._message = chat_pb.StreamChatCompletionResponse(choice_index=0)
         self._message.text_delta.text = " sea"
 
-    async def CreateChatCompletion(  # noqa: N802 (the RPC's name)
-        self, _request: chat_pb.CreateChatCompletionRequest, _context: object
-    ) -> chat_pb.CreateChatCompletionResponse:
-        """Not measured."""
-        raise NotImplementedError
-
     async def StreamChatCompletion(  # noqa: N802 (the RPC's name)
         self, _request: chat_pb.StreamChatCompletionRequest, _context: object
     ) -> AsyncIterator[chat_pb.StreamChatCompletionResponse]:
@@ -70,10 +64,10 @@ class Servicer(chat_completion_pb2_grpc.ChatCompletionServicer):
             step.set_result(None)
 
 
-async def _serve(port: int, tokens: int, per_second: float | None, in_steps: bool) -> None:
+async def serve(servicer: chat_completion_pb2_grpc.ChatCompletionServicer, port: int) -> None:
+    """Serve until the process is ended."""
     # By default gRPC refuses some of 2,000 calls that begin at the same instant.
     server = aio.server(options=[("grpc.server.max_pending_requests", 4000)])
-    servicer = Servicer(tokens, per_second, in_steps=in_steps)  # type: ignore[abstract]
     chat_completion_pb2_grpc.add_ChatCompletionServicer_to_server(servicer, server)
     server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
@@ -87,7 +81,8 @@ def _main() -> None:
     parser.add_argument("--tokens-per-second", type=float)
     parser.add_argument("--in-steps", action="store_true")
     arguments = parser.parse_args()
-    uvloop.run(_serve(arguments.port, arguments.tokens, arguments.tokens_per_second, arguments.in_steps))
+    servicer = Servicer(arguments.tokens, arguments.tokens_per_second, in_steps=arguments.in_steps)  # type: ignore[abstract]
+    uvloop.run(serve(servicer, arguments.port))
 
 
 if __name__ == "__main__":

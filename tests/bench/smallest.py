@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import httpx
 import msgspec
 import uvloop
-from grpc import aio
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import chat_completion_pb2_grpc
@@ -25,6 +24,7 @@ from deltawire_server.sansio.reader import CompletionReader, Limits
 from deltawire_server.upstream.body import AnswerBody
 from deltawire_server.upstream.request import Sampling
 from deltawire_server.upstream.transport.client import Transport
+from tests.bench.bare import serve
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -57,12 +57,6 @@ class Servicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         request = client.build_request("POST", f"{upstream}/v1/chat/completions")
         del request.headers["content-length"]
         self._prepared = self._transport.prepare(request)
-
-    async def CreateChatCompletion(  # noqa: N802 (the RPC's name)
-        self, _request: chat_pb.CreateChatCompletionRequest, _context: object
-    ) -> chat_pb.CreateChatCompletionResponse:
-        """Not measured."""
-        raise NotImplementedError
 
     async def StreamChatCompletion(  # noqa: N802 (the RPC's name)
         self, request: chat_pb.StreamChatCompletionRequest, _context: object
@@ -113,20 +107,12 @@ async def _once(content: bytes) -> AsyncIterator[bytes]:
     yield content
 
 
-async def _serve(port: int, upstream: str) -> None:
-    server = aio.server(options=[("grpc.server.max_pending_requests", 4000)])
-    chat_completion_pb2_grpc.add_ChatCompletionServicer_to_server(Servicer(upstream), server)  # type: ignore[abstract]
-    server.add_insecure_port(f"127.0.0.1:{port}")
-    await server.start()
-    await server.wait_for_termination()
-
-
 def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--upstream", required=True)
     arguments = parser.parse_args()
-    uvloop.run(_serve(arguments.port, arguments.upstream))
+    uvloop.run(serve(Servicer(arguments.upstream), arguments.port))  # type: ignore[abstract]
 
 
 if __name__ == "__main__":

@@ -48,19 +48,14 @@ def test_there_may_be_none() -> None:
     assert serve_metrics("", CollectorRegistry(), is_default=False) is None
 
 
-def test_ipv6(serving: MetricsListener) -> None:
+@pytest.mark.usefixtures("ipv6")
+def test_ipv6() -> None:
     """As the setting has it, in brackets."""
-    del serving
-    if not socket.has_ipv6:
-        pytest.skip("this machine has no IPv6")
+    serving = MetricsListener("[::1]:0", CollectorRegistry())
     try:
-        other = MetricsListener("[::1]:0", CollectorRegistry())
-    except OSError:
-        pytest.skip("this machine has no IPv6 address")
-    try:
-        assert get(other.address, "/metrics") == ""
+        assert get(serving.address, "/metrics") == ""
     finally:
-        other.close()
+        serving.close()
 
 
 def test_silent_clients_are_bounded(serving: MetricsListener) -> None:

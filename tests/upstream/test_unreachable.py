@@ -81,13 +81,3 @@ async def test_ipv6() -> None:
     """An address in brackets is reached as any other."""
     async with FakeVllm(host="::1") as vllm, provider(f"http://[::1]:{vllm.port}/v1") as p:
         assert [model.id for model in await p.list_models()] == ["fake"]
-
-
-@pytest.fixture
-def ipv6() -> None:
-    """The machine has IPv6."""
-    try:
-        with socket.socket(socket.AF_INET6) as probe:
-            probe.bind(("::1", 0))
-    except OSError:
-        pytest.skip("no IPv6 here")

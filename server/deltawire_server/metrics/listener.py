@@ -46,7 +46,9 @@ class MetricsListener:
 
     def __init__(self, address: str, registry: CollectorRegistry) -> None:
         host, _, port = address.rpartition(":")
-        self._server = _server(host.strip("[]"), int(port))
+        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, place = found[0]
+        self._server = _Server(family, place)
         self._server.set_app(_application(registry))
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(POLL_SECONDS,), name="metrics", daemon=True
@@ -101,19 +103,13 @@ def _application(registry: CollectorRegistry) -> Any:  # noqa: ANN401 (as WSGI h
     return application
 
 
-def _server(host: str, port: int) -> _Server:
-    family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    kind = type("_Server", (_Server,), {"address_family": family})
-    server: _Server = kind(place, _Handler)
-    return server
-
-
 class _Server(socketserver.ThreadingMixIn, WSGIServer):
     daemon_threads = True
 
-    def __init__(self, *arguments: Any) -> None:  # noqa: ANN401 (the library's)
+    def __init__(self, family: socket.AddressFamily, place: Any) -> None:  # noqa: ANN401 (as the family has it)
+        self.address_family = family
         self._turns = threading.BoundedSemaphore(MAX_REQUESTS)
-        super().__init__(*arguments)
+        super().__init__(place, _Handler)
 
     def server_bind(self) -> None:
         """As in `HTTPServer`, without its lookup of the host's full name, which takes seconds without a name server."""

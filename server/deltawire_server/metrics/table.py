@@ -159,7 +159,7 @@ WORKER_ENDS = Row(
     "deltawire_worker_ends_total",
     "counter",
     (),
-    "Workers that have ended and were started again; only with several workers.",
+    "Ends of workers, and failed attempts to start one again; only with several workers.",
 )
 TABLE.append(WORKER_ENDS)  # counted by their parent, and by no worker
 INFO = _gauge("deltawire_info", "1, with the version of the gateway.", "version", merge="livemax")

@@ -27,6 +27,6 @@ class WorkerMetrics:
         self._ends = Counter(WORKER_ENDS.name, WORKER_ENDS.description, registry=self.registry)
 
     def ended(self, pid: int) -> None:
-        """Record that a worker has ended: its gauges no longer count, its counters do."""
+        """Record that a worker has ended, or could not be started: its gauges no longer count, its counters do."""
         multiprocess.mark_process_dead(pid, self._folder)  # type: ignore[no-untyped-call]
         self._ends.inc()

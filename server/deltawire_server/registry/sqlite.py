@@ -17,7 +17,7 @@ from deltawire_server.settings.values import is_in_memory
 from deltawire_server.telemetry import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
     from contextlib import AbstractAsyncContextManager
 
     from sqlalchemy import URL, Connection
@@ -93,8 +93,7 @@ class SqliteDatabase(Database):
                     version: object = None
                     while True:
                         self._check_file()
-                        async with connection.begin():
-                            seen = (await connection.exec_driver_sql("PRAGMA data_version")).scalar()
+                        seen = await _to_the_end(_data_version(connection))
                         blind = False
                         if seen != version:
                             version = seen
@@ -174,6 +173,21 @@ def _use_log(connection: Connection) -> None:
     # none can, because the file is read-only.
     with suppress(OperationalError):
         connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+
+
+async def _data_version(connection: AsyncConnection) -> object:
+    async with connection.begin():
+        return (await connection.exec_driver_sql("PRAGMA data_version")).scalar()
+
+
+async def _to_the_end(query: Coroutine[object, object, object]) -> object:
+    """Wait for a short query, even if the task is canceled: the driver's thread would otherwise answer to a closed event loop."""
+    running = asyncio.create_task(query)
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
 
 
 def _prepare(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,34 +12,16 @@ from deltawire_server.errors import GatewayError, Reason
 from deltawire_server.pacing import give_way
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from contextlib import AbstractContextManager
-    from types import TracebackType
+    from collections.abc import Callable, Iterator
 
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """A call; a context manager, because one made by `contextlib` takes several times as long."""
-
-    calls: set[_Call]
     owner: str
     method: str
     begun: Callable[[], bool]
-    task: asyncio.Task[object] | None = None
+    task: asyncio.Task[object] | None
     ended: bool = False
-
-    def __enter__(self) -> None:
-        self.task = asyncio.current_task()
-        self.calls.add(self)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.calls.discard(self)
-        # As in asyncio.timeout: another cancel, the client's own, takes precedence.
-        canceled = isinstance(error, asyncio.CancelledError) and self.ended
-        if canceled and self.task is not None and not self.task.uncancel():
-            raise GatewayError(Reason.ACCESS_CHANGED, REVOKED) from None
 
 
 class Admitted:
@@ -47,9 +30,8 @@ class Admitted:
     def __init__(self) -> None:
         self._calls: set[_Call] = set()
 
-    def entered(
-        self, owner: str, method: str, begun: Callable[[], bool] = lambda: False
-    ) -> AbstractContextManager[None]:
+    @contextmanager
+    def entered(self, owner: str, method: str, begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
         """Handle a call within this context.
 
         Args:
@@ -61,7 +43,17 @@ class Admitted:
         Raises:
             GatewayError: ACCESS_CHANGED: `end` ended the call. Send it to the caller.
         """
-        return _Call(self._calls, owner, method, begun)
+        call = _Call(owner, method, begun, asyncio.current_task())
+        self._calls.add(call)
+        try:
+            yield
+        except asyncio.CancelledError:
+            # As in asyncio.timeout: another cancel, the client's own, takes precedence.
+            if call.ended and call.task is not None and not call.task.uncancel():
+                raise GatewayError(Reason.ACCESS_CHANGED, REVOKED) from None
+            raise
+        finally:
+            self._calls.discard(call)
 
     async def end(self, admits: Callable[[str, str], bool]) -> None:
         """End every call that is no longer admitted and whose answer has not begun. Other calls run in between.

@@ -16,7 +16,7 @@ import functools
 import random
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -47,7 +47,6 @@ from deltawire_server.upstream.base import CallContext
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping
-    from types import TracebackType
 
     from deltawire_server.admission import Place
 
@@ -225,7 +224,9 @@ class CallInterceptor(aio.ServerInterceptor):
         metadata = _metadata(context)
         record = CallRecord(_call_context(metadata))
         _record.set(record)  # for the task of this call, so it is never reset
-        with _Active(self, ours) as active:
+        with contextlib.ExitStack() as counted:
+            if ours:
+                counted.enter_context(self._counted())
             with self._logged(method, rpc, record, context, metadata) as outcome, self._admission.place() as place:
                 try:
                     if not ours:
@@ -249,9 +250,9 @@ class CallInterceptor(aio.ServerInterceptor):
             message = shorten(error.message, MAX_MESSAGE)
             # The call counts as active until its status is sent. If the caller does not read, the status is queued, and a drain
             # must not wait for it.
-            unread = asyncio.get_running_loop().call_later(UNREAD_SECONDS, active.end)
+            unread = asyncio.get_running_loop().call_later(UNREAD_SECONDS, counted.close)
             try:
-                with _DISCONNECT_IS_CANCELLATION:
+                with _disconnect_is_cancellation():
                     trailers = trailers_of(error, record.call.request_id)
                     return await context.abort(grpc_code(error.code), message, trailers)
             finally:
@@ -272,21 +273,13 @@ class CallInterceptor(aio.ServerInterceptor):
     @staticmethod
     async def _handle(running: Awaitable[object], record: CallRecord, context: _Context) -> object:
         """Wait for the handler, and return the response of a unary call."""
-        with _DISCONNECT_IS_CANCELLATION:
+        with _disconnect_is_cancellation():
             response = await running
             if response is not None:  # a stream sends the request id with its first message
                 await context.send_initial_metadata(((REQUEST_ID, record.call.request_id),))
                 record.latch.succeed()
             record.latch.check_succeeded()
             return response
-
-    def change_active(self, change: int) -> None:
-        """Count the active calls."""
-        self._active += change
-        if self._active:
-            self._idle.clear()
-        else:
-            self._idle.set()
 
     async def _let_in(self, method: str, record: CallRecord, context: _Context, place: Place) -> None:
         """Check access, the drain gate and admission, or raise."""
@@ -383,46 +376,16 @@ class CallInterceptor(aio.ServerInterceptor):
                     exc_info=outcome.defect,
                 )
 
-
-class _Active:
-    """Counts a call as active until `end`, or the end of its `with`; health and reflection do not count.
-
-    This is a class, as are the others that each call enters, because a context manager made by `contextlib` takes several times as
-    long.
-    """
-
-    def __init__(self, calls: CallInterceptor, counts: bool) -> None:
-        self._calls = calls
-        self._counts = counts
-        calls.change_active(counts)
-
-    def end(self) -> None:
-        self._calls.change_active(-self._counts)
-        self._counts = False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.end()
-
-
-class _DisconnectIsCancellation:
-    """Treats a failed write as cancellation: the caller has disconnected, and grpc will cancel the task."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, aio.InternalError):
-            raise asyncio.CancelledError from error
-
-
-_DISCONNECT_IS_CANCELLATION = _DisconnectIsCancellation()
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        self._active += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._active -= 1
+            if not self._active:
+                self._idle.set()
 
 
 class _Outcome:
@@ -439,6 +402,15 @@ class _Outcome:
         self.values = {"reason": error.reason.name, "error": shorten(error.message, MAX_LOGGED)}
         if error.reason is Reason.INTERNAL:
             self.defect = error.__cause__
+
+
+@contextlib.contextmanager
+def _disconnect_is_cancellation() -> Iterator[None]:
+    """Treat a failed write as cancellation: the caller has disconnected, and grpc will cancel the task."""
+    try:
+        yield
+    except aio.InternalError as disconnected:
+        raise asyncio.CancelledError from disconnected
 
 
 @functools.cache
