@@ -32,6 +32,10 @@ MAX_TIMEOUT = 10**9
 AUTHORIZATION = "authorization"
 VLLM_TOKEN = "x-vllm-api-token"  # noqa: S105 -- the name of a header
 SECRETS = frozenset({AUTHORIZATION, VLLM_TOKEN})
+# Headers by which a proxy finds the gateway that has a completion, as the shipped Envoy does. Calls with the same route go to
+# the same gateway; the other one comes from the proxy, names the gateway, and is sent back.
+ROUTE = "x-deltawire-route"
+GATEWAY = "x-deltawire-gateway"
 
 # gRPC itself retries, and only while no message has come, so nothing is ever seen twice. UNAVAILABLE says that nothing
 # of the answer was sent; the engine may have begun all the same. Waits: about 0.2, 0.4 and 0.8 s, randomized.
@@ -221,6 +225,32 @@ class Outgoing:
 
     arguments: dict[str, Any]
     info: CallInfo = field(default_factory=CallInfo)
+    _completion_id: str = ""
+    _given: Metadata = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._given = self.arguments["metadata"]
+
+    def about(self, completion_id: str, attempt: int = 0) -> Outgoing:
+        """Let a proxy send the call to the gateway that has a completion. Headers of the caller's own take precedence.
+
+        Args:
+            completion_id: "" if it is not known yet. One that cannot be sent in a header is left to the gateway to refuse.
+            attempt: How many gateways did not have it; the proxy chooses again for each.
+        """
+        self._completion_id = completion_id
+        routing = {}
+        if completion_id and all("!" <= character <= "~" for character in completion_id):
+            routing[ROUTE] = f"{completion_id}#{attempt}" if attempt else completion_id
+        if not attempt and (gateway := metadata_text(self.info.initial_metadata, GATEWAY)):
+            routing[GATEWAY] = gateway
+        names = {name.lower() for name, _ in self._given}
+        self.arguments["metadata"] = (*self._given, *(pair for pair in routing.items() if pair[0] not in names))
+        return self
+
+    def elsewhere(self, attempt: int) -> None:
+        """Let the next attempt, 1 or above, go to another gateway."""
+        self.about(self._completion_id, attempt)
 
     def began(self, initial: Iterable[tuple[str, str | bytes]] | None) -> None:
         """Take the headers, as soon as they are received."""
@@ -251,8 +281,9 @@ class Outgoing:
         )
 
     def aside(self, timeout: float | None) -> Outgoing:
-        """Another call about this one: with the same metadata, and so with the same request id."""
-        return Outgoing(self.arguments | {"timeout": timeout}, CallInfo(self.info.request_id))
+        """Another call about this one's completion: with the same metadata, and so with the same request id."""
+        arguments = self.arguments | {"timeout": timeout, "metadata": self._given}
+        return Outgoing(arguments, CallInfo(self.info.request_id, self.info.initial_metadata))
 
     def error(self, call: FailedCall) -> CallError:
         """The error to raise for a failed call."""

@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from deltawire import CallInfo, Client, ConnectOptions, tls_credentials
-from deltawire._channel import SERVICE_CONFIG, Defaults, connection, is_local
+from deltawire._channel import GATEWAY, ROUTE, SERVICE_CONFIG, Defaults, Outgoing, connection, is_local
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -241,3 +241,45 @@ def test_timeouts_of_another_type(timeout: Any, client: Client) -> None:  # noqa
     """The message says what is needed."""
     with pytest.raises(TypeError, match=r"^timeout: a number of seconds is needed, not (str|bool)$"):
         client.models.watch(timeout=timeout)
+
+
+def routing(outgoing: Outgoing) -> dict[str, str | bytes]:
+    """The headers by which a proxy finds a completion's gateway."""
+    return {name: value for name, value in outgoing.arguments["metadata"] if name in {ROUTE, GATEWAY}}
+
+
+def test_a_call_about_a_completion_names_its_gateway() -> None:
+    """By the id from the first call on, and by what the proxy has said of the gateway once there are headers."""
+    _, defaults = made()
+    outgoing = defaults.outgoing({})
+    assert routing(outgoing) == {}
+    assert routing(outgoing.about("mine")) == {ROUTE: "mine"}
+    outgoing.began([(GATEWAY, "R0E=")])
+    assert routing(outgoing.aside(1.0).about("mine")) == {ROUTE: "mine", GATEWAY: "R0E="}
+    assert routing(outgoing.aside(1.0)) == {}
+
+
+def test_an_attempt_elsewhere_has_another_route() -> None:
+    """The gateway that does not have the completion is not named again."""
+    _, defaults = made()
+    outgoing = defaults.outgoing({}).about("mine")
+    outgoing.began([(GATEWAY, "R0E=")])
+    outgoing.about("mine").elsewhere(1)
+    assert routing(outgoing) == {ROUTE: "mine#1"}
+    outgoing.elsewhere(2)
+    assert routing(outgoing) == {ROUTE: "mine#2"}
+
+
+def test_the_callers_own_route_is_kept() -> None:
+    """Whoever routes calls by headers of their own does so for all attempts."""
+    _, defaults = made(metadata=[("X-Deltawire-Route", "team-a")])
+    outgoing = defaults.outgoing({}).about("mine")
+    outgoing.elsewhere(1)
+    assert [value for name, value in outgoing.arguments["metadata"] if name.lower() == ROUTE] == ["team-a"]
+
+
+@pytest.mark.parametrize("completion_id", ["with space", "ä", "a\nb", ""])
+def test_an_id_that_fits_into_no_header_has_no_route(completion_id: str) -> None:
+    """The gateway refuses it, with a message that names the field."""
+    _, defaults = made()
+    assert routing(defaults.outgoing({}).about(completion_id)) == {}

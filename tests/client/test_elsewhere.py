@@ -122,6 +122,8 @@ def test_resume(replicas: tuple[Replica, Replica], proxy: RoundRobin, run: Calla
 
     assert run(proxy.target, use).text == "Hello you"
     assert proxy.made == 2
+    # A proxy that chooses by the route chooses again.
+    assert [replica.last.metadata["x-deltawire-route"] for replica in replicas] == ["two", "two#1"]
 
 
 @pytest.mark.parametrize("refusal", [None, MISSING], ids=["WRONG_REPLICA", "COMPLETION_NOT_FOUND"])

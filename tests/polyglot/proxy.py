@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # In the file, in this order: Envoy's own administration, the listener, and the two gateways.
 ADMIN, LISTENER, FIRST, SECOND = "9901", "50050", "50051", "50052"
 JSON_LISTENER = "50080"
+CLUSTERS = ("gateways", "routed", "registry")
 SECOND_ENDPOINT = """\
               - endpoint:
                   address:
@@ -65,10 +66,10 @@ class Envoy:
         value: int = found["value"]
         return value
 
-    async def health(self) -> dict[str, dict[str, Any]]:
-        """By gateway's address, what Envoy holds of it: empty of faults is healthy."""
+    async def health(self, name: str = "gateways") -> dict[str, dict[str, Any]]:
+        """By gateway's address, what a cluster holds of it: empty of faults is healthy."""
         answer = await self._admin.get("/clusters", params={"format": "json"})
-        (cluster,) = [each for each in answer.json()["cluster_statuses"] if each["name"] == "gateways"]
+        (cluster,) = [each for each in answer.json()["cluster_statuses"] if each["name"] == name]
         hosts = {}
         for host in cluster.get("host_statuses", ()):
             address = host["address"]["socket_address"]
@@ -77,13 +78,14 @@ class Envoy:
         return hosts
 
     async def until(self, address: str, fault: str | None) -> None:
-        """Wait until a gateway has this fault, or none at all."""
+        """Wait until a gateway has this fault, or none at all, in every cluster."""
         async with asyncio.timeout(LIMIT):
-            while True:
-                faults = (await self.health()).get(address)
-                if faults is not None and (fault in faults if fault else not faults):
-                    return
-                await asyncio.sleep(0.05)
+            for name in CLUSTERS:
+                while True:
+                    faults = (await self.health(name)).get(address)
+                    if faults is not None and (fault in faults if fault else not faults):
+                        break
+                    await asyncio.sleep(0.05)
 
 
 @contextlib.asynccontextmanager

@@ -61,7 +61,7 @@ class AsyncChat:
     async def create(self, messages: Messages | ChatRequest, **arguments: Unpack[ChatArguments]) -> Answer:
         """Send a request, and wait for the whole answer; see `Chat.create`. Canceling the task cancels the call."""
         chat, options = split_arguments(messages, arguments)
-        outgoing = self._defaults.outgoing(options)
+        outgoing = self._defaults.outgoing(options).about(chat.completion_id)
         response = await invoke(self._stub.CreateChatCompletion, CreateChatCompletionRequest(chat=chat), outgoing)
         return answer_of(response, outgoing.info)
 
@@ -89,13 +89,13 @@ class AsyncChat:
     async def cancel(self, completion_id: str, **options: Unpack[CallOptions]) -> CancelChatCompletionResponse:
         """End a completion softly; see `Chat.cancel`."""
         request = made(CancelChatCompletionRequest, {"completion_id": completion_id})
-        outgoing = self._defaults.outgoing(options)
+        outgoing = self._defaults.outgoing(options).about(completion_id)
         return await self._connections.find(lambda stub: stub.CancelChatCompletion, request, outgoing)
 
     async def get(self, completion_id: str, **options: Unpack[CallOptions]) -> GetChatCompletionResponse:
         """The state of a completion, and its result if that is retained; see `Chat.get`."""
         request = made(GetChatCompletionRequest, {"completion_id": completion_id})
-        outgoing = self._defaults.outgoing(options)
+        outgoing = self._defaults.outgoing(options).about(completion_id)
         return await self._connections.find(lambda stub: stub.GetChatCompletion, request, outgoing)
 
     async def count_tokens(

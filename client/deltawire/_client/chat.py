@@ -74,7 +74,7 @@ class Chat:
         Append the answer's `message` to the history; if `tool_calls_executable`, run its `tool_calls` next.
         """
         chat, options = split_arguments(messages, arguments)
-        outgoing = self._defaults.outgoing(options)
+        outgoing = self._defaults.outgoing(options).about(chat.completion_id)
         response = invoke(self._stub.CreateChatCompletion, CreateChatCompletionRequest(chat=chat), outgoing)
         return answer_of(response, outgoing.info)
 
@@ -138,7 +138,7 @@ class Chat:
         The returned `state` and `usage` are those before the cancel. Canceling an ended completion has no effect.
         """
         request = made(CancelChatCompletionRequest, {"completion_id": completion_id})
-        outgoing = self._defaults.outgoing(options)
+        outgoing = self._defaults.outgoing(options).about(completion_id)
         return self._connections.find(lambda stub: stub.CancelChatCompletion, request, outgoing)
 
     def get(self, completion_id: str, **options: Unpack[CallOptions]) -> GetChatCompletionResponse:
@@ -151,7 +151,7 @@ class Chat:
         Read `completed` if the response has it, else branch on `state`; `last_sequence` is what `resume` continues after.
         """
         request = made(GetChatCompletionRequest, {"completion_id": completion_id})
-        outgoing = self._defaults.outgoing(options)
+        outgoing = self._defaults.outgoing(options).about(completion_id)
         return self._connections.find(lambda stub: stub.GetChatCompletion, request, outgoing)
 
     def count_tokens(self, messages: Messages | ChatRequest, **arguments: Unpack[ChatArguments]) -> CountTokensResponse:

@@ -67,7 +67,7 @@ class Search:
         timeout: float | None = outgoing.arguments["timeout"]
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._outgoing = outgoing
-        self._left = connections
+        self._connections = self._left = connections
         self._logged = False
         self._pauses = Pauses(random.uniform)
 
@@ -84,6 +84,7 @@ class Search:
         self._left -= 1
         if self._left < 0:
             return None
+        self._outgoing.elsewhere(self._connections - self._left)
         if not self._logged:
             self._logged = True
             log_search(error)

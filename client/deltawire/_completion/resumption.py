@@ -195,6 +195,11 @@ class Resumption:
         return self._moves
 
     @property
+    def moved(self) -> int:
+        """How many new connections were needed since the last event, with that of the next call."""
+        return self._connections - max(0, self._connections_left) if self._moves else 0
+
+    @property
     def calls(self) -> int:
         """How many calls have begun."""
         return self._calls

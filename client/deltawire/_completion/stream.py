@@ -95,6 +95,7 @@ class StreamCalls:
         self._outgoing.arguments["timeout"] = self._remaining()
         self._begun = False
         request = self._resumption.begin(time.monotonic())
+        self._outgoing.about(self.completion_id, self._resumption.moved)
         if request.WhichOneof("start") == "chat":
             # Only heartbeats can have come before.
             self._accumulator = Accumulator(self._resumption.completion_id)
@@ -174,7 +175,8 @@ class StreamCalls:
         if not self.completion_id:
             message = "the completion's id is not known before `started`: ask with a completion_id, or cancel()"
             raise RuntimeError(message)
-        return CancelChatCompletionRequest(completion_id=self.completion_id), self._outgoing.aside(self._remaining())
+        outgoing = self._outgoing.aside(self._remaining()).about(self.completion_id)
+        return CancelChatCompletionRequest(completion_id=self.completion_id), outgoing
 
     def _settle(self, failure: Failure | None) -> None:
         """Decide the outcome of the stream, once."""
