@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from tests.faults.lab import Result
 
 README = Path(__file__).with_name("README.md")
+
+WIDTH = 100
+"""Columns of the prose."""
 
 COMMAND = "make faults"
 """Writes the generated parts."""
@@ -54,7 +58,8 @@ class Tally:
                 totals += counts
                 same.setdefault(_shown(counts), []).append(where)
             lines += [f"| {what} | {', '.join(wheres)} | {shown} |" for shown, wheres in same.items()]
-        return f"\n{totals.total()} cells: {_shown(totals)}\n\n" + "\n".join(lines) + "\n\n"
+        summary = textwrap.fill(f"{totals.total()} cells: {_shown(totals)}", WIDTH, break_long_words=False)
+        return f"\n{summary}\n\n" + "\n".join(lines) + "\n\n"
 
 
 def _shown(counts: Counter[str]) -> str:
