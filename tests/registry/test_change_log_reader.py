@@ -7,7 +7,7 @@ import sqlite3
 import threading
 from contextlib import aclosing, asynccontextmanager, closing, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import structlog
@@ -99,9 +99,9 @@ async def inserted(store: Store, model: Model) -> Model:
     return kept
 
 
-async def updated(store: Store, model: Model) -> Model:
-    """A model that is there, as it is kept."""
-    kept = await store.update(model)
+async def updated(store: Store, before: Model, **changes: Any) -> Model:  # noqa: ANN401 (fields)
+    """A model that is there, with changes, as it is kept."""
+    kept = await store.update(before, replace(before, **changes))
     assert kept is not None
     return kept
 
@@ -156,7 +156,7 @@ async def test_memory_is_what_the_database_is(store: Store, other: Store) -> Non
         assert memory.models == [before]
         assert memory.told == [(None, before)]
         added = await inserted(other, VECTORS)
-        changed = await updated(other, replace(before, aliases=("new",)))
+        changed = await updated(other, before, aliases=("new",))
         removed = await other.delete("vectors")
         assert removed is not None
         taken = await inserted(other, plain("fast"))
@@ -175,7 +175,7 @@ async def test_own_changes_come_in_their_order(store: Store, other: Store) -> No
     ours = await inserted(store, VECTORS)
     await memory.follower.applied(Change(ours.revision, ChangeKind.ADDED, ours.id, ours))
     assert memory.told == [(None, theirs), (None, ours)]
-    next_of_ours = await updated(store, replace(ours, base_model="new"))
+    next_of_ours = await updated(store, ours, base_model="new")
     change = Change(next_of_ours.revision, ChangeKind.MODIFIED, ours.id, next_of_ours)
     await memory.follower.applied(change)
     await memory.follower.applied(change)
@@ -227,10 +227,10 @@ async def test_after_a_defect_everything_is_read_anew(
     async with following(store) as memory:
         with monkeypatch.context() as patch, structlog.testing.capture_logs() as logs:
             patch.delattr(memory.known.__class__, "remove")
-            second = await updated(other, replace(first, aliases=("new",)))
+            second = await updated(other, first, aliases=("new",))
             await until(lambda: memory.models == [second])
         assert "the registry cannot follow its database" in [line["event"] for line in logs]
-        third = await updated(other, replace(second, aliases=()))
+        third = await updated(other, second, aliases=())
         await until(lambda: memory.models == [third])
         assert memory.told == [(None, first), (first, second), (second, third)]
         assert memory.known.find("new") is None
@@ -246,7 +246,7 @@ async def test_who_has_missed_too_much_reads_everything(url: str, store: Store) 
     memory.told.clear()
     async with opened(url, changes_kept=1) as other:
         await other.delete("gone")
-        now = await updated(other, replace(changed, aliases=("gone",)))
+        now = await updated(other, changed, aliases=("gone",))
         new = await inserted(other, plain("new", "gone-alias"))
     with structlog.testing.capture_logs() as logs:
         await memory.follower.catch_up()
@@ -296,7 +296,7 @@ async def test_a_copy_that_is_brought_back(sqlite_url: str) -> None:
         with closing(sqlite3.connect(":memory:")) as copy:
             with closing(sqlite3.connect(path)) as connection:
                 connection.backup(copy)
-            new = await updated(other, replace(old, base_model="new"))
+            new = await updated(other, old, base_model="new")
             lost = await inserted(other, VECTORS)
             async with following(store) as memory:
                 assert memory.models == [new, lost]
@@ -357,7 +357,7 @@ async def test_following_goes_on_when_the_server_is_back(postgres: PostgresServe
                 assert memory.models == [first]
             second = await inserted(other, VECTORS)
             await until(lambda: memory.models == [first, second])
-            third = await updated(other, replace(second, base_model="new"))
+            third = await updated(other, second, base_model="new")
             await until(lambda: memory.models == [first, third])
             await until(lambda: "the database announces changes again" in [line["event"] for line in logs])
         events = [line["event"] for line in logs]

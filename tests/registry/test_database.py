@@ -58,7 +58,7 @@ async def unusable(store: Store, *secrets: str) -> None:
         store.load(),
         store.changes_after(1),
         store.insert(plain("other")),
-        store.update(replace(LLAMA, revision=2)),
+        store.update(replace(LLAMA, revision=2), LLAMA),
         store.delete("llama"),
     )
     for failure in await asyncio.gather(*calls, return_exceptions=True):
@@ -181,7 +181,7 @@ async def test_a_read_only_database_can_be_read(url: str, store: Store) -> None:
     reader = Store(f"sqlite:///file:{path_of(url)}?mode=ro&uri=true")
     await reader.open()
     assert await reader.load() == (kept.revision, [kept])
-    for write in (reader.insert(plain("other")), reader.update(kept), reader.delete("llama")):
+    for write in (reader.insert(plain("other")), reader.update(kept, kept), reader.delete("llama")):
         with pytest.raises(RegistryError) as failure:
             await write
         assert failure.value.reason is Reason.STORE_UNAVAILABLE
@@ -340,7 +340,7 @@ async def test_a_database_that_may_only_be_read(postgres: PostgresServer) -> Non
     store = Store(url)
     await store.open()
     assert await store.load() == (kept.revision, [kept])
-    for write in (store.insert(plain("other")), store.update(kept), store.delete("llama")):
+    for write in (store.insert(plain("other")), store.update(kept, kept), store.delete("llama")):
         with pytest.raises(RegistryError) as failure:
             await write
         assert failure.value.reason is Reason.STORE_UNAVAILABLE

@@ -11,12 +11,13 @@ import pytest
 import structlog
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import CursorResult
+from sqlalchemy import CursorResult, update
 
 import deltawire_server.registry.store as store_module
 from deltawire_server.errors import Code, Reason, RegistryError
 from deltawire_server.registry.model import Model
 from deltawire_server.registry.store import Change, ChangeKind, Store, StoreLimits
+from deltawire_server.registry.tables import REVISION
 from tests.registry.databases import LLAMA, VECTORS, execute, plain, whole
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ async def test_a_name_that_nobody_has_deletes_nothing(store: Store, name: str) -
 async def test_delete_with_a_revision(store: Store) -> None:
     """Who has seen a state deletes that one, or nothing."""
     old = await inserted(store, LLAMA)
-    new = await store.update(replace(old, base_model=""))
+    new = await store.update(old, replace(old, base_model=""))
     assert new is not None
     assert await store.delete("small", old.revision) is None
     assert await store.load() == (new.revision, [new])
@@ -124,7 +125,7 @@ async def test_update_replaces_everything_but_the_id(url: str, store: Store) -> 
     """All fields and names are those of the new model; the old aliases are free, and kept ones may change places."""
     old = await inserted(store, LLAMA)
     wanted = replace(VECTORS, id="llama", aliases=("fast", "new"), annotations={"a": "b"}, revision=old.revision)
-    new = await store.update(wanted)
+    new = await store.update(old, wanted)
     assert new == replace(wanted, revision=old.revision + 1)
     assert await store.load() == (old.revision + 1, [new])
     assert list(whole(url)) == []
@@ -132,25 +133,26 @@ async def test_update_replaces_everything_but_the_id(url: str, store: Store) -> 
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("stale", "change"),
     [
-        pytest.param({"revision": 1000}, id="a revision that never was"),
-        pytest.param({"revision": 2}, id="a revision that was"),
-        pytest.param({"id": "unknown"}, id="an id that nobody has"),
-        pytest.param({"id": "fast"}, id="an alias in the place of the id"),
-        pytest.param({"aliases": ("taken",)}, id="another's id"),
-        pytest.param({"aliases": ("small", "theirs")}, id="another's alias"),
+        pytest.param({"revision": 1000}, {}, id="a revision that never was"),
+        pytest.param({"revision": 2}, {}, id="a revision that was"),
+        pytest.param({"id": "unknown"}, {"id": "unknown"}, id="an id that nobody has"),
+        pytest.param({"id": "fast"}, {"id": "fast"}, id="an alias in the place of the id"),
+        pytest.param({}, {"aliases": ("taken",)}, id="another's id"),
+        pytest.param({}, {"aliases": ("small", "theirs")}, id="another's alias"),
     ],
 )
 async def test_a_refused_update_changes_nothing(
-    url: str, store: Store, change: dict[str, str | int | tuple[str, ...]]
+    url: str, store: Store, stale: dict[str, Any], change: dict[str, Any]
 ) -> None:
     """Neither the model, nor its names, nor the revision: who was overtaken reads and decides again."""
     taken = await inserted(store, plain("taken", "theirs"))
     assert taken.revision == 2
-    kept = await store.update(await inserted(store, LLAMA))
+    first = await inserted(store, LLAMA)
+    kept = await store.update(first, first)
     assert kept is not None
-    assert await store.update(replace(kept, base_model="new", **change)) is None  # type: ignore[arg-type]
+    assert await store.update(replace(kept, **stale), replace(kept, base_model="new", **change)) is None
     assert await store.load() == (kept.revision, [kept, taken])
     assert await store.changes_after(kept.revision) == []
     assert list(whole(url)) == []
@@ -161,7 +163,7 @@ async def test_changes_tell_all_that_was_done_in_its_order(store: Store) -> None
     start, _ = await store.load()
     added = await inserted(store, LLAMA)
     other = await inserted(store, VECTORS)
-    modified = await store.update(replace(added, aliases=("new",)))
+    modified = await store.update(added, replace(added, aliases=("new",)))
     assert modified is not None
     removed = await store.delete("new")
     changes = [
@@ -175,8 +177,9 @@ async def test_changes_tell_all_that_was_done_in_its_order(store: Store) -> None
         assert await store.changes_after(start + done) == changes[done:]
 
 
-async def test_only_the_last_changes_are_kept(url: str) -> None:
+async def test_only_the_last_changes_are_kept(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who has missed more is told to read everything; the models themselves stay."""
+    monkeypatch.setattr(store_module, "TRIM_EVERY", 1)
     store = Store(url, changes_kept=3)
     await store.open()
     kept = [await inserted(store, plain(f"model-{number}")) for number in range(6)]
@@ -188,13 +191,39 @@ async def test_only_the_last_changes_are_kept(url: str) -> None:
     await store.close()
 
 
+async def test_the_size_is_that_of_all_models(url: str, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is kept by every write, and counted anew every so often: an earlier release does not keep it."""
+
+    async def counted() -> None:
+        sizes = execute(url, "SELECT models, aliases, bytes FROM registry_revision")
+        async with store._database.writing() as connection:
+            await connection.execute(update(REVISION).values(store_module._COUNTED))
+        assert execute(url, "SELECT models, aliases, bytes FROM registry_revision") == sizes
+
+    first = await inserted(store, LLAMA)
+    await inserted(store, VECTORS)
+    await counted()
+    second = await store.update(first, replace(first, aliases=("ä",), annotations={"ö": "x" * 50}, owner="them"))
+    assert second is not None
+    await counted()
+    assert await store.delete("ä")
+    await counted()
+    execute(url, "UPDATE models SET annotations = '{damaged'", "UPDATE registry_revision SET models = 7, bytes = 7")
+    assert await store.delete("vectors")
+    assert execute(url, "SELECT models, aliases, bytes FROM registry_revision") == [(0, 0, 0)]
+    execute(url, "UPDATE registry_revision SET models = 7, aliases = 7, bytes = 7")
+    monkeypatch.setattr(store_module, "RECOUNT_EVERY", 1)
+    await inserted(store, LLAMA)
+    await counted()
+
+
 async def test_the_records_of_changes_are_bounded_in_bytes(url: str) -> None:
     """Every so often the oldest are dropped, and who missed them reads everything; the models themselves stay."""
     store = Store(url, changes_bytes=20_000)
     await store.open()
     model = await inserted(store, plain("model"))
     for turn in range(130):
-        changed = await store.update(replace(model, annotations={"k": str(turn) + "x" * 1000}))
+        changed = await store.update(model, replace(model, annotations={"k": str(turn) + "x" * 1000}))
         assert changed is not None
         model = changed
     ((rows, size),) = execute(url, "SELECT count(*), sum(length(record)) FROM changes")
@@ -231,7 +260,7 @@ async def test_much_is_read_in_pages(url: str, store: Store, monkeypatch: pytest
     again = {model.id: model for model in kept}
     other = Store(url)
     await other.open()
-    changed = await other.update(replace(kept[3], annotations={"k": "v"}))
+    changed = await other.update(kept[3], replace(kept[3], annotations={"k": "v"}))
     await other.close()
     _, models = await store.load(again)
     assert models[3] == changed
@@ -262,9 +291,9 @@ async def test_how_much_can_be_registered(url: str, limits: StoreLimits, what: s
     assert list(whole(url)) == []
     if what != "models":
         with pytest.raises(RegistryError):
-            await store.update(replace(first, aliases=("a1", "a2", "a3"), annotations={"k": "x" * 900}))
+            await store.update(first, replace(first, aliases=("a1", "a2", "a3"), annotations={"k": "x" * 900}))
         assert await models_of(store) == [first, second]
-    smaller = await store.update(replace(first, aliases=(), annotations={}))
+    smaller = await store.update(first, replace(first, aliases=(), annotations={}))
     assert smaller is not None
     await store.delete("b")
     await inserted(store, replace(plain("c", "c1"), annotations=notes))
@@ -276,11 +305,11 @@ async def test_what_is_beyond_a_lowered_limit_stays_and_can_shrink(url: str, sto
     model = await inserted(store, replace(plain("a", "a1", "a2"), annotations={"k": "x" * 1000}))
     tight = Store(url, limits=StoreLimits(max_models=1, max_aliases=1, max_bytes=100))
     await tight.open()
-    changed = await tight.update(replace(model, aliases=("a1", "b2")))
+    changed = await tight.update(model, replace(model, aliases=("a1", "b2")))
     assert changed is not None
     with pytest.raises(RegistryError):
-        await tight.update(replace(changed, aliases=("a1", "b2", "c3")))
-    assert await tight.update(replace(changed, annotations={}))
+        await tight.update(changed, replace(changed, aliases=("a1", "b2", "c3")))
+    assert await tight.update(changed, replace(changed, annotations={}))
     await tight.close()
 
 
@@ -326,7 +355,7 @@ async def test_of_many_processes_that_change_a_model_one_does(url: str, store: S
     stores = [Store(url, busy_seconds=60) for _ in range(4)]
     for other in stores:
         await other.open()
-    writes = [other.update(replace(seen, base_model=f"of {number}")) for number, other in enumerate(stores)]
+    writes = [other.update(seen, replace(seen, base_model=f"of {number}")) for number, other in enumerate(stores)]
     kept = await asyncio.gather(*writes, *(other.delete("llama", seen.revision) for other in stores))
     for other in stores:
         await other.close()
@@ -347,7 +376,7 @@ async def test_writes_of_many_processes_are_in_one_order_without_gaps(url: str, 
         for step in range(6):
             model = await inserted(other, plain(f"{number}-{step}", f"alias-{number}"))
             assert await other.insert(plain("refused", f"alias-{number}")) is None
-            changed = await other.update(replace(model, base_model="new"))
+            changed = await other.update(model, replace(model, base_model="new"))
             gone = await other.delete(model.id)
             assert changed is not None
             assert gone is not None

@@ -81,7 +81,7 @@ async def test_a_database_of_the_release_before_is_brought_up_to_date(url: str) 
         assert (vectors.id, vectors.embedding_dimension, vectors.revision) == ("vectors", None, 1)
         assert revision == 1
         assert await store.changes_after(1) == []
-        changed = await store.update(replace(llama, aliases=("small",)))
+        changed = await store.update(llama, replace(llama, aliases=("small",)))
         assert changed is not None
         removed = await store.delete("vectors", 1)
         added = await store.insert(plain("fast"))

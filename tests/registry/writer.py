@@ -43,7 +43,7 @@ async def writes(store: Store, number: int) -> AsyncGenerator[Change]:
         assert model is not None
         yield Change(model.revision, ChangeKind.ADDED, model_id, model)
         for aliases in ((), (f"{model_id}-b", f"{model_id}-c")):
-            model = await store.update(replace(model, aliases=aliases))
+            model = await store.update(model, replace(model, aliases=aliases))
             assert model is not None
             yield Change(model.revision, ChangeKind.MODIFIED, model_id, model)
         models.append(model)

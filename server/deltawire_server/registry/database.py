@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
+    from sqlalchemy import Row, Select
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 BUSY_SECONDS = 10.0
@@ -54,16 +55,19 @@ class Database(ABC):
         """
 
     @abstractmethod
+    async def fetch(self, statement: Select[Any], values: Mapping[str, object]) -> Sequence[Row[Any]]:
+        """The rows of one query, in a transaction of its own."""
+
+    @abstractmethod
     def writing(self) -> AbstractAsyncContextManager[AsyncConnection]:
-        """A transaction that may write. It is committed on exit, and rolled back on exit with an exception."""
+        """A transaction that may write. It is committed on exit, and rolled back on exit with an exception.
+
+        A commit notifies the other processes.
+        """
 
     @abstractmethod
     async def lock_migrations(self, connection: AsyncConnection) -> None:
         """Within a writing transaction, acquire the lock for changes to tables."""
-
-    @abstractmethod
-    async def announce(self, connection: AsyncConnection, revision: int) -> None:
-        """Within a writing transaction, notify the other processes of its revision when it is committed."""
 
     @abstractmethod
     def changes_elsewhere(self) -> AsyncGenerator[None]:

@@ -7,25 +7,30 @@ from __future__ import annotations
 
 import asyncio
 import re
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+import secrets
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import psycopg
+from sqlalchemy import CursorResult, text
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from deltawire_server.registry.database import Database, cause_text
 from deltawire_server.telemetry import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
-    from sqlalchemy import URL
-    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+    from sqlalchemy import URL, Executable, Row, Select
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
 CHANNEL = "deltawire_registry"
-"""The channel of notifications, whose payload is the revision."""
+"""The channel of notifications, whose payload names the process that has written."""
+
+ANSWER_SECONDS = 3.0
+"""How long a query that waits for no lock may take. Behind a pooler, a database that is away is only a query without an answer."""
 
 LISTEN_SECONDS = 5.0
 """Silence after which a listening connection is checked: a connection that a firewall dropped stays silent forever."""
@@ -42,35 +47,45 @@ _FOR_NOW = re.compile(r"the database system is|too many|remaining connection slo
 MIGRATION_LOCK = 0x64656C7461
 """The number of the advisory lock for migrations."""
 
+_Begun: TypeAlias = tuple[AsyncConnection, CursorResult[Any]]
+"""A connection, and the result of its first statement."""
+
 _log = get_logger(__name__)
 
 
 class PostgresDatabase(Database):
     """A PostgreSQL database.
 
-    A transaction without an answer fails after twice `busy_seconds`, and up to ten seconds more for psycopg's attempt to cancel it
-    on the server.
+    A query without an answer fails after `ANSWER_SECONDS`, and a transaction that waits for a lock after twice `busy_seconds`.
     """
 
     def __init__(self, url: URL, busy_seconds: float) -> None:
         if "connect_timeout" not in url.query:
-            # It applies to each host of the URL; for psycopg, the minimum is two seconds.
-            url = url.update_query_dict({"connect_timeout": str(max(2, round(busy_seconds)))})
+            # It applies to each host of the URL.
+            url = url.update_query_dict({"connect_timeout": str(round(ANSWER_SECONDS))})
         super().__init__(
             create_async_engine(
                 url,
                 # Parameters are callers' data, which must not be logged.
                 hide_parameters=True,
-                # Do not use a connection that a restart of the database has closed.
-                pool_pre_ping=True,
                 # Prepared statements belong to a connection, which a pooler may exchange.
                 connect_args={"prepare_threshold": None},
             )
         )
         self._url = url
-        self._lock_milliseconds = max(1, round(busy_seconds * 1000))
         self._answer_seconds = 2 * busy_seconds
         self._reader = self._engine.execution_options(isolation_level="REPEATABLE READ")
+        self._fetcher = self._engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._name = secrets.token_hex(8)
+        wait = max(1, round(busy_seconds * 1000))
+        # The second setting releases the lock of a gateway that hangs or whose machine fails. The notification is delivered on
+        # commit.
+        self._begin = (
+            f"SELECT set_config('lock_timeout', '{wait}ms', true),"
+            f" set_config('idle_in_transaction_session_timeout', '{2 * wait}ms', true),"
+            f" pg_notify('{CHANNEL}', '{self._name}')"
+        )
+        self._ending: set[asyncio.Task[None]] = set()
 
     def is_away(self, error: BaseException) -> bool:
         """Its server does not answer, or refuses connections for now, unlike to a wrong password or name."""
@@ -85,29 +100,23 @@ class PostgresDatabase(Database):
 
     def reading(self) -> AbstractAsyncContextManager[AsyncConnection]:
         """A snapshot as of its first query."""
-        return self._transaction(self._reader)
+        return self._transaction(self._reader, "SELECT 1")
 
-    @asynccontextmanager
-    async def writing(self) -> AsyncIterator[AsyncConnection]:
+    def writing(self) -> AbstractAsyncContextManager[AsyncConnection]:
         """Each statement sees all changes committed before it; the first one of the store acquires the lock."""
-        async with self._transaction(self._engine) as connection:
-            await connection.exec_driver_sql(
-                # The second setting releases the lock of a gateway that hangs or whose machine fails.
-                "SELECT set_config('lock_timeout', %(wait)s, true),"
-                " set_config('idle_in_transaction_session_timeout', %(idle)s, true)",
-                {"wait": f"{self._lock_milliseconds}ms", "idle": f"{2 * self._lock_milliseconds}ms"},
-            )
-            yield connection
+        return self._transaction(self._engine, self._begin)
+
+    async def fetch(self, statement: Select[Any], values: Mapping[str, object]) -> Sequence[Row[Any]]:
+        """Without the round trips that begin and end a transaction."""
+        connection, result = await self._begun(self._fetcher, statement, values)
+        try:
+            return result.all()
+        finally:
+            await connection.close()
 
     async def lock_migrations(self, connection: AsyncConnection) -> None:
         """Acquire an advisory lock, because tables that do not exist yet cannot be locked."""
         await connection.exec_driver_sql("SELECT pg_advisory_xact_lock(%(lock)s)", {"lock": MIGRATION_LOCK})
-
-    async def announce(self, connection: AsyncConnection, revision: int) -> None:
-        """Send a notification, which PostgreSQL delivers on commit."""
-        await connection.exec_driver_sql(
-            "SELECT pg_notify(%(channel)s, %(revision)s)", {"channel": CHANNEL, "revision": str(revision)}
-        )
 
     async def changes_elsewhere(self) -> AsyncGenerator[None]:
         """Listen on a separate connection, and reconnect if it fails."""
@@ -126,8 +135,9 @@ class PostgresDatabase(Database):
                         # First because of changes before LISTEN; and after a silence, because a pooler may have withheld
                         # notifications.
                         yield
-                        async for _ in connection.notifies(timeout=LISTEN_SECONDS, stop_after=1):
-                            pass
+                        async for notification in connection.notifies(timeout=LISTEN_SECONDS):
+                            if notification.payload != self._name:
+                                break
                         await self._ask(connection, "SELECT 1")  # raises if the connection is closed
             except (psycopg.Error, OSError) as error:
                 if not deaf:
@@ -136,10 +146,63 @@ class PostgresDatabase(Database):
             await asyncio.sleep(RECONNECT_SECONDS)
 
     @asynccontextmanager
-    async def _transaction(self, engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
-        async with asyncio.timeout(self._answer_seconds), engine.begin() as connection:
-            yield connection
+    async def _transaction(self, engine: AsyncEngine, begin: str) -> AsyncIterator[AsyncConnection]:
+        async with asyncio.timeout(self._answer_seconds):
+            connection, _ = await self._begun(engine, text(begin))
+            try:
+                yield connection
+                await connection.commit()
+            finally:
+                await connection.close()
+
+    async def _begun(
+        self, engine: AsyncEngine, first: Executable, values: Mapping[str, object] | None = None
+    ) -> _Begun:
+        """A connection, and the result of its first statement, which waits for no lock."""
+        for last in (False, True):
+            try:
+                return await self._answered(_execute(engine, first, values))
+            except DBAPIError as error:
+                # A restart of the database has closed the connections of the pool: all of them are replaced.
+                if last or not error.connection_invalidated:
+                    raise
+        raise AssertionError  # pragma: no cover (the last attempt returns or raises)
+
+    async def _answered(self, running: Coroutine[object, object, _Begun]) -> _Begun:
+        """Wait for an answer, but not for psycopg's attempt to cancel a query at a server that does not answer.
+
+        Raises:
+            TimeoutError: There was none within `ANSWER_SECONDS`.
+        """
+        task = asyncio.create_task(running)
+        try:
+            await asyncio.wait([task], timeout=ANSWER_SECONDS)
+            if task.done():
+                return task.result()
+            raise TimeoutError
+        finally:
+            if not task.done():
+                task.cancel()
+                ending = asyncio.create_task(_end(task))
+                self._ending.add(ending)
+                ending.add_done_callback(self._ending.discard)
 
     async def _ask(self, connection: psycopg.AsyncConnection, statement: str) -> None:
         async with asyncio.timeout(self._answer_seconds):
             await connection.execute(statement)
+
+
+async def _execute(engine: AsyncEngine, statement: Executable, values: Mapping[str, object] | None) -> _Begun:
+    connection = await engine.connect()
+    try:
+        return connection, await connection.execute(statement, values)
+    except BaseException:
+        await connection.close()
+        raise
+
+
+async def _end(task: asyncio.Task[_Begun]) -> None:
+    """Wait for a canceled task, and return its connection if it was answered at the same moment."""
+    with suppress(Exception, asyncio.CancelledError):
+        connection, _ = await task
+        await connection.close()

@@ -6,7 +6,7 @@ import asyncio
 import os
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import AsyncAdaptedQueuePool, create_engine, event
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
@@ -17,10 +17,10 @@ from deltawire_server.settings.values import is_in_memory
 from deltawire_server.telemetry import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+    from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
-    from sqlalchemy import URL, Connection
+    from sqlalchemy import URL, Connection, Row, Select
     from sqlalchemy.engine.interfaces import DBAPIConnection, ExceptionContext
     from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.pool import ConnectionPoolEntry
@@ -69,18 +69,21 @@ class SqliteDatabase(Database):
         """A snapshot as of its first query."""
         return self._engine.begin()
 
+    async def fetch(self, statement: Select[Any], values: Mapping[str, object]) -> Sequence[Row[Any]]:
+        """As `reading`."""
+        async with self.reading() as connection:
+            rows: Sequence[Row[Any]] = (await connection.execute(statement, values)).all()
+            return rows
+
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[AsyncConnection]:
-        """A transaction that begins with the write lock of the file."""
+        """A transaction that begins with the write lock of the file. Other processes poll for it."""
         self._check_file()
         async with self._writer.begin() as connection:
             yield connection
 
     async def lock_migrations(self, connection: AsyncConnection) -> None:
         """No effect: the write lock is sufficient."""
-
-    async def announce(self, connection: AsyncConnection, revision: int) -> None:
-        """No effect: other processes poll."""
 
     async def changes_elsewhere(self) -> AsyncGenerator[None]:
         """Poll the data version, which changes for a connection when another one commits."""

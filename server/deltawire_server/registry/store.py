@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
-from sqlalchemy import Text, delete, func, insert, literal, make_url, select, update
+from sqlalchemy import BigInteger, Text, and_, bindparam, delete, func, insert, literal, make_url, select, update
 from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
 from deltawire_server.errors import Reason, RegistryError
@@ -41,12 +41,16 @@ if TYPE_CHECKING:
 _log = get_logger(__name__)
 
 CHANGES_KEPT = 10_000
-"""Limit for the recorded changes. A process that missed more reads all models again, which takes about as long."""
+"""How many changes stay recorded at least. A process that missed more reads all models again, which takes about as long."""
 
 CHANGES_BYTES = 16 * 1024 * 1024
-"""Limit for the characters of these records, applied every `_TRIM_EVERY` changes."""
+"""Limit for the characters of these records."""
 
-_TRIM_EVERY = 64
+TRIM_EVERY = 64
+"""Changes after which both limits are applied."""
+
+RECOUNT_EVERY = 1024
+"""Changes after which the size of all models is counted anew: an earlier release that still runs does not keep it."""
 
 PAGE = 200
 """Rows of one read: with models of the maximum size a few megabytes of memory, and a few milliseconds of work."""
@@ -184,13 +188,10 @@ class Store:
             RegistryError: STORE_UNAVAILABLE.
         """
         with _translated("catch up"):
-            async with self._database.reading() as connection:
-                last = await _revision(connection)
-                rows = (
-                    await connection.execute(
-                        select(CHANGES).where(CHANGES.c.revision > revision).order_by(CHANGES.c.revision).limit(PAGE)
-                    )
-                ).all()
+            rows = await self._database.fetch(_CHANGES_AFTER, {"after": revision, "limit": PAGE})
+        # Without changes, one row with the last revision alone.
+        last = rows[0].last
+        rows = [row for row in rows if row.revision is not None]
         end = min(last, revision + PAGE)
         if last < revision or [row.revision for row in rows] != list(range(revision + 1, end + 1)):
             return None
@@ -214,43 +215,45 @@ class Store:
             RegistryError: REGISTRY_FULL, STORE_UNAVAILABLE.
         """
         with _translated("insert"):
-            return await self._put(ChangeKind.ADDED, model)
+            return await self._put(ChangeKind.ADDED, None, model)
 
-    async def update(self, model: Model) -> Model | None:
-        """Replace the model of the same id and revision.
+    async def update(self, before: Model, model: Model) -> Model | None:
+        """Replace a model by one with the same id.
 
         Args:
-            model: The new model, with the revision of the model that it replaces.
+            before: The stored model, with its revision.
+            model: The new model.
 
         Returns:
-            The stored model, with its new revision; `None` if the database has no model of this id and revision or a name has an
-            owner, and then nothing has changed.
+            The stored model, with its new revision; `None` if the database has no model of the id and revision of `before` or a
+            name has an owner, and then nothing has changed.
 
         Raises:
             RegistryError: REGISTRY_FULL, STORE_UNAVAILABLE.
         """
         with _translated("update"):
-            return await self._put(ChangeKind.MODIFIED, model)
+            return await self._put(ChangeKind.MODIFIED, before, model)
 
-    async def _put(self, kind: ChangeKind, model: Model) -> Model | None:
+    async def _put(self, kind: ChangeKind, before: Model | None, model: Model) -> Model | None:
         try:
             async with self._database.writing() as connection:
-                stored = replace(model, revision=await self._next_revision(connection))
-                before = _Size()
-                if kind is ChangeKind.ADDED:
-                    await connection.execute(insert(MODELS).values(**values_of(stored)))
+                size = _size_of(model) - (_Size() if before is None else _size_of(before))
+                stored = replace(model, revision=await self._next_revision(connection, size))
+                if before is None:
+                    await connection.execute(_INSERT_MODEL, values_of(stored))
                 else:
-                    before = await _size(connection)
-                    mine = (MODELS.c.id == model.id) & (MODELS.c.revision == model.revision)
-                    result = await connection.execute(update(MODELS).where(mine).values(**values_of(stored)))
+                    mine = {"model_id": before.id, "model_revision": before.revision}
+                    result = await connection.execute(_UPDATE_MODEL, values_of(stored) | mine)
                     if not result.rowcount:
                         raise _OvertakenError
-                    await connection.execute(delete(NAMES).where(NAMES.c.model_id == model.id))
-                rows = [
-                    {"name": name, "model_id": model.id, "position": place} for place, name in enumerate(model.names)
-                ]
-                await connection.execute(insert(NAMES), rows)
-                self._check_size(before, await _size(connection))
+                if before is None or before.names != stored.names:
+                    if before is not None:
+                        await connection.execute(_DELETE_NAMES, {"model_id": stored.id})
+                    rows = [
+                        {"name": name, "model_id": stored.id, "position": place}
+                        for place, name in enumerate(stored.names)
+                    ]
+                    await connection.execute(_INSERT_NAME, rows)
                 await _record(connection, Change(stored.revision, kind, stored.id, stored))
         except (IntegrityError, _OvertakenError):
             return None
@@ -282,10 +285,15 @@ class Store:
                     if row is not None and revision not in (None, row["revision"]):
                         raise _OvertakenError
                     mine = NAMES.c.model_id == model_id
-                    names = await connection.scalars(select(NAMES.c.name).where(mine).order_by(NAMES.c.position))
-                    model = None if row is None else _readable(row, names.all())
-                    await connection.execute(delete(NAMES).where(mine))
+                    names = (
+                        await connection.scalars(select(NAMES.c.name).where(mine).order_by(NAMES.c.position))
+                    ).all()
+                    model = None if row is None else _readable(row, names)
+                    await connection.execute(_DELETE_NAMES, {"model_id": model_id})
                     await connection.execute(delete(MODELS).where(MODELS.c.id == model_id))
+                    # A damaged record is not counted by its parts.
+                    size = update(REVISION).values(_COUNTED) if model is None else _ADD_SIZE
+                    await connection.execute(size, None if model is None else (_Size() - _size_of(model))._asdict())
                     change = Change(next_revision, ChangeKind.REMOVED, model_id, model)
                     await _record(connection, change)
             # DataError: the database cannot store such a name, so no model has it.
@@ -297,28 +305,35 @@ class Store:
         """Yield whenever other processes may have changed something; then call `changes_after`. It ends only when closed."""
         return self._database.changes_elsewhere()
 
-    async def _next_revision(self, connection: AsyncConnection) -> int:
-        """Increment the revision. It is the first statement of every write, and locks out the writes of other processes."""
-        raised = update(REVISION).values(revision=REVISION.c.revision + 1).returning(REVISION.c.revision)
-        revision = int((await connection.execute(raised)).scalar_one())
-        await connection.execute(delete(CHANGES).where(CHANGES.c.revision <= revision - self._changes_kept))
-        if revision % _TRIM_EVERY == 0:
-            newer = func.sum(func.length(CHANGES.c.record)).over(order_by=CHANGES.c.revision.desc())
-            sums = select(CHANGES.c.revision, newer.label("size")).subquery()
-            too_old = select(func.max(sums.c.revision)).where(sums.c.size > self._changes_bytes).scalar_subquery()
-            await connection.execute(delete(CHANGES).where(CHANGES.c.revision <= too_old))
-        await self._database.announce(connection, revision)
-        return revision
-
-    def _check_size(self, before: _Size, after: _Size) -> None:
-        """Check the limits after a write, within its transaction.
+    async def _next_revision(self, connection: AsyncConnection, size: _Size | None = None) -> int:
+        """Increment the revision, and add to the size. It is the first statement of every write, and locks out other writers.
 
         Raises:
             RegistryError: REGISTRY_FULL: a size is above its limit and has grown.
         """
+        size = size or _Size()
+        row = (await connection.execute(_NEXT_REVISION, size._asdict())).one()
+        if row.revision % RECOUNT_EVERY == 0:
+            await connection.execute(update(REVISION).values(_COUNTED))
+            await connection.execute(_ADD_SIZE, size._asdict())
+        self._check_size(size, _Size(row.models, row.aliases, row.bytes))
+        if row.revision % min(TRIM_EVERY, self._changes_kept) == 0:
+            await connection.execute(delete(CHANGES).where(CHANGES.c.revision <= row.revision - self._changes_kept))
+            newer = func.sum(func.length(CHANGES.c.record)).over(order_by=CHANGES.c.revision.desc())
+            sums = select(CHANGES.c.revision, newer.label("size")).subquery()
+            too_old = select(func.max(sums.c.revision)).where(sums.c.size > self._changes_bytes).scalar_subquery()
+            await connection.execute(delete(CHANGES).where(CHANGES.c.revision <= too_old))
+        return int(row.revision)
+
+    def _check_size(self, added: _Size, after: _Size) -> None:
+        """Check the limits within the transaction of a write.
+
+        Raises:
+            RegistryError: REGISTRY_FULL.
+        """
         limits = (self._limits.max_models, self._limits.max_aliases, self._limits.max_bytes)
-        for what, limit, old, new in zip(_Size._fields, limits, before, after, strict=True):
-            if new > limit and new > old:
+        for what, limit, more, new in zip(_Size._fields, limits, added, after, strict=True):
+            if new > limit and more > 0:
                 raise RegistryError(
                     Reason.REGISTRY_FULL,
                     f"the registry's limit is {limit} {what}, and this change would make {new}: unregister models, use"
@@ -327,27 +342,63 @@ class Store:
                 )
 
 
-_TEXTS = [column for column in MODELS.c if isinstance(column.type, Text) and column is not MODELS.c.type]
-_SIZE = select(
-    select(func.count()).select_from(MODELS).scalar_subquery(),
-    select(func.count()).select_from(NAMES).where(NAMES.c.position > 0).scalar_subquery(),
-    select(func.coalesce(func.sum(sum((func.length(each) for each in _TEXTS), start=literal(0))), 0)).scalar_subquery()
-    + select(func.coalesce(func.sum(func.length(NAMES.c.name)), 0)).scalar_subquery(),
-)
-"""The query for `_Size`. Text is counted as stored: names in characters, annotations as JSON in ASCII."""
-
-
 class _Size(NamedTuple):
-    """The size of all registered models; the names are those of the limits."""
+    """The size of models; the names are those of the limits, and of the columns with the size of all models."""
 
     models: int = 0
     aliases: int = 0
     bytes: int = 0
 
+    def __sub__(self, other: _Size) -> _Size:
+        return _Size(*(mine - theirs for mine, theirs in zip(self, other, strict=True)))
 
-async def _size(connection: AsyncConnection) -> _Size:
-    """The size of all registered models, in one query, because the transaction holds the write lock."""
-    return _Size(*map(int, (await connection.execute(_SIZE)).one()))
+
+def _size_of(model: Model) -> _Size:
+    values = values_of(model)
+    texts = (values[column.name] for column in _TEXTS)
+    return _Size(1, len(model.aliases), sum(map(len, texts)) + sum(map(len, model.names)))
+
+
+# Statements are made once: making one takes longer than to execute it.
+
+_TEXTS = [column for column in MODELS.c if isinstance(column.type, Text) and column is not MODELS.c.type]
+_COUNTED = {
+    "models": select(func.count()).select_from(MODELS).scalar_subquery(),
+    "aliases": select(func.count()).select_from(NAMES).where(NAMES.c.position > 0).scalar_subquery(),
+    "bytes": select(
+        func.coalesce(func.sum(sum((func.length(each) for each in _TEXTS), start=literal(0))), 0)
+    ).scalar_subquery()
+    + select(func.coalesce(func.sum(func.length(NAMES.c.name)), 0)).scalar_subquery(),
+}
+"""The size of all models, counted."""
+
+_ADD_SIZE = update(REVISION).values({name: REVISION.c[name] + bindparam(name) for name in _Size._fields})
+_NEXT_REVISION = _ADD_SIZE.values(revision=REVISION.c.revision + 1).returning(
+    REVISION.c.revision, *(REVISION.c[name] for name in _Size._fields)
+)
+_INSERT_MODEL = insert(MODELS)
+_UPDATE_MODEL = (
+    update(MODELS)
+    .where(MODELS.c.id == bindparam("model_id"), MODELS.c.revision == bindparam("model_revision"))
+    .values({column.name: bindparam(column.name) for column in MODELS.c})
+)
+_INSERT_NAME = insert(NAMES)
+_DELETE_NAMES = delete(NAMES).where(NAMES.c.model_id == bindparam("model_id"))
+_INSERT_CHANGE = insert(CHANGES)
+_CHANGES_AFTER = (
+    select(REVISION.c.revision.label("last"), CHANGES)
+    .select_from(
+        REVISION.outerjoin(
+            CHANGES,
+            and_(
+                CHANGES.c.revision > bindparam("after", type_=BigInteger),
+                CHANGES.c.revision <= bindparam("after", type_=BigInteger) + bindparam("limit", type_=BigInteger),
+            ),
+        )
+    )
+    .order_by(CHANGES.c.revision)
+)
+"""The last revision and changes, by one statement, which sees one state of the database."""
 
 
 class _OvertakenError(Exception):
@@ -365,7 +416,7 @@ async def _record(connection: AsyncConnection, change: Change) -> None:
         "model_id": change.model_id,
         "record": "" if change.model is None else record_of(change.model),
     }
-    await connection.execute(insert(CHANGES).values(**values))
+    await connection.execute(_INSERT_CHANGE, values)
 
 
 def _change(revision: int, kind: str, model_id: object, record: object) -> Change:

@@ -63,9 +63,13 @@ REVISION = Table(
     TABLES,
     Column("id", Integer, primary_key=True, autoincrement=False),
     Column("revision", BigInteger, nullable=False),
+    Column("models", BigInteger, nullable=False),
+    Column("aliases", BigInteger, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
 )
-"""One row, with the revision of the last change. Every write increments it first, so writes are ordered by their revisions. A
-revision that is rolled back is used again, so there are no gaps."""
+"""One row, with the revision of the last change, and the size of all models, so that a write does not count them. Every write
+changes it first, so writes are ordered by their revisions. A revision that is rolled back is used again, so there are no gaps.
+Text is counted as stored: names in characters, annotations as JSON in ASCII."""
 
 CHANGES = Table(
     "changes",
@@ -126,6 +130,22 @@ STEPS: Mapping[int, tuple[str, ...]] = MappingProxyType(
             "ALTER TABLE models ADD COLUMN owner TEXT NOT NULL DEFAULT ''",
             # Their records have the old names. Processes read all models again.
             "DELETE FROM changes",
+        ),
+        4: (
+            "ALTER TABLE registry_revision ADD COLUMN models BIGINT NOT NULL DEFAULT 0",
+            "ALTER TABLE registry_revision ADD COLUMN aliases BIGINT NOT NULL DEFAULT 0",
+            "ALTER TABLE registry_revision ADD COLUMN bytes BIGINT NOT NULL DEFAULT 0",
+            """
+            UPDATE registry_revision SET
+                models = (SELECT count(*) FROM models),
+                aliases = (SELECT count(*) FROM names WHERE position > 0),
+                bytes = (SELECT coalesce(sum(length(name)), 0) FROM names) + (
+                    SELECT coalesce(sum(
+                        length(id) + length(provider_id) + length(provider_model_id) + length(annotations)
+                        + length(engine_root) + length(base_model) + length(owner)
+                    ), 0) FROM models
+                )
+            """,
         ),
     }
 )

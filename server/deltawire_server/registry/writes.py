@@ -88,11 +88,12 @@ class Writes:
         async with self._lock:
             revision = -1
             while revision != self._follower.revision:
-                if not self._is_current(model):
-                    return None
+                before = self._known.models.get(model.id)
+                if before is None or before.revision != model.revision:
+                    return None  # its own names may belong to other models
                 self._known.free(model)
                 revision = self._follower.revision
-                kept = await self._store.update(model)
+                kept = await self._store.update(before, model)
                 if kept is not None:
                     await self._follower.applied(Change(kept.revision, ChangeKind.MODIFIED, kept.id, kept))
                     return kept
@@ -101,11 +102,6 @@ class Writes:
             raise taken(
                 model.id, model.id, "cannot have an alias that belongs to a record that cannot be read", UNREADABLE
             )
-
-    def _is_current(self, model: Model) -> bool:
-        """Whether a model is unchanged in memory; otherwise its own names may belong to other models."""
-        known = self._known.models.get(model.id)
-        return known is not None and known.revision == model.revision
 
     async def _delete(self, name: str, revision: int | None) -> bool:
         async with self._lock:
