@@ -291,7 +291,7 @@ async def test_what_is_not_sampled(
     start_gateway: StartGateway, vllm: FakeVllm, traced: Traced, lines: Lines, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
     """Nothing is exported, and vLLM learns it too; the log line still has the trace."""
-    metadata = ()
+    metadata: tuple[tuple[str, str], ...] = ()
     if why == "the sampler":
         monkeypatch.setenv("OTEL_TRACES_SAMPLER", "traceidratio")
         monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0")
