@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from deltawire_server.sansio.events import Fault
-    from deltawire_server.upstream.base import CallContext
+    from deltawire_server.upstream.base import Attempts, CallContext
     from deltawire_server.worker import Caller, Worker
 
 
@@ -256,8 +256,10 @@ class Defective(FakeProvider):
     """Its answers have a `DefectiveBody`."""
 
     @asynccontextmanager
-    async def stream_chat(self, request: ChatRequest, model: str, call: CallContext) -> AsyncIterator[OpenStream]:
-        async with super().stream_chat(request, model, call):
+    async def stream_chat(
+        self, request: ChatRequest, model: str, call: CallContext, attempts: Attempts | None = None
+    ) -> AsyncIterator[OpenStream]:
+        async with super().stream_chat(request, model, call, attempts):
             yield OpenStream(DefectiveBody())
 
 

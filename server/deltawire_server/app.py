@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import ssl
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -36,6 +37,7 @@ from deltawire_server.sansio.reader import Limits
 from deltawire_server.secret import Secret
 from deltawire_server.settings import SettingsError, is_local
 from deltawire_server.telemetry import configure_logging, get_logger
+from deltawire_server.tracing.exporting import exporting
 from deltawire_server.upstream.base import Timeouts
 from deltawire_server.upstream.engine import EngineKind
 from deltawire_server.upstream.providers import Providers
@@ -400,7 +402,8 @@ async def serve(settings: Settings, reload: Callable[[], Settings], process: Wor
     if set(signals.STOP) & set(signals.take_recorded()):  # an early SIGHUP needs no reload: the settings are new
         _log.info("stopped before serving")
         return
-    async with Gateway(settings, process) as gateway:
+    tracing = exporting(os.environ, __version__, None if process is None else process.number)
+    async with tracing, Gateway(settings, process) as gateway:
         if process is not None:
             process.serving(parent_ended=drain_requested.set)
         reloading = asyncio.create_task(_reload_on(reload_requested, gateway, reload))

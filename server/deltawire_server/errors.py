@@ -100,6 +100,26 @@ class Reason(enum.Enum):
     REGISTRY_FULL = 41, Code.RESOURCE_EXHAUSTED
 
 
+FOR_OPERATORS = frozenset(
+    {
+        Reason.PROVIDER_MISCONFIGURED,
+        Reason.UPSTREAM_UNAVAILABLE,
+        Reason.UPSTREAM_OVERLOADED,
+        Reason.UPSTREAM_TIMEOUT,
+        Reason.UPSTREAM_ERROR,
+        Reason.UPSTREAM_MALFORMED,
+        Reason.UPSTREAM_INCOMPLETE,
+        Reason.UPSTREAM_ABORTED,
+        Reason.TOO_MANY_STREAMS,
+        Reason.MEMORY_LIMIT_EXCEEDED,
+        Reason.STORE_UNAVAILABLE,
+        Reason.REGISTRY_FULL,
+    }
+)
+"""The reasons that an operator should look at: calls that fail with them are logged as warnings. The others are the caller's to
+solve, except INTERNAL, which is logged as an error."""
+
+
 @dataclass(frozen=True, slots=True)
 class Violation:
     """One invalid field: `field` is its path in the request, such as ``chat.messages[2].tool.call_id``."""

@@ -27,7 +27,15 @@ from deltawire_server.completions.options import StreamOptions
 from deltawire_server.completions.records import Records
 from deltawire_server.completions.retention import Retention, RetentionLimits
 from deltawire_server.completions.state import State
-from deltawire_server.errors import CallerError, Code, DeltawireError, GatewayError, Reason, internal_error
+from deltawire_server.errors import (
+    FOR_OPERATORS,
+    CallerError,
+    Code,
+    DeltawireError,
+    GatewayError,
+    Reason,
+    internal_error,
+)
 from deltawire_server.images.load import Images
 from deltawire_server.memory import Ledger
 from deltawire_server.metrics.table import HELD_BYTES, HELD_LIMIT, RETAINED_STREAMS, STREAMS, STREAMS_LIMIT
@@ -240,6 +248,7 @@ class Worker:
         stream = record.stream = self._retention.open(
             options.retention or 0.0, functools.partial(self._records.released, record), whole=keep_logprobs
         )
+        stream.traceparent = caller.call.traceparent
         running = self._run(record, place, request, caller, options, keep_logprobs=keep_logprobs)
         task = asyncio.create_task(self._generate(running, stream, caller), name=record.completion_id)
         # Cancel only after the task has started: a task that is cancelled earlier never runs its cleanup.
@@ -406,17 +415,13 @@ class Worker:
 
 def _log_end(completion: Completion, caller: Caller) -> None:
     """Log the end of a completion, which may have outlived all its calls."""
-    usage = completion.usage
-    _log.info(
+    failure = completion.failure
+    log = _log.warning if failure is not None and failure.reason in FOR_OPERATORS else _log.info
+    log(
         "completion ended",
-        completion_id=completion.head.completion_id,
         request_id=caller.call.request_id,
-        model=completion.head.model,
-        provider=completion.head.provider_id,
-        prompt_tokens=usage.prompt_tokens,
-        completion_tokens=usage.completion_tokens,
-        usage=usage.provenance.name,
+        trace_id=caller.call.trace_id,
         seconds=round(completion.timings.total, 6),
-        joined_deltas=completion.joined_deltas,
-        reason=None if completion.failure is None else completion.failure.reason.name,
+        reason=None if failure is None else failure.reason.name,
+        **completion.log_values,
     )

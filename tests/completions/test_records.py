@@ -13,6 +13,7 @@ from deltawire_server.completions.info import NOTHING_YET, CompletionInfo, Outco
 from deltawire_server.completions.records import MAX_MESSAGE, Record, Records
 from deltawire_server.errors import CallerError, Code, DeltawireError, GatewayError, Reason
 from deltawire_server.sansio.events import Fault, Provenance, StopReason, Usage
+from deltawire_server.upstream.base import Attempts
 from deltawire_server.upstream.request import Sampling
 
 if TYPE_CHECKING:
@@ -25,8 +26,10 @@ class FakeCompletion:
     def __init__(self, completion_id: str = "c") -> None:
         self.head = CompletionInfo(completion_id, "m", "", "p", 1.0, Sampling())
         self.begun = True
-        self.attempts = 1
+        self.attempts = Attempts()
         self.joined_deltas = 0
+        self.stop_reasons = ()
+        self.log_values = {"model": "m"}
         self.usage = Usage(3, Provenance.LOWER_BOUND, 7)
         self.timings = Timings(1.0)
         self.failure: DeltawireError | None = None

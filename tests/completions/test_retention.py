@@ -401,7 +401,7 @@ async def test_a_slow_last_reader_determines_the_outcome() -> None:
 async def test_a_stream_before_its_model_is_resolved() -> None:
     """A stream has no head and no usage before its model is resolved; a reader may already wait."""
     stream = Retention().open(LONG, lambda: None)
-    assert (stream.usage, stream.attempts, stream.failure) == (NOTHING_YET, 0, None)
+    assert (stream.usage, stream.log_values, stream.failure) == (NOTHING_YET, {}, None)
     with pytest.raises(LookupError):
         _ = stream.head
     waiting = asyncio.create_task(refused(stream))

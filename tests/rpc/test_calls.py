@@ -239,7 +239,7 @@ async def test_the_log_line_of_a_failure(served: Running, vllm: FakeVllm, lines:
     assert (first["code"], first["seconds_to_first_event"], first["completion_tokens"]) == ("UNAVAILABLE", None, 0)
     assert "busy" in first["error"]
     assert (second["code"], second["completion_tokens"], second["usage"]) == ("ABORTED", 1, "ESTIMATED")
-    assert {first["level"], second["level"]} == {"info"}
+    assert {first["level"], second["level"]} == {"warning"}
 
 
 async def test_the_log_line_of_another_call(served: Running, lines: Lines) -> None:

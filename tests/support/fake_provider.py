@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from deltawire_server.errors import DeltawireError
     from deltawire_server.sansio.events import Notice
-    from deltawire_server.upstream.base import CallContext
+    from deltawire_server.upstream.base import Attempts, CallContext
     from deltawire_server.upstream.request import ChatRequest
 
 
@@ -38,7 +38,6 @@ class FakeProvider:
         accepts_caller_tokens: Whether its operator lets it have tokens of calls that do not name it.
         chunks: What `stream_chat` yields.
         notices: What `stream_chat` has the caller know.
-        replicas_tried: How many replicas `stream_chat` says it took.
         token_count: What `count_tokens` gives.
         engine_known: What is known of what answers; a vLLM itself.
         requests: What `stream_chat` and `count_tokens` were asked, in order.
@@ -56,7 +55,6 @@ class FakeProvider:
         self.accepts_caller_tokens = False
         self.chunks: list[bytes] = []
         self.notices: tuple[Notice, ...] = ()
-        self.replicas_tried = 1
         self.token_count = TokenCount(7, 4096)
         self.engine_known = Engine(EngineKind.VLLM, "0.32.0")
         self.requests: list[tuple[ChatRequest, str, CallContext]] = []
@@ -102,14 +100,20 @@ class FakeProvider:
         )
 
     @asynccontextmanager
-    async def stream_chat(self, request: ChatRequest, model: str, call: CallContext) -> AsyncIterator[OpenStream]:
+    async def stream_chat(
+        self,
+        request: ChatRequest,
+        model: str,
+        call: CallContext,
+        attempts: Attempts | None = None,  # noqa: ARG002 (the interface has it)
+    ) -> AsyncIterator[OpenStream]:
         """Yield the chunks."""
         self.requests.append((request, model, call))
         if self.failure is not None:
             raise self.failure
         body = PushedBody(self._body())
         try:
-            yield OpenStream(body, self.notices, self.replicas_tried)
+            yield OpenStream(body, self.notices)
         finally:
             body.close()
 

@@ -13,6 +13,7 @@ from deltawire_server.errors import CallerError, Code, ProviderError, Reason
 from deltawire_server.fake_vllm import FakeVllm, Script
 from deltawire_server.fake_vllm.described import openapi
 from deltawire_server.sansio.events import Notice, NoticeKind
+from deltawire_server.upstream.base import Attempts
 from deltawire_server.upstream.engine import EngineKind
 from deltawire_server.upstream.request import ToolSpec
 from deltawire_server.upstream.vllm_api import MAX_DOCUMENT_BYTES
@@ -38,9 +39,10 @@ VLLM = {
 
 async def notices_of(p: VllmProvider, request: ChatRequest = SALTED) -> tuple[tuple[Notice, ...], int]:
     """What the caller of a request is to know, and how many replicas it took."""
-    async with p.stream_chat(request, "fake", CALL) as answering:
+    attempts = Attempts()
+    async with p.stream_chat(request, "fake", CALL, attempts) as answering:
         assert b"".join([data async for data in pulled(answering.body)]).endswith(b"data: [DONE]\n\n")
-        return answering.notices, answering.replicas_tried
+        return answering.notices, attempts.count
 
 
 def paths(vllm: FakeVllm) -> list[str]:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, TypeVar
 from deltawire_server.clock import Clock
 from deltawire_server.completions import measures
 from deltawire_server.completions.event_buffer import EventBuffer
-from deltawire_server.completions.info import CompletionInfo, Timings
+from deltawire_server.completions.info import CompletionInfo, Timings, log_values
 from deltawire_server.completions.state import Cause, State, advance
 from deltawire_server.errors import Code, DeltawireError, GatewayError, ProviderError, Reason, internal_error
 from deltawire_server.sansio.events import (
@@ -33,6 +33,7 @@ from deltawire_server.sansio.events import (
     Heartbeat,
     Notice,
     Refused,
+    Started,
     StopReason,
     StreamEvent,
     Usage,
@@ -40,11 +41,12 @@ from deltawire_server.sansio.events import (
 )
 from deltawire_server.sansio.reader import CompletionReader, Limits
 from deltawire_server.telemetry import get_logger
+from deltawire_server.upstream.base import Attempts
 from deltawire_server.upstream.failures import RETRY_SECONDS, UpstreamError, failure_of
 from deltawire_server.upstream.vllm_fields import format_field
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
     from deltawire_server.completions.adaptive import AdaptiveDelay
     from deltawire_server.completions.options import StreamOptions
@@ -123,7 +125,8 @@ class Completion:
         begun: Whether `Started` was returned.
         ended_by: The cause of its end; `None` before.
         failure: The error that ended it; `None` before the end and without an error.
-        attempts: Number of replicas that the request was sent to.
+        attempts: The attempts at replicas.
+        stop_reasons: The stop reasons of its choices, from the end on.
     """
 
     def __init__(
@@ -156,7 +159,8 @@ class Completion:
         self.state = State.QUEUED
         self.ended_by: Cause | None = None
         self.failure: DeltawireError | None = None
-        self.attempts = 0
+        self.attempts = Attempts(completion_id)
+        self.stop_reasons: tuple[StopReason, ...] = ()
         self._unsent = [request]
         self._soft_time_limit = request.soft_time_limit
         self._format_field = format_field(request)
@@ -171,6 +175,7 @@ class Completion:
         self._gaps = measures.Gaps()
         self._notices: Sequence[Notice] = ()
         self._provider_failed: Callable[[Reason], None] = lambda _: None
+        self._upstream_id = ""
         self._sent_usage: Usage | None = None
         self._queue = EventBuffer(limits.queue_bytes, options.max_coalesce_delay, adaptive)
         self._reader = CompletionReader(
@@ -220,6 +225,11 @@ class Completion:
             mean_gap=self._gaps.mean,
             worst_gap=self._gaps.worst,
         )
+
+    @property
+    def log_values(self) -> Mapping[str, object]:
+        """The values of a log line about it."""
+        return log_values(self)
 
     async def batches(self) -> AsyncGenerator[list[StreamEvent]]:
         """The answer's events in order; each batch has all queued events, merged.
@@ -351,14 +361,13 @@ class Completion:
         # Up to the first event, the provider applies its timeout, because it has to attribute it to a replica.
         self._clock.pause()
         self._sent = time.monotonic()
-        opening = self.resolution.provider.stream_chat(request, model, self._call)
+        opening = self.resolution.provider.stream_chat(request, model, self._call, self.attempts)
         del request
         async with opening as stream:
             self._request_bytes = 0
             self._clock.allow(timeouts.first_event)
             self._provider_failed = stream.failed
             self._notices = stream.notices
-            self.attempts = stream.replicas_tried
             self._body = stream.body
             self._body_end = asyncio.get_running_loop().create_future()
             try:
@@ -477,6 +486,8 @@ class Completion:
             if self.state is State.ASKING and not soft:
                 self.state = advance(self.state, Cause.BEGUN)
             started, *events = events
+            if isinstance(started, Started):
+                self._upstream_id = started.upstream_id
             self._queue.put([started, *self._notices])
         self._queue.put(events)
         if not isinstance(last, Completed):
@@ -500,7 +511,7 @@ class Completion:
         else:
             self._end(Cause.FAULT, error)
 
-    def _end(self, cause: Cause, failure: DeltawireError | None = None, choices: Iterable[FinishedChoice] = ()) -> None:
+    def _end(self, cause: Cause, failure: DeltawireError | None = None, choices: Sequence[FinishedChoice] = ()) -> None:
         """End the completion. No other method sets ENDED."""
         self.state = advance(self.state, cause)
         self.ended_by = cause
@@ -508,7 +519,9 @@ class Completion:
         self._ended = time.monotonic()
         self._clock.stop()
         self._queue.close()
+        self.stop_reasons = tuple(choice.stop_reason for choice in choices)
         measures.ended(self, self._gaps, choices, canceled=cause is Cause.CALLER)
+        self._end_span(choices)
         if isinstance(failure, ProviderError):
             self._provider_failed(failure.reason)
         if self._reading is None or self._reading.expired():
@@ -518,6 +531,17 @@ class Completion:
             self._reading.reschedule(now)
         elif failure is None:
             self._reading.reschedule(now + DRAIN_SECONDS)
+
+    def _end_span(self, choices: Sequence[FinishedChoice]) -> None:
+        """End the span of the last attempt, whether it waits for its first event or was answered."""
+        usage = self.usage
+        self.attempts.span.end(
+            measures.error_type(self.failure, canceled=self.ended_by is Cause.CALLER),
+            response_id=self._upstream_id,
+            finish_reasons=tuple(choice.engine_finish_reason for choice in choices if choice.engine_finish_reason),
+            input_tokens=usage.prompt_tokens,
+            output_tokens=usage.completion_tokens,
+        )
 
     def _failure_of(self, fault: Fault, limit_seconds: float | None) -> DeltawireError:
         """The error for a fault. After the first event, all faults of the provider are ABORTED."""

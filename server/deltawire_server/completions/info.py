@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Protocol
 from deltawire_server.sansio.events import Provenance, StopReason, Usage
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from deltawire_server.errors import Code, DeltawireError, Reason
     from deltawire_server.sansio.events import Fault
+    from deltawire_server.upstream.base import Attempts
     from deltawire_server.upstream.request import Sampling
 
 NOTHING_YET = Usage(0, Provenance.ESTIMATED)
@@ -86,8 +89,16 @@ class ActiveCompletion(CompletionView, Protocol):
         """Whether its answer has begun."""
 
     @property
-    def attempts(self) -> int:
-        """Number of replicas that the request was sent to."""
+    def attempts(self) -> Attempts:
+        """The attempts at replicas."""
+
+    @property
+    def stop_reasons(self) -> Sequence[StopReason]:
+        """The stop reasons of its choices, from the end on."""
+
+    @property
+    def log_values(self) -> Mapping[str, object]:
+        """The values of a log line about it."""
 
     @property
     def joined_deltas(self) -> int:
@@ -102,3 +113,31 @@ class ActiveCompletion(CompletionView, Protocol):
 
     def end(self, fault: Fault) -> None:
         """End it now with a fault."""
+
+
+def log_values(completion: ActiveCompletion) -> dict[str, object]:
+    """The values of the log lines about a completion; server/README.md explains them."""
+    head, usage, timings, attempts = completion.head, completion.usage, completion.timings, completion.attempts
+    return {
+        "completion_id": head.completion_id,
+        "model": head.model,
+        "alias": head.alias,
+        "provider": head.provider_id,
+        "replica": attempts.base_url,
+        "attempts": attempts.count,
+        "prompt_tokens": usage.prompt_tokens,
+        "cached_prompt_tokens": usage.cached_prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "usage": usage.provenance.name,
+        "stop_reasons": [reason.name for reason in completion.stop_reasons],
+        "queue_seconds": _rounded(timings.queue),
+        "seconds_to_first_event": _rounded(timings.first_event),
+        "mean_gap_seconds": _rounded(timings.mean_gap),
+        "worst_gap_seconds": _rounded(timings.worst_gap),
+        "joined_deltas": completion.joined_deltas,
+    }
+
+
+def _rounded(seconds: float | None) -> float | None:
+    """To microseconds."""
+    return None if seconds is None else round(seconds, 6)

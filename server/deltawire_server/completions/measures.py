@@ -6,15 +6,14 @@ from bisect import bisect_left
 from typing import TYPE_CHECKING
 
 from deltawire_server.metrics import table
+from deltawire_server.tracing.tracer import CANCELED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from deltawire_server.completions.info import ActiveCompletion
+    from deltawire_server.errors import DeltawireError
     from deltawire_server.sansio.events import FinishedChoice
-
-CANCELED = "canceled"
-"""The error type of a completion whose caller has canceled the call, or whose deadline passed."""
 
 
 class Gaps:
@@ -59,6 +58,18 @@ class Gaps:
         return self._worst if self._count > 1 else None
 
 
+def error_type(failure: DeltawireError | None, *, canceled: bool) -> str:
+    """How a completion failed, for metrics and traces; empty if it did not.
+
+    Args:
+        failure: Its failure.
+        canceled: Whether its caller's cancellation or deadline was the cause.
+    """
+    if canceled:
+        return CANCELED
+    return "" if failure is None else failure.reason.name
+
+
 def ended(completion: ActiveCompletion, gaps: Gaps, choices: Iterable[FinishedChoice], *, canceled: bool) -> None:
     """Count a completion that has ended.
 
@@ -69,10 +80,9 @@ def ended(completion: ActiveCompletion, gaps: Gaps, choices: Iterable[FinishedCh
         canceled: Whether its caller's cancellation or deadline was the cause.
     """
     operation = table.operation(completion.head.provider_id, completion.head.model)
-    failure = completion.failure
-    error_type = CANCELED if canceled else failure.reason.name if failure is not None else ""
     timings = completion.timings
-    table.OPERATION_SECONDS.labels(*operation, error_type).observe(timings.total)
+    kind = error_type(completion.failure, canceled=canceled)
+    table.OPERATION_SECONDS.labels(*operation, kind).observe(timings.total)
     if timings.first_event is not None:
         table.FIRST_CHUNK_SECONDS.labels(*operation).observe(timings.first_event)
         table.add_counted(table.CHUNK_GAP_SECONDS.labels(*operation), gaps.counts, gaps.total)

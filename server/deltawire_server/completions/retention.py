@@ -28,7 +28,7 @@ from deltawire_server.sansio.coalesce import weight
 from deltawire_server.sansio.events import Completed, StopReason
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+    from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 
     from deltawire_server.completions.info import ActiveCompletion, CompletionInfo
     from deltawire_server.sansio.events import StreamEvent, Usage
@@ -66,6 +66,7 @@ class RetainedStream:
         size: Its memory in bytes.
         abandoned: Called if its last reader leaves before its end and it is not retained, to stop generation.
         left: The outcome of the last reader in that case.
+        traceparent: The context of the call that began it, to which the spans of other readers are linked; `None` without one.
     """
 
     def __init__(self, retention: Retention, retain_for: float, dropped: Callable[[], None], *, whole: bool) -> None:
@@ -73,10 +74,11 @@ class RetainedStream:
         self.size = STREAM_BYTES
         self.abandoned: Callable[[], object] = lambda: None
         self.left: Outcome | None = None
+        self.traceparent: str | None = None
         self._retention = retention
         self._head: CompletionInfo | None = None
         self._running: ActiveCompletion | None = None  # `None` after `close`, because it holds the whole answer
-        self._attempts = self._joined_deltas = 0
+        self._log_values: Mapping[str, object] = {}
         self._usage = NOTHING_YET
         self._timings = Timings(0.0)
         self._failure: DeltawireError | None = None
@@ -110,14 +112,9 @@ class RetainedStream:
         return self._retain_for > 0
 
     @property
-    def attempts(self) -> int:
-        """Number of replicas that the request was sent to so far."""
-        return self._attempts if self._running is None else self._running.attempts
-
-    @property
-    def joined_deltas(self) -> int:
-        """How many deltas shared the message of an earlier one so far."""
-        return self._joined_deltas if self._running is None else self._running.joined_deltas
+    def log_values(self) -> Mapping[str, object]:
+        """The values of a log line about its completion so far; empty before its model is resolved."""
+        return self._log_values if self._running is None else self._running.log_values
 
     @property
     def usage(self) -> Usage:
@@ -172,7 +169,7 @@ class RetainedStream:
             self._closed, self._failure = True, failure and failure.again()
         if self._running is not None:
             self._timings, self._usage = self._running.timings, self._running.usage
-            self._attempts, self._joined_deltas = self._running.attempts, self._running.joined_deltas
+            self._log_values = self._running.log_values
             self._running = None
         if not self._messages:
             self.drop()  # the answer did not begin, so there is nothing to resume

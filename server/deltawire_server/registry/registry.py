@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 
     from deltawire_server.registry.feed import Step
-    from deltawire_server.registry.store import Store
+    from deltawire_server.registry.store import Change, Store
     from deltawire_server.upstream.base import Provider
     from deltawire_server.upstream.providers import Providers
 
@@ -294,7 +294,7 @@ class ModelRegistry:
             if attempts == ATTEMPTS:
                 raise _overtaken(model)
 
-    async def unregister(self, name: str, etag: str = "", token: str | None = None, owner: str | None = None) -> None:
+    async def unregister(self, name: str, etag: str = "", token: str | None = None, owner: str | None = None) -> Change:
         """Remove a registered model. While its provider serves it, it can still be called by the provider's own name.
 
         Args:
@@ -302,6 +302,9 @@ class ModelRegistry:
             etag: The expected etag; empty for any.
             token: The caller's token for the providers.
             owner: The caller that must have registered the model; `None` for any, even if the record cannot be read.
+
+        Returns:
+            The change, with the removed model unless its record could not be read.
 
         Raises:
             GatewayError: PERMISSION_DENIED: another caller registered it.
@@ -317,8 +320,9 @@ class ModelRegistry:
                 model = await self._registered(name, etag, token)
                 _require_owner(model, owner)
                 revision = model.revision
-            if await self._writes.delete(name, revision):
-                return
+            change = await self._writes.delete(name, revision)
+            if change is not None:
+                return change
             model = await self._registered(name, etag, token)  # raises the reason, unless another write is in progress
             attempts += 1
             if attempts == ATTEMPTS:

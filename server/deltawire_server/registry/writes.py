@@ -54,8 +54,8 @@ class Writes:
         """
         return await self._to_the_end(self._update(model))
 
-    async def delete(self, name: str, revision: int | None = None) -> bool:
-        """Delete the model of this id or alias, and of this revision if given; return whether there was one.
+    async def delete(self, name: str, revision: int | None = None) -> Change | None:
+        """Delete the model of this id or alias, and of this revision if given; return the change, or `None` if there was none.
 
         Raises:
             RegistryError: STORE_UNAVAILABLE.
@@ -103,16 +103,16 @@ class Writes:
                 model.id, model.id, "cannot have an alias that belongs to a record that cannot be read", UNREADABLE
             )
 
-    async def _delete(self, name: str, revision: int | None) -> bool:
+    async def _delete(self, name: str, revision: int | None) -> Change | None:
         async with self._lock:
             # The database may have a model that is not in memory: of another process, or with a damaged record.
             change = await self._store.delete(name, revision)
             if change is not None:
                 await self._follower.applied(change)
-                return True
-            # Memory may have a model that another process has changed or removed.
-            await self._follower.catch_up()
-            return False
+            else:
+                # Memory may have a model that another process has changed or removed.
+                await self._follower.catch_up()
+            return change
 
     async def _to_the_end(self, write: Coroutine[object, object, T]) -> T:
         """Complete a write even if its caller is canceled, so that memory has every change of the database."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
@@ -93,6 +93,7 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         if chat.completion_id:
             stream = self._worker.open(chat, caller, fingerprint=await _fingerprint(request), keep_logprobs=True)
             del request, chat  # the completion has it, until it is sent
+            record.span.link(stream.traceparent)
             with stream.read(caller.left) as reader, _noted(record, stream):
                 async with aclosing(reader.follow()) as batches:
                     async for numbered in batches:
@@ -173,6 +174,7 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
             self._worker.memory.admit(COPIES * record.request_bytes)
             held.set(COPIES * record.request_bytes)
             chat = await validate.count_request(request.chat, self._content_limits)
+            record.values["model_asked"] = chat.model
             count, resolution = await self._worker.count_tokens(chat, record.call)
         record.values.update(
             model=resolution.model.id,
@@ -194,7 +196,9 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         with self._worker.memory.hold() as held:
             held.set(size)
             async with self._worker.memory.turn(record.request_bytes):
-                return await validate.chat_request(chat, self._content_limits)
+                validated = await validate.chat_request(chat, self._content_limits)
+        record.values["model_asked"] = validated.model
+        return validated
 
     def _look_up(self, completion_id: str, context: _Context) -> Record:
         """The record of the caller's completion."""
@@ -212,6 +216,7 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         messages = convert.ResponseWriter(stream, self._max_completed_bytes)
         more = "; the stream is retained and can be resumed" if stream.is_retained else ""
         writer = self._writer(context, record, more)
+        record.span.link(stream.traceparent)
         with stream.read(caller.left, after) as reader, _noted(record, stream):
             async with aclosing(reader.follow()) as batches, writer:
                 async for numbered in batches:
@@ -279,17 +284,4 @@ def _noted(record: CallRecord, completion: Completion | RetainedStream) -> Itera
     try:
         yield
     finally:
-        with suppress(LookupError):  # its model was not found
-            head, usage, timings = completion.head, completion.usage, completion.timings
-            record.values.update(
-                completion_id=head.completion_id,
-                model=head.model,
-                alias=head.alias,
-                provider=head.provider_id,
-                prompt_tokens=usage.prompt_tokens,
-                completion_tokens=usage.completion_tokens,
-                usage=usage.provenance.name,
-                seconds_to_first_event=None if timings.first_event is None else round(timings.first_event, 6),
-                attempts=completion.attempts,
-                joined_deltas=completion.joined_deltas,
-            )
+        record.values.update(completion.log_values)

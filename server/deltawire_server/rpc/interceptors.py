@@ -25,6 +25,7 @@ from grpc import aio
 from deltawire_server.access import REVOKED, Access, Identity, NameKind, Permission, bearer_key
 from deltawire_server.admission import Admission
 from deltawire_server.errors import (
+    FOR_OPERATORS,
     CallerError,
     DeltawireError,
     GatewayError,
@@ -43,6 +44,8 @@ from deltawire_server.rpc.resets import QUICK_SECONDS, Resets
 from deltawire_server.rpc.status import MAX_MESSAGE, grpc_code, shorten, trailers_of
 from deltawire_server.rpc.trace_context import trace_context
 from deltawire_server.telemetry import get_logger
+from deltawire_server.tracing import tracer
+from deltawire_server.tracing.tracer import NO_CALL
 from deltawire_server.upstream.base import CallContext
 
 if TYPE_CHECKING:
@@ -93,7 +96,7 @@ class CallRecord:
     """The state of one call, with the values for its log line.
 
     Attributes:
-        call: The caller's metadata that is forwarded to the provider.
+        call: The caller's metadata that is forwarded to the provider, within the call's span.
         caller: The name of the principal or, if every caller may call, the name in a verified certificate; empty if there is
             neither.
         owner: The owner of the caller's completions; empty if callers cannot be distinguished. A later caller with the same
@@ -104,6 +107,7 @@ class CallRecord:
         values: Values that the handler adds to the log line, such as model and usage.
         place: The call's place in `Admission`, if its method needs one; it is taken, unless the call may resume a completion.
         request_bytes: Bytes of the serialized request.
+        span: The call's span.
     """
 
     def __init__(self, call: CallContext) -> None:
@@ -116,6 +120,7 @@ class CallRecord:
         self.values: dict[str, object] = {}
         self.place: Place | None = None
         self.request_bytes = 0
+        self.span = NO_CALL
 
 
 passed_on: contextvars.ContextVar[tuple[str, str] | None] = contextvars.ContextVar("deltawire_passed_on", default=None)
@@ -345,9 +350,13 @@ class CallInterceptor(aio.ServerInterceptor):
     def _logged(
         self, method: str, rpc: Rpc, record: CallRecord, context: _Context, metadata: Mapping[str, str]
     ) -> Iterator[_Outcome]:
-        """Log and count the call when it ends, whatever the outcome."""
+        """Log, count and trace the call when it ends, whatever the outcome."""
         begin = time.monotonic()
         rpc.start()
+        ours, name = method.startswith(OUR_METHODS), method.removeprefix("/")
+        if ours:
+            record.span = tracer.current.start_call(name, record.call.traceparent, record.call.tracestate)
+            record.call = record.call.within(record.span.context)
         outcome = _Outcome()
         # The default: a caller's cancellation and deadline both arrive as cancellation of the task.
         outcome.code = "CANCELLED"
@@ -360,18 +369,23 @@ class CallInterceptor(aio.ServerInterceptor):
                 outcome.code = "DEADLINE_EXCEEDED"
             seconds = time.monotonic() - begin
             rpc.end(outcome.code, seconds)
+            values = {"request_id": record.call.request_id, **record.values}
+            record.span.end(outcome.code, "" if outcome.reason is None else outcome.reason.name, values)
             if outcome.code != "CANCELLED" or seconds >= QUICK_SECONDS or self._resets.first(context.peer()):
-                ours = method.startswith(OUR_METHODS)
-                log = _log.error if outcome.defect is not None else _log.info if ours else _log.debug
+                log = _log.info if ours else _log.debug
+                if outcome.defect is not None:
+                    log = _log.error
+                elif outcome.reason in FOR_OPERATORS:
+                    log = _log.warning
                 log(
                     "call",
-                    method=method.removeprefix("/"),
+                    method=name,
                     code=outcome.code,
-                    request_id=record.call.request_id,
+                    trace_id=record.call.trace_id,
                     peer=context.peer(),
                     user_agent=metadata.get("user-agent", ""),
                     seconds=round(seconds, 6),
-                    **record.values,
+                    **values,
                     **outcome.values,
                     exc_info=outcome.defect,
                 )
@@ -393,12 +407,14 @@ class _Outcome:
 
     def __init__(self) -> None:
         self.code = "OK"
+        self.reason: Reason | None = None
         self.values: dict[str, object] = {}
         self.defect: BaseException | None = None
 
     def fail(self, error: DeltawireError) -> None:
         FAILED_CALLS.labels(error.reason.name).inc()
         self.code = error.code.name
+        self.reason = error.reason
         self.values = {"reason": error.reason.name, "error": shorten(error.message, MAX_LOGGED)}
         if error.reason is Reason.INTERNAL:
             self.defect = error.__cause__

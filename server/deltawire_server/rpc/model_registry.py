@@ -45,6 +45,9 @@ SLOW_WATCHER_SECONDS = 30.0
 FAREWELL_SECONDS = 0.5
 """The same when watches are ended on shutdown: enough for a watcher that is only slow."""
 
+MAX_LOGGED_NAME = 256
+"""Bytes of a name in a log line that was not validated."""
+
 _Choice = TypeVar("_Choice", ModelType, ModelState, ModelSource)
 
 
@@ -75,6 +78,7 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
 
     async def RegisterModel(self, request: pb.RegisterModelRequest, context: Context) -> pb.RegisterModelResponse:
         """Register a served model under an id and aliases."""
+        _log_asked(context, request.model_id)
         model = await self._registry.register(
             request.model_id,
             request.provider_id,
@@ -86,6 +90,7 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
             token=call_context(context).token,
             owner=call_record(context).caller,
         )
+        _log_written(context, model)
         return pb.RegisterModelResponse(model=model_message(model))
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
@@ -113,14 +118,20 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
 
     async def UnregisterModel(self, request: pb.UnregisterModelRequest, context: Context) -> pb.UnregisterModelResponse:
         """Remove a registered model."""
+        _log_asked(context, request.model_id)
         _require("model_id", request.model_id)
-        await self._registry.unregister(
+        change = await self._registry.unregister(
             request.model_id, request.etag, call_context(context).token, _only_of(call_record(context))
         )
+        if change.model is None:
+            call_record(context).values["model"] = change.model_id
+        else:
+            _log_written(context, change.model)
         return pb.UnregisterModelResponse()
 
     async def UpdateModel(self, request: pb.UpdateModelRequest, context: Context) -> pb.UpdateModelResponse:
         """Change a registered model."""
+        _log_asked(context, request.model.id)
         _require("model.id", request.model.id)
         model = await self._registry.update(
             request.model.id,
@@ -129,6 +140,7 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
             call_context(context).token,
             _only_of(call_record(context)),
         )
+        _log_written(context, model)
         return pb.UpdateModelResponse(model=model_message(model))
 
     async def WatchModels(  # type: ignore[override]  # (written to, as a stream of answers is)
@@ -162,6 +174,7 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
 
     async def RefreshModels(self, request: pb.RefreshModelsRequest, context: Context) -> pb.RefreshModelsResponse:
         """Request the current listings of the providers."""
+        call_record(context).values["provider"] = shorten(request.provider_id, MAX_LOGGED_NAME)
         results = await self._registry.refresh(request.provider_id, call_context(context).token)
         response = pb.RefreshModelsResponse()
         for provider_id, result in results.items():
@@ -296,6 +309,16 @@ def _chosen(field: str, number: int, meanings: type[_Choice]) -> _Choice | None:
 def _only_of(record: CallRecord) -> str | None:
     """The owner whose registrations a caller may change; `None` for all owners."""
     return None if record.may_operate else record.caller
+
+
+def _log_asked(context: Context, name: str) -> None:
+    """Add the name of the model that a call wants to write to its log line, which has it even if the call fails."""
+    call_record(context).values["model_asked"] = shorten(name, MAX_LOGGED_NAME)
+
+
+def _log_written(context: Context, model: Model) -> None:
+    """Add a model that was written to the log line of the call, for audits."""
+    call_record(context).values.update(model=model.id, owner=model.owner, etag=model.etag)
 
 
 def _require(field: str, value: str) -> None:

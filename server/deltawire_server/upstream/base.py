@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, Self
 
 from deltawire_server.secret import Secret
+from deltawire_server.tracing.tracer import NO_ATTEMPT, AttemptSpan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from deltawire_server.errors import Reason
     from deltawire_server.sansio.events import Fault, Notice
+    from deltawire_server.tracing.tracer import TraceContext
     from deltawire_server.upstream.engine import Engine
     from deltawire_server.upstream.request import ChatRequest
 
@@ -30,7 +32,8 @@ class CallContext:
         request_id: Printable ASCII, at most 128 characters.
         token: The caller's own token for the provider (`x-vllm-api-token`), valid in a header. It has precedence over the
             operator's. `None` if there is none, or if it must not be sent to this provider.
-        traceparent: A valid W3C Trace Context header; `None` if the call had no valid one.
+        traceparent: A valid W3C Trace Context header: that of the call's own span if traces are exported, else that of the caller;
+            `None` if the call had no valid one.
         tracestate: The same; `None` without a `traceparent`.
         token_withheld: Whether the caller sent a token that must not be sent to this provider; errors then explain it.
     """
@@ -45,6 +48,15 @@ class CallContext:
         """Wrap the token in a `Secret`."""
         if self.token is not None:
             object.__setattr__(self, "token", Secret(self.token))
+
+    @property
+    def trace_id(self) -> str | None:
+        """The id of the trace that the call belongs to."""
+        return None if self.traceparent is None else self.traceparent[3:35]
+
+    def within(self, span: TraceContext | None) -> Self:
+        """A copy for what is done within a span; this one if the span has no context."""
+        return self if span is None else replace(self, traceparent=span[0], tracestate=span[1])
 
     def without_token(self) -> Self:
         """A copy for a provider that must not receive the caller's token."""
@@ -115,6 +127,23 @@ class Body(Protocol):
         """Go on. Some of the body may be pushed before this returns."""
 
 
+@dataclass(slots=True)
+class Attempts:
+    """The attempts of one request, each at another replica, which the provider records as it makes them.
+
+    Attributes:
+        completion_id: The completion's id; empty for a token count.
+        count: The number of attempts so far.
+        base_url: The address of the last attempt's replica, without credentials; empty before the first one.
+        span: The span of the last attempt. The provider ends those of failed attempts, and the caller ends the last one.
+    """
+
+    completion_id: str = ""
+    count: int = 0
+    base_url: str = ""
+    span: AttemptSpan = NO_ATTEMPT
+
+
 @dataclass(frozen=True, slots=True)
 class OpenStream:
     """A provider's open answer to a chat request.
@@ -122,14 +151,12 @@ class OpenStream:
     Attributes:
         body: The body of the event stream.
         notices: Notices for the caller about this attempt.
-        replicas_tried: Number of replicas that the request was sent to: those that failed, and the one that answers.
         failed: Call this with the reason if the answer ends with a fault of the provider. For some reasons, such as
             UPSTREAM_TIMEOUT, it ejects the replica. Never raises.
     """
 
     body: Body
     notices: tuple[Notice, ...] = ()
-    replicas_tried: int = 1
     failed: Callable[[Reason], None] = lambda _: None
 
 
@@ -186,7 +213,7 @@ class Provider(Protocol):
         """Seconds between two listings by the registry."""
 
     def stream_chat(
-        self, request: ChatRequest, model: str, call: CallContext
+        self, request: ChatRequest, model: str, call: CallContext, attempts: Attempts | None = None
     ) -> AbstractAsyncContextManager[OpenStream]:
         """Request a completion; entering the context yields the answer after its first event is received.
 
@@ -199,6 +226,7 @@ class Provider(Protocol):
             request: The request.
             model: The provider's own name of the model.
             call: The caller's metadata.
+            attempts: Takes the attempts, including the one that a failure or a cancellation ends.
 
         Raises:
             CallerError: The provider rejects the request, with an HTTP status or with an error event that comes first;

@@ -20,8 +20,11 @@ from deltawire_server.errors import DeltawireError, ProviderError, Reason, Viola
 from deltawire_server.metrics.table import ATTEMPT_FAILURES, ATTEMPTS, EJECTIONS
 from deltawire_server.sansio.events import Notice, NoticeKind
 from deltawire_server.telemetry import get_logger
+from deltawire_server.tracing import tracer
+from deltawire_server.tracing.tracer import CANCELED
 from deltawire_server.upstream import vllm_fields
 from deltawire_server.upstream.base import (
+    Attempts,
     CallContext,
     Health,
     HealthStatus,
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
+    from deltawire_server.tracing.tracer import AttemptSpan
     from deltawire_server.upstream.body import AnswerBody
     from deltawire_server.upstream.request import ChatRequest
     from deltawire_server.upstream.transport.exchange import Exchange
@@ -148,21 +152,36 @@ class VllmProvider:
         return joined({replica.base_url: reader.engine for replica, reader in self._engines.items()})
 
     @contextlib.asynccontextmanager
-    async def stream_chat(self, request: ChatRequest, model: str, call: CallContext) -> AsyncIterator[OpenStream]:
+    async def stream_chat(
+        self, request: ChatRequest, model: str, call: CallContext, attempts: Attempts | None = None
+    ) -> AsyncIterator[OpenStream]:
         """Request a completion; see `Provider.stream_chat`."""
         self._require_allowed(model)
         body = chat_body(request, model, allowed_extra(request.extra_body, self._allowed_extra_fields, self.id))
         to_check = vllm_fields.fields_to_check(body, request)
         content = await encode_body(body, request.messages)
-        name, form = request.model, vllm_fields.format_field(request)
+        name, form, sampling = request.model, vllm_fields.format_field(request), request.sampling
         del body, request  # `content` now has the only copy
+        attempts = attempts or Attempts()
+        start_span = functools.partial(
+            tracer.current.start_attempt,
+            "chat",
+            model,
+            provider_id=self.id,
+            completion_id=attempts.completion_id,
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+        )
 
-        async def send(replica: Replica) -> tuple[Exchange, AnswerBody, tuple[Notice, ...]]:
+        async def send(replica: Replica, call: CallContext) -> tuple[Exchange, AnswerBody, tuple[Notice, ...]]:
             unchecked = await self._check_fields(replica, to_check)
             return (*await self._api.open(replica, content, name, call, form), unchecked)
 
         try:
-            attempt, answer, failures = await self._first_answer(send, self.timeouts.first_event)
+            seconds = self.timeouts.first_event
+            attempt, answer, failures = await self._first_answer(send, seconds, call, attempts, start_span)
+            attempts.span.receive_first_chunk()
         finally:
             content.clear()  # no further attempt
         response, answer_body, unchecked = answer
@@ -170,7 +189,7 @@ class VllmProvider:
             try:
                 notices = (*self._passed_over(failures), *unchecked)
                 failed = functools.partial(self._failed_after_start, attempt)
-                yield OpenStream(answer_body, notices, len(failures) + 1, failed)
+                yield OpenStream(answer_body, notices, failed)
             finally:
                 answer_body.close()
                 response.close()  # vLLM stops generating when the socket is closed
@@ -182,9 +201,14 @@ class VllmProvider:
         extra = allowed_extra(request.extra_body, self._allowed_extra_fields, self.id)
         content = await encode_body(count_body(request, model, extra), request.messages)
         async with self._counting:
-            send = functools.partial(self._api.count, content=content, name=request.model, call=call)
-            attempt, count, _ = await self._first_answer(send, COUNT_SECONDS)
+            send = functools.partial(self._api.count, content=content, name=request.model)
+            attempts = Attempts()
+            start_span = functools.partial(
+                tracer.current.start_attempt, "count_tokens", model, provider_id=self.id, completion_id=""
+            )
+            attempt, count, _ = await self._first_answer(send, COUNT_SECONDS, call, attempts, start_span)
             attempt.end()
+            attempts.span.end(input_tokens=count.prompt_tokens)
             return count
 
     async def list_models(self, token: str | None = None) -> tuple[ServedModel, ...]:
@@ -232,13 +256,21 @@ class VllmProvider:
         return not allowed or any(fnmatchcase(model, pattern) for pattern in allowed)
 
     async def _first_answer(
-        self, send: Callable[[Replica], Awaitable[T]], seconds: float
+        self,
+        send: Callable[[Replica, CallContext], Awaitable[T]],
+        seconds: float,
+        call: CallContext,
+        attempts: Attempts,
+        start_span: Callable[..., AttemptSpan],
     ) -> tuple[Attempt, T, list[DeltawireError]]:
         """Send a request to a replica; if that fails and `policy` allows a retry, to one other.
 
         Args:
-            send: Sends the request to a replica.
+            send: Sends the request to a replica, with this metadata.
             seconds: Time limit of all attempts together.
+            call: The caller's metadata.
+            attempts: Takes the attempts.
+            start_span: Starts the span of an attempt, given its replica and its parent.
 
         Returns:
             The attempt that succeeded, which the caller must `end`, the result of `send`, and the failures before it.
@@ -252,23 +284,30 @@ class VllmProvider:
             replica = self._replicas.choose(tuple(failures))
             attempt = self._replicas.attempt(replica)
             ATTEMPTS.labels(self.id, replica.base_url).inc()
+            attempts.count += 1
+            attempts.base_url = replica.base_url
+            span = attempts.span = start_span(
+                base_url=replica.base_url, traceparent=call.traceparent, tracestate=call.tracestate
+            )
             try:
                 async with asyncio.timeout_at(deadline):
-                    answer = await send(replica)
+                    answer = await send(replica, call.within(span.context))
             except TimeoutError:
                 failures[replica] = self._silence(seconds)
             except DeltawireError as error:
                 failures[replica] = error.with_traceback(None)
-            except BaseException:
+            except BaseException as error:
                 attempt.end()
+                span.end(CANCELED if isinstance(error, asyncio.CancelledError) else Reason.INTERNAL.name)
                 raise
             else:
                 attempt.answered()
                 return attempt, answer, list(failures.values())
             self._failed(attempt, failures[replica])
             attempt.end()
-            attempts = len(failures)
-            if not ACTIONS[failures[replica].reason].repeat or attempts == min(MAX_ATTEMPTS, len(self._replicas.all)):
+            span.end(failures[replica].reason.name)
+            most = min(MAX_ATTEMPTS, len(self._replicas.all))
+            if not ACTIONS[failures[replica].reason].repeat or len(failures) == most:
                 raise self._failure_of_all(list(failures.values()))
 
     def _failed(self, attempt: Attempt, error: DeltawireError) -> None:

@@ -126,7 +126,7 @@ class VllmApi:
         except DeltawireError as error:
             return error.message
 
-    async def count(self, replica: Replica, *, content: Content, name: str, call: CallContext) -> TokenCount:
+    async def count(self, replica: Replica, call: CallContext, *, content: Content, name: str) -> TokenCount:
         """Have a replica count the tokens of a prompt; `name` is the model name in the call."""
         url = f"{replica.root}{TOKENIZE}"
         headers = self._call_headers(call)
