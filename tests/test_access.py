@@ -17,8 +17,8 @@ from deltawire_server.access import (
     NameKind,
     Permission,
     Principal,
-    bearer_key,
     parse_line,
+    sent_key,
 )
 from deltawire_server.errors import Code, GatewayError, Reason
 
@@ -166,7 +166,7 @@ def test_refusals_say_the_remedy() -> None:
     assert "connect with an authorized client certificate" in refusal(both, CHAT).message
     assert "the key is not valid, or was revoked" in refusal(both, CHAT, "wrong-wrong-wrong").message
     stranger = refusal(both, CHAT, None, Identity(NameKind.URI, "a:b"), BATCH).message
-    assert "no name of the client certificate (uri:a:b, dns:batch.mesh)" in stranger
+    assert "no name of the caller (mtls:uri:a:b, mtls:dns:batch.mesh)" in stranger
 
 
 def test_replaced_principals_count_at_once() -> None:
@@ -238,7 +238,7 @@ def test_no_key_is_kept() -> None:
 )
 def test_bearer_keys(values: list[str], key: str | None) -> None:
     """The scheme's case does not matter, as HTTP has it."""
-    assert bearer_key(values) == key
+    assert sent_key([], values) == key
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_bearer_keys(values: list[str], key: str | None) -> None:
 def test_authorization_headers_that_are_no_bearer_key(values: list[str], message: str) -> None:
     """They are refused and not passed over, and nothing of them is repeated."""
     with pytest.raises(GatewayError) as caught:
-        bearer_key(values)
+        sent_key([], values)
     assert caught.value.reason is Reason.UNAUTHENTICATED
     assert message in caught.value.message
     assert SECRET not in caught.value.message
@@ -329,8 +329,11 @@ def test_the_permissions_of_a_line_are_written_in_order() -> None:
         ("ci call mtls:uri:geheim.mesh", "mtls:uri: must be followed by a URI with its scheme"),
         ("ci call mtls:dns:spiffe://geheim", "mtls:dns: by a name without colon or slash"),
         ("ci call mtls:dns:geheim/x", "mtls:dns: by a name without colon or slash"),
-        ("ci call mtsl:spiffe://geheim/geheim", "must begin with sha256: or mtls:, or be a key, which has no colon"),
-        (f"ci call SHA256:{DIGEST}", "must begin with sha256: or mtls:"),
+        (
+            "ci call mtsl:spiffe://geheim/geheim",
+            "must begin with sha256:, mtls: or proxy:, or be a key, which has no colon",
+        ),
+        (f"ci call SHA256:{DIGEST}", "must begin with sha256:, mtls: or proxy:"),
     ],
 )
 def test_lines_that_are_wrong(line: str, message: str) -> None:

@@ -316,10 +316,8 @@ async def test_a_certificate_that_is_not_known(
     ):
         failure = await failure_of(caller.create())
     assert failure.reason == "UNAUTHENTICATED"
-    assert (
-        f"name of the client certificate ({'dns:stranger.mesh' if alternative_names else 'cn:stranger'})"
-        in failure.message
-    )
+    name = "mtls:dns:stranger.mesh" if alternative_names else "mtls:cn:stranger"
+    assert f"no name of the caller ({name}) is authorized" in failure.message
 
 
 async def test_a_common_name_does_not_count_beside_alternative_names(

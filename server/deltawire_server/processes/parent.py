@@ -61,7 +61,7 @@ def run(arguments: Sequence[str], settings: Settings) -> int:
     configure_logging(settings.log.level, settings.log.format)
     with contextlib.ExitStack() as stack:
         addresses: list[str] = []
-        for address in settings.server.listen:
+        for address in (*settings.server.listen, *filter(None, [settings.server.health_address])):
             try:
                 addresses.append(_reserve(address, stack))
             except OSError as error:
@@ -89,9 +89,10 @@ def run(arguments: Sequence[str], settings: Settings) -> int:
             0,
             secrets.token_hex(2),
             folder,
-            addresses,
+            addresses[: len(settings.server.listen)],
             control=-1,
             metrics="" if serving is None else serving.address,
+            health="".join(addresses[len(settings.server.listen) :]),
         )
         return asyncio.run(_Parent(arguments, first, metrics).run())
 
