@@ -21,7 +21,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from deltawire_server import descriptors
 from deltawire_server.certificates import ServerCertificates
-from deltawire_server.processes.parent import REMEDY
+from deltawire_server.processes.parent import HEALTH_REMEDY, REMEDY
 from deltawire_server.rpc import health
 from deltawire_server.rpc.reception import PENDING_REQUESTS
 from deltawire_server.settings import ServerSettings, is_local
@@ -138,7 +138,8 @@ class Lifecycle:
         self.certificates = _certificates(self._settings)
         self.addresses = tuple(map(self._listen, self._settings.listen))
         if self._health_server is not None:
-            self.health_address = _add_port(self._settings.health_address, self._health_server.add_insecure_port)
+            add = self._health_server.add_insecure_port
+            self.health_address = _add_port(self._settings.health_address, add, HEALTH_REMEDY)
 
     async def start(self, services: Sequence[str]) -> None:
         """Serve.
@@ -233,7 +234,7 @@ class Lifecycle:
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(REFLECTION_V1, handlers),))
 
 
-def _add_port(address: str, add: Callable[[str], int]) -> str:
+def _add_port(address: str, add: Callable[[str], int], remedy: str = REMEDY) -> str:
     """Listen on an address; return it with its port.
 
     Raises:
@@ -242,7 +243,7 @@ def _add_port(address: str, add: Callable[[str], int]) -> str:
     try:
         port = add(address)
     except (RuntimeError, ValueError) as error:
-        raise ListenError(f"cannot listen on {address}: {_problem(address)}; {REMEDY}") from error
+        raise ListenError(f"cannot listen on {address}: {_problem(address)}; {remedy}") from error
     return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
 
 

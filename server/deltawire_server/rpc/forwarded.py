@@ -88,7 +88,7 @@ def _common_name(subject: str) -> list[Identity]:
         if kind.upper() == "CN":
             found.append(Identity(NameKind.COMMON_NAME, _unescaped(value)))
         at = attribute.end()
-    return found if len(found) == 1 else []
+    return found if len(found) == 1 and found[0].name else []
 
 
 def _unescaped(text: str) -> str:
