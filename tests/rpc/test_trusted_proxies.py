@@ -16,6 +16,7 @@ from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import model_registry_pb2
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
 from tests.support.gateway import Lines, Running, ask, failure_of, read, read_well, settings_of, until
+from tests.support.mutual_tls import connected, mutual
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -37,28 +38,6 @@ Metadata = tuple[tuple[str, str], ...]
 def certificate_of(name: str) -> Metadata:
     """The header with which Envoy forwards the certificate of a client with this URI."""
     return ((XFCC, f"By={PROXY};Hash=0123;URI=spiffe://mesh/{name}"),)
-
-
-def mutual(certificates: Certificates) -> dict[str, Any]:
-    """Settings of a listener that asks for client certificates."""
-    return {
-        "tls_cert_file": certificates.server,
-        "tls_key_file": certificates.server_key,
-        "tls_client_ca_file": certificates.authority,
-    }
-
-
-@asynccontextmanager
-async def connected(
-    gateway: Running, certificates: Certificates, name: str, alternative_names: str
-) -> AsyncIterator[Running]:
-    """A channel of a client, or a proxy, with a certificate of these names."""
-    certificate, key = certificates.sign(name, alternative_names)
-    credentials = grpc.ssl_channel_credentials(
-        certificates.authority.read_bytes(), key.read_bytes(), certificate.read_bytes()
-    )
-    async with aio.secure_channel(gateway.address, credentials) as channel:
-        yield Running(gateway.gateway, channel)
 
 
 @asynccontextmanager
