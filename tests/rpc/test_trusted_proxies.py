@@ -10,6 +10,7 @@ import grpc
 import pytest
 from google.protobuf import duration_pb2
 from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
@@ -208,6 +209,27 @@ async def test_receiving_is_shared_among_the_callers_of_a_proxy(
     assert seen[0::2] == ["ipv4:192.0.2.7", "ipv4:192.0.2.8"]
     assert len(set(seen[1::2])) == 1
     assert seen[1] not in seen[0::2]
+
+
+async def test_health_watches_are_shared_among_the_addresses_behind_a_proxy(
+    start_gateway: StartGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has the number of a connection of its own."""
+    monkeypatch.setattr("deltawire_server.rpc.health.MAX_CONNECTION_WATCHES", 1)
+    listen = {"listen": f"unix:{tmp_path}/gateway.sock"}
+
+    async with start_gateway(server=listen, access={"trusted_proxies": "unix"}) as gateway:
+        health: Any = health_pb2_grpc.HealthStub(gateway.channel)
+        watches = []
+        for address in ("192.0.2.7", "192.0.2.8", "192.0.2.7"):
+            watches.append(health.Watch(health_pb2.HealthCheckRequest(), metadata=(("x-forwarded-for", address),)))
+            read = watches[-1].read()
+            if len(watches) < 3:
+                assert (await read).status == health_pb2.HealthCheckResponse.SERVING
+                continue
+            with pytest.raises(aio.AioRpcError) as caught:
+                await read
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 async def test_an_open_gateway_separates_them(start_gateway: StartGateway, certificates: Certificates) -> None:

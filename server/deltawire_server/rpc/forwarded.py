@@ -12,10 +12,10 @@ from ipaddress import ip_address
 from deltawire_server.access import Identity, NameKind
 
 MAX_CERTIFICATE_HEADER = 16 * 1024
-"""Characters of the header, which take less than a millisecond. gRPC accepts no longer headers by default."""
+"""Characters of the header, which take at most a few milliseconds. gRPC accepts no longer headers by default."""
 
 MAX_NAMES = 128
-"""Names in one certificate: more than certificate authorities sign."""
+"""Names in one element: more than certificate authorities sign."""
 
 # The quantifiers are possessive: no input makes them try again. In quotes, a backslash and the next character belong together.
 _PAIR = re.compile(r'[ \t]*+([A-Za-z]++)=(?:"((?:[^"\\]|\\.)*+)"|([^",;]*+))([,;]|\Z)')
@@ -36,8 +36,8 @@ def certificate_names(text: str) -> list[Identity]:
         At most `MAX_NAMES`; pass them to `Access.authorize`.
 
     Raises:
-        ValueError: The header is malformed, or its last element has no name or too many. The message says which, as the end of a
-            sentence that begins with the header's name.
+        ValueError: The header is malformed, an element has too many names, or the last one has none. The message says which, as the
+            end of a sentence that begins with the header's name.
     """
     if len(text) > MAX_CERTIFICATE_HEADER:
         raise ValueError(f"is longer than {MAX_CERTIFICATE_HEADER} characters")
@@ -55,6 +55,8 @@ def certificate_names(text: str) -> list[Identity]:
         kind = _KINDS.get(key.lower())
         if kind is not None and value:
             names.append(Identity(kind, value if quoted is None else _unescaped(value)))
+            if len(names) > MAX_NAMES:
+                raise ValueError(f"has more than {MAX_NAMES} names")
         elif key.lower() == "subject":
             subject = value
         at, separator = pair.end(), following
@@ -62,8 +64,6 @@ def certificate_names(text: str) -> list[Identity]:
         names = _common_name(subject)
     if not names:
         raise ValueError("has no URI, DNS name or common name: configure the proxy to forward those of the certificate")
-    if len(names) > MAX_NAMES:
-        raise ValueError(f"has more than {MAX_NAMES} names")
     return sorted(names, key=lambda name: name.kind is not NameKind.URI)
 
 
@@ -78,7 +78,7 @@ def last_address(text: str) -> str:
 
 def _common_name(subject: str) -> list[Identity]:
     """The common name in a distinguished name in the form of RFC 2253; empty if there is none, or if there are several."""
-    found: list[Identity] = []
+    name = ""
     at, separator = 0, ","
     while separator:
         attribute = _ATTRIBUTE.match(subject, at)
@@ -86,9 +86,11 @@ def _common_name(subject: str) -> list[Identity]:
             return []
         kind, value, separator = attribute.groups()
         if kind.upper() == "CN":
-            found.append(Identity(NameKind.COMMON_NAME, _unescaped(value)))
+            if name:
+                return []
+            name = value
         at = attribute.end()
-    return found if len(found) == 1 and found[0].name else []
+    return [Identity(NameKind.COMMON_NAME, _unescaped(name))] if name else []
 
 
 def _unescaped(text: str) -> str:

@@ -22,7 +22,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc import aio
 
-from deltawire_server.access import REVOKED, Access, Permission, Trust
+from deltawire_server.access import REVOKED, Access, Permission
 from deltawire_server.admission import Admission
 from deltawire_server.errors import (
     CallerError,
@@ -229,8 +229,7 @@ class CallInterceptor(aio.ServerInterceptor):
         ours = method.startswith(OUR_METHODS)
         metadata = _metadata(context)
         record = CallRecord(_call_context(metadata))
-        # The private listener is a unix socket, but its callers are no proxies.
-        record.origin = origin(context, self._access.trust if passed_on.get() is None else Trust())
+        record.origin = origin(context, self._access.trust)
         _record.set(record)  # for the task of this call, so it is never reset
         with contextlib.ExitStack() as counted:
             if ours:
