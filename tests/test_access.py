@@ -12,13 +12,16 @@ from deltawire_server.access import (
     ALL,
     NEEDS,
     Access,
+    AssertedName,
     Identity,
     Key,
     NameKind,
     Permission,
     Principal,
-    bearer_key,
+    Trust,
     parse_line,
+    parse_proxy,
+    sent_key,
 )
 from deltawire_server.errors import Code, GatewayError, Reason
 
@@ -166,7 +169,7 @@ def test_refusals_say_the_remedy() -> None:
     assert "connect with an authorized client certificate" in refusal(both, CHAT).message
     assert "the key is not valid, or was revoked" in refusal(both, CHAT, "wrong-wrong-wrong").message
     stranger = refusal(both, CHAT, None, Identity(NameKind.URI, "a:b"), BATCH).message
-    assert "no name of the client certificate (uri:a:b, dns:batch.mesh)" in stranger
+    assert "no name of the caller (mtls:uri:a:b, mtls:dns:batch.mesh)" in stranger
 
 
 def test_replaced_principals_count_at_once() -> None:
@@ -238,7 +241,7 @@ def test_no_key_is_kept() -> None:
 )
 def test_bearer_keys(values: list[str], key: str | None) -> None:
     """The scheme's case does not matter, as HTTP has it."""
-    assert bearer_key(values) == key
+    assert sent_key([], values) == key
 
 
 @pytest.mark.parametrize(
@@ -255,10 +258,110 @@ def test_bearer_keys(values: list[str], key: str | None) -> None:
 def test_authorization_headers_that_are_no_bearer_key(values: list[str], message: str) -> None:
     """They are refused and not passed over, and nothing of them is repeated."""
     with pytest.raises(GatewayError) as caught:
-        bearer_key(values)
+        sent_key([], values)
     assert caught.value.reason is Reason.UNAUTHENTICATED
     assert message in caught.value.message
     assert SECRET not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("own", "authorization", "key"),
+    [
+        ([SECRET], [], SECRET),
+        ([f" {SECRET} "], ["Bearer other"], SECRET),
+        ([SECRET, SECRET], ["Basic x", "Bearer a.b.c"], SECRET),
+    ],
+)
+def test_keys_in_their_own_header(own: list[str], authorization: list[str], key: str) -> None:
+    """They count alone; what is in the other header is not even looked at."""
+    assert sent_key(own, authorization) == key
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ([""], "the header x-deltawire-key is empty: send a key"),
+        ([" "], "is empty"),
+        ([SECRET, "other"], "several x-deltawire-key headers that differ: send one"),
+    ],
+)
+def test_own_headers_that_have_no_key(own: list[str], message: str) -> None:
+    """They are refused, whatever is in the other header, and nothing of them is repeated."""
+    with pytest.raises(GatewayError) as caught:
+        sent_key(own, [f"Bearer {SECRET}"])
+    assert caught.value.reason is Reason.UNAUTHENTICATED
+    assert message in caught.value.message
+    assert SECRET not in caught.value.message
+
+
+def test_a_token_for_a_proxy_is_recognized() -> None:
+    """A JSON Web Token is not called revoked alone; the refusal says where the key can be sent beside it."""
+    access = Access([principal(f"ci all {SECRET}")])
+    error = refusal(access, CHAT, "eyJhbGciOi.eyJzdWIiOi.c2lnbmF0dXJl")
+    assert "looks like a JSON Web Token" in error.message
+    assert "as `x-deltawire-key: …`" in error.message
+    assert "JSON" not in refusal(access, CHAT, "wrong-wrong.wrong").message
+
+
+def test_an_asserted_name_is_of_its_own_kind() -> None:
+    """It matches neither a name in a certificate that is spelled the same nor a key, and owns other data."""
+    names: list[Identity | AssertedName] = [AssertedName(MESH), FRONTEND, Identity(NameKind.COMMON_NAME, MESH)]
+    assert len({name.owner for name in names}) == len(names)
+    access = Access([principal(f"alice call proxy:{MESH}"), principal(f"frontend call mtls:uri:{MESH}")])
+    assert access.summary == "keys: 0, mTLS identities: 1, asserted names: 1"
+    assert access.authorize(CHAT, None, names[:1]) == principal(f"alice call proxy:{MESH}")
+    assert admitted(access, CHAT, None, FRONTEND) == "frontend"
+    assert refusal(access, CHAT, MESH).reason is Reason.UNAUTHENTICATED
+    assert len({each.owner for each in map(principal, [f"a call proxy:{MESH}", f"a call mtls:uri:{MESH}"])}) == 2
+
+
+@pytest.mark.parametrize("name", ["", " ", "a b", "a,b", "é", "a\x7f", "a" * 257, "a\n"])
+def test_texts_that_are_no_asserted_name(name: str) -> None:
+    """Lists of several names among them."""
+    with pytest.raises(ValueError, match=r"must be 1 to 256 printable ASCII characters without spaces and commas$"):
+        AssertedName(name)
+
+
+def test_whose_assertions_count() -> None:
+    """Those of a proxy by a name of its certificate, or by its unix socket, with the header of the settings."""
+    trust = Trust(frozenset({f"mtls:uri:{MESH}", "unix"}), "x-caller")
+    assert trust.assertion([BATCH, FRONTEND], unix=False) == f"mtls:uri:{MESH} x-caller"
+    assert trust.assertion([], unix=True) == "unix x-caller"
+    assert (
+        trust.assertion([BATCH, Identity(NameKind.COMMON_NAME, "unix"), Identity(NameKind.DNS, MESH)], unix=False) == ""
+    )
+    assert Trust().assertion([FRONTEND], unix=True) == ""
+    for made, counts in [(f"mtls:uri:{MESH} x-caller", True), ("unix x-caller", True), ("", True), ("unix", False)]:
+        assert trust.accepts(made) is counts
+    assert not Trust(trust.proxies).accepts("unix x-caller")
+    assert not Trust(frozenset({"unix"}), "x-caller").accepts(f"mtls:uri:{MESH} x-caller")
+
+
+@pytest.mark.parametrize("lines", [[], [f"ci all mtls:uri:{MESH}"]])
+def test_who_was_let_in_by_a_proxy(lines: list[str]) -> None:
+    """Is admitted as long as the proxy is trusted, with access lines and without; the same caller without a proxy is always."""
+    access = Access(map(principal, lines), Trust(frozenset({"unix"})))
+    owner = principal(lines[0]).owner if lines else FRONTEND.owner
+    made = access.trust.assertion([], unix=True)
+    assert access.admits(owner, CHAT, made)
+    access.replace(map(principal, lines))
+    assert not access.admits(owner, CHAT, made)
+    assert access.admits(owner, CHAT)
+
+
+@pytest.mark.parametrize("text", ["unix", f"mtls:uri:{MESH}", "mtls:dns:envoy.mesh", "mtls:cn:envoy"])
+def test_trusted_proxies(text: str) -> None:
+    """As written."""
+    assert parse_proxy(f" {text} ") == text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "envoy", "Unix", "unix:/x", "proxy:a", "mtls:", "mtls:envoy", "mtls:uri:a", SECRET]
+)
+def test_proxies_that_are_none(text: str) -> None:
+    """The message says what to write."""
+    with pytest.raises(ValueError, match=r"write mtls:uri:spiffe://mesh/ns/frontend"):
+        parse_proxy(text)
 
 
 @pytest.mark.parametrize("line", ["", "  \t", "# nothing", f"  # ci all {SECRET}", "#ci"])
@@ -276,6 +379,7 @@ def test_lines_without_a_principal(line: str) -> None:
         (f"frontend call mtls:uri:{MESH}", Principal("frontend", frozenset({Permission.CALL}), FRONTEND)),
         ("a.b_c-d@e/f all mtls:cn:x  # since May", Principal("a.b_c-d@e/f", ALL, Identity(NameKind.COMMON_NAME, "x"))),
         ("b all mtls:dns:batch.mesh", Principal("b", ALL, BATCH)),
+        ("alice all proxy:auth0|a:b@c", Principal("alice", ALL, AssertedName("auth0|a:b@c"))),
         ("ci all has#in-the-middle", Principal("ci", ALL, Key.of("has#in-the-middle"))),
         ("n" * 64 + " all 0123456789abcdef", Principal("n" * 64, ALL, Key.of("0123456789abcdef"))),
     ],
@@ -314,6 +418,8 @@ def test_the_permissions_of_a_line_are_written_in_order() -> None:
         ("ci call geheim-geheim-\x7f-geheim", "printable ASCII"),
         ("ci call sha256:geheim", 'followed by 64 hexadecimal digits: `printf %s "$KEY" | sha256sum`'),
         (f"ci call sha256:{DIGEST}0", "followed by 64 hexadecimal digits"),
+        ("ci call proxy:", "the name of a caller must be 1 to 256 printable ASCII characters"),
+        ("ci call proxy:geheim,geheim", "without spaces and commas"),
         ("ci call mtls:", "followed by the kind of a name in the certificate, and the name: write mtls:uri:spiffe://"),
         (
             "ci call mtls:spiffe://geheim/geheim",
@@ -329,8 +435,11 @@ def test_the_permissions_of_a_line_are_written_in_order() -> None:
         ("ci call mtls:uri:geheim.mesh", "mtls:uri: must be followed by a URI with its scheme"),
         ("ci call mtls:dns:spiffe://geheim", "mtls:dns: by a name without colon or slash"),
         ("ci call mtls:dns:geheim/x", "mtls:dns: by a name without colon or slash"),
-        ("ci call mtsl:spiffe://geheim/geheim", "must begin with sha256: or mtls:, or be a key, which has no colon"),
-        (f"ci call SHA256:{DIGEST}", "must begin with sha256: or mtls:"),
+        (
+            "ci call mtsl:spiffe://geheim/geheim",
+            "must begin with sha256:, mtls: or proxy:, or be a key, which has no colon",
+        ),
+        (f"ci call SHA256:{DIGEST}", "must begin with sha256:, mtls: or proxy:"),
     ],
 )
 def test_lines_that_are_wrong(line: str, message: str) -> None:

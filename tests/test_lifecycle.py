@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -35,6 +35,7 @@ from tests.support.gateway import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from tests.conftest import Certificates, StartGateway
@@ -386,6 +387,82 @@ async def test_during_the_delay_calls_are_taken(start_gateway: StartGateway) -> 
         await asyncio.wait([drained])
 
 
+@asynccontextmanager
+async def health_channel(gateway: Running) -> AsyncIterator[aio.Channel]:
+    """A channel to the health listener, in plaintext."""
+    async with aio.insecure_channel(gateway.gateway.health_address) as channel:
+        yield channel
+
+
+async def test_a_health_listener(start_gateway: StartGateway, certificates: Certificates, lines: Lines) -> None:
+    """Beside a listener with mutual TLS and access lines, it serves the same health without either, and nothing else."""
+    server = {**tls_settings(certificates, mutual=True), "health_listen": "0.0.0.0:0"}
+    async with (
+        start_gateway(server=server, access={"keys": "ops all secret-of-operations"}) as gateway,
+        health_channel(gateway) as channel,
+    ):
+        assert (await lines.find("serving"))["health"] == gateway.gateway.health_address
+        for service in ("", *SERVICES):
+            assert await health_of(channel, service) == SERVING
+        with pytest.raises(aio.AioRpcError) as caught:
+            await health_of(channel, "nope")
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        for call in (Running(gateway.gateway, channel).models.ListProviders(LIST), reflected(channel, "v1")):
+            with pytest.raises(aio.AioRpcError) as caught:
+                await call
+            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert gateway.gateway.health_address == ""
+    assert "serving without TLS to other machines" not in {entry["event"] for entry in lines.entries}
+
+
+async def test_the_health_listener_during_a_drain(start_gateway: StartGateway, vllm: FakeVllm) -> None:
+    """It answers NOT_SERVING until the last call has ended, also when the other addresses take no calls any more."""
+    gate = asyncio.Event()
+    vllm.play(Script.chunks([CHUNKS.role(), gate, CHUNKS.finish()]))
+    async with start_gateway(server={"health_listen": "127.0.0.1:0"}) as gateway, health_channel(gateway) as channel:
+        watch: Any = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        statuses = aiter(watch)
+        assert (await anext(statuses)).status == SERVING
+        messages = aiter(gateway.stream())
+        await anext(messages)
+        drained = asyncio.create_task(gateway.gateway.drain())
+        assert (await anext(statuses)).status == NOT_SERVING
+        await until_refused(gateway)
+        assert await health_of(channel) == NOT_SERVING
+        assert not drained.done()
+        gate.set()
+        assert kinds([event async for event in messages])[-1] == "completed"
+        await drained
+        with pytest.raises(aio.AioRpcError) as caught:
+            await anext(statuses)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_port_for_health_that_is_taken(start_gateway: StartGateway, served: Running) -> None:
+    """The gateway does not start, and the message names the setting."""
+    problem = f"cannot listen on {served.address}: Address already in use; use another address (--health-listen)"
+    with pytest.raises(ListenError, match=re.escape(problem)):
+        async with start_gateway(server={"health_listen": served.address}):
+            pass
+    await read_well(served.stream())
+
+
+async def test_connections_of_the_health_listener_are_bounded(
+    start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its own limit, so that they leave the other addresses theirs."""
+    monkeypatch.setattr("deltawire_server.lifecycle.MAX_HEALTH_CONNECTIONS", 2)
+    async with start_gateway(server={"health_listen": "127.0.0.1:0", "max_connections": 4}) as gateway:
+        host, _, port = gateway.gateway.health_address.rpartition(":")
+        opened = [await asyncio.open_connection(host, int(port)) for _ in range(4)]
+        # An HTTP/2 server speaks first on each connection that it keeps.
+        kept = [bool(await reader.read(1)) for reader, _ in opened]
+        assert sorted(kept) == [False, False, True, True]
+        await read_well(gateway.stream())
+        for _, writer in opened:
+            writer.close()
+
+
 async def test_states() -> None:
     """From starting to stopped, and stopping again changes nothing."""
     server = lifecycle()
@@ -398,9 +475,10 @@ async def test_states() -> None:
     assert states == [State.STARTING, State.SERVING, State.STOPPED, State.STOPPED, State.STOPPED]
 
 
-async def test_stopping_what_never_started() -> None:
+@pytest.mark.parametrize("health", ["off", "127.0.0.1:0"])
+async def test_stopping_what_never_started(health: str) -> None:
     """Is nothing to wait for."""
-    server = lifecycle(drain_delay=3600)
+    server = lifecycle(drain_delay=3600, health_listen=health)
     await server.stop()
     assert server.state is State.STOPPED
 

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import grpc
 
@@ -30,8 +30,9 @@ DEFAULT_MAX_RECEIVE_BYTES = 64 * 1024 * 1024
 MAX_TIMEOUT = 10**9
 
 AUTHORIZATION = "authorization"
+OWN_HEADER = "x-deltawire-key"
 VLLM_TOKEN = "x-vllm-api-token"  # noqa: S105 -- the name of a header
-SECRETS = frozenset({AUTHORIZATION, VLLM_TOKEN})
+SECRETS = frozenset({AUTHORIZATION, OWN_HEADER, VLLM_TOKEN})
 # Headers by which a proxy finds the gateway that has a completion, as the shipped Envoy does. Calls with the same route go to
 # the same gateway; the other one comes from the proxy, names the gateway, and is sent back.
 ROUTE = "x-deltawire-route"
@@ -81,13 +82,15 @@ class CallOptions(TypedDict, total=False):
 class ConnectOptions(TypedDict, total=False):
     """The keyword arguments of both clients.
 
-    `token` is the caller's key for the gateway. `tls` uses TLS with the root certificates of gRPC; for others, pass
-    `credentials`, see `tls_credentials`. `insecure` allows tokens over plaintext to other machines. `options` are gRPC
-    channel options and override the client's own. `max_receive_bytes` is the largest message, by default 64 MiB.
-    `timeout` (seconds above 0) and `metadata` are for every call.
+    `token` is the caller's key for the gateway, and `token_header` how it is sent: by default as `authorization: Bearer …`; as
+    "x-deltawire-key" if a proxy in between has another use for that header, such as a JWT in `metadata`. `tls` uses TLS with
+    the root certificates of gRPC; for others, pass `credentials`, see `tls_credentials`. `insecure` allows tokens over
+    plaintext to other machines. `options` are gRPC channel options and override the client's own. `max_receive_bytes` is the
+    largest message, by default 64 MiB. `timeout` (seconds above 0) and `metadata` are for every call.
     """
 
     token: str | None
+    token_header: Literal["authorization", "x-deltawire-key"]
     tls: bool
     credentials: grpc.ChannelCredentials | None
     insecure: bool
@@ -130,8 +133,8 @@ def connection(target: str, options: ConnectOptions, *, own_channel: bool) -> tu
 
     Raises:
         TypeError: An option does not exist.
-        ValueError: A channel was given together with options for one, the target or the timeout is invalid, or a token
-            cannot be sent or would be sent over plaintext to another machine.
+        ValueError: A channel was given together with options for one, the target, the timeout or the token's header is invalid,
+            or a token cannot be sent or would be sent over plaintext to another machine.
     """
     _known(options, CONNECT_OPTIONS, "a client")
     if own_channel and (surplus := options.keys() & CHANNEL_OPTIONS):
@@ -147,6 +150,7 @@ def connection(target: str, options: ConnectOptions, *, own_channel: bool) -> tu
     end = Endpoint(target, credentials, (*_options(target, max_receive_bytes), *options.get("options", ())))
     return end, Defaults(
         token=options.get("token"),
+        token_header=options.get("token_header", AUTHORIZATION),
         metadata=metadata_of(options.get("metadata")),
         timeout=options.get("timeout"),
         secrets=own_channel or end.keeps_secrets or options.get("insecure", False),
@@ -298,8 +302,12 @@ class Defaults:
     metadata: Metadata
     timeout: float | None
     secrets: bool
+    token_header: str = AUTHORIZATION
 
     def __post_init__(self) -> None:
+        if self.token_header not in {AUTHORIZATION, OWN_HEADER}:
+            message = f"token_header: {self.token_header!r} is neither {AUTHORIZATION!r} nor {OWN_HEADER!r}"
+            raise ValueError(message)
         self.outgoing({})
 
     def outgoing(self, options: CallOptions) -> Outgoing:
@@ -317,7 +325,8 @@ class Defaults:
             raise TypeError(message)
         metadata = [*self.metadata, *given]
         if self.token:
-            metadata.append((AUTHORIZATION, f"Bearer {_sendable(self.token, 'token')}"))
+            token = _sendable(self.token, "token")
+            metadata.append((self.token_header, f"Bearer {token}" if self.token_header == AUTHORIZATION else token))
         if vllm_token := options.get("vllm_token"):
             metadata.append((VLLM_TOKEN, _sendable(vllm_token, "vllm_token")))
         if not self.secrets and any(name.lower() in SECRETS for name, _ in metadata):

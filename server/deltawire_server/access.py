@@ -5,9 +5,12 @@ A principal is one access line, `NAME PERMISSIONS CREDENTIAL`:
     ci        call,read  sha256:9f86d0…                  authenticated by its key; the line has only the digest
     ops       all        Zm9vYmFyYmF6cXV4                 authenticated by its key; only the digest is kept in memory
     frontend  call       mtls:uri:spiffe://mesh/frontend  authenticated by a name in its client certificate
+    alice     call       proxy:alice                      authenticated by a proxy that the gateway trusts
 
 The key of a call is hashed and its digest looked up. No key is stored, and keys are never compared directly. Without any
 principal, every caller may do everything.
+
+A trusted proxy asserts the names of callers, see `Trust`. `rpc.caller` reads what it asserts from the headers of a call.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Self
@@ -34,11 +38,26 @@ FORM = "NAME PERMISSIONS CREDENTIAL, like `ci call,read sha256:…`"
 REVOKED = "the access of this caller was revoked or changed during the call: call again with a valid credential"
 """The message of ACCESS_CHANGED."""
 
-_HOW = "send a key as `authorization: Bearer …`"
+KEY_HEADER = "x-deltawire-key"
+"""The header of a key alone. With it in a call, `authorization` may be for a proxy."""
+
+CERTIFICATE_HEADER = "x-forwarded-client-cert"
+"""The header in which Envoy describes the certificate of its client."""
+
+UNIX = "unix"
+"""In `Trust.proxies`: every caller of a unix socket."""
+
+HOW = f"send a key as `authorization: Bearer …` or, if a proxy uses that header, as `{KEY_HEADER}: …`"
+"""The remedy of a missing or invalid key."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@/-]{0,63}")
 _COMMENT = re.compile(r"(^|\s)#.*")
 _DIGEST = re.compile(r"[0-9A-Fa-f]{64}")
 _MTLS = "mtls:uri:spiffe://mesh/ns/frontend, mtls:dns:frontend.mesh or mtls:cn:frontend"
+# A list of values that was joined, as HTTP permits, has a comma.
+_ASSERTED = re.compile(r"[!-+\--~]{1,256}")
+_ASSERTED_FORM = "1 to 256 printable ASCII characters without spaces and commas"
+_JWT_DOTS = 2
 _WORDS = 3
 
 
@@ -112,7 +131,7 @@ class NameKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A name in a client certificate that the listener has verified.
+    """A name in a client certificate that the listener, or a trusted proxy, has verified.
 
     Attributes:
         kind: The field of the certificate.
@@ -123,13 +142,70 @@ class Identity:
     name: str
 
     def __str__(self) -> str:
-        """The form in an access line, after `mtls:`."""
-        return f"{self.kind.value}:{self.name}"
+        """The form in an access line."""
+        return f"mtls:{self.kind.value}:{self.name}"
 
     @property
     def owner(self) -> str:
         """The owner of data from a caller with this certificate, if there are no principals."""
-        return _owner("certificate", str(self))
+        return _owner("certificate", f"{self.kind.value}:{self.name}")
+
+
+@dataclass(frozen=True, slots=True)
+class AssertedName:
+    """A name that a trusted proxy gives its caller in a header of the operator's choice. It never matches a certificate's name.
+
+    Attributes:
+        name: 1 to 256 printable ASCII characters without spaces and commas, compared byte by byte.
+
+    Raises:
+        ValueError: It is not. The message says so and does not repeat it.
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if not _ASSERTED.fullmatch(self.name):
+            raise ValueError(f"the name of a caller must be {_ASSERTED_FORM}")
+
+    def __str__(self) -> str:
+        """The form in an access line."""
+        return f"proxy:{self.name}"
+
+    @property
+    def owner(self) -> str:
+        """The owner of data from a caller with this name, if there are no principals."""
+        return _owner("proxy", self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """The proxies that may assert who their callers are; by default none.
+
+    An assertion is written as the proxy, a space and the header, so that it is known later whether it still counts.
+
+    Attributes:
+        proxies: From `parse_proxy`.
+        header: The header with the caller: `CERTIFICATE_HEADER`, or another one, whose value is an `AssertedName`. In lower case.
+    """
+
+    proxies: frozenset[str] = frozenset()
+    header: str = CERTIFICATE_HEADER
+
+    def assertion(self, names: Iterable[Identity], *, unix: bool) -> str:
+        """The assertion that a connection may make; empty if it is not that of a trusted proxy.
+
+        Args:
+            names: The names in the verified certificate.
+            unix: Whether it is a connection to a unix socket.
+        """
+        shown = [UNIX] if unix else map(str, names)
+        return next((f"{proxy} {self.header}" for proxy in shown if proxy in self.proxies), "")
+
+    def accepts(self, assertion: str) -> bool:
+        """Whether an assertion counts. The absence of one, an empty text, does."""
+        proxy, _, header = assertion.rpartition(" ")
+        return not assertion or (proxy in self.proxies and header == self.header)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +220,7 @@ class Principal:
 
     name: str
     permissions: frozenset[Permission]
-    credential: Key | Identity
+    credential: Key | Identity | AssertedName
 
     @property
     def owner(self) -> str:
@@ -161,9 +237,9 @@ class Principal:
         return f"{self.name} {permissions} {self._credential(masked=masked)}"
 
     def _credential(self, *, masked: bool = False) -> str:
-        if isinstance(self.credential, Identity):
-            return f"mtls:{self.credential}"
-        return f"sha256:{'***' if masked else self.credential.digest.hex()}"
+        if isinstance(self.credential, Key):
+            return f"sha256:{'***' if masked else self.credential.digest.hex()}"
+        return str(self.credential)
 
 
 class Access:
@@ -171,19 +247,25 @@ class Access:
 
     Args:
         principals: With unique names and credentials. If empty, every caller may do everything.
+        trust: The proxies that may assert who the caller is.
+
+    Attributes:
+        trust: The current one.
     """
 
-    def __init__(self, principals: Iterable[Principal] = ()) -> None:
-        self._principals: Mapping[Key | Identity, Principal] = {}
+    def __init__(self, principals: Iterable[Principal] = (), trust: Trust | None = None) -> None:
+        self._principals: Mapping[Key | Identity | AssertedName, Principal] = {}
         self._owners: Mapping[str, Principal] = {}
-        self.replace(principals)
+        self.replace(principals, trust)
 
-    def replace(self, principals: Iterable[Principal]) -> None:
-        """Authorize calls by these principals from now on. For calls that were admitted before, see `admits`.
+    def replace(self, principals: Iterable[Principal], trust: Trust | None = None) -> None:
+        """Authorize calls by these principals and proxies from now on. For calls that were admitted before, see `admits`.
 
         Args:
             principals: As for the constructor.
+            trust: As for the constructor.
         """
+        self.trust = trust or Trust()
         # A single assignment, so that a call is authorized by the old set or by the new set, never by a mixture.
         self._principals = {principal.credential: principal for principal in principals}
         self._owners = {principal.owner: principal for principal in self._principals.values()}
@@ -196,30 +278,36 @@ class Access:
     @property
     def summary(self) -> str:
         """A summary of the principals for the log."""
+        proxies = f", trusted proxies: {len(self.trust.proxies)}" if self.trust.proxies else ""
         if self.open:
-            return "every caller may do everything"
-        keys = sum(isinstance(credential, Key) for credential in self._principals)
-        return f"keys: {keys}, mTLS identities: {len(self._principals) - keys}"
+            return f"every caller may do everything{proxies}"
+        kinds = Counter(map(type, self._principals))
+        asserted = f", asserted names: {kinds[AssertedName]}" if kinds[AssertedName] else ""
+        return f"keys: {kinds[Key]}, mTLS identities: {kinds[Identity]}{asserted}{proxies}"
 
-    def admits(self, owner: str, method: str) -> bool:
+    def admits(self, owner: str, method: str, assertion: str = "") -> bool:
         """Whether a call that was admitted earlier would be admitted now, as the same caller.
 
         Args:
-            owner: The `owner` of the principal that was admitted; empty, or that of an `Identity`, if there were no principals.
+            owner: The `owner` of the principal that was admitted; empty, or that of a name, if there were no principals.
             method: As for `authorize`.
+            assertion: The assertion of the caller's name, from `Trust`; empty if the caller authenticated itself.
         """
+        if not self.trust.accepts(assertion):
+            return False
         if self.open:
             return True
         principal = self._owners.get(owner)
         return principal is not None and NEEDS[method] in principal.permissions
 
-    def authorize(self, method: str, bearer_key: str | None, identities: Iterable[Identity]) -> Principal | None:
+    def authorize(self, method: str, key: str | None, names: Iterable[Identity | AssertedName]) -> Principal | None:
         """Authorize a call. If it has a key, only the key counts: a valid certificate does not compensate for an invalid key.
 
         Args:
             method: The gRPC method path, `/deltawire.v1.ModelRegistry/GetModel`; one of `NEEDS`.
-            bearer_key: From `bearer_key`.
-            identities: The names in the caller's verified certificate; the first name of a principal counts.
+            key: From `sent_key`.
+            names: The names in the caller's verified certificate, or those that a trusted proxy asserts; the first name of a
+                principal counts.
 
         Returns:
             The principal; `None` if every caller may do everything.
@@ -230,7 +318,7 @@ class Access:
         """
         if self.open:
             return None
-        principal = self._principal(bearer_key, identities)
+        principal = self._principal(key, names)
         needs = NEEDS[method]
         if needs not in principal.permissions:
             raise GatewayError(
@@ -241,61 +329,69 @@ class Access:
             )
         return principal
 
-    def is_principal(self, authorization: Sequence[str], identities: Iterable[Identity]) -> bool:
+    def is_principal(self, key: str | None, names: Iterable[Identity | AssertedName]) -> bool:
         """Whether a caller is a principal, with any permission. True for every caller if every caller may do everything.
 
         Args:
-            authorization: As for `bearer_key`.
-            identities: As for `authorize`.
+            key: As for `authorize`.
+            names: As for `authorize`.
         """
         try:
-            return self.open or self._principal(bearer_key(authorization), identities) is not None
+            return self.open or self._principal(key, names) is not None
         except GatewayError:
             return False
 
-    def _principal(self, bearer_key: str | None, identities: Iterable[Identity]) -> Principal:
-        if bearer_key is not None:
-            principal = self._principals.get(Key.of(bearer_key))
+    def _principal(self, key: str | None, names: Iterable[Identity | AssertedName]) -> Principal:
+        if key is not None:
+            principal = self._principals.get(Key.of(key))
             if principal is None:
-                raise _unauthenticated(f"the key is not valid, or was revoked: {_HOW} that is valid")
+                token = ", and looks like a JSON Web Token" if key.count(".") == _JWT_DOTS else ""
+                raise unauthenticated(f"the key is not valid, or was revoked{token}: use a valid one; {HOW}")
             return principal
-        shown = [*identities]
-        for identity in shown:
-            principal = self._principals.get(identity)
+        shown = [*names]
+        for name in shown:
+            principal = self._principals.get(name)
             if principal is not None:
                 return principal
         if shown:
-            raise _unauthenticated(
-                f"no name of the client certificate ({', '.join(map(str, shown))}) is authorized on this gateway: ask its "
-                f"operator to add one, or {_HOW}"
+            raise unauthenticated(
+                f"no name of the caller ({', '.join(map(str, shown))}) is authorized on this gateway: ask its operator to add "
+                f"one, or {HOW}"
             )
         certificates = any(isinstance(credential, Identity) for credential in self._principals)
-        other = ", or connect with an authorized client certificate" if certificates else ""
-        raise _unauthenticated(f"this gateway requires authentication: {_HOW}{other}")
+        other = "; or connect with an authorized client certificate" if certificates else ""
+        raise unauthenticated(f"this gateway requires authentication: {HOW}{other}")
 
 
-def bearer_key(values: Sequence[str]) -> str | None:
-    """The key in a call's `authorization` headers, for `Access.authorize`.
+def sent_key(own: Sequence[str], authorization: Sequence[str]) -> str | None:
+    """The key in a call's headers, for `Access.authorize`.
 
     Args:
-        values: The values of all headers of that name.
+        own: The values of all `KEY_HEADER`s. With any, the other header is not considered: it may be for a proxy.
+        authorization: The values of all `authorization` headers.
 
     Returns:
         The key; `None` if there is no header.
 
     Raises:
-        GatewayError: UNAUTHENTICATED: a header is not `Bearer KEY`, or two headers differ. The message does not quote them,
-            because they may contain a key.
+        GatewayError: UNAUTHENTICATED: a header is not `Bearer KEY`, or two headers of a name differ. The message does not quote
+            them, because they may contain a key.
     """
-    if not values:
-        return None
-    if len(set(values)) > 1:
+    if len({*(own or authorization)}) > 1:
         # A proxy may have checked another header than the gateway would use.
-        raise _unauthenticated("the call has several authorization headers that differ: send one, `Bearer …`")
-    scheme, _, key = values[0].strip().partition(" ")
+        name = KEY_HEADER if own else "authorization"
+        raise unauthenticated(f"the call has several {name} headers that differ: send one")
+    if own:
+        key = own[0].strip()
+        if not key:
+            raise unauthenticated(f"the header {KEY_HEADER} is empty: {HOW}")
+        return Secret(key)
+    if not authorization:
+        return None
+    scheme, _, key = authorization[0].strip().partition(" ")
     key = key.strip()
     if scheme.lower() != "bearer" or not key:
-        raise _unauthenticated(f"the authorization header is not the word Bearer, a space and a key: {_HOW}")
+        raise unauthenticated(f"the authorization header is not the word Bearer, a space and a key: {HOW}")
     return Secret(key)
 
 
@@ -337,7 +433,22 @@ def _permissions(text: str) -> frozenset[Permission]:
     raise ValueError(problem)
 
 
-def _credential(text: str) -> Key | Identity:
+def parse_proxy(text: str) -> str:
+    """Validate a trusted proxy, for `Trust.proxies`.
+
+    Args:
+        text: `mtls:` with a name in the proxy's certificate, as in an access line; or `unix` for every caller of a unix socket.
+
+    Raises:
+        ValueError: It is neither. The message says what to write.
+    """
+    text = text.strip()
+    if text != UNIX and not text.startswith("mtls:"):
+        raise ValueError(f"must be {UNIX}, or a name in the proxy's certificate: write {_MTLS}")
+    return text if text == UNIX else str(_credential(text))
+
+
+def _credential(text: str) -> Key | Identity | AssertedName:
     kind, colon, rest = text.partition(":")
     if not all("!" <= character <= "~" for character in text):
         raise ValueError("the credential must be printable ASCII, because a key is sent in a header")
@@ -356,8 +467,10 @@ def _credential(text: str) -> Key | Identity:
         return Key(bytes.fromhex(rest))
     if kind == "mtls":
         return _identity(rest)
+    if kind == "proxy":
+        return AssertedName(rest)
     # Otherwise a misspelled kind would become a guessable key.
-    raise ValueError("the credential must begin with sha256: or mtls:, or be a key, which has no colon")
+    raise ValueError("the credential must begin with sha256:, mtls: or proxy:, or be a key, which has no colon")
 
 
 def _identity(text: str) -> Identity:
@@ -380,5 +493,6 @@ def _owner(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _unauthenticated(message: str) -> GatewayError:
+def unauthenticated(message: str) -> GatewayError:
+    """The error of a call without a valid credential; the message says what to send."""
     return GatewayError(Reason.UNAUTHENTICATED, message)

@@ -120,7 +120,7 @@ class Gateway:
         records = Records(mark=process.mark, seat=process.seat) if process else None
         limits = _worker_limits(settings, workers)
         self._worker = Worker(self._registry, self._providers, limits, self._images, memory, records, self._adaptive)
-        self._access = Access(settings.access.principals)
+        self._access = Access(settings.access.principals, settings.access.trust)
         chat = ChatCompletionServicer(
             self._worker,
             max_completed_bytes=settings.server.max_completed_bytes,
@@ -147,7 +147,13 @@ class Gateway:
         interceptors: list[aio.ServerInterceptor] = [self._calls]
         self._passing: Passing | None = None
         if process is not None:
-            listener = listener.model_copy(update={"listen": tuple(process.addresses), "workers": process.count})
+            listener = listener.model_copy(
+                update={
+                    "listen": tuple(process.addresses),
+                    "health_listen": process.health or "off",
+                    "workers": process.count,
+                }
+            )
             self._passing = Passing(
                 process,
                 self._calls,
@@ -169,6 +175,11 @@ class Gateway:
     def addresses(self) -> tuple[str, ...]:
         """The addresses that it listens on."""
         return self._lifecycle.addresses
+
+    @property
+    def health_address(self) -> str:
+        """The address of the health listener; empty for none."""
+        return self._lifecycle.health_address
 
     @property
     def metrics_address(self) -> str:
@@ -228,6 +239,7 @@ class Gateway:
             workers=1 if self._process is None else self._process.count,
             file_descriptors=self._lifecycle.descriptors,
             max_connections=self._lifecycle.max_connections,
+            health=self.health_address or "off",
             metrics=self.metrics_address or "off",
             providers={provider.id: list(provider.base_urls) for provider in self._providers.all()},
         )
@@ -317,8 +329,9 @@ class Gateway:
 
     def _load_access(self, settings: Settings) -> None:
         """Authorize calls by the new settings from now on, and end active calls of revoked callers if the settings say so."""
-        if settings.access.principals != self._settings.access.principals:
-            self._access.replace(settings.access.principals)
+        before, after = self._settings.access, settings.access
+        if (after.principals, after.trust) != (before.principals, before.trust):
+            self._access.replace(after.principals, after.trust)
             self._registry.interrupt_watches()
             if settings.access.revoke == "end":
                 self._run(self._end_revoked(), "end revoked calls")
@@ -332,9 +345,9 @@ class Gateway:
         task.add_done_callback(self._tasks.discard)
 
     async def _end_revoked(self) -> None:
-        def admits(owner: str) -> bool:
+        def admits(owner: str, assertion: str) -> bool:
             # All methods of completions require the same permission.
-            return self._access.admits(owner, STREAM_CHAT)
+            return self._access.admits(owner, STREAM_CHAT, assertion)
 
         await self._worker.end_revoked(admits)
         await asyncio.sleep(REVOKED_SECONDS)

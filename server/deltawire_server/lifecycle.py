@@ -21,7 +21,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from deltawire_server import descriptors
 from deltawire_server.certificates import ServerCertificates
-from deltawire_server.processes.parent import REMEDY
+from deltawire_server.processes.parent import HEALTH_REMEDY, REMEDY
 from deltawire_server.rpc import health
 from deltawire_server.rpc.reception import PENDING_REQUESTS
 from deltawire_server.settings import ServerSettings, is_local
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
+
+MAX_HEALTH_CONNECTIONS = 256
+"""Connections of the health listener: a probe opens one for each check, and a load balancer keeps one."""
 
 FAREWELL_SECONDS = 1.0
 """Time for ended calls to send their last message; calls whose callers do not read are cancelled afterwards."""
@@ -90,7 +93,7 @@ class Unregistered:
 
 
 class Lifecycle:
-    """One gRPC server.
+    """The gRPC server, and that of the health listener.
 
     Args:
         settings: The listener and its limits.
@@ -106,7 +109,12 @@ class Lifecycle:
         """The limit of open files and connections of the process."""
         self.max_connections = descriptors.connections(self.descriptors, settings.max_connections)
         """The limit of client connections."""
-        self._server = aio.server(interceptors=interceptors, options=_options(settings, self.max_connections))
+        limit = max(1, self.max_connections // len(settings.listen))
+        self._server = aio.server(interceptors=interceptors, options=_options(settings, limit))
+        self._health_server: aio.Server | None = None
+        if settings.health_address:
+            limit = min(MAX_HEALTH_CONNECTIONS, self.max_connections)
+            self._health_server = aio.server(interceptors=interceptors, options=_options(settings, limit))
         self._stopping: asyncio.Task[None] | None = None
         self._going_away: asyncio.Task[None] | None = None
         self.state = State.STARTING
@@ -114,6 +122,8 @@ class Lifecycle:
         """The certificates of its TLS listeners, from `listen` on; `None` without TLS."""
         self.addresses: tuple[str, ...] = ()
         """The addresses that it listens on, from `listen` to the end of `stop`; with the selected port for port 0."""
+        self.health_address = ""
+        """The address of the health listener, likewise; empty for none."""
 
     def add_service(self, add: Callable[[aio.Server], None]) -> None:
         """Add a service before `start`. `add` is called with the server."""
@@ -127,6 +137,9 @@ class Lifecycle:
         """
         self.certificates = _certificates(self._settings)
         self.addresses = tuple(map(self._listen, self._settings.listen))
+        if self._health_server is not None:
+            add = self._health_server.add_insecure_port
+            self.health_address = _add_port(self._settings.health_address, add, HEALTH_REMEDY)
 
     async def start(self, services: Sequence[str]) -> None:
         """Serve.
@@ -144,6 +157,9 @@ class Lifecycle:
             self._add_reflection([*services, health.SERVICE, reflection.SERVICE_NAME])
         self._health.start(services)
         await self._server.start()
+        if self._health_server is not None:
+            self._health_server.add_generic_rpc_handlers((self._health.handler(),))
+            await self._health_server.start()
         self.state = State.SERVING
 
     async def stop(self, *, at_once: bool = False) -> None:
@@ -165,6 +181,8 @@ class Lifecycle:
             # gRPC crashes the process when it frees a server that was never started.
             self._calls.refuse_new_calls()
             await self._server.start()
+            if self._health_server is not None:
+                await self._health_server.start()
         else:
             self.state = State.DRAINING
             self._health.stop()
@@ -188,21 +206,20 @@ class Lifecycle:
         await self._server.stop(FLUSH_SECONDS)
         if self._going_away is not None:
             await self._going_away
+        if self._health_server is not None:
+            await self._health_server.stop(FLUSH_SECONDS)  # last, as the probes of a draining gateway go on
         self.addresses = ()
+        self.health_address = ""
         self.state = State.STOPPED
 
     def _listen(self, address: str) -> str:
         if address.startswith("unix:"):
             _check_socket(address.removeprefix("unix:"))
-        try:
-            # A unix socket is not reachable from other machines, and its file's permissions control access.
-            if self.certificates is None or address.startswith("unix:"):
-                port = self._server.add_insecure_port(address)
-            else:
-                port = self._server.add_secure_port(address, self.certificates.credentials())
-        except (RuntimeError, ValueError) as error:
-            raise ListenError(f"cannot listen on {address}: {_problem(address)}; {REMEDY}") from error
-        return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
+        # A unix socket is not reachable from other machines, and its file's permissions control access.
+        if self.certificates is None or address.startswith("unix:"):
+            return _add_port(address, self._server.add_insecure_port)
+        credentials = self.certificates.credentials()
+        return _add_port(address, lambda address: self._server.add_secure_port(address, credentials))
 
     def _add_reflection(self, names: list[str]) -> None:
         reflection.enable_server_reflection(names, self._server)
@@ -215,6 +232,19 @@ class Lifecycle:
             )
         }
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(REFLECTION_V1, handlers),))
+
+
+def _add_port(address: str, add: Callable[[str], int], remedy: str = REMEDY) -> str:
+    """Listen on an address; return it with its port.
+
+    Raises:
+        ListenError: It cannot be used.
+    """
+    try:
+        port = add(address)
+    except (RuntimeError, ValueError) as error:
+        raise ListenError(f"cannot listen on {address}: {_problem(address)}; {remedy}") from error
+    return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
 
 
 def _check_socket(path: str) -> None:
@@ -244,6 +274,7 @@ def _problem(address: str) -> str:
 
 
 def _options(settings: ServerSettings, connections: int) -> list[tuple[str, int]]:
+    """The options of a server, with the limit of connections at each of its addresses."""
     return [
         # With 1, a second process on the same port starts without an error and gets half of the connections. Workers do that on
         # purpose, on a port that their parent holds.
@@ -263,8 +294,8 @@ def _options(settings: ServerSettings, connections: int) -> list[tuple[str, int]
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_ping_strikes", MAX_PING_STRIKES),
         ("grpc.max_concurrent_streams", settings.max_concurrent_streams),
-        # Applies to each address, and includes idle connections.
-        ("grpc.max_allowed_incoming_connections", max(1, connections // len(settings.listen))),
+        # Includes idle connections.
+        ("grpc.max_allowed_incoming_connections", connections),
         ("grpc.server_handshake_timeout_ms", _milliseconds(settings.handshake_timeout)),
         # With the probe, the window grows to megabytes for a caller that does not read.
         ("grpc.http2.bdp_probe", 0),

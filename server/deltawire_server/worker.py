@@ -81,6 +81,7 @@ class Caller:
         deadline_passed: Returns whether the call's deadline has passed; called when the call is cancelled.
         place: The call's place, which its completion takes over; if there is none, the completion takes a new one.
         request_bytes: Bytes of the serialized request.
+        assertion: From `access.Trust`, if a trusted proxy asserts who the caller is.
     """
 
     call: CallContext
@@ -88,6 +89,7 @@ class Caller:
     deadline_passed: Callable[[], bool] = _no_deadline
     place: Place | None = None
     request_bytes: int = 0
+    assertion: str = ""
 
     def left(self) -> Outcome:
         """The outcome of a completion whose caller has disconnected."""
@@ -170,17 +172,17 @@ class Worker:
         for completion in tuple(self._completions):
             completion.end(Fault(Reason.DRAINING, _SHUTTING_DOWN))
 
-    async def end_revoked(self, admits: Callable[[str], bool]) -> None:
+    async def end_revoked(self, admits: Callable[[str, str], bool]) -> None:
         """End the completions of revoked callers, including retained ones. Each sends the answer so far, and then the error.
 
         Other tasks run in between: ending a thousand completions takes a tenth of a second.
 
         Args:
-            admits: Whether the caller with this name may still call.
+            admits: Whether the caller with this name may still call, if it was named by this assertion.
         """
         fault = Fault(Reason.ACCESS_CHANGED, REVOKED)
         for record in self._records.kept():
-            if not admits(record.caller):
+            if not admits(record.caller, record.assertion):
                 record.fail(fault)
                 await give_way()
 
@@ -383,10 +385,12 @@ class Worker:
         """
         place = (caller.place or self.admission.place()).hand_over()
         try:
-            return self._records.begin(caller.name, completion_id, fingerprint), place
+            record = self._records.begin(caller.name, completion_id, fingerprint)
         except DeltawireError:
             place.release()
             raise
+        record.assertion = caller.assertion
+        return record, place
 
     async def _generate(
         self, running: AbstractAsyncContextManager[Completion], stream: RetainedStream, caller: Caller

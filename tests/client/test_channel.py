@@ -110,9 +110,24 @@ def test_tokens() -> None:
     assert "authorization" not in bears(made()[1])
 
 
+def test_a_token_in_its_own_header() -> None:
+    """Alone, so that `authorization` can be for a proxy."""
+    _, defaults = made(token="key", token_header="x-deltawire-key", metadata=[("authorization", "Bearer a.b.c")])
+    metadata = bears(defaults)
+    assert (metadata["x-deltawire-key"], metadata["authorization"]) == ("key", "Bearer a.b.c")
+    assert "authorization" not in bears(made(token="key", token_header="x-deltawire-key")[1])
+    with pytest.raises(ValueError, match="token_header: 'x-key' is neither 'authorization' nor 'x-deltawire-key'"):
+        made(token_header="x-key")
+
+
 @pytest.mark.parametrize(
     "options",
-    [{"token": "key"}, {"metadata": [("Authorization", "Bearer key")]}, {"metadata": [("x-vllm-api-token", "key")]}],
+    [
+        {"token": "key"},
+        {"token": "key", "token_header": "x-deltawire-key"},
+        {"metadata": [("Authorization", "Bearer key")]},
+        {"metadata": [("x-vllm-api-token", "key")]},
+    ],
 )
 def test_tokens_stay_off_plaintext(options: dict[str, Any]) -> None:
     """Whichever way they come in, and before anything is connected."""

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from tests.polyglot.programs import ENVOY_CONFIG, LIMIT, TRANSCODER_CONFIG, started, tool
+from tests.polyglot.programs import ENVOY_CONFIG, LIMIT, MTLS_CONFIG, TRANSCODER_CONFIG, started, tool
 from tests.polyglot.stubs import DESCRIPTORS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
+
+    from tests.conftest import Certificates
 
 # In the file, in this order: Envoy's own administration, the listener, and the two gateways.
 ADMIN, LISTENER, FIRST, SECOND = "9901", "50050", "50051", "50052"
@@ -107,6 +109,26 @@ async def transcoder(folder: Path, gateway: str) -> AsyncIterator[str]:
     shipped = f"proto_descriptor: {DESCRIPTORS.name}"
     assert text.count(shipped) == 1
     async with _process(folder, text.replace(shipped, f"proto_descriptor: {DESCRIPTORS}")) as running:
+        yield running.target
+
+
+@contextlib.asynccontextmanager
+async def mtls_envoy(folder: Path, gateway: str, certificates: Certificates, name: str) -> AsyncIterator[str]:
+    """The address of an Envoy with the shipped configuration, whose own certificate has this URI."""
+    proxy, key = certificates.sign("proxy", f"URI:{name}")
+    files = {
+        "server.pem": certificates.server,
+        "server.key": certificates.server_key,
+        "proxy.pem": proxy,
+        "proxy.key": key,
+        "clients-ca.pem": certificates.authority,
+        "gateways-ca.pem": certificates.authority,
+    }
+    text = _with_ports(MTLS_CONFIG.read_text(encoding="utf-8"), {ADMIN: "0", LISTENER: "0", FIRST: _port(gateway)})
+    for shipped, used in files.items():
+        assert text.count(f"/etc/envoy/{shipped}") == 1
+        text = text.replace(f"/etc/envoy/{shipped}", str(used))
+    async with _process(folder, text) as running:
         yield running.target
 
 

@@ -16,6 +16,7 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import model_registry_pb2
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
 CHUNKS = Chunks()
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 KEPT = chat_pb.StreamOptions(retention=Duration(seconds=60))
 
 
@@ -141,6 +144,39 @@ async def run(*arguments: str) -> tuple[int, list[str]]:
         _, output = await process.communicate()
     assert process.returncode is not None
     return process.returncode, [line for line in output.decode().splitlines() if line.startswith("deltawire-server:")]
+
+
+async def test_health_of_all_workers(vllm: FakeVllm, tmp_path: Path) -> None:
+    """A probe reaches one of the workers, as a call does. While one is started again, the other is reached; a drain is seen."""
+    async with started(tmp_path, vllm.base_url, "--health-listen", "127.0.0.1:0") as gateway:
+        workers = await gateway.connected()
+        address = (await gateway.logged("serving"))[0]["health"]
+
+        async def probe() -> int:
+            async with aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+                response = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+                return int(response.status)
+
+        assert {await probe() for _ in range(10)} == {SERVING}
+        os.kill(gateway.pid(1), signal.SIGKILL)
+        await gateway.logged("worker ended")
+        assert {await probe() for _ in range(10)} == {SERVING}
+
+        gate = asyncio.Event()
+        vllm.play(Script.chunks([CHUNKS.role(), gate, CHUNKS.finish()]))
+        stream = aiter(workers[0].stream())
+        await anext(stream)
+        gateway.process.send_signal(signal.SIGTERM)
+        await gateway.logged("draining", worker=0)
+        async with asyncio.timeout(WAIT):
+            while (status := await probe()) == SERVING:
+                pass
+        assert status == NOT_SERVING
+        taken = ["--listen", "127.0.0.1:0", "--health-listen", address, "--vllm-url", vllm.base_url]
+        status, (problem,) = await run(*taken)
+        assert (status, "Address already in use; use another address (--health-listen)" in problem) == (1, True)
+        gate.set()
+        assert kinds([event async for event in stream])[-1] == "completed"
 
 
 async def test_from_start_to_sigterm(vllm: FakeVllm, tmp_path: Path) -> None:

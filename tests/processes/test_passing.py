@@ -13,9 +13,10 @@ from google.rpc import status_pb2
 from grpc import aio
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
+from deltawire_server.access import Identity, NameKind
 from deltawire_server.errors import CallerError, Code, DeltawireError, GatewayError, Reason, Violation
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
-from deltawire_server.processes.passing import CALLER, OWNER, _error_of
+from deltawire_server.processes.passing import ASSERTION, CALLER, OWNER, _error_of
 from deltawire_server.rpc.status import MAX_MESSAGE, grpc_code, shorten, trailers_of
 from tests.support.gateway import (
     WAIT,
@@ -27,12 +28,17 @@ from tests.support.gateway import (
     kinds,
     read_badly,
     read_well,
+    settings_of,
     taken_apart,
     text_of,
     until,
 )
+from tests.support.mutual_tls import connected, mutual
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.conftest import Certificates
     from tests.processes.conftest import StartWorker
 
 CHUNKS = Chunks()
@@ -192,7 +198,7 @@ async def test_a_public_caller_cannot_name_another_caller(start_worker: StartWor
     """Public listeners ignore the metadata of siblings; each caller has only its own completions, at every worker."""
     async with start_worker(0, access=KEYS) as one, start_worker(1, access=KEYS) as two:
         principals = {each.name: each for each in one.gateway._settings.access.principals}
-        claim = ((CALLER, b"ann"), (OWNER, principals["ann"].owner.encode()))
+        claim = ((CALLER, b"ann"), (OWNER, principals["ann"].owner.encode()), (ASSERTION, b""))
         for worker in (one, two):
             await read_well(worker.stream(ask(completion_id=OWN), options=KEPT, metadata=bearer("ann")))
         assert len(vllm.chats) == 1
@@ -266,6 +272,31 @@ async def test_access_that_the_other_worker_has_revoked(start_worker: StartWorke
         own = id_at(1, one, ann)
         failure = await failure_of(one.create(ask(completion_id=own), metadata=bearer("ann")))
         assert (failure.code, failure.reason) == (grpc.StatusCode.ABORTED, "ACCESS_CHANGED")
+
+
+async def test_the_other_worker_ends_its_trust_in_a_proxy(
+    start_worker: StartWorker, vllm: FakeVllm, certificates: Certificates, tmp_path: Path
+) -> None:
+    """It knows who asserted the caller: what runs there ends, and what is passed on afterwards is refused."""
+    vllm.play(Script.chunks([CHUNKS.role(), CHUNKS.text("a"), asyncio.Event()]))
+    proxy = "spiffe://mesh/ns/envoy"
+    sections: dict[str, Any] = {"server": mutual(certificates), "access": {"trusted_proxies": f"mtls:uri:{proxy}"}}
+    asserted = (("x-forwarded-client-cert", "URI=spiffe://mesh/ann"),)
+    ann = Identity(NameKind.URI, "spiffe://mesh/ann").owner
+    async with (
+        start_worker(0, **sections) as here,
+        start_worker(1, **sections) as away,
+        connected(here, certificates, "envoy", f"URI:{proxy}") as envoy,
+    ):
+        own = id_at(1, here, ann)
+        stream = envoy.stream(ask(completion_id=own), metadata=asserted)
+        assert kinds([await anext(aiter(stream))]) == ["started"]
+        assert away.gateway._worker.active == 1
+        await away.gateway.reload(settings_of(vllm.base_url, tmp_path, server=mutual(certificates)))
+        _, failure = await read_badly(stream)
+        assert (failure.code, failure.reason) == (grpc.StatusCode.ABORTED, "ACCESS_CHANGED")
+        refused = await failure_of(envoy.look_up(own, metadata=asserted))
+        assert (refused.code, refused.reason) == (grpc.StatusCode.ABORTED, "ACCESS_CHANGED")
 
 
 def seen(error: DeltawireError) -> tuple[aio.AioRpcError, Failure]:

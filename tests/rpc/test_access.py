@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -33,6 +32,7 @@ from tests.support.gateway import (
     taken_apart,
     until,
 )
+from tests.support.mutual_tls import connected, mutual
 from tests.support.raw_http2 import message, raw_client
 
 if TYPE_CHECKING:
@@ -255,26 +255,6 @@ async def test_health_and_reflection_are_open(start_gateway: StartGateway) -> No
         assert "deltawire.v1.ModelRegistry" in [each.name for each in answer.list_services_response.service]
 
 
-@asynccontextmanager
-async def shown(gateway: Running, certificates: Certificates, name: str, names: str) -> AsyncIterator[Running]:
-    """Over a channel of a client whose certificate has this common name and these alternative names."""
-    certificate, key = certificates.sign(name, names)
-    credentials = grpc.ssl_channel_credentials(
-        certificates.authority.read_bytes(), key.read_bytes(), certificate.read_bytes()
-    )
-    async with aio.secure_channel(gateway.address, credentials) as channel:
-        yield Running(gateway.gateway, channel)
-
-
-def mutual(certificates: Certificates) -> dict[str, Any]:
-    """Settings of a listener that asks for client certificates."""
-    return {
-        "tls_cert_file": certificates.server,
-        "tls_key_file": certificates.server_key,
-        "tls_client_ca_file": certificates.authority,
-    }
-
-
 @pytest.mark.parametrize(
     ("identity", "common_name", "alternative_names"),
     [
@@ -295,7 +275,7 @@ async def test_by_certificate(
     """By a URI, by a DNS name, or by the common name: unary and streamed, let in and refused, by the permission."""
     async with (
         start_gateway(server=mutual(certificates), access={"keys": f"frontend call mtls:{identity}"}) as gateway,
-        shown(gateway, certificates, common_name, alternative_names) as caller,
+        connected(gateway, certificates, common_name, alternative_names) as caller,
     ):
         await read_well(caller.stream())
         await caller.create()
@@ -312,14 +292,12 @@ async def test_a_certificate_that_is_not_known(
     """The authority's signature alone lets nobody in, and the refusal says what names there were."""
     async with (
         start_gateway(server=mutual(certificates), access={"keys": "frontend call mtls:dns:frontend.mesh"}) as gateway,
-        shown(gateway, certificates, "stranger", alternative_names) as caller,
+        connected(gateway, certificates, "stranger", alternative_names) as caller,
     ):
         failure = await failure_of(caller.create())
     assert failure.reason == "UNAUTHENTICATED"
-    assert (
-        f"name of the client certificate ({'dns:stranger.mesh' if alternative_names else 'cn:stranger'})"
-        in failure.message
-    )
+    name = "mtls:dns:stranger.mesh" if alternative_names else "mtls:cn:stranger"
+    assert f"no name of the caller ({name}) is authorized" in failure.message
 
 
 async def test_a_common_name_does_not_count_beside_alternative_names(
@@ -328,7 +306,7 @@ async def test_a_common_name_does_not_count_beside_alternative_names(
     """Who has one signed for its own alternative name may have written any common name into it."""
     async with (
         start_gateway(server=mutual(certificates), access={"keys": "frontend call mtls:cn:frontend"}) as gateway,
-        shown(gateway, certificates, "frontend", "DNS:stranger.mesh") as caller,
+        connected(gateway, certificates, "frontend", "DNS:stranger.mesh") as caller,
     ):
         assert (await failure_of(caller.create())).reason == "UNAUTHENTICATED"
 
@@ -351,7 +329,7 @@ async def test_a_name_of_another_kind(
     """An authority that lets a client choose its e-mail address or DNS name does not give it a SPIFFE id by that."""
     async with (
         start_gateway(server=mutual(certificates), access={"keys": f"frontend call mtls:{identity}"}) as gateway,
-        shown(gateway, certificates, "known", alternative_names) as caller,
+        connected(gateway, certificates, "known", alternative_names) as caller,
     ):
         assert (await failure_of(caller.create())).reason == "UNAUTHENTICATED"
 
@@ -360,14 +338,14 @@ async def test_key_and_certificate(start_gateway: StartGateway, certificates: Ce
     """A key alone decides: it is enough beside an unknown certificate, and no known one makes up for a wrong key."""
     access = {"keys": f"frontend all mtls:uri:{MESH}; reader read {KEYS[Permission.READ]}"}
     async with start_gateway(server=mutual(certificates), access=access) as gateway:
-        async with shown(gateway, certificates, "known", f"URI:{MESH}") as caller:
+        async with connected(gateway, certificates, "known", f"URI:{MESH}") as caller:
             await caller.models.ListProviders(LIST, metadata=bearer(KEYS[Permission.READ]))
             denied = await failure_of(caller.create(metadata=bearer(KEYS[Permission.READ])))
             assert (denied.reason, denied.metadata["caller"]) == ("PERMISSION_DENIED", "reader")
             wrong = await failure_of(caller.create(metadata=bearer("secret-of-nobody-at-all")))
             assert wrong.reason == "UNAUTHENTICATED"
             await caller.create()
-        async with shown(gateway, certificates, "unknown", "DNS:stranger.mesh") as caller:
+        async with connected(gateway, certificates, "unknown", "DNS:stranger.mesh") as caller:
             await caller.models.ListProviders(LIST, metadata=bearer(KEYS[Permission.READ]))
     callers = [entry.get("caller") for entry in lines.entries if entry["event"] == "call"]
     assert callers == ["reader", "reader", None, "frontend", "reader"]
@@ -621,6 +599,8 @@ async def test_the_client_sends_its_token(start_gateway: StartGateway) -> None:
             assert answer.text
             with pytest.raises(PermissionDeniedError, match="caller lacks the permission read"):
                 await client.models.get("fake")
+        async with AsyncClient(gateway.address, token=OPS, token_header="x-deltawire-key") as client:
+            assert (await client.chat.create("hi", model="fake")).text
         async with AsyncClient(gateway.address) as client:
             with pytest.raises(UnauthenticatedError, match="send a key as"):
                 await client.chat.create("hi", model="fake")

@@ -40,7 +40,7 @@ async def test_calls_end_with_a_reason() -> None:
     calls = {owner: asyncio.create_task(waiting(admitted, owner)) for owner in ("gone", "stays")}
     await asyncio.sleep(0)
     for _ in range(2):
-        await admitted.end(lambda owner, method: (owner, method) == ("stays", "/m"))
+        await admitted.end(lambda owner, method, _: (owner, method) == ("stays", "/m"))
     with pytest.raises(GatewayError) as caught:
         await calls["gone"]
     assert (caught.value.reason, caught.value.retry_after) == (Reason.ACCESS_CHANGED, None)
@@ -90,6 +90,6 @@ async def test_others_get_their_turn_while_completions_end(make_worker: MakeWork
     async with make_worker() as worker:
         records: list[Record] = [worker._records.begin("gone") for _ in range(MANY)]
         stays = worker._records.begin("stays")
-        assert await ticks(asyncio.create_task(worker.end_revoked(lambda owner: owner == "stays"))) >= MANY
+        assert await ticks(asyncio.create_task(worker.end_revoked(lambda owner, _: owner == "stays"))) >= MANY
         assert all(record._fault for record in records)
         assert stays._fault is None

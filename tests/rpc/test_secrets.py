@@ -14,7 +14,7 @@ from grpc import aio
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import model_registry_pb2
-from deltawire_server.access import Access, bearer_key
+from deltawire_server.access import Access, sent_key
 from deltawire_server.registry.registry import ModelRegistry
 from deltawire_server.rpc import validate
 from deltawire_server.secret import Secret
@@ -115,6 +115,6 @@ def test_what_holds_a_secret_shows_none() -> None:
     secret = Secret("geheim")
     assert f"Bearer {secret}" == "Bearer geheim"
     assert secret == "geheim"
-    key = bearer_key(["Bearer geheim"])
+    key = sent_key([], ["Bearer geheim"])
     holders = [secret, [secret], {"a": (secret,)}, CallContext("r", "geheim"), key]
     assert not [holder for holder in holders if "geheim" in repr(holder)]

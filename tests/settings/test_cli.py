@@ -105,7 +105,7 @@ def test_every_flag(read: Parse, pem: Path, keys_file: Path) -> None:
         *("--access-keys-file", str(keys_file)),
         *("--vllm-url", "https://h/v1, https://i", "--vllm-url", "https://j", "--vllm-max-tokens", "9"),
         *("--database-url", "sqlite:////r.db"),
-        *("--metrics-listen", "off"),
+        *("--health-listen", "0.0.0.0:2", "--metrics-listen", "off"),
         *("--log-level", "warning", "--log-format", "json", "--check-config"),
     )
     server, vllm = invocation.settings.server, invocation.settings.providers["vllm"]
@@ -113,6 +113,7 @@ def test_every_flag(read: Parse, pem: Path, keys_file: Path) -> None:
     assert (server.allow_plaintext, server.max_streams) == (True, 7)
     assert {server.tls_cert_file, server.tls_key_file, server.tls_client_ca_file} == {pem}
     assert invocation.settings.access.keys_file == keys_file
+    assert server.health_address == "0.0.0.0:2"
     assert (vllm.base_url, vllm.max_tokens) == (("https://h/v1", "https://i", "https://j"), 9)
     assert invocation.settings.registry.database_url == "sqlite+aiosqlite:////r.db"
     assert (invocation.settings.log.level, invocation.settings.log.format) == ("warning", "json")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from deltawire_server.access import Identity, Key, NameKind
+from deltawire_server.access import Identity, Key, NameKind, Trust
 from deltawire_server.settings import AccessSettings, effective
 from tests.settings.conftest import URL
 
@@ -219,11 +219,13 @@ def test_printed_settings_say_who_may_call(read: Parse, keys_file: Path, mutual:
         'keys = "***"  # environment DELTAWIRE_ACCESS_KEYS',
         "open = false  # default",
         'revoke = "end"  # default',
+        "trusted_proxies = []  # default",
+        'caller_header = "x-forwarded-client-cert"  # default',
         f"# ops all sha256:***  # keys_file {keys_file} line 2",
         "# ci call,read sha256:***  # keys line 1",
         "# mesh call mtls:uri:spiffe://mesh/a  # keys line 2",
     ]
-    rest = {"open": False, "revoke": "end"}
+    rest = {"open": False, "revoke": "end", "trusted_proxies": [], "caller_header": "x-forwarded-client-cert"}
     assert tomllib.loads(text)["access"] == {"keys_file": str(keys_file), "keys": "***", **rest}
     for secret in (SECRET, DIGEST, "1" * 64):
         assert secret not in text
@@ -231,10 +233,72 @@ def test_printed_settings_say_who_may_call(read: Parse, keys_file: Path, mutual:
 
 def test_printed_settings_say_that_every_caller_may_call(read: Parse) -> None:
     """Without access lines."""
-    shown = (
-        '# keys_file is not set\n# keys is not set\nopen = false\nrevoke = "end"\n# every caller may do everything\n'
+    shown = effective(read(VLLM_URL=URL).settings)
+    section = shown[shown.index("[access]\n# keys_file is not set\n# keys is not set\nopen = false\n") :]
+    assert section[: section.index("\n\n")].endswith("\n# every caller may do everything")
+
+
+def test_proxies_and_the_names_that_they_assert(read: Parse, mutual: dict[str, str]) -> None:
+    """They are read from lists, and the header's name is in lower case, as headers arrive."""
+    access = read(
+        VLLM_URL=URL,
+        DELTAWIRE_ACCESS_TRUSTED_PROXIES="mtls:dns:envoy.mesh, mtls:cn:envoy",
+        DELTAWIRE_ACCESS_CALLER_HEADER=" X-Caller ",
+        DELTAWIRE_ACCESS_KEYS="a call proxy:alice; b call mtls:dns:b",
+        **mutual,
+    ).settings.access
+    assert access.trust == Trust(frozenset({"mtls:dns:envoy.mesh", "mtls:cn:envoy"}), "x-caller")
+    assert [str(each.credential) for each in access.principals] == ["proxy:alice", "mtls:dns:b"]
+    assert read(VLLM_URL=URL).settings.access.trust == Trust()
+
+
+def test_certificates_are_forwarded_over_a_unix_socket(read: Parse) -> None:
+    """Then lines may have their names, although no listener requests certificates."""
+    settings = read(
+        *("--listen", "unix:/run/d.sock", "--set", "access.trusted_proxies=unix"),
+        VLLM_URL=URL,
+        DELTAWIRE_ACCESS_KEYS="a call mtls:dns:a",
+    ).settings
+    assert settings.access.principals
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (
+            ["trusted_proxies=mtls:dns:envoy.mesh"],
+            "access.trusted_proxies (from flag --set access.trusted_proxies): mtls: needs",
+        ),
+        (["trusted_proxies=unix"], "unix needs a unix socket: add unix:/path to server.listen (--listen)"),
+        (["trusted_proxies=envoy"], "must be unix, or a name in the proxy's certificate: write mtls:uri:spiffe://"),
+        (["keys_file=KEYS"], "line 1: proxy: needs a proxy that names its callers: set access.trusted_proxies and"),
+        (["keys_file=KEYS", "caller_header=x-caller"], "line 1: proxy: needs a proxy"),
+        *(
+            ([f"caller_header={name}"], "has another meaning: let the proxy send the caller in a header of its own")
+            for name in (
+                *("Authorization", "x-deltawire-key", "x-vllm-api-token", "x-request-id", "x-forwarded-for", "te"),
+                *("grpc-timeout", "x-caller-bin", "deltawire-owner-bin", "user-agent", "host", "x-forwarded-host"),
+            )
+        ),
+        *(([f"caller_header={name}"], "is not the name of a header") for name in ("", "x caller", ":path", "é", "a:b")),
+    ],
+)
+def test_names_that_nobody_could_assert(problems: Problems, keys_file: Path, flags: list[str], problem: str) -> None:
+    """What can never match, and headers with another meaning, are mistakes."""
+    keys_file.write_text("alice call proxy:alice\n")
+    given = [f"--set=access.{flag}".replace("KEYS", str(keys_file)) for flag in flags]
+    (line,) = problems("--vllm-url", URL, *given)
+    assert problem in line
+
+
+def test_a_proxy_with_envoys_header_asserts_no_other_names(problems: Problems) -> None:
+    """A line with proxy: would never match."""
+    (line,) = problems(
+        *("--listen", "unix:/run/d.sock", "--set", "access.trusted_proxies=unix"),
+        VLLM_URL=URL,
+        DELTAWIRE_ACCESS_KEYS="a call proxy:a",
     )
-    assert f"[access]\n{shown}" in effective(read(VLLM_URL=URL).settings)
+    assert line.startswith("access.keys (from environment DELTAWIRE_ACCESS_KEYS): line 1: proxy: needs a proxy")
 
 
 def test_the_mask_is_not_a_line() -> None:

@@ -39,6 +39,9 @@ SAMPLES = {
     "urls": "pass",
     "open": "true",
     "revoke": "finish",
+    "trusted_proxies": "unix",
+    "caller_header": "x-caller",
+    "health_listen": "0.0.0.0:2",
     "allowed_hosts": "a.example,*.b.example:8443",
     "schemes": "https,http",
     "engine": "proxy",
@@ -63,10 +66,12 @@ def test_every_key_has_its_variable(path: KeyPath, read: Parse, pem: Path, keys_
         if path == ("metrics", "listen")
         else SAMPLES.get(path[-1], "2048").replace("PEM", str(pem)).replace("KEYS", str(keys_file))
     )
-    tls = {f"DELTAWIRE_SERVER_TLS_{which}_FILE": str(pem) for which in ("CERT", "KEY") if "tls_" in path[1]}
+    other = {f"DELTAWIRE_SERVER_TLS_{which}_FILE": str(pem) for which in ("CERT", "KEY") if "tls_" in path[1]}
+    if path[1] == "trusted_proxies":
+        other["DELTAWIRE_SERVER_LISTEN"] = "unix:/x"
     file = f'[providers."gpu-1.a"]\nbase_url = "{URL}"'
     before = read(file=file)
-    after = read(file=file, **{**tls, variable(path): sample})
+    after = read(file=file, **{**other, variable(path): sample})
     section, default = (getattr(each.settings, path[0]) for each in (after, before))
     if path[0] == "providers":
         section, default = section["gpu-1.a"], default["gpu-1.a"]

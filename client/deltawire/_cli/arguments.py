@@ -7,7 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from deltawire._channel import DEFAULT_TARGET
+from deltawire._channel import AUTHORIZATION, DEFAULT_TARGET, OWN_HEADER
 from deltawire._cli.chat import count_tokens, run_chat
 from deltawire._cli.completions import cancel_completion, get_completion, resume_completion
 from deltawire._cli.registry import (
@@ -69,8 +69,9 @@ examples:
   deltawire health
 
 environment:
-  DELTAWIRE_TARGET   where the gateway is (default 127.0.0.1:50051)
-  DELTAWIRE_TOKEN    the key for it
+  DELTAWIRE_TARGET         where the gateway is (default 127.0.0.1:50051)
+  DELTAWIRE_TOKEN          the key for it
+  DELTAWIRE_TOKEN_HEADER   the header of the key (default authorization)
 """
 
 
@@ -212,6 +213,13 @@ def _common_options() -> _Parser:
         "--token",
         default=os.environ.get("DELTAWIRE_TOKEN"),
         help="your key for the gateway (default $DELTAWIRE_TOKEN, which others cannot see in ps)",
+    )
+    group.add_argument(
+        "--token-header",
+        default=os.environ.get("DELTAWIRE_TOKEN_HEADER") or AUTHORIZATION,
+        metavar="NAME",
+        help=f"header of the key: {AUTHORIZATION}, or {OWN_HEADER} if a proxy uses that one (default $DELTAWIRE_TOKEN_HEADER, "
+        f"else {AUTHORIZATION})",
     )
     group.add_argument("--insecure", action="store_true", help="allow tokens over plaintext to other machines")
     group.add_argument("--vllm-token", metavar="TOKEN", help="your own token for vLLM")

@@ -27,6 +27,7 @@ _OPTION_OF = {
     "key_file": "--key-file",
     "insecure=True": "--insecure",
     "the token must": "--token must",
+    "token_header:": "--token-header:",
     "the vllm_token must": "--vllm-token must",
     "the request_id must": "--request-id must",
 }
@@ -40,6 +41,7 @@ def client_of(options: argparse.Namespace) -> Client:
     """
     connect: ConnectOptions = {
         "token": options.token or None,
+        "token_header": options.token_header,
         "insecure": options.insecure,
         "timeout": options.timeout,
     }

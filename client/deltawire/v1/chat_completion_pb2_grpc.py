@@ -35,6 +35,8 @@ class ChatCompletionStub(object):
     Every method accepts this metadata:
 
     - `authorization: Bearer ...`: the caller's access key for this gateway.
+    - `x-deltawire-key`: the same key, for callers whose `authorization` is for a proxy; with it, the
+    gateway does not read `authorization`.
     - `x-vllm-api-token`: the caller's own token for vLLM, used instead of the operator's. The
     gateway sends it only to the provider that the call names, as in the model "provider/name", to
     providers that the operator marked for it, or, if only one provider is configured, to that one.
@@ -91,6 +93,8 @@ class ChatCompletionServicer(object):
     Every method accepts this metadata:
 
     - `authorization: Bearer ...`: the caller's access key for this gateway.
+    - `x-deltawire-key`: the same key, for callers whose `authorization` is for a proxy; with it, the
+    gateway does not read `authorization`.
     - `x-vllm-api-token`: the caller's own token for vLLM, used instead of the operator's. The
     gateway sends it only to the provider that the call names, as in the model "provider/name", to
     providers that the operator marked for it, or, if only one provider is configured, to that one.
@@ -194,6 +198,8 @@ class ChatCompletion(object):
     Every method accepts this metadata:
 
     - `authorization: Bearer ...`: the caller's access key for this gateway.
+    - `x-deltawire-key`: the same key, for callers whose `authorization` is for a proxy; with it, the
+    gateway does not read `authorization`.
     - `x-vllm-api-token`: the caller's own token for vLLM, used instead of the operator's. The
     gateway sends it only to the provider that the call names, as in the model "provider/name", to
     providers that the operator marked for it, or, if only one provider is configured, to that one.

@@ -140,8 +140,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     Metadata: {"model": "vllm/llama"}.
     """
     ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 26
-    """UNAUTHENTICATED. This gateway requires an access key, as `authorization: Bearer …`, or a client
-    certificate. The call has no valid one.
+    """UNAUTHENTICATED. This gateway requires an access key, as `authorization: Bearer …` or
+    `x-deltawire-key: …`, or a client certificate. The call has no valid one, or a proxy that the
+    gateway trusts names the caller in a way that cannot be used.
     """
     ERROR_REASON_PERMISSION_DENIED: _ErrorReason.ValueType  # 27
     """PERMISSION_DENIED. The caller is authenticated but does not have the required permission.
@@ -357,8 +358,9 @@ long as the provider serves it.
 Metadata: {"model": "vllm/llama"}.
 """
 ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 26
-"""UNAUTHENTICATED. This gateway requires an access key, as `authorization: Bearer …`, or a client
-certificate. The call has no valid one.
+"""UNAUTHENTICATED. This gateway requires an access key, as `authorization: Bearer …` or
+`x-deltawire-key: …`, or a client certificate. The call has no valid one, or a proxy that the
+gateway trusts names the caller in a way that cannot be used.
 """
 ERROR_REASON_PERMISSION_DENIED: ErrorReason.ValueType  # 27
 """PERMISSION_DENIED. The caller is authenticated but does not have the required permission.

@@ -74,6 +74,7 @@ class Record:
         ended: Whether it has ended.
         stream: Its retained stream, if any.
         size: Memory in bytes; set when it is only remembered.
+        assertion: From `access.Trust`, if a trusted proxy asserts who the caller is.
     """
 
     caller: str
@@ -87,6 +88,7 @@ class Record:
     ended: bool = False
     stream: RetainedStream | None = None
     size: int = 0
+    assertion: str = ""
     _stop_asked: bool = False
     _fault: Fault | None = None
     _ended_at: float = field(default=0.0, repr=False)

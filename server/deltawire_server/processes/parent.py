@@ -44,6 +44,7 @@ STABLE_SECONDS = 60.0
 """A worker that served for so long is started again after `FIRST_DELAY`."""
 
 REMEDY = "use another address (--listen)"
+HEALTH_REMEDY = "use another address (--health-listen)"
 
 _log = get_logger(__name__)
 
@@ -60,14 +61,12 @@ def run(arguments: Sequence[str], settings: Settings) -> int:
     """
     configure_logging(settings.log.level, settings.log.format)
     with contextlib.ExitStack() as stack:
-        addresses: list[str] = []
-        for address in settings.server.listen:
-            try:
-                addresses.append(_reserve(address, stack))
-            except OSError as error:
-                problem = f"cannot listen on {address}: {error.strerror or error}; {REMEDY}"
-                print(f"deltawire-server: {problem}", file=sys.stderr)
-                return 1
+        try:
+            addresses = [_reserved(address, REMEDY, stack) for address in settings.server.listen]
+            health = settings.server.health_address and _reserved(settings.server.health_address, HEALTH_REMEDY, stack)
+        except OSError as error:
+            print(f"deltawire-server: {error}", file=sys.stderr)
+            return 1
         try:
             private = tempfile.TemporaryDirectory(prefix="deltawire-", ignore_cleanup_errors=True)
         except OSError as error:
@@ -92,8 +91,17 @@ def run(arguments: Sequence[str], settings: Settings) -> int:
             addresses,
             control=-1,
             metrics="" if serving is None else serving.address,
+            health=health,
         )
         return asyncio.run(_Parent(arguments, first, metrics).run())
+
+
+def _reserved(address: str, remedy: str, stack: contextlib.ExitStack) -> str:
+    """`_reserve` an address, with an error that names it and ends with a remedy."""
+    try:
+        return _reserve(address, stack)
+    except OSError as error:
+        raise OSError(f"cannot listen on {address}: {error.strerror or error}; {remedy}") from error
 
 
 def _reserve(address: str, stack: contextlib.ExitStack) -> str:

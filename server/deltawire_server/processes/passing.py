@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 CALLER = "deltawire-caller-bin"
 OWNER = "deltawire-owner-bin"
+ASSERTION = "deltawire-assertion-bin"
 """The metadata by which a sibling names the caller; binary, because a name in a certificate may be any text."""
 
 RETRY_SECONDS = 1.0
@@ -211,7 +212,8 @@ class _NamedCaller(aio.ServerInterceptor):
         self, continuation: _Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> _Handler:
         given = dict(cast("Any", handler_call_details.invocation_metadata))
-        passed_on.set((given[CALLER].decode(), given[OWNER].decode()))
+        caller, owner, assertion = (given[name].decode() for name in (CALLER, OWNER, ASSERTION))
+        passed_on.set((caller, owner, assertion))
         return cast("_Handler", await continuation(handler_call_details))
 
 
@@ -224,8 +226,11 @@ def _metadata(record: CallRecord) -> list[tuple[str, str | bytes]]:
         "traceparent": call.traceparent,
         "tracestate": call.tracestate,
     }
-    named = [(CALLER, record.caller.encode()), (OWNER, record.owner.encode())]
-    return [*((name, value) for name, value in forwarded.items() if value), *named]
+    named = {CALLER: record.caller, OWNER: record.owner, ASSERTION: record.assertion}
+    return [
+        *((name, value) for name, value in forwarded.items() if value),
+        *((name, value.encode()) for name, value in named.items()),
+    ]
 
 
 def _error_of(error: aio.AioRpcError) -> DeltawireError | None:

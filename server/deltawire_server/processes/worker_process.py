@@ -44,6 +44,7 @@ class WorkerProcess:
         addresses: The addresses to listen on, each with its port.
         control: The file descriptor of the connection to the parent.
         metrics: The address at which the parent serves the metrics; empty for none.
+        health: The address of the health listener, with its port; empty for none.
     """
 
     number: int
@@ -54,6 +55,7 @@ class WorkerProcess:
     addresses: Sequence[str]
     control: int
     metrics: str = ""
+    health: str = ""
 
     @classmethod
     def taken_from(cls, environ: MutableMapping[str, str]) -> Self | None:

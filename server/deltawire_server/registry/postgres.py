@@ -176,16 +176,26 @@ class PostgresDatabase(Database):
         """
         task = asyncio.create_task(running)
         try:
-            await asyncio.wait([task], timeout=ANSWER_SECONDS)
-            if task.done():
-                return task.result()
+            done, _ = await asyncio.wait([task], timeout=ANSWER_SECONDS)
+        except asyncio.CancelledError:
+            self._abandon(task)
+            raise
+        if not done:
+            self._abandon(task)
             raise TimeoutError
-        finally:
-            if not task.done():
-                task.cancel()
-                ending = asyncio.create_task(_end(task))
-                self._ending.add(ending)
-                ending.add_done_callback(self._ending.discard)
+        return task.result()
+
+    def _abandon(self, task: asyncio.Task[_Begun]) -> None:
+        task.cancel()
+        ending = asyncio.create_task(_end(task))
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
+
+    async def close(self) -> None:
+        """Close all connections; those of a server that does not answer, as soon as it does or the process ends."""
+        if self._ending:
+            await asyncio.wait(self._ending, timeout=ANSWER_SECONDS)
+        await super().close()
 
     async def _ask(self, connection: psycopg.AsyncConnection, statement: str) -> None:
         async with asyncio.timeout(self._answer_seconds):

@@ -20,6 +20,7 @@ class _Call:
     owner: str
     method: str
     begun: Callable[[], bool]
+    assertion: str
     task: asyncio.Task[object] | None
     ended: bool = False
 
@@ -31,7 +32,9 @@ class Admitted:
         self._calls: set[_Call] = set()
 
     @contextmanager
-    def entered(self, owner: str, method: str, begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    def entered(
+        self, owner: str, method: str, begun: Callable[[], bool] = lambda: False, assertion: str = ""
+    ) -> Iterator[None]:
         """Handle a call within this context.
 
         Args:
@@ -39,11 +42,12 @@ class Admitted:
             method: The gRPC method path.
             begun: Whether a message of the answer was sent. `end` skips such a call: a stream that has begun ends with its
                 completion, whose last message has the reason.
+            assertion: From `access.Trust`, if a trusted proxy asserts who the caller is.
 
         Raises:
             GatewayError: ACCESS_CHANGED: `end` ended the call. Send it to the caller.
         """
-        call = _Call(owner, method, begun, asyncio.current_task())
+        call = _Call(owner, method, begun, assertion, asyncio.current_task())
         self._calls.add(call)
         try:
             yield
@@ -55,14 +59,14 @@ class Admitted:
         finally:
             self._calls.discard(call)
 
-    async def end(self, admits: Callable[[str, str], bool]) -> None:
+    async def end(self, admits: Callable[[str, str, str], bool]) -> None:
         """End every call that is no longer admitted and whose answer has not begun. Other calls run in between.
 
         Args:
             admits: `Access.admits`.
         """
         for call in tuple(self._calls):
-            over = call.ended or call.begun() or admits(call.owner, call.method)
+            over = call.ended or call.begun() or admits(call.owner, call.method, call.assertion)
             if call.task is not None and not over:
                 call.ended = True
                 call.task.cancel()

@@ -275,7 +275,14 @@ async def _fingerprint(request: chat_pb.CreateChatCompletionRequest | chat_pb.St
 
 
 def _caller(record: CallRecord, context: _Context) -> Caller:
-    return Caller(record.call, record.owner, lambda: deadline_passed(context), record.place, record.request_bytes)
+    return Caller(
+        record.call,
+        record.owner,
+        lambda: deadline_passed(context),
+        record.place,
+        record.request_bytes,
+        record.assertion,
+    )
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2
 
 from deltawire_server.errors import CallerError, Code, GatewayError, Reason
+from deltawire_server.rpc.interceptors import call_record
 from deltawire_server.rpc.reception import arrived
 from deltawire_server.upstream.failures import RETRY_SECONDS
 
@@ -32,7 +33,8 @@ MAX_WATCHES = 1024
 """Health watches of all connections. One takes about 20 KiB; a client that watches has one on each of its connections."""
 
 MAX_CONNECTION_WATCHES = 64
-"""Health watches on one connection. A client needs one; a proxy may forward those of many clients over one connection."""
+"""Health watches on one connection, or from one address that a trusted proxy asserts. A client needs one; another proxy may
+forward those of many clients over one connection."""
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -96,7 +98,7 @@ class Health:
                 retry_after=RETRY_SECONDS,
             )
         self._require_known(data)
-        with self._counted(context.peer()):
+        with self._counted(call_record(context).origin.peer):
             if not self._stopping.is_set():
                 await context.write(health_pb2.HealthCheckResponse(status=SERVING))
                 await self._stopping.wait()

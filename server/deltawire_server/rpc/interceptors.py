@@ -22,7 +22,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc import aio
 
-from deltawire_server.access import REVOKED, Access, Identity, NameKind, Permission, bearer_key
+from deltawire_server.access import REVOKED, Access, Permission
 from deltawire_server.admission import Admission
 from deltawire_server.errors import (
     FOR_OPERATORS,
@@ -38,6 +38,7 @@ from deltawire_server.memory import Ledger
 from deltawire_server.metrics.table import FAILED_CALLS, Rpc
 from deltawire_server.rpc import reflection, wire
 from deltawire_server.rpc.admitted import Admitted
+from deltawire_server.rpc.caller import Origin, credentials, origin
 from deltawire_server.rpc.latch import Latch
 from deltawire_server.rpc.reception import Reception
 from deltawire_server.rpc.resets import QUICK_SECONDS, Resets
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
     from deltawire_server.admission import Place
 
 REQUEST_ID = "x-request-id"
-AUTHORIZATION = "authorization"
 PROVIDER_TOKEN = "x-vllm-api-token"  # noqa: S105 (the name of a header, not a token)
 MAX_REQUEST_ID = 128
 OUR_METHODS = "/deltawire.v1."
@@ -97,10 +97,12 @@ class CallRecord:
 
     Attributes:
         call: The caller's metadata that is forwarded to the provider, within the call's span.
-        caller: The name of the principal or, if every caller may call, the name in a verified certificate; empty if there is
-            neither.
+        origin: Where the call comes from.
+        caller: The name of the principal or, if every caller may call, the name in a verified certificate or that a trusted proxy
+            asserts; empty if there is neither.
         owner: The owner of the caller's completions; empty if callers cannot be distinguished. A later caller with the same
             name and another credential has another owner.
+        assertion: From `access.Trust`, if a trusted proxy asserts who the caller is.
         begun: Whether a message of a stream was sent.
         may_operate: Whether the caller may change models that others registered.
         latch: Whether the call has succeeded or failed.
@@ -112,8 +114,10 @@ class CallRecord:
 
     def __init__(self, call: CallContext) -> None:
         self.call = call
+        self.origin = Origin("")
         self.caller = ""
         self.owner = ""
+        self.assertion = ""
         self.begun = False
         self.may_operate = True
         self.latch = Latch()
@@ -123,9 +127,11 @@ class CallRecord:
         self.span = NO_CALL
 
 
-passed_on: contextvars.ContextVar[tuple[str, str] | None] = contextvars.ContextVar("deltawire_passed_on", default=None)
-"""The name and the owner of the caller of a call that another worker authorized and passed on. Only the private listener of
-`processes.passing` sets it."""
+passed_on: contextvars.ContextVar[tuple[str, str, str] | None] = contextvars.ContextVar(
+    "deltawire_passed_on", default=None
+)
+"""The caller, the owner and the assertion, as in `CallRecord`, of a call that another worker authorized and passed on. Only the
+private listener of `processes.passing` sets it."""
 
 _record: contextvars.ContextVar[CallRecord] = contextvars.ContextVar("deltawire_call")
 
@@ -228,6 +234,7 @@ class CallInterceptor(aio.ServerInterceptor):
         ours = method.startswith(OUR_METHODS)
         metadata = _metadata(context)
         record = CallRecord(_call_context(metadata))
+        record.origin = origin(context, self._access.trust)
         _record.set(record)  # for the task of this call, so it is never reset
         with contextlib.ExitStack() as counted:
             if ours:
@@ -237,7 +244,7 @@ class CallInterceptor(aio.ServerInterceptor):
                     if not ours:
                         return await self._handle(behaviour(messages, context), record, context)
                     await self._let_in(method, record, context, place)
-                    with self._admitted.entered(record.owner, method, lambda: record.begun):
+                    with self._admitted.entered(record.owner, method, lambda: record.begun, record.assertion):
                         # The handler alone holds the request, and drops it when it is sent to the provider.
                         running = behaviour(await self._receive(method, parse, record, context), context)
                         return await self._handle(running, record, context)
@@ -266,7 +273,7 @@ class CallInterceptor(aio.ServerInterceptor):
     async def _receive(self, method: str, parse: _Parser, record: CallRecord, context: _Context) -> object:
         """The request of an admitted call."""
         data = await self._reception.receive(
-            context, functools.partial(wire.check, method=method), record.owner or context.peer()
+            context, functools.partial(wire.check, method=method), record.owner or record.origin.peer
         )
         record.request_bytes = len(data)
         async with self._memory.turn(len(data)):
@@ -320,24 +327,28 @@ class CallInterceptor(aio.ServerInterceptor):
         call_record(context).latch.succeed()
 
     def _is_known(self, context: _Context) -> bool:
-        return self._access.is_principal(_keys(context), _identities(context))
+        try:
+            shown = credentials(context, self._access, call_record(context).origin.assertion)
+        except GatewayError:
+            return False
+        return self._access.is_principal(shown.key, shown.names)
 
     def _authorize(self, method: str, record: CallRecord, context: _Context) -> None:
         """Authorize the call or raise. The log line gets the caller's name and, on a refusal, the missing permission."""
         passed = passed_on.get()
         if passed is not None:
-            record.caller, record.owner = passed
-            if not self._access.admits(record.owner, method):
+            record.caller, record.owner, record.assertion = passed
+            if not self._access.admits(record.owner, method, record.assertion):
                 raise GatewayError(Reason.ACCESS_CHANGED, REVOKED)
             return
-        if self._access.open:
-            identity = next(iter(_identities(context)), None)
-            if identity is not None:
-                record.caller, record.owner = identity.name, identity.owner
-            return  # an authorization header is ignored: it may be for a proxy
-        key = bearer_key(_keys(context))
         try:
-            principal = self._access.authorize(method, key, _identities(context))
+            shown = credentials(context, self._access, record.origin.assertion)
+            record.assertion = shown.assertion
+            if self._access.open:
+                for name in shown.names[:1]:
+                    record.caller, record.owner = name.name, name.owner
+                return
+            principal = self._access.authorize(method, shown.key, shown.names)
             if principal is not None:
                 record.caller, record.owner = principal.name, principal.owner
                 record.may_operate = Permission.OPERATE in principal.permissions
@@ -371,7 +382,7 @@ class CallInterceptor(aio.ServerInterceptor):
             rpc.end(outcome.code, seconds)
             values = {"request_id": record.call.request_id, **record.values}
             record.span.end(outcome.code, "" if outcome.reason is None else outcome.reason.name, values)
-            if outcome.code != "CANCELLED" or seconds >= QUICK_SECONDS or self._resets.first(context.peer()):
+            if outcome.code != "CANCELLED" or seconds >= QUICK_SECONDS or self._resets.first(record.origin.peer):
                 log = _log.info if ours else _log.debug
                 if outcome.defect is not None:
                     log = _log.error
@@ -382,9 +393,10 @@ class CallInterceptor(aio.ServerInterceptor):
                     method=name,
                     code=outcome.code,
                     trace_id=record.call.trace_id,
-                    peer=context.peer(),
+                    peer=record.origin.peer,
                     user_agent=metadata.get("user-agent", ""),
                     seconds=round(seconds, 6),
+                    **({"via": record.origin.via} if record.origin.via else {}),
                     **values,
                     **outcome.values,
                     exc_info=outcome.defect,
@@ -454,33 +466,7 @@ def deadline_passed(context: _Context) -> bool:
 
 
 def _metadata(context: _Context) -> dict[str, str]:
-    return dict(_pairs(context))
-
-
-def _pairs(context: _Context) -> Iterator[tuple[str, str]]:
-    return ((key, value) for key, value in context.invocation_metadata() or () if isinstance(value, str))
-
-
-def _keys(context: _Context) -> list[str]:
-    """The values of the call's authorization headers."""
-    return [value for name, value in _pairs(context) if name == AUTHORIZATION]
-
-
-def _identities(context: _Context) -> list[Identity]:
-    """The names in the verified client certificate, URIs first; empty without a certificate.
-
-    The common name counts only if there is no alternative name of any kind, as in RFC 6125 and grpc: a certificate authority that
-    verifies the alternative names may let the client choose the common name.
-    """
-    authenticated = context.auth_context()
-    properties = {NameKind.URI: "peer_uri", NameKind.DNS: "peer_dns"}
-    if not authenticated.get("x509_subject_alternative_name"):
-        properties = {NameKind.COMMON_NAME: "x509_common_name"}
-    return [
-        Identity(kind, name.decode(errors="backslashreplace"))
-        for kind, key in properties.items()
-        for name in authenticated.get(key, ())
-    ]
+    return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
 
 
 def _call_context(metadata: Mapping[str, str]) -> CallContext:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from deltawire_server.access import HOW
 from deltawire_server.errors import CallerError, GatewayError, Reason
 from deltawire_server.rpc.reception import arrived
 from deltawire_server.upstream.failures import RETRY_SECONDS
@@ -82,8 +83,7 @@ async def _arrived(context: _Context) -> bytes:
     if data is None:
         raise GatewayError(
             Reason.UNAUTHENTICATED,
-            "without an access key, a reflection request must be small and arrive together with its call: "
-            "send a key as `authorization: Bearer …`",
+            f"without an access key, a reflection request must be small and arrive together with its call: {HOW}",
         )
     return data
 

@@ -37,6 +37,7 @@ FLAGS: Mapping[str, KeyPath] = MappingProxyType(
         "--vllm-url": ("providers", "vllm", "base_url"),
         "--vllm-max-tokens": ("providers", "vllm", "max_tokens"),
         "--database-url": ("registry", "database_url"),
+        "--health-listen": ("server", "health_listen"),
         "--metrics-listen": ("metrics", "listen"),
         "--log-level": ("log", "level"),
         "--log-format": ("log", "format"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import SecretStr
 
-from deltawire_server.access import Identity, Key, Principal, parse_line
+from deltawire_server.access import CERTIFICATE_HEADER, UNIX, AssertedName, Identity, Key, Principal, Trust, parse_line
 from deltawire_server.settings.values import MASK
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 FILE = "keys_file"
 TEXT = "keys"
 """The two settings that contain lines."""
+
+PROXIES = "trusted_proxies"
 
 _SEPARATED = re.compile(r"[^;\n]*")
 
@@ -151,11 +153,26 @@ def _warnings(path: Path, mode: int, entries: Iterable[Entry]) -> Iterator[str]:
         yield f"all users of this machine can read the keys in {path}: chmod o-r, or write their digests, sha256:…"
 
 
-def certificates_needed(entries: Iterable[Entry]) -> list[tuple[str, str]]:
-    """The lines with certificate names, as problems for `LinesError`, if the listener requests no client certificates."""
-    remedy = "set server.tls_client_ca_file (--tls-client-ca-file), or give the caller a key"
-    return [
-        (entry.setting, f"{entry.place}: mtls: needs a listener that requests client certificates: {remedy}")
-        for entry in entries
-        if isinstance(entry.principal.credential, Identity)
-    ]
+def unusable(entries: Iterable[Entry], trust: Trust, *, certificates: bool, unix: bool) -> Iterator[tuple[str, str]]:
+    """The lines and trusted proxies that no connection can ever match, as problems for `LinesError`.
+
+    Args:
+        entries: The lines.
+        trust: The trusted proxies.
+        certificates: Whether the listener requests client certificates.
+        unix: Whether the gateway listens on a unix socket.
+    """
+    remedy = "set server.tls_client_ca_file (--tls-client-ca-file)"
+    if not certificates and trust.proxies - {UNIX}:
+        yield PROXIES, f"mtls: needs a listener that requests client certificates: {remedy}"
+    if not unix and UNIX in trust.proxies:
+        yield PROXIES, f"{UNIX} needs a unix socket: add unix:/path to server.listen (--listen)"
+    forwarded = trust.header == CERTIFICATE_HEADER
+    certificates = certificates or (forwarded and bool(trust.proxies))
+    for entry in entries:
+        if isinstance(entry.principal.credential, Identity) and not certificates:
+            problem = f"mtls: needs a listener that requests client certificates: {remedy}, or give the caller a key"
+            yield entry.setting, f"{entry.place}: {problem}"
+        if isinstance(entry.principal.credential, AssertedName) and (forwarded or not trust.proxies):
+            problem = f"proxy: needs a proxy that names its callers: set access.{PROXIES} and access.caller_header"
+            yield entry.setting, f"{entry.place}: {problem}"

@@ -25,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from deltawire_server.access import CERTIFICATE_HEADER, Trust, parse_proxy
 from deltawire_server.settings import lines, values
 
 if TYPE_CHECKING:
@@ -89,6 +90,10 @@ class ServerSettings(Section):
     allow_plaintext: bool = False
     """Serve without TLS on addresses that other machines can reach. Use this behind a sidecar or a load balancer that
     terminates TLS. By default it is off, because prompts and tokens would cross the network unencrypted."""
+    health_listen: Annotated[str, BeforeValidator(values.lower), AfterValidator(values.port_or_off)] = values.OFF
+    """One more address that serves only grpc.health.v1.Health, always without TLS and keys, such as 0.0.0.0:50052; or off.
+    Kubernetes' gRPC probes need it if the other addresses use TLS, which they do not support. It reveals nothing but whether
+    the gateway accepts calls."""
     workers: Annotated[int, BeforeValidator(values.workers), Field(ge=1, le=MAX_WORKERS)] = Field(
         default=1, title=f"a whole number from 1 to {MAX_WORKERS}, or auto"
     )
@@ -168,6 +173,11 @@ class ServerSettings(Section):
         """Whether TCP listeners use TLS."""
         return self.tls_cert_file is not None
 
+    @property
+    def health_address(self) -> str:
+        """The address of the additional health service; empty for none."""
+        return "" if self.health_listen == values.OFF else self.health_listen
+
     # In the validators below, a key that is missing from `info.data` was itself invalid and has its own error.
 
     @field_validator("workers")
@@ -225,8 +235,9 @@ class AccessSettings(Section):
     (register models, and change models that the caller registered), operate (with change: also change models that others
     registered). CREDENTIAL is `sha256:` and the SHA-256 digest of the caller's key in hexadecimal; or the key itself, at least
     16 printable ASCII characters without a colon; or a name in the caller's certificate: `mtls:uri:NAME`, `mtls:dns:NAME`, or
-    `mtls:cn:NAME` for the common name of a certificate without alternative names. `#` begins a comment. Callers send their key
-    as `authorization: Bearer …`. Without any line, every caller may do everything.
+    `mtls:cn:NAME` for the common name of a certificate without alternative names; or `proxy:NAME`, a name that a trusted proxy
+    sends in caller_header. `#` begins a comment. Callers send their key as `authorization: Bearer …` or `x-deltawire-key: …`.
+    Without any line, every caller may do everything.
     """
 
     keys_file: Annotated[
@@ -246,10 +257,20 @@ class AccessSettings(Section):
     true; otherwise the gateway takes their absence for a mistake and refuses the reload. Setting this to true together with
     access lines is an error."""
     revoke: Annotated[Literal["end", "finish"], BeforeValidator(values.lower)] = "end"
-    """What happens to active calls if a reload removes the caller's line, changes its credential or takes away the
-    permission. The default, end, ends the calls and generation for retained streams with ACCESS_CHANGED, because keys are
-    revoked when they leak. With finish, the calls run to their end. In either case, any change of access lines ends all
-    watches of models."""
+    """What happens to active calls if a reload removes the caller's line, changes its credential, takes away the permission,
+    or ends the trust in the proxy that asserted the caller. The default, end, ends the calls and generation for retained
+    streams with ACCESS_CHANGED, because keys are revoked when they leak. With finish, the calls run to their end. In either
+    case, any change of access lines or trusted proxies ends all watches of models."""
+    trusted_proxies: Annotated[
+        tuple[Annotated[str, AfterValidator(parse_proxy)], ...], BeforeValidator(values.listed)
+    ] = Field(default=(), title="a list of proxies", examples=[["mtls:uri:spiffe://mesh/ns/envoy"]])
+    """Proxies that may assert who their callers are and from which address they call: `mtls:uri:NAME`, `mtls:dns:NAME` or
+    `mtls:cn:NAME`, a name in the proxy's certificate; or `unix`, every caller of a unix socket. The headers of all other
+    callers are ignored. Trust only proxies that remove or append to what their own callers send in these headers."""
+    caller_header: Annotated[str, AfterValidator(values.caller_header)] = CERTIFICATE_HEADER
+    """Header in which a trusted proxy names its caller. The default is Envoy's; the names of the certificate in its last
+    element match lines with mtls:, as if the caller had connected itself. The whole value of any other header is a name, at
+    most 256 printable ASCII characters without spaces and commas, and matches lines with proxy:."""
     _entries: tuple[lines.Entry, ...] = PrivateAttr(default=())
     _warnings: tuple[str, ...] = PrivateAttr(default=())
 
@@ -257,6 +278,11 @@ class AccessSettings(Section):
     def principals(self) -> tuple[Principal, ...]:
         """The callers, with unique names and credentials. If empty, every caller may do everything."""
         return tuple(entry.principal for entry in self._entries)
+
+    @property
+    def trust(self) -> Trust:
+        """The trusted proxies."""
+        return Trust(frozenset(self.trusted_proxies), self.caller_header)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -481,7 +507,7 @@ class RegistrySettings(Section):
 class MetricsSettings(Section):
     """Metrics for Prometheus."""
 
-    listen: Annotated[str, BeforeValidator(values.lower), AfterValidator(values.http_address)] = "127.0.0.1:9464"
+    listen: Annotated[str, BeforeValidator(values.lower), AfterValidator(values.port_or_off)] = "127.0.0.1:9464"
     """Address at which GET /metrics returns the metrics, over HTTP: host:port, or off. It needs no key, so let only scrapers reach
     it. If the address is in use, the gateway does not start; with the default it serves without metrics and logs a warning,
     because several gateways may run on one machine. With several workers, the page has the metrics of all of them."""
@@ -531,10 +557,13 @@ class Settings(Section):
 
     @field_validator("access")
     @classmethod
-    def _identities_need_certificates(cls, value: AccessSettings, info: ValidationInfo) -> AccessSettings:
+    def _names_need_listeners(cls, value: AccessSettings, info: ValidationInfo) -> AccessSettings:
         # An invalid server section is missing from `info.data`.
-        if "server" in info.data and info.data["server"].tls_client_ca_file is None:
-            problems = lines.certificates_needed(value._entries)
+        if "server" in info.data:
+            server: ServerSettings = info.data["server"]
+            unix = any(listen.startswith("unix:") for listen in server.listen)
+            certificates = server.tls_client_ca_file is not None
+            problems = [*lines.unusable(value._entries, value.trust, certificates=certificates, unix=unix)]
             if problems:
                 raise lines.LinesError(problems)
         return value

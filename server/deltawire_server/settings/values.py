@@ -53,6 +53,9 @@ _OWN_HEADERS = frozenset(
         *("te", "trailer", "transfer-encoding", "upgrade"),
     }
 )
+_METADATA_NAME = re.compile(r"[a-z0-9_.-]+")
+# gRPC keeps only one of several X-Forwarded-Host headers, so a second one would not be noticed.
+_OWN_METADATA = frozenset({"x-deltawire-key", "x-vllm-api-token", "x-forwarded-for", "x-forwarded-host"})
 _TRUTHS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -123,8 +126,8 @@ def address(value: str) -> str:
     return text
 
 
-def http_address(value: str) -> str:
-    """Validate an address to listen on for HTTP.
+def port_or_off(value: str) -> str:
+    """Validate the address of a listener that may be off.
 
     Args:
         value: "host:port", "[::1]:port" or "off". Port 0 selects any free port.
@@ -274,6 +277,20 @@ def image_host(value: str) -> str:
             raise ValueError(f"{text!r} is not a valid IP address: {_IMAGE_HOST_FORMS}") from None
         host = f"[{ip}]" if isinstance(ip, IPv6Address) else str(ip)
     return f"{wild}{host}" if port is None else f"{wild}{host}:{int(port)}"
+
+
+def caller_header(value: str) -> str:
+    """Validate the name of a header that names the caller, and convert it to lower case, as HTTP/2 has it.
+
+    Raises:
+        ValueError: It is no name of a text header, or the header has another meaning.
+    """
+    name = value.strip().lower()
+    if not _METADATA_NAME.fullmatch(name):
+        raise ValueError(f"{value!r} is not the name of a header: write letters, digits, hyphens, underscores and dots")
+    if name in _OWN_HEADERS | _OWN_METADATA or name.startswith(("grpc-", "deltawire-")) or name.endswith("-bin"):
+        raise ValueError(f"{name} has another meaning: let the proxy send the caller in a header of its own")
+    return name
 
 
 def headers(value: Mapping[str, SecretStr]) -> Mapping[str, SecretStr]:

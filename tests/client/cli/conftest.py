@@ -21,6 +21,7 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """The developer's own settings stay out."""
     monkeypatch.delenv("DELTAWIRE_TARGET", raising=False)
     monkeypatch.delenv("DELTAWIRE_TOKEN", raising=False)
+    monkeypatch.delenv("DELTAWIRE_TOKEN_HEADER", raising=False)
 
 
 @pytest.fixture

@@ -30,6 +30,23 @@ def test_the_token_of_the_environment(gateway: Gateway, run: Run, monkeypatch: p
         assert gateway.last.metadata["authorization"] == expected
 
 
+def test_the_header_of_the_token(gateway: Gateway, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the option, or else from the environment; another header is wrong usage."""
+    monkeypatch.setenv("DELTAWIRE_TOKEN", "key")
+    for given in ("option", "environment"):
+        gateway.will(registry.ListProvidersResponse())
+        if given == "option":
+            run("providers", "--token-header", "x-deltawire-key")
+        else:
+            monkeypatch.setenv("DELTAWIRE_TOKEN_HEADER", "x-deltawire-key")
+            run("providers")
+        assert gateway.last.metadata["x-deltawire-key"] == "key"
+        assert "authorization" not in gateway.last.metadata
+    monkeypatch.setenv("DELTAWIRE_TOKEN_HEADER", "x-key")
+    status, _, error = run("providers")
+    assert (status, error.startswith("error: --token-header: 'x-key' is neither")) == (2, True)
+
+
 def test_a_token_of_the_environment_that_is_no_text(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong usage, as if it were an option."""
     monkeypatch.setenv("DELTAWIRE_TOKEN", "\udcff")
