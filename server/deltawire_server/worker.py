@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from deltawire_server.upstream.base import CallContext, TokenCount
     from deltawire_server.upstream.providers import Providers
     from deltawire_server.upstream.request import ChatRequest
+    from deltawire_server.usage.log import UsageLog, UsageRecord
 
 _STALE_REASONS = frozenset({Reason.MODEL_NOT_FOUND, Reason.UPSTREAM_UNAVAILABLE, Reason.UPSTREAM_INCOMPLETE})
 """Errors after which a provider's listing may be out of date."""
@@ -70,6 +71,7 @@ class Caller:
     Attributes:
         call: The caller's metadata that is forwarded to the provider.
         name: Separates the completions of different callers: `CallRecord.owner`; empty if they cannot be distinguished.
+        label: Its name for operators: `CallRecord.caller`.
         deadline_passed: Returns whether the call's deadline has passed; called when the call is cancelled.
         place: The call's place, which its completion takes over; if there is none, the completion takes a new one.
         request_bytes: Bytes of the serialized request.
@@ -77,6 +79,7 @@ class Caller:
 
     call: CallContext
     name: str = ""
+    label: str = ""
     deadline_passed: Callable[[], bool] = _no_deadline
     place: Place | None = None
     request_bytes: int = 0
@@ -114,6 +117,7 @@ class Worker:
         memory: The memory of all calls; by default without a limit.
         records: The records of the completions.
         adaptive: How long deltas are delayed under load; not at all by default.
+        usage_log: Where usage records are written; nowhere by default.
 
     Attributes:
         admission: The places of completions.
@@ -129,8 +133,10 @@ class Worker:
         memory: Ledger | None = None,
         records: Records | None = None,
         adaptive: AdaptiveDelay | None = None,
+        usage_log: UsageLog | None = None,
     ) -> None:
         self._adaptive = adaptive
+        self._usage_log = usage_log
         self._registry = registry
         self._providers = providers
         self._limits = limits or WorkerLimits()
@@ -308,6 +314,7 @@ class Worker:
                     hold=self.memory.hold(),
                     request_bytes=caller.request_bytes,
                     adaptive=self._adaptive,
+                    usage_record=self._usage_record(record.completion_id, caller, resolution),
                 )
                 del request  # the completion has it, until it is sent
                 record.run(completion)
@@ -329,6 +336,18 @@ class Worker:
         finally:
             place.release()
             self._records.end(record, outcome)
+
+    def _usage_record(self, completion_id: str, caller: Caller, resolution: Resolution) -> UsageRecord | None:
+        if self._usage_log is None:
+            return None
+        return self._usage_log.record(
+            completion_id=completion_id,
+            request_id=caller.call.request_id,
+            caller=caller.label,
+            model=resolution.model.id,
+            alias=resolution.alias,
+            provider=resolution.provider.id,
+        )
 
     async def _close(self, completion: Completion) -> None:
         self._completions.discard(completion)

@@ -39,6 +39,8 @@ SAMPLES = {
     "urls": "pass",
     "open": "true",
     "revoke": "finish",
+    "folder": "/",
+    "required": "true",
     "allowed_hosts": "a.example,*.b.example:8443",
     "schemes": "https,http",
     "engine": "proxy",
@@ -201,7 +203,7 @@ def test_two_names_for_one_key(read: Parse, problems: Problems) -> None:
             "[zzz]",
             (
                 "zzz (from FILE): no such section; valid ones are server, access, stream, retention, images, providers,"
-                " registry, metrics, log"
+                " registry, usage, metrics, log"
             ),
         ),
         ("[server]\nmax_stream = 1", "server.max_stream (from FILE): no such key; did you mean server.max_streams?"),

@@ -25,6 +25,7 @@ from deltawire_server.settings import (
     ServerSettings,
     Settings,
     StreamSettings,
+    UsageSettings,
 )
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def settings_of(
     provider: Mapping[str, Any] | None = None,
     access: Mapping[str, Any] | None = None,
     retention: Mapping[str, Any] | None = None,
+    usage: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
 ) -> Settings:
     """Settings of a gateway on a free port before one provider, named vllm, that does not dally when it stops."""
@@ -65,6 +67,7 @@ def settings_of(
             )
         },
         registry=RegistrySettings(database_url=f"sqlite:///{folder}/registry.db"),
+        usage=UsageSettings(**(usage or {})),
         # Many gateways run beside each other.
         metrics=MetricsSettings(**{"listen": "off", **(metrics or {})}),
     )

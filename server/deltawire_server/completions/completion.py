@@ -44,7 +44,7 @@ from deltawire_server.upstream.failures import RETRY_SECONDS, UpstreamError, fai
 from deltawire_server.upstream.vllm_fields import format_field
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
     from deltawire_server.completions.adaptive import AdaptiveDelay
     from deltawire_server.completions.options import StreamOptions
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from deltawire_server.sansio.tool_calls import Check
     from deltawire_server.upstream.base import Body, CallContext
     from deltawire_server.upstream.request import ChatRequest
+    from deltawire_server.usage.log import UsageRecord
 
 _OURS = frozenset(
     {
@@ -115,6 +116,7 @@ class Completion:
         hold: Accounts for its memory; at the limit of the process, it may be evicted.
         request_bytes: Size of the request message, which is held until the provider's first event.
         adaptive: How long deltas are delayed under load, if the options do not say; not at all by default.
+        usage_record: Its usage record, if records are written.
 
     Attributes:
         head: Its id, model, provider and sampling.
@@ -142,6 +144,7 @@ class Completion:
         hold: Hold,
         request_bytes: int,
         adaptive: AdaptiveDelay | None = None,
+        usage_record: UsageRecord | None = None,
     ) -> None:
         request = _with_defaults(request, resolution.provider.default_max_tokens)
         self.resolution = resolution
@@ -183,6 +186,7 @@ class Completion:
             whole=keep_logprobs,
             limits=limits.answer,
         )
+        self._usage_record = usage_record
         self._hold = hold
         self._request_bytes = request_bytes
         hold.evict = self._evict
@@ -350,6 +354,8 @@ class Completion:
         request = await self._images.load(self._unsent.pop())
         # Up to the first event, the provider applies its timeout, because it has to attribute it to a replica.
         self._clock.pause()
+        if self._usage_record is not None:
+            self._usage_record.begin()
         self._sent = time.monotonic()
         opening = self.resolution.provider.stream_chat(request, model, self._call)
         del request
@@ -500,7 +506,7 @@ class Completion:
         else:
             self._end(Cause.FAULT, error)
 
-    def _end(self, cause: Cause, failure: DeltawireError | None = None, choices: Iterable[FinishedChoice] = ()) -> None:
+    def _end(self, cause: Cause, failure: DeltawireError | None = None, choices: Sequence[FinishedChoice] = ()) -> None:
         """End the completion. No other method sets ENDED."""
         self.state = advance(self.state, cause)
         self.ended_by = cause
@@ -508,7 +514,11 @@ class Completion:
         self._ended = time.monotonic()
         self._clock.stop()
         self._queue.close()
-        measures.ended(self, self._gaps, choices, canceled=cause is Cause.CALLER)
+        error = measures.error_type(failure, canceled=cause is Cause.CALLER)
+        measures.ended(self, self._gaps, choices, error)
+        if self._usage_record is not None:
+            reasons = (choice.stop_reason for choice in choices)
+            self._usage_record.end(self.usage, reasons, error, self.timings.total)
         if isinstance(failure, ProviderError):
             self._provider_failed(failure.reason)
         if self._reading is None or self._reading.expired():

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from deltawire_server.completions.info import ActiveCompletion
+    from deltawire_server.errors import DeltawireError
     from deltawire_server.sansio.events import FinishedChoice
 
 CANCELED = "canceled"
@@ -59,20 +60,23 @@ class Gaps:
         return self._worst if self._count > 1 else None
 
 
-def ended(completion: ActiveCompletion, gaps: Gaps, choices: Iterable[FinishedChoice], *, canceled: bool) -> None:
+def error_type(failure: DeltawireError | None, *, canceled: bool) -> str:
+    """Why a completion failed: `CANCELED`, or the name of a reason; empty if it did not fail."""
+    return CANCELED if canceled else failure.reason.name if failure is not None else ""
+
+
+def ended(completion: ActiveCompletion, gaps: Gaps, choices: Iterable[FinishedChoice], error: str) -> None:
     """Count a completion that has ended.
 
     Args:
         completion: The completion, with its failure if it has one.
         gaps: The gaps between its provider's events.
         choices: Its choices, if its answer has begun.
-        canceled: Whether its caller's cancellation or deadline was the cause.
+        error: From `error_type`.
     """
     operation = table.operation(completion.head.provider_id, completion.head.model)
-    failure = completion.failure
-    error_type = CANCELED if canceled else failure.reason.name if failure is not None else ""
     timings = completion.timings
-    table.OPERATION_SECONDS.labels(*operation, error_type).observe(timings.total)
+    table.OPERATION_SECONDS.labels(*operation, error).observe(timings.total)
     if timings.first_event is not None:
         table.FIRST_CHUNK_SECONDS.labels(*operation).observe(timings.first_event)
         table.add_counted(table.CHUNK_GAP_SECONDS.labels(*operation), gaps.counts, gaps.total)

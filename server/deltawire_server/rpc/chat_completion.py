@@ -270,7 +270,9 @@ async def _fingerprint(request: chat_pb.CreateChatCompletionRequest | chat_pb.St
 
 
 def _caller(record: CallRecord, context: _Context) -> Caller:
-    return Caller(record.call, record.owner, lambda: deadline_passed(context), record.place, record.request_bytes)
+    return Caller(
+        record.call, record.owner, record.caller, lambda: deadline_passed(context), record.place, record.request_bytes
+    )
 
 
 @contextmanager

@@ -478,6 +478,27 @@ class RegistrySettings(Section):
     caller's requests may grow a gateway's memory."""
 
 
+class UsageSettings(Section):
+    """Usage records: which caller used which model, and how many tokens, as JSON lines in files.
+
+    `python -m deltawire_server.usage FOLDER` sums them up.
+    """
+
+    folder: Annotated[
+        Annotated[Path, AfterValidator(lambda value: values.writable_folder(value))] | None,
+        BeforeValidator(lambda value: value or None),
+    ] = Field(default=None, title="the path of a folder, in quotes", examples=["/var/lib/deltawire/usage"])
+    """Folder of the files, which must exist, on a local disk: calls wait for a line to be written. Gateways may share it, because
+    each process writes files of its own, with a new one for each day. By default no records are written."""
+    required: bool = False
+    """Refuse completions with UNAVAILABLE (STORE_UNAVAILABLE) while records cannot be written, for example because the disk is
+    full. By default they run without a record, and deltawire_usage_records_total counts the lost ones."""
+    retention_days: Whole = Field(default=90, ge=0, le=36_500)
+    """Days after which a file is removed; 0 keeps all files. The default leaves time to bill a quarter."""
+    max_file_bytes: Bytes = 64 * MIB
+    """Bytes of a file after which the next one begins. The default holds about 80,000 completions."""
+
+
 class MetricsSettings(Section):
     """Metrics for Prometheus."""
 
@@ -524,6 +545,8 @@ class Settings(Section):
     """The vLLM servers, by the operator's name for each; at least one."""
     registry: RegistrySettings = Field(default_factory=RegistrySettings)
     """Registered models."""
+    usage: UsageSettings = Field(default_factory=UsageSettings)
+    """Usage records."""
     metrics: MetricsSettings = Field(default_factory=MetricsSettings)
     """Metrics."""
     log: LogSettings = Field(default_factory=LogSettings)
@@ -569,6 +592,7 @@ SECTIONS: Mapping[str, type[Section]] = MappingProxyType(
         "images": ImageSettings,
         "providers": ProviderSettings,
         "registry": RegistrySettings,
+        "usage": UsageSettings,
         "metrics": MetricsSettings,
         "log": LogSettings,
     }
