@@ -131,6 +131,7 @@ class Gateway:
             max_retention=settings.retention.max_retention,
             slow_caller_timeout=settings.stream.slow_caller_timeout,
             content_limits=ContentLimits(settings.images.max_images, settings.images.max_image_bytes),
+            worker_number=process.number if process else 0,
         )
         models = ModelRegistryServicer(
             self._registry, self._providers, slow_watcher_seconds=settings.stream.slow_caller_timeout

@@ -153,6 +153,11 @@ class Worker:
         """The number of active completions, including calls that may start one."""
         return self.admission.active
 
+    @property
+    def process(self) -> str:
+        """Eight hexadecimal digits that identify this process."""
+        return self._records.mark
+
     def measure(self) -> None:
         """Set the metrics of the current state."""
         STREAMS.set(self.active)
@@ -195,6 +200,14 @@ class Worker:
             DeltawireError: COMPLETION_NOT_FOUND or WRONG_REPLICA.
         """
         return self._records.find(caller.name, completion_id)
+
+    def record_of_any(self, completion_id: str, label: str) -> Record:
+        """The record of a completion of any caller, for operators: see `Records.find_any`."""
+        return self._records.find_any(completion_id, label)
+
+    def newest(self, before: int | None) -> list[Record]:
+        """All records, newest first: see `Records.newest`."""
+        return self._records.newest(before)
 
     def resume(self, caller: Caller, completion_id: str) -> RetainedStream:
         """A retained stream of the caller's. `read` it, and `follow` it from where the caller stopped.
@@ -315,6 +328,7 @@ class Worker:
                     request_bytes=caller.request_bytes,
                     adaptive=self._adaptive,
                     usage_record=self._usage_record(record.completion_id, caller, resolution),
+                    create_time=record.created / 1e6,
                 )
                 del request  # the completion has it, until it is sent
                 record.run(completion)
@@ -393,7 +407,7 @@ class Worker:
         """
         place = (caller.place or self.admission.place()).hand_over()
         try:
-            return self._records.begin(caller.name, completion_id, fingerprint), place
+            return self._records.begin(caller.name, completion_id, fingerprint, caller.label), place
         except DeltawireError:
             place.release()
             raise

@@ -26,6 +26,9 @@ class FakeCompletion:
         self.head = CompletionInfo(completion_id, "m", "", "p", 1.0, Sampling())
         self.begun = True
         self.attempts = 1
+        self.replica = "http://gpu-1/v1"
+        self.time_limit = 3600.0
+        self.stop_reasons: tuple[StopReason, ...] = ()
         self.joined_deltas = 0
         self.usage = Usage(3, Provenance.LOWER_BOUND, 7)
         self.timings = Timings(1.0)

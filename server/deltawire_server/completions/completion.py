@@ -117,6 +117,7 @@ class Completion:
         request_bytes: Size of the request message, which is held until the provider's first event.
         adaptive: How long deltas are delayed under load, if the options do not say; not at all by default.
         usage_record: Its usage record, if records are written.
+        create_time: When the call was accepted, as Unix time in seconds; now by default.
 
     Attributes:
         head: Its id, model, provider and sampling.
@@ -126,6 +127,9 @@ class Completion:
         ended_by: The cause of its end; `None` before.
         failure: The error that ended it; `None` before the end and without an error.
         attempts: Number of replicas that the request was sent to.
+        replica: The address of the replica that answers; empty before its answer has begun.
+        time_limit: Seconds after its acceptance at which it is ended at the latest.
+        stop_reasons: Those of its choices, after its end.
     """
 
     def __init__(
@@ -145,6 +149,7 @@ class Completion:
         request_bytes: int,
         adaptive: AdaptiveDelay | None = None,
         usage_record: UsageRecord | None = None,
+        create_time: float | None = None,
     ) -> None:
         request = _with_defaults(request, resolution.provider.default_max_tokens)
         self.resolution = resolution
@@ -153,15 +158,19 @@ class Completion:
             resolution.model.id,
             resolution.alias,
             resolution.provider.id,
-            time.time(),
+            time.time() if create_time is None else create_time,
             request.sampling,
         )
         self.state = State.QUEUED
         self.ended_by: Cause | None = None
         self.failure: DeltawireError | None = None
         self.attempts = 0
+        self.replica = ""
+        self.stop_reasons: tuple[StopReason, ...] = ()
         self._unsent = [request]
         self._soft_time_limit = request.soft_time_limit
+        soft = float("inf") if request.soft_time_limit is None else request.soft_time_limit
+        self.time_limit = min(limits.max_duration, soft)
         self._format_field = format_field(request)
         self._call = call
         self._options = options
@@ -328,10 +337,7 @@ class Completion:
         """Set the deadline, counted from the acceptance of the call, which may already have passed."""
         loop = asyncio.get_running_loop()
         accepted = loop.time() - (time.monotonic() - self._accepted)
-        self._clock.end_by = accepted + min(
-            self._limits.max_duration,
-            float("inf") if self._soft_time_limit is None else self._soft_time_limit,
-        )
+        self._clock.end_by = accepted + self.time_limit
         self._clock.check()
 
     async def _read(self) -> None:
@@ -365,6 +371,7 @@ class Completion:
             self._provider_failed = stream.failed
             self._notices = stream.notices
             self.attempts = stream.replicas_tried
+            self.replica = stream.replica
             self._body = stream.body
             self._body_end = asyncio.get_running_loop().create_future()
             try:
@@ -511,14 +518,14 @@ class Completion:
         self.state = advance(self.state, cause)
         self.ended_by = cause
         self.failure = failure
+        self.stop_reasons = tuple(choice.stop_reason for choice in choices)
         self._ended = time.monotonic()
         self._clock.stop()
         self._queue.close()
         error = measures.error_type(failure, canceled=cause is Cause.CALLER)
         measures.ended(self, self._gaps, choices, error)
         if self._usage_record is not None:
-            reasons = (choice.stop_reason for choice in choices)
-            self._usage_record.end(self.usage, reasons, error, self.timings.total)
+            self._usage_record.end(self.usage, self.stop_reasons, error, self.timings.total)
         if isinstance(failure, ProviderError):
             self._provider_failed(failure.reason)
         if self._reading is None or self._reading.expired():

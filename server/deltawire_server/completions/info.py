@@ -97,6 +97,18 @@ class ActiveCompletion(CompletionView, Protocol):
     def usage(self) -> Usage:
         """The usage so far."""
 
+    @property
+    def replica(self) -> str:
+        """The address of the replica that answers; empty before its answer has begun."""
+
+    @property
+    def time_limit(self) -> float:
+        """Seconds after its acceptance at which it is ended at the latest."""
+
+    @property
+    def stop_reasons(self) -> tuple[StopReason, ...]:
+        """Those of its choices, after its end."""
+
     def stop(self, reason: StopReason) -> None:
         """End it now without a fault."""
 

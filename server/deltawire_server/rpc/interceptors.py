@@ -100,6 +100,7 @@ class CallRecord:
             name and another credential has another owner.
         begun: Whether a message of a stream was sent.
         may_operate: Whether the caller may change models that others registered.
+        is_operator: Whether the caller may list, look up and cancel the completions of others.
         latch: Whether the call has succeeded or failed.
         values: Values that the handler adds to the log line, such as model and usage.
         place: The call's place in `Admission`, if its method needs one; it is taken, unless the call may resume a completion.
@@ -112,6 +113,7 @@ class CallRecord:
         self.owner = ""
         self.begun = False
         self.may_operate = True
+        self.is_operator = False
         self.latch = Latch()
         self.values: dict[str, object] = {}
         self.place: Place | None = None
@@ -324,6 +326,7 @@ class CallInterceptor(aio.ServerInterceptor):
             record.caller, record.owner = passed
             if not self._access.admits(record.owner, method):
                 raise GatewayError(Reason.ACCESS_CHANGED, REVOKED)
+            record.is_operator = self._access.operates(record.owner)
             return
         if self._access.open:
             identity = next(iter(_identities(context)), None)
@@ -335,7 +338,7 @@ class CallInterceptor(aio.ServerInterceptor):
             principal = self._access.authorize(method, key, _identities(context))
             if principal is not None:
                 record.caller, record.owner = principal.name, principal.owner
-                record.may_operate = Permission.OPERATE in principal.permissions
+                record.may_operate = record.is_operator = Permission.OPERATE in principal.permissions
             record.values["caller"] = record.caller
         except GatewayError as refused:
             record.values.update(refused.metadata)

@@ -223,10 +223,11 @@ class AccessSettings(Section):
 
     PERMISSIONS is `all`, or a comma-separated list of: call (run completions), read (list models and providers), change
     (register models, and change models that the caller registered), operate (with change: also change models that others
-    registered). CREDENTIAL is `sha256:` and the SHA-256 digest of the caller's key in hexadecimal; or the key itself, at least
-    16 printable ASCII characters without a colon; or a name in the caller's certificate: `mtls:uri:NAME`, `mtls:dns:NAME`, or
-    `mtls:cn:NAME` for the common name of a certificate without alternative names. `#` begins a comment. Callers send their key
-    as `authorization: Bearer …`. Without any line, every caller may do everything.
+    registered; with call: also list, look up and cancel the completions of others, without their content). CREDENTIAL is
+    `sha256:` and the SHA-256 digest of the caller's key in hexadecimal; or the key itself, at least 16 printable ASCII
+    characters without a colon; or a name in the caller's certificate: `mtls:uri:NAME`, `mtls:dns:NAME`, or `mtls:cn:NAME` for
+    the common name of a certificate without alternative names. `#` begins a comment. Callers send their key as
+    `authorization: Bearer …`. Without any line, every caller may do everything.
     """
 
     keys_file: Annotated[

@@ -26,6 +26,7 @@ from deltawire_server.upstream.base import (
     Health,
     HealthStatus,
     OpenStream,
+    ReplicaStatus,
     ServedModel,
     Timeouts,
     TokenCount,
@@ -147,6 +148,21 @@ class VllmProvider:
         """The detected engine; see `Provider.engine`."""
         return joined({replica.base_url: reader.engine for replica, reader in self._engines.items()})
 
+    @property
+    def replicas(self) -> tuple[ReplicaStatus, ...]:
+        """The current state of each replica; see `Provider.replicas`."""
+        return tuple(
+            ReplicaStatus(
+                each.base_url,
+                each.state,
+                each.streams,
+                each.ejected_for,
+                each.last_failure,
+                each.last_failure_time,
+            )
+            for each in self._replicas.all
+        )
+
     @contextlib.asynccontextmanager
     async def stream_chat(self, request: ChatRequest, model: str, call: CallContext) -> AsyncIterator[OpenStream]:
         """Request a completion; see `Provider.stream_chat`."""
@@ -170,7 +186,7 @@ class VllmProvider:
             try:
                 notices = (*self._passed_over(failures), *unchecked)
                 failed = functools.partial(self._failed_after_start, attempt)
-                yield OpenStream(answer_body, notices, len(failures) + 1, failed)
+                yield OpenStream(answer_body, notices, len(failures) + 1, failed, attempt.replica.base_url)
             finally:
                 answer_body.close()
                 response.close()  # vLLM stops generating when the socket is closed
@@ -284,7 +300,7 @@ class VllmProvider:
             self._eject(attempt, reason, "an answer failed after its first event")
 
     def _eject(self, attempt: Attempt, reason: Reason, message: str) -> None:
-        seconds = attempt.failed()
+        seconds = attempt.failed(reason)
         if seconds:
             replica = attempt.replica
             EJECTIONS.labels(self.id, replica.base_url).inc()
