@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import resource
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -212,6 +213,23 @@ async def test_a_full_disk(tmp_path: Path, full_disk: list[int], lines: Lines, r
     report = read(tmp_path)
     assert report.groups[()].completions == (1 if len(room) > 1 else 2)
     assert len(report.torn) == sum(each > 0 for each in room)
+
+
+def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
+    """The kernel writes a part of a line, and then nothing; the lines before and after it can be read."""
+    log = log_in(tmp_path)
+    complete(log, "before")
+    [path] = tmp_path.iterdir()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, hard))
+    try:
+        complete(log, "lost")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    complete(log, "after")
+    report = read(tmp_path)
+    assert report.groups[()].completions == 2
+    assert report.torn == [f"{path.name}:3"]
 
 
 def test_a_required_record(tmp_path: Path, full_disk: list[int]) -> None:

@@ -169,7 +169,7 @@ class Passing(aio.ServerInterceptor):
             )
             parts = [own, *(each for each in others if each is not None)]
             unreachable = [number for number, each in zip(siblings, others, strict=True) if each is None]
-            return await completion_list.joined(query, parts, unreachable)
+            return completion_list.joined(query, parts, unreachable)
 
         return cast(
             "_Handler",

@@ -6,6 +6,8 @@ microseconds, and its worker, which together are unique in a gateway. It has no 
 
 from __future__ import annotations
 
+import heapq
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -134,7 +136,7 @@ async def page_of(query: Query, worker: Worker, number: int) -> chat_pb.ListChat
     return response
 
 
-async def joined(
+def joined(
     query: Query, parts: Sequence[chat_pb.ListChatCompletionsResponse], unreachable: Sequence[int]
 ) -> chat_pb.ListChatCompletionsResponse:
     """One page of the pages of several workers, each for the same request.
@@ -147,10 +149,8 @@ async def joined(
     response = chat_pb.ListChatCompletionsResponse(unreachable_workers=unreachable)
     # After the last entry of a page with a token, that worker has entries that are not in it.
     last = max((_place(part.completions[-1]) for part in parts if part.next_page_token), default=(0, 0))
-    entries: list[chat_pb.CompletionSummary] = []
-    for part in parts:
-        entries = sorted([*entries, *part.completions], key=_place, reverse=True)[: query.page.size + 1]
-        await give_way()
+    in_order = heapq.merge(*(part.completions for part in parts), key=_place, reverse=True)
+    entries = list(itertools.islice(in_order, query.page.size + 1))
     shown, room = [], pages.MAX_PAGE_BYTES
     for entry in entries[: query.page.size]:
         if _place(entry) < last or room < 0:
