@@ -223,7 +223,8 @@ async def test_an_operator_sees_no_content(gateway: Running, vllm: FakeVllm) -> 
     for message in (*found, await gateway.list(metadata=OPS)):
         assert SECRET.encode() not in message.SerializeToString()
     assert (found[0].state, found[0].HasField("completed"), found[0].started.model) == (ENDED, False, "vllm/fake")
-    assert found[0].HasField("last_sequence")
+    assert (found[0].HasField("last_sequence"), found[0].HasField("error")) == (True, False)
+    assert not found[1].HasField("started")
     assert found[1].error.reason == error_reason_pb2.ERROR_REASON_UPSTREAM_REJECTED
     own = await gateway.look_up("bad", metadata=ANN)
     assert SECRET in own.error.message

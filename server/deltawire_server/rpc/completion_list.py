@@ -117,9 +117,8 @@ async def page_of(query: Query, worker: Worker, number: int) -> chat_pb.ListChat
     before = None
     if query.after is not None:
         created, after_number = query.after
-        before = created + (
-            number < after_number
-        )  # of two workers at the same time, the one with the higher number is first
+        # Of two completions at the same time, that of the worker with the higher number is first.
+        before = created + (number < after_number)
     start, room = query.request.create_time_from.ToNanoseconds(), pages.MAX_PAGE_BYTES
     for position, record in enumerate(worker.newest(before), 1):
         if record.created * 1000 < start:

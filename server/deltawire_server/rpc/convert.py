@@ -135,11 +135,12 @@ def get_response(record: Record, *, has_content: bool = True) -> chat_pb.GetChat
     )
     if record.head is not None and record.begun:
         response.started.CopyFrom(started(record.head))
+        if not has_content:
+            response.started.ClearField("effective_sampling")
     if record.outcome is not None:
         response.error.CopyFrom(_error(record.outcome))
-    if not has_content:
-        response.started.ClearField("effective_sampling")
-        response.error.ClearField("message")  # a provider's message may quote the request
+        if not has_content:
+            response.error.ClearField("message")  # a provider's message may quote the request
     stream = record.stream
     if stream is not None and stream.is_retained:
         if stream.completed is not None and has_content:
