@@ -10,11 +10,16 @@ import pytest
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
+from deltawire_server.processes import passing
 from deltawire_server.registry import pages
+from deltawire_server.rpc import completion_list
 from tests.processes.test_passing import id_at
-from tests.support.gateway import Lines, Running, ask, failure_of
+from tests.support.gateway import WAIT, Lines, Running, ask, failure_of
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from deltawire_server.worker import Worker
     from tests.processes.conftest import StartWorker
 
 CHUNKS = Chunks()
@@ -32,6 +37,13 @@ def owner_of(worker: Running, name: str) -> str:
 def ids(response: chat_pb.ListChatCompletionsResponse) -> list[str]:
     """The ids in a list."""
     return [each.completion_id for each in response.completions]
+
+
+@pytest.fixture
+async def workers_with_keys(start_worker: StartWorker) -> AsyncIterator[tuple[Running, Running]]:
+    """Both workers of a gateway with a caller and an operator."""
+    async with start_worker(0, **ACCESS) as one, start_worker(1, **ACCESS) as two:
+        yield one, two
 
 
 @pytest.mark.parametrize("page_size", [1, 2, 3, 100])
@@ -84,6 +96,29 @@ async def test_a_worker_that_does_not_answer(start_worker: StartWorker) -> None:
             assert (ids(page), list(page.unreachable_workers)) == ([made], [])
 
 
+async def test_a_worker_that_hangs(start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is waited for only for some time, and its call ends with that of the caller."""
+    page_of, entered, ended = completion_list.page_of, asyncio.Event(), asyncio.Event()
+
+    async def hang(query: completion_list.Query, worker: Worker, number: int) -> chat_pb.ListChatCompletionsResponse:
+        if number == 0:
+            return await page_of(query, worker, number)
+        entered.set()
+        try:
+            return await asyncio.Event().wait()  # type: ignore[return-value]
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(completion_list, "page_of", hang)
+    async with start_worker(0, **ACCESS) as one, start_worker(1, **ACCESS):
+        call = one.chat.ListChatCompletions(chat_pb.ListChatCompletionsRequest(), metadata=OPS)
+        await asyncio.wait_for(entered.wait(), WAIT)
+        call.cancel()
+        await asyncio.wait_for(ended.wait(), WAIT)
+        monkeypatch.setattr(passing, "LIST_SECONDS", 0.1)
+        assert list((await one.list(metadata=OPS)).unreachable_workers) == [1]
+
+
 @pytest.mark.parametrize("place", [0, 1])
 async def test_an_operator_cancels_at_any_worker(
     start_worker: StartWorker, vllm: FakeVllm, lines: Lines, place: int
@@ -111,7 +146,12 @@ async def test_a_completion_that_no_worker_has(start_worker: StartWorker) -> Non
             assert "ann has no completion 'c' here" in failure.message
             assert (await failure_of(one.look_up("a b", "ann", metadata=OPS))).reason == "INVALID_REQUEST"
         assert (await failure_of(one.look_up("c", "ann", metadata=OPS))).reason == "COMPLETION_GONE"
-        assert (await failure_of(one.look_up("c", "ops", metadata=ANN))).reason in {
-            "PERMISSION_DENIED",
-            "COMPLETION_GONE",
-        }
+        assert (await failure_of(one.look_up("c", "ops", metadata=ANN))).reason == "PERMISSION_DENIED"
+
+
+async def test_a_caller_that_names_itself(workers_with_keys: tuple[Running, Running]) -> None:
+    """Finds its own completion at every worker."""
+    one, two = workers_with_keys
+    await one.create(ask(completion_id="c"), metadata=ANN)
+    for worker in (one, two):
+        assert (await worker.look_up("c", "ann", metadata=ANN)).completion_id == "c"

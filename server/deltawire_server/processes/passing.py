@@ -1,7 +1,7 @@
 """Passes calls on to the worker that has their completion, and receives the calls that siblings pass on.
 
-A call that lists completions is sent to all workers, and one of an operator that names another caller to one after the other,
-because the place of an id that a caller chose depends on the caller's credential.
+A call that lists completions is sent to all workers, and one that names a caller to one after the other, because the place of an
+id that a caller chose depends on the caller's credential.
 
     caller ──▶ public listener ── access, receiving ──▶ Passing ── another worker's id ──▶ that worker's private listener
                                                           └── otherwise ──▶ the service of this process
@@ -138,7 +138,7 @@ class Passing(aio.ServerInterceptor):
         # Not a coroutine, which would keep the request in memory until the call ends.
         def routed(request: Any, context: _Context) -> Awaitable[object]:  # noqa: ANN401 (a message)
             completion_id = id_of(request)
-            if method not in ADMITTED and call_record(context).is_operator and request.caller:
+            if method not in ADMITTED and request.caller:
                 return self._search(method, here, request, context)
             number = self._process.number_for(call_record(context).owner, completion_id)
             if number == self._process.number:
@@ -191,13 +191,15 @@ class Passing(aio.ServerInterceptor):
             return None
 
     async def _search(self, method: str, here: Any, request: Any, context: _Context) -> object:  # noqa: ANN401
-        """Look for a completion of another caller at each worker.
+        """Look for a completion of a named caller at each worker.
 
         Raises:
-            DeltawireError: No worker has it: COMPLETION_GONE if one has ended, otherwise COMPLETION_NOT_FOUND.
+            DeltawireError: PERMISSION_DENIED: it is another caller's, and this one is no operator. COMPLETION_NOT_FOUND: no worker
+                has it; COMPLETION_GONE if one has ended.
         """
+        completion_list.require_operator(call_record(context), request.caller)
         own = self._process.number
-        missing: DeltawireError | None = None
+        missing: list[DeltawireError] = []
         for number in [own, *(each for each in range(self._process.count) if each != own)]:
             try:
                 if number == own:
@@ -209,9 +211,8 @@ class Passing(aio.ServerInterceptor):
             except DeltawireError as error:
                 if error.reason not in _UNKNOWN:
                     raise
-                if missing is None or error.reason is Reason.COMPLETION_GONE:
-                    missing = error.again()
-        raise missing or lost(request.completion_id)
+                missing.append(error.again())
+        raise max(missing, key=lambda error: error.reason is Reason.COMPLETION_GONE)
 
     async def _pass_on(
         self,
