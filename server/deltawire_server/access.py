@@ -218,7 +218,7 @@ class Access:
     def operates(self, owner: str) -> bool:
         """Whether the principal with this owner has the permission `OPERATE`; false for every caller without principals.
 
-        Without principals nobody is an operator, because callers are then distinguished only by their certificates, if at all.
+        Without principals no caller is an operator, because callers are then distinguished only by their certificates, if at all.
         """
         principal = self._owners.get(owner)
         return principal is not None and Permission.OPERATE in principal.permissions

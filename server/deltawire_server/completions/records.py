@@ -300,7 +300,7 @@ class Records:
         key = (caller, completion_id)
         record = self._kept.get(key) or self._remembered.get(key)
         if record is None:
-            raise self._unknown(completion_id, "you have no completion {!r} here")
+            raise self._unknown(completion_id, f"you have no completion {completion_id!r} here")
         return record
 
     def find_any(self, completion_id: str, label: str = "") -> Record:
@@ -317,10 +317,10 @@ class Records:
             for record in self.newest():
                 if record.completion_id == completion_id and label in ("", record.label):
                     return record
-        of_whom = f"{label} has no completion {{!r}} here" if label else ""
-        raise self._unknown(
-            completion_id, of_whom or "you have no completion {!r} here: to find that of another caller, set caller"
-        )
+        message = f"{label} has no completion {completion_id!r} here"
+        if not label:
+            message = f"you have no completion {completion_id!r} here: to find that of another caller, set caller"
+        raise self._unknown(completion_id, message)
 
     def _unknown(self, completion_id: str, message: str) -> DeltawireError:
         """The error for an id that is not here."""
@@ -334,7 +334,7 @@ class Records:
                 f"completion {completion_id!r} belongs to another gateway process, or to this one before a restart",
                 metadata=metadata,
             )
-        return CallerError(Reason.COMPLETION_NOT_FOUND, message.format(completion_id), metadata=metadata)
+        return CallerError(Reason.COMPLETION_NOT_FOUND, message, metadata=metadata)
 
     def _remember(self, record: Record) -> None:
         key = (record.caller, record.completion_id)
