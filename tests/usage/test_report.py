@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -101,6 +102,19 @@ def test_a_line_that_is_being_written(tmp_path: Path) -> None:
     assert read(tmp_path).torn == []
     log.close()
     assert read(tmp_path).torn == [f"{path.name}:2"]
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records are written and read; a completion without an end looks lost."""
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    log = UsageLog(tmp_path, "ab120000")
+    log.record(completion_id="c").begin()
+    assert read(tmp_path).groups == {(): Totals(lost=1)}
+    log.close()
 
 
 def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -137,6 +137,8 @@ def _is_written(file: BinaryIO) -> bool:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
+    except OSError:  # a file system without locks
+        return False
     fcntl.flock(file, fcntl.LOCK_UN)
     return False
 
