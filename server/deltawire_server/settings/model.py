@@ -497,7 +497,7 @@ class UsageSettings(Section):
     retention_days: Whole = Field(default=90, ge=0, le=36_500)
     """Days after which a file is removed; 0 keeps all files. The default leaves time to bill a quarter."""
     max_file_bytes: Bytes = 64 * MIB
-    """Bytes of a file after which the next one begins. The default holds about 80,000 completions."""
+    """Bytes of a file after which the next one begins. The default holds about 100,000 completions."""
 
 
 class MetricsSettings(Section):
