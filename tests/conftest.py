@@ -50,6 +50,7 @@ class StartGateway(Protocol):
         provider: Mapping[str, Any] | None = None,
         access: Mapping[str, Any] | None = None,
         retention: Mapping[str, Any] | None = None,
+        usage: Mapping[str, Any] | None = None,
         metrics: Mapping[str, Any] | None = None,
         options: tuple[tuple[str, int], ...] = (),
     ) -> AbstractAsyncContextManager[Running]: ...
@@ -150,6 +151,7 @@ def start_gateway(vllm: FakeVllm, tmp_path: Path) -> StartGateway:
         provider: Mapping[str, Any] | None = None,
         access: Mapping[str, Any] | None = None,
         retention: Mapping[str, Any] | None = None,
+        usage: Mapping[str, Any] | None = None,
         metrics: Mapping[str, Any] | None = None,
         options: tuple[tuple[str, int], ...] = (),
     ) -> AsyncIterator[Running]:
@@ -161,6 +163,7 @@ def start_gateway(vllm: FakeVllm, tmp_path: Path) -> StartGateway:
             provider=provider,
             access=access,
             retention=retention,
+            usage=usage,
             metrics=metrics,
         )
         async with running(settings, options=options) as gateway:

@@ -25,6 +25,7 @@ from deltawire_server.settings import (
     parse,
 )
 from deltawire_server.upstream.base import Timeouts
+from deltawire_server.usage.log import UsageLimits, UsageLog
 from deltawire_server.worker import Worker, WorkerLimits
 from tests.support.gateway import (
     WAIT,
@@ -148,6 +149,7 @@ async def test_a_database_that_cannot_be_used(vllm: FakeVllm, tmp_path: Path) ->
 async def test_settings_reach_the_parts(vllm: FakeVllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each key of streams and providers arrives under its own name."""
     seen: list[WorkerLimits | None] = []
+    logs: list[UsageLog | None] = []
 
     class Seen(Worker):
         def __init__(
@@ -159,9 +161,11 @@ async def test_settings_reach_the_parts(vllm: FakeVllm, tmp_path: Path, monkeypa
             memory: Ledger | None = None,
             records: Records | None = None,
             adaptive: AdaptiveDelay | None = None,
+            usage_log: UsageLog | None = None,
         ) -> None:
             seen.append(limits)
-            super().__init__(registry, providers, limits, images, memory, records, adaptive)
+            logs.append(usage_log)
+            super().__init__(registry, providers, limits, images, memory, records, adaptive, usage_log)
 
     monkeypatch.setattr(app, "Worker", Seen)
     settings = settings_of(
@@ -188,9 +192,12 @@ async def test_settings_reach_the_parts(vllm: FakeVllm, tmp_path: Path, monkeypa
             "connect_timeout": 21,
             "refresh_interval": 22,
         },
+        usage={"folder": str(tmp_path), "required": True, "retention_days": 23, "max_file_bytes": 2424},
     )
     gateway = Gateway(settings)
-    (limits,) = seen
+    (limits,), (usage_log,) = seen, logs
+    assert usage_log is not None
+    assert usage_log.limits == UsageLimits(2424, 23, required=True)
     assert limits is not None
     answer = limits.completion.answer
     assert (limits.max_streams, limits.completion.max_duration) == (11, 12)

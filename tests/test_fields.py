@@ -64,6 +64,8 @@ PROVIDER = partial("{}::{}".format, "tests/upstream/test_vllm_checks.py")
 CONTENT = partial("{}::{}".format, "tests/rpc/test_validate_content.py")
 CHAT = partial("{}::{}".format, "tests/rpc/test_chat_completion.py")
 RETAINED = partial("{}::{}".format, "tests/rpc/test_retained.py")
+OPERATORS = partial("{}::{}".format, "tests/rpc/test_operators.py")
+WORKERS = "tests/processes/test_operators.py"
 POLICY = partial("{}::{}".format, "tests/rpc/test_tool_policy.py")
 COUNT = partial("{}::{}".format, "tests/rpc/test_count_tokens.py")
 FAULTS = partial("{}::{}".format, "tests/rpc/test_failures.py")
@@ -82,6 +84,7 @@ REAL_SHAPING = partial("{}::{}".format, "tests/e2e/test_shaping.py")
 REAL_COMPLETIONS = partial("{}::{}".format, "tests/e2e/test_completions.py")
 REAL_FAULTS = partial("{}::{}".format, "tests/e2e/test_failures.py")
 
+OURS = NotShown("the gateway's own records, in which nothing depends on vLLM")
 NO_REASONING = NotShown(
     "the server has no reasoning parser; tests/sansio/test_recordings.py has recordings of real ones"
 )
@@ -145,8 +148,14 @@ TAKEN: Table = {
             REAL_COMPLETIONS("test_a_retained_stream_without_a_reader_expires"),
         ),
     },
-    "CancelChatCompletionRequest": {"completion_id": (RETAINED("test_a_soft_cancel"), SOFT_CANCEL)},
-    "GetChatCompletionRequest": {"completion_id": (RETAINED("test_states_of_a_retained_completion"), REAL_STATES)},
+    "CancelChatCompletionRequest": {
+        "completion_id": (RETAINED("test_a_soft_cancel"), SOFT_CANCEL),
+        "caller": (OPERATORS("test_an_operator_cancels"), OURS),
+    },
+    "GetChatCompletionRequest": {
+        "completion_id": (RETAINED("test_states_of_a_retained_completion"), REAL_STATES),
+        "caller": (OPERATORS("test_which_completion_an_operator_means"), OURS),
+    },
     "CountTokensRequest": {
         "chat": (
             COUNT("test_a_count_is_what_the_completion_costs"),
@@ -349,6 +358,19 @@ TAKEN: Table = {
         )
         for word in ("none", "minimal", "low", "medium", "high", "xhigh", "max")
     },
+    "ListChatCompletionsRequest": {
+        "page_size": (OPERATORS("test_pages_while_completions_come_and_go"), OURS),
+        "page_token": (OPERATORS("test_pages_while_completions_come_and_go"), OURS),
+        "caller": (OPERATORS("test_filters"), OURS),
+        "model": (OPERATORS("test_filters"), OURS),
+        "provider_id": (OPERATORS("test_filters"), OURS),
+        "states": (OPERATORS("test_filters"), OURS),
+        "create_time_from": (OPERATORS("test_filters"), OURS),
+    },
+    "CompletionState": dict.fromkeys(
+        ("COMPLETION_STATE_RUNNING", "COMPLETION_STATE_COMPLETED", "COMPLETION_STATE_FAILED"),
+        (OPERATORS("test_filters"), OURS),
+    ),
 }
 
 GIVEN: Table = {
@@ -573,6 +595,30 @@ GIVEN: Table = {
         "error": (RETAINED("test_states_of_one_that_is_not_retained"), REAL_GIVEN_UP),
         "last_sequence": (RETAINED("test_states_of_a_retained_completion"), REAL_REPLAY),
         "expire_time": (RETAINED("test_states_of_a_retained_completion"), REAL_LEFT),
+    },
+    "ListChatCompletionsResponse": {
+        "completions": (OPERATORS("test_entries"), OURS),
+        "next_page_token": (OPERATORS("test_pages_while_completions_come_and_go"), OURS),
+        "unreachable_workers": (f"{WORKERS}::test_a_worker_that_does_not_answer", OURS),
+    },
+    "CompletionSummary": {
+        "completion_id": (OPERATORS("test_entries"), OURS),
+        "caller": (OPERATORS("test_entries"), OURS),
+        "model": (OPERATORS("test_entries"), OURS),
+        "alias": (OPERATORS("test_entries"), OURS),
+        "provider_id": (OPERATORS("test_entries"), OURS),
+        "replica": (OPERATORS("test_entries"), OURS),
+        "state": (OPERATORS("test_entries"), OURS),
+        "stop_reasons": (OPERATORS("test_entries"), OURS),
+        "error_code": (OPERATORS("test_entries"), OURS),
+        "error_reason": (OPERATORS("test_entries"), OURS),
+        "usage": (OPERATORS("test_entries"), OURS),
+        "create_time": (OPERATORS("test_entries"), OURS),
+        "end_time": (OPERATORS("test_entries"), OURS),
+        "time_limit": (OPERATORS("test_entries"), OURS),
+        "expire_time": (OPERATORS("test_entries"), OURS),
+        "process": (OPERATORS("test_entries"), OURS),
+        "worker": (f"{WORKERS}::test_a_list_has_all_workers", OURS),
     },
     "CountTokensResponse": dict.fromkeys(
         ("prompt_tokens", "max_context_tokens", "model", "provider_id"),

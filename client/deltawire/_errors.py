@@ -298,7 +298,10 @@ class RegistryFullError(GatewayError):
 
 
 class StoreUnavailableError(GatewayError):
-    """The registry's database cannot be used now. Call again later; models that are known can still be called."""
+    """The registry's database cannot be used now. Call again later; models that are known can still be called.
+
+    For a chat: the gateway must record its usage and cannot. Call again later.
+    """
 
 
 class DrainingError(GatewayError):

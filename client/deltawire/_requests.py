@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from typing import Any, TypeAlias, TypedDict, Unpack, cast
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from deltawire._channel import CALL_OPTIONS, CallOptions
 from deltawire._fields import made
@@ -26,6 +28,10 @@ from deltawire._values import (
 )
 from deltawire.v1.chat_completion_pb2 import (
     ChatRequest,
+    CompletionState,
+    CompletionSummary,
+    ListChatCompletionsRequest,
+    ListChatCompletionsResponse,
     Logprobs,
     Reasoning,
     ResponseFormat,
@@ -176,6 +182,26 @@ class ListArguments(ListOptions, CallOptions, total=False):
     """Everything that `models.list` takes by name."""
 
 
+class CompletionListOptions(TypedDict, total=False):
+    """Which completions to list; a filter that is not given admits all of them.
+
+    `page_size` is the number of completions per call, 1 to 1000; 0 leaves it to the gateway. `caller` is a name in the gateway's
+    access list. `states` are `CompletionState`s or their names ("running", "completed", "failed"). `create_time_from` is the
+    time, with a time zone, from which on completions are listed.
+    """
+
+    page_size: int
+    caller: str
+    model: str
+    provider_id: str
+    states: Iterable[CompletionState.ValueType | str]
+    create_time_from: datetime
+
+
+class CompletionListArguments(CompletionListOptions, CallOptions, total=False):
+    """Everything that `chat.list` takes by name."""
+
+
 class RegisterOptions(TypedDict, total=False):
     """The fields of a registration besides the id.
 
@@ -211,6 +237,7 @@ class UpdateArguments(UpdateOptions, CallOptions, total=False):
     """Everything that `models.update` takes by name."""
 
 
+COMPLETION_LIST_OPTIONS = frozenset(CompletionListOptions.__annotations__)
 LIST_OPTIONS = frozenset(ListOptions.__annotations__)
 REGISTER_OPTIONS = frozenset(RegisterOptions.__annotations__)
 UPDATE_OPTIONS = frozenset(UpdateOptions.__annotations__)
@@ -325,6 +352,30 @@ def split_listing(arguments: ListArguments) -> tuple[ListModelsRequest, CallOpti
     return request, call
 
 
+def split_completion_listing(
+    arguments: CompletionListArguments,
+) -> tuple[ListChatCompletionsRequest, CallOptions]:
+    """Split the arguments of `chat.list` into the request and the options of its calls.
+
+    Raises:
+        ValueError: There is no such state, or the time has no time zone.
+        TypeError: A value of another type.
+    """
+    options, call = _split(arguments, COMPLETION_LIST_OPTIONS)
+    if "states" in options:
+        options["states"] = [_value(CompletionState, "COMPLETION_STATE_", each) for each in options["states"]]
+    if (time := options.get("create_time_from")) is not None:
+        if not isinstance(time, datetime):
+            message = f"create_time_from: a datetime is needed, not {type(time).__name__}"
+            raise TypeError(message)
+        if time.tzinfo is None:
+            message = "create_time_from must have a time zone, such as datetime.UTC"
+            raise ValueError(message)
+        options["create_time_from"] = Timestamp()
+        options["create_time_from"].FromDatetime(time)
+    return made(ListChatCompletionsRequest, options), call
+
+
 def split_registration(
     model: str | RegisterModelRequest, arguments: RegisterArguments
 ) -> tuple[RegisterModelRequest, CallOptions]:
@@ -400,6 +451,30 @@ class ModelPages:
         self._models.extend(page.models)
         new = (each for each in page.unreachable_provider_ids if each not in self.unreachable_provider_ids)
         self.unreachable_provider_ids.extend(new)
+        if self._request is not None:
+            self._request.page_token = page.next_page_token
+            if not page.next_page_token:
+                self._request = None
+
+
+class CompletionPages:
+    """The part that both kinds of listing share: the received completions, and whether there are more.
+
+    Attributes:
+        unreachable_workers: The gateway's worker processes that did not answer, whose completions may be missing; complete
+            after the last completion.
+    """
+
+    def __init__(self, request: ListChatCompletionsRequest) -> None:
+        self.unreachable_workers: list[int] = []
+        self._request: ListChatCompletionsRequest | None = request
+        self._completions: deque[CompletionSummary] = deque()
+
+    def _receive(self, page: ListChatCompletionsResponse) -> None:
+        """Take a page."""
+        self._completions.extend(page.completions)
+        new = (each for each in page.unreachable_workers if each not in self.unreachable_workers)
+        self.unreachable_workers.extend(new)
         if self._request is not None:
             self._request.page_token = page.next_page_token
             if not page.next_page_token:

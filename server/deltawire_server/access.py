@@ -65,7 +65,8 @@ class Permission(enum.Enum):
     """What a principal may do; the values are the words of an access line.
 
     `CHANGE` allows a principal to register models, and to change and unregister models that it registered. `OPERATE` extends
-    this to models that others registered, or that have no known owner. `OPERATE` has no effect without `CHANGE`.
+    this to models that others registered, or that have no known owner. `OPERATE` together with `CALL` allows a principal to list,
+    look up and cancel the completions of every caller, but not to read their content.
     """
 
     CALL = "call"
@@ -82,6 +83,7 @@ NEEDS: Mapping[str, Permission] = MappingProxyType(
         "/deltawire.v1.ChatCompletion/StreamChatCompletion": Permission.CALL,
         "/deltawire.v1.ChatCompletion/CancelChatCompletion": Permission.CALL,
         "/deltawire.v1.ChatCompletion/GetChatCompletion": Permission.CALL,
+        "/deltawire.v1.ChatCompletion/ListChatCompletions": Permission.CALL,
         "/deltawire.v1.ChatCompletion/CountTokens": Permission.CALL,
         "/deltawire.v1.ModelRegistry/GetModel": Permission.READ,
         "/deltawire.v1.ModelRegistry/ListModels": Permission.READ,
@@ -299,6 +301,14 @@ class Access:
             return True
         principal = self._owners.get(owner)
         return principal is not None and NEEDS[method] in principal.permissions
+
+    def operates(self, owner: str) -> bool:
+        """Whether the principal with this owner has the permission `OPERATE`; false for every caller without principals.
+
+        Without principals no caller is an operator, because callers are then distinguished only by their certificates, if at all.
+        """
+        principal = self._owners.get(owner)
+        return principal is not None and Permission.OPERATE in principal.permissions
 
     def authorize(self, method: str, key: str | None, names: Iterable[Identity | AssertedName]) -> Principal | None:
         """Authorize a call. If it has a key, only the key counts: a valid certificate does not compensate for an invalid key.

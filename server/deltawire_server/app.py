@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 import ssl
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -42,6 +43,7 @@ from deltawire_server.upstream.base import Timeouts
 from deltawire_server.upstream.engine import EngineKind
 from deltawire_server.upstream.providers import Providers
 from deltawire_server.upstream.vllm import VllmProvider
+from deltawire_server.usage.log import UsageLimits, UsageLog
 from deltawire_server.worker import Worker, WorkerLimits
 
 if TYPE_CHECKING:
@@ -117,9 +119,13 @@ class Gateway:
         self._allocator = Allocator()
         memory.trim = self._allocator.trim
         self._adaptive = AdaptiveDelay(settings.server.max_adaptive_delay)
-        records = Records(mark=process.mark, seat=process.seat) if process else None
+        mark = process.mark if process else secrets.token_hex(4)
+        records = Records(mark=mark, seat=process.seat if process else "")
+        self._usage_log = _usage_log(settings, mark)
         limits = _worker_limits(settings, workers)
-        self._worker = Worker(self._registry, self._providers, limits, self._images, memory, records, self._adaptive)
+        self._worker = Worker(
+            self._registry, self._providers, limits, self._images, memory, records, self._adaptive, self._usage_log
+        )
         self._access = Access(settings.access.principals, settings.access.trust)
         chat = ChatCompletionServicer(
             self._worker,
@@ -127,6 +133,7 @@ class Gateway:
             max_retention=settings.retention.max_retention,
             slow_caller_timeout=settings.stream.slow_caller_timeout,
             content_limits=ContentLimits(settings.images.max_images, settings.images.max_image_bytes),
+            worker_number=process.number if process else 0,
         )
         models = ModelRegistryServicer(
             self._registry, self._providers, slow_watcher_seconds=settings.stream.slow_caller_timeout
@@ -205,6 +212,8 @@ class Gateway:
             self._run(self._adaptive.adapt_for_ever(), "adapt the delay of deltas")
             self._run(self._measure_for_ever(), "measure")
             self._run(self._follow_files(), "follow certificate files")
+            if self._usage_log is not None:
+                self._run(self._usage_log.keep(), "keep usage records")
         except BaseException:
             await self._close()
             raise
@@ -380,6 +389,8 @@ class Gateway:
         if self._passing is not None:
             await self._passing.close()
         await self._worker.close()
+        if self._usage_log is not None:
+            await asyncio.to_thread(self._usage_log.close)
         await self._registry.close()
         await self._providers.close()
         await self._images.close()
@@ -513,6 +524,13 @@ def _store(settings: Settings) -> Store:
     registry = settings.registry
     limits = StoreLimits(registry.max_models, registry.max_aliases, registry.max_bytes)
     return Store(registry.database_url, limits=limits)
+
+
+def _usage_log(settings: Settings, mark: str) -> UsageLog | None:
+    usage = settings.usage
+    if usage.folder is None:
+        return None
+    return UsageLog(usage.folder, mark, UsageLimits(usage.max_file_bytes, usage.retention_days, usage.required))
 
 
 def _tls(provider_id: str, verify: bool | Path) -> ssl.SSLContext | bool:

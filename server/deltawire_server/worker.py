@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from deltawire_server.upstream.base import CallContext, TokenCount
     from deltawire_server.upstream.providers import Providers
     from deltawire_server.upstream.request import ChatRequest
+    from deltawire_server.usage.log import UsageLog, UsageRecord
 
 _STALE_REASONS = frozenset({Reason.MODEL_NOT_FOUND, Reason.UPSTREAM_UNAVAILABLE, Reason.UPSTREAM_INCOMPLETE})
 """Errors after which a provider's listing may be out of date."""
@@ -78,6 +79,7 @@ class Caller:
     Attributes:
         call: The caller's metadata that is forwarded to the provider.
         name: Separates the completions of different callers: `CallRecord.owner`; empty if they cannot be distinguished.
+        label: Its name for operators: `CallRecord.caller`.
         deadline_passed: Returns whether the call's deadline has passed; called when the call is cancelled.
         place: The call's place, which its completion takes over; if there is none, the completion takes a new one.
         request_bytes: Bytes of the serialized request.
@@ -86,6 +88,7 @@ class Caller:
 
     call: CallContext
     name: str = ""
+    label: str = ""
     deadline_passed: Callable[[], bool] = _no_deadline
     place: Place | None = None
     request_bytes: int = 0
@@ -124,6 +127,7 @@ class Worker:
         memory: The memory of all calls; by default without a limit.
         records: The records of the completions.
         adaptive: How long deltas are delayed under load; not at all by default.
+        usage_log: Where usage records are written; nowhere by default.
 
     Attributes:
         admission: The places of completions.
@@ -139,8 +143,10 @@ class Worker:
         memory: Ledger | None = None,
         records: Records | None = None,
         adaptive: AdaptiveDelay | None = None,
+        usage_log: UsageLog | None = None,
     ) -> None:
         self._adaptive = adaptive
+        self._usage_log = usage_log
         self._registry = registry
         self._providers = providers
         self._limits = limits or WorkerLimits()
@@ -156,6 +162,11 @@ class Worker:
     def active(self) -> int:
         """The number of active completions, including calls that may start one."""
         return self.admission.active
+
+    @property
+    def process(self) -> str:
+        """Eight hexadecimal digits that identify this process."""
+        return self._records.mark
 
     def measure(self) -> None:
         """Set the metrics of the current state."""
@@ -199,6 +210,14 @@ class Worker:
             DeltawireError: COMPLETION_NOT_FOUND or WRONG_REPLICA.
         """
         return self._records.find(caller.name, completion_id)
+
+    def record_of_any(self, completion_id: str, label: str) -> Record:
+        """The record of a completion of any caller, for operators: see `Records.find_any`."""
+        return self._records.find_any(completion_id, label)
+
+    def newest(self, before: int | None) -> list[Record]:
+        """All records, newest first: see `Records.newest`."""
+        return self._records.newest(before)
 
     def resume(self, caller: Caller, completion_id: str) -> RetainedStream:
         """A retained stream of the caller's. `read` it, and `follow` it from where the caller stopped.
@@ -319,6 +338,8 @@ class Worker:
                     hold=self.memory.hold(),
                     request_bytes=caller.request_bytes,
                     adaptive=self._adaptive,
+                    usage_record=self._usage_record(record.completion_id, caller, resolution),
+                    create_time=record.created / 1e6,
                 )
                 del request  # the completion has it, until it is sent
                 record.run(completion)
@@ -340,6 +361,18 @@ class Worker:
         finally:
             place.release()
             self._records.end(record, outcome)
+
+    def _usage_record(self, completion_id: str, caller: Caller, resolution: Resolution) -> UsageRecord | None:
+        if self._usage_log is None:
+            return None
+        return self._usage_log.record(
+            completion_id=completion_id,
+            request_id=caller.call.request_id,
+            caller=caller.label,
+            model=resolution.model.id,
+            alias=resolution.alias,
+            provider=resolution.provider.id,
+        )
 
     async def _close(self, completion: Completion) -> None:
         self._completions.discard(completion)
@@ -385,7 +418,7 @@ class Worker:
         """
         place = (caller.place or self.admission.place()).hand_over()
         try:
-            record = self._records.begin(caller.name, completion_id, fingerprint)
+            record = self._records.begin(caller.name, completion_id, fingerprint, caller.label)
         except DeltawireError:
             place.release()
             raise

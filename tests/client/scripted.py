@@ -138,7 +138,8 @@ class Gateway:
 
 WAIT = object()
 UNARY = {
-    "CreateChatCompletion", "CancelChatCompletion", "GetChatCompletion", "CountTokens",
+    "CreateChatCompletion", "CancelChatCompletion", "GetChatCompletion", "ListChatCompletions",
+    "CountTokens",
     "RegisterModel", "GetModel", "ListModels", "UpdateModel", "UnregisterModel", "RefreshModels",
     "ListProviders", "CheckProviderHealth",
 }  # fmt: skip

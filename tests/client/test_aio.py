@@ -30,9 +30,11 @@ from deltawire.v1.chat_completion_pb2 import (
     COMPLETION_STATE_RUNNING,
     CancelChatCompletionResponse,
     Completed,
+    CompletionSummary,
     CountTokensResponse,
     CreateChatCompletionResponse,
     GetChatCompletionResponse,
+    ListChatCompletionsResponse,
 )
 from deltawire.v1.model_registry_pb2 import (
     HEALTH_STATUS_OK,
@@ -292,6 +294,22 @@ async def test_completions_by_id(gateway: Gateway, async_client: AsyncClient) ->
     assert [call.request.completion_id for call in gateway.calls[:2]] == ["mine", "mine"]
     assert gateway.last.request.chat == chat_request("hi", model="llama")
     assert gateway.last.metadata["x-request-id"] == "r1"
+
+
+async def test_a_list_of_completions(gateway: Gateway, async_client: AsyncClient) -> None:
+    """Page by page, and what operators name."""
+    a, b = CompletionSummary(completion_id="a"), CompletionSummary(completion_id="b")
+    gateway.will(ListChatCompletionsResponse(completions=[a], next_page_token="2", unreachable_workers=[3]))
+    gateway.will(ListChatCompletionsResponse(completions=[b]))
+    listing = async_client.chat.list(caller="ann", states=["running"])
+    assert [each async for each in listing] == [a, b]
+    assert listing.unreachable_workers == [3]
+    assert gateway.last.request.page_token == "2"
+    gateway.will(CancelChatCompletionResponse())
+    gateway.will(GetChatCompletionResponse())
+    await async_client.chat.cancel("c", caller="ann")
+    await async_client.chat.get("c", caller="ann")
+    assert [call.request.caller for call in gateway.calls] == ["ann"] * 4
 
 
 async def test_models_and_providers(gateway: Gateway, async_client: AsyncClient) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -18,6 +19,8 @@ from deltawire import (
     ChatRequest,
     Client,
     CompletionNotFoundError,
+    CompletionState,
+    CompletionSummary,
     DeadlineExceededError,
     EtagMismatchError,
     InternalError,
@@ -45,6 +48,7 @@ from deltawire.v1.chat_completion_pb2 import (
     CreateChatCompletionResponse,
     GetChatCompletionRequest,
     GetChatCompletionResponse,
+    ListChatCompletionsResponse,
 )
 from deltawire.v1.model_registry_pb2 import (
     HEALTH_STATUS_ERROR,
@@ -388,6 +392,43 @@ def test_models(gateway: Gateway, client: Client) -> None:
     assert [call.request for call in gateway.calls] == [
         ListModelsRequest(page_size=2, page_token=token, state=serving) for token in ("", "2", "3")
     ]
+
+
+def test_a_list_of_completions(gateway: Gateway, client: Client) -> None:
+    """Page by page; the filters by value or by name."""
+    a, b = CompletionSummary(completion_id="a"), CompletionSummary(completion_id="b")
+    gateway.will(ListChatCompletionsResponse(completions=[a], next_page_token="2", unreachable_workers=[3]))
+    gateway.will(ListChatCompletionsResponse(completions=[b], unreachable_workers=[3]))
+    since = datetime(2026, 11, 28, tzinfo=UTC)
+    states: list[Any] = ["running", CompletionState.COMPLETION_STATE_FAILED]
+    listing = client.chat.list(caller="ann", states=states, create_time_from=since, page_size=1)
+    assert next(listing) == a
+    assert len(gateway.calls) == 1
+    assert list(listing) == [b]
+    assert listing.unreachable_workers == [3]
+    request = gateway.last.request
+    assert (request.caller, request.page_size, request.page_token) == ("ann", 1, "2")
+    assert list(request.states) == [CompletionState.COMPLETION_STATE_RUNNING, CompletionState.COMPLETION_STATE_FAILED]
+    assert request.create_time_from.ToDatetime(UTC) == since
+
+
+def test_a_list_that_cannot_be_requested(client: Client) -> None:
+    """A state that does not exist, and times without a zone or of another type."""
+    with pytest.raises(ValueError, match="COMPLETION_STATE_LOST"):
+        client.chat.list(states=["lost"])
+    with pytest.raises(ValueError, match="create_time_from must have a time zone"):
+        client.chat.list(create_time_from=datetime(2026, 11, 28))  # noqa: DTZ001 (the point of the test)
+    with pytest.raises(TypeError, match="create_time_from: a datetime is needed, not str"):
+        client.chat.list(create_time_from="2026-11-28")  # type: ignore[arg-type]
+
+
+def test_operators_name_the_caller(gateway: Gateway, client: Client) -> None:
+    """In look-ups and cancels."""
+    gateway.will(CancelChatCompletionResponse())
+    gateway.will(GetChatCompletionResponse())
+    client.chat.cancel("c", caller="ann")
+    client.chat.get("c", caller="ann")
+    assert [(call.request.completion_id, call.request.caller) for call in gateway.calls] == [("c", "ann")] * 2
 
 
 def test_get_register_and_unregister(gateway: Gateway, client: Client) -> None:

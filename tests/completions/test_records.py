@@ -27,8 +27,9 @@ class FakeCompletion:
         self.head = CompletionInfo(completion_id, "m", "", "p", 1.0, Sampling())
         self.begun = True
         self.attempts = Attempts()
+        self.time_limit = 3600.0
+        self.stop_reasons: tuple[StopReason, ...] = ()
         self.joined_deltas = 0
-        self.stop_reasons = ()
         self.log_values = {"model": "m"}
         self.usage = Usage(3, Provenance.LOWER_BOUND, 7)
         self.timings = Timings(1.0)
@@ -276,3 +277,47 @@ def test_records_are_limited_in_bytes() -> None:
     records.end(again, None)
     records.begin("me", "again")
     assert records.size == before_again
+
+
+def test_records_newest_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the clock stands still or is set back; an id that is used again is there once, and a removed record is not."""
+    monkeypatch.setattr("deltawire_server.completions.records.time.time_ns", lambda: 5_000)
+    records = Records(max_remembered=2)
+    a, b = records.begin("me", "a"), records.begin("you", "b")
+    monkeypatch.setattr("deltawire_server.completions.records.time.time_ns", lambda: 0)
+    c = records.begin("me", "c")
+    assert [a.created, b.created, c.created] == [5, 6, 7]
+    assert records.newest() == [c, b, a]
+    assert records.newest(7) == [b, a]
+    assert records.newest(5) == []
+    for record in (a, b):
+        records.end(record, None)
+    again = records.begin("me", "a")
+    assert records.newest() == [again, c, b]
+    records.end(c, None)
+    records.end(again, None)
+    assert records.newest() == [again, c]
+
+
+def test_an_id_of_any_caller() -> None:
+    """A generated one alone; another one with the caller's name, of which several callers may have had it."""
+    records = Records(mark="ab120000", seat="ab1200")
+    made = records.begin("ann-1", label="ann")
+    old, new = (records.begin(owner, "c", label="ann") for owner in ("ann-1", "ann-2"))
+    assert records.find_any(made.completion_id) is made
+    assert records.find_any(made.completion_id, "ann") is made
+    assert records.find_any("c", "ann") is new
+    records.end(new, None)
+    assert records.find_any("c", "ann") is new
+    assert old in records.newest()
+    for completion_id, label, reason, message in (
+        ("c", "", Reason.COMPLETION_NOT_FOUND, "set caller"),
+        ("c", "bob", Reason.COMPLETION_NOT_FOUND, "bob has no completion 'c' here"),
+        ("c", "{0.real}", Reason.COMPLETION_NOT_FOUND, "{0.real} has no completion 'c' here"),
+        (made.completion_id, "bob", Reason.COMPLETION_NOT_FOUND, "bob has no completion"),
+        (f"cmpl-{'0' * 32}-ab120099", "", Reason.COMPLETION_GONE, "has ended"),
+        (f"cmpl-{'0' * 32}-cd340000", "", Reason.WRONG_REPLICA, "another gateway process"),
+    ):
+        with pytest.raises(DeltawireError, match=re.escape(message)) as caught:
+            records.find_any(completion_id, label)
+        assert caught.value.reason is reason

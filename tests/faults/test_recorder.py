@@ -56,6 +56,12 @@ class _Broken(chat_completion_pb2_grpc.ChatCompletionServicer):
         """Not called."""
         raise NotImplementedError
 
+    async def ListChatCompletions(  # noqa: N802
+        self, request: chat_pb.ListChatCompletionsRequest, context: aio.ServicerContext[Any, Any]
+    ) -> chat_pb.ListChatCompletionsResponse:
+        """Not called."""
+        raise NotImplementedError
+
     async def CountTokens(  # noqa: N802
         self, request: chat_pb.CountTokensRequest, context: aio.ServicerContext[Any, Any]
     ) -> chat_pb.CountTokensResponse:

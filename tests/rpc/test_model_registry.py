@@ -681,8 +681,20 @@ async def test_providers_and_their_health(stub: pb_grpc.ModelRegistryAsyncStub, 
     beta.engine_known = Engine(EngineKind.PROXY, detail="it is a router")
     assert await stub.ListProviders(pb.ListProvidersRequest()) == pb.ListProvidersResponse(
         providers=[
-            pb.Provider(id="alpha", kind="fake", base_urls=["http://alpha.localhost/v1"], engine=VLLM),
-            pb.Provider(id="beta", kind="fake", base_urls=["http://beta.localhost/v1"], engine=PROXY),
+            pb.Provider(
+                id="alpha",
+                kind="fake",
+                base_urls=["http://alpha.localhost/v1"],
+                engine=VLLM,
+                replicas=[pb.Replica(base_url="http://alpha.localhost/v1", state=pb.Replica.STATE_AVAILABLE)],
+            ),
+            pb.Provider(
+                id="beta",
+                kind="fake",
+                base_urls=["http://beta.localhost/v1"],
+                engine=PROXY,
+                replicas=[pb.Replica(base_url="http://beta.localhost/v1", state=pb.Replica.STATE_AVAILABLE)],
+            ),
         ]
     )
     first = await stub.ListProviders(pb.ListProvidersRequest(page_size=1))

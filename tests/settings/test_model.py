@@ -15,6 +15,7 @@ from deltawire_server.settings import (
     RegistrySettings,
     ServerSettings,
     Settings,
+    UsageSettings,
     is_local,
     shown_database_url,
 )
@@ -25,7 +26,9 @@ from tests.settings.conftest import URL
 FIELDS = [(section, key) for section, model in SECTIONS.items() for key in model.model_fields]
 
 
-def refusal(model: type[ServerSettings | ProviderSettings | RegistrySettings | ImageSettings], **values: object) -> str:
+def refusal(
+    model: type[ServerSettings | ProviderSettings | RegistrySettings | ImageSettings | UsageSettings], **values: object
+) -> str:
     """The message of the single error that these values give."""
     with pytest.raises(ValidationError) as caught:
         model.model_validate(values)
@@ -184,6 +187,17 @@ def test_files_are_looked_at(tmp_path: Path, pem: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Path, "open", denied)
     assert f"{pem} cannot be read (Permission denied)" in refusal(ServerSettings, tls_cert_file=pem)
+
+
+def test_the_folder_of_usage_records(tmp_path: Path, pem: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It exists and can be written to; an empty name means no records."""
+    assert UsageSettings.model_validate({"folder": ""}).folder is None
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    assert UsageSettings(folder=Path("~") / tmp_path.name).folder == tmp_path
+    for path in (pem, tmp_path / "absent"):
+        assert f"{path} is not a folder: create it" in refusal(UsageSettings, folder=path)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    assert "cannot be written to" in refusal(UsageSettings, folder=tmp_path)
 
 
 def test_an_empty_file_name_is_none() -> None:

@@ -42,6 +42,8 @@ SAMPLES = {
     "trusted_proxies": "unix",
     "caller_header": "x-caller",
     "health_listen": "0.0.0.0:2",
+    "folder": "/",
+    "required": "true",
     "allowed_hosts": "a.example,*.b.example:8443",
     "schemes": "https,http",
     "engine": "proxy",
@@ -206,7 +208,7 @@ def test_two_names_for_one_key(read: Parse, problems: Problems) -> None:
             "[zzz]",
             (
                 "zzz (from FILE): no such section; valid ones are server, access, stream, retention, images, providers,"
-                " registry, metrics, log"
+                " registry, usage, metrics, log"
             ),
         ),
         ("[server]\nmax_stream = 1", "server.max_stream (from FILE): no such key; did you mean server.max_streams?"),

@@ -7,8 +7,17 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from deltawire_server.errors import ProviderError, Reason
-from deltawire_server.upstream.base import Health, HealthStatus, OpenStream, ServedModel, Timeouts, TokenCount
+from deltawire_server.upstream.base import (
+    Health,
+    HealthStatus,
+    OpenStream,
+    ReplicaStatus,
+    ServedModel,
+    Timeouts,
+    TokenCount,
+)
 from deltawire_server.upstream.engine import Engine, EngineKind
+from deltawire_server.upstream.replicas import State
 from tests.support.pushed import PushedBody
 
 if TYPE_CHECKING:
@@ -74,6 +83,11 @@ class FakeProvider:
     def base_urls(self) -> tuple[str, ...]:
         """Where it would be."""
         return (f"http://{self._id}.localhost/v1",)
+
+    @property
+    def replicas(self) -> tuple[ReplicaStatus, ...]:
+        """What it would be like."""
+        return tuple(ReplicaStatus(each, State.AVAILABLE) for each in self.base_urls)
 
     @property
     def default_max_tokens(self) -> int | None:

@@ -25,6 +25,7 @@ from deltawire_server.settings import (
     ServerSettings,
     Settings,
     StreamSettings,
+    UsageSettings,
 )
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def settings_of(
     provider: Mapping[str, Any] | None = None,
     access: Mapping[str, Any] | None = None,
     retention: Mapping[str, Any] | None = None,
+    usage: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
 ) -> Settings:
     """Settings of a gateway on a free port before one provider, named vllm, that does not dally when it stops."""
@@ -65,6 +67,7 @@ def settings_of(
             )
         },
         registry=RegistrySettings(database_url=f"sqlite:///{folder}/registry.db"),
+        usage=UsageSettings(**(usage or {})),
         # Many gateways run beside each other.
         metrics=MetricsSettings(**{"listen": "off", **(metrics or {})}),
     )
@@ -111,15 +114,27 @@ class Running:
         start = chat_pb.ResumePoint(completion_id=completion_id, last_sequence=after)
         return self.chat.StreamChatCompletion(chat_pb.StreamChatCompletionRequest(resume=start), metadata=metadata)
 
-    async def cancel(self, completion_id: str) -> chat_pb.CancelChatCompletionResponse:
+    async def cancel(
+        self, completion_id: str, caller: str = "", *, metadata: tuple[tuple[str, str], ...] = ()
+    ) -> chat_pb.CancelChatCompletionResponse:
         """End a completion softly."""
-        return await self.chat.CancelChatCompletion(chat_pb.CancelChatCompletionRequest(completion_id=completion_id))
+        request = chat_pb.CancelChatCompletionRequest(completion_id=completion_id, caller=caller)
+        return await self.chat.CancelChatCompletion(request, metadata=metadata)
+
+    async def list(
+        self,
+        *,
+        metadata: tuple[tuple[str, str], ...] = (),
+        **fields: Any,  # noqa: ANN401 (of the request)
+    ) -> chat_pb.ListChatCompletionsResponse:
+        """List completions."""
+        return await self.chat.ListChatCompletions(chat_pb.ListChatCompletionsRequest(**fields), metadata=metadata)
 
     async def look_up(
-        self, completion_id: str, *, metadata: tuple[tuple[str, str], ...] = ()
+        self, completion_id: str, caller: str = "", *, metadata: tuple[tuple[str, str], ...] = ()
     ) -> chat_pb.GetChatCompletionResponse:
         """Look up a completion."""
-        request = chat_pb.GetChatCompletionRequest(completion_id=completion_id)
+        request = chat_pb.GetChatCompletionRequest(completion_id=completion_id, caller=caller)
         return await self.chat.GetChatCompletion(request, metadata=metadata)
 
     async def create(

@@ -13,6 +13,7 @@ from deltawire import (
     ChatMessage,
     ChatStream,
     Client,
+    CompletionSummary,
     CountTokensResponse,
     GetChatCompletionResponse,
     Model,
@@ -137,6 +138,9 @@ def blocking(client: Client) -> Answer:
         assert_type(resumed, ChatStream)
     assert_type(client.chat.cancel("mine", timeout=5.0), CancelChatCompletionResponse)
     assert_type(client.chat.get("mine"), GetChatCompletionResponse)
+    for completion in client.chat.list(states=["running"], caller="ann"):
+        assert_type(completion, CompletionSummary)
+    client.chat.list(state="running")  # type: ignore[call-arg]
     assert_type(client.chat.count_tokens("hi", model="llama").prompt_tokens, int)
     client.chat.create("hi", retention=5)  # type: ignore[call-arg]
     client.chat.stream("hi", retention="long")  # type: ignore[arg-type]
@@ -199,7 +203,9 @@ async def asynchronous(client: AsyncClient) -> Answer:
     async with client.chat.resume("mine") as resumed:
         assert_type(resumed, AsyncChatStream)
     assert_type(await client.chat.cancel("mine"), CancelChatCompletionResponse)
-    assert_type(await client.chat.get("mine"), GetChatCompletionResponse)
+    assert_type(await client.chat.get("mine", caller="ann"), GetChatCompletionResponse)
+    async for completion in client.chat.list(page_size=10):
+        assert_type(completion, CompletionSummary)
     assert_type(await client.chat.count_tokens("hi"), CountTokensResponse)
     async for model in client.models.list(model_type="llm"):
         assert_type(model, Model)

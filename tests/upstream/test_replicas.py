@@ -52,7 +52,7 @@ def replicas(clock: Clock) -> Replicas:
 def fail(replicas: Replicas, replica: Replica) -> float:
     """Have a call at a replica fail; for how many seconds that ejected it."""
     with replicas.attempt(replica) as attempt:
-        return attempt.failed()
+        return attempt.failed(Reason.UPSTREAM_UNAVAILABLE)
 
 
 def answer(replicas: Replicas, replica: Replica) -> None:
@@ -154,11 +154,11 @@ def test_calls_from_before_an_ejection_say_nothing(replicas: Replicas, clock: Cl
     a, *_ = replicas.all
     with contextlib.ExitStack() as calls:
         early: list[Attempt] = [calls.enter_context(replicas.attempt(a)) for _ in range(50)]
-        assert [attempt.failed() for attempt in early[:48]] == [EJECT_SECONDS] + [0.0] * 47
+        assert [attempt.failed(Reason.UPSTREAM_UNAVAILABLE) for attempt in early[:48]] == [EJECT_SECONDS] + [0.0] * 47
         early[48].answered()
         assert replicas.in_order()[-1] is a
         clock.now += EJECT_SECONDS
-        assert early[49].failed() == 0.0
+        assert early[49].failed(Reason.UPSTREAM_UNAVAILABLE) == 0.0
         assert a.state is State.PROBATION
     assert a.failures == 49
 
@@ -274,7 +274,7 @@ def simulate(outcome: Callable[[str, float], Reason | None], seconds: float, at_
                 attempt.answered()
                 counts[replica.root] += 1
             elif ACTIONS[reason].eject:
-                attempt.failed()
+                attempt.failed(reason)
             held.close()
             if reason is not None and ACTIONS[reason].repeat and len(asked) + 1 < MAX_ATTEMPTS:
                 counts["repeated"] += 1

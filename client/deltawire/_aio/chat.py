@@ -16,11 +16,14 @@ from deltawire._failure import failed_call
 from deltawire._fields import made
 from deltawire._requests import (
     ChatArguments,
+    CompletionListArguments,
+    CompletionPages,
     Messages,
     StreamArguments,
     ToolRunArguments,
     resume_request,
     split_arguments,
+    split_completion_listing,
     split_streaming,
 )
 from deltawire._tools import shells
@@ -30,11 +33,13 @@ from deltawire.v1.chat_completion_pb2 import (
     CancelChatCompletionRequest,
     CancelChatCompletionResponse,
     ChatRequest,
+    CompletionSummary,
     CountTokensRequest,
     CountTokensResponse,
     CreateChatCompletionRequest,
     GetChatCompletionRequest,
     GetChatCompletionResponse,
+    ListChatCompletionsRequest,
     StreamChatCompletionRequest,
     StreamChatCompletionResponse,
 )
@@ -48,6 +53,7 @@ if TYPE_CHECKING:
     from deltawire._channel import CallOptions, Defaults
     from deltawire._failure import FailedCall
     from deltawire._tools.loop import OnError, ToolLike, ToolRun
+    from deltawire.v1.chat_completion_pb2_grpc import ChatCompletionAsyncStub
 
 
 class AsyncChat:
@@ -86,17 +92,26 @@ class AsyncChat:
         request, resume_for = resume_request(completion_id, last_sequence, retention)
         return AsyncChatStream(self._connections, self._defaults, request, resume_for, options)
 
-    async def cancel(self, completion_id: str, **options: Unpack[CallOptions]) -> CancelChatCompletionResponse:
+    async def cancel(
+        self, completion_id: str, *, caller: str = "", **options: Unpack[CallOptions]
+    ) -> CancelChatCompletionResponse:
         """End a completion softly; see `Chat.cancel`."""
-        request = made(CancelChatCompletionRequest, {"completion_id": completion_id})
+        request = made(CancelChatCompletionRequest, {"completion_id": completion_id, "caller": caller})
         outgoing = self._defaults.outgoing(options).about(completion_id)
         return await self._connections.find(lambda stub: stub.CancelChatCompletion, request, outgoing)
 
-    async def get(self, completion_id: str, **options: Unpack[CallOptions]) -> GetChatCompletionResponse:
+    async def get(
+        self, completion_id: str, *, caller: str = "", **options: Unpack[CallOptions]
+    ) -> GetChatCompletionResponse:
         """The state of a completion, and its result if that is retained; see `Chat.get`."""
-        request = made(GetChatCompletionRequest, {"completion_id": completion_id})
+        request = made(GetChatCompletionRequest, {"completion_id": completion_id, "caller": caller})
         outgoing = self._defaults.outgoing(options).about(completion_id)
         return await self._connections.find(lambda stub: stub.GetChatCompletion, request, outgoing)
+
+    def list(self, **arguments: Unpack[CompletionListArguments]) -> AsyncCompletionList:
+        """Your completions, or every caller's; see `Chat.list`. No `await` here."""
+        request, options = split_completion_listing(arguments)
+        return AsyncCompletionList(self._stub, self._defaults, request, options)
 
     async def count_tokens(
         self, messages: Messages | ChatRequest, **arguments: Unpack[ChatArguments]
@@ -133,6 +148,33 @@ class AsyncChat:
                 return await stream.final()
 
         return await shells.run_async(ToolLoop(request, tools, max_rounds=max_rounds, on_error=on_error), ask)
+
+
+class AsyncCompletionList(CompletionPages):
+    """Iterates over completions, and fetches each page when it is needed; see `Chat.list`."""
+
+    def __init__(
+        self,
+        stub: ChatCompletionAsyncStub,
+        defaults: Defaults,
+        request: ListChatCompletionsRequest,
+        options: CallOptions,
+    ) -> None:
+        super().__init__(request)
+        self._stub = stub
+        self._defaults = defaults
+        self._options = options
+
+    def __aiter__(self) -> AsyncIterator[CompletionSummary]:
+        return self
+
+    async def __anext__(self) -> CompletionSummary:
+        while not self._completions:
+            if self._request is None:
+                raise StopAsyncIteration
+            outgoing = self._defaults.outgoing(self._options)
+            self._receive(await invoke(self._stub.ListChatCompletions, self._request, outgoing))
+        return self._completions.popleft()
 
 
 class AsyncChatStream(StreamCalls):

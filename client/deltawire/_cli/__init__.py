@@ -9,7 +9,7 @@ The modules, in the order of a command's execution:
     run           runs a command; errors in, exit status out
     arguments     every command and option, and the function that runs it; request_arguments: the options of a request
     connection    options in, a client out; the first connection
-    chat          `chat`, `count-tokens`                    completions   `cancel`, `get` and `resume`
+    chat          `chat`, `count-tokens`                    completions   `completions`, `cancel`, `get`, `resume`
                                                             registry      `models`, `providers` and `health`
     request       options and files in, a ChatRequest out   files         the text of a file or of standard input
     follow        one answer, from its stream to the end    interrupt     Ctrl-C while a stream is read

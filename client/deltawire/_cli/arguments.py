@@ -5,11 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from deltawire._channel import AUTHORIZATION, DEFAULT_TARGET, OWN_HEADER
 from deltawire._cli.chat import count_tokens, run_chat
-from deltawire._cli.completions import cancel_completion, get_completion, resume_completion
+from deltawire._cli.completions import (
+    STATES,
+    cancel_completion,
+    get_completion,
+    list_completions,
+    resume_completion,
+)
 from deltawire._cli.registry import (
     check_health,
     get_model,
@@ -150,6 +157,20 @@ def _sequence(text: str) -> int:
     return _whole(text, 0, 2**63 - 1)
 
 
+def _time(text: str) -> datetime:
+    """A time; without a zone it is in UTC.
+
+    Raises:
+        argparse.ArgumentTypeError: It is no time.
+    """
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        message = f"{text} is not a time: write for example 2026-11-28T12:30"
+        raise argparse.ArgumentTypeError(message) from None
+    return time if time.tzinfo is not None else time.replace(tzinfo=UTC)
+
+
 def _whole(text: str, least: int, most: int) -> int:
     """A whole number within these limits."""
     try:
@@ -250,7 +271,23 @@ def _add_chat(commands: Any, common: argparse.ArgumentParser) -> None:  # noqa: 
 
 
 def _add_completions(commands: Any, common: argparse.ArgumentParser) -> None:  # noqa: ANN401 -- argparse hides the type
-    """The commands about a completion that has been asked for."""
+    """The commands about completions that have been asked for."""
+    completions = commands.add_parser("completions", help="list completions")
+    actions = completions.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    listing = actions.add_parser(
+        "list",
+        help="running and ended completions, newest first",
+        parents=[common],
+        description="Your own, or with the permission operate those of every caller. No content is listed.",
+    )
+    listing.add_argument("--caller", default="", help="only those of the caller with this name")
+    listing.add_argument("--model", default="", help="only those of this model, by its id or alias")
+    listing.add_argument("--provider", default="", help="only those of this provider")
+    listing.add_argument("--state", choices=STATES, default=STATES[0], help="only those in this state")
+    listing.add_argument(
+        "--since", metavar="TIME", type=_time, help="only those from this time on (UTC): 2026-11-28, 2026-11-28T12:30"
+    )
+    listing.set_defaults(run=list_completions)
     cancel = commands.add_parser(
         "cancel",
         help="end a completion softly",
@@ -266,6 +303,8 @@ def _add_completions(commands: Any, common: argparse.ArgumentParser) -> None:  #
     )
     for command in (cancel, get, resume):
         command.add_argument("completion", metavar="ID", help="its id, which the event `started` has, or your own")
+    for command in (cancel, get):
+        command.add_argument("--caller", default="", help="the caller whose completion it is, for operators")
     resume.add_argument("--after", metavar="N", type=_sequence, help="only what comes after the event of this sequence")
     resume.add_argument(
         "--retention",

@@ -1,4 +1,4 @@
-"""`deltawire cancel`, `deltawire get` and `deltawire resume`: completions by their ids."""
+"""`deltawire completions`, and completions by their ids: `deltawire cancel`, `deltawire get` and `deltawire resume`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from deltawire._cli.answer import print_choice
 from deltawire._cli.connection import first_call
 from deltawire._cli.follow import follow
-from deltawire._cli.output import print_json, print_line, say, word
+from deltawire._cli.output import print_json, print_line, print_table, say, word
 from deltawire._cli.status import OK
 from deltawire._cli.terminal import Printer
 from deltawire._completion import answer_of
@@ -22,12 +22,55 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from deltawire._client import Client
-    from deltawire.v1.chat_completion_pb2 import Completed, GetChatCompletionResponse, Usage
+    from deltawire.v1.chat_completion_pb2 import CompletionSummary, GetChatCompletionResponse, Usage
+
+# The states that each word of --state means.
+_STATES: dict[str, tuple[str, ...]] = {
+    "any": (),
+    "running": ("running",),
+    "ended": ("completed", "failed"),
+    "completed": ("completed",),
+    "failed": ("failed",),
+}
+STATES = tuple(_STATES)
+
+
+def list_completions(client: Client, options: argparse.Namespace) -> int:
+    """Those that the caller may see, newest first."""
+    listing = client.chat.list(
+        caller=options.caller,
+        model=options.model,
+        provider_id=options.provider,
+        states=_STATES[options.state],
+        **({} if options.since is None else {"create_time_from": options.since}),
+        **first_call(client, options),
+    )
+    if options.json:
+        for each in listing:
+            print_json(each)
+    else:
+        rows = [
+            (
+                each.completion_id or "-",
+                each.caller or "-",
+                _state(each.state),
+                _end(each),
+                each.model or "-",
+                _usage(each.usage),
+                each.create_time.ToDatetime().isoformat(" ", "seconds"),
+            )
+            for each in listing
+        ]
+        print_table(("ID", "CALLER", "STATE", "END", "MODEL", "USAGE", "CREATED (UTC)"), rows)
+    if listing.unreachable_workers:
+        workers = ", ".join(map(str, listing.unreachable_workers))
+        say(f"note: no answer from the gateway's workers {workers}: their completions are missing")
+    return OK
 
 
 def cancel_completion(client: Client, options: argparse.Namespace) -> int:
     """End one softly, and say what the cancel met."""
-    met = client.chat.cancel(options.completion, **first_call(client, options))
+    met = client.chat.cancel(options.completion, caller=options.caller, **first_call(client, options))
     if options.json:
         print_json(met)
     else:
@@ -39,7 +82,7 @@ def cancel_completion(client: Client, options: argparse.Namespace) -> int:
 
 def get_completion(client: Client, options: argparse.Namespace) -> int:
     """How far one has come, and its result if that is retained."""
-    found = client.chat.get(options.completion, **first_call(client, options))
+    found = client.chat.get(options.completion, caller=options.caller, **first_call(client, options))
     if options.json:
         print_json(found)
     else:
@@ -83,18 +126,28 @@ def _facts(found: GetChatCompletionResponse) -> Iterator[tuple[str, str]]:
     for choice in found.completed.choices:
         yield "ended", f"choice {choice.index} with {word(StopReason, choice.stop_reason, 'STOP_REASON_')}"
     if found.HasField("error"):
-        yield "error", f"{_why(found.error)}: {' '.join(found.error.message.split())}"
+        message = " ".join(found.error.message.split())
+        # Of another caller's completion there is no message.
+        yield "error", f"{_why(found.error.reason, found.error.code)}{message and f': {message}'}"
     if found.HasField("last_sequence"):
         yield "sequence", f"{found.last_sequence} is the last event"
     if found.HasField("expire_time"):
         yield "kept until", found.expire_time.ToJsonString()
 
 
-def _why(error: Completed.Error) -> str:
+def _end(completion: CompletionSummary) -> str:
+    """How a completion ended: why it failed, or the different stop reasons of its choices."""
+    if completion.state == CompletionState.COMPLETION_STATE_FAILED:
+        return _why(completion.error_reason, completion.error_code)
+    reasons = dict.fromkeys(word(StopReason, each, "STOP_REASON_") for each in completion.stop_reasons)
+    return ", ".join(reasons) or "-"
+
+
+def _why(reason: ErrorReason.ValueType, code: int) -> str:
     """Why a completion failed, in one word: the call's status if there is no reason, as for a canceled call."""
-    if error.reason != ErrorReason.ERROR_REASON_UNSPECIFIED:
-        return word(ErrorReason, error.reason, "ERROR_REASON_")
-    return status_code(error.code).name
+    if reason != ErrorReason.ERROR_REASON_UNSPECIFIED:
+        return word(ErrorReason, reason, "ERROR_REASON_")
+    return status_code(code).name
 
 
 def _state(state: CompletionState.ValueType) -> str:

@@ -23,6 +23,7 @@ from deltawire._cli.output import (
 from deltawire._cli.status import FAILED, OK, FailedError, UsageError
 from deltawire._errors import CallCancelledError
 from deltawire._watch import ModelChange
+from deltawire.v1.error_reason_pb2 import ErrorReason
 from deltawire.v1.model_registry_pb2 import (
     Engine,
     HealthStatus,
@@ -30,6 +31,8 @@ from deltawire.v1.model_registry_pb2 import (
     ModelSource,
     ModelState,
     ModelType,
+    Provider,
+    Replica,
     WatchModelsResponse,
 )
 
@@ -175,9 +178,21 @@ def list_providers(client: Client, options: argparse.Namespace) -> int:
         for provider in providers:
             print_json(provider)
     else:
-        rows = [(each.id, each.kind, _engine(each.engine), ", ".join(each.base_urls)) for each in providers]
+        rows = [(each.id, each.kind, _engine(each.engine), _urls(each)) for each in providers]
         print_table(("ID", "KIND", "ENGINE", "URLS"), rows)
     return OK
+
+
+def _urls(provider: Provider) -> str:
+    """The addresses of a provider, each with the state of its replica if that does not get its full share of the calls."""
+    states = {each.base_url: each for each in provider.replicas if each.state > Replica.STATE_AVAILABLE}
+    return ", ".join(
+        f"{url} ({word(Replica.State, states[url].state, 'STATE_').lower()}: "
+        f"{word(ErrorReason, states[url].last_failure_reason, 'ERROR_REASON_')})"
+        if url in states
+        else url
+        for url in provider.base_urls
+    )
 
 
 def check_health(client: Client, options: argparse.Namespace) -> int:

@@ -15,11 +15,14 @@ from deltawire._failure import failed_call
 from deltawire._fields import made
 from deltawire._requests import (
     ChatArguments,
+    CompletionListArguments,
+    CompletionPages,
     Messages,
     StreamArguments,
     ToolRunArguments,
     resume_request,
     split_arguments,
+    split_completion_listing,
     split_streaming,
 )
 from deltawire._tools import shells
@@ -29,11 +32,13 @@ from deltawire.v1.chat_completion_pb2 import (
     CancelChatCompletionRequest,
     CancelChatCompletionResponse,
     ChatRequest,
+    CompletionSummary,
     CountTokensRequest,
     CountTokensResponse,
     CreateChatCompletionRequest,
     GetChatCompletionRequest,
     GetChatCompletionResponse,
+    ListChatCompletionsRequest,
     StreamChatCompletionRequest,
     StreamChatCompletionResponse,
 )
@@ -49,6 +54,7 @@ if TYPE_CHECKING:
     from deltawire._client.connections import Connections
     from deltawire._failure import FailedCall
     from deltawire._tools.loop import OnError, ToolLike, ToolRun
+    from deltawire.v1.chat_completion_pb2_grpc import ChatCompletionStub
 
 
 class Chat:
@@ -128,31 +134,62 @@ class Chat:
         request, resume_for = resume_request(completion_id, last_sequence, retention)
         return ChatStream(self._connections, self._defaults, request, resume_for, options)
 
-    def cancel(self, completion_id: str, **options: Unpack[CallOptions]) -> CancelChatCompletionResponse:
+    def cancel(
+        self, completion_id: str, *, caller: str = "", **options: Unpack[CallOptions]
+    ) -> CancelChatCompletionResponse:
         """End a completion softly: its stream ends normally, with the text so far and the usage.
+
+        Args:
+            completion_id: Its id.
+            caller: The name of the caller whose completion it is, for operators; by default your own, or any caller's if the
+                gateway generated the id.
+            options: See `CallOptions`.
 
         Raises:
             CompletionNotFoundError: This caller has no completion with this id.
+            PermissionDeniedError: It is another caller's, and you are not an operator.
             WrongReplicaError: Another gateway process has it, and no new connection reached that one.
 
         The returned `state` and `usage` are those before the cancel. Canceling an ended completion has no effect.
         """
-        request = made(CancelChatCompletionRequest, {"completion_id": completion_id})
+        request = made(CancelChatCompletionRequest, {"completion_id": completion_id, "caller": caller})
         outgoing = self._defaults.outgoing(options).about(completion_id)
         return self._connections.find(lambda stub: stub.CancelChatCompletion, request, outgoing)
 
-    def get(self, completion_id: str, **options: Unpack[CallOptions]) -> GetChatCompletionResponse:
+    def get(self, completion_id: str, *, caller: str = "", **options: Unpack[CallOptions]) -> GetChatCompletionResponse:
         """The state of a completion, its usage so far in tokens, and its result if that is retained.
+
+        Args:
+            completion_id: Its id.
+            caller: As for `cancel`. Operators do not get the content of other callers' completions.
+            options: See `CallOptions`.
 
         Raises:
             CompletionNotFoundError: This caller has no completion with this id, or it ended too long ago.
+            PermissionDeniedError: It is another caller's, and you are not an operator.
             WrongReplicaError: Another gateway process has it, and no new connection reached that one.
 
         Read `completed` if the response has it, else branch on `state`; `last_sequence` is what `resume` continues after.
         """
-        request = made(GetChatCompletionRequest, {"completion_id": completion_id})
+        request = made(GetChatCompletionRequest, {"completion_id": completion_id, "caller": caller})
         outgoing = self._defaults.outgoing(options).about(completion_id)
         return self._connections.find(lambda stub: stub.GetChatCompletion, request, outgoing)
+
+    def list(self, **arguments: Unpack[CompletionListArguments]) -> CompletionList:
+        """Your completions at this gateway, or every caller's if you are an operator; newest first, without content.
+
+        Running and ended ones, the latter for as long as `get` returns them, fetched page by page while you iterate.
+
+        Args:
+            arguments: See `CompletionListOptions` and `CallOptions`; `timeout` is for each page.
+
+        Raises:
+            TypeError, ValueError: An argument cannot be sent.
+
+        Iterating raises CallError. After the last completion, read `unreachable_workers`.
+        """
+        request, options = split_completion_listing(arguments)
+        return CompletionList(self._stub, self._defaults, request, options)
 
     def count_tokens(self, messages: Messages | ChatRequest, **arguments: Unpack[ChatArguments]) -> CountTokensResponse:
         """Count the tokens of the prompt that `create` would send, with the same arguments. Nothing is generated.
@@ -210,6 +247,29 @@ class Chat:
                 return stream.final()
 
         return shells.run(ToolLoop(request, tools, max_rounds=max_rounds, on_error=on_error), ask)
+
+
+class CompletionList(CompletionPages):
+    """Iterates over completions, and fetches each page when it is needed; see `Chat.list`."""
+
+    def __init__(
+        self, stub: ChatCompletionStub, defaults: Defaults, request: ListChatCompletionsRequest, options: CallOptions
+    ) -> None:
+        super().__init__(request)
+        self._stub = stub
+        self._defaults = defaults
+        self._options = options
+
+    def __iter__(self) -> Iterator[CompletionSummary]:
+        return self
+
+    def __next__(self) -> CompletionSummary:
+        while not self._completions:
+            if self._request is None:
+                raise StopIteration
+            outgoing = self._defaults.outgoing(self._options)
+            self._receive(invoke(self._stub.ListChatCompletions, self._request, outgoing))
+        return self._completions.popleft()
 
 
 class ChatStream(StreamCalls):

@@ -76,6 +76,11 @@ class ChatCompletionStub(object):
                 request_serializer=deltawire_dot_v1_dot_chat__completion__pb2.GetChatCompletionRequest.SerializeToString,
                 response_deserializer=deltawire_dot_v1_dot_chat__completion__pb2.GetChatCompletionResponse.FromString,
                 _registered_method=True)
+        self.ListChatCompletions = channel.unary_unary(
+                '/deltawire.v1.ChatCompletion/ListChatCompletions',
+                request_serializer=deltawire_dot_v1_dot_chat__completion__pb2.ListChatCompletionsRequest.SerializeToString,
+                response_deserializer=deltawire_dot_v1_dot_chat__completion__pb2.ListChatCompletionsResponse.FromString,
+                _registered_method=True)
         self.CountTokens = channel.unary_unary(
                 '/deltawire.v1.ChatCompletion/CountTokens',
                 request_serializer=deltawire_dot_v1_dot_chat__completion__pb2.CountTokensRequest.SerializeToString,
@@ -144,6 +149,16 @@ class ChatCompletionServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListChatCompletions(self, request, context):
+        """Lists completions of this gateway, newest first, in pages: running ones, and ended ones for as
+        long as GetChatCompletion returns them. No content is listed. Callers see their own
+        completions; with the permission "operate", those of every caller. A gateway with several
+        worker processes lists those of all its workers. Other gateways' completions are not listed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CountTokens(self, request, context):
         """Returns the number of tokens in a request's prompt. The engine that would answer the request
         counts them, with its chat template. Nothing is generated.
@@ -174,6 +189,11 @@ def add_ChatCompletionServicer_to_server(servicer, server):
                     servicer.GetChatCompletion,
                     request_deserializer=deltawire_dot_v1_dot_chat__completion__pb2.GetChatCompletionRequest.FromString,
                     response_serializer=deltawire_dot_v1_dot_chat__completion__pb2.GetChatCompletionResponse.SerializeToString,
+            ),
+            'ListChatCompletions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListChatCompletions,
+                    request_deserializer=deltawire_dot_v1_dot_chat__completion__pb2.ListChatCompletionsRequest.FromString,
+                    response_serializer=deltawire_dot_v1_dot_chat__completion__pb2.ListChatCompletionsResponse.SerializeToString,
             ),
             'CountTokens': grpc.unary_unary_rpc_method_handler(
                     servicer.CountTokens,
@@ -311,6 +331,33 @@ class ChatCompletion(object):
             '/deltawire.v1.ChatCompletion/GetChatCompletion',
             deltawire_dot_v1_dot_chat__completion__pb2.GetChatCompletionRequest.SerializeToString,
             deltawire_dot_v1_dot_chat__completion__pb2.GetChatCompletionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListChatCompletions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/deltawire.v1.ChatCompletion/ListChatCompletions',
+            deltawire_dot_v1_dot_chat__completion__pb2.ListChatCompletionsRequest.SerializeToString,
+            deltawire_dot_v1_dot_chat__completion__pb2.ListChatCompletionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

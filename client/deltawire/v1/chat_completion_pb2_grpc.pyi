@@ -75,6 +75,12 @@ class ChatCompletionStub:
     """Returns the state of a completion, how long it can still be resumed, and its result if that is
     retained. If it is not retained, its usage and final state remain available for a limited time.
     """
+    ListChatCompletions: _grpc.UnaryUnaryMultiCallable[_chat_completion_pb2.ListChatCompletionsRequest, _chat_completion_pb2.ListChatCompletionsResponse]
+    """Lists completions of this gateway, newest first, in pages: running ones, and ended ones for as
+    long as GetChatCompletion returns them. No content is listed. Callers see their own
+    completions; with the permission "operate", those of every caller. A gateway with several
+    worker processes lists those of all its workers. Other gateways' completions are not listed.
+    """
     CountTokens: _grpc.UnaryUnaryMultiCallable[_chat_completion_pb2.CountTokensRequest, _chat_completion_pb2.CountTokensResponse]
     """Returns the number of tokens in a request's prompt. The engine that would answer the request
     counts them, with its chat template. Nothing is generated.
@@ -126,6 +132,12 @@ class ChatCompletionAsyncStub(ChatCompletionStub):
     GetChatCompletion: _aio.UnaryUnaryMultiCallable[_chat_completion_pb2.GetChatCompletionRequest, _chat_completion_pb2.GetChatCompletionResponse]  # type: ignore[assignment]
     """Returns the state of a completion, how long it can still be resumed, and its result if that is
     retained. If it is not retained, its usage and final state remain available for a limited time.
+    """
+    ListChatCompletions: _aio.UnaryUnaryMultiCallable[_chat_completion_pb2.ListChatCompletionsRequest, _chat_completion_pb2.ListChatCompletionsResponse]  # type: ignore[assignment]
+    """Lists completions of this gateway, newest first, in pages: running ones, and ended ones for as
+    long as GetChatCompletion returns them. No content is listed. Callers see their own
+    completions; with the permission "operate", those of every caller. A gateway with several
+    worker processes lists those of all its workers. Other gateways' completions are not listed.
     """
     CountTokens: _aio.UnaryUnaryMultiCallable[_chat_completion_pb2.CountTokensRequest, _chat_completion_pb2.CountTokensResponse]  # type: ignore[assignment]
     """Returns the number of tokens in a request's prompt. The engine that would answer the request
@@ -199,6 +211,18 @@ class ChatCompletionServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_chat_completion_pb2.GetChatCompletionResponse, _abc.Awaitable[_chat_completion_pb2.GetChatCompletionResponse]]:
         """Returns the state of a completion, how long it can still be resumed, and its result if that is
         retained. If it is not retained, its usage and final state remain available for a limited time.
+        """
+
+    @_abc_1.abstractmethod
+    def ListChatCompletions(
+        self,
+        request: _chat_completion_pb2.ListChatCompletionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_chat_completion_pb2.ListChatCompletionsResponse, _abc.Awaitable[_chat_completion_pb2.ListChatCompletionsResponse]]:
+        """Lists completions of this gateway, newest first, in pages: running ones, and ended ones for as
+        long as GetChatCompletion returns them. No content is listed. Callers see their own
+        completions; with the permission "operate", those of every caller. A gateway with several
+        worker processes lists those of all its workers. Other gateways' completions are not listed.
         """
 
     @_abc_1.abstractmethod

@@ -110,7 +110,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     Metadata: {"limit_seconds": "30"}.
     """
     ERROR_REASON_STORE_UNAVAILABLE: _ErrorReason.ValueType  # 19
-    """UNAVAILABLE. The registry's database is not available. Known models can still be called."""
+    """UNAVAILABLE. The registry's database is not available. Known models can still be called. From a
+    completion: its usage record cannot be written, and the operator requires it.
+    """
     ERROR_REASON_DRAINING: _ErrorReason.ValueType  # 20
     """UNAVAILABLE. This gateway process is shutting down: it accepts no new calls, and it has ended
     this watch. Retry after the delay in RetryInfo, on a new connection, which reaches another
@@ -328,7 +330,9 @@ ERROR_REASON_SLOW_CALLER: ErrorReason.ValueType  # 18
 Metadata: {"limit_seconds": "30"}.
 """
 ERROR_REASON_STORE_UNAVAILABLE: ErrorReason.ValueType  # 19
-"""UNAVAILABLE. The registry's database is not available. Known models can still be called."""
+"""UNAVAILABLE. The registry's database is not available. Known models can still be called. From a
+completion: its usage record cannot be written, and the operator requires it.
+"""
 ERROR_REASON_DRAINING: ErrorReason.ValueType  # 20
 """UNAVAILABLE. This gateway process is shutting down: it accepts no new calls, and it has ended
 this watch. Retry after the delay in RetryInfo, on a new connection, which reaches another

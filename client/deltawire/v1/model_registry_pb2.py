@@ -22,11 +22,12 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from deltawire.v1 import error_reason_pb2 as deltawire_dot_v1_dot_error__reason__pb2
 from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!deltawire/v1/model_registry.proto\x12\x0c\x64\x65ltawire.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd8\x04\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0bprovider_id\x18\x02 \x01(\t\x12\x19\n\x11provider_model_id\x18\x03 \x01(\t\x12%\n\x04type\x18\x04 \x01(\x0e\x32\x17.deltawire.v1.ModelType\x12\x0f\n\x07\x61liases\x18\x05 \x03(\t\x12\x39\n\x0b\x61nnotations\x18\x06 \x03(\x0b\x32$.deltawire.v1.Model.AnnotationsEntry\x12)\n\x06source\x18\x07 \x01(\x0e\x32\x19.deltawire.v1.ModelSource\x12\'\n\x05state\x18\x08 \x01(\x0e\x32\x18.deltawire.v1.ModelState\x12\x1f\n\x12max_context_tokens\x18\t \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x0b\x65ngine_root\x18\n \x01(\t\x12\x12\n\nbase_model\x18\x0b \x01(\t\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\x0e \x01(\t\x12 \n\x13\x65mbedding_dimension\x18\x0f \x01(\x05H\x01\x88\x01\x01\x12\r\n\x05owner\x18\x10 \x01(\t\x1a\x32\n\x10\x41nnotationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x15\n\x13_max_context_tokensB\x16\n\x14_embedding_dimension\"\xc8\x02\n\x14RegisterModelRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x13\n\x0bprovider_id\x18\x02 \x01(\t\x12\x19\n\x11provider_model_id\x18\x03 \x01(\t\x12%\n\x04type\x18\x04 \x01(\x0e\x32\x17.deltawire.v1.ModelType\x12\x0f\n\x07\x61liases\x18\x05 \x03(\t\x12H\n\x0b\x61nnotations\x18\x06 \x03(\x0b\x32\x33.deltawire.v1.RegisterModelRequest.AnnotationsEntry\x12 \n\x13\x65mbedding_dimension\x18\x07 \x01(\x05H\x00\x88\x01\x01\x1a\x32\n\x10\x41nnotationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x16\n\x14_embedding_dimension\";\n\x15RegisterModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.deltawire.v1.Model\"#\n\x0fGetModelRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.deltawire.v1.Model\"\xca\x01\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x13\n\x0bprovider_id\x18\x03 \x01(\t\x12%\n\x04type\x18\x04 \x01(\x0e\x32\x17.deltawire.v1.ModelType\x12\'\n\x05state\x18\x05 \x01(\x0e\x32\x18.deltawire.v1.ModelState\x12)\n\x06source\x18\x06 \x01(\x0e\x32\x19.deltawire.v1.ModelSource\"t\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.deltawire.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12 \n\x18unreachable_provider_ids\x18\x03 \x03(\t\"i\n\x12UpdateModelRequest\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.deltawire.v1.Model\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"9\n\x13UpdateModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.deltawire.v1.Model\"8\n\x16UnregisterModelRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"\x19\n\x17UnregisterModelResponse\"&\n\x12WatchModelsRequest\x12\x10\n\x08revision\x18\x01 \x01(\t\"\xf4\x01\n\x13WatchModelsResponse\x12\x38\n\x06\x63hange\x18\x01 \x01(\x0e\x32(.deltawire.v1.WatchModelsResponse.Change\x12\"\n\x05model\x18\x02 \x01(\x0b\x32\x13.deltawire.v1.Model\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x10\n\x08\x62ookmark\x18\x04 \x01(\x08\"[\n\x06\x43hange\x12\x16\n\x12\x43HANGE_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x43HANGE_ADDED\x10\x01\x12\x13\n\x0f\x43HANGE_MODIFIED\x10\x02\x12\x12\n\x0e\x43HANGE_REMOVED\x10\x03\"+\n\x14RefreshModelsRequest\x12\x13\n\x0bprovider_id\x18\x01 \x01(\t\"\x9d\x01\n\x15RefreshModelsResponse\x12?\n\tproviders\x18\x01 \x03(\x0b\x32,.deltawire.v1.RefreshModelsResponse.Provider\x1a\x43\n\x08Provider\x12\x13\n\x0bprovider_id\x18\x01 \x01(\t\x12\x13\n\x0bmodel_count\x18\x02 \x01(\x05\x12\r\n\x05\x65rror\x18\x03 \x01(\t\"=\n\x14ListProvidersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"[\n\x15ListProvidersResponse\x12)\n\tproviders\x18\x01 \x03(\x0b\x32\x16.deltawire.v1.Provider\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"]\n\x08Provider\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x11\n\tbase_urls\x18\x03 \x03(\t\x12$\n\x06\x65ngine\x18\x04 \x01(\x0b\x32\x14.deltawire.v1.Engine\"\xa1\x01\n\x06\x45ngine\x12\'\n\x04kind\x18\x01 \x01(\x0e\x32\x19.deltawire.v1.Engine.Kind\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"M\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x10\n\x0cKIND_UNKNOWN\x10\x01\x12\r\n\tKIND_VLLM\x10\x02\x12\x0e\n\nKIND_PROXY\x10\x03\"1\n\x1a\x43heckProviderHealthRequest\x12\x13\n\x0bprovider_id\x18\x01 \x01(\t\"\x80\x01\n\x1b\x43heckProviderHealthResponse\x12*\n\x06status\x18\x01 \x01(\x0e\x32\x1a.deltawire.v1.HealthStatus\x12\x0f\n\x07message\x18\x02 \x01(\t\x12$\n\x06\x65ngine\x18\x03 \x01(\x0b\x32\x14.deltawire.v1.Engine*l\n\tModelType\x12\x1a\n\x16MODEL_TYPE_UNSPECIFIED\x10\x00\x12\x12\n\x0eMODEL_TYPE_LLM\x10\x01\x12\x18\n\x14MODEL_TYPE_EMBEDDING\x10\x02\x12\x15\n\x11MODEL_TYPE_RERANK\x10\x03*e\n\x0bModelSource\x12\x1c\n\x18MODEL_SOURCE_UNSPECIFIED\x10\x00\x12\x1b\n\x17MODEL_SOURCE_REGISTERED\x10\x01\x12\x1b\n\x17MODEL_SOURCE_DISCOVERED\x10\x02*x\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_SERVING\x10\x01\x12\x1b\n\x17MODEL_STATE_UNAVAILABLE\x10\x02\x12\x17\n\x13MODEL_STATE_UNKNOWN\x10\x03*\\\n\x0cHealthStatus\x12\x1d\n\x19HEALTH_STATUS_UNSPECIFIED\x10\x00\x12\x14\n\x10HEALTH_STATUS_OK\x10\x01\x12\x17\n\x13HEALTH_STATUS_ERROR\x10\x02\x32\xaf\x06\n\rModelRegistry\x12X\n\rRegisterModel\x12\".deltawire.v1.RegisterModelRequest\x1a#.deltawire.v1.RegisterModelResponse\x12I\n\x08GetModel\x12\x1d.deltawire.v1.GetModelRequest\x1a\x1e.deltawire.v1.GetModelResponse\x12O\n\nListModels\x12\x1f.deltawire.v1.ListModelsRequest\x1a .deltawire.v1.ListModelsResponse\x12R\n\x0bUpdateModel\x12 .deltawire.v1.UpdateModelRequest\x1a!.deltawire.v1.UpdateModelResponse\x12^\n\x0fUnregisterModel\x12$.deltawire.v1.UnregisterModelRequest\x1a%.deltawire.v1.UnregisterModelResponse\x12T\n\x0bWatchModels\x12 .deltawire.v1.WatchModelsRequest\x1a!.deltawire.v1.WatchModelsResponse0\x01\x12X\n\rRefreshModels\x12\".deltawire.v1.RefreshModelsRequest\x1a#.deltawire.v1.RefreshModelsResponse\x12X\n\rListProviders\x12\".deltawire.v1.ListProvidersRequest\x1a#.deltawire.v1.ListProvidersResponse\x12j\n\x13\x43heckProviderHealth\x12(.deltawire.v1.CheckProviderHealthRequest\x1a).deltawire.v1.CheckProviderHealthResponseB\x87\x01\n\x10\x64\x65v.deltawire.v1B\x12ModelRegistryProtoP\x01Z)deltawire.dev/go/deltawire/v1;deltawirev1\xa2\x02\x03\x44WX\xaa\x02\x0c\x44\x65ltawire.V1\xca\x02\x0c\x44\x65ltawire\\V1\xea\x02\rDeltawire::V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!deltawire/v1/model_registry.proto\x12\x0c\x64\x65ltawire.v1\x1a\x1f\x64\x65ltawire/v1/error_reason.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd8\x04\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0bprovider_id\x18\x02 \x01(\t\x12\x19\n\x11provider_model_id\x18\x03 \x01(\t\x12%\n\x04type\x18\x04 \x01(\x0e\x32\x17.deltawire.v1.ModelType\x12\x0f\n\x07\x61liases\x18\x05 \x03(\t\x12\x39\n\x0b\x61nnotations\x18\x06 \x03(\x0b\x32$.deltawire.v1.Model.AnnotationsEntry\x12)\n\x06source\x18\x07 \x01(\x0e\x32\x19.deltawire.v1.ModelSource\x12\'\n\x05state\x18\x08 \x01(\x0e\x32\x18.deltawire.v1.ModelState\x12\x1f\n\x12max_context_tokens\x18\t \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x0b\x65ngine_root\x18\n \x01(\t\x12\x12\n\nbase_model\x18\x0b \x01(\t\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\x0e \x01(\t\x12 \n\x13\x65mbedding_dimension\x18\x0f \x01(\x05H\x01\x88\x01\x01\x12\r\n\x05owner\x18\x10 \x01(\t\x1a\x32\n\x10\x41nnotationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x15\n\x13_max_context_tokensB\x16\n\x14_embedding_dimension\"\xc8\x02\n\x14RegisterModelRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x13\n\x0bprovider_id\x18\x02 \x01(\t\x12\x19\n\x11provider_model_id\x18\x03 \x01(\t\x12%\n\x04type\x18\x04 \x01(\x0e\x32\x17.deltawire.v1.ModelType\x12\x0f\n\x07\x61liases\x18\x05 \x03(\t\x12H\n\x0b\x61nnotations\x18\x06 \x03(\x0b\x32\x33.deltawire.v1.RegisterModelRequest.AnnotationsEntry\x12 \n\x13\x65mbedding_dimension\x18\x07 \x01(\x05H\x00\x88\x01\x01\x1a\x32\n\x10\x41nnotationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x16\n\x14_embedding_dimension\";\n\x15RegisterModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.deltawire.v1.Model\"#\n\x0fGetModelRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.deltawire.v1.Model\"\xca\x01\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x13\n\x0bprovider_id\x18\x03 \x01(\t\x12%\n\x04type\x18\x04 \x01(\x0e\x32\x17.deltawire.v1.ModelType\x12\'\n\x05state\x18\x05 \x01(\x0e\x32\x18.deltawire.v1.ModelState\x12)\n\x06source\x18\x06 \x01(\x0e\x32\x19.deltawire.v1.ModelSource\"t\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.deltawire.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12 \n\x18unreachable_provider_ids\x18\x03 \x03(\t\"i\n\x12UpdateModelRequest\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.deltawire.v1.Model\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"9\n\x13UpdateModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.deltawire.v1.Model\"8\n\x16UnregisterModelRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"\x19\n\x17UnregisterModelResponse\"&\n\x12WatchModelsRequest\x12\x10\n\x08revision\x18\x01 \x01(\t\"\xf4\x01\n\x13WatchModelsResponse\x12\x38\n\x06\x63hange\x18\x01 \x01(\x0e\x32(.deltawire.v1.WatchModelsResponse.Change\x12\"\n\x05model\x18\x02 \x01(\x0b\x32\x13.deltawire.v1.Model\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x10\n\x08\x62ookmark\x18\x04 \x01(\x08\"[\n\x06\x43hange\x12\x16\n\x12\x43HANGE_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x43HANGE_ADDED\x10\x01\x12\x13\n\x0f\x43HANGE_MODIFIED\x10\x02\x12\x12\n\x0e\x43HANGE_REMOVED\x10\x03\"+\n\x14RefreshModelsRequest\x12\x13\n\x0bprovider_id\x18\x01 \x01(\t\"\x9d\x01\n\x15RefreshModelsResponse\x12?\n\tproviders\x18\x01 \x03(\x0b\x32,.deltawire.v1.RefreshModelsResponse.Provider\x1a\x43\n\x08Provider\x12\x13\n\x0bprovider_id\x18\x01 \x01(\t\x12\x13\n\x0bmodel_count\x18\x02 \x01(\x05\x12\r\n\x05\x65rror\x18\x03 \x01(\t\"=\n\x14ListProvidersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"[\n\x15ListProvidersResponse\x12)\n\tproviders\x18\x01 \x03(\x0b\x32\x16.deltawire.v1.Provider\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x86\x01\n\x08Provider\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x11\n\tbase_urls\x18\x03 \x03(\t\x12$\n\x06\x65ngine\x18\x04 \x01(\x0b\x32\x14.deltawire.v1.Engine\x12\'\n\x08replicas\x18\x05 \x03(\x0b\x32\x15.deltawire.v1.Replica\"\xf3\x02\n\x07Replica\x12\x10\n\x08\x62\x61se_url\x18\x01 \x01(\t\x12*\n\x05state\x18\x02 \x01(\x0e\x32\x1b.deltawire.v1.Replica.State\x12\x16\n\x0e\x61\x63tive_streams\x18\x03 \x01(\x05\x12\x31\n\rejected_until\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x36\n\x13last_failure_reason\x18\x05 \x01(\x0e\x32\x19.deltawire.v1.ErrorReason\x12\x35\n\x11last_failure_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"p\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x13\n\x0fSTATE_AVAILABLE\x10\x01\x12\x13\n\x0fSTATE_RETURNING\x10\x02\x12\x13\n\x0fSTATE_PROBATION\x10\x03\x12\x11\n\rSTATE_EJECTED\x10\x04\"\xa1\x01\n\x06\x45ngine\x12\'\n\x04kind\x18\x01 \x01(\x0e\x32\x19.deltawire.v1.Engine.Kind\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"M\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x10\n\x0cKIND_UNKNOWN\x10\x01\x12\r\n\tKIND_VLLM\x10\x02\x12\x0e\n\nKIND_PROXY\x10\x03\"1\n\x1a\x43heckProviderHealthRequest\x12\x13\n\x0bprovider_id\x18\x01 \x01(\t\"\x80\x01\n\x1b\x43heckProviderHealthResponse\x12*\n\x06status\x18\x01 \x01(\x0e\x32\x1a.deltawire.v1.HealthStatus\x12\x0f\n\x07message\x18\x02 \x01(\t\x12$\n\x06\x65ngine\x18\x03 \x01(\x0b\x32\x14.deltawire.v1.Engine*l\n\tModelType\x12\x1a\n\x16MODEL_TYPE_UNSPECIFIED\x10\x00\x12\x12\n\x0eMODEL_TYPE_LLM\x10\x01\x12\x18\n\x14MODEL_TYPE_EMBEDDING\x10\x02\x12\x15\n\x11MODEL_TYPE_RERANK\x10\x03*e\n\x0bModelSource\x12\x1c\n\x18MODEL_SOURCE_UNSPECIFIED\x10\x00\x12\x1b\n\x17MODEL_SOURCE_REGISTERED\x10\x01\x12\x1b\n\x17MODEL_SOURCE_DISCOVERED\x10\x02*x\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_SERVING\x10\x01\x12\x1b\n\x17MODEL_STATE_UNAVAILABLE\x10\x02\x12\x17\n\x13MODEL_STATE_UNKNOWN\x10\x03*\\\n\x0cHealthStatus\x12\x1d\n\x19HEALTH_STATUS_UNSPECIFIED\x10\x00\x12\x14\n\x10HEALTH_STATUS_OK\x10\x01\x12\x17\n\x13HEALTH_STATUS_ERROR\x10\x02\x32\xaf\x06\n\rModelRegistry\x12X\n\rRegisterModel\x12\".deltawire.v1.RegisterModelRequest\x1a#.deltawire.v1.RegisterModelResponse\x12I\n\x08GetModel\x12\x1d.deltawire.v1.GetModelRequest\x1a\x1e.deltawire.v1.GetModelResponse\x12O\n\nListModels\x12\x1f.deltawire.v1.ListModelsRequest\x1a .deltawire.v1.ListModelsResponse\x12R\n\x0bUpdateModel\x12 .deltawire.v1.UpdateModelRequest\x1a!.deltawire.v1.UpdateModelResponse\x12^\n\x0fUnregisterModel\x12$.deltawire.v1.UnregisterModelRequest\x1a%.deltawire.v1.UnregisterModelResponse\x12T\n\x0bWatchModels\x12 .deltawire.v1.WatchModelsRequest\x1a!.deltawire.v1.WatchModelsResponse0\x01\x12X\n\rRefreshModels\x12\".deltawire.v1.RefreshModelsRequest\x1a#.deltawire.v1.RefreshModelsResponse\x12X\n\rListProviders\x12\".deltawire.v1.ListProvidersRequest\x1a#.deltawire.v1.ListProvidersResponse\x12j\n\x13\x43heckProviderHealth\x12(.deltawire.v1.CheckProviderHealthRequest\x1a).deltawire.v1.CheckProviderHealthResponseB\x87\x01\n\x10\x64\x65v.deltawire.v1B\x12ModelRegistryProtoP\x01Z)deltawire.dev/go/deltawire/v1;deltawirev1\xa2\x02\x03\x44WX\xaa\x02\x0c\x44\x65ltawire.V1\xca\x02\x0c\x44\x65ltawire\\V1\xea\x02\rDeltawire::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,66 +39,70 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODEL_ANNOTATIONSENTRY']._serialized_options = b'8\001'
   _globals['_REGISTERMODELREQUEST_ANNOTATIONSENTRY']._loaded_options = None
   _globals['_REGISTERMODELREQUEST_ANNOTATIONSENTRY']._serialized_options = b'8\001'
-  _globals['_MODELTYPE']._serialized_start=2869
-  _globals['_MODELTYPE']._serialized_end=2977
-  _globals['_MODELSOURCE']._serialized_start=2979
-  _globals['_MODELSOURCE']._serialized_end=3080
-  _globals['_MODELSTATE']._serialized_start=3082
-  _globals['_MODELSTATE']._serialized_end=3202
-  _globals['_HEALTHSTATUS']._serialized_start=3204
-  _globals['_HEALTHSTATUS']._serialized_end=3296
-  _globals['_MODEL']._serialized_start=119
-  _globals['_MODEL']._serialized_end=719
-  _globals['_MODEL_ANNOTATIONSENTRY']._serialized_start=622
-  _globals['_MODEL_ANNOTATIONSENTRY']._serialized_end=672
-  _globals['_REGISTERMODELREQUEST']._serialized_start=722
-  _globals['_REGISTERMODELREQUEST']._serialized_end=1050
-  _globals['_REGISTERMODELREQUEST_ANNOTATIONSENTRY']._serialized_start=622
-  _globals['_REGISTERMODELREQUEST_ANNOTATIONSENTRY']._serialized_end=672
-  _globals['_REGISTERMODELRESPONSE']._serialized_start=1052
-  _globals['_REGISTERMODELRESPONSE']._serialized_end=1111
-  _globals['_GETMODELREQUEST']._serialized_start=1113
-  _globals['_GETMODELREQUEST']._serialized_end=1148
-  _globals['_GETMODELRESPONSE']._serialized_start=1150
-  _globals['_GETMODELRESPONSE']._serialized_end=1204
-  _globals['_LISTMODELSREQUEST']._serialized_start=1207
-  _globals['_LISTMODELSREQUEST']._serialized_end=1409
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1411
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1527
-  _globals['_UPDATEMODELREQUEST']._serialized_start=1529
-  _globals['_UPDATEMODELREQUEST']._serialized_end=1634
-  _globals['_UPDATEMODELRESPONSE']._serialized_start=1636
-  _globals['_UPDATEMODELRESPONSE']._serialized_end=1693
-  _globals['_UNREGISTERMODELREQUEST']._serialized_start=1695
-  _globals['_UNREGISTERMODELREQUEST']._serialized_end=1751
-  _globals['_UNREGISTERMODELRESPONSE']._serialized_start=1753
-  _globals['_UNREGISTERMODELRESPONSE']._serialized_end=1778
-  _globals['_WATCHMODELSREQUEST']._serialized_start=1780
-  _globals['_WATCHMODELSREQUEST']._serialized_end=1818
-  _globals['_WATCHMODELSRESPONSE']._serialized_start=1821
-  _globals['_WATCHMODELSRESPONSE']._serialized_end=2065
-  _globals['_WATCHMODELSRESPONSE_CHANGE']._serialized_start=1974
-  _globals['_WATCHMODELSRESPONSE_CHANGE']._serialized_end=2065
-  _globals['_REFRESHMODELSREQUEST']._serialized_start=2067
-  _globals['_REFRESHMODELSREQUEST']._serialized_end=2110
-  _globals['_REFRESHMODELSRESPONSE']._serialized_start=2113
-  _globals['_REFRESHMODELSRESPONSE']._serialized_end=2270
-  _globals['_REFRESHMODELSRESPONSE_PROVIDER']._serialized_start=2203
-  _globals['_REFRESHMODELSRESPONSE_PROVIDER']._serialized_end=2270
-  _globals['_LISTPROVIDERSREQUEST']._serialized_start=2272
-  _globals['_LISTPROVIDERSREQUEST']._serialized_end=2333
-  _globals['_LISTPROVIDERSRESPONSE']._serialized_start=2335
-  _globals['_LISTPROVIDERSRESPONSE']._serialized_end=2426
-  _globals['_PROVIDER']._serialized_start=2428
-  _globals['_PROVIDER']._serialized_end=2521
-  _globals['_ENGINE']._serialized_start=2524
-  _globals['_ENGINE']._serialized_end=2685
-  _globals['_ENGINE_KIND']._serialized_start=2608
-  _globals['_ENGINE_KIND']._serialized_end=2685
-  _globals['_CHECKPROVIDERHEALTHREQUEST']._serialized_start=2687
-  _globals['_CHECKPROVIDERHEALTHREQUEST']._serialized_end=2736
-  _globals['_CHECKPROVIDERHEALTHRESPONSE']._serialized_start=2739
-  _globals['_CHECKPROVIDERHEALTHRESPONSE']._serialized_end=2867
-  _globals['_MODELREGISTRY']._serialized_start=3299
-  _globals['_MODELREGISTRY']._serialized_end=4114
+  _globals['_MODELTYPE']._serialized_start=3318
+  _globals['_MODELTYPE']._serialized_end=3426
+  _globals['_MODELSOURCE']._serialized_start=3428
+  _globals['_MODELSOURCE']._serialized_end=3529
+  _globals['_MODELSTATE']._serialized_start=3531
+  _globals['_MODELSTATE']._serialized_end=3651
+  _globals['_HEALTHSTATUS']._serialized_start=3653
+  _globals['_HEALTHSTATUS']._serialized_end=3745
+  _globals['_MODEL']._serialized_start=152
+  _globals['_MODEL']._serialized_end=752
+  _globals['_MODEL_ANNOTATIONSENTRY']._serialized_start=655
+  _globals['_MODEL_ANNOTATIONSENTRY']._serialized_end=705
+  _globals['_REGISTERMODELREQUEST']._serialized_start=755
+  _globals['_REGISTERMODELREQUEST']._serialized_end=1083
+  _globals['_REGISTERMODELREQUEST_ANNOTATIONSENTRY']._serialized_start=655
+  _globals['_REGISTERMODELREQUEST_ANNOTATIONSENTRY']._serialized_end=705
+  _globals['_REGISTERMODELRESPONSE']._serialized_start=1085
+  _globals['_REGISTERMODELRESPONSE']._serialized_end=1144
+  _globals['_GETMODELREQUEST']._serialized_start=1146
+  _globals['_GETMODELREQUEST']._serialized_end=1181
+  _globals['_GETMODELRESPONSE']._serialized_start=1183
+  _globals['_GETMODELRESPONSE']._serialized_end=1237
+  _globals['_LISTMODELSREQUEST']._serialized_start=1240
+  _globals['_LISTMODELSREQUEST']._serialized_end=1442
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1444
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1560
+  _globals['_UPDATEMODELREQUEST']._serialized_start=1562
+  _globals['_UPDATEMODELREQUEST']._serialized_end=1667
+  _globals['_UPDATEMODELRESPONSE']._serialized_start=1669
+  _globals['_UPDATEMODELRESPONSE']._serialized_end=1726
+  _globals['_UNREGISTERMODELREQUEST']._serialized_start=1728
+  _globals['_UNREGISTERMODELREQUEST']._serialized_end=1784
+  _globals['_UNREGISTERMODELRESPONSE']._serialized_start=1786
+  _globals['_UNREGISTERMODELRESPONSE']._serialized_end=1811
+  _globals['_WATCHMODELSREQUEST']._serialized_start=1813
+  _globals['_WATCHMODELSREQUEST']._serialized_end=1851
+  _globals['_WATCHMODELSRESPONSE']._serialized_start=1854
+  _globals['_WATCHMODELSRESPONSE']._serialized_end=2098
+  _globals['_WATCHMODELSRESPONSE_CHANGE']._serialized_start=2007
+  _globals['_WATCHMODELSRESPONSE_CHANGE']._serialized_end=2098
+  _globals['_REFRESHMODELSREQUEST']._serialized_start=2100
+  _globals['_REFRESHMODELSREQUEST']._serialized_end=2143
+  _globals['_REFRESHMODELSRESPONSE']._serialized_start=2146
+  _globals['_REFRESHMODELSRESPONSE']._serialized_end=2303
+  _globals['_REFRESHMODELSRESPONSE_PROVIDER']._serialized_start=2236
+  _globals['_REFRESHMODELSRESPONSE_PROVIDER']._serialized_end=2303
+  _globals['_LISTPROVIDERSREQUEST']._serialized_start=2305
+  _globals['_LISTPROVIDERSREQUEST']._serialized_end=2366
+  _globals['_LISTPROVIDERSRESPONSE']._serialized_start=2368
+  _globals['_LISTPROVIDERSRESPONSE']._serialized_end=2459
+  _globals['_PROVIDER']._serialized_start=2462
+  _globals['_PROVIDER']._serialized_end=2596
+  _globals['_REPLICA']._serialized_start=2599
+  _globals['_REPLICA']._serialized_end=2970
+  _globals['_REPLICA_STATE']._serialized_start=2858
+  _globals['_REPLICA_STATE']._serialized_end=2970
+  _globals['_ENGINE']._serialized_start=2973
+  _globals['_ENGINE']._serialized_end=3134
+  _globals['_ENGINE_KIND']._serialized_start=3057
+  _globals['_ENGINE_KIND']._serialized_end=3134
+  _globals['_CHECKPROVIDERHEALTHREQUEST']._serialized_start=3136
+  _globals['_CHECKPROVIDERHEALTHREQUEST']._serialized_end=3185
+  _globals['_CHECKPROVIDERHEALTHRESPONSE']._serialized_start=3188
+  _globals['_CHECKPROVIDERHEALTHRESPONSE']._serialized_end=3316
+  _globals['_MODELREGISTRY']._serialized_start=3748
+  _globals['_MODELREGISTRY']._serialized_end=4563
 # @@protoc_insertion_point(module_scope)

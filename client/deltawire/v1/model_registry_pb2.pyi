@@ -4,6 +4,7 @@ isort:skip_file
 """
 
 from collections import abc as _abc
+from deltawire.v1 import error_reason_pb2 as _error_reason_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
@@ -847,6 +848,7 @@ class Provider(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     BASE_URLS_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The provider's unique id, chosen by the operator."""
     kind: _builtins.str
@@ -859,6 +861,12 @@ class Provider(_message.Message):
     def engine(self) -> Global___Engine:
         """The server that answers at these URLs. Always set."""
 
+    @_builtins.property
+    def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___Replica]:
+        """The replicas, in the order of `base_urls`. Each gateway process has its own view of them; the
+        response has that of the process that answers the call.
+        """
+
     def __init__(
         self,
         *,
@@ -866,14 +874,94 @@ class Provider(_message.Message):
         kind: _builtins.str = ...,
         base_urls: _abc.Iterable[_builtins.str] | None = ...,
         engine: Global___Engine | None = ...,
+        replicas: _abc.Iterable[Global___Replica] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_urls", b"base_urls", "engine", b"engine", "id", b"id", "kind", b"kind"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_urls", b"base_urls", "engine", b"engine", "id", b"id", "kind", b"kind", "replicas", b"replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Provider: _TypeAlias = Provider  # noqa: Y015
+
+@_typing.final
+class Replica(_message.Message):
+    """One server of a provider, as a gateway process sees it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _State:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _StateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Replica._State.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        STATE_UNSPECIFIED: Replica._State.ValueType  # 0
+        """Not set; never sent."""
+        STATE_AVAILABLE: Replica._State.ValueType  # 1
+        """It gets calls."""
+        STATE_RETURNING: Replica._State.ValueType  # 2
+        """It answers again after an ejection, and its share of the calls grows."""
+        STATE_PROBATION: Replica._State.ValueType  # 3
+        """Its ejection has expired. It gets one call at a time until it has answered one."""
+        STATE_EJECTED: Replica._State.ValueType  # 4
+        """It gets no calls until `ejected_until`, because a call to it failed."""
+
+    class State(_State, metaclass=_StateEnumTypeWrapper):
+        """Whether the replica gets calls."""
+
+    STATE_UNSPECIFIED: Replica.State.ValueType  # 0
+    """Not set; never sent."""
+    STATE_AVAILABLE: Replica.State.ValueType  # 1
+    """It gets calls."""
+    STATE_RETURNING: Replica.State.ValueType  # 2
+    """It answers again after an ejection, and its share of the calls grows."""
+    STATE_PROBATION: Replica.State.ValueType  # 3
+    """Its ejection has expired. It gets one call at a time until it has answered one."""
+    STATE_EJECTED: Replica.State.ValueType  # 4
+    """It gets no calls until `ejected_until`, because a call to it failed."""
+
+    BASE_URL_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    ACTIVE_STREAMS_FIELD_NUMBER: _builtins.int
+    EJECTED_UNTIL_FIELD_NUMBER: _builtins.int
+    LAST_FAILURE_REASON_FIELD_NUMBER: _builtins.int
+    LAST_FAILURE_TIME_FIELD_NUMBER: _builtins.int
+    base_url: _builtins.str
+    """The base URL, without credentials."""
+    state: Global___Replica.State.ValueType
+    """The state."""
+    active_streams: _builtins.int
+    """The number of calls that it processes now for this gateway process."""
+    last_failure_reason: _error_reason_pb2.ErrorReason.ValueType
+    """The reason of its last failure that counts against it, also if it has answered since.
+    Unspecified if there was none since the gateway process started.
+    """
+    @_builtins.property
+    def ejected_until(self) -> _timestamp_pb2.Timestamp:
+        """When its ejection expires. Present with EJECTED only."""
+
+    @_builtins.property
+    def last_failure_time(self) -> _timestamp_pb2.Timestamp:
+        """When that failure happened. Absent if there was none."""
+
+    def __init__(
+        self,
+        *,
+        base_url: _builtins.str = ...,
+        state: Global___Replica.State.ValueType = ...,
+        active_streams: _builtins.int = ...,
+        ejected_until: _timestamp_pb2.Timestamp | None = ...,
+        last_failure_reason: _error_reason_pb2.ErrorReason.ValueType = ...,
+        last_failure_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ejected_until", b"ejected_until", "last_failure_time", b"last_failure_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_streams", b"active_streams", "base_url", b"base_url", "ejected_until", b"ejected_until", "last_failure_reason", b"last_failure_reason", "last_failure_time", b"last_failure_time", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Replica: _TypeAlias = Replica  # noqa: Y015
 
 @_typing.final
 class Engine(_message.Message):

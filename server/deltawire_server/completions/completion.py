@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from deltawire_server.sansio.tool_calls import Check
     from deltawire_server.upstream.base import Body, CallContext
     from deltawire_server.upstream.request import ChatRequest
+    from deltawire_server.usage.log import UsageRecord
 
 _OURS = frozenset(
     {
@@ -117,6 +118,8 @@ class Completion:
         hold: Accounts for its memory; at the limit of the process, it may be evicted.
         request_bytes: Size of the request message, which is held until the provider's first event.
         adaptive: How long deltas are delayed under load, if the options do not say; not at all by default.
+        usage_record: Its usage record, if records are written.
+        create_time: When the call was accepted, as Unix time in seconds; now by default.
 
     Attributes:
         head: Its id, model, provider and sampling.
@@ -126,7 +129,8 @@ class Completion:
         ended_by: The cause of its end; `None` before.
         failure: The error that ended it; `None` before the end and without an error.
         attempts: The attempts at replicas.
-        stop_reasons: The stop reasons of its choices, from the end on.
+        time_limit: Seconds after its acceptance at which it is ended at the latest.
+        stop_reasons: Those of its choices, after its end.
     """
 
     def __init__(
@@ -145,6 +149,8 @@ class Completion:
         hold: Hold,
         request_bytes: int,
         adaptive: AdaptiveDelay | None = None,
+        usage_record: UsageRecord | None = None,
+        create_time: float | None = None,
     ) -> None:
         request = _with_defaults(request, resolution.provider.default_max_tokens)
         self.resolution = resolution
@@ -153,7 +159,7 @@ class Completion:
             resolution.model.id,
             resolution.alias,
             resolution.provider.id,
-            time.time(),
+            time.time() if create_time is None else create_time,
             request.sampling,
         )
         self.state = State.QUEUED
@@ -163,6 +169,8 @@ class Completion:
         self.stop_reasons: tuple[StopReason, ...] = ()
         self._unsent = [request]
         self._soft_time_limit = request.soft_time_limit
+        soft = float("inf") if request.soft_time_limit is None else request.soft_time_limit
+        self.time_limit = min(limits.max_duration, soft)
         self._format_field = format_field(request)
         self._call = call
         self._options = options
@@ -188,6 +196,7 @@ class Completion:
             whole=keep_logprobs,
             limits=limits.answer,
         )
+        self._usage_record = usage_record
         self._hold = hold
         self._request_bytes = request_bytes
         hold.evict = self._evict
@@ -334,10 +343,7 @@ class Completion:
         """Set the deadline, counted from the acceptance of the call, which may already have passed."""
         loop = asyncio.get_running_loop()
         accepted = loop.time() - (time.monotonic() - self._accepted)
-        self._clock.end_by = accepted + min(
-            self._limits.max_duration,
-            float("inf") if self._soft_time_limit is None else self._soft_time_limit,
-        )
+        self._clock.end_by = accepted + self.time_limit
         self._clock.check()
 
     async def _read(self) -> None:
@@ -360,6 +366,8 @@ class Completion:
         request = await self._images.load(self._unsent.pop())
         # Up to the first event, the provider applies its timeout, because it has to attribute it to a replica.
         self._clock.pause()
+        if self._usage_record is not None:
+            self._usage_record.begin()
         self._sent = time.monotonic()
         opening = self.resolution.provider.stream_chat(request, model, self._call, self.attempts)
         del request
@@ -516,11 +524,15 @@ class Completion:
         self.state = advance(self.state, cause)
         self.ended_by = cause
         self.failure = failure
+        self.stop_reasons = tuple(choice.stop_reason for choice in choices)
         self._ended = time.monotonic()
         self._clock.stop()
         self._queue.close()
         self.stop_reasons = tuple(choice.stop_reason for choice in choices)
-        measures.ended(self, self._gaps, choices, canceled=cause is Cause.CALLER)
+        error = measures.error_type(failure, canceled=cause is Cause.CALLER)
+        measures.ended(self, self._gaps, choices, error)
+        if self._usage_record is not None:
+            self._usage_record.end(self.usage, self.stop_reasons, error, self.timings.total)
         self._end_span(choices)
         if isinstance(failure, ProviderError):
             self._provider_failed(failure.reason)

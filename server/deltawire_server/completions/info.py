@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from deltawire_server.sansio.events import Provenance, StopReason, Usage
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from deltawire_server.errors import Code, DeltawireError, Reason
     from deltawire_server.sansio.events import Fault
@@ -93,10 +93,6 @@ class ActiveCompletion(CompletionView, Protocol):
         """The attempts at replicas."""
 
     @property
-    def stop_reasons(self) -> Sequence[StopReason]:
-        """The stop reasons of its choices, from the end on."""
-
-    @property
     def log_values(self) -> Mapping[str, object]:
         """The values of a log line about it."""
 
@@ -107,6 +103,14 @@ class ActiveCompletion(CompletionView, Protocol):
     @property
     def usage(self) -> Usage:
         """The usage so far."""
+
+    @property
+    def time_limit(self) -> float:
+        """Seconds after its acceptance at which it is ended at the latest."""
+
+    @property
+    def stop_reasons(self) -> tuple[StopReason, ...]:
+        """Those of its choices, after its end."""
 
     def stop(self, reason: StopReason) -> None:
         """End it now without a fault."""

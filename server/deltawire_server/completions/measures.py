@@ -59,30 +59,22 @@ class Gaps:
 
 
 def error_type(failure: DeltawireError | None, *, canceled: bool) -> str:
-    """How a completion failed, for metrics and traces; empty if it did not.
-
-    Args:
-        failure: Its failure.
-        canceled: Whether its caller's cancellation or deadline was the cause.
-    """
-    if canceled:
-        return CANCELED
-    return "" if failure is None else failure.reason.name
+    """Why a completion failed: `CANCELED`, or the name of a reason; empty if it did not fail."""
+    return CANCELED if canceled else failure.reason.name if failure is not None else ""
 
 
-def ended(completion: ActiveCompletion, gaps: Gaps, choices: Iterable[FinishedChoice], *, canceled: bool) -> None:
+def ended(completion: ActiveCompletion, gaps: Gaps, choices: Iterable[FinishedChoice], error: str) -> None:
     """Count a completion that has ended.
 
     Args:
         completion: The completion, with its failure if it has one.
         gaps: The gaps between its provider's events.
         choices: Its choices, if its answer has begun.
-        canceled: Whether its caller's cancellation or deadline was the cause.
+        error: From `error_type`.
     """
     operation = table.operation(completion.head.provider_id, completion.head.model)
     timings = completion.timings
-    kind = error_type(completion.failure, canceled=canceled)
-    table.OPERATION_SECONDS.labels(*operation, kind).observe(timings.total)
+    table.OPERATION_SECONDS.labels(*operation, error).observe(timings.total)
     if timings.first_event is not None:
         table.FIRST_CHUNK_SECONDS.labels(*operation).observe(timings.first_event)
         table.add_counted(table.CHUNK_GAP_SECONDS.labels(*operation), gaps.counts, gaps.total)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from sys import getsizeof
 from typing import TYPE_CHECKING
 
 from deltawire_server.completions.info import NOTHING_YET, ActiveCompletion, CompletionInfo, Outcome
-from deltawire_server.errors import CallerError, Code, GatewayError, Reason
+from deltawire_server.errors import CallerError, Code, DeltawireError, GatewayError, Reason
 from deltawire_server.sansio.events import StopReason, Usage
 from deltawire_server.upstream.request import Sampling
 
@@ -66,10 +67,16 @@ class Record:
         caller: The caller; empty if callers are not distinguished.
         completion_id: The id, unique for the caller.
         fingerprint: The same for equal requests; empty for a generated id, which no other request can have.
+        label: The caller's name for operators; several callers may have had it.
+        created: When it was admitted, as Unix time in microseconds; unique in this process.
+        ended_at: When it ended, as Unix time in seconds; `None` before.
         running: The completion while it is running and its model is resolved.
         begun: Whether the answer began; set at the end.
         head: The fixed data; set when the model is resolved.
         usage: The total usage; set at the end.
+        replica: The address of the last replica that was asked; set at the end.
+        time_limit: Seconds after which it is ended at the latest; set when the model is resolved.
+        stop_reasons: Those of its choices; set at the end.
         outcome: The error, if it failed.
         ended: Whether it has ended.
         stream: Its retained stream, if any.
@@ -80,10 +87,16 @@ class Record:
     caller: str
     completion_id: str
     fingerprint: bytes = b""
+    label: str = ""
+    created: int = 0
+    ended_at: float | None = None
     running: ActiveCompletion | None = None
     head: CompletionInfo | None = None
     begun: bool = False
     usage: Usage = NOTHING_YET
+    replica: str = ""
+    time_limit: float | None = None
+    stop_reasons: tuple[StopReason, ...] = ()
     outcome: Outcome | None = None
     ended: bool = False
     stream: RetainedStream | None = None
@@ -102,6 +115,7 @@ class Record:
         """Set the running completion. An earlier `cancel` or `fail` takes effect now."""
         self.running = running
         self.head = running.head
+        self.time_limit = running.time_limit
         if self.stream is not None:
             self.stream.run(running)
         if self._stop_asked:
@@ -126,6 +140,8 @@ class Record:
         if self.running is not None:
             self.usage = self.running.usage
             self.begun = self.running.begun
+            self.replica = self.running.attempts.base_url
+            self.stop_reasons = self.running.stop_reasons
 
     def shrink(self) -> None:
         """Drop what is not remembered of an ended completion, and set `size`."""
@@ -137,7 +153,7 @@ class Record:
             lists = 0
             scalars = {name: each for name, each in self.head.sampling.given().items() if not isinstance(each, _LISTS)}
             self.head = replace(self.head, sampling=Sampling(**scalars))
-        texts = [self.caller, self.completion_id]
+        texts = [self.caller, self.completion_id, self.label]
         if self.outcome is not None:
             texts.append(self.outcome.message)
         if self.head is not None:
@@ -191,13 +207,16 @@ class Records:
         mark: str = "",
         seat: str = "",
     ) -> None:
-        self._mark = mark or secrets.token_hex(4)
+        self.mark = mark or secrets.token_hex(4)
+        """Eight hexadecimal digits that identify this process."""
         self._seat = seat
         self._max_remembered = max_remembered
         self._max_bytes = max_bytes
         self._size = 0
         self._remembered_seconds = remembered_seconds
         self._kept: dict[tuple[str, str], Record] = {}  # running or retained
+        self._created: dict[int, Record] = {}  # all, oldest first
+        self._last_created = 0
         self._remembered: OrderedDict[tuple[str, str], Record] = OrderedDict()  # oldest end first
 
     def kept(self) -> tuple[Record, ...]:
@@ -213,7 +232,15 @@ class Records:
         """The caller's running or retained completion of this id."""
         return self._kept.get((caller, completion_id))
 
-    def begin(self, caller: str, completion_id: str = "", fingerprint: bytes = b"") -> Record:
+    def newest(self, before: int | None = None) -> list[Record]:
+        """All records, newest first; with `before`, only those whose `created` is lower."""
+        self._forget()
+        created = list(self._created)
+        if before is not None:
+            del created[bisect_left(created, before) :]
+        return [self._created[each] for each in reversed(created)]
+
+    def begin(self, caller: str, completion_id: str = "", fingerprint: bytes = b"", label: str = "") -> Record:
         """Add a record for a new completion.
 
         Args:
@@ -221,11 +248,12 @@ class Records:
             completion_id: The caller's own id; empty to generate one: "cmpl-", 32 random hexadecimal digits, "-", and eight
                 hexadecimal digits that identify this process.
             fingerprint: The same for equal requests.
+            label: The caller's name for operators.
 
         Raises:
             CallerError: COMPLETION_ALREADY_EXISTS: the caller has a running or retained completion of this id.
         """
-        key = (caller, completion_id or f"cmpl-{secrets.token_hex(16)}-{self._mark}")
+        key = (caller, completion_id or f"cmpl-{secrets.token_hex(16)}-{self.mark}")
         taken = self._kept.get(key)
         if taken is not None and not taken.is_abandoned:
             state = "is retained" if taken.ended else "is running"
@@ -235,7 +263,10 @@ class Records:
                 metadata={"completion_id": completion_id},
             )
         self._drop(key)
-        record = self._kept[key] = Record(*key, fingerprint)
+        # Unique and increasing, also if the clock is set back.
+        self._last_created = max(time.time_ns() // 1000, self._last_created + 1)
+        record = self._kept[key] = Record(*key, fingerprint, label, self._last_created)
+        self._created[record.created] = record
         return record
 
     def end(self, record: Record, outcome: Outcome | None) -> None:
@@ -249,6 +280,7 @@ class Records:
         record.running = None
         record.outcome = outcome
         record.ended = True
+        record.ended_at = time.time()
         if record.stream is None:
             self._remember(record)
 
@@ -259,7 +291,7 @@ class Records:
             self._remember(record)
 
     def find(self, caller: str, completion_id: str) -> Record:
-        """The caller's completion of this id.
+        """The caller's completion of this id. Operators may use `find_any` if there is none.
 
         Raises:
             CallerError: COMPLETION_NOT_FOUND: the caller has no completion of this id; another caller may have one.
@@ -269,21 +301,42 @@ class Records:
         self._forget()
         key = (caller, completion_id)
         record = self._kept.get(key) or self._remembered.get(key)
-        if record is not None:
-            return record
+        if record is None:
+            raise self._unknown(completion_id, f"you have no completion {completion_id!r} here")
+        return record
+
+    def find_any(self, completion_id: str, label: str = "") -> Record:
+        """The newest completion of this id, of any caller.
+
+        Args:
+            completion_id: The id.
+            label: The caller's name; if empty, only a generated id is found, because several callers may have chosen an id.
+
+        Raises:
+            DeltawireError: As for `find`.
+        """
+        if label or mark_of(completion_id):
+            for record in self.newest():
+                if record.completion_id == completion_id and label in ("", record.label):
+                    return record
+        message = f"{label} has no completion {completion_id!r} here"
+        if not label:
+            message = f"you have no completion {completion_id!r} here: to find that of another caller, set caller"
+        raise self._unknown(completion_id, message)
+
+    def _unknown(self, completion_id: str, message: str) -> DeltawireError:
+        """The error for an id that is not here."""
         metadata = {"completion_id": completion_id}
         mark = mark_of(completion_id)
-        if mark and mark != self._mark:
+        if mark and mark != self.mark:
             if self._seat and mark.startswith(self._seat):
-                raise lost(completion_id)
-            raise GatewayError(
+                return lost(completion_id)
+            return GatewayError(
                 Reason.WRONG_REPLICA,
                 f"completion {completion_id!r} belongs to another gateway process, or to this one before a restart",
                 metadata=metadata,
             )
-        raise CallerError(
-            Reason.COMPLETION_NOT_FOUND, f"you have no completion {completion_id!r} here", metadata=metadata
-        )
+        return CallerError(Reason.COMPLETION_NOT_FOUND, message, metadata=metadata)
 
     def _remember(self, record: Record) -> None:
         key = (record.caller, record.completion_id)
@@ -300,6 +353,7 @@ class Records:
         record = self._remembered.pop(key, None)
         if record is not None:
             self._size -= record.size
+            del self._created[record.created]
 
     def _forget(self) -> None:
         """Drop expired records, and the oldest ones beyond the limits."""

@@ -112,6 +112,9 @@ TOOL_CALLS = _counter(
 USAGE = _counter(
     "deltawire_usage_total", "Completions that have ended, by the provenance of their usage.", "provenance"
 )
+USAGE_RECORDS = _counter(
+    "deltawire_usage_records_total", "Lines of usage records, by outcome: written, lost.", "outcome"
+)
 JOINED_DELTAS = _counter("deltawire_joined_deltas_total", "Deltas that shared the message of an earlier one.")
 ADAPTIVE_DELAY = _gauge(
     "deltawire_adaptive_delay_seconds",

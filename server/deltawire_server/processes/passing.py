@@ -1,5 +1,8 @@
 """Passes calls on to the worker that has their completion, and receives the calls that siblings pass on.
 
+A call that lists completions is sent to all workers, and one that names a caller to one after the other, because the place of an
+id that a caller chose depends on the caller's credential.
+
     caller ──▶ public listener ── access, receiving ──▶ Passing ── another worker's id ──▶ that worker's private listener
                                                           └── otherwise ──▶ the service of this process
 
@@ -16,8 +19,11 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2
 from grpc import aio
 
+from deltawire.v1 import chat_completion_pb2 as chat_pb
+from deltawire.v1 import chat_completion_pb2_grpc
 from deltawire_server.completions.records import lost
 from deltawire_server.errors import Code, DeltawireError, GatewayError, Reason, Violation
+from deltawire_server.rpc import completion_list
 from deltawire_server.rpc.chat_completion import slow_caller
 from deltawire_server.rpc.interceptors import ADMITTED, PROVIDER_TOKEN, REQUEST_ID, STREAM_CHAT, call_record, passed_on
 from deltawire_server.rpc.reception import PENDING_REQUESTS
@@ -56,6 +62,13 @@ _ID_OF: Mapping[str, Callable[[Any], str]] = {
     "/deltawire.v1.ChatCompletion/GetChatCompletion": lambda request: request.completion_id,
 }
 """The id of the completion that a request is about, by method; empty for a new completion without an id of the caller's."""
+
+LIST = "/deltawire.v1.ChatCompletion/ListChatCompletions"
+
+LIST_SECONDS = 5.0
+"""How long a sibling may take to list its completions; otherwise the page is returned without them."""
+
+_UNKNOWN = frozenset({Reason.COMPLETION_NOT_FOUND, Reason.COMPLETION_GONE})
 
 _SIZES = [("grpc.max_metadata_size", METADATA_BYTES), ("grpc.absolute_max_metadata_size", METADATA_BYTES)]
 
@@ -114,6 +127,8 @@ class Passing(aio.ServerInterceptor):
         """Wrap the handler of a method that is about one completion in one that may pass the call on."""
         handler = cast("_Handler", await continuation(handler_call_details))
         method = handler_call_details.method
+        if method == LIST:
+            return self._listing(handler)
         id_of = _ID_OF.get(method)
         if id_of is None:
             return handler
@@ -124,6 +139,8 @@ class Passing(aio.ServerInterceptor):
         # Not a coroutine, which would keep the request in memory until the call ends.
         def routed(request: Any, context: _Context) -> Awaitable[object]:  # noqa: ANN401 (a message)
             completion_id = id_of(request)
+            if method not in ADMITTED and request.caller:
+                return self._search(method, here, request, context)
             number = self._process.number_for(call_record(context).owner, completion_id)
             if number == self._process.number:
                 return cast("Awaitable[object]", here(request, context))
@@ -137,6 +154,66 @@ class Passing(aio.ServerInterceptor):
             return message if isinstance(message, bytes) else serialize(message)
 
         return cast("_Handler", cast("Any", make)(routed, handler.request_deserializer, serialized))
+
+    def _listing(self, handler: _Handler) -> _Handler:
+        """The handler of LIST: the pages of all workers as one."""
+        here = cast("Any", handler.unary_unary)
+
+        async def listed(
+            request: chat_pb.ListChatCompletionsRequest, context: _Context
+        ) -> chat_pb.ListChatCompletionsResponse:
+            record = call_record(context)
+            query = completion_list.query_of(request, record)
+            siblings = [number for number in range(self._process.count) if number != self._process.number]
+            own, *others = await asyncio.gather(
+                here(request, context), *(self._listed_by(number, request, record, context) for number in siblings)
+            )
+            parts = [own, *(each for each in others if each is not None)]
+            unreachable = [number for number, each in zip(siblings, others, strict=True) if each is None]
+            return completion_list.joined(query, parts, unreachable)
+
+        return cast(
+            "_Handler",
+            cast("Any", grpc.unary_unary_rpc_method_handler)(
+                listed, handler.request_deserializer, handler.response_serializer
+            ),
+        )
+
+    async def _listed_by(
+        self, number: int, request: chat_pb.ListChatCompletionsRequest, record: CallRecord, context: _Context
+    ) -> chat_pb.ListChatCompletionsResponse | None:
+        """The page of another worker; `None` if it does not answer."""
+        remaining = cast("float | None", context.time_remaining())  # None without a deadline, unlike grpc's types
+        timeout = LIST_SECONDS if remaining is None else min(LIST_SECONDS, remaining)
+        stub = chat_completion_pb2_grpc.ChatCompletionStub(self._channel(number))
+        try:
+            return await stub.ListChatCompletions(request, timeout=timeout, metadata=_metadata(record))
+        except aio.AioRpcError:
+            return None
+
+    async def _search(self, method: str, here: Any, request: Any, context: _Context) -> object:  # noqa: ANN401
+        """Look for a completion of a named caller at each worker.
+
+        Raises:
+            DeltawireError: PERMISSION_DENIED: it is another caller's, and this one is no operator. COMPLETION_NOT_FOUND: no worker
+                has it; COMPLETION_GONE if one has ended.
+        """
+        completion_list.require_operator(call_record(context), request.caller)
+        own = self._process.number
+        missing: list[DeltawireError] = []
+        for number in [own, *(each for each in range(self._process.count) if each != own)]:
+            try:
+                if number == own:
+                    return await here(request, context)
+                unsent = [request.SerializeToString()]
+                return await self._pass_on(
+                    method, unsent, context, request.completion_id, number, new=False, streams=False
+                )
+            except DeltawireError as error:
+                if error.reason not in _UNKNOWN:
+                    raise
+                missing.append(error.again())
+        raise max(missing, key=lambda error: error.reason is Reason.COMPLETION_GONE)
 
     async def _pass_on(
         self,

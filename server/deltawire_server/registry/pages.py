@@ -26,6 +26,10 @@ MAX_PAGE_SIZE = 1000
 MAX_PAGE_BYTES = 1024 * 1024
 """Bytes of text after which a page ends: with its last entry, it is well below the 4 MiB that clients receive by default."""
 
+INVALID_TOKEN = Violation(
+    "page_token", "is not a next_page_token of this call with these filters: omit it for the first page"
+)
+
 _DIGEST_BYTES = 8
 
 
@@ -42,6 +46,10 @@ class PageRequest:
     size: int
     after: str
     digest: bytes
+
+    def token_after(self, last: str) -> str:
+        """The token of the page that begins after this id."""
+        return base64.urlsafe_b64encode(self.digest + last.encode()).decode()
 
 
 def asked_for(page_size: int, page_token: str, query: str) -> PageRequest:
@@ -61,11 +69,7 @@ def asked_for(page_size: int, page_token: str, query: str) -> PageRequest:
     digest = hashlib.sha256(query.encode()).digest()[:_DIGEST_BYTES]
     token = _decoded(page_token)
     if token[:_DIGEST_BYTES] not in (b"", digest) or (page_token and not token):
-        violations.append(
-            Violation(
-                "page_token", "is not a next_page_token of this call with these filters: omit it for the first page"
-            )
-        )
+        violations.append(INVALID_TOKEN)
     if violations:
         raise invalid_request(violations)
     size = min(page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
@@ -85,7 +89,7 @@ def page_of(entries: Mapping[str, T], page: PageRequest, bytes_of: Callable[[T],
     # No id is empty, so the first page has all of them.
     for entry_id in sorted(each for each in entries if each > page.after):
         if len(shown) == page.size or room < 0:
-            return shown, base64.urlsafe_b64encode(page.digest + last.encode()).decode()
+            return shown, page.token_after(last)
         shown.append(entries[entry_id])
         room, last = room - bytes_of(entries[entry_id]), entry_id
     return shown, ""

@@ -10,12 +10,13 @@ from msgspec import structs
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import chat_completion_pb2_grpc
-from deltawire_server.errors import GatewayError, Reason, Violation, invalid_request
+from deltawire_server.errors import DeltawireError, GatewayError, Reason, Violation, invalid_request
 from deltawire_server.pacing import give_way
-from deltawire_server.rpc import convert, validate, validate_options
+from deltawire_server.rpc import completion_list, convert, validate, validate_options
 from deltawire_server.rpc.interceptors import call_record, deadline_passed
 from deltawire_server.rpc.writer import StreamWriter
 from deltawire_server.sansio.events import Completed
+from deltawire_server.telemetry import get_logger
 from deltawire_server.worker import Caller
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ LOGPROBS_STEP = 1000
 MAX_RETENTION = 600.0
 """Seconds; see `settings.model.RetentionSettings`."""
 
+_log = get_logger(__name__)
+
 
 class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
     """Implements the ChatCompletion service.
@@ -63,6 +66,7 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         max_retention: The longest retention that a caller may request, in seconds; 0 disables retention.
         slow_caller_timeout: Seconds that one message of a stream may wait for its caller.
         content_limits: Limits of the messages in a request.
+        worker_number: The number of this process among the workers of its gateway.
     """
 
     def __init__(
@@ -73,8 +77,10 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         max_retention: float = MAX_RETENTION,
         slow_caller_timeout: float = 30.0,
         content_limits: ContentLimits | None = None,
+        worker_number: int = 0,
     ) -> None:
         self._worker = worker
+        self._worker_number = worker_number
         self._content_limits = content_limits
         self._max_completed_bytes = max_completed_bytes
         self._max_retention = max_retention
@@ -150,10 +156,19 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         self, request: chat_pb.CancelChatCompletionRequest, context: _Context
     ) -> chat_pb.CancelChatCompletionResponse:
         """End a completion gracefully; return its state before."""
-        completion = self._look_up(request.completion_id, context)
+        completion = self._look_up(request, context)
         response = chat_pb.CancelChatCompletionResponse(
             state=convert.state(completion), usage=convert.usage(completion.usage)
         )
+        record = call_record(context)
+        if completion.caller != record.owner:
+            _log.info(
+                "an operator canceled a completion",
+                operator=record.caller,
+                caller=completion.label,
+                completion_id=completion.completion_id,
+                request_id=record.call.request_id,
+            )
         completion.cancel()
         return response
 
@@ -161,7 +176,15 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         self, request: chat_pb.GetChatCompletionRequest, context: _Context
     ) -> chat_pb.GetChatCompletionResponse:
         """Return state and usage, and the result if it is retained."""
-        return convert.get_response(self._look_up(request.completion_id, context))
+        completion = self._look_up(request, context)
+        return convert.get_response(completion, has_content=completion.caller == call_record(context).owner)
+
+    async def ListChatCompletions(  # noqa: N802 (the RPC's name)
+        self, request: chat_pb.ListChatCompletionsRequest, context: _Context
+    ) -> chat_pb.ListChatCompletionsResponse:
+        """Return a page of the completions that the caller may see."""
+        query = completion_list.query_of(request, call_record(context))
+        return await completion_list.page_of(query, self._worker, self._worker_number)
 
     async def CountTokens(  # noqa: N802 (the RPC's name)
         self, request: chat_pb.CountTokensRequest, context: _Context
@@ -200,12 +223,23 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         record.values["model_asked"] = validated.model
         return validated
 
-    def _look_up(self, completion_id: str, context: _Context) -> Record:
-        """The record of the caller's completion."""
+    def _look_up(
+        self, request: chat_pb.CancelChatCompletionRequest | chat_pb.GetChatCompletionRequest, context: _Context
+    ) -> Record:
+        """The record of the caller's completion, or, for operators, of that of another caller."""
         record = call_record(context)
-        validate_options.completion_id(completion_id, "completion_id")
-        record.values["completion_id"] = completion_id
-        completion = self._worker.record(_caller(record, context), completion_id)
+        validate_options.completion_id(request.completion_id, "completion_id")
+        record.values["completion_id"] = request.completion_id
+        completion_list.require_operator(record, request.caller)
+        try:
+            if request.caller not in ("", record.caller):
+                raise LookupError
+            completion = self._worker.record(_caller(record, context), request.completion_id)
+        except (LookupError, DeltawireError):
+            if not record.is_operator:
+                raise
+            completion = self._worker.record_of_any(request.completion_id, request.caller)
+            record.values["completion_of"] = completion.label
         completion.note()
         return completion
 
@@ -278,6 +312,7 @@ def _caller(record: CallRecord, context: _Context) -> Caller:
     return Caller(
         record.call,
         record.owner,
+        record.caller,
         lambda: deadline_passed(context),
         record.place,
         record.request_bytes,

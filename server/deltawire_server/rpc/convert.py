@@ -128,24 +128,63 @@ def completed(completion: CompletionView, event: Completed) -> chat_pb.Completed
     return message
 
 
-def get_response(record: Record) -> chat_pb.GetChatCompletionResponse:
-    """The response of GetChatCompletion."""
+def get_response(record: Record, *, has_content: bool = True) -> chat_pb.GetChatCompletionResponse:
+    """The response of GetChatCompletion; without content for operators."""
     response = chat_pb.GetChatCompletionResponse(
         completion_id=record.completion_id, state=state(record), usage=usage(record.usage)
     )
     if record.head is not None and record.begun:
         response.started.CopyFrom(started(record.head))
+        if not has_content:
+            response.started.ClearField("effective_sampling")
     if record.outcome is not None:
         response.error.CopyFrom(_error(record.outcome))
+        if not has_content:
+            response.error.ClearField("message")  # a provider's message may quote the request
     stream = record.stream
     if stream is not None and stream.is_retained:
-        if stream.completed is not None:
+        if stream.completed is not None and has_content:
             response.completed.CopyFrom(completed(stream, stream.completed))
         if stream.last_sequence is not None:
             response.last_sequence = stream.last_sequence
         if stream.expire_time is not None:
             response.expire_time.CopyFrom(_timestamp(stream.expire_time))
     return response
+
+
+def summary(record: Record, process: str, worker: int, *, for_operator: bool) -> chat_pb.CompletionSummary:
+    """The entry of a completion in a list.
+
+    Args:
+        record: Its record.
+        process: The digits that identify this process.
+        worker: The number of this worker process.
+        for_operator: Whether the entry is for an operator, who may see addresses.
+    """
+    record.note()
+    outcome, stream = record.outcome, record.stream
+    entry = chat_pb.CompletionSummary(
+        completion_id=record.completion_id if record.caller else "",
+        caller=record.label,
+        replica=record.replica if for_operator else "",
+        state=state(record),
+        stop_reasons=[chat_pb.StopReason.ValueType(reason.value) for reason in record.stop_reasons],
+        usage=usage(record.usage),
+        time_limit=_duration(record.time_limit),
+        process=process,
+        worker=worker,
+    )
+    entry.create_time.FromMicroseconds(record.created)
+    if record.head is not None:
+        entry.model, entry.alias, entry.provider_id = record.head.model, record.head.alias, record.head.provider_id
+    if record.ended_at is not None:
+        entry.end_time.CopyFrom(_timestamp(record.ended_at))
+    if outcome is not None:
+        entry.error_code = outcome.code.value
+        entry.error_reason = error_reason_pb2.ErrorReason.ValueType(outcome.reason.value if outcome.reason else 0)
+    if stream is not None and stream.is_retained and stream.expire_time is not None:
+        entry.expire_time.CopyFrom(_timestamp(stream.expire_time))
+    return entry
 
 
 def state(record: Record) -> chat_pb.CompletionState.ValueType:

@@ -105,6 +105,7 @@ class CallRecord:
         assertion: From `access.Trust`, if a trusted proxy asserts who the caller is.
         begun: Whether a message of a stream was sent.
         may_operate: Whether the caller may change models that others registered.
+        is_operator: Whether the caller may list, look up and cancel the completions of others.
         latch: Whether the call has succeeded or failed.
         values: Values that the handler adds to the log line, such as model and usage.
         place: The call's place in `Admission`, if its method needs one; it is taken, unless the call may resume a completion.
@@ -120,6 +121,7 @@ class CallRecord:
         self.assertion = ""
         self.begun = False
         self.may_operate = True
+        self.is_operator = False
         self.latch = Latch()
         self.values: dict[str, object] = {}
         self.place: Place | None = None
@@ -340,6 +342,7 @@ class CallInterceptor(aio.ServerInterceptor):
             record.caller, record.owner, record.assertion = passed
             if not self._access.admits(record.owner, method, record.assertion):
                 raise GatewayError(Reason.ACCESS_CHANGED, REVOKED)
+            record.is_operator = self._access.operates(record.owner)
             return
         try:
             shown = credentials(context, self._access, record.origin.assertion)
@@ -351,7 +354,7 @@ class CallInterceptor(aio.ServerInterceptor):
             principal = self._access.authorize(method, shown.key, shown.names)
             if principal is not None:
                 record.caller, record.owner = principal.name, principal.owner
-                record.may_operate = Permission.OPERATE in principal.permissions
+                record.may_operate = record.is_operator = Permission.OPERATE in principal.permissions
             record.values["caller"] = record.caller
         except GatewayError as refused:
             record.values.update(refused.metadata)

@@ -8,6 +8,7 @@ Methods raise the `DeltawireError`s of the registry, which `CallInterceptor` con
 
 from __future__ import annotations
 
+import time
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,6 +16,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from deltawire.v1 import model_registry_pb2 as pb
 from deltawire.v1 import model_registry_pb2_grpc as pb_grpc
+from deltawire.v1.error_reason_pb2 import ErrorReason
 from deltawire_server.errors import GatewayError, Reason, Violation, invalid_request
 from deltawire_server.registry import pages, rules
 from deltawire_server.registry.messages import quoted
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from deltawire_server.registry.model import Model
     from deltawire_server.registry.registry import ModelRegistry
     from deltawire_server.rpc.interceptors import CallRecord
+    from deltawire_server.upstream.base import ReplicaStatus
     from deltawire_server.upstream.engine import Engine
     from deltawire_server.upstream.providers import Providers
 
@@ -193,6 +196,7 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
                 kind=provider.kind,
                 base_urls=provider.base_urls,
                 engine=engine_message(provider.engine),
+                replicas=map(replica_message, provider.replicas),
             )
             for provider in self._providers.all()
         }
@@ -288,11 +292,27 @@ def engine_message(engine: Engine) -> pb.Engine:
     )
 
 
-def _timestamp(time: datetime | None) -> Timestamp | None:
-    if time is None:
+def replica_message(replica: ReplicaStatus) -> pb.Replica:
+    """The message for a replica."""
+    message = pb.Replica(
+        base_url=replica.base_url,
+        state=pb.Replica.State.Value(f"STATE_{replica.state.name}"),
+        active_streams=replica.streams,
+    )
+    if replica.ejected_for is not None:
+        message.ejected_until.FromMilliseconds(round((time.time() + replica.ejected_for) * 1000))
+    if replica.last_failure is not None:
+        message.last_failure_reason = ErrorReason.ValueType(replica.last_failure.value)
+    if replica.last_failure_time is not None:
+        message.last_failure_time.FromMilliseconds(round(replica.last_failure_time * 1000))
+    return message
+
+
+def _timestamp(moment: datetime | None) -> Timestamp | None:
+    if moment is None:
         return None
     timestamp = Timestamp()
-    timestamp.FromDatetime(time)
+    timestamp.FromDatetime(moment)
     return timestamp
 
 

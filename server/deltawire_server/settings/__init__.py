@@ -16,6 +16,7 @@ from deltawire_server.settings.model import (
     ServerSettings,
     Settings,
     StreamSettings,
+    UsageSettings,
 )
 from deltawire_server.settings.sources import SettingsError
 from deltawire_server.settings.values import is_local, shown_database_url
@@ -33,6 +34,7 @@ __all__ = [
     "Settings",
     "SettingsError",
     "StreamSettings",
+    "UsageSettings",
     "effective",
     "example",
     "is_local",

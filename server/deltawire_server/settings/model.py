@@ -233,11 +233,12 @@ class AccessSettings(Section):
 
     PERMISSIONS is `all`, or a comma-separated list of: call (run completions), read (list models and providers), change
     (register models, and change models that the caller registered), operate (with change: also change models that others
-    registered). CREDENTIAL is `sha256:` and the SHA-256 digest of the caller's key in hexadecimal; or the key itself, at least
-    16 printable ASCII characters without a colon; or a name in the caller's certificate: `mtls:uri:NAME`, `mtls:dns:NAME`, or
-    `mtls:cn:NAME` for the common name of a certificate without alternative names; or `proxy:NAME`, a name that a trusted proxy
-    sends in caller_header. `#` begins a comment. Callers send their key as `authorization: Bearer …` or `x-deltawire-key: …`.
-    Without any line, every caller may do everything.
+    registered; with call: also list, look up and cancel the completions of others, without their content). CREDENTIAL is
+    `sha256:` and the SHA-256 digest of the caller's key in hexadecimal; or the key itself, at least 16 printable ASCII
+    characters without a colon; or a name in the caller's certificate: `mtls:uri:NAME`, `mtls:dns:NAME`, or `mtls:cn:NAME` for
+    the common name of a certificate without alternative names; or `proxy:NAME`, a name that a trusted proxy sends in
+    caller_header. `#` begins a comment. Callers send their key as `authorization: Bearer …` or `x-deltawire-key: …`. Without
+    any line, every caller may do everything.
     """
 
     keys_file: Annotated[
@@ -504,6 +505,27 @@ class RegistrySettings(Section):
     caller's requests may grow a gateway's memory."""
 
 
+class UsageSettings(Section):
+    """Usage records: which caller used which model, and how many tokens, as JSON lines in files.
+
+    `python -m deltawire_server.usage FOLDER` sums them up.
+    """
+
+    folder: Annotated[
+        Annotated[Path, AfterValidator(lambda value: values.writable_folder(value))] | None,
+        BeforeValidator(lambda value: value or None),
+    ] = Field(default=None, title="the path of a folder, in quotes", examples=["/var/lib/deltawire/usage"])
+    """Folder of the files, which must exist, on a local disk: calls wait for a line to be written. Gateways may share it, because
+    each process writes files of its own, with a new one for each day. By default no records are written."""
+    required: bool = False
+    """Refuse completions with UNAVAILABLE (STORE_UNAVAILABLE) while records cannot be written, for example because the disk is
+    full. By default they run without a record, and deltawire_usage_records_total counts the lost ones."""
+    retention_days: Whole = Field(default=90, ge=0, le=36_500)
+    """Days after which a file is removed; 0 keeps all files. The default leaves time to bill a quarter."""
+    max_file_bytes: Bytes = 64 * MIB
+    """Bytes of a file after which the next one begins. The default holds about 100,000 completions."""
+
+
 class MetricsSettings(Section):
     """Metrics for Prometheus."""
 
@@ -550,6 +572,8 @@ class Settings(Section):
     """The vLLM servers, by the operator's name for each; at least one."""
     registry: RegistrySettings = Field(default_factory=RegistrySettings)
     """Registered models."""
+    usage: UsageSettings = Field(default_factory=UsageSettings)
+    """Usage records."""
     metrics: MetricsSettings = Field(default_factory=MetricsSettings)
     """Metrics."""
     log: LogSettings = Field(default_factory=LogSettings)
@@ -598,6 +622,7 @@ SECTIONS: Mapping[str, type[Section]] = MappingProxyType(
         "images": ImageSettings,
         "providers": ProviderSettings,
         "registry": RegistrySettings,
+        "usage": UsageSettings,
         "metrics": MetricsSettings,
         "log": LogSettings,
     }

@@ -187,6 +187,23 @@ def readable_file(value: Path, what: str = "a PEM file") -> Path:
     return path
 
 
+def writable_folder(value: Path) -> Path:
+    """Expand `~` and check that the folder can be written to, so that startup fails instead of the first write.
+
+    Args:
+        value: The path.
+
+    Raises:
+        ValueError: It does not exist, is not a folder, or cannot be written to.
+    """
+    path = _expanded(value)
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a folder: create it, for the user of this process")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ValueError(f"{path} cannot be written to: make it writable for the user of this process")
+    return path
+
+
 def tls_verify(value: object) -> bool | Path:
     """Parse the certificate verification of a provider: a boolean in any spelling, or the path of a CA file.
 

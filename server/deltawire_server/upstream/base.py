@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from deltawire_server.sansio.events import Fault, Notice
     from deltawire_server.tracing.tracer import TraceContext
     from deltawire_server.upstream.engine import Engine
+    from deltawire_server.upstream.replicas import State
     from deltawire_server.upstream.request import ChatRequest
 
 
@@ -161,6 +162,27 @@ class OpenStream:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaStatus:
+    """A replica as this process sees it.
+
+    Attributes:
+        base_url: Its address, without credentials.
+        state: Whether it gets calls.
+        streams: Number of calls that it processes now.
+        ejected_for: Seconds until its ejection expires; `None` if it is not ejected.
+        last_failure: The reason of its last failure that counts against it; `None` without one.
+        last_failure_time: When that happened, as Unix time in seconds; `None` without one.
+    """
+
+    base_url: str
+    state: State
+    streams: int = 0
+    ejected_for: float | None = None
+    last_failure: Reason | None = None
+    last_failure_time: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TokenCount:
     """The token count of a prompt.
 
@@ -187,6 +209,10 @@ class Provider(Protocol):
     @property
     def base_urls(self) -> tuple[str, ...]:
         """The address of each replica, without credentials, at least one, in the operator's order."""
+
+    @property
+    def replicas(self) -> tuple[ReplicaStatus, ...]:
+        """The current state of each replica, in the same order."""
 
     @property
     def default_max_tokens(self) -> int | None:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
 
+    from deltawire_server.errors import Reason
+
 EJECT_SECONDS = 5.0
 """Duration of the first ejection: the same as the connect timeout, so that a dead replica delays few calls."""
 
@@ -61,6 +63,8 @@ class Replica:
         streams: Number of calls that it processes now.
         failures: Number of its failures that eject: after each, another process may be running.
         turn: Grows with each call that it receives, more for a smaller share.
+        last_failure: The reason of its last failure that ejects; `None` without one.
+        last_failure_time: When that happened, as Unix time in seconds; `None` without one.
     """
 
     root: str
@@ -68,6 +72,8 @@ class Replica:
     streams: int = 0
     failures: int = 0
     turn: float = 0.0
+    last_failure: Reason | None = None
+    last_failure_time: float | None = None
     _ejections: int = 0  # the total
     _level: int = 0  # ejections since it was last AVAILABLE
     _ejected_at: float = _NEVER
@@ -90,6 +96,11 @@ class Replica:
         if self._answered_at is None:
             return State.PROBATION
         return State.RETURNING if now < self._answered_at + RAMP_SECONDS else State.AVAILABLE
+
+    @property
+    def ejected_for(self) -> float | None:
+        """Seconds until its ejection expires; `None` if it is not EJECTED."""
+        return self._ejected_until - self.clock() if self.state is State.EJECTED else None
 
     @property
     def share(self) -> float:
@@ -128,8 +139,11 @@ class Attempt:
         if self._current and replica.state in _AWAY:
             replica._answered_at = replica._ejected_until = replica.clock()
 
-    def failed(self) -> float:
+    def failed(self, reason: Reason) -> float:
         """Record a failure of the replica, and eject it.
+
+        Args:
+            reason: The reason of the failure.
 
         Returns:
             The duration of the ejection in seconds; 0 if there is none because it is ejected already, the call was sent
@@ -137,6 +151,7 @@ class Attempt:
         """
         replica = self.replica
         replica.failures += 1
+        replica.last_failure, replica.last_failure_time = reason, time.time()
         if not self._current:
             return 0.0
         if replica.state is State.EJECTED:

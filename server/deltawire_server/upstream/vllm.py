@@ -29,6 +29,7 @@ from deltawire_server.upstream.base import (
     Health,
     HealthStatus,
     OpenStream,
+    ReplicaStatus,
     ServedModel,
     Timeouts,
     TokenCount,
@@ -150,6 +151,21 @@ class VllmProvider:
     def engine(self) -> Engine:
         """The detected engine; see `Provider.engine`."""
         return joined({replica.base_url: reader.engine for replica, reader in self._engines.items()})
+
+    @property
+    def replicas(self) -> tuple[ReplicaStatus, ...]:
+        """The current state of each replica; see `Provider.replicas`."""
+        return tuple(
+            ReplicaStatus(
+                each.base_url,
+                each.state,
+                each.streams,
+                each.ejected_for,
+                each.last_failure,
+                each.last_failure_time,
+            )
+            for each in self._replicas.all
+        )
 
     @contextlib.asynccontextmanager
     async def stream_chat(
@@ -323,7 +339,7 @@ class VllmProvider:
             self._eject(attempt, reason, "an answer failed after its first event")
 
     def _eject(self, attempt: Attempt, reason: Reason, message: str) -> None:
-        seconds = attempt.failed()
+        seconds = attempt.failed(reason)
         if seconds:
             replica = attempt.replica
             EJECTIONS.labels(self.id, replica.base_url).inc()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -21,10 +22,15 @@ from deltawire.v1.chat_completion_pb2 import (
     CancelChatCompletionRequest,
     CancelChatCompletionResponse,
     Completed,
+    CompletionSummary,
     CountTokensResponse,
+    GetChatCompletionRequest,
     GetChatCompletionResponse,
+    ListChatCompletionsRequest,
+    ListChatCompletionsResponse,
     ResumePoint,
     Started,
+    StopReason,
     Usage,
 )
 from deltawire.v1.error_reason_pb2 import ErrorReason
@@ -74,6 +80,71 @@ def test_cancel(gateway: Gateway, run: Run, met: CancelChatCompletionResponse, l
     gateway.will(met)
     assert run("cancel", "mine") == (0, line, "")
     assert gateway.last.request == CancelChatCompletionRequest(completion_id="mine")
+
+
+def test_another_callers(gateway: Gateway, run: Run) -> None:
+    """Operators name whose completion they mean; the error of a look-up has no message."""
+    gateway.will(CancelChatCompletionResponse(state=COMPLETION_STATE_RUNNING))
+    assert run("cancel", "c", "--caller", "ann")[0] == 0
+    assert gateway.last.request == CancelChatCompletionRequest(completion_id="c", caller="ann")
+    error = Completed.Error(code=3, reason=ErrorReason.ERROR_REASON_UPSTREAM_REJECTED)
+    gateway.will(GetChatCompletionResponse(completion_id="c", state=COMPLETION_STATE_FAILED, error=error))
+    status, out, _ = run("get", "c", "--caller", "ann")
+    assert (status, gateway.last.request) == (0, GetChatCompletionRequest(completion_id="c", caller="ann"))
+    assert "error:      UPSTREAM_REJECTED\n" in out
+
+
+def test_list(gateway: Gateway, run: Run) -> None:
+    """All pages in one table: how each ended, and what is not known; a worker that did not answer is a note."""
+    created = Timestamp(seconds=1_795_867_200)
+    running = CompletionSummary(state=COMPLETION_STATE_RUNNING, usage=SO_FAR, create_time=created)
+    whole = CompletionSummary(
+        completion_id="c",
+        caller="ann",
+        model="llama",
+        state=COMPLETION_STATE_COMPLETED,
+        stop_reasons=[StopReason.STOP_REASON_OUT_OF_TOKENS] * 2,
+        usage=SO_FAR,
+        create_time=created,
+    )
+    reason = ErrorReason.ERROR_REASON_MODEL_NOT_FOUND
+    failed = CompletionSummary(state=COMPLETION_STATE_FAILED, error_code=5, error_reason=reason, create_time=created)
+    canceled = CompletionSummary(state=COMPLETION_STATE_FAILED, error_code=1, create_time=created)
+    gateway.will(
+        ListChatCompletionsResponse(completions=[running, whole], next_page_token="2", unreachable_workers=[1])
+    )
+    gateway.will(ListChatCompletionsResponse(completions=[failed, canceled], unreachable_workers=[1, 3]))
+    status, out, err = run("completions", "list")
+    head, *rows = [[cell for cell in line.split("  ") if cell] for line in out.splitlines()]
+    assert status == 0
+    assert [each.strip() for each in head] == ["ID", "CALLER", "STATE", "END", "MODEL", "USAGE", "CREATED (UTC)"]
+    assert [[cell.strip() for cell in row[:5]] for row in rows] == [
+        ["-", "-", "running", "-", "-"],
+        ["c", "ann", "completed", "OUT_OF_TOKENS", "llama"],
+        ["-", "-", "failed", "MODEL_NOT_FOUND", "-"],
+        ["-", "-", "failed", "CANCELLED", "-"],
+    ]
+    assert rows[0][-1].strip() == created.ToDatetime().isoformat(" ")
+    assert err == "note: no answer from the gateway's workers 1, 3: their completions are missing\n"
+
+
+def test_filters_of_a_list(gateway: Gateway, run: Run) -> None:
+    """Each reaches its field; a time without a zone is in UTC."""
+    gateway.will(ListChatCompletionsResponse(completions=[CompletionSummary(completion_id="c")]))
+    filters = ("--caller", "ann", "--model", "llama", "--provider", "vllm", "--state", "ended", "--since", "2026-11-28")
+    status, out, _ = run("completions", "list", *filters, "--json")
+    assert (status, json.loads(out)) == (0, {"completionId": "c"})
+    since = Timestamp()
+    since.FromDatetime(datetime(2026, 11, 28, tzinfo=UTC))
+    assert gateway.last.request == ListChatCompletionsRequest(
+        caller="ann",
+        model="llama",
+        provider_id="vllm",
+        states=[COMPLETION_STATE_COMPLETED, COMPLETION_STATE_FAILED],
+        create_time_from=since,
+    )
+    status, _, err = run("completions", "list", "--since", "noon")
+    assert (status, "noon is not a time" in err) == (2, True)
 
 
 def test_cancel_in_json(gateway: Gateway, run: Run) -> None:

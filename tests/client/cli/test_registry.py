@@ -10,6 +10,7 @@ import grpc
 from google.protobuf.json_format import Parse
 
 from deltawire.v1 import model_registry_pb2 as registry
+from deltawire.v1.error_reason_pb2 import ErrorReason
 from tests.client.scripted import WAIT, Fail, Gateway, bookmark, changed, model
 
 if TYPE_CHECKING:
@@ -234,6 +235,14 @@ def test_providers(gateway: Gateway, run: Run) -> None:
     )
     gateway.will(registry.ListProvidersResponse(providers=[vllm]))
     assert Parse(run("providers", "--json")[1], registry.Provider()) == vllm
+    for url, state in zip(
+        vllm.base_urls, (registry.Replica.STATE_AVAILABLE, registry.Replica.STATE_EJECTED), strict=True
+    ):
+        reason = ErrorReason.ERROR_REASON_UPSTREAM_UNAVAILABLE
+        vllm.replicas.add(base_url=url, state=state, last_failure_reason=reason)
+    gateway.will(registry.ListProvidersResponse(providers=[vllm]))
+    urls = "http://gpu1:8000/v1, http://gpu2:8000/v1 (ejected: UPSTREAM_UNAVAILABLE)\n"
+    assert run("providers")[1].endswith(urls)
 
 
 def test_providers_in_pages(gateway: Gateway, run: Run) -> None:

@@ -1,0 +1,1 @@
+"""Usage records: what is written of completions, and what is read of it."""
