@@ -498,7 +498,9 @@ async def test_a_certificate_that_cannot_be_used_is_refused(
         old = await files.served(gateway.addresses[0])
         chain, key = certificates.sign("renewed", "IP:127.0.0.1")
         files.replace(chain, certificates.server_key)  # of another certificate
-        assert (await lines.find("certificates refused: the old ones are still served"))["level"] == "error"
+        refused = await lines.find("certificates refused: the old ones are still served")
+        assert refused["level"] == "error"
+        assert "is not that of" in str(refused["problem"])
         await gateway.reload(files.settings)
         assert await files.served(gateway.addresses[0]) == old
         files.replace(chain, key)

@@ -38,12 +38,16 @@ def _main(arguments: Sequence[str], *, owns_process: bool = False) -> int:
     # gRPC's own output is not in the log format, and callers without a key could make it write a line for each call.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
+        from deltawire_server.processes.worker_process import METRICS_VARIABLE, WorkerProcess
+
+        process = WorkerProcess.taken_from(os.environ)
+        if process is None:
+            # prometheus-client reads it when it is imported; only the workers of a gateway write their metrics to files.
+            os.environ.pop(METRICS_VARIABLE, None)
         from deltawire_server import settings
         from deltawire_server.processes import parent
-        from deltawire_server.processes.worker_process import WorkerProcess
     except ModuleNotFoundError as error:
         return _incomplete(error)
-    process = WorkerProcess.taken_from(os.environ)
 
     def failed(status: int, *problems: str) -> int:
         if process is not None:
@@ -101,7 +105,11 @@ def _serve(
         # The error's own message is for callers and contains no paths. This one is for the operator.
         url = settings.shown_database_url(configured.registry.database_url)
         cause = cause_text(error.__cause__ or error)
-        remedy = "set --database-url to a file in a writable folder, to PostgreSQL, or to sqlite:// for memory only"
+        remedy = (
+            "correct the URL, or the user, password or database at the server"
+            if url.startswith("postgresql")
+            else "set --database-url to a file in a writable folder, to PostgreSQL, or to sqlite:// for memory only"
+        )
         return failed(1, f"cannot use the database {url}: {cause}; {remedy}")
     return 0
 

@@ -63,10 +63,18 @@ class ServerCertificates:
         """The contents of the files, after a check that gRPC does not make: it fails each handshake instead."""
         contents = self._read()
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        # The empty password prevents a prompt.
-        context.load_cert_chain(self._cert_file, self._key_file, password="")
-        if self._client_ca_file is not None:
-            context.load_verify_locations(self._client_ca_file)
+        for file in filter(None, (self._cert_file, self._client_ca_file)):
+            try:
+                context.load_verify_locations(file)
+            except ssl.SSLError as error:
+                raise OSError(f"{file} has no certificate in PEM") from error
+        try:
+            # The empty password prevents a prompt.
+            context.load_cert_chain(self._cert_file, self._key_file, password="")
+        except ssl.SSLError as error:
+            mismatch = error.reason == "KEY_VALUES_MISMATCH"
+            problem = f"is not that of {self._cert_file}" if mismatch else "has no unencrypted private key in PEM"
+            raise OSError(f"the key {self._key_file} {problem}") from error
         if contents != self._read():
             raise OSError("they were replaced while they were read")
         return contents

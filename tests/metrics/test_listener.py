@@ -38,6 +38,7 @@ def get(address: str, path: str) -> str:
 def test_metrics_are_at_one_path(serving: MetricsListener) -> None:
     """Another path says where they are."""
     assert "seen_total 1.0" in get(serving.address, "/metrics")
+    assert "seen_total 1.0" in get(serving.address, "/metrics?name[]=other")
     with pytest.raises(urllib.error.HTTPError, match="404") as caught:
         get(serving.address, "/")
     assert b"/metrics" in caught.value.read()
@@ -58,8 +59,9 @@ def test_ipv6() -> None:
         serving.close()
 
 
-def test_silent_clients_are_bounded(serving: MetricsListener) -> None:
+def test_silent_clients_are_bounded(serving: MetricsListener, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond a number, connections are closed at once; a scraper is answered when the silent ones have timed out."""
+    monkeypatch.setattr(listener._Handler, "timeout", 0.5)
     host, _, port = serving.address.rpartition(":")
     with ExitStack() as stack:
         silent = [

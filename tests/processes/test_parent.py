@@ -76,3 +76,18 @@ def test_nowhere_for_temporary_files(
     error = capfd.readouterr().err
     assert error.startswith("deltawire-server: cannot create the private directory of the workers: No such file")
     assert "TMPDIR" in error
+
+
+def test_a_path_that_is_too_long_for_sockets(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Is one sentence with the remedy, too."""
+    far = tmp_path / ("x" * 100)
+    far.mkdir()
+    registry = ["--database-url", f"sqlite:///{tmp_path}/registry.db"]
+    with monkeypatch.context() as nowhere:
+        nowhere.setattr(tempfile, "tempdir", str(far))
+        assert main(["--workers", "2", "--vllm-url", "http://127.0.0.1:1", "--listen", "127.0.0.1:0", *registry]) == 1
+    error = capfd.readouterr().err
+    assert "has too long a path for unix sockets; set TMPDIR" in error
+    assert not list(far.iterdir())

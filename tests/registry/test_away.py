@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING
 
 import psycopg
 import pytest
+import structlog
 from sqlalchemy.exc import OperationalError
 
+import deltawire_server.registry.store as store_module
 from deltawire.v1 import model_registry_pb2 as pb
 from deltawire_server.app import Gateway
 from deltawire_server.errors import Reason, RegistryError
+from deltawire_server.registry.change_log_reader import ChangeLogReader
 from deltawire_server.registry.postgres import PostgresDatabase
+from deltawire_server.registry.registered_index import RegisteredIndex
 from deltawire_server.registry.store import Store, database_of
 from deltawire_server.settings import RegistrySettings
 from tests.metrics.scrape import Page, until_scraped
@@ -71,15 +75,24 @@ async def test_it_chats_without_its_database_and_joins_when_it_is_back(
                 gateway.models.ListModels(pb.ListModelsRequest()),
                 gateway.models.GetModel(pb.GetModelRequest(model_id="mine")),
                 gateway.models.RegisterModel(pb.RegisterModelRequest(model_id="x", provider_model_id="fake")),
+                gateway.models.UpdateModel(
+                    pb.UpdateModelRequest(model=pb.Model(id="mine"), update_mask={"paths": ["aliases"]})
+                ),
+                gateway.models.UnregisterModel(pb.UnregisterModelRequest(model_id="mine")),
                 anext(aiter(gateway.models.WatchModels(pb.WatchModelsRequest()))),
             ):
                 failure = await failure_of(call)
                 assert (failure.reason, failure.code.name) == ("STORE_UNAVAILABLE", "UNAVAILABLE")
+                assert "could not be reached since this gateway started" in failure.message
             await until_scraped(gateway.gateway.metrics_address, is_behind)
         await until_scraped(gateway.gateway.metrics_address, lambda page: not is_behind(page))
         assert (await gateway.create(ask(model="also"))).started.model == "mine"
         listed = await gateway.models.ListModels(pb.ListModelsRequest())
         assert listed.models[0].id == "mine"
+        with postgres.down():
+            # Also if nobody writes meanwhile.
+            await until_scraped(gateway.gateway.metrics_address, is_behind)
+        await until_scraped(gateway.gateway.metrics_address, lambda page: not is_behind(page))
 
 
 @pytest.mark.postgres
@@ -109,10 +122,12 @@ async def test_it_stops_while_its_database_is_away(vllm: FakeVllm, tmp_path: Pat
         (psycopg.OperationalError("FATAL:  the database system is starting up"), True),
         (psycopg.OperationalError("FATAL:  sorry, too many clients already"), True),
         (psycopg.OperationalError('FATAL:  database "deltawire" does not exist'), False),
+        (psycopg.OperationalError('invalid port number: "99999"'), False),
+        (psycopg.OperationalError('invalid sslmode value: "foo"'), False),
         (TimeoutError(), True),
         (ValueError(), False),
     ],
-    ids=["refused", "starting", "full", "name", "timeout", "bug"],
+    ids=["refused", "starting", "full", "name", "port", "sslmode", "timeout", "bug"],
 )
 async def test_what_means_away(cause: Exception, away: bool) -> None:
     """No connection or no answer, and the answers of a server that starts or stops."""
@@ -121,6 +136,43 @@ async def test_what_means_away(cause: Exception, away: bool) -> None:
     assert database.is_away(cause) is away
     assert database.is_away(OperationalError("SELECT", {}, cause)) is away
     await database.close()
+
+
+async def test_an_outage_of_a_file_is_seen_without_a_write(tmp_path: Path) -> None:
+    """The gateway says that it does not follow its database, and that it does again."""
+    path = tmp_path / "registry.db"
+    known = RegisteredIndex()
+    store = Store(f"sqlite:///{path}")
+    await store.open()
+    reader = ChangeLogReader(store, known)
+    await reader.start()
+    try:
+        async with asyncio.timeout(WAIT):
+            path.rename(tmp_path / "elsewhere.db")
+            while reader.behind_since is None:  # noqa: ASYNC110 (nothing announces it)
+                await asyncio.sleep(0.01)
+            (tmp_path / "elsewhere.db").rename(path)
+            while reader.behind_since is not None:  # noqa: ASYNC110 (nothing announces it)
+                await asyncio.sleep(0.01)
+    finally:
+        await reader.stop()
+        await store.close()
+
+
+async def test_the_same_error_is_logged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gateway that waits for its database tries each second; other errors, and the same one later, are logged."""
+    (tmp_path / "file").write_text("")
+    store = Store(f"sqlite:///{tmp_path}/file/registry.db")
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(3):
+            with pytest.raises(RegistryError):
+                await store.open()
+        assert len(logs) == 1
+        monkeypatch.setattr(store_module, "REPEAT_SECONDS", -1.0)
+        with pytest.raises(RegistryError):
+            await store.open()
+        assert len(logs) == 2
+    await store.close()
 
 
 @pytest.fixture

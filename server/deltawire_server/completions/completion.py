@@ -524,7 +524,6 @@ class Completion:
         self.state = advance(self.state, cause)
         self.ended_by = cause
         self.failure = failure
-        self.stop_reasons = tuple(choice.stop_reason for choice in choices)
         self._ended = time.monotonic()
         self._clock.stop()
         self._queue.close()

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from prometheus_client import CollectorRegistry
 
-MAX_REQUESTS = 8
-"""Requests that are answered at once: a few scrapers. Further connections are closed."""
+MAX_REQUESTS = 64
+"""Connections at once: a few scrapers, and some that stay silent for `REQUEST_SECONDS`. Further connections are closed."""
 
 REQUEST_SECONDS = 5.0
 """How long a client may take to send a request, or to read the response."""
@@ -95,6 +95,8 @@ def _application(registry: CollectorRegistry) -> Any:  # noqa: ANN401 (as WSGI h
 
     def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if environ["PATH_INFO"] == PATH:
+            # Always the whole page: the library cannot select metrics by name if they are those of several processes.
+            environ["QUERY_STRING"] = ""
             page: Iterable[bytes] = metrics(environ, start_response)
             return page
         start_response("404 Not Found", [("Content-Type", "text/plain; charset=utf-8")])

@@ -148,7 +148,7 @@ LOOP_LAG_SECONDS = _histogram(
 
 REGISTRY_CHANGES = _counter(
     "deltawire_registry_changes_total",
-    "Changes of registered models that were applied, of all gateways, by kind.",
+    "Changes of registered models, by this and other gateways, that each worker applied, by kind.",
     "kind",
 )
 REGISTRY_MODELS = _gauge("deltawire_registry_models", "Registered models.", merge="livemax")
@@ -157,7 +157,9 @@ REGISTRY_BEHIND = _gauge(
     "For how long changes in the registry's database could not be read; 0 while the gateway follows it.",
     merge="livemax",
 )
-RELOADS = _counter("deltawire_settings_reloads_total", "Reloads of the settings, by outcome: ok, refused.", "outcome")
+RELOADS = _counter(
+    "deltawire_settings_reloads_total", "Reloads of the settings by each worker, by outcome: ok, refused.", "outcome"
+)
 WORKER_ENDS = Row(
     "deltawire_worker_ends_total",
     "counter",

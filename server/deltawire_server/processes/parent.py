@@ -26,6 +26,7 @@ from deltawire_server import signals
 from deltawire_server.metrics.listener import serve_metrics
 from deltawire_server.processes.worker_metrics import WorkerMetrics
 from deltawire_server.processes.worker_process import METRICS_FOLDER, WorkerProcess
+from deltawire_server.settings.model import MAX_WORKERS
 from deltawire_server.telemetry import configure_logging, get_logger
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ MAX_DELAY = 30.0
 
 MAX_REPORT = 1024 * 1024
 """Bytes of one report of a worker: all its problems."""
+
+MAX_SOCKET_PATH = 107
+"""Bytes of the path of a unix socket."""
 
 STABLE_SECONDS = 60.0
 """A worker that served for so long is started again after `FIRST_DELAY`."""
@@ -74,6 +78,10 @@ def run(arguments: Sequence[str], settings: Settings) -> int:
             print(f"deltawire-server: {problem}; set TMPDIR to a writable directory", file=sys.stderr)
             return 1
         folder = stack.enter_context(private)
+        if len(os.fsencode(f"{folder}/{MAX_WORKERS}.sock")) > MAX_SOCKET_PATH:
+            problem = f"the private directory of the workers, {folder}, has too long a path for unix sockets"
+            print(f"deltawire-server: {problem}; set TMPDIR to a directory with a shorter path", file=sys.stderr)
+            return 1
         metrics = WorkerMetrics(f"{folder}/{METRICS_FOLDER}")
         try:
             serving = serve_metrics(settings.metrics.address, metrics.registry, is_default=settings.metrics.is_default)

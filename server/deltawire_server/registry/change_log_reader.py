@@ -97,8 +97,11 @@ class ChangeLogReader:
 
     async def _follow(self) -> None:
         async with aclosing(self._store.changes_elsewhere()) as changes:
-            async for _ in changes:
-                await self._catch_up_at_last()
+            async for seen in changes:
+                if seen:
+                    await self._catch_up_at_last()
+                else:
+                    self.behind_since = self.behind_since or time.monotonic()
 
     async def _catch_up_at_last(self) -> None:
         while True:

@@ -70,8 +70,8 @@ class Database(ABC):
         """Within a writing transaction, acquire the lock for changes to tables."""
 
     @abstractmethod
-    def changes_elsewhere(self) -> AsyncGenerator[None]:
-        """Yield whenever other processes may have changed something, including once at the start.
+    def changes_elsewhere(self) -> AsyncGenerator[bool]:
+        """Yield true whenever other processes may have changed something, including once at the start; false if it cannot tell.
 
         Some of these may be spurious. Continues after an outage of the database, and ends only when it is closed.
         """

@@ -44,6 +44,9 @@ _ANSWER = "FATAL:"
 _FOR_NOW = re.compile(r"the database system is|too many|remaining connection slots")
 """In such an answer, if a later one may be another: the server starts, stops, recovers, or has no free connection."""
 
+_MISTAKE = re.compile(r"\binvalid\b")
+"""In an error of libpq about the URL, such as `invalid port number`."""
+
 MIGRATION_LOCK = 0x64656C7461
 """The number of the advisory lock for migrations."""
 
@@ -92,7 +95,8 @@ class PostgresDatabase(Database):
         if isinstance(error, DBAPIError):
             error = error.orig or error
         if isinstance(error, psycopg.OperationalError):
-            return _ANSWER not in str(error) or _FOR_NOW.search(str(error)) is not None
+            text = str(error)
+            return _FOR_NOW.search(text) is not None if _ANSWER in text else _MISTAKE.search(text) is None
         return isinstance(error, OSError)
 
     async def open(self) -> None:
@@ -118,7 +122,7 @@ class PostgresDatabase(Database):
         """Acquire an advisory lock, because tables that do not exist yet cannot be locked."""
         await connection.exec_driver_sql("SELECT pg_advisory_xact_lock(%(lock)s)", {"lock": MIGRATION_LOCK})
 
-    async def changes_elsewhere(self) -> AsyncGenerator[None]:
+    async def changes_elsewhere(self) -> AsyncGenerator[bool]:
         """Listen on a separate connection, and reconnect if it fails."""
         deaf = False
         while True:
@@ -134,7 +138,7 @@ class PostgresDatabase(Database):
                     while True:
                         # First because of changes before LISTEN; and after a silence, because a pooler may have withheld
                         # notifications.
-                        yield
+                        yield True
                         async for notification in connection.notifies(timeout=LISTEN_SECONDS):
                             if notification.payload != self._name:
                                 break
@@ -143,6 +147,7 @@ class PostgresDatabase(Database):
                 if not deaf:
                     _log.warning("the database does not announce changes", error=cause_text(error))
                 deaf = True
+                yield False
             await asyncio.sleep(RECONNECT_SECONDS)
 
     @asynccontextmanager

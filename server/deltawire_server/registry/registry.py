@@ -232,6 +232,7 @@ class ModelRegistry:
                 registration: update or unregister that first. MODEL_NOT_SERVED. STORE_UNAVAILABLE.
             ProviderError: The provider cannot be asked whether it serves the model.
         """
+        self._require_opened()
         wanted = rules.requested(
             self._providers,
             model_id,
@@ -275,6 +276,7 @@ class ModelRegistry:
                 MODEL_DISCOVERED. STORE_UNAVAILABLE.
             ProviderError: The provider cannot be asked whether it serves the model.
         """
+        self._require_opened()
         await self._follower.catch_up()
         attempts = 0
         while True:
@@ -312,6 +314,7 @@ class ModelRegistry:
             RegistryError: ETAG_MISMATCH. MODEL_DISCOVERED if it is served but not registered. STORE_UNAVAILABLE.
             ProviderError: No model of this name is registered, and no provider answers whether it serves one.
         """
+        self._require_opened()
         attempts = 0
         while True:
             revision = None

@@ -85,7 +85,7 @@ class SqliteDatabase(Database):
     async def lock_migrations(self, connection: AsyncConnection) -> None:
         """No effect: the write lock is sufficient."""
 
-    async def changes_elsewhere(self) -> AsyncGenerator[None]:
+    async def changes_elsewhere(self) -> AsyncGenerator[bool]:
         """Poll the data version, which changes for a connection when another one commits."""
         if self._in_memory:
             await asyncio.Event().wait()  # no other process can access it
@@ -100,12 +100,13 @@ class SqliteDatabase(Database):
                         blind = False
                         if seen != version:
                             version = seen
-                            yield
+                            yield True
                         await asyncio.sleep(POLL_SECONDS)
             except (SQLAlchemyError, OSError) as error:
                 if not blind:
                     _log.warning("the database's changes cannot be seen", error=cause_text(error))
                 blind = True
+                yield False
             await asyncio.sleep(POLL_SECONDS)
 
     @property

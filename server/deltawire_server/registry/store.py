@@ -8,6 +8,7 @@ STORE_UNAVAILABLE. The cause is in the log and not in the message, because calle
 from __future__ import annotations
 
 import enum
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -51,6 +52,9 @@ TRIM_EVERY = 64
 
 RECOUNT_EVERY = 1024
 """Changes after which the size of all models is counted anew: an earlier release that still runs does not keep it."""
+
+REPEAT_SECONDS = 60.0
+"""How often the same error of the database is logged."""
 
 PAGE = 200
 """Rows of one read: with models of the maximum size a few megabytes of memory, and a few milliseconds of work."""
@@ -123,6 +127,7 @@ class Store:
         self._changes_kept = changes_kept
         self._changes_bytes = changes_bytes
         self._limits = limits or StoreLimits()
+        self._logged = ("", 0.0)
 
     async def open(self) -> None:
         """Open the database and migrate its tables, if necessary. A current database is not written to.
@@ -130,7 +135,7 @@ class Store:
         Raises:
             RegistryError: STORE_UNAVAILABLE: it cannot be opened, or a newer release has migrated it.
         """
-        with _translated("open"):
+        with self._translated("open"):
             await self._database.open()
             async with self._database.reading() as connection:
                 version = await connection.run_sync(version_of)
@@ -157,7 +162,7 @@ class Store:
             RegistryError: STORE_UNAVAILABLE.
         """
         models: list[Model] = []
-        with _translated("load"):
+        with self._translated("load"):
             async with self._database.reading() as connection:
                 revision = await _revision(connection)
                 page = select(MODELS).order_by(MODELS.c.id).limit(PAGE)
@@ -187,7 +192,7 @@ class Store:
         Raises:
             RegistryError: STORE_UNAVAILABLE.
         """
-        with _translated("catch up"):
+        with self._translated("catch up"):
             rows = await self._database.fetch(_CHANGES_AFTER, {"after": revision, "limit": PAGE})
         # Without changes, one row with the last revision alone.
         last = rows[0].last
@@ -214,7 +219,7 @@ class Store:
         Raises:
             RegistryError: REGISTRY_FULL, STORE_UNAVAILABLE.
         """
-        with _translated("insert"):
+        with self._translated("insert"):
             return await self._put(ChangeKind.ADDED, None, model)
 
     async def update(self, before: Model, model: Model) -> Model | None:
@@ -231,7 +236,7 @@ class Store:
         Raises:
             RegistryError: REGISTRY_FULL, STORE_UNAVAILABLE.
         """
-        with _translated("update"):
+        with self._translated("update"):
             return await self._put(ChangeKind.MODIFIED, before, model)
 
     async def _put(self, kind: ChangeKind, before: Model | None, model: Model) -> Model | None:
@@ -272,7 +277,7 @@ class Store:
         Raises:
             RegistryError: STORE_UNAVAILABLE.
         """
-        with _translated("delete"):
+        with self._translated("delete"):
             try:
                 async with self._database.writing() as connection:
                     next_revision = await self._next_revision(connection)
@@ -301,9 +306,29 @@ class Store:
                 return None
         return change
 
-    def changes_elsewhere(self) -> AsyncGenerator[None]:
-        """Yield whenever other processes may have changed something; then call `changes_after`. It ends only when closed."""
+    def changes_elsewhere(self) -> AsyncGenerator[bool]:
+        """Yield true whenever other processes may have changed something: call `changes_after`. False if the database is away.
+
+        It ends only when closed.
+        """
         return self._database.changes_elsewhere()
+
+    @contextmanager
+    def _translated(self, what: str) -> Iterator[None]:
+        """Make an error of the database a `RegistryError`, and log it; the same one not more often than `REPEAT_SECONDS`."""
+        try:
+            yield
+        except (SQLAlchemyError, OSError) as error:
+            text, now = cause_text(error), time.monotonic()
+            logged, at = self._logged
+            if text != logged or now - at > REPEAT_SECONDS:
+                self._logged = (text, now)
+                _log.error("database unusable", call=what, error=text)
+            raise RegistryError(
+                Reason.STORE_UNAVAILABLE,
+                "the registry's database is unavailable; models that are already registered can still be called",
+                retry_after=1.0,
+            ) from error
 
     async def _next_revision(self, connection: AsyncConnection, size: _Size | None = None) -> int:
         """Increment the revision, and add to the size. It is the first statement of every write, and locks out other writers.
@@ -445,19 +470,6 @@ def _readable(row: RowMapping, names: Sequence[object]) -> Model | None:
     except DamagedRecordError as error:
         _log.warning("damaged record left out", model=row["id"], error=str(error))
         return None
-
-
-@contextmanager
-def _translated(what: str) -> Iterator[None]:
-    try:
-        yield
-    except (SQLAlchemyError, OSError) as error:
-        _log.error("database unusable", call=what, error=cause_text(error))
-        raise RegistryError(
-            Reason.STORE_UNAVAILABLE,
-            "the registry's database is unavailable; models that are already registered can still be called",
-            retry_after=1.0,
-        ) from error
 
 
 def database_of(url: str, busy_seconds: float = BUSY_SECONDS) -> Database:

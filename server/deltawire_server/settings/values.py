@@ -35,7 +35,8 @@ MASK = "***"
 OFF = "off"
 """The value of an address for no listener."""
 
-_ADDRESS_FORMS = "write host:port, [IPv6 address]:port or unix:/path"
+_PORT_FORMS = "write host:port or [IPv6 address]:port"
+_ADDRESS_FORMS = f"{_PORT_FORMS}, or unix:/path"
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9.])?")
 _IMAGE_HOST = re.compile(r"(\*\.)?(\*|\[[0-9a-f:.]+\]|[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_.])?)(?::([0-9]{1,5}))?")
 _IMAGE_HOST_FORMS = "write images.example.com, *.example.com for all below it, or * for any, each optionally with :port"
@@ -139,7 +140,10 @@ def port_or_off(value: str) -> str:
         return OFF
     if value.strip().startswith("unix:"):
         raise ValueError(f"{value.strip()!r} is a unix socket: write host:port, or off")
-    return address(value)
+    try:
+        return address(value)
+    except ValueError as error:
+        raise ValueError(f"{str(error).replace(_ADDRESS_FORMS, _PORT_FORMS)}; or off") from None
 
 
 def is_local(listen: str) -> bool:
