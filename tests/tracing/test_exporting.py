@@ -61,10 +61,10 @@ async def is_recording(variables: dict[str, str], monkeypatch: pytest.MonkeyPatc
 async def test_the_variables_that_export_traces(
     monkeypatch: pytest.MonkeyPatch, lines: Lines, variables: dict[str, str], records: bool
 ) -> None:
-    """The standard ones, while they are not empty; and nothing is logged."""
+    """The standard ones, while they are not empty; one line is logged if they do."""
     assert await is_recording(variables, monkeypatch) is records
     assert not isinstance(tracer.current, otel.RecordingTracer)
-    assert not lines.entries
+    assert [entry["event"] for entry in lines.entries] == ["traces are exported"] * records
 
 
 @pytest.mark.parametrize(
