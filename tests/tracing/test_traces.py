@@ -10,7 +10,9 @@ from google.protobuf.duration_pb2 import Duration
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import model_registry_pb2
+from deltawire_server.errors import CallerError, Reason
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
+from deltawire_server.upstream.vllm_api import VllmApi
 from tests.support.gateway import WAIT, Lines, ask, failure_of, read_badly, read_well, tool
 from tests.tracing.conftest import VERSION
 
@@ -328,3 +330,37 @@ async def test_without_exported_traces_the_callers_context_goes_on(
     assert "traceparent" not in vllm.chats[1].headers
     assert (await lines.find("call"))["trace_id"] == TRACE
     await lines.find("call", trace_id=None)
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"), [("cancel", "canceled"), ("defect", "INTERNAL"), ("refusal", "UPSTREAM_REJECTED")]
+)
+async def test_a_token_count_that_fails(
+    start_gateway: StartGateway,
+    traced: Traced,
+    lines: Lines,
+    monkeypatch: pytest.MonkeyPatch,
+    end: str,
+    expected: str,
+) -> None:
+    """Its attempt ends with the reason, however it ends."""
+    asked = asyncio.Event()
+
+    async def count(*_: object, **__: object) -> None:
+        asked.set()
+        if end == "cancel":
+            await asyncio.Event().wait()
+        raise ZeroDivisionError if end == "defect" else CallerError(Reason.UPSTREAM_REJECTED, SECRET)
+
+    monkeypatch.setattr(VllmApi, "count", count)
+    async with traced() as collector, start_gateway() as gateway:
+        call = gateway.chat.CountTokens(chat_pb.CountTokensRequest(chat=ask()))
+        await asked.wait()
+        if end == "cancel":
+            call.cancel()
+        else:
+            await failure_of(call)
+        await lines.find("call")
+    attempt = collector.spans[1]
+    assert (attempt.attributes["error.type"], attempt.is_error) == (expected, end != "cancel")
+    assert SECRET not in str(collector.requests)

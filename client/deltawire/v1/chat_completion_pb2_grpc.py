@@ -44,7 +44,7 @@ class ChatCompletionStub(object):
     - `x-request-id`: used as the request id if it is printable ASCII of at most 128 characters.
     Otherwise the gateway generates one.
     - `traceparent`, `tracestate`: forwarded if they are valid according to W3C Trace Context,
-    otherwise dropped.
+    otherwise dropped. A gateway that exports traces adds spans of its own, and forwards theirs.
 
     The gateway returns the request id as `x-request-id` in the initial metadata, or in the trailers
     if the call fails before its first event.
@@ -107,7 +107,7 @@ class ChatCompletionServicer(object):
     - `x-request-id`: used as the request id if it is printable ASCII of at most 128 characters.
     Otherwise the gateway generates one.
     - `traceparent`, `tracestate`: forwarded if they are valid according to W3C Trace Context,
-    otherwise dropped.
+    otherwise dropped. A gateway that exports traces adds spans of its own, and forwards theirs.
 
     The gateway returns the request id as `x-request-id` in the initial metadata, or in the trailers
     if the call fails before its first event.
@@ -227,7 +227,7 @@ class ChatCompletion(object):
     - `x-request-id`: used as the request id if it is printable ASCII of at most 128 characters.
     Otherwise the gateway generates one.
     - `traceparent`, `tracestate`: forwarded if they are valid according to W3C Trace Context,
-    otherwise dropped.
+    otherwise dropped. A gateway that exports traces adds spans of its own, and forwards theirs.
 
     The gateway returns the request id as `x-request-id` in the initial metadata, or in the trailers
     if the call fails before its first event.

@@ -45,7 +45,7 @@ class ChatCompletionStub:
     - `x-request-id`: used as the request id if it is printable ASCII of at most 128 characters.
       Otherwise the gateway generates one.
     - `traceparent`, `tracestate`: forwarded if they are valid according to W3C Trace Context,
-      otherwise dropped.
+      otherwise dropped. A gateway that exports traces adds spans of its own, and forwards theirs.
 
     The gateway returns the request id as `x-request-id` in the initial metadata, or in the trailers
     if the call fails before its first event.
@@ -106,7 +106,7 @@ class ChatCompletionAsyncStub(ChatCompletionStub):
     - `x-request-id`: used as the request id if it is printable ASCII of at most 128 characters.
       Otherwise the gateway generates one.
     - `traceparent`, `tracestate`: forwarded if they are valid according to W3C Trace Context,
-      otherwise dropped.
+      otherwise dropped. A gateway that exports traces adds spans of its own, and forwards theirs.
 
     The gateway returns the request id as `x-request-id` in the initial metadata, or in the trailers
     if the call fails before its first event.
@@ -163,7 +163,7 @@ class ChatCompletionServicer(metaclass=_abc_1.ABCMeta):
     - `x-request-id`: used as the request id if it is printable ASCII of at most 128 characters.
       Otherwise the gateway generates one.
     - `traceparent`, `tracestate`: forwarded if they are valid according to W3C Trace Context,
-      otherwise dropped.
+      otherwise dropped. A gateway that exports traces adds spans of its own, and forwards theirs.
 
     The gateway returns the request id as `x-request-id` in the initial metadata, or in the trailers
     if the call fails before its first event.

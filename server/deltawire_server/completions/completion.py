@@ -41,6 +41,7 @@ from deltawire_server.sansio.events import (
 )
 from deltawire_server.sansio.reader import CompletionReader, Limits
 from deltawire_server.telemetry import get_logger
+from deltawire_server.tracing.tracer import NO_ATTEMPT
 from deltawire_server.upstream.base import Attempts
 from deltawire_server.upstream.failures import RETRY_SECONDS, UpstreamError, failure_of
 from deltawire_server.upstream.vllm_fields import format_field
@@ -527,12 +528,13 @@ class Completion:
         self._ended = time.monotonic()
         self._clock.stop()
         self._queue.close()
-        self.stop_reasons = tuple(choice.stop_reason for choice in choices)
+        self.stop_reasons = tuple([choice.stop_reason for choice in choices])
         error = measures.error_type(failure, canceled=cause is Cause.CALLER)
         measures.ended(self, self._gaps, choices, error)
         if self._usage_record is not None:
             self._usage_record.end(self.usage, self.stop_reasons, error, self.timings.total)
-        self._end_span(choices)
+        if self.attempts.span is not NO_ATTEMPT:
+            self._end_span(choices)
         if isinstance(failure, ProviderError):
             self._provider_failed(failure.reason)
         if self._reading is None or self._reading.expired():

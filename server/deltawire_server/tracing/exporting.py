@@ -48,6 +48,7 @@ async def exporting(variables: Mapping[str, str], version: str, worker: int | No
         _log.warning("traces are not exported", problem=f"{error}: correct the OTEL_ variables")
         yield
         return
+    _log.info("traces are exported", exporters=list(names))
     before, tracer.current = tracer.current, recording
     try:
         yield

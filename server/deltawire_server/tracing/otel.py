@@ -76,8 +76,8 @@ class RecordingTracer(Tracer):
         # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES have precedence.
         resource = Resource.create(defaults).merge(OTELResourceDetector().detect())
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        for name in exporters:
-            self._provider.add_span_processor(BatchSpanProcessor(_exporter(name)))
+        for exporter in [_exporter(name) for name in exporters]:
+            self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("deltawire", version)
 
     def close(self) -> bool:
