@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import sys
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from dataclasses import dataclass
 from operator import attrgetter
@@ -24,7 +24,7 @@ from deltawire_server.errors import CallerError, GatewayError, Reason
 from deltawire_server.registry.store import ChangeKind
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterable
+    from collections.abc import AsyncGenerator
 
     from deltawire_server.registry.model import Model
 
@@ -100,6 +100,7 @@ class Feed:
         self._epoch = secrets.token_hex(4)
         self._log: list[_Entry] = []  # by ascending place, with dropped entries
         self._current: dict[str, _Entry] = {}  # the last one of each existing model, by its id
+        self._ids: list[str] = []  # of existing models, in ascending order, for pages
         self._removed: dict[str, _Entry] = {}  # the last one of each removed model, the oldest first
         self._superseded: deque[_Entry] = deque()  # all others, the oldest first
         self._superseded_size = 0
@@ -123,10 +124,10 @@ class Feed:
         """The number of kept changes."""
         return len(self._current) + len(self._removed) + len(self._superseded)
 
-    @property
-    def ids(self) -> Iterable[str]:
-        """The ids of all models, in no order."""
-        return self._current.keys()
+    def ids_after(self, model_id: str, count: int) -> list[str]:
+        """The first ids of models after an id, in ascending order: `count` of them, or fewer at the end."""
+        first = bisect_right(self._ids, model_id)
+        return self._ids[first : first + count]
 
     def get(self, model_id: str) -> Model | None:
         """The model of this id; `None` if there is none."""
@@ -149,9 +150,12 @@ class Feed:
         if before is not None:
             self._supersede(before)
         if kind is ChangeKind.REMOVED:
-            self._current.pop(model.id, None)
+            if self._current.pop(model.id, None) is not None:
+                del self._ids[bisect_left(self._ids, model.id)]
             self._remove(entry, model.id)
         else:
+            if model.id not in self._current:
+                insort(self._ids, model.id)
             self._current[model.id] = entry
         # Rare enough to cost little per change; the log stays below about twice its entries.
         if len(self._log) > _MIN_DROPPED + 2 * self.entries:

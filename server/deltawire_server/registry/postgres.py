@@ -8,15 +8,16 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from contextlib import asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import psycopg
-from sqlalchemy import CursorResult, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import CursorResult, bindparam, func, select, text
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from deltawire_server.registry.database import Database, cause_text
+from deltawire_server.registry.tables import REVISION
 from deltawire_server.telemetry import get_logger
 
 if TYPE_CHECKING:
@@ -35,6 +36,12 @@ ANSWER_SECONDS = 3.0
 LISTEN_SECONDS = 5.0
 """Silence after which a listening connection is checked: a connection that a firewall dropped stays silent forever."""
 
+PROBE_SECONDS = 1.0
+"""How long the notification may take that shows whether any arrive: otherwise a millisecond."""
+
+POLL_SECONDS = 0.5
+"""Interval between checks for changes where no notifications arrive. A check takes a millisecond."""
+
 RECONNECT_SECONDS = 0.5
 """Interval between attempts to listen again."""
 
@@ -49,6 +56,9 @@ _MISTAKE = re.compile(r"\binvalid\b")
 
 MIGRATION_LOCK = 0x64656C7461
 """The number of the advisory lock for migrations."""
+
+_PROBE = select(func.pg_notify(CHANNEL, bindparam("name")))
+_REVISION = select(REVISION.c.revision)
 
 _Begun: TypeAlias = tuple[AsyncConnection, CursorResult[Any]]
 """A connection, and the result of its first statement."""
@@ -123,32 +133,60 @@ class PostgresDatabase(Database):
         await connection.exec_driver_sql("SELECT pg_advisory_xact_lock(%(lock)s)", {"lock": MIGRATION_LOCK})
 
     async def changes_elsewhere(self) -> AsyncGenerator[bool]:
-        """Listen on a separate connection, and reconnect if it fails."""
+        """Listen on a separate connection, or poll if a pooler keeps notifications back; start again after a failure."""
         deaf = False
         while True:
             try:
-                _, parameters = self._engine.dialect.create_connect_args(self._url)
-                async with await psycopg.AsyncConnection.connect(
-                    **parameters, autocommit=True, prepare_threshold=None
-                ) as connection:
-                    await self._ask(connection, f"LISTEN {CHANNEL}")
-                    if deaf:
-                        _log.info("the database announces changes again")
-                    deaf = False
-                    while True:
-                        # First because of changes before LISTEN; and after a silence, because a pooler may have withheld
-                        # notifications.
+                async with aclosing(self._announced()) as announced:
+                    async for _ in announced:
+                        if deaf:
+                            _log.info("the database announces changes again")
+                        deaf = False
                         yield True
-                        async for notification in connection.notifies(timeout=LISTEN_SECONDS):
-                            if notification.payload != self._name:
-                                break
-                        await self._ask(connection, "SELECT 1")  # raises if the connection is closed
-            except (psycopg.Error, OSError) as error:
+                async with aclosing(self._polled()) as polled:
+                    async for _ in polled:
+                        deaf = False
+                        yield True
+            except (psycopg.Error, SQLAlchemyError, OSError) as error:
                 if not deaf:
                     _log.warning("the database does not announce changes", error=cause_text(error))
                 deaf = True
                 yield False
             await asyncio.sleep(RECONNECT_SECONDS)
+
+    async def _announced(self) -> AsyncGenerator[None]:
+        """Yield at first and for each notification of another process; end if there cannot be any."""
+        _, parameters = self._engine.dialect.create_connect_args(self._url)
+        async with await psycopg.AsyncConnection.connect(
+            **parameters, autocommit=True, prepare_threshold=None
+        ) as connection:
+            await self._ask(connection, f"LISTEN {CHANNEL}")
+            # A pooler in transaction mode accepts LISTEN, and delivers no notification while the connection is idle. It is sent
+            # over another connection, because one that sends it itself would receive it.
+            await self.fetch(_PROBE, {"name": self._name})
+            if not [each async for each in connection.notifies(timeout=PROBE_SECONDS, stop_after=1)]:
+                return
+            while True:
+                # At first because of changes before LISTEN; and after a silence, because a connection may have been lost.
+                yield
+                async for notification in connection.notifies(timeout=LISTEN_SECONDS):
+                    if notification.payload != self._name:
+                        break
+                await self._ask(connection, "SELECT 1")  # raises if the connection is closed
+
+    async def _polled(self) -> AsyncGenerator[None]:
+        """Yield at first and when the revision has changed."""
+        _log.warning(
+            "notifications of the database do not arrive, as behind a pooler in transaction mode: it is polled",
+            interval=POLL_SECONDS,
+        )
+        revision: object = None
+        while True:
+            seen = (await self.fetch(_REVISION, {}))[0].revision
+            if seen != revision:
+                revision = seen
+                yield
+            await asyncio.sleep(POLL_SECONDS)
 
     @asynccontextmanager
     async def _transaction(self, engine: AsyncEngine, begin: str) -> AsyncIterator[AsyncConnection]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -431,22 +432,30 @@ class ModelRegistry:
         await self._view.settled()
         own_providers = listings.own()
         # The caller's own token shows these models, instead of what all callers see of these providers.
-        own = {scoped_id(*target): target for target in listings.targets() if target[0] in own_providers}
-        # Not a set: its order is random, and ids that are almost in order are sorted much faster.
-        ids = sorted(each for each in dict.fromkeys((*own, *self._feed.ids)) if each > page.after)
+        own = {}
+        if own_providers:
+            own = {scoped_id(*target): target for target in listings.targets() if target[0] in own_providers}
+        own_ids = sorted(each for each in own if each > page.after)
         shown: dict[str, Model] = {}
-        for count, model_id in enumerate(ids):
-            if count % LOOKS_AT_ONCE == 0:
-                await give_way()
-            model = listings.find(*own[model_id]) if model_id in own else None
-            if model is None or not is_new(model, self._known, self._providers.ids):
-                model = self._feed.get(model_id)
-                if model is None or (model.provider_id in own_providers and model.source is ModelSource.DISCOVERED):
-                    continue
-            if wanted.takes(model):
-                shown[model_id] = model
-                if len(shown) > page.size:
-                    break
+        after, place = page.after, 0
+        while len(shown) <= page.size:
+            # Some of the ids at a time, as they are then: other calls run in between.
+            await give_way()
+            some_ids = {*own_ids[place : place + LOOKS_AT_ONCE], *self._feed.ids_after(after, LOOKS_AT_ONCE)}
+            if not some_ids:
+                break
+            for model_id in sorted(some_ids)[:LOOKS_AT_ONCE]:
+                after = model_id
+                model = listings.find(*own[model_id]) if model_id in own else None
+                if model is None or not is_new(model, self._known, self._providers.ids):
+                    model = self._feed.get(model_id)
+                    if model is None or (model.provider_id in own_providers and model.source is ModelSource.DISCOVERED):
+                        continue
+                if wanted.takes(model):
+                    shown[model_id] = model
+                    if len(shown) > page.size:
+                        break
+            place = bisect_right(own_ids, after)
         models, next_page_token = pages.page_of(shown, page, _bytes_of)
         return models, next_page_token, tuple(sorted(listings.failures))
 
