@@ -37,7 +37,7 @@ async def keyed(start_gateway: StartGateway) -> AsyncIterator[Running]:
 
 
 async def test_the_documentation_has_every_field(keyed: Running, lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of calls that succeed, fail, are refused or break; `passed_to` has its own test."""
+    """Of calls that succeed, fail, are refused or break; other tests have passed ones, those of proxies and of operators."""
     await read_well(keyed.stream(ask(model="vllm/fake"), metadata=ANN))
     await keyed.chat.CountTokens(chat_pb.CountTokensRequest(chat=ask()), metadata=ANN)
     await failure_of(keyed.create(metadata=BOB))
@@ -48,7 +48,7 @@ async def test_the_documentation_has_every_field(keyed: Running, lines: Lines, m
     entries = [entry for entry in lines.entries if entry["event"] == "call"]
     logged = {field for entry in entries for field in entry} - EVERY_LINE
     documented = set(re.findall(r"^\| `(\w+)` \|", LOGS, re.MULTILINE))
-    assert documented == logged | {"passed_to"}
+    assert documented == logged | {"passed_to", "via", "completion_of"}
 
 
 async def test_a_completion(served: Running, vllm: FakeVllm, lines: Lines) -> None:
