@@ -51,6 +51,7 @@ class StartGateway(Protocol):
         access: Mapping[str, Any] | None = None,
         retention: Mapping[str, Any] | None = None,
         metrics: Mapping[str, Any] | None = None,
+        limits: Mapping[str, Any] | None = None,
         options: tuple[tuple[str, int], ...] = (),
     ) -> AbstractAsyncContextManager[Running]: ...
 
@@ -151,6 +152,7 @@ def start_gateway(vllm: FakeVllm, tmp_path: Path) -> StartGateway:
         access: Mapping[str, Any] | None = None,
         retention: Mapping[str, Any] | None = None,
         metrics: Mapping[str, Any] | None = None,
+        limits: Mapping[str, Any] | None = None,
         options: tuple[tuple[str, int], ...] = (),
     ) -> AsyncIterator[Running]:
         settings = settings_of(
@@ -162,6 +164,7 @@ def start_gateway(vllm: FakeVllm, tmp_path: Path) -> StartGateway:
             access=access,
             retention=retention,
             metrics=metrics,
+            limits=limits,
         )
         async with running(settings, options=options) as gateway:
             yield gateway

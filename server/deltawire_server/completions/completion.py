@@ -26,6 +26,7 @@ from deltawire_server.completions.event_buffer import EventBuffer
 from deltawire_server.completions.info import CompletionInfo, Timings
 from deltawire_server.completions.state import Cause, State, advance
 from deltawire_server.errors import Code, DeltawireError, GatewayError, ProviderError, Reason, internal_error
+from deltawire_server.limits import Share
 from deltawire_server.sansio.events import (
     Completed,
     Event,
@@ -115,6 +116,7 @@ class Completion:
         hold: Accounts for its memory; at the limit of the process, it may be evicted.
         request_bytes: Size of the request message, which is held until the provider's first event.
         adaptive: How long deltas are delayed under load, if the options do not say; not at all by default.
+        share: The caller, whose tokens are counted; by default without limits.
 
     Attributes:
         head: Its id, model, provider and sampling.
@@ -142,6 +144,7 @@ class Completion:
         hold: Hold,
         request_bytes: int,
         adaptive: AdaptiveDelay | None = None,
+        share: Share | None = None,
     ) -> None:
         request = _with_defaults(request, resolution.provider.default_max_tokens)
         self.resolution = resolution
@@ -183,6 +186,8 @@ class Completion:
             whole=keep_logprobs,
             limits=limits.answer,
         )
+        self._share = share or Share()
+        self._charged = 0
         self._hold = hold
         self._request_bytes = request_bytes
         hold.evict = self._evict
@@ -266,6 +271,13 @@ class Completion:
         self.end(Fault(Reason.MEMORY_LIMIT_EXCEEDED, message))
         self._hold.close()
 
+    def _charge(self) -> None:
+        """Count the tokens that were not counted yet among those of the caller."""
+        usage = self.usage
+        tokens = (usage.prompt_tokens or 0) + usage.completion_tokens
+        self._share.charge(tokens - self._charged)
+        self._charged = tokens
+
     def _weigh(self) -> None:
         """Report its current memory to the ledger."""
         self._hold.set(self._request_bytes + self._reader.held + self._queue.size)
@@ -347,7 +359,7 @@ class Completion:
         self.state = advance(self.state, Cause.ASKED)
         self._clock.allow(timeouts.first_event)
         # Only the provider has the request from here on; it drops it at the first event.
-        request = await self._images.load(self._unsent.pop())
+        request = await self._images.load(self._unsent.pop(), self._share)
         # Up to the first event, the provider applies its timeout, because it has to attribute it to a replica.
         self._clock.pause()
         self._sent = time.monotonic()
@@ -476,6 +488,7 @@ class Completion:
             self.begun = True
             if self.state is State.ASKING and not soft:
                 self.state = advance(self.state, Cause.BEGUN)
+            self._charge()
             started, *events = events
             self._queue.put([started, *self._notices])
         self._queue.put(events)
@@ -508,6 +521,7 @@ class Completion:
         self._ended = time.monotonic()
         self._clock.stop()
         self._queue.close()
+        self._charge()
         measures.ended(self, self._gaps, choices, canceled=cause is Cause.CALLER)
         if isinstance(failure, ProviderError):
             self._provider_failed(failure.reason)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 from contextlib import aclosing, contextmanager, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
     from grpc import aio
 
+    from deltawire_server.access import Terms
     from deltawire_server.completions.completion import Completion
     from deltawire_server.completions.info import CompletionView
     from deltawire_server.completions.records import Record
@@ -123,8 +126,8 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
             await self._follow(self._worker.resume(caller, completion_id), after, caller, record, context)
             return
         # A call with an id that is in use joins that completion, which has a place, or is refused.
-        if record.place is not None and not self._worker.is_current(caller, request.chat.completion_id):
-            record.place.take()
+        if not self._worker.is_current(caller, request.chat.completion_id):
+            await self._wait_for_place(record, context)
         chat = await self._validated(request.chat, record)
         options = validate_options.stream_options(request.options, self._max_retention)
         if chat.completion_id or options.retention is not None:
@@ -173,7 +176,7 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
             self._worker.memory.admit(COPIES * record.request_bytes)
             held.set(COPIES * record.request_bytes)
             chat = await validate.count_request(request.chat, self._content_limits)
-            count, resolution = await self._worker.count_tokens(chat, record.call)
+            count, resolution = await self._worker.count_tokens(chat, record.call, record.terms.permits)
         record.values.update(
             model=resolution.model.id,
             alias=resolution.alias,
@@ -187,6 +190,12 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
             provider_id=resolution.provider.id,
         )
 
+    async def _wait_for_place(self, record: CallRecord, context: _Context) -> None:
+        """Take the place of a call that might have resumed a completion. The memory of its request is accounted meanwhile."""
+        with self._worker.memory.hold() as held:
+            held.set(record.request_bytes)
+            await record.take_place(context)
+
     async def _validated(self, chat: chat_pb.ChatRequest, record: CallRecord) -> ChatRequest:
         """The validated request. Its memory is accounted here until the completion does so."""
         size = COPIES * record.request_bytes
@@ -194,7 +203,7 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         with self._worker.memory.hold() as held:
             held.set(size)
             async with self._worker.memory.turn(record.request_bytes):
-                return await validate.chat_request(chat, self._content_limits)
+                return on_terms(await validate.chat_request(chat, self._content_limits), record.terms)
 
     def _look_up(self, completion_id: str, context: _Context) -> Record:
         """The record of the caller's completion."""
@@ -222,6 +231,20 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
 
     def _writer(self, context: _Context, record: CallRecord, more: str = "") -> StreamWriter:
         return StreamWriter(context, record, self._slow_caller_timeout, lambda limit: slow_caller(limit, more))
+
+
+def on_terms(request: ChatRequest, terms: Terms) -> ChatRequest:
+    """The request with the priority and the salt of the caller's access line.
+
+    The caller's own salt separates its requests from each other, but never leads to the cache of another caller.
+    """
+    if terms.priority is not None:
+        request = replace(request, priority=terms.priority)
+    if not terms.cache_salt:
+        return request
+    own = request.cache_salt
+    salt = hmac.digest(terms.cache_salt.encode(), own.encode(), "sha256").hex() if own else terms.cache_salt
+    return replace(request, cache_salt=salt)
 
 
 def _is_whole(event: StreamEvent) -> bool:
@@ -270,7 +293,15 @@ async def _fingerprint(request: chat_pb.CreateChatCompletionRequest | chat_pb.St
 
 
 def _caller(record: CallRecord, context: _Context) -> Caller:
-    return Caller(record.call, record.owner, lambda: deadline_passed(context), record.place, record.request_bytes)
+    return Caller(
+        record.call,
+        record.owner,
+        lambda: deadline_passed(context),
+        record.place,
+        record.request_bytes,
+        record.share,
+        record.terms.permits,
+    )
 
 
 @contextmanager

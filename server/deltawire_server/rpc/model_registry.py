@@ -16,6 +16,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from deltawire.v1 import model_registry_pb2 as pb
 from deltawire.v1 import model_registry_pb2_grpc as pb_grpc
 from deltawire_server.errors import GatewayError, Reason, Violation, invalid_request
+from deltawire_server.limits import Use
 from deltawire_server.registry import pages, rules
 from deltawire_server.registry.messages import quoted
 from deltawire_server.registry.model import ModelSource, ModelState, ModelType
@@ -85,13 +86,16 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
             request.embedding_dimension if request.HasField("embedding_dimension") else None,
             token=call_context(context).token,
             owner=call_record(context).caller,
+            permits=call_record(context).terms.permits,
         )
         return pb.RegisterModelResponse(model=model_message(model))
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         """Return one model, by any of its names."""
         _require("model_id", request.model_id)
-        model = await self._registry.get(request.model_id, call_context(context).token)
+        model = await self._registry.get(
+            request.model_id, call_context(context).token, call_record(context).terms.permits
+        )
         return pb.GetModelResponse(model=model_message(model))
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
@@ -103,7 +107,11 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
             _chosen("source", request.source, ModelSource),
         )
         models, next_page_token, unreachable = await self._registry.list(
-            request.page_size, request.page_token, call_context(context).token, wanted
+            request.page_size,
+            request.page_token,
+            call_context(context).token,
+            wanted,
+            call_record(context).terms.permits,
         )
         return pb.ListModelsResponse(
             models=map(model_message, models),
@@ -115,7 +123,11 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
         """Remove a registered model."""
         _require("model_id", request.model_id)
         await self._registry.unregister(
-            request.model_id, request.etag, call_context(context).token, _only_of(call_record(context))
+            request.model_id,
+            request.etag,
+            call_context(context).token,
+            _only_of(call_record(context)),
+            call_record(context).terms.permits,
         )
         return pb.UnregisterModelResponse()
 
@@ -128,6 +140,7 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
             request.model.etag,
             call_context(context).token,
             _only_of(call_record(context)),
+            call_record(context).terms.permits,
         )
         return pb.UpdateModelResponse(model=model_message(model))
 
@@ -135,16 +148,20 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
         self, request: pb.WatchModelsRequest, context: Context
     ) -> None:
         """Stream all models, and then every change to them."""
-        writer = StreamWriter(context, call_record(context), self._slow_watcher_seconds, self._slow)
+        record = call_record(context)
+        writer = StreamWriter(context, record, self._slow_watcher_seconds, self._slow)
+        record.share.take(Use.WATCHES)
         self._watches.add(writer)
         if self._watches_ended:
             writer.hasten(FAREWELL_SECONDS)
         try:
             async with aclosing(self._registry.watch(request.revision)) as steps, writer:
                 async for step in steps:
-                    await writer.write(step_message(step))
+                    if step.model is None or record.terms.permits(step.model.id):
+                        await writer.write(step_message(step))
         finally:
             self._watches.discard(writer)
+            record.share.give_back(Use.WATCHES)
 
     def _slow(self, limit: float) -> GatewayError:
         """The failure of a watcher that does not read."""
@@ -162,7 +179,9 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
 
     async def RefreshModels(self, request: pb.RefreshModelsRequest, context: Context) -> pb.RefreshModelsResponse:
         """Request the current listings of the providers."""
-        results = await self._registry.refresh(request.provider_id, call_context(context).token)
+        results = await self._registry.refresh(
+            request.provider_id, call_context(context).token, call_record(context).terms.permits
+        )
         response = pb.RefreshModelsResponse()
         for provider_id, result in results.items():
             if isinstance(result, int):

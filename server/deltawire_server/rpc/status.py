@@ -62,8 +62,9 @@ def status_of(error: DeltawireError, request_id: str) -> status_pb2.Status:
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(round(error.retry_after * 1e9))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-    if error.reason is Reason.TOO_MANY_STREAMS:
-        violation = error_details_pb2.QuotaFailure.Violation(subject="gateway", description=message)
+    if error.reason in (Reason.TOO_MANY_STREAMS, Reason.CALLER_LIMIT_EXCEEDED):
+        subject = metadata.get("caller", "gateway") or "this caller"
+        violation = error_details_pb2.QuotaFailure.Violation(subject=subject, description=message)
         details.append(error_details_pb2.QuotaFailure(violations=[violation]))
     if error.reason in (Reason.MODEL_NOT_FOUND, Reason.MODEL_ALREADY_EXISTS) and "model" in metadata:
         details.append(
