@@ -6,15 +6,16 @@
 A call takes a place before its request is received, so that `max_streams` also limits how many requests are received, parsed
 and validated at once. The call then hands its place over to the completion, which may outlive the call.
 
-Callers that wait get places in turn, one each; the calls of one caller wait in order. If the queue is full, the caller with the
-most calls in it loses its last one to a caller with fewer. So a caller that sends many calls delays only its own.
+A place goes to the caller that has the fewest of them; of several, to the one that has waited for its turn longest. The calls of
+one caller wait in order. If the queue is full, the caller with the most calls in it loses its last one to a caller with fewer. So a
+caller that sends many calls delays only its own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from typing import TYPE_CHECKING, Self
 
 from deltawire_server.errors import GatewayError, Reason
@@ -52,6 +53,7 @@ class Admission:
         self.queue_timeout = queue_timeout
         self.active = 0
         self.queued = 0
+        self._running: Counter[str] = Counter()  # the places that are taken, by caller
         self._waiting: OrderedDict[str, deque[_Waiter]] = OrderedDict()  # by caller, in the order of their turns
         self._closed: GatewayError | None = None
         # The mean interval between two places while calls wait; `None` until it is known.
@@ -62,15 +64,18 @@ class Admission:
         """A place that is not taken yet. Call `take` or `wait`, and `release` at the end."""
         return Place(self)
 
-    def enter(self) -> None:
+    def enter(self, share: Share) -> None:
         """Take one place now.
+
+        Args:
+            share: The caller.
 
         Raises:
             GatewayError: TOO_MANY_STREAMS: all places are taken. The caller may retry after the error's `retry_after`.
         """
         if self.active >= self._limit or self.queued:
             raise self._full()
-        self.active += 1
+        self._enter(share.key)
 
     async def wait(self, share: Share, deadline: float | None) -> float:
         """Take one place, now or when it is this caller's turn. Cancellation leaves the queue.
@@ -88,7 +93,7 @@ class Admission:
                 `close`.
         """
         if self.active < self._limit and not self.queued:
-            self.active += 1
+            self._enter(share.key)
             return 0.0
         waiter = self._join(share, deadline)
         began = time.monotonic()
@@ -97,7 +102,7 @@ class Admission:
             await waiter
         except asyncio.CancelledError:
             if not waiter.cancelled() and waiter.exception() is None:
-                self.leave()  # it was this call's turn in the same moment
+                self.leave(share)  # it was this call's turn in the same moment
             raise
         finally:
             timer.cancel()
@@ -106,16 +111,20 @@ class Admission:
             QUEUE_SECONDS.observe(waited)
         return waited
 
-    def leave(self) -> None:
-        """Release one place, which the next caller gets."""
+    def leave(self, share: Share) -> None:
+        """Release one place of a caller; the next caller gets it."""
         self.active -= 1
+        self._running[share.key] -= 1
+        if not self._running[share.key]:
+            del self._running[share.key]
         while self._waiting and self.active < self._limit:
-            key, waiters = next(iter(self._waiting.items()))
+            key = min(self._waiting, key=self._running.__getitem__)
+            waiters = self._waiting[key]
             waiter = waiters[0]
             self._remove(key, waiter)
             if waiters:
                 self._waiting.move_to_end(key)
-            self.active += 1
+            self._enter(key)
             self._measure()
             waiter.set_result(None)
 
@@ -125,6 +134,10 @@ class Admission:
         for waiters in tuple(self._waiting.values()):
             for waiter in tuple(waiters):
                 self._refuse(waiter)
+
+    def _enter(self, key: str) -> None:
+        self.active += 1
+        self._running[key] += 1
 
     def _join(self, share: Share, deadline: float | None) -> _Waiter:
         """Add a call to the queue."""
@@ -228,7 +241,7 @@ class Place:
             GatewayError: TOO_MANY_STREAMS, as `Admission.enter`.
         """
         if not self._taken:
-            self._admission.enter()
+            self._admission.enter(self._share)
             self._share.add(Use.STREAMS, 1)
             self._taken = True
 
@@ -237,7 +250,7 @@ class Place:
         if self._taken:
             self._taken = False
             self._share.give_back(Use.STREAMS)
-            self._admission.leave()
+            self._admission.leave(self._share)
 
     def hand_over(self) -> Place:
         """Take the place if it is not taken, and move it to another owner. The new owner must release the returned `Place`.

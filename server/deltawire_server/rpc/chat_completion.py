@@ -95,12 +95,14 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         response = chat_pb.CreateChatCompletionResponse()
         if chat.completion_id:
             stream = self._worker.open(chat, caller, fingerprint=await _fingerprint(request), keep_logprobs=True)
+            record.opened()
             del request, chat  # the completion has it, until it is sent
             with stream.read(caller.left) as reader, _noted(record, stream):
                 async with aclosing(reader.follow()) as batches:
                     async for numbered in batches:
                         await _fill(response, stream, numbered[-1][1])
             return response
+        record.opened()
         running = self._worker.completion(chat, caller, keep_logprobs=True)
         del request, chat
         async with running as completion:
@@ -132,9 +134,11 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         options = validate_options.stream_options(request.options, self._max_retention)
         if chat.completion_id or options.retention is not None:
             stream = self._worker.open(chat, caller, options, fingerprint=await _fingerprint(request))
+            record.opened()
             del request, chat  # the completion has it, until it is sent
             await self._follow(stream, None, caller, record, context)
             return
+        record.opened()
         running = self._worker.completion(chat, caller, options)
         del request, chat
         async with running as completion:
@@ -192,6 +196,7 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
 
     async def _wait_for_place(self, record: CallRecord, context: _Context) -> None:
         """Take the place of a call that might have resumed a completion. The memory of its request is accounted meanwhile."""
+        self._worker.memory.admit(record.request_bytes)
         with self._worker.memory.hold() as held:
             held.set(record.request_bytes)
             await record.take_place(context)

@@ -59,11 +59,12 @@ HOST = "deltawire-host"
 """The metadata with the key of a caller without a name, in a call that another worker passes on."""
 OUR_METHODS = "/deltawire.v1."
 STREAM_CHAT = "/deltawire.v1.ChatCompletion/StreamChatCompletion"
+COUNT_TOKENS = "/deltawire.v1.ChatCompletion/CountTokens"
 ADMITTED = frozenset(
     {
         "/deltawire.v1.ChatCompletion/CreateChatCompletion",
         STREAM_CHAT,
-        "/deltawire.v1.ChatCompletion/CountTokens",
+        COUNT_TOKENS,
     }
 )
 """The methods that need a place: their requests contain a whole chat and use an engine."""
@@ -124,6 +125,18 @@ class CallRecord:
         self.terms = NO_TERMS
         self.request_bytes = 0
         self._is_counted = False
+        self._is_opening = False
+
+    def open(self) -> None:
+        """Count the call among what its caller's calls may join, until `opened`: its id is not known yet."""
+        self.share.add(Use.KEPT, 1)
+        self._is_opening = True
+
+    def opened(self) -> None:
+        """The stream of the call now counts itself, or no call can join it. Called at the end of each call too."""
+        if self._is_opening:
+            self._is_opening = False
+            self.share.give_back(Use.KEPT)
 
     def count(self) -> None:
         """Count the call among the requests of its caller; no effect if it was counted, here or by the worker that passed it on.
@@ -275,6 +288,8 @@ class CallInterceptor(aio.ServerInterceptor):
                     error = failure
                 except Exception as defect:  # noqa: BLE001 (the caller gets a status and the log the cause)
                     error = internal_error(cause=defect)
+                finally:
+                    record.opened()
                 outcome.fail(error)
                 if record.latch.succeeded:
                     return None  # the caller has the whole answer; a later failure is only logged
@@ -339,6 +354,8 @@ class CallInterceptor(aio.ServerInterceptor):
         # Such a call may resume or join a completion that already has a place. This is known only after the request is received.
         if method != STREAM_CHAT or not record.share.used(Use.KEPT):
             await record.take_place(context)
+        if method != COUNT_TOKENS:
+            record.open()
 
     async def _reflect(self, library: Any, parse: _Parser, messages: Any, context: _Context) -> None:  # noqa: ANN401
         """Serve a call of reflection in place of the library's own handler."""
