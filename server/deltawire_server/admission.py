@@ -117,6 +117,9 @@ class Admission:
         self._running[share.key] -= 1
         if not self._running[share.key]:
             del self._running[share.key]
+        if share.key in self._waiting:
+            # As for a caller with one call at a time, which waits again only now.
+            self._waiting.move_to_end(share.key)
         while self._waiting and self.active < self._limit:
             key = min(self._waiting, key=self._running.__getitem__)
             waiters = self._waiting[key]
