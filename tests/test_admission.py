@@ -148,7 +148,7 @@ async def test_a_canceled_call_leaves() -> None:
     assert admission.queued == 2
     place.release()
     second.cancel()
-    assert await third
+    assert (await third).taken
     assert second.cancelled()
     assert (admission.active, admission.queued, share.used(Use.STREAMS)) == (1, 0, 1)
     (await third).release()

@@ -31,7 +31,7 @@ ALICE, BOB = ((("authorization", f"Bearer {key}"),) for key in (A, B))
 RETAINED = chat_pb.StreamOptions(retention=duration_pb2.Duration(seconds=60))
 
 
-def lines(alice: str = "", bob: str = "") -> dict[str, str]:
+def lines(alice: str = "", bob: str = "") -> dict[str, Any]:
     """Access lines of two callers, with these words."""
     return {"keys": f"alice all {A} {alice}; bob all {B} {bob}"}
 
@@ -48,7 +48,7 @@ def quota(failure: Failure) -> str:
     for detail in failure.status.details:
         violation = error_details_pb2.QuotaFailure()
         if detail.Unpack(violation):
-            return violation.violations[0].subject
+            return str(violation.violations[0].subject)
     raise AssertionError("there is no QuotaFailure")
 
 
