@@ -23,7 +23,7 @@ from tests.support.gateway import ask, failure_of, kinds, read, read_badly, read
 
 if TYPE_CHECKING:
     from tests.conftest import StartGateway
-    from tests.support.gateway import Failure, Running
+    from tests.support.gateway import Failure, Lines, Running
 
 CHUNKS = Chunks()
 A, B = "alice-alice-alice", "bob-bob-bob-bob-bob"
@@ -31,7 +31,7 @@ ALICE, BOB = ((("authorization", f"Bearer {key}"),) for key in (A, B))
 RETAINED = chat_pb.StreamOptions(retention=duration_pb2.Duration(seconds=60))
 
 
-def lines(alice: str = "", bob: str = "") -> dict[str, Any]:
+def access(alice: str = "", bob: str = "") -> dict[str, Any]:
     """Access lines of two callers, with these words."""
     return {"keys": f"alice all {A} {alice}; bob all {B} {bob}"}
 
@@ -62,7 +62,7 @@ async def begin(gateway: Running, **how: Any) -> Any:  # noqa: ANN401 (an iterat
 async def test_streams(start_gateway: StartGateway, vllm: FakeVllm) -> None:
     """A caller at its limit is refused with everything that a client needs; another one is served, and it later too."""
     gate = held(vllm, 3)
-    async with start_gateway(access=lines("streams=2")) as gateway:
+    async with start_gateway(access=access("streams=2")) as gateway:
         running = [await begin(gateway, metadata=ALICE) for _ in range(2)]
         for failure in (
             (await read_badly(gateway.stream(metadata=ALICE)))[1],
@@ -98,7 +98,7 @@ async def test_a_host_is_a_caller_without_access_lines(start_gateway: StartGatew
 async def test_retained_streams_leave_room(start_gateway: StartGateway, vllm: FakeVllm) -> None:
     """By default one caller may have half of the places for them: it hangs up, and others are served."""
     gate = held(vllm, 2)
-    async with start_gateway(server={"max_streams": 4}, access=lines()) as gateway:
+    async with start_gateway(server={"max_streams": 4}, access=access()) as gateway:
         for _ in range(2):
             call = gateway.stream(options=RETAINED, metadata=ALICE)
             await anext(aiter(call))
@@ -115,7 +115,7 @@ async def test_retained_streams_leave_room(start_gateway: StartGateway, vllm: Fa
 async def test_a_refused_id_is_not_counted(start_gateway: StartGateway, vllm: FakeVllm) -> None:
     """An id in use costs no retained stream."""
     gate = held(vllm, 1)
-    async with start_gateway(access=lines("retained_streams=2")) as gateway:
+    async with start_gateway(access=access("retained_streams=2")) as gateway:
         running = await begin(gateway, chat=ask(completion_id="a"), options=RETAINED, metadata=ALICE)
         for _ in range(3):
             other = gateway.stream(ask("other", completion_id="a"), options=RETAINED, metadata=ALICE)
@@ -127,7 +127,7 @@ async def test_a_refused_id_is_not_counted(start_gateway: StartGateway, vllm: Fa
 
 async def test_retained_bytes(start_gateway: StartGateway) -> None:
     """A caller above its limit loses its own streams, the oldest first; another caller keeps its own."""
-    async with start_gateway(access=lines("retained_bytes=5000")) as gateway:
+    async with start_gateway(access=access("retained_bytes=5000")) as gateway:
         ids: dict[str, tuple[tuple[str, str], ...]] = {"b": BOB, "a1": ALICE, "a2": ALICE, "a3": ALICE}
         for completion_id, caller in ids.items():
             await read_well(gateway.stream(ask(completion_id=completion_id), options=RETAINED, metadata=caller))
@@ -144,7 +144,7 @@ async def _is_kept(gateway: Running, completion_id: str, caller: tuple[tuple[str
 
 async def test_requests_per_minute(start_gateway: StartGateway) -> None:
     """The pushback is the time until the next request; other methods do not count."""
-    async with start_gateway(access=lines("requests_per_minute=2")) as gateway:
+    async with start_gateway(access=access("requests_per_minute=2")) as gateway:
         await read_well(gateway.stream(metadata=ALICE))
         await gateway.create(metadata=ALICE)
         failure = await failure_of(gateway.create(metadata=ALICE))
@@ -158,16 +158,28 @@ async def test_requests_per_minute(start_gateway: StartGateway) -> None:
 
 async def test_tokens_per_minute(start_gateway: StartGateway) -> None:
     """An answer that exceeds the budget is whole; the next call is refused."""
-    async with start_gateway(access=lines("tokens_per_minute=2")) as gateway:
+    async with start_gateway(access=access("tokens_per_minute=2")) as gateway:
         await read_well(gateway.stream(metadata=ALICE))
         failure = await failure_of(gateway.create(metadata=ALICE))
         assert failure.metadata["limit"] == "tokens_per_minute"
         await gateway.create(metadata=BOB)
 
 
+async def test_a_burst_of_refusals(start_gateway: StartGateway, lines: Lines) -> None:
+    """All are refused; one line for the first, and one for all the others of its second."""
+    async with start_gateway(access=access("requests_per_minute=1")) as gateway:
+        await gateway.create(metadata=ALICE)
+        failures = await asyncio.gather(*(failure_of(gateway.create(metadata=ALICE)) for _ in range(50)))
+        assert {failure.reason for failure in failures} == {"CALLER_LIMIT_EXCEEDED"}
+        assert (await lines.find("calls refused by limits"))["calls"] > 1
+        own = [each for each in lines.entries if each.get("reason") == "CALLER_LIMIT_EXCEEDED"]
+    assert 1 <= len(own) < 50
+    assert own[0]["caller"] == "alice"
+
+
 async def test_watches(start_gateway: StartGateway) -> None:
     """A watch that has ended makes room."""
-    async with start_gateway(access=lines("watches=1")) as gateway:
+    async with start_gateway(access=access("watches=1")) as gateway:
         first = gateway.models.WatchModels(pb.WatchModelsRequest(), metadata=ALICE)
         await anext(aiter(first))
         second = gateway.models.WatchModels(pb.WatchModelsRequest(), metadata=ALICE)
@@ -183,7 +195,7 @@ async def test_watches(start_gateway: StartGateway) -> None:
 async def test_a_full_gateway_queues(start_gateway: StartGateway, vllm: FakeVllm) -> None:
     """Calls wait for their turn, and say how long they did; a canceled one leaves, and so does one whose deadline passes."""
     gate = held(vllm, 1)
-    async with start_gateway(server={"max_streams": 1}, limits={"queue_size": 3}, access=lines()) as gateway:
+    async with start_gateway(server={"max_streams": 1}, limits={"queue_size": 3}, access=access()) as gateway:
         admission = gateway.gateway._worker.admission
         running = await begin(gateway, metadata=ALICE)
         waiting = [asyncio.ensure_future(gateway.create(metadata=ALICE)) for _ in range(2)]
@@ -228,7 +240,7 @@ async def test_a_drain_empties_the_queue(start_gateway: StartGateway, vllm: Fake
 
 async def test_models(start_gateway: StartGateway) -> None:
     """Others do not exist for the caller: in calls, look-ups, lists, watches and counts."""
-    async with start_gateway(access=lines("models=team-a/*")) as gateway:
+    async with start_gateway(access=access("models=team-a/*")) as gateway:
         for name in ("team-a/x", "team-b/x"):
             await gateway.models.RegisterModel(
                 pb.RegisterModelRequest(model_id=name, provider_model_id="fake", aliases=[f"{name}-alias"]),
@@ -257,7 +269,7 @@ async def test_models(start_gateway: StartGateway) -> None:
 
 async def test_registrations_are_limited_to_the_models(start_gateway: StartGateway) -> None:
     """Names, aliases and targets must match."""
-    async with start_gateway(access=lines("models=team-a/*")) as gateway:
+    async with start_gateway(access=access("models=team-a/*")) as gateway:
         await gateway.models.RegisterModel(
             pb.RegisterModelRequest(model_id="team-a/x", provider_model_id="fake"), metadata=BOB
         )
@@ -281,7 +293,7 @@ async def test_registrations_are_limited_to_the_models(start_gateway: StartGatew
 
 async def test_priority_and_salt_reach_the_engine(start_gateway: StartGateway, vllm: FakeVllm) -> None:
     """The line's instead of the caller's; the caller's own salts stay apart."""
-    async with start_gateway(access=lines("priority=5 cache_salt=team-a")) as gateway:
+    async with start_gateway(access=access("priority=5 cache_salt=team-a")) as gateway:
         await gateway.create(metadata=ALICE)
         await gateway.create(ask(priority=-9, cache_salt="mine"), metadata=ALICE)
         await gateway.create(ask(priority=-9, cache_salt="mine"), metadata=BOB)
@@ -308,12 +320,12 @@ def test_salts_do_not_collide() -> None:
 async def test_a_reload_applies_to_new_calls(start_gateway: StartGateway, vllm: FakeVllm) -> None:
     """Limits of the section and of the lines, in both directions."""
     gate = held(vllm, 2)
-    async with start_gateway(access=lines()) as gateway:
+    async with start_gateway(access=access()) as gateway:
         running = [await begin(gateway, metadata=ALICE)]
         settings = gateway.gateway._settings
 
         async def reload(limits: dict[str, Any], words: str = "") -> None:
-            update = {"limits": LimitsSettings(**limits), "access": AccessSettings(**lines(words))}
+            update = {"limits": LimitsSettings(**limits), "access": AccessSettings(**access(words))}
             await gateway.gateway.reload(settings.model_copy(update=update))
 
         await reload({"streams": 1})

@@ -75,6 +75,9 @@ DEADLINE_SLACK = 0.1
 MAX_LOGGED = 4096
 """Bytes of an error in a log line: it may quote the request, and callers must not be able to fill the disk."""
 
+LIMIT_REASONS = frozenset({Reason.TOO_MANY_STREAMS, Reason.CALLER_LIMIT_EXCEEDED})
+"""The reasons of refusals that come in bursts."""
+
 DRAINING_RETRY_SECONDS = 0.1
 """When to retry a call that is refused on shutdown: its client has to open a new connection first."""
 
@@ -214,6 +217,7 @@ class CallInterceptor(aio.ServerInterceptor):
         self._memory = memory or Ledger(sys.maxsize)
         self._reception = reception or Reception()
         self._resets = Resets()
+        self._refusals = Resets("calls refused by limits")
         self._reflection = reflection.Reflection(self._is_known)
         self._admitted = Admitted()
         self._active = 0
@@ -408,7 +412,11 @@ class CallInterceptor(aio.ServerInterceptor):
                 outcome.code = "DEADLINE_EXCEEDED"
             seconds = time.monotonic() - begin
             rpc.end(outcome.code, seconds)
-            if outcome.code != "CANCELLED" or seconds >= QUICK_SECONDS or self._resets.first(context.peer()):
+            if outcome.refused:
+                bursts: Resets | None = self._refusals
+            else:
+                bursts = self._resets if outcome.code == "CANCELLED" and seconds < QUICK_SECONDS else None
+            if bursts is None or bursts.first(context.peer()):
                 ours = method.startswith(OUR_METHODS)
                 log = _log.error if outcome.defect is not None else _log.info if ours else _log.debug
                 log(
@@ -443,8 +451,10 @@ class _Outcome:
         self.code = "OK"
         self.values: dict[str, object] = {}
         self.defect: BaseException | None = None
+        self.refused = False
 
     def fail(self, error: DeltawireError) -> None:
+        self.refused = error.reason in LIMIT_REASONS
         FAILED_CALLS.labels(error.reason.name).inc()
         self.code = error.code.name
         self.values = {"reason": error.reason.name, "error": shorten(error.message, MAX_LOGGED)}

@@ -365,8 +365,8 @@ class LimitsSettings(Section):
     most calls in it loses the last one of them."""
     queue_size: Whole = Field(default=256, ge=0, le=100_000)
     """Calls of each worker that wait while server.max_streams completions run; further ones are refused with RESOURCE_EXHAUSTED
-    (TOO_MANY_STREAMS). The caller with the fewest completions gets the next place. The request of a queued call is not received. 0 refuses
-    calls at once. The default is a quarter of the default of max_streams."""
+    (TOO_MANY_STREAMS). The caller with the fewest completions gets the next place. The request of a queued call is not
+    received. 0 refuses calls at once. The default is a quarter of the default of max_streams."""
     queue_timeout: Seconds = 10.0
     """Seconds that a call may wait in the queue; then it is refused in the same way. The default is about what a person
     waits."""
