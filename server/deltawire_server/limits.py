@@ -303,6 +303,10 @@ class Share:
             self._row.times[rate] = max(self._row.times[rate], now) + amount * _MINUTE / limit
 
 
+NOBODY = Share()
+"""The share of calls that are not counted for any caller."""
+
+
 class Callers:
     """What all callers use. There is one for the process.
 

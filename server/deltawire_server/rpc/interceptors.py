@@ -33,7 +33,7 @@ from deltawire_server.errors import (
     internal_error,
     invalid_request,
 )
-from deltawire_server.limits import Callers, Share, Use
+from deltawire_server.limits import NOBODY, Callers, Use
 from deltawire_server.memory import Ledger
 from deltawire_server.metrics.table import FAILED_CALLS, Rpc
 from deltawire_server.rpc import reflection, wire
@@ -124,7 +124,7 @@ class CallRecord:
         self.latch = Latch()
         self.values: dict[str, object] = {}
         self.place: Place | None = None
-        self.share = Share()
+        self.share = NOBODY
         self.terms = NO_TERMS
         self.request_bytes = 0
         self._is_counted = False
