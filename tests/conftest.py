@@ -52,6 +52,7 @@ class StartGateway(Protocol):
         retention: Mapping[str, Any] | None = None,
         usage: Mapping[str, Any] | None = None,
         metrics: Mapping[str, Any] | None = None,
+        limits: Mapping[str, Any] | None = None,
         options: tuple[tuple[str, int], ...] = (),
     ) -> AbstractAsyncContextManager[Running]: ...
 
@@ -153,6 +154,7 @@ def start_gateway(vllm: FakeVllm, tmp_path: Path) -> StartGateway:
         retention: Mapping[str, Any] | None = None,
         usage: Mapping[str, Any] | None = None,
         metrics: Mapping[str, Any] | None = None,
+        limits: Mapping[str, Any] | None = None,
         options: tuple[tuple[str, int], ...] = (),
     ) -> AsyncIterator[Running]:
         settings = settings_of(
@@ -165,6 +167,7 @@ def start_gateway(vllm: FakeVllm, tmp_path: Path) -> StartGateway:
             retention=retention,
             usage=usage,
             metrics=metrics,
+            limits=limits,
         )
         async with running(settings, options=options) as gateway:
             yield gateway

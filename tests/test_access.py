@@ -400,10 +400,10 @@ def test_the_permissions_of_a_line_are_written_in_order() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (SECRET, "must be three words, not 1: write NAME PERMISSIONS CREDENTIAL, like `ci call,read sha256:"),
-        (f"ci {SECRET}", "must be three words, not 2"),
-        (f"ci call read {SECRET}", "must be three words, not 4"),
-        (f"ci all {SECRET} x", "must be three words, not 4"),
+        (SECRET, "must be at least three words, not 1: write NAME PERMISSIONS CREDENTIAL, like `ci call,read sha256:"),
+        (f"ci {SECRET}", "must be at least three words, not 2"),
+        (f"ci call read {SECRET}", "the key must have at least 16 characters"),
+        (f"ci all {SECRET} x", "must be of the form name=value"),
         (f"geheim:x all {SECRET}", "the name must be at most 64 letters, digits and . _ - @ /"),
         (f"{'geheim' * 11} all {SECRET}", "at most 64"),
         (f"-geheim all {SECRET}", "starting with a letter or digit"),

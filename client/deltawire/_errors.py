@@ -35,6 +35,7 @@
         │   └── UpstreamAbortedError
         ├── GatewayError                     the gateway is full, draining, or defective
         │   ├── TooManyStreamsError
+        │   ├── CallerLimitExceededError
         │   ├── MemoryLimitExceededError
         │   ├── AnswerTooLargeError
         │   ├── SlowCallerError
@@ -273,6 +274,10 @@ class TooManyStreamsError(GatewayError):
     """The gateway runs its maximum number of completions. Wait `retry_after` seconds, then call again."""
 
 
+class CallerLimitExceededError(GatewayError):
+    """This caller has reached one of its own limits; `metadata` names it. Wait `retry_after` seconds, then call again."""
+
+
 class MemoryLimitExceededError(GatewayError):
     """The running calls use all of the gateway's memory limit. Wait `retry_after` seconds, then call again."""
 
@@ -392,6 +397,7 @@ REASONS: Mapping[ErrorReason.ValueType, type[CallError]] = MappingProxyType(
         ErrorReason.ERROR_REASON_ANSWER_TOO_LARGE: AnswerTooLargeError,
         ErrorReason.ERROR_REASON_MEMORY_LIMIT_EXCEEDED: MemoryLimitExceededError,
         ErrorReason.ERROR_REASON_REGISTRY_FULL: RegistryFullError,
+        ErrorReason.ERROR_REASON_CALLER_LIMIT_EXCEEDED: CallerLimitExceededError,
     }
 )
 

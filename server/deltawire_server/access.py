@@ -1,11 +1,12 @@
 """Access control: principals, the permission that each RPC requires, and the authorization of calls. No I/O.
 
-A principal is one access line, `NAME PERMISSIONS CREDENTIAL`:
+A principal is one access line, `NAME PERMISSIONS CREDENTIAL`, with its limits as further words:
 
     ci        call,read  sha256:9f86d0…                  authenticated by its key; the line has only the digest
     ops       all        Zm9vYmFyYmF6cXV4                 authenticated by its key; only the digest is kept in memory
     frontend  call       mtls:uri:spiffe://mesh/frontend  authenticated by a name in its client certificate
     alice     call       proxy:alice                      authenticated by a proxy that the gateway trusts
+    team-a    call,read  sha256:ab30e1…  streams=20 models=team-a/*,shared/*
 
 The key of a call is hashed and its digest looked up. No key is stored, and keys are never compared directly. Without any
 principal, every caller may do everything.
@@ -16,6 +17,7 @@ A trusted proxy asserts the names of callers, see `Trust`. `rpc.caller` reads wh
 from __future__ import annotations
 
 import enum
+import fnmatch
 import hashlib
 import re
 from collections import Counter
@@ -24,6 +26,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Self
 
 from deltawire_server.errors import GatewayError, Reason
+from deltawire_server.limits import LIMITS, MAX_LIMIT
 from deltawire_server.secret import Secret
 
 if TYPE_CHECKING:
@@ -59,6 +62,10 @@ _ASSERTED = re.compile(r"[!-+\--~]{1,256}")
 _ASSERTED_FORM = "1 to 256 printable ASCII characters without spaces and commas"
 _JWT_DOTS = 2
 _WORDS = 3
+_PRIORITY = re.compile(r"-?[0-9]{1,10}")
+_MAX_PRIORITY = 2**31
+_SALT = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_TERMS = (*LIMITS, "models", "priority", "cache_salt")
 
 
 class Permission(enum.Enum):
@@ -211,6 +218,42 @@ class Trust:
 
 
 @dataclass(frozen=True, slots=True)
+class Terms:
+    """The words of an access line after the credential.
+
+    Attributes:
+        limits: The caller's own limits, which replace the defaults; the names are in `limits.LIMITS`.
+        models: Patterns of the ids of the models that exist for the caller; empty for all.
+        priority: Sent to the engine instead of the caller's; `None` for the caller's.
+        cache_salt: Separates the caller's prefix cache from those of others; empty for none.
+    """
+
+    limits: tuple[tuple[str, int], ...] = ()
+    models: tuple[str, ...] = ()
+    priority: int | None = None
+    cache_salt: str = ""
+
+    def permits(self, model_id: str) -> bool:
+        """Whether a model exists for the caller."""
+        return not self.models or any(fnmatch.fnmatchcase(model_id, pattern) for pattern in self.models)
+
+    def words(self, *, masked: bool = False) -> list[str]:
+        """The words, for `parse_line`; with a mask instead of the salt if requested."""
+        words = [f"{name}={value}" for name, value in self.limits]
+        if self.models:
+            words.append(f"models={','.join(self.models)}")
+        if self.priority is not None:
+            words.append(f"priority={self.priority}")
+        if self.cache_salt:
+            words.append(f"cache_salt={'***' if masked else self.cache_salt}")
+        return words
+
+
+NO_TERMS = Terms()
+"""The terms of a caller without any of its own."""
+
+
+@dataclass(frozen=True, slots=True)
 class Principal:
     """A caller with permissions.
 
@@ -218,11 +261,13 @@ class Principal:
         name: For logs and error messages; unique within an `Access`.
         permissions: At least one.
         credential: What authenticates it; unique within an `Access`.
+        terms: Its limits, and the models that exist for it.
     """
 
     name: str
     permissions: frozenset[Permission]
     credential: Key | Identity | AssertedName
+    terms: Terms = NO_TERMS
 
     @property
     def owner(self) -> str:
@@ -236,7 +281,8 @@ class Principal:
         """The access line of this principal, for `parse_line`; with the digest instead of a key, or with its mask."""
         words = [permission.value for permission in Permission if permission in self.permissions]
         permissions = "all" if self.permissions == ALL else ",".join(words)
-        return f"{self.name} {permissions} {self._credential(masked=masked)}"
+        terms = self.terms.words(masked=masked)
+        return " ".join((self.name, permissions, self._credential(masked=masked), *terms))
 
     def _credential(self, *, masked: bool = False) -> str:
         if isinstance(self.credential, Key):
@@ -301,6 +347,15 @@ class Access:
             return True
         principal = self._owners.get(owner)
         return principal is not None and NEEDS[method] in principal.permissions
+
+    def terms(self, owner: str) -> Terms:
+        """The current terms of a caller.
+
+        Args:
+            owner: The `owner` of its principal; any other text for a caller without one.
+        """
+        principal = self._owners.get(owner)
+        return NO_TERMS if principal is None else principal.terms
 
     def operates(self, owner: str) -> bool:
         """Whether the principal with this owner has the permission `OPERATE`; false for every caller without principals.
@@ -409,7 +464,8 @@ def parse_line(text: str) -> Principal | None:
     """Parse one access line.
 
     Args:
-        text: `NAME PERMISSIONS CREDENTIAL`. A `#` at the start of a word begins a comment.
+        text: `NAME PERMISSIONS CREDENTIAL`, and any of the words of `Terms` as `name=value`. A `#` at the start of a word begins
+            a comment.
 
     Returns:
         The principal; `None` for an empty line or a comment.
@@ -421,14 +477,48 @@ def parse_line(text: str) -> Principal | None:
     words = _COMMENT.sub("", text).split()
     if not words:
         return None
-    if len(words) != _WORDS:
-        raise ValueError(f"must be three words, not {len(words)}: write {FORM}")
-    name, permissions, credential = words
+    if len(words) < _WORDS:
+        raise ValueError(f"must be at least three words, not {len(words)}: write {FORM}")
+    name, permissions, credential, *terms = words
     if not _NAME.fullmatch(name):
         raise ValueError(
             f"the name must be at most 64 letters, digits and . _ - @ /, starting with a letter or digit: write {FORM}"
         )
-    return Principal(name, _permissions(permissions), _credential(credential))
+    return Principal(name, _permissions(permissions), _credential(credential), _terms(terms))
+
+
+def _terms(words: Sequence[str]) -> Terms:
+    given: dict[str, str] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or name not in _TERMS:
+            raise ValueError(
+                f"the words after the credential must be of the form name=value, with the names {', '.join(_TERMS)}"
+            )
+        if name in given:
+            raise ValueError(f"{name}= is there twice: remove one of them")
+        given[name] = value
+    limits: list[tuple[str, int]] = []
+    for name in LIMITS:
+        if name in given:
+            value = given[name]
+            if not (value.isascii() and value.isdecimal()) or int(value) > MAX_LIMIT:
+                raise ValueError(f"{name}= must be followed by a whole number, 0 for no limit: write {name}=20")
+            limits.append((name, int(value)))
+    models = tuple(given["models"].split(",")) if "models" in given else ()
+    if not all(models):
+        raise ValueError(
+            "models= must be followed by ids or patterns, separated by commas: write models=team-a/*,shared/*"
+        )
+    priority = given.get("priority", "0")
+    if not _PRIORITY.fullmatch(priority) or not -_MAX_PRIORITY <= int(priority) < _MAX_PRIORITY:
+        raise ValueError("priority= must be followed by a whole number of 32 bits: write priority=5")
+    salt = given.get("cache_salt")
+    if salt is not None and not _SALT.fullmatch(salt):
+        raise ValueError(
+            "cache_salt= must be followed by 1 to 64 letters, digits and . _ -: write cache_salt=team-a, and not its mask"
+        )
+    return Terms(tuple(limits), models, int(priority) if "priority" in given else None, salt or "")
 
 
 def _permissions(text: str) -> frozenset[Permission]:

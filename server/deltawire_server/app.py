@@ -23,6 +23,8 @@ from deltawire_server.completions.retention import RetentionLimits
 from deltawire_server.images.load import Images
 from deltawire_server.images.policy import Policy
 from deltawire_server.lifecycle import Lifecycle, ListenError, plaintext_addresses
+from deltawire_server.limits import LIMITS, Callers
+from deltawire_server.limits import Limits as CallerLimits
 from deltawire_server.memory import Allocator, Ledger, default_limit
 from deltawire_server.metrics.listener import MetricsListener, serve_metrics
 from deltawire_server.metrics.table import INFO, REGISTRY, RELOADS
@@ -61,13 +63,16 @@ SPARE_CONNECTIONS = 32
 REVOKED_SECONDS = 1.0
 """Time for completions of a revoked caller to send their last message; then the calls are ended."""
 
+RETAINED_SHARE = 2
+"""One caller may use this fraction of the places for completions with retention, by default."""
+
 MEASURE_SECONDS = 1.0
 """Interval at which the metrics of the current state are set: much shorter than that of scrapers."""
 
 FILES_SECONDS = 0.5
 """Interval at which the files of certificates are checked for changes."""
 
-RELOADED = frozenset({"providers", "access"})
+RELOADED = frozenset({"providers", "access", "limits"})
 """The sections of the settings that `Gateway.reload` applies; changes in the others require a restart."""
 
 SERVICES = (
@@ -122,6 +127,8 @@ class Gateway:
         mark = process.mark if process else secrets.token_hex(4)
         records = Records(mark=mark, seat=process.seat if process else "")
         self._usage_log = _usage_log(settings, mark)
+        table = process.limits_table() if process else None
+        self._callers = Callers(_caller_limits(settings, workers), table, process.number if process else 0)
         limits = _worker_limits(settings, workers)
         self._worker = Worker(
             self._registry, self._providers, limits, self._images, memory, records, self._adaptive, self._usage_log
@@ -143,6 +150,7 @@ class Gateway:
             models.end_watches,
             self._access,
             admission=self._worker.admission,
+            callers=self._callers,
             memory=memory,
             # Requests that are being received do not count against the memory limit, so there must be room for them beside it.
             reception=Reception(
@@ -295,6 +303,7 @@ class Gateway:
         self._providers.replace(providers)
         self._registry.providers_changed(changed | (before.keys() ^ after.keys()))
         self._load_access(settings)
+        self._load_limits(settings)
         self._load_certificates()
         waiting = _changed_keys(self._settings, settings)
         self._authorities = authorities
@@ -347,6 +356,15 @@ class Gateway:
         _log.info("access loaded", access=self._access.summary)
         self._log_access_warnings(settings)
 
+    def _load_limits(self, settings: Settings) -> None:
+        """Apply the limits to calls from now on."""
+        workers = self._process.count if self._process else 1
+        # The number of places does not change.
+        served = settings.model_copy(update={"server": self._settings.server})
+        self._callers.defaults = _caller_limits(served, workers)
+        self._worker.admission.queue_size = settings.limits.queue_size
+        self._worker.admission.queue_timeout = settings.limits.queue_timeout
+
     def _run(self, work: Coroutine[Any, Any, None], name: str) -> None:
         """Run a task until it ends or the gateway is closed."""
         task = asyncio.create_task(work, name=name)
@@ -394,6 +412,7 @@ class Gateway:
         await self._registry.close()
         await self._providers.close()
         await self._images.close()
+        self._callers.close()
         if self._metrics is not None:
             await asyncio.to_thread(self._metrics.close)
 
@@ -556,6 +575,14 @@ def _image_policy(settings: Settings) -> Policy:
     )
 
 
+def _caller_limits(settings: Settings, workers: int) -> CallerLimits:
+    """The limits of a caller without limits of its own."""
+    limits = {name: getattr(settings.limits, name) for name in LIMITS}
+    if limits["retained_streams"] is None:
+        limits["retained_streams"] = max(1, settings.server.max_streams * workers // RETAINED_SHARE)
+    return CallerLimits(**limits)
+
+
 def _worker_limits(settings: Settings, workers: int) -> WorkerLimits:
     stream = settings.stream
     return WorkerLimits(
@@ -577,4 +604,6 @@ def _worker_limits(settings: Settings, workers: int) -> WorkerLimits:
             max_bytes=settings.retention.max_bytes // workers,
             max_completed_bytes=settings.server.max_completed_bytes,
         ),
+        queue_size=settings.limits.queue_size,
+        queue_timeout=settings.limits.queue_timeout,
     )

@@ -37,10 +37,11 @@ from deltawire_server.errors import (
     internal_error,
 )
 from deltawire_server.images.load import Images
+from deltawire_server.limits import Share, Use
 from deltawire_server.memory import Ledger
-from deltawire_server.metrics.table import HELD_BYTES, HELD_LIMIT, RETAINED_STREAMS, STREAMS, STREAMS_LIMIT
+from deltawire_server.metrics.table import HELD_BYTES, HELD_LIMIT, QUEUED, RETAINED_STREAMS, STREAMS, STREAMS_LIMIT
 from deltawire_server.pacing import give_way
-from deltawire_server.registry.model import ModelType
+from deltawire_server.registry.model import ModelType, all_models
 from deltawire_server.registry.registry import require_type
 from deltawire_server.sansio.events import Fault
 from deltawire_server.schemas.strict import argument_checks
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from deltawire_server.completions.adaptive import AdaptiveDelay
     from deltawire_server.completions.records import Record
     from deltawire_server.completions.retention import RetainedStream
+    from deltawire_server.registry.model import Permits
     from deltawire_server.registry.registry import ModelRegistry, Resolution
     from deltawire_server.upstream.base import CallContext, TokenCount
     from deltawire_server.upstream.providers import Providers
@@ -84,6 +86,8 @@ class Caller:
         place: The call's place, which its completion takes over; if there is none, the completion takes a new one.
         request_bytes: Bytes of the serialized request.
         assertion: From `access.Trust`, if a trusted proxy asserts who the caller is.
+        share: What the caller uses, with its limits; by default without any.
+        permits: Whether a model exists for the caller, by its id.
     """
 
     call: CallContext
@@ -93,6 +97,8 @@ class Caller:
     place: Place | None = None
     request_bytes: int = 0
     assertion: str = ""
+    share: Share = field(default_factory=Share)
+    permits: Permits = all_models
 
     def left(self) -> Outcome:
         """The outcome of a completion whose caller has disconnected."""
@@ -107,6 +113,8 @@ class WorkerLimits:
 
     Attributes:
         max_streams: Active completions at once.
+        queue_size: Calls that may wait for a place.
+        queue_timeout: Seconds that a call may wait for a place.
         completion: Limits of one completion.
         retention: Limits of retained streams.
     """
@@ -114,6 +122,8 @@ class WorkerLimits:
     max_streams: int = 1000
     completion: CompletionLimits = field(default_factory=CompletionLimits)
     retention: RetentionLimits = field(default_factory=RetentionLimits)
+    queue_size: int = 0
+    queue_timeout: float = 10.0
 
 
 class Worker:
@@ -151,7 +161,7 @@ class Worker:
         self._providers = providers
         self._limits = limits or WorkerLimits()
         self._images = images or Images()
-        self.admission = Admission(self._limits.max_streams)
+        self.admission = Admission(self._limits.max_streams, self._limits.queue_size, self._limits.queue_timeout)
         self._completions: set[Completion] = set()
         self._records = records or Records()
         self.memory = memory or Ledger(sys.maxsize)
@@ -171,6 +181,7 @@ class Worker:
     def measure(self) -> None:
         """Set the metrics of the current state."""
         STREAMS.set(self.active)
+        QUEUED.set(self.admission.queued)
         STREAMS_LIMIT.set(self._limits.max_streams)
         HELD_LIMIT.set(self.memory.limit)
         HELD_BYTES.labels("calls").set(self.memory.held)
@@ -257,7 +268,7 @@ class Worker:
 
         Raises:
             CallerError: COMPLETION_ALREADY_EXISTS.
-            GatewayError: Too many completions.
+            GatewayError: Too many completions, or CALLER_LIMIT_EXCEEDED: too many of the caller's with retention.
         """
         options = options or StreamOptions()
         earlier = self._records.current(caller.name, request.completion_id)
@@ -265,9 +276,19 @@ class Worker:
             if caller.place is not None:
                 caller.place.release()  # the completion has its own
             return earlier.stream
-        record, place = self._admit(caller, request.completion_id, fingerprint)
+        if options.retention:
+            caller.share.take(Use.RETAINED_STREAMS)
+        try:
+            record, place = self._admit(caller, request.completion_id, fingerprint)
+        except DeltawireError:
+            if options.retention:
+                caller.share.give_back(Use.RETAINED_STREAMS)
+            raise
         stream = record.stream = self._retention.open(
-            options.retention or 0.0, functools.partial(self._records.released, record), whole=keep_logprobs
+            options.retention or 0.0,
+            functools.partial(self._records.released, record),
+            whole=keep_logprobs,
+            share=caller.share,
         )
         stream.traceparent = caller.call.traceparent
         running = self._run(record, place, request, caller, options, keep_logprobs=keep_logprobs)
@@ -276,6 +297,8 @@ class Worker:
         stream.abandoned = functools.partial(asyncio.get_running_loop().call_soon, task.cancel)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        if options.retention:
+            task.add_done_callback(lambda _: caller.share.give_back(Use.RETAINED_STREAMS))
         return stream
 
     def is_current(self, caller: Caller, completion_id: str) -> bool:
@@ -317,10 +340,10 @@ class Worker:
         keep_logprobs: bool,
     ) -> AsyncIterator[Completion]:
         """Run an admitted completion to its end, and record the outcome."""
-        accepted = time.monotonic()
+        accepted = time.monotonic() - place.waited
         outcome: Outcome | None = Outcome.of(internal_error())  # the default
         try:
-            resolution = await self._registry.resolve(request.model, caller.call.token)
+            resolution = await self._registry.resolve(request.model, caller.call.token, caller.permits)
             call = caller.call if resolution.sends_token else caller.call.without_token()
             with self._providers.held(resolution.provider):
                 require_type(resolution.model, ModelType.LLM)
@@ -340,6 +363,7 @@ class Worker:
                     adaptive=self._adaptive,
                     usage_record=self._usage_record(record.completion_id, caller, resolution),
                     create_time=record.created / 1e6,
+                    share=caller.share,
                 )
                 del request  # the completion has it, until it is sent
                 record.run(completion)
@@ -388,12 +412,15 @@ class Worker:
         if completion.failure is not None and completion.failure.reason in _STALE_REASONS:
             self._registry.mark_stale(provider_id)
 
-    async def count_tokens(self, request: ChatRequest, call: CallContext) -> tuple[TokenCount, Resolution]:
+    async def count_tokens(
+        self, request: ChatRequest, call: CallContext, permits: Permits = all_models
+    ) -> tuple[TokenCount, Resolution]:
         """Count the prompt tokens of a request, by the provider that would serve it.
 
         Args:
             request: The request.
             call: The caller's metadata.
+            permits: Whether a model exists for the caller, by its id.
 
         Returns:
             The count, and the model and provider.
@@ -401,7 +428,7 @@ class Worker:
         Raises:
             DeltawireError: The model cannot be found or cannot chat, or its provider cannot count tokens.
         """
-        resolution = await self._registry.resolve(request.model, call.token)
+        resolution = await self._registry.resolve(request.model, call.token, permits)
         if not resolution.sends_token:
             call = call.without_token()
         with self._providers.held(resolution.provider):

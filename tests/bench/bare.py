@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import grpc
 import uvloop
 from grpc import aio
 
@@ -23,20 +24,24 @@ class Servicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         tokens: Messages of a stream.
         per_second: Messages per second and stream; `None` for flat out.
         in_steps: Whether all streams send their messages at the same time, as an engine does.
+        refuses: Whether it refuses every call instead.
     """
 
-    def __init__(self, tokens: int, per_second: float | None, *, in_steps: bool) -> None:
+    def __init__(self, tokens: int, per_second: float | None, *, in_steps: bool, refuses: bool = False) -> None:
         self._tokens = tokens
         self._pause = None if per_second is None else 1 / per_second
         self._in_steps = in_steps
+        self._refuses = refuses
         self._step: asyncio.Future[None] | None = None
         self._message = chat_pb.StreamChatCompletionResponse(choice_index=0)
         self._message.text_delta.text = " sea"
 
     async def StreamChatCompletion(  # noqa: N802 (the RPC's name)
-        self, _request: chat_pb.StreamChatCompletionRequest, _context: object
+        self, _request: chat_pb.StreamChatCompletionRequest, context: aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[chat_pb.StreamChatCompletionResponse]:
         """The same message, over and over, then the end."""
+        if self._refuses:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
         loop = asyncio.get_running_loop()
         due = loop.time()
         for _ in range(self._tokens):
@@ -80,8 +85,10 @@ def _main() -> None:
     parser.add_argument("--tokens", type=int, required=True)
     parser.add_argument("--tokens-per-second", type=float)
     parser.add_argument("--in-steps", action="store_true")
+    parser.add_argument("--refuse", action="store_true")
     arguments = parser.parse_args()
-    servicer = Servicer(arguments.tokens, arguments.tokens_per_second, in_steps=arguments.in_steps)  # type: ignore[abstract]
+    pace = (arguments.tokens, arguments.tokens_per_second)
+    servicer = Servicer(*pace, in_steps=arguments.in_steps, refuses=arguments.refuse)  # type: ignore[abstract]
     uvloop.run(serve(servicer, arguments.port))
 
 

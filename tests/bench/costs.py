@@ -1,4 +1,4 @@
-"""Single figures: memory, the delay of a cancellation, bytes on the wire, and the time of imports."""
+"""Single figures: memory, the delay of a cancellation, bytes on the wire, refusals, and the time of imports."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+import grpc
+from grpc import aio
+
+from deltawire.v1 import chat_completion_pb2_grpc
 from tests.bench import servers
-from tests.bench.load import HttpLoad, load_of
+from tests.bench.load import HttpLoad, chat_request, load_of
 from tests.bench.measure import Field, noted, percentile_99
 from tests.bench.results import Figure
 from tests.bench.servers import Pace, Server
@@ -41,6 +45,9 @@ CANCEL_SECONDS = 5.0
 CAPACITY_STREAMS = 64
 CAPACITY_CALLS = 25
 CAPACITY_REPEAT = 4
+
+REFUSED_CALLS = (100, 1000)
+REFUSED_REPEAT = 7
 
 IMPORTS = ("import grpc", "import deltawire", "from deltawire import Client")
 IMPORT_REPEAT = 7
@@ -159,6 +166,41 @@ async def workers(field: Field) -> list[Figure]:
     return [Figure(CAPACITY, name, calls) for name, calls in carried.items()]
 
 
+async def refusals(_: Field) -> list[Figure]:
+    """Calls at once to a full gateway without a queue, and to a bare server that refuses all; the median of several bursts."""
+    pace = Pace(10_000, 1.0)
+    figures = []
+    with (
+        servers.upstream(pace) as upstream,
+        servers.gateway(upstream, "server.max_streams=1", "limits.queue_size=0", "metrics.listen=off") as gateway,
+        servers.bare_grpc(pace, "--refuse") as bare,
+    ):
+        async with load_of(gateway) as load, load.hold():
+            for count in REFUSED_CALLS:
+                took: dict[str, list[float]] = {gateway.name: [], bare.name: []}
+                for _turn in range(REFUSED_REPEAT):
+                    for server in (gateway, bare):
+                        took[server.name].append(await _refused(server, count))
+                name = f"ms to the refusal of {count:,} calls at once, p99"
+                figures += [Figure(name, who, statistics.median(times)) for who, times in took.items()]
+    return figures
+
+
+async def _refused(server: Server, count: int) -> float:
+    """The 99th percentile of the milliseconds until calls at once are refused."""
+    async with aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        method = chat_completion_pb2_grpc.ChatCompletionStub(channel).StreamChatCompletion
+
+        async def call() -> float:
+            begin = time.perf_counter()
+            code = await method(chat_request()).code()
+            assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+            return (time.perf_counter() - begin) * 1e3
+
+        await call()  # connects
+        return percentile_99(await asyncio.gather(*(call() for _ in range(count))))
+
+
 async def imports(_: Field) -> list[Figure]:
     """Imports in fresh interpreters, in turns; the median, without the interpreter's own start."""
     code = "import time; begin = time.perf_counter()\n{}\nprint(time.perf_counter() - begin)"
@@ -176,6 +218,7 @@ COSTS: Mapping[str, Callable[[Field], Awaitable[list[Figure]]]] = {
     "cancel": cancel,
     "wire": wire,
     "workers": workers,
+    "refusals": refusals,
     "imports": imports,
 }
 """What measures the single figures, by its name on the command line."""

@@ -124,10 +124,11 @@ def gateway(
     return running(OTHER if checkout else DELTAWIRE, command, port, checkout)
 
 
-def bare_grpc(pace: Pace) -> contextlib.AbstractContextManager[Server]:
-    """A grpc.aio server that yields ready-made messages."""
+def bare_grpc(pace: Pace, *options: str) -> contextlib.AbstractContextManager[Server]:
+    """A grpc.aio server that yields ready-made messages, unless `options` has `--refuse`."""
     port = free_port()
-    return running(BARE, [sys.executable, "-m", "tests.bench.bare", f"--port={port}", *_pace_options(pace)], port)
+    command = [sys.executable, "-m", "tests.bench.bare", f"--port={port}", *_pace_options(pace), *options]
+    return running(BARE, command, port)
 
 
 def smallest_gateway(upstream: Server) -> contextlib.AbstractContextManager[Server]:

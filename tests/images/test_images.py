@@ -11,7 +11,7 @@ import pytest
 
 from deltawire.v1 import message_pb2
 from deltawire_server import app
-from deltawire_server.images.load import Images
+from deltawire_server.images.load import MAX_FETCHES, Images
 from deltawire_server.settings import ImageSettings, Settings
 from tests.images.server import Answer, Names, ok, web
 from tests.support.gateway import ask, failure_of, read_badly, read_well, running, settings_of, until
@@ -27,6 +27,7 @@ FIELD = "chat.messages[0].user.content[1].image"
 DATA_URL = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
 HOST = "images.example"
 SILENT = Answer(b"", hold=True)
+SLOW, QUICK = "slow-slow-slow-slow", "quick-quick-quick"
 
 
 def showing(**source: Any) -> chat_pb.ChatRequest:  # noqa: ANN401 (url or data)
@@ -36,9 +37,18 @@ def showing(**source: Any) -> chat_pb.ChatRequest:  # noqa: ANN401 (url or data)
     return ask(messages=[message_pb2.ChatMessage(user=message_pb2.UserMessage(content=content))])
 
 
-def settings_with(vllm: FakeVllm, folder: Path, *, stream: Any = None, provider: Any = None, **images: Any) -> Settings:  # noqa: ANN401
+def settings_with(
+    vllm: FakeVllm,
+    folder: Path,
+    *,
+    stream: Any = None,  # noqa: ANN401
+    provider: Any = None,  # noqa: ANN401
+    access: Any = None,  # noqa: ANN401
+    limits: Any = None,  # noqa: ANN401
+    **images: Any,  # noqa: ANN401
+) -> Settings:
     """Settings with these for images."""
-    settings = settings_of(vllm.base_url, folder, stream=stream, provider=provider)
+    settings = settings_of(vllm.base_url, folder, stream=stream, provider=provider, access=access, limits=limits)
     return settings.model_copy(update={"images": ImageSettings(**images)})
 
 
@@ -47,6 +57,11 @@ def fetching(monkeypatch: pytest.MonkeyPatch) -> None:
     here = ip_address("127.0.0.1")
     seam = functools.partial(Images, permits=here.__eq__, look_up=Names({HOST: [["127.0.0.1"]]}), tls=False)
     monkeypatch.setattr(app, "Images", seam)
+
+
+def key(value: str) -> tuple[tuple[str, str], ...]:
+    """The metadata of a caller with this key."""
+    return (("authorization", f"Bearer {value}"),)
 
 
 def asked(vllm: FakeVllm) -> list[Any]:
@@ -144,10 +159,29 @@ async def test_others_do_not_wait(vllm: FakeVllm, tmp_path: Path, monkeypatch: p
     fetching(monkeypatch)
     async with web({"/": SILENT}) as server:
         rules = {"urls": "fetch", "allowed_hosts": f"*:{server.port}", "schemes": "http", "timeout": 3600}
-        async with running(settings_with(vllm, tmp_path, **rules)) as gateway:
+        settings = settings_with(vllm, tmp_path, limits={"image_fetches": 0}, **rules)
+        async with running(settings) as gateway:
             calls = [gateway.stream(showing(url=f"http://{HOST}:{server.port}/")) for _ in range(40)]
             await until(lambda: len(server.heads) > 30)
             await read_well(gateway.stream())
+            for call in calls:
+                call.cancel()
+
+
+async def test_a_caller_with_a_slow_host_delays_only_its_own(
+    vllm: FakeVllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has a quarter of the fetches by default, and its other images wait for these; another caller's do not."""
+    fetching(monkeypatch)
+    async with web({"/silent": SILENT, "/": ok(PNG)}) as server:
+        rules = {"urls": "fetch", "allowed_hosts": f"*:{server.port}", "schemes": "http", "timeout": 3600}
+        access = {"keys": f"slow call {SLOW}; quick call {QUICK}"}
+        async with running(settings_with(vllm, tmp_path, access=access, **rules)) as gateway:
+            url = f"http://{HOST}:{server.port}/"
+            calls = [gateway.stream(showing(url=f"{url}silent"), metadata=key(SLOW)) for _ in range(40)]
+            await until(lambda: gateway.gateway._worker.active == 40 and len(server.heads) == MAX_FETCHES // 4)
+            await read_well(gateway.stream(showing(url=url), metadata=key(QUICK)))
+            assert len(server.heads) == MAX_FETCHES // 4 + 1
             for call in calls:
                 call.cancel()
 

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from tests.polyglot.programs import ENVOY_CONFIG, LIMIT, MTLS_CONFIG, TRANSCODER_CONFIG, started, tool
+from tests.polyglot.programs import (
+    ENVOY_CONFIG,
+    LIMIT,
+    MTLS_CONFIG,
+    RATE_LIMIT_CONFIG,
+    TRANSCODER_CONFIG,
+    started,
+    tool,
+)
 from tests.polyglot.stubs import DESCRIPTORS
 
 if TYPE_CHECKING:
@@ -98,6 +106,17 @@ async def envoy(folder: Path, first: str, second: str | None = None) -> AsyncIte
             for address in filter(None, (first, second)):
                 await running.until(address, None)
         yield running
+
+
+@contextlib.asynccontextmanager
+async def rate_limit(folder: Path, first: str, second: str, *, calls: int) -> AsyncIterator[str]:
+    """The address of an Envoy that limits the calls of each caller, with the shipped configuration and another limit."""
+    ports = {ADMIN: "0", LISTENER: "0", FIRST: _port(first), SECOND: _port(second)}
+    text = _with_ports(RATE_LIMIT_CONFIG.read_text(encoding="utf-8"), ports)
+    shipped = "max_tokens: 600, tokens_per_fill: 600,"
+    assert text.count(shipped) == 1
+    async with _process(folder, text.replace(shipped, f"max_tokens: {calls}, tokens_per_fill: {calls},")) as running:
+        yield running.target
 
 
 @contextlib.asynccontextmanager

@@ -317,6 +317,28 @@ async def test_metrics_of_all_workers(vllm: FakeVllm, tmp_path: Path) -> None:
     assert not private_directories(tmp_path)
 
 
+async def test_limits_of_callers_count_over_all_workers(vllm: FakeVllm, tmp_path: Path) -> None:
+    """A caller has two streams, wherever they run; what a killed worker ran is given back."""
+    gate = asyncio.Event()
+    async with started(tmp_path, vllm.base_url, "--set", "limits.streams=2") as gateway:
+        both = await gateway.connected()
+        vllm.play(*[Script.chunks([CHUNKS.role(), gate, CHUNKS.finish()])] * 3)
+        calls = [aiter(each.stream()) for each in both]
+        for call in calls:
+            await anext(call)
+        for each in both:
+            failure = await failure_of(each.create())
+            assert (failure.reason, failure.metadata["value"]) == ("CALLER_LIMIT_EXCEEDED", "2")
+        os.kill(gateway.pid(1), signal.SIGKILL)
+        await gateway.logged("worker ended")
+        another = aiter(both[0].stream())
+        await anext(another)
+        assert (await failure_of(both[0].create())).reason == "CALLER_LIMIT_EXCEEDED"
+        gate.set()
+        for call in (calls[0], another):
+            assert [event async for event in call]
+
+
 async def test_what_cannot_serve(tmp_path: Path) -> None:
     """One message for all workers, and the exit status of one process."""
     file = tmp_path / "ca.pem"

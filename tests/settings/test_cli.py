@@ -185,7 +185,7 @@ def test_effective_reads_back_as_it_was(read: Parse) -> None:
     """Without secrets, the printed settings are a settings file."""
     settings = read("--set", 'server.listen=unix:/tmp/\x7f"ü😀\\,127.0.0.1:2', VLLM_URL=URL).settings
     text = effective(settings)
-    remarks = ("tls_", "max_", "api_", "keys", "folder", "every caller may do everything")
+    remarks = ("tls_", "max_", "api_", "keys", "folder", "retained_streams", "every caller may do everything")
     assert not [
         line
         for line in text.splitlines()

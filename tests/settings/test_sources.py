@@ -207,8 +207,8 @@ def test_two_names_for_one_key(read: Parse, problems: Problems) -> None:
         (
             "[zzz]",
             (
-                "zzz (from FILE): no such section; valid ones are server, access, stream, retention, images, providers,"
-                " registry, usage, metrics, log"
+                "zzz (from FILE): no such section; valid ones are server, access, stream, retention, limits, images,"
+                " providers, registry, usage, metrics, log"
             ),
         ),
         ("[server]\nmax_stream = 1", "server.max_stream (from FILE): no such key; did you mean server.max_streams?"),

@@ -18,6 +18,7 @@ from deltawire.v1 import chat_completion_pb2_grpc, message_pb2, model_registry_p
 from deltawire_server.app import Gateway
 from deltawire_server.settings import (
     AccessSettings,
+    LimitsSettings,
     MetricsSettings,
     ProviderSettings,
     RegistrySettings,
@@ -52,6 +53,7 @@ def settings_of(
     retention: Mapping[str, Any] | None = None,
     usage: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
+    limits: Mapping[str, Any] | None = None,
 ) -> Settings:
     """Settings of a gateway on a free port before one provider, named vllm, that does not dally when it stops."""
     return Settings(
@@ -60,6 +62,8 @@ def settings_of(
         access=AccessSettings(**(access or {})),
         stream=StreamSettings(**(stream or {})),
         retention=RetentionSettings(**(retention or {})),
+        # Most tests of a full gateway expect that it refuses a call at once.
+        limits=LimitsSettings(**{"queue_size": 0, **(limits or {})}),
         # Not verified for plain HTTP, where nothing is, since the system's authorities take long to load.
         providers={
             "vllm": ProviderSettings(

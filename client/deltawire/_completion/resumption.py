@@ -76,6 +76,7 @@ REASONS: Mapping[ErrorReason.ValueType, End] = MappingProxyType(
         # The reader was too slow for the call; what is retained waits for it.
         ErrorReason.ERROR_REASON_SLOW_CALLER: End.LOST,
         ErrorReason.ERROR_REASON_TOO_MANY_STREAMS: End.REFUSED,
+        ErrorReason.ERROR_REASON_CALLER_LIMIT_EXCEEDED: End.REFUSED,
         ErrorReason.ERROR_REASON_STORE_UNAVAILABLE: End.REFUSED,
         ErrorReason.ERROR_REASON_COMPLETION_NOT_FOUND: End.MISSING,
         ErrorReason.ERROR_REASON_COMPLETION_ALREADY_EXISTS: End.EXISTS,

@@ -100,9 +100,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     Metadata: {"provider": "vllm"}.
     """
     ERROR_REASON_TOO_MANY_STREAMS: _ErrorReason.ValueType  # 17
-    """RESOURCE_EXHAUSTED. This gateway has reached its limit of concurrent completions, or of
-    requests that it receives at once. The request was not validated, and in most cases not
-    received. Retry after the delay in RetryInfo.
+    """RESOURCE_EXHAUSTED. This gateway has reached its limit of concurrent completions, and the call
+    found no room in the queue or waited there too long; or the limit of requests that it receives
+    at once. The request was not validated, and in most cases not received. Retry after the delay
+    in RetryInfo.
     Metadata: {"limit": "1000"}.
     """
     ERROR_REASON_SLOW_CALLER: _ErrorReason.ValueType  # 18
@@ -227,6 +228,14 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     Retrying does not help.
     Metadata: {"limit": "10000", "setting": "registry.max_models"}.
     """
+    ERROR_REASON_CALLER_LIMIT_EXCEEDED: _ErrorReason.ValueType  # 42
+    """RESOURCE_EXHAUSTED. The caller has reached one of its own limits, which the operator sets for
+    each caller: completions, retained streams, watches or queued calls at once, or requests or
+    tokens per minute. Other callers are not affected. Retry after the delay in RetryInfo; for a
+    limit per minute, it is exactly the time until the next request is possible. QuotaFailure has
+    the caller and the limit.
+    Metadata: {"caller": "ci", "limit": "requests_per_minute", "value": "600"}.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed, for programs to branch on.
@@ -320,9 +329,10 @@ ERROR_REASON_UPSTREAM_ABORTED: ErrorReason.ValueType  # 16
 Metadata: {"provider": "vllm"}.
 """
 ERROR_REASON_TOO_MANY_STREAMS: ErrorReason.ValueType  # 17
-"""RESOURCE_EXHAUSTED. This gateway has reached its limit of concurrent completions, or of
-requests that it receives at once. The request was not validated, and in most cases not
-received. Retry after the delay in RetryInfo.
+"""RESOURCE_EXHAUSTED. This gateway has reached its limit of concurrent completions, and the call
+found no room in the queue or waited there too long; or the limit of requests that it receives
+at once. The request was not validated, and in most cases not received. Retry after the delay
+in RetryInfo.
 Metadata: {"limit": "1000"}.
 """
 ERROR_REASON_SLOW_CALLER: ErrorReason.ValueType  # 18
@@ -446,5 +456,13 @@ ERROR_REASON_REGISTRY_FULL: ErrorReason.ValueType  # 41
 all models. Unregister models, or ask the operator to raise the limit that the message names.
 Retrying does not help.
 Metadata: {"limit": "10000", "setting": "registry.max_models"}.
+"""
+ERROR_REASON_CALLER_LIMIT_EXCEEDED: ErrorReason.ValueType  # 42
+"""RESOURCE_EXHAUSTED. The caller has reached one of its own limits, which the operator sets for
+each caller: completions, retained streams, watches or queued calls at once, or requests or
+tokens per minute. Other callers are not affected. Retry after the delay in RetryInfo; for a
+limit per minute, it is exactly the time until the next request is possible. QuotaFailure has
+the caller and the limit.
+Metadata: {"caller": "ci", "limit": "requests_per_minute", "value": "600"}.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -26,6 +26,7 @@ from deltawire_server.completions.event_buffer import EventBuffer
 from deltawire_server.completions.info import CompletionInfo, Timings, log_values
 from deltawire_server.completions.state import Cause, State, advance
 from deltawire_server.errors import Code, DeltawireError, GatewayError, ProviderError, Reason, internal_error
+from deltawire_server.limits import Share
 from deltawire_server.sansio.events import (
     Completed,
     Event,
@@ -121,6 +122,7 @@ class Completion:
         adaptive: How long deltas are delayed under load, if the options do not say; not at all by default.
         usage_record: Its usage record, if records are written.
         create_time: When the call was accepted, as Unix time in seconds; now by default.
+        share: The caller, whose tokens are counted; by default without limits.
 
     Attributes:
         head: Its id, model, provider and sampling.
@@ -152,6 +154,7 @@ class Completion:
         adaptive: AdaptiveDelay | None = None,
         usage_record: UsageRecord | None = None,
         create_time: float | None = None,
+        share: Share | None = None,
     ) -> None:
         request = _with_defaults(request, resolution.provider.default_max_tokens)
         self.resolution = resolution
@@ -198,6 +201,8 @@ class Completion:
             limits=limits.answer,
         )
         self._usage_record = usage_record
+        self._share = share or Share()
+        self._charged = 0
         self._hold = hold
         self._request_bytes = request_bytes
         hold.evict = self._evict
@@ -286,6 +291,13 @@ class Completion:
         self.end(Fault(Reason.MEMORY_LIMIT_EXCEEDED, message))
         self._hold.close()
 
+    def _charge(self) -> None:
+        """Count the tokens that were not counted yet among those of the caller."""
+        usage = self.usage
+        tokens = (usage.prompt_tokens or 0) + usage.completion_tokens
+        self._share.charge(tokens - self._charged)
+        self._charged = tokens
+
     def _weigh(self) -> None:
         """Report its current memory to the ledger."""
         self._hold.set(self._request_bytes + self._reader.held + self._queue.size)
@@ -364,7 +376,7 @@ class Completion:
         self.state = advance(self.state, Cause.ASKED)
         self._clock.allow(timeouts.first_event)
         # Only the provider has the request from here on; it drops it at the first event.
-        request = await self._images.load(self._unsent.pop())
+        request = await self._images.load(self._unsent.pop(), self._share)
         # Up to the first event, the provider applies its timeout, because it has to attribute it to a replica.
         self._clock.pause()
         if self._usage_record is not None:
@@ -494,6 +506,7 @@ class Completion:
             self.begun = True
             if self.state is State.ASKING and not soft:
                 self.state = advance(self.state, Cause.BEGUN)
+            self._charge()
             started, *events = events
             if isinstance(started, Started):
                 self._upstream_id = started.upstream_id
@@ -528,6 +541,7 @@ class Completion:
         self._ended = time.monotonic()
         self._clock.stop()
         self._queue.close()
+        self._charge()
         self.stop_reasons = tuple([choice.stop_reason for choice in choices])
         error = measures.error_type(failure, canceled=cause is Cause.CALLER)
         measures.ended(self, self._gaps, choices, error)

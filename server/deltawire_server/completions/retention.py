@@ -5,8 +5,9 @@
 A message gets its sequence number here, once, after merging, so a replay is identical to the first transmission. A stream is
 retained while it has a reader and for `retain_for` seconds afterwards; if it is still being generated then, generation stops.
 
-Memory is bounded. At `max_stream_bytes`, a stream drops its oldest messages. At `max_bytes` of all streams, the ended streams are
-dropped in the order of their ends, then the oldest messages of the stream that is written to. Independent of these limits, each
+Memory is bounded. At `max_stream_bytes`, a stream drops its oldest messages. At `max_bytes` of all streams, the caller with the
+most bytes loses its ended streams in the order of their ends; then the oldest messages of the stream that is written to are
+dropped. The same happens within the streams of a caller at its own limit. Independent of these limits, each
 running stream keeps its newest message and up to `UNREAD_BYTES` that its slowest reader has not taken, as streams without
 retention do, so that readers that keep up can continue.
 """
@@ -16,13 +17,14 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from deltawire_server.completions.info import NOTHING_YET, Outcome, Timings
 from deltawire_server.errors import CallerError, DeltawireError, GatewayError, Reason
+from deltawire_server.limits import Share, Use
 from deltawire_server.memory import Ledger
 from deltawire_server.sansio.coalesce import weight
 from deltawire_server.sansio.events import Completed, StopReason
@@ -62,6 +64,7 @@ class RetainedStream:
     """One stream. Created by `Retention.open`. The generating task calls `run`, `put` and `close`; readers `follow` within `read`.
 
     Attributes:
+        share: What its caller uses.
         expire_time: Unix time at which it is dropped; `None` while it has a reader.
         size: Its memory in bytes.
         abandoned: Called if its last reader leaves before its end and it is not retained, to stop generation.
@@ -69,7 +72,10 @@ class RetainedStream:
         traceparent: The context of the call that began it, to which the spans of other readers are linked; `None` without one.
     """
 
-    def __init__(self, retention: Retention, retain_for: float, dropped: Callable[[], None], *, whole: bool) -> None:
+    def __init__(
+        self, retention: Retention, retain_for: float, dropped: Callable[[], None], share: Share, *, whole: bool
+    ) -> None:
+        self.share = share
         self.expire_time: float | None = None
         self.size = STREAM_BYTES
         self.abandoned: Callable[[], object] = lambda: None
@@ -368,14 +374,18 @@ class Retention:
         self._size = 0
         self.count = 0
         """The number of streams."""
-        self._ended: OrderedDict[RetainedStream, None] = OrderedDict()  # in the order of their ends
+        self._sizes: Counter[str] = Counter()  # by caller
+        # By caller, in the order of their ends.
+        self._ended: dict[str, OrderedDict[RetainedStream, None]] = {}
 
     @property
     def size(self) -> int:
         """Memory of all streams, in bytes."""
         return self._size
 
-    def open(self, retain_for: float, dropped: Callable[[], None], *, whole: bool = False) -> RetainedStream:
+    def open(
+        self, retain_for: float, dropped: Callable[[], None], *, whole: bool = False, share: Share | None = None
+    ) -> RetainedStream:
         """Create a stream. Call its `read` at once: it does not expire before its first reader.
 
         Args:
@@ -383,9 +393,11 @@ class Retention:
                 reader.
             dropped: Called once, when it is dropped.
             whole: Whether to keep its last message unchanged, however large it is.
+            share: What its caller uses, with its limits; by default without any.
         """
-        stream = RetainedStream(self, retain_for, dropped, whole=whole)
+        stream = RetainedStream(self, retain_for, dropped, share or Share(), whole=whole)
         self.count += 1
+        stream.share.add(Use.KEPT, 1)
         self.grown(stream, stream.size)
         return stream
 
@@ -397,30 +409,55 @@ class Retention:
 
     def grown(self, stream: RetainedStream, size: int) -> None:
         """Record that the memory of a stream changed by `size` bytes; drop messages or streams if a limit is exceeded."""
-        self._size += size
-        self._hold.set(self._size)
+        self._count(stream.share, size)
         if size <= 0:
             return
         if stream.size > self._limits.max_stream_bytes:
             # Down to seven eighths, so that not every further message drops one.
             stream.shorten(self._limits.max_stream_bytes * 7 // 8)
+        own_limit = stream.share.limits.retained_bytes
+        while own_limit and (excess := stream.share.used(Use.RETAINED_BYTES) - own_limit) > 0:
+            if not self._drop_one(stream.share.key):
+                stream.shorten(stream.size - excess)
+                break
         while self._size > self._limits.max_bytes and self._ended:
-            next(iter(self._ended)).drop()
+            self._drop_one(max(self._ended, key=self._sizes.__getitem__))
         if self._size > self._limits.max_bytes:
             stream.shorten(stream.size - (self._size - self._limits.max_bytes))
+
+    def ended(self, stream: RetainedStream) -> None:
+        """Record that a stream has ended, so that it may be dropped as a whole."""
+        self._ended.setdefault(stream.share.key, OrderedDict())[stream] = None
+
+    def dropped(self, stream: RetainedStream) -> None:
+        """Record that a stream was dropped."""
+        key = stream.share.key
+        self.count -= 1
+        stream.share.give_back(Use.KEPT)
+        self._count(stream.share, -stream.size)
+        ended = self._ended.get(key)
+        if ended is not None:
+            ended.pop(stream, None)
+            if not ended:
+                del self._ended[key]
+
+    def _count(self, share: Share, size: int) -> None:
+        """Count more bytes, or less."""
+        self._size += size
+        self._hold.set(self._size)
+        share.add(Use.RETAINED_BYTES, size)
+        self._sizes[share.key] += size
+        if not self._sizes[share.key]:
+            del self._sizes[share.key]
+
+    def _drop_one(self, key: str) -> bool:
+        """Drop the ended stream of a caller that ended first; return false if it has none."""
+        if key in self._ended:
+            next(iter(self._ended[key])).drop()
+            return True
+        return False
 
     def _drop_ended(self) -> None:
         """Drop all ended streams, because the process is at its memory limit."""
         while self._ended:
-            next(iter(self._ended)).drop()
-
-    def ended(self, stream: RetainedStream) -> None:
-        """Record that a stream has ended, so that it may be dropped as a whole."""
-        self._ended[stream] = None
-
-    def dropped(self, stream: RetainedStream) -> None:
-        """Record that a stream was dropped."""
-        self.count -= 1
-        self._size -= stream.size
-        self._hold.set(self._size)
-        self._ended.pop(stream, None)
+            self._drop_one(next(iter(self._ended)))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 from deltawire_server.errors import CallerError, Reason, Violation, invalid_request
 from deltawire_server.images.addresses import is_public
 from deltawire_server.images.connect import RefusedError, UnavailableError
 from deltawire_server.images.fetch import Budget, Fetcher
 from deltawire_server.images.policy import Policy
+from deltawire_server.limits import Share
 from deltawire_server.metrics.table import IMAGES
 from deltawire_server.upstream.request import ImageData, ImageUrl
 
@@ -53,11 +55,17 @@ class Images:
         self._policy = policy or Policy()
         self._fetcher = Fetcher(self._policy, permits, look_up, tls, user_agent)
         self._turns = asyncio.Semaphore(MAX_FETCHES)
+        # One for each caller with images that are being fetched, and its limit.
+        self._shares: WeakValueDictionary[tuple[str, int], asyncio.Semaphore] = WeakValueDictionary()
 
-    async def load(self, request: ChatRequest) -> ChatRequest:
+    async def load(self, request: ChatRequest, share: Share | None = None) -> ChatRequest:
         """Replace every image URL of a request by the image.
 
         Returns the same request if it has no URLs, or if the policy leaves fetching to the engine. Cancellation ends all fetches.
+
+        Args:
+            request: The request.
+            share: The caller, with its limit on concurrent fetches; by default without one.
 
         Raises:
             CallerError: INVALID_REQUEST with each URL that is not allowed; IMAGE_UNAVAILABLE for the first image that could not
@@ -68,7 +76,7 @@ class Images:
             return request
         if self._policy.urls == "refuse":
             raise invalid_request([Violation(image.field, _NOT_HERE) for image in wanted])
-        found = iter(await self._fetch_all(wanted))
+        found = iter(await self._fetch_all(wanted, share or Share()))
         messages = [
             replace(
                 message,
@@ -82,7 +90,7 @@ class Images:
         """Close all connections; calls in progress fail."""
         await self._fetcher.close()
 
-    async def _fetch_all(self, wanted: Sequence[ImageUrl]) -> list[ImageData]:
+    async def _fetch_all(self, wanted: Sequence[ImageUrl], share: Share) -> list[ImageData]:
         violations = [
             Violation(image.field, description)
             for image in wanted
@@ -91,17 +99,26 @@ class Images:
         if violations:
             raise invalid_request(violations)
         budget = Budget(self._policy.max_fetched_bytes)
-        turns = asyncio.Semaphore(FETCHES_OF_A_REQUEST)
+        turns = (asyncio.Semaphore(FETCHES_OF_A_REQUEST), self._turns_of(share))
         try:
             async with asyncio.TaskGroup() as group:
-                fetches = [group.create_task(self._fetch(image, budget, turns)) for image in wanted]
+                fetches = [group.create_task(self._fetch(image, budget, *turns)) for image in wanted]
         except BaseExceptionGroup as failures:
             # The first one; it cancelled the others.
             raise failures.exceptions[0] from None
         return [fetch.result() for fetch in fetches]
 
-    async def _fetch(self, image: ImageUrl, budget: Budget, turns: asyncio.Semaphore) -> ImageData:
-        async with turns, self._turns:
+    def _turns_of(self, share: Share) -> asyncio.Semaphore:
+        limit = share.limits.image_fetches or MAX_FETCHES
+        turns = self._shares.get((share.key, limit))
+        if turns is None:
+            turns = self._shares[share.key, limit] = asyncio.Semaphore(limit)
+        return turns
+
+    async def _fetch(
+        self, image: ImageUrl, budget: Budget, of_request: asyncio.Semaphore, of_caller: asyncio.Semaphore
+    ) -> ImageData:
+        async with of_request, of_caller, self._turns:
             try:
                 fetched = await self._fetcher.fetch(image.address, budget)
             except RefusedError as error:

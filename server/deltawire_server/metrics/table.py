@@ -102,6 +102,10 @@ TOKENS = _histogram(
 
 STREAMS = _gauge("deltawire_streams", "Completions that run now.")
 STREAMS_LIMIT = _gauge("deltawire_streams_limit", "Completions that may run at once: server.max_streams.")
+QUEUED = _gauge("deltawire_queued_calls", "Calls that wait for a place, because server.max_streams completions run.")
+QUEUE_SECONDS = _histogram(
+    "deltawire_queue_seconds", "How long calls waited for a place, successfully or not.", _CALL_SECONDS
+)
 FAILED_CALLS = _counter("deltawire_failed_calls_total", "Calls that have failed, by reason.", "reason")
 STOP_REASONS = _counter("deltawire_stop_reasons_total", "Choices that have ended, by stop reason.", "stop_reason")
 TOOL_CALLS = _counter(

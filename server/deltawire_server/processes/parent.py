@@ -32,6 +32,7 @@ from deltawire_server.telemetry import configure_logging, get_logger
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from deltawire_server.limits import Table
     from deltawire_server.settings import Settings
 
 FIRST_DELAY = 0.1
@@ -101,7 +102,9 @@ def run(arguments: Sequence[str], settings: Settings) -> int:
             metrics="" if serving is None else serving.address,
             health=health,
         )
-        return asyncio.run(_Parent(arguments, first, metrics).run())
+        table = first.limits_table()
+        stack.callback(table.close)
+        return asyncio.run(_Parent(arguments, first, metrics, table).run())
 
 
 def _reserved(address: str, remedy: str, stack: contextlib.ExitStack) -> str:
@@ -220,12 +223,14 @@ class _Parent:
         arguments: Their command line.
         first: Worker 0, from which the others differ only by their numbers.
         metrics: Their metrics.
+        table: What their callers use.
     """
 
-    def __init__(self, arguments: Sequence[str], first: WorkerProcess, metrics: WorkerMetrics) -> None:
+    def __init__(self, arguments: Sequence[str], first: WorkerProcess, metrics: WorkerMetrics, table: Table) -> None:
         self._arguments = arguments
         self._first = first
         self._metrics = metrics
+        self._table = table
         self._workers: list[_Worker] = []
         self._stopping = asyncio.Event()
 
@@ -283,6 +288,7 @@ class _Parent:
             if await worker.ended() >= STABLE_SECONDS:
                 delay = FIRST_DELAY
             self._metrics.ended(worker.process.pid)
+            self._table.clear(number)
             if self._stopping.is_set():
                 return
             _log.warning(

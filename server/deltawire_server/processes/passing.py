@@ -25,7 +25,15 @@ from deltawire_server.completions.records import lost
 from deltawire_server.errors import Code, DeltawireError, GatewayError, Reason, Violation
 from deltawire_server.rpc import completion_list
 from deltawire_server.rpc.chat_completion import slow_caller
-from deltawire_server.rpc.interceptors import ADMITTED, PROVIDER_TOKEN, REQUEST_ID, STREAM_CHAT, call_record, passed_on
+from deltawire_server.rpc.interceptors import (
+    ADMITTED,
+    HOST,
+    PROVIDER_TOKEN,
+    REQUEST_ID,
+    STREAM_CHAT,
+    call_record,
+    passed_on,
+)
 from deltawire_server.rpc.reception import PENDING_REQUESTS
 from deltawire_server.rpc.status import DETAILS_TRAILER
 from deltawire_server.rpc.writer import StreamWriter
@@ -237,6 +245,7 @@ class Passing(aio.ServerInterceptor):
             record.place.release()  # the other worker has the completion, and so its place
         size = len(unsent[0])
         if new:
+            record.count()
             self._memory.admit(size)
         channel = self._channel(number)
         # `pop`, because the call keeps what it is given until its end, which may be much later than the request is sent.
@@ -302,6 +311,7 @@ def _metadata(record: CallRecord) -> list[tuple[str, str | bytes]]:
         PROVIDER_TOKEN: call.token,
         "traceparent": call.traceparent,
         "tracestate": call.tracestate,
+        HOST: record.share.key,
     }
     named = {CALLER: record.caller, OWNER: record.owner, ASSERTION: record.assertion}
     return [

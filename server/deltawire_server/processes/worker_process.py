@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from deltawire_server.completions.records import mark_of
+from deltawire_server.limits import Table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, MutableMapping, Sequence
@@ -26,6 +27,9 @@ METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 METRICS_FOLDER = "metrics"
 """That directory, in the private one of the workers."""
+
+LIMITS_FILE = "limits"
+"""The file with the counts of callers, in the same directory."""
 
 INCARNATIONS = 256
 """Incarnations of a worker that ids can distinguish. After that many restarts, old ids are reported as unknown instead of lost."""
@@ -66,6 +70,10 @@ class WorkerProcess:
     def variables(self) -> dict[str, str]:
         """The environment variables from which `taken_from` makes this worker."""
         return {VARIABLE: json.dumps(asdict(self)), METRICS_VARIABLE: f"{self.folder}/{METRICS_FOLDER}"}
+
+    def limits_table(self) -> Table:
+        """The counts of callers that all workers share. `close` it at the end."""
+        return Table(f"{self.folder}/{LIMITS_FILE}", self.count)
 
     @property
     def seat(self) -> str:

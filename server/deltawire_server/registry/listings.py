@@ -9,14 +9,14 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from deltawire_server.errors import DeltawireError
-from deltawire_server.registry.model import ModelState
+from deltawire_server.registry.model import ModelState, all_models, scoped_id
 from deltawire_server.registry.view import discovered
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from deltawire_server.registry.listing_cache import ListingCache
-    from deltawire_server.registry.model import Model
+    from deltawire_server.registry.model import Model, Permits
     from deltawire_server.upstream.base import ServedModel
 
 
@@ -27,13 +27,22 @@ class Listings:
         served: Requests the listings, and has the last ones.
         token: The caller's token for the providers.
         named: The providers that the call names, which may have the token; see `Providers.token_for`.
+        permits: Whether a model exists for the caller, by its id; by default all do.
 
     Attributes:
+        permits: As above.
         provider_ids: All provider ids, ascending.
         failures: The errors of the providers that could not be listed, by id.
     """
 
-    def __init__(self, served: ListingCache, token: str | None, named: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        served: ListingCache,
+        token: str | None,
+        named: Iterable[str] = (),
+        permits: Permits = all_models,
+    ) -> None:
+        self.permits = permits
         self.provider_ids = served.provider_ids
         self.failures: dict[str, DeltawireError] = {}
         self._served = served
@@ -68,7 +77,7 @@ class Listings:
     def find(self, provider_id: str, served_name: str) -> Model | None:
         """The discovered model of this name; `None` if it is not listed, or the listing is not loaded."""
         served = self._listings.get(provider_id, {}).get(served_name)
-        if served is None:
+        if served is None or not self.permits(scoped_id(provider_id, served_name)):
             return None
         # A listing for the caller's own token was requested by this call.
         state = self._served.state(provider_id, served.id) if self.shared(provider_id) else ModelState.SERVING
@@ -78,11 +87,12 @@ class Listings:
         """The provider and the served name of each listed model, whether it is registered or not."""
         for provider_id, listing in self._listings.items():
             for served_name in listing:
-                yield provider_id, served_name
+                if self.permits(scoped_id(provider_id, served_name)):
+                    yield provider_id, served_name
 
     def count(self, provider_id: str) -> int:
         """The number of listed models of a provider."""
-        return len(self._listings.get(provider_id, {}))
+        return sum(self.permits(scoped_id(provider_id, each)) for each in self._listings.get(provider_id, ()))
 
     def shared(self, provider_id: str) -> bool:
         """Whether all callers see the same listing of the provider; otherwise it is that of the caller's own token."""

@@ -32,6 +32,8 @@ async def find(name: str, known: RegisteredIndex, listings: Listings) -> Model:
     """
     model = registered(name, known, listings.provider_ids)
     if model is not None:
+        if not listings.permits(model.id):
+            raise _not_found(name, (), known, listings)
         return model
     # If the name begins with a provider's id, this provider may serve the rest of the name, or the whole name.
     scopes = scopes_of(name, listings.provider_ids)
@@ -82,7 +84,7 @@ def _chat_models(known: RegisteredIndex, listings: Listings) -> dict[tuple[str, 
     """
     found: dict[tuple[str, str], str] = {}
     for model_id, model in sorted(known.models.items()):
-        if model.type is ModelType.LLM:
+        if model.type is ModelType.LLM and listings.permits(model_id):
             found.setdefault(model.target, model_id)
     for target in listings.targets():
         if not known.has_target(target):
@@ -107,7 +109,7 @@ async def _serving(
     serving = {provider_id: known.serving(provider_id, served_name) for provider_id, served_name in wanted.items()}
     await have(provider_id for provider_id, model in serving.items() if model is None)
     models = (serving[provider_id] or listings.find(provider_id, name) for provider_id, name in wanted.items())
-    return [model for model in models if model is not None]
+    return [model for model in models if model is not None and listings.permits(model.id)]
 
 
 def _ambiguous(name: str, found: Sequence[Model]) -> CallerError:
@@ -134,7 +136,7 @@ def _not_found(name: str, asked: Sequence[str], known: RegisteredIndex, listings
             retry_after=1.0,
         )
     discovered_ids = {scoped_id(*target) for target in listings.targets() if not known.has_target(target)}
-    names = some(sorted(discovered_ids | known.models.keys())) or "none"
+    names = some(sorted(discovered_ids | {each for each in known.models if listings.permits(each)})) or "none"
     away = f"; without an answer: {some(sorted(listings.failures))}" if listings.failures else ""
     if any(failure.reason is Reason.UPSTREAM_UNAUTHENTICATED for failure in listings.failures.values()):
         away += ", and a token may help: it is sent to the provider that the name begins with, as in provider/model"

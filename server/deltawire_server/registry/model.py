@@ -8,8 +8,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from datetime import datetime
+
+    Permits = Callable[[str], bool]
+    """Whether a model exists for a caller, by its id."""
 
 MAX_CONTEXT_TOKENS = 2**31 - 1
 """The maximum in the API."""
@@ -97,6 +100,11 @@ class Model:
     def etag(self) -> str:
         """The etag, which every change of the registration changes; empty for discovered models."""
         return f"r{self.revision}" if self.revision else ""
+
+
+def all_models(_model_id: str) -> bool:
+    """Permits every model; see `Permits`."""
+    return True
 
 
 def scoped_id(provider_id: str, provider_model_id: str) -> str:

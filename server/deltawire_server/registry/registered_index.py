@@ -65,6 +65,10 @@ class RegisteredIndex:
         """Whether a model is registered for a provider's served name."""
         return target in self._targets
 
+    def ids_of(self, target: tuple[str, str]) -> Iterable[str]:
+        """The ids of the models that are registered for a provider's served name."""
+        return self._targets.get(target, {}).keys()
+
     def same(self, wanted: Model) -> Model | None:
         """The existing model with an equal registration; `None` if all names are free.
 

@@ -24,7 +24,7 @@ from deltawire_server.registry.feed import Feed
 from deltawire_server.registry.listing_cache import ListingCache
 from deltawire_server.registry.listings import Listings
 from deltawire_server.registry.messages import cut, quoted, some
-from deltawire_server.registry.model import Model, ModelSource, ModelState, ModelType, scoped_id
+from deltawire_server.registry.model import Model, ModelSource, ModelState, ModelType, all_models, scoped_id
 from deltawire_server.registry.refresh import Refresher
 from deltawire_server.registry.registered_index import RegisteredIndex
 from deltawire_server.registry.scopes import may_have, scopes_of
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 
     from deltawire_server.registry.feed import Step
+    from deltawire_server.registry.model import Permits
     from deltawire_server.registry.store import Change, Store
     from deltawire_server.upstream.base import Provider
     from deltawire_server.upstream.providers import Providers
@@ -210,6 +211,7 @@ class ModelRegistry:
         embedding_dimension: int | None = None,
         token: str | None = None,
         owner: str = "",
+        permits: Permits = all_models,
     ) -> Model:
         """Register a served model under an id and aliases.
 
@@ -226,8 +228,10 @@ class ModelRegistry:
             embedding_dimension: Length of the vectors; required for EMBEDDING, and not allowed for other types.
             token: The caller's token for the provider; used if `provider_id` is given, see `Providers.token_for`.
             owner: The caller's name; the owner of the first registration stays.
+            permits: Whether a model exists for the caller, by its id: its names and what it is registered for must.
 
         Raises:
+            GatewayError: PERMISSION_DENIED: the caller may not use one of the names, or what it is registered for.
             CallerError: Rules are broken (INVALID_REQUEST lists all of them), or there is no such provider.
             RegistryError: MODEL_ALREADY_EXISTS if a name belongs to another model or the id to a different
                 registration: update or unregister that first. MODEL_NOT_SERVED. STORE_UNAVAILABLE.
@@ -244,10 +248,12 @@ class ModelRegistry:
             annotations or {},
             embedding_dimension,
         )
+        self._require_permitted(wanted, permits)
         await self._follower.catch_up()
         stored = self._known.same(rules.as_registered(wanted, self._known))
         if stored is None:
             wanted = await rules.as_served(wanted, self._served, token, named=bool(provider_id))
+            self._require_permitted(wanted, permits)
             rules.refuse_reserved_names(wanted, self._providers.ids)
             now = datetime.now(UTC)
             stored = await self._writes.insert(replace(wanted, create_time=now, update_time=now, owner=owner))
@@ -260,6 +266,7 @@ class ModelRegistry:
         etag: str = "",
         token: str | None = None,
         owner: str | None = None,
+        permits: Permits = all_models,
     ) -> Model:
         """Change fields of a registered model. Nothing is written if no value is different.
 
@@ -269,9 +276,10 @@ class ModelRegistry:
             etag: The expected etag; empty for any.
             token: The caller's token for the provider; used if the changes or the name specify the provider.
             owner: The caller that must have registered the model; `None` for any.
+            permits: As for `register`.
 
         Raises:
-            GatewayError: PERMISSION_DENIED: another caller registered it.
+            GatewayError: PERMISSION_DENIED: another caller registered it, or as for `register`.
             CallerError: MODEL_NOT_FOUND. Rules are broken (INVALID_REQUEST lists all of them), or there is no such provider.
             RegistryError: ETAG_MISMATCH. MODEL_ALREADY_EXISTS if a name belongs to another model. MODEL_NOT_SERVED.
                 MODEL_DISCOVERED. STORE_UNAVAILABLE.
@@ -281,14 +289,16 @@ class ModelRegistry:
         await self._follower.catch_up()
         attempts = 0
         while True:
-            model = await self._registered(name, etag, token)
+            model = await self._registered(name, etag, token, permits)
             _require_owner(model, owner)
             wanted = rules.changed(model, changes, self._providers)
+            self._require_permitted(wanted, permits)
             if wanted == model:
                 return self._view.as_seen(model)
             if wanted.target != model.target:
                 named = "provider_id" in changes or wanted.provider_id in self._named_by(name)
                 wanted = replace(await rules.as_served(wanted, self._served, token, named=named), id=model.id)
+                self._require_permitted(wanted, permits)
             rules.refuse_reserved_names(wanted, self._providers.ids, model)
             stored = await self._writes.update(replace(wanted, update_time=datetime.now(UTC)))
             if stored is not None:
@@ -297,7 +307,14 @@ class ModelRegistry:
             if attempts == ATTEMPTS:
                 raise _overtaken(model)
 
-    async def unregister(self, name: str, etag: str = "", token: str | None = None, owner: str | None = None) -> Change:
+    async def unregister(
+        self,
+        name: str,
+        etag: str = "",
+        token: str | None = None,
+        owner: str | None = None,
+        permits: Permits = all_models,
+    ) -> Change:
         """Remove a registered model. While its provider serves it, it can still be called by the provider's own name.
 
         Args:
@@ -305,6 +322,7 @@ class ModelRegistry:
             etag: The expected etag; empty for any.
             token: The caller's token for the providers.
             owner: The caller that must have registered the model; `None` for any, even if the record cannot be read.
+            permits: Whether a model exists for the caller, by its id.
 
         Returns:
             The change, with the removed model unless its record could not be read.
@@ -320,19 +338,21 @@ class ModelRegistry:
         while True:
             revision = None
             # Otherwise the model is not looked up first: the database may have a damaged record that is not in memory.
-            if etag or owner is not None:
-                model = await self._registered(name, etag, token)
+            known = self._known.find(name)
+            if etag or owner is not None or not permits(name if known is None else known.id):
+                model = await self._registered(name, etag, token, permits)
                 _require_owner(model, owner)
                 revision = model.revision
             change = await self._writes.delete(name, revision)
             if change is not None:
                 return change
-            model = await self._registered(name, etag, token)  # raises the reason, unless another write is in progress
+            # Raises the reason, unless another write is in progress.
+            model = await self._registered(name, etag, token, permits)
             attempts += 1
             if attempts == ATTEMPTS:
                 raise _overtaken(model)
 
-    async def _registered(self, name: str, etag: str, token: str | None) -> Model:
+    async def _registered(self, name: str, etag: str, token: str | None, permits: Permits) -> Model:
         """The registered model of this id or alias, if it has this etag.
 
         Raises:
@@ -344,11 +364,11 @@ class ModelRegistry:
             # Another process may have registered or changed it just now.
             await self._follower.catch_up()
             model = self._known.find(name)
-        if model is not None:
+        if model is not None and permits(model.id):
             if etag and etag != model.etag:
                 raise _overtaken(model)
             return model
-        model = await self.get(name, token)
+        model = await self.get(name, token, permits)
         if model.source is ModelSource.DISCOVERED:
             raise RegistryError(
                 Reason.MODEL_DISCOVERED,
@@ -363,12 +383,13 @@ class ModelRegistry:
             metadata={"model": cut(name)},
         )
 
-    async def get(self, name: str, token: str | None = None) -> Model:
+    async def get(self, name: str, token: str | None = None, permits: Permits = all_models) -> Model:
         """The model of this name.
 
         Args:
             name: Id, alias, "provider/served name", or a served name that just one provider has.
             token: The caller's token for the providers.
+            permits: Whether a model exists for the caller, by its id.
 
         Raises:
             CallerError: MODEL_NOT_FOUND, whose message lists some that there are; MODEL_AMBIGUOUS.
@@ -376,19 +397,21 @@ class ModelRegistry:
             RegistryError: STORE_UNAVAILABLE: not found, and the database could not be reached since the start.
         """
         try:
-            model = await lookup.find(name, self._known, Listings(self._served, token, self._named_by(name)))
+            listings = Listings(self._served, token, self._named_by(name), permits)
+            model = await lookup.find(name, self._known, listings)
         except CallerError as error:
             if error.reason is Reason.MODEL_NOT_FOUND:
                 self._require_opened()
             raise
         return self._view.as_seen(model) if model.source is ModelSource.REGISTERED else model
 
-    async def resolve(self, name: str, token: str | None = None) -> Resolution:
+    async def resolve(self, name: str, token: str | None = None, permits: Permits = all_models) -> Resolution:
         """The model of this name and its provider.
 
         Args:
             name: As for `get`; empty for the only chat model.
             token: The caller's token for the providers.
+            permits: As for `get`.
 
         Raises:
             CallerError: As for `get`, and PROVIDER_NOT_FOUND if the model's provider is no longer configured; for an empty name
@@ -396,15 +419,20 @@ class ModelRegistry:
             ProviderError: As for `get`.
         """
         if name:
-            model = await self.get(name, token)
+            model = await self.get(name, token, permits)
         else:
-            model = await lookup.only_chat_model(self._known, Listings(self._served, token))
+            model = await lookup.only_chat_model(self._known, Listings(self._served, token, permits=permits))
         provider = self._providers.get(model.provider_id)
         sends_token = self._providers.token_for(provider.id, token, named=provider.id in self._named_by(name)) == token
         return Resolution(model, "" if name == model.id else name, provider, sends_token)
 
     async def list(
-        self, page_size: int = 0, page_token: str = "", token: str | None = None, wanted: Filter | None = None
+        self,
+        page_size: int = 0,
+        page_token: str = "",
+        token: str | None = None,
+        wanted: Filter | None = None,
+        permits: Permits = all_models,
     ) -> tuple[list[Model], str, tuple[str, ...]]:
         """A page of all models, registered and discovered, by ascending id. It is shorter if models have large annotations.
 
@@ -415,6 +443,7 @@ class ModelRegistry:
             page_token: From the previous page; empty for the first.
             token: The caller's token for the providers.
             wanted: Which models; the same for all pages.
+            permits: Whether a model exists for the caller, by its id.
 
         Returns:
             The models; the token of the next page, empty on the last page; and the providers that could not be listed, whose
@@ -446,6 +475,8 @@ class ModelRegistry:
                 break
             for model_id in sorted(some_ids)[:LOOKS_AT_ONCE]:
                 after = model_id
+                if not permits(model_id):
+                    continue
                 model = listings.find(*own[model_id]) if model_id in own else None
                 if model is None or not is_new(model, self._known, self._providers.ids):
                     model = self._feed.get(model_id)
@@ -467,12 +498,15 @@ class ModelRegistry:
         self._require_opened()
         return self._feed.watch(revision)
 
-    async def refresh(self, provider_id: str = "", token: str | None = None) -> dict[str, int | DeltawireError]:
+    async def refresh(
+        self, provider_id: str = "", token: str | None = None, permits: Permits = all_models
+    ) -> dict[str, int | DeltawireError]:
         """List a provider now, or all of them.
 
         Args:
             provider_id: The provider; empty for all.
             token: The caller's token, used where the operator configured none; see `Providers.token_for`.
+            permits: Whether a model exists for the caller, by its id.
 
         Returns:
             By ascending id, the number of models that each lists, or the error if it could not be listed.
@@ -483,13 +517,31 @@ class ModelRegistry:
         provider_ids = self._providers.ids
         if provider_id:
             provider_ids = (self._providers.get(provider_id).id,)
-        listings = Listings(self._served, token, (provider_id,))
+        listings = Listings(self._served, token, (provider_id,), permits)
         await listings.fetch(provider_ids, fresh=True)
         return {each: listings.failures.get(each) or listings.count(each) for each in provider_ids}
 
     def mark_stale(self, provider_id: str) -> None:
         """List a provider now, because a call failed in a way that suggests an out-of-date listing."""
         self._refresher.mark_stale(provider_id)
+
+    def _require_permitted(self, model: Model, permits: Permits) -> None:
+        """Check that a caller may register a model under its names, and for its target: the served model, or a registration of it.
+
+        Raises:
+            GatewayError: PERMISSION_DENIED.
+        """
+        targets = (scoped_id(*model.target), *self._known.ids_of(model.target))
+        denied = next((name for name in model.names if not permits(name)), "")
+        if not denied and not any(map(permits, targets)):
+            denied = targets[0]
+        if denied:
+            raise GatewayError(
+                Reason.PERMISSION_DENIED,
+                f"this caller may not use the name {quoted(denied)}, because its access line has other models: use a name that"
+                " matches them, or ask the gateway's operator to add it",
+                metadata={"needs": "models", "model": cut(denied)},
+            )
 
     def _named_by(self, name: str) -> dict[str, str]:
         """The providers that a model's name names."""

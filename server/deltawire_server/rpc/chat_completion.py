@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 from contextlib import aclosing, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
     from grpc import aio
 
+    from deltawire_server.access import Terms
     from deltawire_server.completions.completion import Completion
     from deltawire_server.completions.info import CompletionView
     from deltawire_server.completions.records import Record
@@ -98,6 +101,7 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         response = chat_pb.CreateChatCompletionResponse()
         if chat.completion_id:
             stream = self._worker.open(chat, caller, fingerprint=await _fingerprint(request), keep_logprobs=True)
+            record.opened()
             del request, chat  # the completion has it, until it is sent
             record.span.link(stream.traceparent)
             with stream.read(caller.left) as reader, _noted(record, stream):
@@ -105,6 +109,7 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
                     async for numbered in batches:
                         await _fill(response, stream, numbered[-1][1])
             return response
+        record.opened()
         running = self._worker.completion(chat, caller, keep_logprobs=True)
         del request, chat
         async with running as completion:
@@ -130,15 +135,17 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
             await self._follow(self._worker.resume(caller, completion_id), after, caller, record, context)
             return
         # A call with an id that is in use joins that completion, which has a place, or is refused.
-        if record.place is not None and not self._worker.is_current(caller, request.chat.completion_id):
-            record.place.take()
+        if not self._worker.is_current(caller, request.chat.completion_id):
+            await self._wait_for_place(record, context)
         chat = await self._validated(request.chat, record)
         options = validate_options.stream_options(request.options, self._max_retention)
         if chat.completion_id or options.retention is not None:
             stream = self._worker.open(chat, caller, options, fingerprint=await _fingerprint(request))
+            record.opened()
             del request, chat  # the completion has it, until it is sent
             await self._follow(stream, None, caller, record, context)
             return
+        record.opened()
         running = self._worker.completion(chat, caller, options)
         del request, chat
         async with running as completion:
@@ -198,7 +205,7 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
             held.set(COPIES * record.request_bytes)
             chat = await validate.count_request(request.chat, self._content_limits)
             record.values["model_asked"] = chat.model
-            count, resolution = await self._worker.count_tokens(chat, record.call)
+            count, resolution = await self._worker.count_tokens(chat, record.call, record.terms.permits)
         record.values.update(
             model=resolution.model.id,
             alias=resolution.alias,
@@ -212,6 +219,13 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
             provider_id=resolution.provider.id,
         )
 
+    async def _wait_for_place(self, record: CallRecord, context: _Context) -> None:
+        """Take the place of a call that might have resumed a completion. The memory of its request is accounted meanwhile."""
+        self._worker.memory.admit(record.request_bytes)
+        with self._worker.memory.hold() as held:
+            held.set(record.request_bytes)
+            await record.take_place(context)
+
     async def _validated(self, chat: chat_pb.ChatRequest, record: CallRecord) -> ChatRequest:
         """The validated request. Its memory is accounted here until the completion does so."""
         size = COPIES * record.request_bytes
@@ -219,7 +233,7 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         with self._worker.memory.hold() as held:
             held.set(size)
             async with self._worker.memory.turn(record.request_bytes):
-                validated = await validate.chat_request(chat, self._content_limits)
+                validated = on_terms(await validate.chat_request(chat, self._content_limits), record.terms)
         record.values["model_asked"] = validated.model
         return validated
 
@@ -261,6 +275,20 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
 
     def _writer(self, context: _Context, record: CallRecord, more: str = "") -> StreamWriter:
         return StreamWriter(context, record, self._slow_caller_timeout, lambda limit: slow_caller(limit, more))
+
+
+def on_terms(request: ChatRequest, terms: Terms) -> ChatRequest:
+    """The request with the priority and the salt of the caller's access line.
+
+    The caller's own salt separates its requests from each other, but never leads to the cache of another caller.
+    """
+    if terms.priority is not None:
+        request = replace(request, priority=terms.priority)
+    if not terms.cache_salt:
+        return request
+    own = request.cache_salt
+    salt = hmac.digest(terms.cache_salt.encode(), own.encode(), "sha256").hex() if own else terms.cache_salt
+    return replace(request, cache_salt=salt)
 
 
 def _is_whole(event: StreamEvent) -> bool:
@@ -317,6 +345,8 @@ def _caller(record: CallRecord, context: _Context) -> Caller:
         record.place,
         record.request_bytes,
         record.assertion,
+        record.share,
+        record.terms.permits,
     )
 
 

@@ -22,7 +22,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc import aio
 
-from deltawire_server.access import REVOKED, Access, Permission
+from deltawire_server.access import NO_TERMS, REVOKED, Access, Permission
 from deltawire_server.admission import Admission
 from deltawire_server.errors import (
     FOR_OPERATORS,
@@ -34,6 +34,7 @@ from deltawire_server.errors import (
     internal_error,
     invalid_request,
 )
+from deltawire_server.limits import NOBODY, Callers, Use
 from deltawire_server.memory import Ledger
 from deltawire_server.metrics.table import FAILED_CALLS, Rpc
 from deltawire_server.rpc import reflection, wire
@@ -57,13 +58,16 @@ if TYPE_CHECKING:
 REQUEST_ID = "x-request-id"
 PROVIDER_TOKEN = "x-vllm-api-token"  # noqa: S105 (the name of a header, not a token)
 MAX_REQUEST_ID = 128
+HOST = "deltawire-host"
+"""The metadata with the key of a caller without a name, in a call that another worker passes on."""
 OUR_METHODS = "/deltawire.v1."
 STREAM_CHAT = "/deltawire.v1.ChatCompletion/StreamChatCompletion"
+COUNT_TOKENS = "/deltawire.v1.ChatCompletion/CountTokens"
 ADMITTED = frozenset(
     {
         "/deltawire.v1.ChatCompletion/CreateChatCompletion",
         STREAM_CHAT,
-        "/deltawire.v1.ChatCompletion/CountTokens",
+        COUNT_TOKENS,
     }
 )
 """The methods that need a place: their requests contain a whole chat and use an engine."""
@@ -73,6 +77,9 @@ DEADLINE_SLACK = 0.1
 
 MAX_LOGGED = 4096
 """Bytes of an error in a log line: it may quote the request, and callers must not be able to fill the disk."""
+
+LIMIT_REASONS = frozenset({Reason.TOO_MANY_STREAMS, Reason.CALLER_LIMIT_EXCEEDED})
+"""The reasons of refusals that come in bursts."""
 
 DRAINING_RETRY_SECONDS = 0.1
 """When to retry a call that is refused on shutdown: its client has to open a new connection first."""
@@ -109,6 +116,8 @@ class CallRecord:
         latch: Whether the call has succeeded or failed.
         values: Values that the handler adds to the log line, such as model and usage.
         place: The call's place in `Admission`, if its method needs one; it is taken, unless the call may resume a completion.
+        share: What the caller uses, with its limits.
+        terms: What the caller's access line says.
         request_bytes: Bytes of the serialized request.
         span: The call's span.
     """
@@ -125,8 +134,46 @@ class CallRecord:
         self.latch = Latch()
         self.values: dict[str, object] = {}
         self.place: Place | None = None
+        self.share = NOBODY
+        self.terms = NO_TERMS
         self.request_bytes = 0
         self.span = NO_CALL
+        self._is_counted = False
+        self._is_opening = False
+
+    def open(self) -> None:
+        """Count the call among what its caller's calls may join, until `opened`: its id is not known yet."""
+        self.share.add(Use.KEPT, 1)
+        self._is_opening = True
+
+    def opened(self) -> None:
+        """The stream of the call now counts itself, or no call can join it. Called at the end of each call too."""
+        if self._is_opening:
+            self._is_opening = False
+            self.share.give_back(Use.KEPT)
+
+    def count(self) -> None:
+        """Count the call among the requests of its caller; no effect if it was counted, here or by the worker that passed it on.
+
+        Raises:
+            GatewayError: CALLER_LIMIT_EXCEEDED.
+        """
+        if not self._is_counted and passed_on.get() is None:
+            self.share.admit()
+        self._is_counted = True
+
+    async def take_place(self, context: _Context) -> None:
+        """Count the call, and take its place, now or in turn. No effect if it needs none, or has it.
+
+        Raises:
+            GatewayError: TOO_MANY_STREAMS, CALLER_LIMIT_EXCEEDED or DRAINING.
+        """
+        if self.place is None or self.place.taken:
+            return
+        self.count()
+        await self.place.wait(self.share, cast("float | None", context.time_remaining()))
+        if self.place.waited:
+            self.values["queue_seconds"] = round(self.place.waited, 6)
 
 
 passed_on: contextvars.ContextVar[tuple[str, str, str] | None] = contextvars.ContextVar(
@@ -159,6 +206,7 @@ class CallInterceptor(aio.ServerInterceptor):
         end_watches: Ends the calls that would otherwise never end.
         access: Authorizes calls; by default every caller may do everything.
         admission: The places of completions; by default without a limit.
+        callers: What each caller uses; by default without limits.
         memory: The memory of all calls; large requests are parsed one at a time.
         reception: Receives the requests.
     """
@@ -170,6 +218,7 @@ class CallInterceptor(aio.ServerInterceptor):
         access: Access | None = None,
         *,
         admission: Admission | None = None,
+        callers: Callers | None = None,
         memory: Ledger | None = None,
         reception: Reception | None = None,
     ) -> None:
@@ -177,9 +226,11 @@ class CallInterceptor(aio.ServerInterceptor):
         self._end_watches = end_watches
         self._access = Access() if access is None else access
         self._admission = Admission(sys.maxsize) if admission is None else admission
+        self._callers = callers or Callers()
         self._memory = memory or Ledger(sys.maxsize)
         self._reception = reception or Reception()
         self._resets = Resets()
+        self._refusals = Resets("calls refused by limits")
         self._reflection = reflection.Reflection(self._is_known)
         self._admitted = Admitted()
         self._active = 0
@@ -190,6 +241,7 @@ class CallInterceptor(aio.ServerInterceptor):
     def refuse_new_calls(self) -> None:
         """Refuse new calls with UNAVAILABLE (DRAINING) from now on, and end watches. Other calls continue: see `wait_idle`."""
         self._draining = True
+        self._admission.close(_draining())
         self._end_watches()
 
     def end_calls(self) -> None:
@@ -254,6 +306,8 @@ class CallInterceptor(aio.ServerInterceptor):
                     error = failure
                 except Exception as defect:  # noqa: BLE001 (the caller gets a status and the log the cause)
                     error = internal_error(cause=defect)
+                finally:
+                    record.opened()
                 outcome.fail(error)
                 if record.latch.succeeded:
                     return None  # the caller has the whole answer; a later failure is only logged
@@ -274,9 +328,7 @@ class CallInterceptor(aio.ServerInterceptor):
 
     async def _receive(self, method: str, parse: _Parser, record: CallRecord, context: _Context) -> object:
         """The request of an admitted call."""
-        data = await self._reception.receive(
-            context, functools.partial(wire.check, method=method), record.owner or record.origin.peer
-        )
+        data = await self._reception.receive(context, functools.partial(wire.check, method=method), record.share.key)
         record.request_bytes = len(data)
         async with self._memory.turn(len(data)):
             try:
@@ -300,28 +352,28 @@ class CallInterceptor(aio.ServerInterceptor):
         try:
             self._authorize(method, record, context)
             _check_token(record.call)
-            self._admit(method, record, place)
+            await self._admit(method, record, context, place)
         except GatewayError:
             # Sending and logging a refusal costs more than checking whether the caller has already reset the call.
             for _ in range(RESET_TURNS):
                 await asyncio.sleep(0)
             raise
 
-    def _admit(self, method: str, record: CallRecord, place: Place) -> None:
-        """Refuse the call if this process shuts down, or if its method needs a place and there is none."""
+    async def _admit(self, method: str, record: CallRecord, context: _Context, place: Place) -> None:
+        """Refuse the call if this process shuts down, or if its method needs a place and there is none in time."""
         # Only this process has the completion of a passed-on call.
         if self._draining and passed_on.get() is None:
-            message = "this gateway process is shutting down: retry on a new connection"
-            raise GatewayError(Reason.DRAINING, message, retry_after=DRAINING_RETRY_SECONDS)
+            raise _draining()
+        record.terms = self._access.terms(record.owner)
+        record.share = self._callers.share(_key(record, context), record.caller, dict(record.terms.limits))
         if method not in ADMITTED:
             return
         record.place = place
-        try:
-            place.take()
-        except GatewayError:
-            # The call may resume a completion that already has a place. This is known only after the request is received.
-            if method != STREAM_CHAT:
-                raise
+        # Such a call may resume or join a completion that already has a place. This is known only after the request is received.
+        if method != STREAM_CHAT or not record.share.used(Use.KEPT):
+            await record.take_place(context)
+        if method != COUNT_TOKENS:
+            record.open()
 
     async def _reflect(self, library: Any, parse: _Parser, messages: Any, context: _Context) -> None:  # noqa: ANN401
         """Serve a call of reflection in place of the library's own handler."""
@@ -385,7 +437,11 @@ class CallInterceptor(aio.ServerInterceptor):
             rpc.end(outcome.code, seconds)
             values = {"request_id": record.call.request_id, **record.values}
             record.span.end(outcome.code, "" if outcome.reason is None else outcome.reason.name, values)
-            if outcome.code != "CANCELLED" or seconds >= QUICK_SECONDS or self._resets.first(record.origin.peer):
+            if outcome.reason in LIMIT_REASONS:
+                bursts: Resets | None = self._refusals
+            else:
+                bursts = self._resets if outcome.code == "CANCELLED" and seconds < QUICK_SECONDS else None
+            if bursts is None or bursts.first(record.origin.peer):
                 log = _log.info if ours else _log.debug
                 if outcome.defect is not None:
                     log = _log.error
@@ -466,6 +522,19 @@ def deadline_passed(context: _Context) -> bool:
     """Whether the call's own deadline has passed or is less than `DEADLINE_SLACK` away."""
     remaining = cast("float | None", context.time_remaining())  # None without a deadline, unlike grpc's types
     return remaining is not None and remaining <= DEADLINE_SLACK
+
+
+def _draining() -> GatewayError:
+    message = "this gateway process is shutting down: retry on a new connection"
+    return GatewayError(Reason.DRAINING, message, retry_after=DRAINING_RETRY_SECONDS)
+
+
+def _key(record: CallRecord, context: _Context) -> str:
+    """The key of the caller's share: its owner or, if callers cannot be distinguished, the host that it calls from."""
+    if record.owner:
+        return record.owner
+    host = _metadata(context).get(HOST, "") if passed_on.get() is not None else ""
+    return host or record.origin.peer.rpartition(":")[0]
 
 
 def _metadata(context: _Context) -> dict[str, str]:

@@ -18,6 +18,7 @@ from deltawire.v1 import model_registry_pb2 as pb
 from deltawire.v1 import model_registry_pb2_grpc as pb_grpc
 from deltawire.v1.error_reason_pb2 import ErrorReason
 from deltawire_server.errors import GatewayError, Reason, Violation, invalid_request
+from deltawire_server.limits import Use
 from deltawire_server.registry import pages, rules
 from deltawire_server.registry.messages import quoted
 from deltawire_server.registry.model import ModelSource, ModelState, ModelType
@@ -92,6 +93,7 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
             request.embedding_dimension if request.HasField("embedding_dimension") else None,
             token=call_context(context).token,
             owner=call_record(context).caller,
+            permits=call_record(context).terms.permits,
         )
         _log_written(context, model)
         return pb.RegisterModelResponse(model=model_message(model))
@@ -99,7 +101,9 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         """Return one model, by any of its names."""
         _require("model_id", request.model_id)
-        model = await self._registry.get(request.model_id, call_context(context).token)
+        model = await self._registry.get(
+            request.model_id, call_context(context).token, call_record(context).terms.permits
+        )
         return pb.GetModelResponse(model=model_message(model))
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
@@ -111,7 +115,11 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
             _chosen("source", request.source, ModelSource),
         )
         models, next_page_token, unreachable = await self._registry.list(
-            request.page_size, request.page_token, call_context(context).token, wanted
+            request.page_size,
+            request.page_token,
+            call_context(context).token,
+            wanted,
+            call_record(context).terms.permits,
         )
         return pb.ListModelsResponse(
             models=map(model_message, models),
@@ -124,7 +132,11 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
         _log_asked(context, request.model_id)
         _require("model_id", request.model_id)
         change = await self._registry.unregister(
-            request.model_id, request.etag, call_context(context).token, _only_of(call_record(context))
+            request.model_id,
+            request.etag,
+            call_context(context).token,
+            _only_of(call_record(context)),
+            call_record(context).terms.permits,
         )
         if change.model is None:
             call_record(context).values["model"] = change.model_id
@@ -142,6 +154,7 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
             request.model.etag,
             call_context(context).token,
             _only_of(call_record(context)),
+            call_record(context).terms.permits,
         )
         _log_written(context, model)
         return pb.UpdateModelResponse(model=model_message(model))
@@ -150,16 +163,20 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
         self, request: pb.WatchModelsRequest, context: Context
     ) -> None:
         """Stream all models, and then every change to them."""
-        writer = StreamWriter(context, call_record(context), self._slow_watcher_seconds, self._slow)
+        record = call_record(context)
+        writer = StreamWriter(context, record, self._slow_watcher_seconds, self._slow)
+        record.share.take(Use.WATCHES)
         self._watches.add(writer)
         if self._watches_ended:
             writer.hasten(FAREWELL_SECONDS)
         try:
             async with aclosing(self._registry.watch(request.revision)) as steps, writer:
                 async for step in steps:
-                    await writer.write(step_message(step))
+                    if step.model is None or record.terms.permits(step.model.id):
+                        await writer.write(step_message(step))
         finally:
             self._watches.discard(writer)
+            record.share.give_back(Use.WATCHES)
 
     def _slow(self, limit: float) -> GatewayError:
         """The failure of a watcher that does not read."""
@@ -178,7 +195,9 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
     async def RefreshModels(self, request: pb.RefreshModelsRequest, context: Context) -> pb.RefreshModelsResponse:
         """Request the current listings of the providers."""
         call_record(context).values["provider"] = shorten(request.provider_id, MAX_LOGGED_NAME)
-        results = await self._registry.refresh(request.provider_id, call_context(context).token)
+        results = await self._registry.refresh(
+            request.provider_id, call_context(context).token, call_record(context).terms.permits
+        )
         response = pb.RefreshModelsResponse()
         for provider_id, result in results.items():
             if isinstance(result, int):

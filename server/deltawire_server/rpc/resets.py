@@ -1,7 +1,6 @@
-"""Logs calls that are canceled right after their start in one line per second and connection.
+"""Logs calls that are canceled right after their start, or refused by a limit, in one line per second and connection.
 
-Opening and resetting streams is cheap for a client, but a log line is not: without this, a client could cause tens of thousands of
-lines per second.
+Such calls are cheap for a client, but a log line is not: without this, a client could cause tens of thousands of lines per second.
 """
 
 from __future__ import annotations
@@ -24,13 +23,18 @@ _log = get_logger(__name__)
 
 
 class Resets:
-    """Counts reset calls. One for the process."""
+    """Counts reset or refused calls. One of each for the process.
 
-    def __init__(self) -> None:
+    Args:
+        event: What the line says of them.
+    """
+
+    def __init__(self, event: str = "calls canceled within a second of their start") -> None:
+        self._event = event
         self._counts: Counter[str] = Counter()
 
     def first(self, peer: str) -> bool:
-        """Count a reset call.
+        """Count a call.
 
         Args:
             peer: The connection, as returned by gRPC's `peer()`.
@@ -50,4 +54,4 @@ class Resets:
         counts, self._counts = self._counts, Counter()
         for peer, count in counts.items():
             if count > 1:
-                _log.warning("calls canceled within a second of their start", peer=peer, calls=count - 1)
+                _log.warning(self._event, peer=peer, calls=count - 1)

@@ -8,6 +8,7 @@ from deltawire_server.settings.cli import Invocation, effective, example, parse
 from deltawire_server.settings.model import (
     AccessSettings,
     ImageSettings,
+    LimitsSettings,
     LogSettings,
     MetricsSettings,
     ProviderSettings,
@@ -25,6 +26,7 @@ __all__ = [
     "AccessSettings",
     "ImageSettings",
     "Invocation",
+    "LimitsSettings",
     "LogSettings",
     "MetricsSettings",
     "ProviderSettings",

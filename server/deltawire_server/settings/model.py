@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from deltawire_server.access import CERTIFICATE_HEADER, Trust, parse_proxy
+from deltawire_server.limits import MAX_LIMIT
 from deltawire_server.settings import lines, values
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ _MOST_BYTES = 2**31 - 1
 
 Whole = Annotated[int, BeforeValidator(values.number)]
 Bytes = Annotated[int, BeforeValidator(values.number), Field(ge=1 * KIB, le=_MOST_BYTES)]
+Limit = Annotated[int, BeforeValidator(values.number), Field(ge=0, le=MAX_LIMIT)]
 Seconds = Annotated[float, BeforeValidator(values.number), Field(gt=0, le=_WEEK, allow_inf_nan=False)]
 SecondsOrNone = Annotated[float, BeforeValidator(values.number), Field(ge=0, le=_WEEK, allow_inf_nan=False)]
 OptionalFile = Annotated[
@@ -102,8 +104,8 @@ class ServerSettings(Section):
     among them. More than one cannot use a unix socket or a database in memory. The default, 1, suits gateways that a load
     balancer or Kubernetes replicates."""
     max_streams: Whole = Field(default=1000, ge=1, le=100_000)
-    """Completions that run at once in each worker; further ones are refused with RESOURCE_EXHAUSTED (TOO_MANY_STREAMS). Each
-    uses one connection to a provider. The default is about what one process forwards at full speed."""
+    """Completions that run at once in each worker; further ones wait, see limits.queue_size. Each uses one connection to a
+    provider. The default is about what one process forwards at full speed."""
     max_adaptive_delay: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = 0.1
     """Seconds for which deltas may be delayed while the gateway is busy, so that several share a message; 0 never delays them.
     While there is time to spare, every token is sent at once. Under load the delay grows only as far as the load needs. A
@@ -229,7 +231,7 @@ class ServerSettings(Section):
 
 
 class AccessSettings(Section):
-    """Access lines: who may call, read and change. One line per caller: `NAME PERMISSIONS CREDENTIAL`.
+    """Access lines: who may call, read and change. One line per caller: `NAME PERMISSIONS CREDENTIAL`, and its limits.
 
     PERMISSIONS is `all`, or a comma-separated list of: call (run completions), read (list models and providers), change
     (register models, and change models that the caller registered), operate (with change: also change models that others
@@ -237,7 +239,9 @@ class AccessSettings(Section):
     `sha256:` and the SHA-256 digest of the caller's key in hexadecimal; or the key itself, at least 16 printable ASCII
     characters without a colon; or a name in the caller's certificate: `mtls:uri:NAME`, `mtls:dns:NAME`, or `mtls:cn:NAME` for
     the common name of a certificate without alternative names; or `proxy:NAME`, a name that a trusted proxy sends in
-    caller_header. `#` begins a comment. Callers send their key as `authorization: Bearer …` or `x-deltawire-key: …`. Without
+    caller_header. Further words are optional: each limit of the section limits, as in streams=20; models=PATTERN,… for the ids
+    of the only models that exist for the caller; priority=NUMBER and cache_salt=TEXT to send to the engine. `#` begins a
+    comment. Callers send their key as `authorization: Bearer …` or `x-deltawire-key: …`. Without
     any line, every caller may do everything.
     """
 
@@ -349,6 +353,50 @@ class RetentionSettings(Section):
     """Bytes kept of all streams together, in equal parts for the workers. Above the limit, the gateway first drops ended
     streams, in the order in which they ended, then the oldest messages of active streams. In addition, each active stream
     keeps up to 256 KiB that its readers have not received yet. The default is as much as queue_bytes can add up to."""
+
+
+class LimitsSettings(Section):
+    """What one caller may use, so that no caller takes everything, and the queue of a full gateway.
+
+    A caller is an access line, a name in a client certificate, or else all clients of one host. An access line can replace each
+    of its limits, as in `ci call sha256:… streams=20`. Limits count over all workers of a gateway, unless noted. A call above a
+    limit is refused with RESOURCE_EXHAUSTED (CALLER_LIMIT_EXCEEDED), unless noted. 0 means no limit.
+    """
+
+    streams: Limit = 0
+    """Completions of one caller at once, queued ones included. By default there is no limit, because the queue shares the
+    places of a full gateway among its callers."""
+    retained_streams: Annotated[int | None, BeforeValidator(values.number)] = Field(
+        default=None, ge=0, le=MAX_LIMIT, examples=[100]
+    )
+    """Completions with retention that one caller may run at once, read or not: each keeps its place if its client disconnects.
+    If not set, half of server.max_streams of all workers, so that clients that do not return leave room for others."""
+    retained_bytes: Limit = 0
+    """Bytes kept of all retained streams of one caller. Above the limit, the gateway first drops the caller's ended streams, then
+    the oldest messages of active ones. By default there is no limit: at retention.max_bytes, the caller with the most bytes
+    loses its oldest ended stream first."""
+    requests_per_minute: Limit = 0
+    """CreateChatCompletion, StreamChatCompletion and CountTokens of one caller. The budget of a minute may be used at once, and
+    refills evenly. By default there is no limit."""
+    tokens_per_minute: Limit = 0
+    """Tokens of one caller, prompts and answers. Prompts are counted when an answer begins, if the provider reports them then;
+    the rest at its end. No answer is cut: a caller that has exceeded the limit is refused until its budget has refilled. By
+    default there is no limit."""
+    image_fetches: Limit = 8
+    """Images that are fetched at once for one caller by each worker; further ones wait. The default is a quarter of all fetches,
+    so that a slow host does not delay the images of other callers."""
+    watches: Limit = 100
+    """Watches of models of one caller at once. The default allows one for each replica of a large application."""
+    queued: Limit = 0
+    """Calls of one caller in the queue of each worker. By default there is no limit: if the queue is full, the caller with the
+    most calls in it loses the last one of them."""
+    queue_size: Whole = Field(default=256, ge=0, le=100_000)
+    """Calls of each worker that wait while server.max_streams completions run; further ones are refused with RESOURCE_EXHAUSTED
+    (TOO_MANY_STREAMS). The caller with the fewest completions gets the next place. The request of a queued call is not
+    received. 0 refuses calls at once. The default is a quarter of the default of max_streams."""
+    queue_timeout: Seconds = 10.0
+    """Seconds that a call may wait in the queue; then it is refused in the same way. The default is about what a person
+    waits."""
 
 
 class ImageSettings(Section):
@@ -566,6 +614,8 @@ class Settings(Section):
     """Limits of each completion."""
     retention: RetentionSettings = Field(default_factory=RetentionSettings)
     """Streams that can be resumed."""
+    limits: LimitsSettings = Field(default_factory=LimitsSettings)
+    """What one caller may use."""
     images: ImageSettings = Field(default_factory=ImageSettings)
     """Images in requests."""
     providers: Mapping[ProviderId, ProviderSettings] = Field(default_factory=dict)
@@ -619,6 +669,7 @@ SECTIONS: Mapping[str, type[Section]] = MappingProxyType(
         "access": AccessSettings,
         "stream": StreamSettings,
         "retention": RetentionSettings,
+        "limits": LimitsSettings,
         "images": ImageSettings,
         "providers": ProviderSettings,
         "registry": RegistrySettings,
