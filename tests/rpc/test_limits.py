@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -380,3 +381,31 @@ def test_words_that_are_wrong(words: str, problem: str) -> None:
         parse_line(f"ci all {A} {words}")
     assert problem in str(caught.value)
     assert "geheim" not in str(caught.value)
+
+
+async def test_fifty_callers_and_a_noisy_one(start_gateway: StartGateway) -> None:
+    """One keeps ten times as many calls going as each of the others, and gets no more than they do."""
+    callers = [f"caller-{number:02}" for number in range(50)]
+    lines = "; ".join(f"{name} call key-of-{name}" for name in callers)
+    ended = Counter[str]()
+    enough = asyncio.Event()
+
+    async def call(gateway: Running, name: str) -> None:
+        metadata = (("authorization", f"Bearer key-of-{name}"),)
+        while not enough.is_set():
+            await gateway.create(metadata=metadata)
+            ended[name] += not enough.is_set()  # not while the queue empties at the end
+            if ended.total() >= 8 * len(callers):
+                enough.set()
+
+    async with start_gateway(
+        access={"keys": lines}, server={"max_streams": 4}, limits={"queue_size": 200, "queue_timeout": 60.0}
+    ) as gateway:
+        noisy, *others = callers
+        async with asyncio.TaskGroup() as running:
+            for name in (*[noisy] * 10, *others):
+                running.create_task(call(gateway, name))
+    counts = [ended[name] for name in others]
+    jain = sum(counts) ** 2 / (len(counts) * sum(count**2 for count in counts))
+    assert jain >= 0.98
+    assert ended[noisy] <= 1.2 * sum(counts) / len(counts)
