@@ -408,4 +408,5 @@ async def test_fifty_callers_and_a_noisy_one(start_gateway: StartGateway) -> Non
     counts = [ended[name] for name in others]
     jain = sum(counts) ** 2 / (len(counts) * sum(count**2 for count in counts))
     assert jain >= 0.98
-    assert ended[noisy] <= 1.2 * sum(counts) / len(counts)
+    # It took the four places at the beginning, when nobody else called.
+    assert ended[noisy] <= sum(counts) / len(counts) + 4
