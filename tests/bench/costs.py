@@ -20,6 +20,7 @@ from deltawire.v1 import chat_completion_pb2_grpc
 from tests.bench import servers
 from tests.bench.load import HttpLoad, chat_request, load_of
 from tests.bench.measure import Field, noted, percentile_99
+from tests.bench.registry_costs import registry
 from tests.bench.results import Figure
 from tests.bench.servers import Pace, Server
 
@@ -219,6 +220,7 @@ COSTS: Mapping[str, Callable[[Field], Awaitable[list[Figure]]]] = {
     "wire": wire,
     "workers": workers,
     "refusals": refusals,
+    "registry": registry,
     "imports": imports,
 }
 """What measures the single figures, by its name on the command line."""
