@@ -72,7 +72,7 @@ def test_what_goes_on() -> None:
         meanings.setdefault(end, set()).add(ErrorReason.Name(reason).removeprefix("ERROR_REASON_"))
     assert {end: names for end, names in meanings.items() if end is not End.OVER} == {
         End.LOST: {"DRAINING", "SLOW_CALLER"},
-        End.REFUSED: {"TOO_MANY_STREAMS", "STORE_UNAVAILABLE"},
+        End.REFUSED: {"TOO_MANY_STREAMS", "CALLER_LIMIT_EXCEEDED", "STORE_UNAVAILABLE"},
         End.ELSEWHERE: {"WRONG_REPLICA"},
         End.MISSING: {"COMPLETION_NOT_FOUND"},
         End.EXISTS: {"COMPLETION_ALREADY_EXISTS"},

@@ -139,7 +139,7 @@ async def test_reads_go_on_without_the_database(url: str, open_registry: Opener)
                 failure = await failure_of(write)
                 assert isinstance(failure, RegistryError)
                 assert (failure.reason, failure.code) == (Reason.STORE_UNAVAILABLE, Code.UNAVAILABLE)
-        assert ["readonly" in line["error"] for line in logs] == [True, True]
+        assert ["readonly" in line["error"] for line in logs] == [True]  # the same error is not logged again at once
         assert await registry.register("mine", "alpha", "llama", aliases=["a"]) == model
         assert (await registry.resolve("a")).model == model
         assert (await failure_of(registry.get("new"))).reason is Reason.MODEL_NOT_FOUND

@@ -294,7 +294,7 @@ async def test_replicas_of_providers(start_gateway: StartGateway, vllm: FakeVllm
         assert [each.base_url for each in before] == addresses
         assert {each.state for each in before} == {models_pb.Replica.STATE_AVAILABLE}
         assert not any(each.HasField("ejected_until") or each.last_failure_reason for each in before)
-        vllm.play(Script.chunks([CHUNKS.role(), CHUNKS.text("a"), asyncio.Event()]))
+        vllm.play(*[Script.chunks([CHUNKS.role(), CHUNKS.text("a"), asyncio.Event()])] * 2)
         calls = [gateway.stream() for _ in range(2)]
         for call in calls:
             await anext(aiter(call))

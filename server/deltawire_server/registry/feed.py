@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import sys
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass
 from operator import attrgetter
@@ -100,7 +100,9 @@ class Feed:
         self._epoch = secrets.token_hex(4)
         self._log: list[_Entry] = []  # by ascending place, with dropped entries
         self._current: dict[str, _Entry] = {}  # the last one of each existing model, by its id
-        self._ids: list[str] = []  # of existing models, in ascending order, for pages
+        self._ids: list[str] | None = (
+            None  # of existing models, in ascending order, for pages; `None` if they have changed
+        )
         self._removed: dict[str, _Entry] = {}  # the last one of each removed model, the oldest first
         self._superseded: deque[_Entry] = deque()  # all others, the oldest first
         self._superseded_size = 0
@@ -126,6 +128,8 @@ class Feed:
 
     def ids_after(self, model_id: str, count: int) -> list[str]:
         """The first ids of models after an id, in ascending order: `count` of them, or fewer at the end."""
+        if self._ids is None:
+            self._ids = sorted(self._current)
         first = bisect_right(self._ids, model_id)
         return self._ids[first : first + count]
 
@@ -150,12 +154,12 @@ class Feed:
         if before is not None:
             self._supersede(before)
         if kind is ChangeKind.REMOVED:
-            if self._current.pop(model.id, None) is not None:
-                del self._ids[bisect_left(self._ids, model.id)]
+            self._current.pop(model.id, None)
+            self._ids = None
             self._remove(entry, model.id)
         else:
             if model.id not in self._current:
-                insort(self._ids, model.id)
+                self._ids = None
             self._current[model.id] = entry
         # Rare enough to cost little per change; the log stays below about twice its entries.
         if len(self._log) > _MIN_DROPPED + 2 * self.entries:

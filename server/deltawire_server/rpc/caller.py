@@ -41,6 +41,11 @@ class Origin(NamedTuple):
     via: str = ""
     assertion: str = ""
 
+    @property
+    def host(self) -> str:
+        """The host of `peer`, without a port."""
+        return self.peer if self.via else self.peer.rpartition(":")[0]
+
 
 class Credentials(NamedTuple):
     """What a caller authenticates itself by, for `Access.authorize`.

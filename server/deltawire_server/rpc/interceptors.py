@@ -534,7 +534,7 @@ def _key(record: CallRecord, context: _Context) -> str:
     if record.owner:
         return record.owner
     host = _metadata(context).get(HOST, "") if passed_on.get() is not None else ""
-    return host or record.origin.peer.rpartition(":")[0]
+    return host or record.origin.host
 
 
 def _metadata(context: _Context) -> dict[str, str]:
