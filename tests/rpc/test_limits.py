@@ -225,6 +225,26 @@ async def _code(call: Any) -> grpc.StatusCode:  # noqa: ANN401 (a stream)
     return grpc.StatusCode.OK
 
 
+async def test_a_caller_that_is_revoked_in_the_queue(start_gateway: StartGateway, vllm: FakeVllm) -> None:
+    """Its call fails at its turn; the engine is not asked, and the place is free again."""
+    gate = held(vllm, 1)
+    how = {"server": {"max_streams": 1}, "limits": {"queue_size": 3}}
+    async with start_gateway(access=access(), **how) as gateway:
+        admission = gateway.gateway._worker.admission
+        running = await begin(gateway, metadata=ALICE)
+        waiting = asyncio.ensure_future(read_badly(gateway.stream(metadata=BOB)))
+        await until(lambda: admission.queued == 1)
+        settings = gateway.gateway._settings
+        only_alice = AccessSettings(keys=f"alice all {A}")
+        await gateway.gateway.reload(settings.model_copy(update={"access": only_alice}))
+        gate.set()
+        assert [event async for event in running]
+        _, failure = await waiting
+        assert failure.reason == "ACCESS_CHANGED"
+        await until(lambda: admission.active == 0)
+        assert len(vllm.chats) == 1
+
+
 async def test_a_drain_empties_the_queue(start_gateway: StartGateway, vllm: FakeVllm) -> None:
     """With DRAINING, so that clients go elsewhere; what runs goes on."""
     gate = held(vllm, 1)

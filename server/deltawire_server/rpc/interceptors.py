@@ -372,6 +372,8 @@ class CallInterceptor(aio.ServerInterceptor):
         # Such a call may resume or join a completion that already has a place. This is known only after the request is received.
         if method != STREAM_CHAT or not record.share.used(Use.KEPT):
             await record.take_place(context)
+            if place.waited and not self._access.admits(record.owner, method, record.assertion):
+                raise GatewayError(Reason.ACCESS_CHANGED, REVOKED)
         if method != COUNT_TOKENS:
             record.open()
 
@@ -401,7 +403,8 @@ class CallInterceptor(aio.ServerInterceptor):
             record.assertion = shown.assertion
             if self._access.open:
                 for name in shown.names[:1]:
-                    record.caller, record.owner = name.name, name.owner
+                    record.values["caller"] = record.caller = name.name
+                    record.owner = name.owner
                 return
             principal = self._access.authorize(method, shown.key, shown.names)
             if principal is not None:
