@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import psycopg
 import pytest
 import structlog
+from google.protobuf.field_mask_pb2 import FieldMask
 from sqlalchemy.exc import OperationalError
 
 import deltawire_server.registry.store as store_module
@@ -65,6 +66,7 @@ async def test_it_chats_without_its_database_and_joins_when_it_is_back(
     """Discovered models can be called at once. What needs the database says so, and works as soon as it is there."""
     settings = settings_with(vllm.base_url, tmp_path, postgres.create_database())
     await registered(settings)
+    update = pb.UpdateModelRequest(model=pb.Model(id="mine"), update_mask=FieldMask(paths=["aliases"]))
     async with contextlib.AsyncExitStack() as stack:
         with postgres.down():
             gateway = await stack.enter_async_context(running(settings))
@@ -75,7 +77,9 @@ async def test_it_chats_without_its_database_and_joins_when_it_is_back(
                 gateway.models.ListModels(pb.ListModelsRequest()),
                 gateway.models.GetModel(pb.GetModelRequest(model_id="mine")),
                 gateway.models.RegisterModel(pb.RegisterModelRequest(model_id="x", provider_model_id="fake")),
-                gateway.models.UpdateModel(pb.UpdateModelRequest(model=pb.Model(id="mine"))),
+                gateway.models.UpdateModel(
+                    pb.UpdateModelRequest(model=pb.Model(id="mine"), update_mask=FieldMask(paths=["aliases"]))
+                ),
                 gateway.models.UnregisterModel(pb.UnregisterModelRequest(model_id="mine")),
                 anext(aiter(gateway.models.WatchModels(pb.WatchModelsRequest()))),
             ):

@@ -11,6 +11,7 @@ import pytest
 from google.protobuf import duration_pb2
 from google.rpc import error_details_pb2
 from grpc import aio
+from pydantic import SecretStr
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import model_registry_pb2 as pb
@@ -228,14 +229,13 @@ async def _code(call: Any) -> grpc.StatusCode:  # noqa: ANN401 (a stream)
 async def test_a_caller_that_is_revoked_in_the_queue(start_gateway: StartGateway, vllm: FakeVllm) -> None:
     """Its call fails at its turn; the engine is not asked, and the place is free again."""
     gate = held(vllm, 1)
-    how = {"server": {"max_streams": 1}, "limits": {"queue_size": 3}}
-    async with start_gateway(access=access(), **how) as gateway:
+    async with start_gateway(access=access(), server={"max_streams": 1}, limits={"queue_size": 3}) as gateway:
         admission = gateway.gateway._worker.admission
         running = await begin(gateway, metadata=ALICE)
         waiting = asyncio.ensure_future(read_badly(gateway.stream(metadata=BOB)))
         await until(lambda: admission.queued == 1)
         settings = gateway.gateway._settings
-        only_alice = AccessSettings(keys=f"alice all {A}")
+        only_alice = AccessSettings(keys=SecretStr(f"alice all {A}"))
         await gateway.gateway.reload(settings.model_copy(update={"access": only_alice}))
         gate.set()
         assert [event async for event in running]
