@@ -77,9 +77,7 @@ async def test_it_chats_without_its_database_and_joins_when_it_is_back(
                 gateway.models.ListModels(pb.ListModelsRequest()),
                 gateway.models.GetModel(pb.GetModelRequest(model_id="mine")),
                 gateway.models.RegisterModel(pb.RegisterModelRequest(model_id="x", provider_model_id="fake")),
-                gateway.models.UpdateModel(
-                    pb.UpdateModelRequest(model=pb.Model(id="mine"), update_mask=FieldMask(paths=["aliases"]))
-                ),
+                gateway.models.UpdateModel(update),
                 gateway.models.UnregisterModel(pb.UnregisterModelRequest(model_id="mine")),
                 anext(aiter(gateway.models.WatchModels(pb.WatchModelsRequest()))),
             ):
