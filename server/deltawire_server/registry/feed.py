@@ -100,9 +100,7 @@ class Feed:
         self._epoch = secrets.token_hex(4)
         self._log: list[_Entry] = []  # by ascending place, with dropped entries
         self._current: dict[str, _Entry] = {}  # the last one of each existing model, by its id
-        self._ids: list[str] | None = (
-            None  # of existing models, in ascending order, for pages; `None` if they have changed
-        )
+        self._ids: list[str] | None = None  # of existing models, sorted, for pages; `None` if they have changed
         self._removed: dict[str, _Entry] = {}  # the last one of each removed model, the oldest first
         self._superseded: deque[_Entry] = deque()  # all others, the oldest first
         self._superseded_size = 0
