@@ -53,7 +53,10 @@ def kill_one(writer: subprocess.Popen[str], writes: int, seconds: float) -> list
     writer.stdin.write("\n")
     writer.stdin.flush()
     process = int(writer.stdout.readline())
-    lines = [writer.stdout.readline() for _ in range(writes)]
+    lines = []
+    for _ in range(writes):
+        lines.append(writer.stdout.readline())
+        assert lines[-1] != "ended\n", "the writer has failed"
     time.sleep(seconds)  # not for something to happen: any moment is as good as any other
     os.kill(process, signal.SIGKILL)
     while (line := writer.stdout.readline()) != "ended\n":
