@@ -47,7 +47,7 @@ def begun(*messages: WatchModelsResponse) -> WatchState:
 def test_a_snapshot_and_changes() -> None:
     """In order, as they come; a snapshot's own have no revision, as nobody can go on from its middle."""
     state = WatchState()
-    assert state.begin() == WatchModelsRequest()
+    assert state.begin() == WatchModelsRequest(batch_snapshot=True)
     events = receive(
         state, changed("ADDED", A), changed("ADDED", B), bookmark("1"),
         changed("MODIFIED", A_GONE, "2"), changed("REMOVED", B, "3"), changed("ADDED", C, "4"), bookmark("5"),
@@ -76,7 +76,7 @@ def test_a_snapshot_that_is_cut_begins_anew() -> None:
     """What it had told is not told again; what has changed since, or is gone again, is."""
     state = begun(changed("ADDED", A), changed("ADDED", B), changed("ADDED", C))
     assert state.broke(LOST) is not None
-    assert state.begin() == WatchModelsRequest()
+    assert state.begin() == WatchModelsRequest(batch_snapshot=True)
     assert receive(state, changed("ADDED", A_GONE), changed("ADDED", B), bookmark("7")) == [
         ModelChange("MODIFIED", A_GONE, ""),
         ModelChange("REMOVED", C, ""),
@@ -90,10 +90,10 @@ def test_a_revision_that_is_gone() -> None:
     state.broke(LOST)
     state.begin()
     assert state.broke(GONE) == 0
-    assert state.begin() == WatchModelsRequest()
+    assert state.begin() == WatchModelsRequest(batch_snapshot=True)
     assert receive(state, changed("ADDED", A_GONE)) == [ModelChange("MODIFIED", A_GONE, "")]
     assert state.broke(LOST) is not None
-    assert state.begin() == WatchModelsRequest()
+    assert state.begin() == WatchModelsRequest(batch_snapshot=True)
     assert receive(state, changed("ADDED", A_GONE), changed("ADDED", C), bookmark("2")) == [
         ModelChange("ADDED", C, ""),
         ModelChange("REMOVED", B, ""),
@@ -300,3 +300,23 @@ def test_each_change_is_told_once_whatever_happens(rounds: list[tuple[list[tuple
     for event in receive(state, *history.answer(state.begin())):
         tell(table, event)
     assert table == history.table()
+
+
+def test_models_of_a_snapshot_in_one_message() -> None:
+    """Are events of their own; a new snapshot returns only what is different."""
+    state = WatchState()
+    state.begin()
+    several = WatchModelsResponse(change=WatchModelsResponse.CHANGE_ADDED, models=[A, B])
+    assert receive(state, several, bookmark("1")) == [
+        ModelChange("ADDED", A, ""),
+        ModelChange("ADDED", B, ""),
+        WatchBookmark("1"),
+    ]
+    assert state.broke(GONE) == 0.0
+    assert state.begin() == WatchModelsRequest(batch_snapshot=True)
+    fewer = WatchModelsResponse(change=WatchModelsResponse.CHANGE_ADDED, models=[A_GONE])
+    assert receive(state, fewer, bookmark("2")) == [
+        ModelChange("MODIFIED", A_GONE, ""),
+        ModelChange("REMOVED", B, ""),
+        WatchBookmark("2"),
+    ]

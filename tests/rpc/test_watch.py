@@ -12,7 +12,7 @@ from grpc import aio
 from deltawire.v1 import model_registry_pb2 as pb
 from deltawire.v1 import model_registry_pb2_grpc as pb_grpc
 from deltawire_server.registry.feed import Feed
-from deltawire_server.rpc import interceptors
+from deltawire_server.rpc import interceptors, model_registry
 from tests.rpc.support import failed, serving, shown, take
 from tests.support.fake_provider import FakeProvider
 from tests.support.gateway import WAIT
@@ -50,6 +50,32 @@ async def change(served: Served, model_id: str, **metadata: str) -> pb.Model:
     """Change a registered model's notes."""
     request = pb.UpdateModelRequest(model=pb.Model(id=model_id, annotations=metadata))
     return (await served.stub.UpdateModel(request)).model
+
+
+async def test_a_snapshot_in_batches(alpha: FakeProvider, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On request, several models share a message, up to a number or a size; changes are sent as without it."""
+    monkeypatch.setattr(model_registry, "BATCH", 3)
+    monkeypatch.setattr(model_registry, "BATCH_BYTES", 3000)
+    names = [f"m{number}" for number in range(8)]
+    alpha.served = ["llama", *names]
+    async with serving(alpha) as served:
+        await register(served, "alpha-large")
+        await change(served, "alpha-large", k="x" * 4000)
+        call = served.stub.WatchModels(pb.WatchModelsRequest(batch_snapshot=True))
+        messages = aiter(call)
+        batches = [await anext(messages) for _ in range(4)]
+        assert [[model.id for model in batch.models] for batch in batches] == [
+            ["alpha-large"],
+            ["alpha/m0", "alpha/m1", "alpha/m2"],
+            ["alpha/m3", "alpha/m4", "alpha/m5"],
+            ["alpha/m6", "alpha/m7"],
+        ]
+        assert all(batch.change == batch.CHANGE_ADDED and not batch.HasField("model") for batch in batches)
+        assert not any(batch.revision or batch.bookmark for batch in batches)
+        assert (await anext(messages)).bookmark
+        await register(served, "alpha-new")
+        added = await anext(messages)
+        assert (added.model.id, list(added.models)) == ("alpha-new", [])
 
 
 async def test_a_snapshot_then_what_others_do(alpha: FakeProvider) -> None:

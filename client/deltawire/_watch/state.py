@@ -114,7 +114,7 @@ class WatchState:
     def begin(self) -> WatchModelsRequest:
         """The request of the next call. An incomplete snapshot begins again; changes already returned are not repeated."""
         self._listed = None if self._revision else set()
-        return WatchModelsRequest(revision=self._revision)
+        return WatchModelsRequest(revision=self._revision, batch_snapshot=not self._revision)
 
     def receive(self, message: WatchModelsResponse) -> list[WatchEvent]:
         """Take a message; returns the events that follow from it, in order.
@@ -131,8 +131,10 @@ class WatchState:
         if self._listed is None:
             self._revision = message.revision
         kind = _KINDS.get(message.change)
-        change = None if kind is None else self._change(kind, message.model)
-        return [] if change is None else [change]
+        if kind is None:
+            return []
+        changes = (self._change(kind, model) for model in message.models or (message.model,))
+        return [change for change in changes if change is not None]
 
     def broke(self, error: CallError | None) -> float | None:
         """Take the end of a call: its error, or None if its status was OK.

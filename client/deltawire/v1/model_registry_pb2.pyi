@@ -614,19 +614,25 @@ class WatchModelsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REVISION_FIELD_NUMBER: _builtins.int
+    BATCH_SNAPSHOT_FIELD_NUMBER: _builtins.int
     revision: _builtins.str
     """Resume after this `revision` of an earlier watch, without a snapshot. Empty means to begin with
     a snapshot. If the revision is too old, or belongs to another gateway process, the call fails
     with OUT_OF_RANGE (REVISION_GONE): watch again without a revision.
     """
+    batch_snapshot: _builtins.bool
+    """Whether an event of a snapshot may have several models, in `models`. A snapshot of thousands of
+    models then takes a fraction of the time.
+    """
     def __init__(
         self,
         *,
         revision: _builtins.str = ...,
+        batch_snapshot: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_snapshot", b"batch_snapshot", "revision", b"revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -677,6 +683,7 @@ class WatchModelsResponse(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     BOOKMARK_FIELD_NUMBER: _builtins.int
+    MODELS_FIELD_NUMBER: _builtins.int
     change: Global___WatchModelsResponse.Change.ValueType
     """The kind of change."""
     revision: _builtins.str
@@ -690,7 +697,15 @@ class WatchModelsResponse(_message.Message):
     """
     @_builtins.property
     def model(self) -> Global___Model:
-        """The model after the change, or its last version if it was removed. Absent in a bookmark."""
+        """The model after the change, or its last version if it was removed. Absent in a bookmark, and if
+        there are `models`.
+        """
+
+    @_builtins.property
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___Model]:
+        """Some models of a snapshot, in the order of their ids, as if each had an event of its own with
+        CHANGE_ADDED. Only if the request has `batch_snapshot`.
+        """
 
     def __init__(
         self,
@@ -699,10 +714,11 @@ class WatchModelsResponse(_message.Message):
         model: Global___Model | None = ...,
         revision: _builtins.str = ...,
         bookmark: _builtins.bool = ...,
+        models: _abc.Iterable[Global___Model] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bookmark", b"bookmark", "change", b"change", "model", b"model", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bookmark", b"bookmark", "change", b"change", "model", b"model", "models", b"models", "revision", b"revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from contextlib import aclosing
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -29,8 +30,6 @@ from deltawire_server.rpc.violations import Violations
 from deltawire_server.rpc.writer import StreamWriter
 
 if TYPE_CHECKING:
-    from datetime import datetime
-
     import grpc
 
     from deltawire_server.registry.feed import Step
@@ -51,6 +50,14 @@ FAREWELL_SECONDS = 0.5
 
 MAX_LOGGED_NAME = 256
 """Bytes of a name in a log line that was not validated."""
+
+BATCH = 25
+"""Models of a snapshot in one message: about a millisecond of work."""
+
+BATCH_BYTES = 1024 * 1024
+"""Bytes after which a message gets no more models: far below the 4 MiB that gRPC clients receive by default."""
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 _Choice = TypeVar("_Choice", ModelType, ModelState, ModelSource)
 
@@ -171,8 +178,18 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
             writer.hasten(FAREWELL_SECONDS)
         try:
             async with aclosing(self._registry.watch(request.revision)) as steps, writer:
+                batch, size = _batch(), 0
                 async for step in steps:
-                    if step.model is None or record.terms.permits(step.model.id):
+                    if step.model is not None and not record.terms.permits(step.model.id):
+                        continue
+                    joins = request.batch_snapshot and step.model is not None and not step.revision
+                    if joins and step.model is not None:
+                        batch.models.append(model_message(step.model))
+                        size += batch.models[-1].ByteSize()
+                    if batch.models and (not joins or len(batch.models) == BATCH or size >= BATCH_BYTES):
+                        await writer.write(batch)
+                        batch, size = _batch(), 0
+                    if not joins:
                         await writer.write(step_message(step))
         finally:
             self._watches.discard(writer)
@@ -269,6 +286,10 @@ def changes_of(request: pb.UpdateModelRequest) -> dict[str, object]:
     return {path: values[path] for path in paths}
 
 
+def _batch() -> pb.WatchModelsResponse:
+    return pb.WatchModelsResponse(change=pb.WatchModelsResponse.CHANGE_ADDED)
+
+
 def step_message(step: Step) -> pb.WatchModelsResponse:
     """The message for a step of a watch."""
     if step.kind is None or step.model is None:
@@ -330,9 +351,9 @@ def replica_message(replica: ReplicaStatus) -> pb.Replica:
 def _timestamp(moment: datetime | None) -> Timestamp | None:
     if moment is None:
         return None
-    timestamp = Timestamp()
-    timestamp.FromDatetime(moment)
-    return timestamp
+    since = moment - _EPOCH
+    # Unlike `FromDatetime`, without a call of the calendar for each model of a list.
+    return Timestamp(seconds=since.days * 86_400 + since.seconds, nanos=since.microseconds * 1000)
 
 
 def _chosen(field: str, number: int, meanings: type[_Choice]) -> _Choice | None:
