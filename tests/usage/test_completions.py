@@ -165,7 +165,11 @@ async def test_a_gateway_that_is_killed(vllm: FakeVllm, tmp_path: Path) -> None:
                             ends[chat.completion_id] = event.completed.usage
 
             async with asyncio.timeout(WAIT):
-                calls = [asyncio.create_task(call_for_ever(number)) for number in range(16)]
+                # One is still running when the gateway is killed.
+                vllm.play(Script.chunks([CHUNKS.role(), CHUNKS.text("a"), asyncio.Event()]))
+                calls = [asyncio.create_task(call_for_ever(99))]
+                await vllm.received()
+                calls += [asyncio.create_task(call_for_ever(number)) for number in range(16)]
                 await until(lambda: len(ends) >= 64)
                 process.kill()
                 for call in calls:
