@@ -531,10 +531,10 @@ class ModelRegistry:
         Raises:
             GatewayError: PERMISSION_DENIED.
         """
-        targets = (scoped_id(*model.target), *self._known.ids_of(model.target))
         denied = next((name for name in model.names if not permits(name)), "")
-        if not denied and not any(map(permits, targets)):
-            denied = targets[0]
+        served = scoped_id(*model.target)
+        if not denied and not permits(served) and not any(map(permits, self._known.ids_of(model.target))):
+            denied = served
         if denied:
             raise GatewayError(
                 Reason.PERMISSION_DENIED,
