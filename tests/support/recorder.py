@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import sys
 from collections import Counter
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -157,7 +158,9 @@ class _Recording:
     def ending(self, *, ended: bool) -> Ending:
         """How the call ended; `ended` if its handler returned."""
         task = asyncio.current_task()
-        cancelled = self._context.cancelled() or (task is not None and task.cancelling() > 0)
+        # The gateway raises it too, if it cannot write because the caller has gone, and gRPC cancels the task only afterwards.
+        gone = isinstance(sys.exception(), asyncio.CancelledError)
+        cancelled = gone or self._context.cancelled() or (task is not None and task.cancelling() > 0)
         code = self._code.name if ended or self._code is not grpc.StatusCode.OK else "UNKNOWN"
         # The caller's deadline arrives as a cancel, too.
         return Ending(code, self._message, self._trailers, self._initial, by_caller=cancelled and not ended)
