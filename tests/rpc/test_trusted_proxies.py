@@ -211,6 +211,18 @@ async def test_receiving_is_shared_among_the_callers_of_a_proxy(
     assert seen[1] not in seen[0::2]
 
 
+async def test_each_address_behind_a_proxy_has_limits_of_its_own(start_gateway: StartGateway, tmp_path: Path) -> None:
+    """Addresses are asserted without ports, so that nothing is cut from them."""
+    listen = {"listen": f"unix:{tmp_path}/gateway.sock"}
+    limits = {"requests_per_minute": 1}
+    async with start_gateway(server=listen, access={"trusted_proxies": "unix"}, limits=limits) as gateway:
+        for address in ("192.0.2.7", "192.0.2.8", "2001:db8::7", "2001:db8::8"):
+            await gateway.create(metadata=(("x-forwarded-for", address),))
+        for address in ("192.0.2.7", "2001:db8::8"):
+            failure = await failure_of(gateway.create(metadata=(("x-forwarded-for", address),)))
+            assert failure.reason == "CALLER_LIMIT_EXCEEDED"
+
+
 async def test_health_watches_are_shared_among_the_addresses_behind_a_proxy(
     start_gateway: StartGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
