@@ -237,6 +237,11 @@ class Terms:
         """Whether a model exists for the caller."""
         return not self.models or any(fnmatch.fnmatchcase(model_id, pattern) for pattern in self.models)
 
+    @property
+    def scope(self) -> str:
+        """Identifies the patterns of the models, as hexadecimal digits; empty without any."""
+        return hashlib.blake2b(",".join(self.models).encode(), digest_size=4).hexdigest() if self.models else ""
+
     def words(self, *, masked: bool = False) -> list[str]:
         """The words, for `parse_line`; with a mask instead of the salt if requested."""
         words = [f"{name}={value}" for name, value in self.limits]

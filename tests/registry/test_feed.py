@@ -439,6 +439,21 @@ async def test_a_closed_watch_leaves_no_task() -> None:
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
+async def test_a_revision_of_another_scope_is_gone() -> None:
+    """The watcher has other models then; within its scope it resumes."""
+    feed = Feed()
+    async with aclosing(feed.watch(scope="a")) as steps:
+        (bookmark,) = await take(steps, 1)
+    for scope in ("", "b"):
+        with pytest.raises(CallerError) as caught:
+            await take(feed.watch(bookmark.revision, scope), 1)
+        assert caught.value.reason is Reason.REVISION_GONE
+    with pytest.raises(CallerError):
+        await take(feed.watch(feed.revision, "a"), 1)
+    async with aclosing(feed.watch(bookmark.revision, "a")) as steps:
+        assert changes(await take(steps, 1)) == [(None, "")]
+
+
 async def test_an_interruption_ends_all_watches() -> None:
     """Each ends at its next step, also while it waits. It can be resumed at its revision without missing a change."""
     feed = Feed()

@@ -361,6 +361,26 @@ async def test_a_reload_applies_to_new_calls(start_gateway: StartGateway, vllm: 
             assert kinds([event async for event in messages])[-1] == "completed"
 
 
+async def test_a_watch_follows_the_models_of_the_line(start_gateway: StartGateway) -> None:
+    """When they change, it ends, and cannot resume: the next one begins with a snapshot of the new ones."""
+    async with start_gateway(access=access("models=vllm/*")) as gateway:
+        settings = gateway.gateway._settings
+
+        async def watch(revision: str = "") -> Any:  # noqa: ANN401 (an iterator of steps)
+            steps = aiter(gateway.models.WatchModels(pb.WatchModelsRequest(revision=revision), metadata=ALICE))
+            return steps, await anext(steps)
+
+        steps, first = await watch()
+        bookmark = await anext(steps)
+        assert (first.model.id, bookmark.bookmark) == ("vllm/fake", True)
+        assert (await watch(bookmark.revision))[1].bookmark
+        update = {"access": AccessSettings(**access("models=team-a/*"))}
+        await gateway.gateway.reload(settings.model_copy(update=update))
+        assert (await failure_of(anext(steps))).reason == "ACCESS_CHANGED"
+        assert (await failure_of(watch(bookmark.revision))).reason == "REVISION_GONE"
+        assert (await watch())[1].bookmark
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -157,9 +157,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     Metadata: {"model": "chat", "etag": "r43"}.
     """
     ERROR_REASON_REVISION_GONE: _ErrorReason.ValueType  # 29
-    """OUT_OF_RANGE. A watch cannot resume from this revision: there were too many changes since, or
-    the revision belongs to another gateway process. Watch again without a revision, which begins
-    with a snapshot.
+    """OUT_OF_RANGE. A watch cannot resume from this revision: there were too many changes since, the
+    revision belongs to another gateway process, or the operator has changed which models exist for
+    the caller. Watch again without a revision, which begins with a snapshot.
     """
     ERROR_REASON_SLOW_WATCHER: _ErrorReason.ValueType  # 30
     """RESOURCE_EXHAUSTED. The caller read its watch too slowly: a change was not read in time, or
@@ -386,9 +386,9 @@ changing it.
 Metadata: {"model": "chat", "etag": "r43"}.
 """
 ERROR_REASON_REVISION_GONE: ErrorReason.ValueType  # 29
-"""OUT_OF_RANGE. A watch cannot resume from this revision: there were too many changes since, or
-the revision belongs to another gateway process. Watch again without a revision, which begins
-with a snapshot.
+"""OUT_OF_RANGE. A watch cannot resume from this revision: there were too many changes since, the
+revision belongs to another gateway process, or the operator has changed which models exist for
+the caller. Watch again without a revision, which begins with a snapshot.
 """
 ERROR_REASON_SLOW_WATCHER: ErrorReason.ValueType  # 30
 """RESOURCE_EXHAUSTED. The caller read its watch too slowly: a change was not read in time, or

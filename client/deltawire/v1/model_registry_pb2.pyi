@@ -617,8 +617,9 @@ class WatchModelsRequest(_message.Message):
     BATCH_SNAPSHOT_FIELD_NUMBER: _builtins.int
     revision: _builtins.str
     """Resume after this `revision` of an earlier watch, without a snapshot. Empty means to begin with
-    a snapshot. If the revision is too old, or belongs to another gateway process, the call fails
-    with OUT_OF_RANGE (REVISION_GONE): watch again without a revision.
+    a snapshot. If the revision is too old, belongs to another gateway process, or the operator has
+    changed which models exist for the caller, the call fails with OUT_OF_RANGE (REVISION_GONE):
+    watch again without a revision.
     """
     batch_snapshot: _builtins.bool
     """Whether an event of a snapshot may have several models, in `models`. A snapshot of thousands of

@@ -174,7 +174,7 @@ class Feed:
         self._closed = True
         self._wake()
 
-    async def watch(self, revision: str = "") -> AsyncGenerator[Step]:
+    async def watch(self, revision: str = "", scope: str = "") -> AsyncGenerator[Step]:
         """All models as ADDED, a bookmark, then the changes as they come; or the changes after a revision, and then the same.
 
         If a watcher is so far behind that earlier changes of a model are dropped, the last one stands for them. ADDED then
@@ -185,6 +185,8 @@ class Feed:
 
         Args:
             revision: From an earlier step; empty for a snapshot.
+            scope: Identifies the models that the watcher is shown, without `-`. It is part of the revisions: one of another
+                scope is gone, because the watcher has other models then.
 
         Raises:
             CallerError: REVISION_GONE, before any step.
@@ -195,7 +197,7 @@ class Feed:
         self._check_open(begun)
         # `complete` is the last place up to which the watcher had received everything: what was added since may be new to it.
         if revision:
-            place, complete = self._place(revision)
+            place, complete = self._place(revision, scope)
             bookmark_at: int | None = self._end
         else:
             bookmark_at = complete = place = self._end
@@ -211,14 +213,14 @@ class Feed:
             if bookmark_at is not None and (entry is None or entry.place > bookmark_at):
                 # What was changed again since is superseded: the watch may have passed this place.
                 place, bookmark_at = max(place, bookmark_at), None
-                yield Step(None, None, self._name(place, complete))
+                yield Step(None, None, self._name(place, complete, scope))
             elif entry is not None:
                 is_new = entry.kind is ChangeKind.MODIFIED and entry.added > complete
                 if entry.place == self._end or (place == complete and entry.place == place + 1):
                     complete = entry.place
                 place = entry.place
                 kind = ChangeKind.ADDED if is_new else entry.kind
-                yield Step(kind, entry.model, self._name(place, complete))
+                yield Step(kind, entry.model, self._name(place, complete, scope))
             elif not await self._wait():
                 bookmark_at = place
             self._check_open(begun)
@@ -289,20 +291,21 @@ class Feed:
                 metadata={"limit_bytes": str(self._removed_bytes)},
             )
 
-    def _name(self, place: int, complete: int) -> str:
-        return f"{self._epoch}-{place}" if place == complete else f"{self._epoch}-{place}-{complete}"
+    def _name(self, place: int, complete: int, scope: str = "") -> str:
+        name = f"{self._epoch}{scope}-{place}"
+        return name if place == complete else f"{name}-{complete}"
 
-    def _place(self, revision: str) -> tuple[int, int]:
+    def _place(self, revision: str, scope: str) -> tuple[int, int]:
         epoch, *numbers = revision.split("-", maxsplit=2)
         well_formed = all(len(each) <= MAX_DIGITS and each.isascii() and each.isdigit() for each in numbers)
-        if epoch == self._epoch and numbers and well_formed:
+        if epoch == self._epoch + scope and numbers and well_formed:
             place, complete = int(numbers[0]), int(numbers[-1])
             if self._start <= place <= self._end and complete <= place:
                 return place, complete
         raise CallerError(
             Reason.REVISION_GONE,
-            "the watch cannot resume at this revision: it is too old, or from another process or before a restart: watch again"
-            " without a revision, for a snapshot",
+            "the watch cannot resume at this revision: it is too old, from another process or before a restart, or of other models"
+            " than this caller has now: watch again without a revision, for a snapshot",
         )
 
 

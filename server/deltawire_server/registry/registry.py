@@ -490,13 +490,13 @@ class ModelRegistry:
         models, next_page_token = pages.page_of(shown, page, _bytes_of)
         return models, next_page_token, tuple(sorted(listings.failures))
 
-    def watch(self, revision: str = "") -> AsyncGenerator[Step]:
+    def watch(self, revision: str = "", scope: str = "") -> AsyncGenerator[Step]:
         """All models and then every change, or what came after a revision and then every change; see `Feed.watch`.
 
         What only a caller's own token shows is not among them.
         """
         self._require_opened()
-        return self._feed.watch(revision)
+        return self._feed.watch(revision, scope)
 
     async def refresh(
         self, provider_id: str = "", token: str | None = None, permits: Permits = all_models

@@ -177,7 +177,7 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
         if self._watches_ended:
             writer.hasten(FAREWELL_SECONDS)
         try:
-            async with aclosing(self._registry.watch(request.revision)) as steps, writer:
+            async with aclosing(self._registry.watch(request.revision, record.terms.scope)) as steps, writer:
                 batch, size = _batch(), 0
                 async for step in steps:
                     if step.model is not None and not record.terms.permits(step.model.id):
