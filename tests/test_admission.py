@@ -214,3 +214,25 @@ async def test_one_noisy_caller_of_fifty() -> None:
 def jain(counts: list[int]) -> float:
     """Jain's fairness index: 1 if all are equal, 1/n if one has all."""
     return sum(counts) ** 2 / (len(counts) * sum(count * count for count in counts))
+
+
+@pytest.mark.parametrize("how", ["canceled", "refused"])
+async def test_a_call_that_leaves_in_the_moment_of_its_turn(how: str) -> None:
+    """The place goes to the next call, and is counted once: the task of the one that left has not run since."""
+    admission = Admission(1, 9)
+    place = await full(admission)
+    leaving, next_call = [await waiting(admission, Share(name)) for name in "ab"]
+    if how == "canceled":
+        leaving.cancel()
+    else:
+        admission._refuse(admission._waiting["a"][0])
+    place.release()
+    taken = await next_call
+    if how == "canceled":
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+    else:
+        assert await reason_of(leaving) is Reason.TOO_MANY_STREAMS
+    assert (admission.active, admission.queued) == (1, 0)
+    taken.release()
+    assert (admission.active, admission.queued) == (0, 0)

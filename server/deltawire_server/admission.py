@@ -127,6 +127,8 @@ class Admission:
             self._remove(key, waiter)
             if waiters:
                 self._waiting.move_to_end(key)
+            if waiter.done():
+                continue  # canceled or refused in this iteration of the event loop: its task has not run since
             self._enter(key)
             self._measure()
             waiter.set_result(None)

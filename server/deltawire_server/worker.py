@@ -383,8 +383,8 @@ class Worker:
                 outcome = record.stream.left
             raise
         finally:
-            place.release()
             self._records.end(record, outcome)
+            place.release()
 
     def _usage_record(self, completion_id: str, caller: Caller, resolution: Resolution) -> UsageRecord | None:
         if self._usage_log is None:
