@@ -133,6 +133,20 @@ def test_tokens_per_minute(clock: Clock) -> None:
     share.admit()
 
 
+def test_a_limit_that_is_raised_shortens_the_wait(clock: Clock) -> None:
+    """What was used is kept as tokens, not as time."""
+    callers = Callers(Limits(tokens_per_minute=1000))
+    callers.share("a").charge(1_000_000)
+    assert refused(callers.share("a")).retry_after == pytest.approx(59_940, abs=1)
+    callers.defaults = Limits(tokens_per_minute=500_000)
+    assert refused(callers.share("a")).retry_after == pytest.approx(60, abs=1)
+    callers.defaults = Limits(tokens_per_minute=2_000_000)
+    callers.share("a").admit()
+    callers.defaults = Limits(tokens_per_minute=500_000)
+    clock.now += 61
+    callers.share("a").admit()
+
+
 def test_callers_that_use_nothing_are_forgotten(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """But none whose budget has not recovered, or that a call still counts for."""
     monkeypatch.setattr(limits, "MAX_IDLE", 10)
@@ -189,6 +203,15 @@ def test_a_full_table(table: Callable[[], Table], monkeypatch: pytest.MonkeyPatc
     refused(both[1].share("a"), Use.STREAMS)
     refused(both[1].share("b"), Use.STREAMS)
     both[1].share("c").take(Use.STREAMS)
+
+
+def test_a_table_that_is_almost_full(table: Callable[[], Table], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller gets one of a few rows, or none: the others are not looked at, because all workers wait meanwhile."""
+    monkeypatch.setattr(limits, "ROWS", 100)
+    monkeypatch.setattr(limits, "STEPS", 2)
+    opened = table()
+    rows = [opened.row(f"caller {number}", 0) for number in range(300)]
+    assert 50 < sum(row is not None for row in rows) <= 100
 
 
 _TAKE = """

@@ -19,7 +19,7 @@ from collections import Counter, OrderedDict, deque
 from typing import TYPE_CHECKING, Self
 
 from deltawire_server.errors import GatewayError, Reason
-from deltawire_server.limits import NOBODY, Share, Use
+from deltawire_server.limits import UNCOUNTED, Share, Use
 from deltawire_server.metrics.table import QUEUE_SECONDS
 from deltawire_server.upstream.failures import RETRY_SECONDS
 
@@ -210,7 +210,7 @@ class Place:
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
-        self._share = NOBODY
+        self._share = UNCOUNTED
         self._taken = False
         self.waited = 0.0
 

@@ -3,8 +3,8 @@
     Callers ── share ──▶ Share: `take` and `give_back` what is used at once, `admit` and `charge` what is used per minute
 
 Each worker counts in its own column of a table in a file that all workers map into memory, so that the counts of a worker that has
-ended can be cleared. A rate is a single time that all workers advance: the generic cell rate algorithm, a bucket that holds a
-minute's budget and refills evenly. It is written here, because libraries keep their state in one process or in a database.
+ended can be cleared. A rate is a leaky bucket that all workers fill: it holds a minute's budget and empties evenly. It is written
+here, because libraries keep their state in one process or in a database.
 """
 
 from __future__ import annotations
@@ -28,18 +28,22 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     _Integers = array.array[int] | memoryview[int]
-    _Times = array.array[float] | memoryview[float]
+    _Numbers = array.array[float] | memoryview[float]
 
 RETRY_SECONDS = 1.0
 """When a call that exceeds a count may be retried: calls end all the time."""
 
 ROWS = 8192
-"""Callers that the workers count together. Each worker counts further callers alone."""
+"""Rows of callers that the workers count together, until they are restarted. Each worker counts further callers alone."""
+
+STEPS = 64
+"""Rows that are tried for a caller. If all were, each new caller of a full table would block all workers for milliseconds."""
 
 MAX_IDLE = 10_000
 """Callers that are kept although they use nothing now, for their rates."""
 
 _MINUTE = 60.0
+_BUCKET = 3
 _KEY_BYTES = 16
 _NUMBER_BYTES = 8
 _NO_KEY = bytes(_KEY_BYTES)
@@ -109,31 +113,48 @@ class _Row:
     Args:
         columns: The counts of each worker, by `Use`.
         number: The column of this process, the only one that it writes.
-        times: For each `Rate`, the time on the monotonic clock at which the bucket is full again.
+        buckets: For each `Rate`, what is in the bucket, at which time on the monotonic clock, and how much leaves it per second.
         locked: Excludes the other workers while it is entered.
     """
 
-    __slots__ = ("__weakref__", "columns", "locked", "own", "times")
+    __slots__ = ("__weakref__", "buckets", "columns", "locked", "own")
 
     def __init__(
         self,
         columns: Sequence[_Integers],
         number: int,
-        times: _Times,
+        buckets: _Numbers,
         locked: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self.columns = columns
         self.own = columns[number]
-        self.times = times
+        self.buckets = buckets
         self.locked = locked
 
     def total(self, use: Use) -> int:
         """The count of all workers."""
         return sum(column[use] for column in self.columns)
 
+    def level(self, rate: Rate, per_second: float, now: float) -> float:
+        """What is in a bucket now, if so much leaves it per second."""
+        first = rate * _BUCKET
+        return max(0.0, self.buckets[first] - (now - self.buckets[first + 1]) * per_second)
+
+    def fill(self, rate: Rate, amount: float, per_second: float, now: float) -> None:
+        """Add to a bucket."""
+        first = rate * _BUCKET
+        self.buckets[first] = self.level(rate, per_second, now) + amount
+        self.buckets[first + 1], self.buckets[first + 2] = now, per_second
+
+    def is_empty(self, now: float) -> bool:
+        """Whether nothing is in the buckets."""
+        return not any(self.level(rate, self.buckets[rate * _BUCKET + 2], now) for rate in Rate)
+
 
 def _local_row() -> _Row:
-    return _Row([array.array("q", [0] * len(Use))], 0, array.array("d", [0.0] * len(Rate)), contextlib.nullcontext)
+    return _Row(
+        [array.array("q", [0] * len(Use))], 0, array.array("d", [0.0] * _BUCKET * len(Rate)), contextlib.nullcontext
+    )
 
 
 class Table:
@@ -147,17 +168,17 @@ class Table:
     def __init__(self, path: str, workers: int) -> None:
         self._workers = workers
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        times = ROWS * _KEY_BYTES
-        counts = times + ROWS * len(Rate) * _NUMBER_BYTES
+        buckets = ROWS * _KEY_BYTES
+        counts = buckets + ROWS * len(Rate) * _BUCKET * _NUMBER_BYTES
         self._column_bytes = ROWS * len(Use) * _NUMBER_BYTES
         size = counts + workers * self._column_bytes
         os.truncate(self._file, size)  # sparse: only the rows in use take memory
         self._memory = memoryview(mmap.mmap(self._file, size))
-        self._times = self._memory[times:counts].cast("d")
+        self._buckets = self._memory[buckets:counts].cast("d")
         self._counts = self._memory[counts:]
 
     def row(self, key: str, number: int) -> _Row | None:
-        """The row of a caller; `None` if the table is full.
+        """The row of a caller; `None` if all rows that it may have are taken.
 
         Args:
             key: The caller.
@@ -166,7 +187,7 @@ class Table:
         digest = hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=_KEY_BYTES).digest()
         first = int.from_bytes(digest[:8], "big") % ROWS
         with self._locked(0, ROWS * _KEY_BYTES):
-            for step in range(ROWS):
+            for step in range(STEPS):
                 index = (first + step) % ROWS
                 name = self._memory[index * _KEY_BYTES : (index + 1) * _KEY_BYTES]
                 if name == _NO_KEY:
@@ -188,13 +209,14 @@ class Table:
         width = len(Use) * _NUMBER_BYTES
         starts = (worker * self._column_bytes + index * width for worker in range(self._workers))
         columns = [self._counts[start : start + width].cast("q") for start in starts]
-        times = self._times[index * len(Rate) : (index + 1) * len(Rate)]
+        width = len(Rate) * _BUCKET
+        buckets = self._buckets[index * width : (index + 1) * width]
         place = ROWS * _KEY_BYTES + index  # any byte that no other row locks
 
         def locked() -> AbstractContextManager[None]:
             return self._locked(place, 1)
 
-        return _Row(columns, number, times, locked)
+        return _Row(columns, number, buckets, locked)
 
     @contextlib.contextmanager
     def _locked(self, start: int, length: int) -> Iterator[None]:
@@ -268,9 +290,9 @@ class Share:
         with self._row.locked():
             now = time.monotonic()
             for rate, limit in limits.items():
-                wait = max(self._row.times[rate], now) + _MINUTE / limit - now - _MINUTE if limit else 0.0
-                if wait > 1e-9:  # not an error of rounding
-                    raise self.exceeded(rate.setting, wait)
+                excess = self._row.level(rate, limit / _MINUTE, now) + 1 - limit if limit else 0.0
+                if excess > 1e-6:  # not an error of rounding
+                    raise self.exceeded(rate.setting, excess * _MINUTE / limit)
             self._spend(Rate.REQUESTS, 1, now)
 
     def charge(self, tokens: int) -> None:
@@ -300,10 +322,10 @@ class Share:
     def _spend(self, rate: Rate, amount: int, now: float) -> None:
         limit: int = getattr(self.limits, rate.setting)
         if limit:
-            self._row.times[rate] = max(self._row.times[rate], now) + amount * _MINUTE / limit
+            self._row.fill(rate, amount, limit / _MINUTE, now)
 
 
-NOBODY = Share()
+UNCOUNTED = Share()
 """The share of calls that are not counted for any caller."""
 
 
@@ -352,5 +374,5 @@ class Callers:
     def _forget(self) -> None:
         """Forget callers whose rates have recovered; those with counts are kept by their calls."""
         now = time.monotonic()
-        self._recent = {key: row for key, row in self._recent.items() if max(row.times) > now}
+        self._recent = {key: row for key, row in self._recent.items() if not row.is_empty(now)}
         self._keep = max(MAX_IDLE, 2 * len(self._recent))

@@ -303,7 +303,8 @@ class Worker:
 
     def is_current(self, caller: Caller, completion_id: str) -> bool:
         """Whether a completion of the caller with this id is active or retained: then `open` joins it or refuses the id."""
-        return self._records.current(caller.name, completion_id) is not None
+        record = self._records.current(caller.name, completion_id)
+        return record is not None and not record.is_abandoned
 
     def completion(
         self,
@@ -487,5 +488,6 @@ def _log_end(completion: Completion, caller: Caller) -> None:
         trace_id=caller.call.trace_id,
         seconds=round(completion.timings.total, 6),
         reason=None if failure is None else failure.reason.name,
+        **({"caller": caller.label} if caller.label else {}),
         **completion.log_values,
     )

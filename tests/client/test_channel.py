@@ -286,7 +286,7 @@ def test_an_attempt_elsewhere_has_another_route() -> None:
 
 
 def test_the_callers_own_route_is_kept() -> None:
-    """Whoever routes calls by headers of their own does so for all attempts."""
+    """If the caller routes its calls by its own header, that header is sent with all attempts."""
     _, defaults = made(metadata=[("X-Deltawire-Route", "team-a")])
     outgoing = defaults.outgoing({}).about("mine")
     outgoing.elsewhere(1)

@@ -1,4 +1,4 @@
-"""A real Envoy with mutual TLS on both sides: the gateway knows whose calls it forwards, and believes nobody else."""
+"""A real Envoy with mutual TLS on both sides: the gateway knows whose calls it forwards, and trusts no other client."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ async def ask(made: AsyncClient, metadata: Metadata = (), completion_id: str | N
 async def test_clients_behind_one_envoy_are_callers_of_their_own(
     vllm: FakeVllm, tmp_path: Path, certificates: Certificates, lines: Lines
 ) -> None:
-    """By URI, DNS name and common name; what a client itself sends makes it nobody else; an unknown one is refused."""
+    """By URI, DNS name and common name; a header that the client itself sends has no effect; an unknown client is refused."""
     keys = tmp_path / "keys"
     keys.write_text(LINES)
     async with proxied(vllm, tmp_path, certificates, "--access-keys-file", str(keys)) as (envoy, direct):

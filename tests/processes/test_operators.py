@@ -123,18 +123,30 @@ async def test_a_worker_that_hangs(start_worker: StartWorker, monkeypatch: pytes
 async def test_an_operator_cancels_at_any_worker(
     start_worker: StartWorker, vllm: FakeVllm, lines: Lines, place: int
 ) -> None:
-    """Wherever the completion runs; the worker that has it logs who canceled it."""
+    """Wherever the completion runs, and with the caller's name too; the worker that has it logs who canceled it."""
     async with start_worker(0, **ACCESS) as one, start_worker(1, **ACCESS) as two:
         for own in ("", id_at(place, one, owner_of(one, "ann"))):
             for worker in (one, two):
                 vllm.play(Script.chunks([CHUNKS.role(), CHUNKS.text("a"), asyncio.Event()]))
                 stream = aiter((one, two)[place].stream(ask(completion_id=own), metadata=ANN))
                 completion_id = (await anext(stream)).started.completion_id
-                caller = "ann" if own else ""
-                assert (await worker.look_up(completion_id, caller, metadata=OPS)).state == RUNNING
-                assert (await worker.cancel(completion_id, caller, metadata=OPS)).state == RUNNING
+                callers = ["ann"] if own else ["", "ann"]
+                for caller in callers:
+                    assert (await worker.look_up(completion_id, caller, metadata=OPS)).state == RUNNING
+                assert (await worker.look_up(completion_id, "ann", metadata=ANN)).state == RUNNING
+                assert (await worker.cancel(completion_id, callers[-1], metadata=OPS)).state == RUNNING
                 assert [event async for event in stream][-1].HasField("completed")
                 await lines.find("an operator canceled a completion", operator="ops", completion_id=completion_id)
+
+
+async def test_the_caller_of_a_completion_that_was_passed_on(start_worker: StartWorker, lines: Lines) -> None:
+    """Is in the lines of the worker that runs it, beside the usage."""
+    async with start_worker(0, **ACCESS) as one, start_worker(1, **ACCESS):
+        own = id_at(1, one, owner_of(one, "ann"))
+        await one.create(ask(completion_id=own), metadata=ANN)
+        for event in ("call", "completion ended"):
+            entry = await lines.find(event, completion_id=own, usage="EXACT")
+            assert entry["caller"] == "ann"
 
 
 async def test_a_completion_that_no_worker_has(start_worker: StartWorker) -> None:

@@ -90,7 +90,7 @@ async def test_it_chats_without_its_database_and_joins_when_it_is_back(
         listed = await gateway.models.ListModels(pb.ListModelsRequest())
         assert listed.models[0].id == "mine"
         with postgres.down():
-            # Also if nobody writes meanwhile.
+            # Also without a write meanwhile.
             await until_scraped(gateway.gateway.metrics_address, is_behind)
         await until_scraped(gateway.gateway.metrics_address, lambda page: not is_behind(page))
 

@@ -137,7 +137,7 @@ async def test_update_replaces_everything_but_the_id(url: str, store: Store) -> 
     [
         pytest.param({"revision": 1000}, {}, id="a revision that never was"),
         pytest.param({"revision": 2}, {}, id="a revision that was"),
-        pytest.param({"id": "unknown"}, {"id": "unknown"}, id="an id that nobody has"),
+        pytest.param({"id": "unknown"}, {"id": "unknown"}, id="an unknown id"),
         pytest.param({"id": "fast"}, {"id": "fast"}, id="an alias in the place of the id"),
         pytest.param({}, {"aliases": ("taken",)}, id="another's id"),
         pytest.param({}, {"aliases": ("small", "theirs")}, id="another's alias"),

@@ -21,6 +21,7 @@ from deltawire_server.limits import Use
 from deltawire_server.rpc.chat_completion import on_terms
 from deltawire_server.settings import AccessSettings, LimitsSettings
 from deltawire_server.upstream.request import ChatMessage, ChatRequest, Role
+from deltawire_server.worker import Worker
 from tests.support.gateway import ask, failure_of, kinds, read, read_badly, read_well, until
 
 if TYPE_CHECKING:
@@ -243,6 +244,41 @@ async def test_a_caller_that_is_revoked_in_the_queue(start_gateway: StartGateway
         assert failure.reason == "ACCESS_CHANGED"
         await until(lambda: admission.active == 0)
         assert len(vllm.chats) == 1
+
+
+async def test_models_that_are_taken_away_in_the_queue(start_gateway: StartGateway, vllm: FakeVllm) -> None:
+    """A call that waits has not begun: the terms at its turn apply."""
+    gate = held(vllm, 1)
+    async with start_gateway(access=access(), server={"max_streams": 1}, limits={"queue_size": 3}) as gateway:
+        admission = gateway.gateway._worker.admission
+        running = await begin(gateway, metadata=ALICE)
+        waiting = asyncio.ensure_future(read_badly(gateway.stream(metadata=BOB)))
+        await until(lambda: admission.queued == 1)
+        settings = gateway.gateway._settings
+        narrower = AccessSettings(**access(bob="models=team-b/*"))
+        await gateway.gateway.reload(settings.model_copy(update={"access": narrower}))
+        gate.set()
+        assert [event async for event in running]
+        _, failure = await waiting
+        assert failure.reason == "MODEL_NOT_FOUND"
+        assert len(vllm.chats) == 1
+
+
+async def test_a_completion_that_ends_before_a_call_joins_it(
+    start_gateway: StartGateway, vllm: FakeVllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call starts a new one, which has a place of its caller and counts against its limits."""
+    gate = held(vllm, 2)
+    async with start_gateway(access=access("streams=1")) as gateway:
+        seen = Worker.is_current
+        answers = iter([True])  # for the first look; the completion has ended by the second
+        monkeypatch.setattr(Worker, "is_current", lambda self, *about: next(answers, False) or seen(self, *about))
+        stream = await begin(gateway, chat=ask(completion_id="c"), options=RETAINED, metadata=ALICE)
+        assert sum(row.total(Use.STREAMS) for row in gateway.gateway._callers._rows.values()) == 1
+        _, failure = await read_badly(gateway.stream(metadata=ALICE))
+        assert failure.metadata["limit"] == "streams"
+        gate.set()
+        assert [event async for event in stream]
 
 
 async def test_a_drain_empties_the_queue(start_gateway: StartGateway, vllm: FakeVllm) -> None:

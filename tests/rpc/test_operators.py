@@ -29,7 +29,7 @@ KEPT = chat_pb.StreamOptions(retention=Duration(seconds=60))
 RUNNING, ENDED = chat_pb.COMPLETION_STATE_RUNNING, chat_pb.COMPLETION_STATE_COMPLETED
 FAILED = chat_pb.COMPLETION_STATE_FAILED
 KEYS = "ann call secret-of-ann-alone; bob call secret-of-bob-alone; ops call,operate secret-of-ops-alone"
-SECRET = "what nobody else may read"
+SECRET = "what only its caller may read"
 
 
 def bearer(name: str) -> tuple[tuple[str, str], ...]:
@@ -104,7 +104,7 @@ async def test_filters(gateway: Running, vllm: FakeVllm) -> None:
     later.FromMicroseconds(between.ToMicroseconds() + 1)
     for filters, expected in (
         ({"caller": "ann"}, "a"),
-        ({"caller": "nobody"}, ""),
+        ({"caller": "unknown"}, ""),
         ({"model": "vllm/fake"}, "ba"),
         ({"model": "fake"}, "b"),
         ({"provider_id": "vllm"}, "ba"),

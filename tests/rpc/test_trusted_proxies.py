@@ -212,13 +212,13 @@ async def test_receiving_is_shared_among_the_callers_of_a_proxy(
 
 
 async def test_each_address_behind_a_proxy_has_limits_of_its_own(start_gateway: StartGateway, tmp_path: Path) -> None:
-    """Addresses are asserted without ports, so that nothing is cut from them."""
+    """With or without ports. The addresses of one IPv6 network are those of one host."""
     listen = {"listen": f"unix:{tmp_path}/gateway.sock"}
     limits = {"requests_per_minute": 1}
     async with start_gateway(server=listen, access={"trusted_proxies": "unix"}, limits=limits) as gateway:
-        for address in ("192.0.2.7", "192.0.2.8", "2001:db8::7", "2001:db8::8"):
+        for address in ("192.0.2.7", "192.0.2.8:4711", "2001:db8:0:1::7", "[2001:db8:0:2::7]:443"):
             await gateway.create(metadata=(("x-forwarded-for", address),))
-        for address in ("192.0.2.7", "2001:db8::8"):
+        for address in ("192.0.2.7:1", "192.0.2.8", "2001:db8:0:1::8", "2001:db8:0:2::7"):
             failure = await failure_of(gateway.create(metadata=(("x-forwarded-for", address),)))
             assert failure.reason == "CALLER_LIMIT_EXCEEDED"
 

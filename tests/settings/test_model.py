@@ -189,6 +189,12 @@ def test_files_are_looked_at(tmp_path: Path, pem: Path, monkeypatch: pytest.Monk
     assert f"{pem} cannot be read (Permission denied)" in refusal(ServerSettings, tls_cert_file=pem)
 
 
+def test_required_usage_records_need_a_folder() -> None:
+    """Otherwise completions would run without a record, and without a word."""
+    with pytest.raises(ValidationError, match=r"set usage\.folder too"):
+        UsageSettings(required=True)
+
+
 def test_the_folder_of_usage_records(tmp_path: Path, pem: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It exists and can be written to; an empty name means no records."""
     assert UsageSettings.model_validate({"folder": ""}).folder is None

@@ -71,6 +71,8 @@ def test_every_key_has_its_variable(path: KeyPath, read: Parse, pem: Path, keys_
     other = {f"DELTAWIRE_SERVER_TLS_{which}_FILE": str(pem) for which in ("CERT", "KEY") if "tls_" in path[1]}
     if path[1] == "trusted_proxies":
         other["DELTAWIRE_SERVER_LISTEN"] = "unix:/x"
+    if path == ("usage", "required"):
+        other["DELTAWIRE_USAGE_FOLDER"] = str(pem.parent)
     file = f'[providers."gpu-1.a"]\nbase_url = "{URL}"'
     before = read(file=file)
     after = read(file=file, **{**other, variable(path): sample})

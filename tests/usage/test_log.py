@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
+import structlog
 
 from deltawire_server.errors import GatewayError, Reason
 from deltawire_server.metrics.table import USAGE_RECORDS
@@ -20,6 +21,7 @@ from deltawire_server.usage import log as log_module
 from deltawire_server.usage.lines import Line
 from deltawire_server.usage.log import UsageLimits, UsageLog
 from deltawire_server.usage.report import read
+from tests.support.gateway import until
 
 if TYPE_CHECKING:
     from tests.support.gateway import Lines
@@ -245,6 +247,26 @@ def test_a_required_record(tmp_path: Path, full_disk: list[int]) -> None:
     complete(log)
     [path] = tmp_path.iterdir()
     assert len(lines_in(path)) == 2
+
+
+async def test_a_file_that_is_removed_while_it_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one begins, the log says that lines are lost, and the space of the first is free."""
+    monkeypatch.setattr(log_module, "SYNC_SECONDS", 0.0)
+    log = log_in(tmp_path)
+    complete(log, "lost")
+    before = open_files()
+    [name] = names_in(tmp_path)
+    os.unlink(tmp_path / name)  # noqa: PTH108 (as by another program)
+    keeping = asyncio.create_task(log.keep())
+    with structlog.testing.capture_logs() as logs:
+        await until(lambda: bool(logs))
+    keeping.cancel()
+    assert "was removed" in logs[0]["event"]
+    assert open_files() == before - 1
+    complete(log, "kept")
+    [name] = names_in(tmp_path)
+    assert [line.completion_id for line in lines_in(tmp_path / name)] == ["kept", "kept"]
+    log.close()
 
 
 async def test_lines_are_synchronized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Passes calls on to the worker that has their completion, and receives the calls that siblings pass on.
 
-A call that lists completions is sent to all workers, and one that names a caller to one after the other, because the place of an
-id that a caller chose depends on the caller's credential.
+A call that lists completions is sent to all workers, and one with a caller's name and an id that the caller chose to one after the
+other, because the place of such an id depends on the caller's credential.
 
     caller ──▶ public listener ── access, receiving ──▶ Passing ── another worker's id ──▶ that worker's private listener
                                                           └── otherwise ──▶ the service of this process
@@ -147,7 +147,7 @@ class Passing(aio.ServerInterceptor):
         # Not a coroutine, which would keep the request in memory until the call ends.
         def routed(request: Any, context: _Context) -> Awaitable[object]:  # noqa: ANN401 (a message)
             completion_id = id_of(request)
-            if method not in ADMITTED and request.caller:
+            if method not in ADMITTED and request.caller and self._process.named_by(completion_id) is None:
                 return self._search(method, here, request, context)
             number = self._process.number_for(call_record(context).owner, completion_id)
             if number == self._process.number:

@@ -94,6 +94,13 @@ class WorkerProcess:
         """The address of a worker's private listener."""
         return f"unix:{self.folder}/{number}.sock"
 
+    def named_by(self, completion_id: str) -> int | None:
+        """The number of the worker of this gateway that an id names; `None` if it names none, as an id that a caller chose."""
+        mark = mark_of(completion_id)
+        if mark.startswith(self.gateway) and (number := int(mark[4:6], 16)) < self.count:
+            return number
+        return None
+
     def number_for(self, owner: str, completion_id: str) -> int:
         """The number of the worker that has a completion, or that runs it if it is new.
 
@@ -105,8 +112,8 @@ class WorkerProcess:
         """
         if not completion_id:
             return self.number
-        mark = mark_of(completion_id)
-        if mark.startswith(self.gateway) and (number := int(mark[4:6], 16)) < self.count:
+        number = self.named_by(completion_id)
+        if number is not None:
             return number
         return zlib.crc32(f"{owner} {completion_id}".encode()) % self.count
 

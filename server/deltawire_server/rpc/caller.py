@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_network
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import unquote
 
 from deltawire_server.access import (
     CERTIFICATE_HEADER,
@@ -43,8 +45,11 @@ class Origin(NamedTuple):
 
     @property
     def host(self) -> str:
-        """The host of `peer`, without a port."""
-        return self.peer if self.via else self.peer.rpartition(":")[0]
+        """The host of `peer`, without a port: an IPv4 address, or the 64 bits of an IPv6 address that are one host's network."""
+        host = self.peer if self.via else self.peer.rpartition(":")[0]
+        if not host.startswith("ipv6:"):
+            return host
+        return f"ipv6:{ip_network((unquote(host[5:]).strip('[]').partition('%')[0], 64), strict=False)}"
 
 
 class Credentials(NamedTuple):

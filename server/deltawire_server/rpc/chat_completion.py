@@ -140,13 +140,17 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         chat = await self._validated(request.chat, record)
         options = validate_options.stream_options(request.options, self._max_retention)
         if chat.completion_id or options.retention is not None:
-            stream = self._worker.open(chat, caller, options, fingerprint=await _fingerprint(request))
+            fingerprint = await _fingerprint(request)
+            if not self._worker.is_current(caller, chat.completion_id):  # it may have ended meanwhile
+                await self._wait_for_place(record, context)
+            caller = _caller(record, context)  # its terms may have changed while it waited
+            stream = self._worker.open(chat, caller, options, fingerprint=fingerprint)
             record.opened()
             del request, chat  # the completion has it, until it is sent
             await self._follow(stream, None, caller, record, context)
             return
         record.opened()
-        running = self._worker.completion(chat, caller, options)
+        running = self._worker.completion(chat, _caller(record, context), options)
         del request, chat
         async with running as completion:
             messages = convert.ResponseWriter(completion, self._max_completed_bytes)
@@ -220,7 +224,9 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         )
 
     async def _wait_for_place(self, record: CallRecord, context: _Context) -> None:
-        """Take the place of a call that might have resumed a completion. The memory of its request is accounted meanwhile."""
+        """Take the place of a call that might have joined a completion. The memory of its request is accounted meanwhile."""
+        if record.place is None or record.place.taken:
+            return
         self._worker.memory.admit(record.request_bytes)
         with self._worker.memory.hold() as held:
             held.set(record.request_bytes)

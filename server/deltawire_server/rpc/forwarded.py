@@ -68,9 +68,17 @@ def certificate_names(text: str) -> list[Identity]:
 
 
 def last_address(text: str) -> str:
-    """The last address of an `x-forwarded-for` header in the form of gRPC's `peer()`, without a port; empty if it is none."""
+    """The last address of an `x-forwarded-for` header in the form of gRPC's `peer()`, without a port; empty if it is none.
+
+    Some proxies write a port: `192.0.2.7:4711`, `[2001:db8::7]:443`.
+    """
+    last = text.rpartition(",")[2].strip()
+    if last.startswith("["):
+        last = last[1:].partition("]")[0]
+    elif last.count(":") == 1:
+        last = last.partition(":")[0]
     try:
-        address = ip_address(text.rpartition(",")[2].strip())
+        address = ip_address(last)
     except ValueError:
         return ""
     return f"ipv{address.version}:{address}"

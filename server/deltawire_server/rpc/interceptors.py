@@ -34,7 +34,7 @@ from deltawire_server.errors import (
     internal_error,
     invalid_request,
 )
-from deltawire_server.limits import NOBODY, Callers, Use
+from deltawire_server.limits import UNCOUNTED, Callers, Use
 from deltawire_server.memory import Ledger
 from deltawire_server.metrics.table import FAILED_CALLS, Rpc
 from deltawire_server.rpc import reflection, wire
@@ -120,6 +120,7 @@ class CallRecord:
         terms: What the caller's access line says.
         request_bytes: Bytes of the serialized request.
         span: The call's span.
+        waited: Called when the call has waited in the queue; raises if it is no longer admitted.
     """
 
     def __init__(self, call: CallContext) -> None:
@@ -134,10 +135,11 @@ class CallRecord:
         self.latch = Latch()
         self.values: dict[str, object] = {}
         self.place: Place | None = None
-        self.share = NOBODY
+        self.share = UNCOUNTED
         self.terms = NO_TERMS
         self.request_bytes = 0
         self.span = NO_CALL
+        self.waited: Callable[[CallRecord, _Context], None] = lambda _, __: None
         self._is_counted = False
         self._is_opening = False
 
@@ -166,7 +168,7 @@ class CallRecord:
         """Count the call, and take its place, now or in turn. No effect if it needs none, or has it.
 
         Raises:
-            GatewayError: TOO_MANY_STREAMS, CALLER_LIMIT_EXCEEDED or DRAINING.
+            GatewayError: TOO_MANY_STREAMS, CALLER_LIMIT_EXCEEDED, DRAINING, or ACCESS_CHANGED while it waited.
         """
         if self.place is None or self.place.taken:
             return
@@ -174,6 +176,7 @@ class CallRecord:
         await self.place.wait(self.share, cast("float | None", context.time_remaining()))
         if self.place.waited:
             self.values["queue_seconds"] = round(self.place.waited, 6)
+            self.waited(self, context)
 
 
 passed_on: contextvars.ContextVar[tuple[str, str, str] | None] = contextvars.ContextVar(
@@ -364,18 +367,28 @@ class CallInterceptor(aio.ServerInterceptor):
         # Only this process has the completion of a passed-on call.
         if self._draining and passed_on.get() is None:
             raise _draining()
-        record.terms = self._access.terms(record.owner)
-        record.share = self._callers.share(_key(record, context), record.caller, dict(record.terms.limits))
+        self._set_terms(record, context)
         if method not in ADMITTED:
             return
         record.place = place
+        record.waited = functools.partial(
+            self._admit_again, method
+        )  # without the record, which would be a reference cycle
         # Such a call may resume or join a completion that already has a place. This is known only after the request is received.
         if method != STREAM_CHAT or not record.share.used(Use.KEPT):
             await record.take_place(context)
-            if place.waited and not self._access.admits(record.owner, method, record.assertion):
-                raise GatewayError(Reason.ACCESS_CHANGED, REVOKED)
         if method != COUNT_TOKENS:
             record.open()
+
+    def _set_terms(self, record: CallRecord, context: _Context) -> None:
+        record.terms = self._access.terms(record.owner)
+        record.share = self._callers.share(_key(record, context), record.caller, dict(record.terms.limits))
+
+    def _admit_again(self, method: str, record: CallRecord, context: _Context) -> None:
+        """Apply the current settings to a call that has waited in the queue: it has not begun."""
+        if not self._access.admits(record.owner, method, record.assertion):
+            raise GatewayError(Reason.ACCESS_CHANGED, REVOKED)
+        self._set_terms(record, context)
 
     async def _reflect(self, library: Any, parse: _Parser, messages: Any, context: _Context) -> None:  # noqa: ANN401
         """Serve a call of reflection in place of the library's own handler."""
@@ -397,6 +410,8 @@ class CallInterceptor(aio.ServerInterceptor):
             if not self._access.admits(record.owner, method, record.assertion):
                 raise GatewayError(Reason.ACCESS_CHANGED, REVOKED)
             record.is_operator = self._access.operates(record.owner)
+            if record.caller:
+                record.values["caller"] = record.caller
             return
         try:
             shown = credentials(context, self._access, record.origin.assertion)

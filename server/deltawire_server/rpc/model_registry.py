@@ -20,6 +20,7 @@ from deltawire.v1 import model_registry_pb2_grpc as pb_grpc
 from deltawire.v1.error_reason_pb2 import ErrorReason
 from deltawire_server.errors import GatewayError, Reason, Violation, invalid_request
 from deltawire_server.limits import Use
+from deltawire_server.pacing import give_way
 from deltawire_server.registry import pages, rules
 from deltawire_server.registry.messages import quoted
 from deltawire_server.registry.model import ModelSource, ModelState, ModelType
@@ -53,6 +54,9 @@ MAX_LOGGED_NAME = 256
 
 BATCH = 25
 """Models of a snapshot in one message: about a millisecond of work."""
+
+HIDDEN_AT_ONCE = 250
+"""Models that do not exist for the watcher, after which other calls run."""
 
 BATCH_BYTES = 1024 * 1024
 """Bytes after which a message gets no more models: far below the 4 MiB that gRPC clients receive by default."""
@@ -178,9 +182,12 @@ class ModelRegistryServicer(pb_grpc.ModelRegistryServicer):
             writer.hasten(FAREWELL_SECONDS)
         try:
             async with aclosing(self._registry.watch(request.revision, record.terms.scope)) as steps, writer:
-                batch, size = _batch(), 0
+                batch, size, hidden = _batch(), 0, 0
                 async for step in steps:
                     if step.model is not None and not record.terms.permits(step.model.id):
+                        hidden += 1
+                        if hidden % HIDDEN_AT_ONCE == 0:
+                            await give_way()  # nothing is written meanwhile, which would
                         continue
                     joins = request.batch_snapshot and step.model is not None and not step.revision
                     if joins and step.model is not None:

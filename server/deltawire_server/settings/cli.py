@@ -51,7 +51,7 @@ A gRPC gateway with a typed streaming API for chat models served by vLLM.
 
 Settings come from one TOML file, from environment variables, which override the file, and from flags, which override
 both. At least one provider is required: --vllm-url or VLLM_URL is the shortest way to set it. On SIGHUP the settings are
-read again; changes in [providers] and [access] take effect, other changes require a restart.
+read again; changes in [providers], [access] and [limits] take effect, other changes require a restart.
 """
 _EPILOG = """\
 environment:

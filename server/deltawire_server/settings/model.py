@@ -358,9 +358,9 @@ class RetentionSettings(Section):
 class LimitsSettings(Section):
     """What one caller may use, so that no caller takes everything, and the queue of a full gateway.
 
-    A caller is an access line, a name in a client certificate, or else all clients of one host. An access line can replace each
-    of its limits, as in `ci call sha256:… streams=20`. Limits count over all workers of a gateway, unless noted. A call above a
-    limit is refused with RESOURCE_EXHAUSTED (CALLER_LIMIT_EXCEEDED), unless noted. 0 means no limit.
+    A caller is an access line, a name in a client certificate or that a trusted proxy asserts, or else a host. An access line can
+    replace each of its limits, as in `ci call sha256:… streams=20`. Limits count over all workers of a gateway, unless noted. A
+    call above a limit is refused with RESOURCE_EXHAUSTED (CALLER_LIMIT_EXCEEDED), unless noted. 0 means no limit.
     """
 
     streams: Limit = 0
@@ -567,11 +567,18 @@ class UsageSettings(Section):
     each process writes files of its own, with a new one for each day. By default no records are written."""
     required: bool = False
     """Refuse completions with UNAVAILABLE (STORE_UNAVAILABLE) while records cannot be written, for example because the disk is
-    full. By default they run without a record, and deltawire_usage_records_total counts the lost ones."""
+    full. By default they run without a record, and deltawire_usage_records_total counts the lost ones. Needs a folder."""
     retention_days: Whole = Field(default=90, ge=0, le=36_500)
     """Days after which a file is removed; 0 keeps all files. The default leaves time to bill a quarter."""
     max_file_bytes: Bytes = 64 * MIB
     """Bytes of a file after which the next one begins. The default holds about 100,000 completions."""
+
+    @field_validator("required")
+    @classmethod
+    def _records_need_a_folder(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and "folder" in info.data and info.data["folder"] is None:
+            raise ValueError("is true, but no records are written: set usage.folder too")
+        return value
 
 
 class MetricsSettings(Section):

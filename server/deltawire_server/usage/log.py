@@ -121,6 +121,7 @@ class UsageLog:
         """Synchronize files to the disk and remove old ones, until cancelled."""
         while True:
             await asyncio.sleep(SYNC_SECONDS)
+            self._leave_removed()
             if files := self._unsynchronized_files():
                 await asyncio.to_thread(self._synchronize, files)
             today = datetime.fromtimestamp(self._clock(), UTC).date()
@@ -183,6 +184,15 @@ class UsageLog:
             self._full.append(self._file)
         self._file, self._day, self._part, self._size, self._torn = file, day, part, 0, False
         return file
+
+    def _leave_removed(self) -> None:
+        """Begin another file if the current one was removed: its lines would be lost, and it would keep its space on the disk."""
+        if self._file is not None and os.fstat(self._file).st_nlink == 0:
+            _log.error(
+                "a file of usage records was removed while it was in use: its lines are lost", folder=str(self._folder)
+            )
+            os.close(self._file)
+            self._file, self._unsynchronized = None, False
 
     def _unsynchronized_files(self) -> list[int]:
         """Descriptors for `_synchronize`: those of full files, and a copy of that of the current one if it has new lines."""
