@@ -401,6 +401,8 @@ async def test_a_watch_follows_the_models_of_the_line(start_gateway: StartGatewa
     """When they change, it ends, and cannot resume: the next one begins with a snapshot of the new ones."""
     async with start_gateway(access=access("models=vllm/*")) as gateway:
         settings = gateway.gateway._settings
+        # So that the provider's models are in the first snapshot.
+        await gateway.models.RefreshModels(pb.RefreshModelsRequest(), metadata=ALICE)
 
         async def watch(revision: str = "") -> Any:  # noqa: ANN401 (an iterator of steps)
             steps = aiter(gateway.models.WatchModels(pb.WatchModelsRequest(revision=revision), metadata=ALICE))
