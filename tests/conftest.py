@@ -19,6 +19,7 @@ from deltawire_server.fake_vllm import FakeVllm
 from deltawire_server.lifecycle import Lifecycle
 from deltawire_server.registry.registry import ModelRegistry
 from deltawire_server.registry.store import Store
+from deltawire_server.rpc import reception
 from deltawire_server.telemetry import configure_logging
 from deltawire_server.upstream.providers import Providers
 from deltawire_server.upstream.vllm import VllmProvider
@@ -75,6 +76,12 @@ class Certificates:
             alternative_names: As openssl writes them: "URI:spiffe://mesh/a,DNS:a.mesh"; none if empty.
         """
         return _signed(self.authority.parent, name, alternative_names)
+
+
+@pytest.fixture
+def late_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A health watch's request may arrive long after its call: on a busy machine, gRPC sends the two apart."""
+    monkeypatch.setattr(reception, "ARRIVAL_SECONDS", WAIT)
 
 
 def _openssl(folder: Path, *arguments: str) -> None:

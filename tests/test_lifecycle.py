@@ -288,6 +288,7 @@ async def test_a_caller_that_vanished_is_noticed(start_gateway: StartGateway, vl
         proxy.close()
 
 
+@pytest.mark.usefixtures("late_requests")
 async def test_a_drain(start_gateway: StartGateway, vllm: FakeVllm) -> None:
     """Health turns first, then no call is taken; what is under way ends well. A health watch holds nothing up."""
     gate = asyncio.Event()
@@ -374,6 +375,7 @@ async def test_grace_has_an_end(start_gateway: StartGateway, vllm: FakeVllm, lin
     assert (failure.code, failure.reason) == (grpc.StatusCode.ABORTED, "DRAINING")
 
 
+@pytest.mark.usefixtures("late_requests")
 async def test_during_the_delay_calls_are_taken(start_gateway: StartGateway) -> None:
     """The gateway serves during the drain delay, and `stop` ends the delay."""
     async with start_gateway(server={"drain_delay": 3600}) as gateway:
@@ -415,6 +417,7 @@ async def test_a_health_listener(start_gateway: StartGateway, certificates: Cert
     assert "serving without TLS to other machines" not in {entry["event"] for entry in lines.entries}
 
 
+@pytest.mark.usefixtures("late_requests")
 async def test_the_health_listener_during_a_drain(start_gateway: StartGateway, vllm: FakeVllm) -> None:
     """It answers NOT_SERVING until the last call has ended, also when the other addresses take no calls any more."""
     gate = asyncio.Event()

@@ -22,11 +22,12 @@ from deltawire_server.completions.records import Records
 from deltawire_server.completions.retention import RetentionLimits
 from deltawire_server.images.load import Images
 from deltawire_server.images.policy import Policy
-from deltawire_server.lifecycle import Lifecycle, ListenError, plaintext_addresses
+from deltawire_server.lifecycle import Lifecycle, ListenError, State, plaintext_addresses
 from deltawire_server.limits import LIMITS, Callers
 from deltawire_server.limits import Limits as CallerLimits
 from deltawire_server.memory import Allocator, Ledger, default_limit
 from deltawire_server.metrics.listener import MetricsListener, serve_metrics
+from deltawire_server.metrics.probes import Probes
 from deltawire_server.metrics.table import INFO, REGISTRY, RELOADS
 from deltawire_server.processes.passing import Passing
 from deltawire_server.registry.registry import ModelRegistry
@@ -113,6 +114,8 @@ class Gateway:
         self._authorities = _authorities(settings)
         self._tasks: set[asyncio.Task[None]] = set()
         self._metrics: MetricsListener | None = None
+        self._probes = Probes()
+        self._probes.is_ready = lambda: self._lifecycle.state is State.SERVING
         self._connections = settings.server.max_streams + SPARE_CONNECTIONS
         self._providers = Providers(
             _provider(provider_id, provider, self._connections) for provider_id, provider in settings.providers.items()
@@ -232,7 +235,7 @@ class Gateway:
     def _serve_metrics(self) -> None:
         metrics = self._settings.metrics
         try:
-            self._metrics = serve_metrics(metrics.address, REGISTRY, is_default=metrics.is_default)
+            self._metrics = serve_metrics(metrics.address, REGISTRY, self._probes, is_default=metrics.is_default)
         except OSError as error:
             raise ListenError(str(error)) from error
 
@@ -242,6 +245,8 @@ class Gateway:
         while True:
             self._worker.measure()
             self._registry.measure()
+            self._providers.measure()
+            self._probes.beat()
             await asyncio.sleep(MEASURE_SECONDS)
 
     def _announce(self) -> None:

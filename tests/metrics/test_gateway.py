@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,11 +19,11 @@ from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
 from deltawire_server.lifecycle import ListenError
 from deltawire_server.metrics import table
 from tests.metrics.scrape import Page, scrape, until_scraped
+from tests.metrics.test_listener import status
 from tests.support.gateway import Running, ask, failure_of, read, read_well, settings_of, tool
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
 
     from tests.conftest import StartGateway
     from tests.support.gateway import Lines
@@ -141,6 +142,44 @@ async def test_the_current_state_is_shown(gateway: Running, vllm: FakeVllm) -> N
     assert page.value("deltawire_info") == 1
     assert page.value("deltawire_event_loop_lag_seconds_count") > 0
     call.cancel()
+
+
+async def test_replicas_are_shown(start_gateway: StartGateway, vllm: FakeVllm) -> None:
+    """What each was found to be, and whether it gets calls; none of one that was removed."""
+    # Nothing listens at the second: its calls are answered by the first, and it is ejected.
+    replicas = [f"{vllm.base_url}/v1", "http://127.0.0.1:9/v1"]
+    async with start_gateway(base_url=",".join(replicas), metrics=ANY) as running:
+        address = running.gateway.metrics_address
+        for _ in range(4):
+            await running.create()
+        state, away = "deltawire_replica_state", ("ejected", "probation")
+        page = await until_scraped(
+            address, lambda page: sum(page.value(state, replica=replicas[1], state=each) for each in away) == 1
+        )
+        assert page.value(state, replica=replicas[1]) == 1
+        assert page.value(state, replica=replicas[0], state="available") == 1
+        assert page.value("deltawire_provider_models", provider="vllm") == 1
+        engine = {"replica": replicas[0], "engine": "vllm", "version": "0.32.0"}
+        await until_scraped(address, lambda page: page.value("deltawire_engine_info", **engine) == 1)
+        alone = settings_of(vllm.base_url, Path("unused")).providers
+        await running.gateway.reload(running.gateway._settings.model_copy(update={"providers": alone}))
+        await until_scraped(address, lambda page: page.value(state, replica=replicas[1]) == 0)
+
+
+async def test_ready_while_calls_are_accepted(start_gateway: StartGateway) -> None:
+    """Not any more when a drain begins, while the gateway is alive, and still serves its metrics and the page."""
+
+    async def codes(running: Running) -> list[int]:
+        address = running.gateway.metrics_address
+        return [(await asyncio.to_thread(status, address, path))[0] for path in ("/livez", "/readyz", "/")]
+
+    async with start_gateway(server={"drain_delay": 3600}, metrics=ANY) as running:
+        assert await codes(running) == [200, 200, 200]
+        drained = asyncio.create_task(running.gateway.drain())
+        await running.create()
+        assert await codes(running) == [200, 503, 200]
+        await running.gateway.stop()
+        await asyncio.wait([drained])
 
 
 async def test_every_metric_of_the_table_is_in_a_scrape(gateway: Running) -> None:

@@ -24,6 +24,7 @@ from deltawire_server.completions.records import mark_of
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
 from deltawire_server.processes.worker_process import WorkerProcess
 from tests.metrics.scrape import scrape, until_scraped
+from tests.metrics.test_listener import status
 from tests.support.gateway import WAIT, Running, ask, failure_of, kinds, read_well
 
 if TYPE_CHECKING:
@@ -307,12 +308,16 @@ async def test_metrics_of_all_workers(vllm: FakeVllm, tmp_path: Path) -> None:
         await until_scraped(address, lambda page: page.value("deltawire_streams_limit") == 2000)
         os.kill(gateway.pid(1), signal.SIGKILL)
         await gateway.logged("worker ended")
+        assert status(address, "/readyz")[0] == 200  # the other one serves
         assert await value("deltawire_worker_ends_total") == 1
         assert await value("grpc_server_handled_total", **calls) == before + 2
         assert await value("deltawire_info") == 1
         await gateway.logged("serving", 2)
         await until_scraped(address, lambda page: page.value("deltawire_streams_limit") == 2000)
+        assert "completions" in status(address, "/")[1]
         gateway.process.send_signal(signal.SIGTERM)
+        await gateway.logged("draining")
+        assert (status(address, "/readyz")[0], status(address, "/livez")[0]) == (503, 200)
         assert await gateway.process.wait() == 0
     assert not private_directories(tmp_path)
 

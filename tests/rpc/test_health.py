@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
 from deltawire_server.rpc import health, reception, reflection
-from tests.support.gateway import WAIT, until
+from tests.support.gateway import until
 from tests.support.raw_http2 import message, raw_client
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def counted(gateway: Running) -> int:
 
 
 @pytest.mark.parametrize("service", ["nope", "x" * 30_000])
+@pytest.mark.usefixtures("late_requests")
 async def test_a_watch_of_what_there_is_not(served: Running, service: str) -> None:
     """NOT_FOUND at once, nothing is kept, and the name is not repeated."""
     call = watch(served, service)
@@ -62,14 +63,15 @@ async def test_a_name_that_does_not_come_at_once_is_not_awaited(served: Running,
 
 
 @pytest.mark.parametrize("method", [CHECK, WATCH])
-async def test_what_is_no_request(served: Running, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+@pytest.mark.usefixtures("late_requests")
+async def test_what_is_no_request(served: Running, method: str) -> None:
     """INVALID_ARGUMENT, or UNIMPLEMENTED if there is none."""
-    monkeypatch.setattr(reception, "ARRIVAL_SECONDS", WAIT)
     async with raw_client(served.address) as client:
         assert await client.status(client.call(method, body=message(b"\xff"), end=True)) == "3"
         assert await client.status(client.call(method, end=True)) == "12"
 
 
+@pytest.mark.usefixtures("late_requests")
 async def test_watches_of_a_connection_are_bounded(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """RESOURCE_EXHAUSTED above; one that ends makes room."""
     monkeypatch.setattr(health, "MAX_CONNECTION_WATCHES", 2)
@@ -82,6 +84,7 @@ async def test_watches_of_a_connection_are_bounded(served: Running, monkeypatch:
     assert (await watch(served).read()).status == health.SERVING
 
 
+@pytest.mark.usefixtures("late_requests")
 async def test_watches_in_all_are_bounded(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over all connections."""
     monkeypatch.setattr(health, "MAX_WATCHES", 1)

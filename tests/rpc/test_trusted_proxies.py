@@ -223,6 +223,7 @@ async def test_each_address_behind_a_proxy_has_limits_of_its_own(start_gateway: 
             assert failure.reason == "CALLER_LIMIT_EXCEEDED"
 
 
+@pytest.mark.usefixtures("late_requests")
 async def test_health_watches_are_shared_among_the_addresses_behind_a_proxy(
     start_gateway: StartGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

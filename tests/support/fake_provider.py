@@ -87,7 +87,7 @@ class FakeProvider:
     @property
     def replicas(self) -> tuple[ReplicaStatus, ...]:
         """What it would be like."""
-        return tuple(ReplicaStatus(each, State.AVAILABLE) for each in self.base_urls)
+        return tuple(ReplicaStatus(each, State.AVAILABLE, self.engine_known) for each in self.base_urls)
 
     @property
     def default_max_tokens(self) -> int | None:

@@ -131,6 +131,23 @@ ATTEMPT_FAILURES = _counter(
     "deltawire_attempt_failures_total", "Requests that failed at a replica, by reason.", *_REPLICA, "reason"
 )
 EJECTIONS = _counter("deltawire_ejections_total", "Ejections of a replica after a failure.", *_REPLICA)
+REPLICA_STATE = _gauge(
+    "deltawire_replica_state",
+    "Workers for which a replica is in a state: available, returning, probation, ejected.",
+    *_REPLICA,
+    "state",
+)
+ENGINE_INFO = _gauge(
+    "deltawire_engine_info",
+    "1 for the engine that a replica was found to be, and its version.",
+    *_REPLICA,
+    "engine",
+    "version",
+    merge="livemax",
+)
+PROVIDER_MODELS = _gauge(
+    "deltawire_provider_models", "Models in the last listing of a provider.", "provider", merge="livemax"
+)
 IMAGES = _counter(
     "deltawire_images_total", "Images that were fetched, by outcome: ok, refused, unavailable.", "outcome"
 )

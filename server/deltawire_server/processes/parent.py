@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from deltawire_server import signals
 from deltawire_server.metrics.listener import serve_metrics
+from deltawire_server.metrics.probes import Probes
 from deltawire_server.processes.worker_metrics import WorkerMetrics
 from deltawire_server.processes.worker_process import METRICS_FOLDER, WorkerProcess
 from deltawire_server.settings.model import MAX_WORKERS
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 FIRST_DELAY = 0.1
 MAX_DELAY = 30.0
 """Seconds before a worker is started again; doubled each time."""
+
+BEAT_SECONDS = 1.0
 
 MAX_REPORT = 1024 * 1024
 """Bytes of one report of a worker: all its problems."""
@@ -84,8 +87,11 @@ def run(arguments: Sequence[str], settings: Settings) -> int:
             print(f"deltawire-server: {problem}; set TMPDIR to a directory with a shorter path", file=sys.stderr)
             return 1
         metrics = WorkerMetrics(f"{folder}/{METRICS_FOLDER}")
+        probes = Probes()
         try:
-            serving = serve_metrics(settings.metrics.address, metrics.registry, is_default=settings.metrics.is_default)
+            serving = serve_metrics(
+                settings.metrics.address, metrics.registry, probes, is_default=settings.metrics.is_default
+            )
         except OSError as error:
             print(f"deltawire-server: {error}", file=sys.stderr)
             return 1
@@ -104,7 +110,7 @@ def run(arguments: Sequence[str], settings: Settings) -> int:
         )
         table = first.limits_table()
         stack.callback(table.close)
-        return asyncio.run(_Parent(arguments, first, metrics, table).run())
+        return asyncio.run(_Parent(arguments, first, metrics, table, probes).run())
 
 
 def _reserved(address: str, remedy: str, stack: contextlib.ExitStack) -> str:
@@ -184,6 +190,7 @@ class _Worker:
         self.since = time.monotonic()
         self._reports = reports
         self._control = control
+        self._has_served = False
 
     async def reported(self, state: str) -> bool:
         """Wait until it reports a state; return false if it ends instead."""
@@ -199,10 +206,15 @@ class _Worker:
         """Permit it to listen on the public addresses, and wait until it serves; return false if it ends instead."""
         self.may_serve = True
         self._control.write(b"\n")
-        serves = await self.reported("serving")
-        if serves and self.must_reload:
+        self._has_served = await self.reported("serving")
+        if self._has_served and self.must_reload:
             self.signal(signals.RELOAD)
-        return serves
+        return self._has_served
+
+    @property
+    def serves(self) -> bool:
+        """Whether it has served and has not ended."""
+        return self._has_served and self.process.returncode is None
 
     def signal(self, number: int) -> None:
         """Send a signal. No effect if it has ended."""
@@ -224,9 +236,14 @@ class _Parent:
         first: Worker 0, from which the others differ only by their numbers.
         metrics: Their metrics.
         table: What their callers use.
+        probes: For the listener of the metrics: the gateway is ready while a worker serves.
     """
 
-    def __init__(self, arguments: Sequence[str], first: WorkerProcess, metrics: WorkerMetrics, table: Table) -> None:
+    def __init__(
+        self, arguments: Sequence[str], first: WorkerProcess, metrics: WorkerMetrics, table: Table, probes: Probes
+    ) -> None:
+        probes.is_ready = self._is_ready
+        self._probes = probes
         self._arguments = arguments
         self._first = first
         self._metrics = metrics
@@ -246,7 +263,9 @@ class _Parent:
         try:
             status = await self._start_all()
             if status == 0:
+                beating = asyncio.create_task(self._beat())
                 await asyncio.gather(*map(self._keep, self._workers))
+                beating.cancel()
         finally:
             for worker in self._workers:
                 if worker.process.returncode is None:
@@ -271,6 +290,14 @@ class _Parent:
             if self._stopping.is_set() or not await worker.serve():
                 return await self._failed(worker)
         return 0
+
+    def _is_ready(self) -> bool:
+        return not self._stopping.is_set() and any(worker.serves for worker in self._workers)
+
+    async def _beat(self) -> None:
+        while True:
+            self._probes.beat()
+            await asyncio.sleep(BEAT_SECONDS)
 
     async def _failed(self, worker: _Worker) -> int:
         if self._stopping.is_set():

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from deltawire_server.errors import CallerError, DeltawireError, GatewayError, Reason, RegistryError
-from deltawire_server.metrics.table import REGISTRY_BEHIND, REGISTRY_MODELS
+from deltawire_server.metrics.table import PROVIDER_MODELS, REGISTRY_BEHIND, REGISTRY_MODELS
 from deltawire_server.pacing import give_way
 from deltawire_server.registry import lookup, pages, rules
 from deltawire_server.registry.change_log_reader import ChangeLogReader
@@ -157,6 +157,8 @@ class ModelRegistry:
     def measure(self) -> None:
         """Set the metrics of the current state."""
         REGISTRY_MODELS.set(len(self._known.models))
+        for provider_id in self._providers.ids:
+            PROVIDER_MODELS.labels(provider_id).set(len(self._served.listed(provider_id)))
         behind = self._follower.behind_since
         REGISTRY_BEHIND.set(0.0 if behind is None else time.monotonic() - behind)
 

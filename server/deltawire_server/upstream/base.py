@@ -168,6 +168,7 @@ class ReplicaStatus:
     Attributes:
         base_url: Its address, without credentials.
         state: Whether it gets calls.
+        engine: What it was found to be.
         streams: Number of calls that it processes now.
         ejected_for: Seconds until its ejection expires; `None` if it is not ejected.
         last_failure: The reason of its last failure that counts against it; `None` without one.
@@ -176,6 +177,7 @@ class ReplicaStatus:
 
     base_url: str
     state: State
+    engine: Engine
     streams: int = 0
     ejected_for: float | None = None
     last_failure: Reason | None = None

@@ -17,11 +17,15 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from deltawire_server.errors import CallerError, DeltawireError, ProviderError, Reason
+from deltawire_server.metrics.table import ENGINE_INFO, REPLICA_STATE
 from deltawire_server.telemetry import get_logger
 from deltawire_server.upstream.failures import excerpt
+from deltawire_server.upstream.replicas import State
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+    from prometheus_client import Gauge
 
     from deltawire_server.upstream.base import Health, Provider, ServedModel
 
@@ -52,6 +56,7 @@ class Providers:
         self._listing_seconds = listing_seconds
         self._listings: dict[_Key, tuple[float, tuple[ServedModel, ...]]] = {}
         self._fetches: dict[_Key, asyncio.Task[tuple[ServedModel, ...]]] = {}
+        self._measured: dict[tuple[Gauge, tuple[str, ...]], int] = {}
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -94,6 +99,24 @@ class Providers:
         if provider is None or not (named or provider.accepts_caller_tokens or len(self._providers) == 1):
             return None
         return token
+
+    def measure(self) -> None:
+        """Set the metrics of the current state of every replica."""
+        values: dict[tuple[Gauge, tuple[str, ...]], int] = {}
+        for provider in self.all():
+            for replica in provider.replicas:
+                labels = (provider.id, replica.base_url)
+                for state in State:
+                    values[REPLICA_STATE, (*labels, state.name.lower())] = int(state is replica.state)
+                engine = replica.engine
+                if engine.version:
+                    values[ENGINE_INFO, (*labels, engine.kind.name.lower(), excerpt(engine.version))] = 1
+        # 0 for those that are not there any more: the library cannot remove series that several processes have.
+        values = dict.fromkeys(self._measured, 0) | values
+        for (gauge, series), value in values.items():
+            if self._measured.get((gauge, series)) != value:
+                gauge.labels(*series).set(value)
+        self._measured = values
 
     @contextlib.contextmanager
     def held(self, provider: Provider) -> Iterator[None]:

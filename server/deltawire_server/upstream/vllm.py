@@ -159,6 +159,7 @@ class VllmProvider:
             ReplicaStatus(
                 each.base_url,
                 each.state,
+                self._engines[each].engine,
                 each.streams,
                 each.ejected_for,
                 each.last_failure,
