@@ -54,7 +54,7 @@ async def serving() -> AsyncIterator[ScriptedServer]:
         yield scripted
     finally:
         server.close()
-        scripted.close()
+        await scripted.close()
 
 
 class ScriptedServer:
@@ -73,7 +73,7 @@ class ScriptedServer:
         self._case = Case()
         self._next = 0
         self._complaints: list[str] = []
-        self._connections: set[_Connection] = set()
+        self._connections: dict[_Connection, asyncio.Task[None]] = {}
         self._calls: set[asyncio.Task[None]] = set()
 
     def play(self, case: Case, patience: float = 0.0) -> None:
@@ -102,22 +102,19 @@ class ScriptedServer:
         self._complaints += [f"call {number + 1} was not made" for number in missing]
         return self._complaints
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Close every connection, and end every call."""
-        for call in self._calls:
-            call.cancel()
-        for connection in self._connections:
+        for connection, task in self._connections.items():
             connection.close()
+            task.cancel()
+        await asyncio.gather(*self._calls, *self._connections.values(), return_exceptions=True)
 
-    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve a connection."""
         connection = _Connection(self, writer)
-        self._connections.add(connection)
-        try:
-            await connection.run(reader)
-        finally:
-            self._connections.discard(connection)
-            connection.close()
+        serving = asyncio.create_task(connection.run(reader))
+        self._connections[connection] = serving
+        serving.add_done_callback(lambda _: self._connections.pop(connection))
 
     def begin(self, connection: _Connection, stream: int, headers: dict[str, str], body: bytes) -> None:
         """Answer a call."""
@@ -282,7 +279,7 @@ class _Connection:
         """Serve until the client, or a script, closes the connection."""
         self._h2.initiate_connection()
         self._flush()
-        with contextlib.suppress(ConnectionError, ProtocolError):
+        with contextlib.closing(self), contextlib.suppress(ConnectionError, ProtocolError):
             while data := await reader.read(65_536):
                 for event in self._h2.receive_data(data):
                     if isinstance(event, RequestReceived):
