@@ -181,8 +181,8 @@ class Gateway:
             chat_completion_pb2_grpc.add_ChatCompletionServicer_to_server(chat, self._passing.server)
             interceptors.append(self._passing)
         self._lifecycle = lifecycle = Lifecycle(listener, interceptors, self._calls)
-        # Without a reference to the gateway: in a cycle, it would be freed by the garbage collector, in any thread, and gRPC's
-        # server crashes the process if it is freed in another thread than that of its event loop.
+        # Without a reference to the gateway: in a cycle, it would be freed by the garbage collector, in whichever thread that
+        # runs. gRPC's server then corrupts memory, as a process with several gateways, one after the other, has shown.
         self._probes.is_ready = lambda: lifecycle.state is State.SERVING
         self._lifecycle.add_service(
             lambda server: chat_completion_pb2_grpc.add_ChatCompletionServicer_to_server(chat, server)
