@@ -13,6 +13,7 @@ import pytest
 from tests.polyglot.programs import (
     ENVOY_CONFIG,
     LIMIT,
+    LOAD_CONFIG,
     MTLS_CONFIG,
     RATE_LIMIT_CONFIG,
     TRANSCODER_CONFIG,
@@ -76,15 +77,24 @@ class Envoy:
         value: int = found["value"]
         return value
 
+    async def weights(self) -> dict[str, int]:
+        """The weight of each gateway, by its address."""
+        return {address: host["weight"] for address, host in (await self._hosts("gateways")).items()}
+
     async def health(self, name: str = "gateways") -> dict[str, dict[str, Any]]:
         """By gateway's address, what a cluster holds of it: empty of faults is healthy."""
+        return {
+            address: {key: value for key, value in host["health_status"].items() if value is True}
+            for address, host in (await self._hosts(name)).items()
+        }
+
+    async def _hosts(self, name: str) -> dict[str, dict[str, Any]]:
         answer = await self._admin.get("/clusters", params={"format": "json"})
         (cluster,) = [each for each in answer.json()["cluster_statuses"] if each["name"] == name]
         hosts = {}
         for host in cluster.get("host_statuses", ()):
             address = host["address"]["socket_address"]
-            health = {key: value for key, value in host["health_status"].items() if value is True}
-            hosts[f"{address['address']}:{address['port_value']}"] = health
+            hosts[f"{address['address']}:{address['port_value']}"] = host
         return hosts
 
     async def until(self, address: str, fault: str | None) -> None:
@@ -117,6 +127,14 @@ async def rate_limit(folder: Path, first: str, second: str, *, calls: int) -> As
     assert text.count(shipped) == 1
     async with _process(folder, text.replace(shipped, f"max_tokens: {calls}, tokens_per_fill: {calls},")) as running:
         yield running.target
+
+
+@contextlib.asynccontextmanager
+async def by_load(folder: Path, first: str, second: str) -> AsyncIterator[Envoy]:
+    """An Envoy that weighs two gateways by the load that they report, with the shipped configuration."""
+    ports = {ADMIN: "0", LISTENER: "0", FIRST: _port(first), SECOND: _port(second)}
+    async with _process(folder, _with_ports(LOAD_CONFIG.read_text(encoding="utf-8"), ports)) as running:
+        yield running
 
 
 @contextlib.asynccontextmanager

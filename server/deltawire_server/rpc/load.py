@@ -1,0 +1,36 @@
+"""The load that each call reports to load balancers, in the text form of ORCA (open request cost aggregation).
+
+It is in the trailers, where gRPC has it, and in the headers, because the trailers of a long stream come too late: a balancer that
+has read it in the headers ignores the trailers.
+"""
+
+from __future__ import annotations
+
+LOAD = "endpoint-load-metrics"
+
+
+class LoadReport:
+    """The report of one process.
+
+    Attributes:
+        metadata: What calls add to their headers and trailers; empty until `measured`.
+    """
+
+    def __init__(self) -> None:
+        self.metadata: tuple[tuple[str, str], ...] = ()
+
+    def measured(self, utilization: float) -> None:
+        """Report this from now on.
+
+        The rate is always 1, so that a balancer, which divides it by the utilization, sends new calls where the fewest run. The
+        true rate would lead it the other way: of two gateways, the one that gets more calls would also look like the faster
+        one, and streams last too long for its utilization to correct that in time.
+
+        Args:
+            utilization: The part of the capacity that is in use; above 0, because balancers ignore reports of 0.
+        """
+        self.metadata = ((LOAD, f"TEXT application_utilization={utilization:.6f},rps_fractional=1"),)
+
+
+NO_LOAD = LoadReport()
+"""Never measured: for calls without a report."""

@@ -1,0 +1,100 @@
+"""The load that calls report to load balancers."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import TYPE_CHECKING
+
+import grpc
+import pytest
+from grpc import aio
+
+from deltawire.v1 import chat_completion_pb2 as chat_pb
+from deltawire_server.fake_vllm import Chunks, Script
+from deltawire_server.rpc.load import LOAD
+from tests.support.gateway import WAIT, ask
+
+if TYPE_CHECKING:
+    from deltawire_server.fake_vllm import FakeVllm
+    from tests.conftest import StartGateway
+    from tests.support.gateway import Running
+
+PLACES = 40
+"""The places of the gateway."""
+
+
+def reported(metadata: object) -> float | None:
+    """The utilization in a call's headers or trailers."""
+    report = dict(metadata or ()).get(LOAD)  # type: ignore[call-overload]
+    if report is None:
+        return None
+    utilization = re.fullmatch(r"TEXT application_utilization=(\d\.\d{6}),rps_fractional=1", report)
+    assert utilization, report
+    return float(utilization[1])
+
+
+async def until(gateway: Running, utilization: float) -> None:
+    """Call until the gateway has measured this utilization."""
+    async with asyncio.timeout(WAIT):
+        while True:
+            call = gateway.chat.GetChatCompletion(chat_pb.GetChatCompletionRequest(completion_id="none"))
+            with pytest.raises(aio.AioRpcError) as refused:
+                await call
+            assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+            if reported(refused.value.trailing_metadata()) == pytest.approx(utilization, abs=1e-6):
+                return
+            await asyncio.sleep(0.05)
+
+
+async def test_headers_and_trailers_have_the_utilization(vllm: FakeVllm, start_gateway: StartGateway) -> None:
+    """That of the running completions, and never 0; in failed calls too."""
+    gate = asyncio.Event()
+    chunk = Chunks()
+    vllm.play(*[Script.chunks((chunk.role(), chunk.text("begun"), gate, chunk.finish()))] * 4)
+    async with start_gateway(server={"max_streams": PLACES}) as gateway:
+        await until(gateway, 1 / PLACES)
+        streams = [gateway.stream() for _ in range(4)]
+        for stream in streams:
+            assert reported(await stream.initial_metadata()) == pytest.approx(1 / PLACES, abs=0.1)
+        await until(gateway, 4 / PLACES)
+        gate.set()
+        for stream in streams:
+            assert [event async for event in stream]
+            assert reported(await stream.trailing_metadata()) == pytest.approx(4 / PLACES, abs=0.1)
+        await until(gateway, 1 / PLACES)
+        call = gateway.chat.CreateChatCompletion(chat_pb.CreateChatCompletionRequest(chat=ask()))
+        await call
+        assert reported(await call.initial_metadata()) == reported(await call.trailing_metadata()) == 1 / PLACES
+
+
+async def test_memory_counts_if_it_is_scarcer(start_gateway: StartGateway) -> None:
+    """A few completions may use most of it."""
+    async with start_gateway(server={"max_streams": PLACES}) as gateway:
+        memory = gateway.gateway._worker.memory
+        with memory.hold() as held:
+            held.set(memory.limit // 2)
+            await until(gateway, 0.5)
+        await until(gateway, 1 / PLACES)
+
+
+async def test_waiting_calls_count(vllm: FakeVllm, start_gateway: StartGateway) -> None:
+    """A gateway whose calls wait for a place is busier than one that is just full."""
+    vllm.play(*[Script.generated(tokens=1_000_000, tokens_per_second=1)] * 3)
+    async with start_gateway(server={"max_streams": 2}, limits={"queue_size": 10}) as gateway:
+        streams = [gateway.stream() for _ in range(3)]
+        await until(gateway, 1.5)
+        for stream in streams:
+            stream.cancel()
+
+
+async def test_none_if_the_operator_does_not_want_it(start_gateway: StartGateway) -> None:
+    """Neither a successful nor a failed call reports."""
+    async with start_gateway(server={"load_reports": False}) as gateway:
+        call = gateway.chat.CreateChatCompletion(chat_pb.CreateChatCompletionRequest(chat=ask()))
+        await call
+        assert LOAD not in dict(await call.initial_metadata())
+        assert LOAD not in dict(await call.trailing_metadata())
+        with pytest.raises(aio.AioRpcError) as refused:
+            await gateway.look_up("none")
+        assert LOAD not in dict(refused.value.trailing_metadata())
