@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import pytest
 from google.protobuf import json_format
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
     from pathlib import Path
 
+    from deltawire._aio.chat import AsyncChatStream
     from deltawire_server.fake_vllm import FakeVllm
 
 MODEL = "vllm/fake"
@@ -93,6 +95,23 @@ async def ask(
         except CallError as error:
             return Reply(events, error)
     return Reply(events)
+
+
+@contextlib.asynccontextmanager
+async def one_attempt(target: str) -> AsyncIterator[AsyncClient]:
+    """A client on a channel of its own making: it cannot open new connections to search for a completion."""
+    async with (
+        grpc.aio.insecure_channel(target, options=(("grpc.enable_retries", 0),)) as channel,
+        AsyncClient(channel=channel, timeout=LIMIT) as client,
+    ):
+        yield client
+
+
+async def begun(stream: AsyncChatStream) -> None:
+    """Read until the first text."""
+    async for event in stream:
+        if event.HasField("text_delta"):
+            return
 
 
 def openai_tools(recording: str) -> list[dict[str, Any]]:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import grpc
 import pytest
 
-from deltawire import AsyncClient, CallError
+from deltawire import AsyncClient, CallError, CallInfo
 from deltawire.v1.chat_completion_pb2 import COMPLETION_STATE_COMPLETED, StopReason
 from deltawire_server.fake_vllm import FakeVllm, Script
-from tests.polyglot.calls import MODEL, Reply, ask, chat_request, gateway, gateway_process
+from tests.polyglot.calls import MODEL, Reply, ask, begun, chat_request, gateway, gateway_process, one_attempt
 from tests.polyglot.programs import LIMIT
 from tests.polyglot.proxy import envoy
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from deltawire._aio.chat import AsyncChatStream
     from deltawire_server.app import Gateway
     from tests.polyglot.proxy import Envoy
 
@@ -45,23 +44,6 @@ async def gateways(vllm: FakeVllm, tmp_path: Path) -> AsyncIterator[Pair]:
         envoy(tmp_path, first[1], second[1]) as proxy,
     ):
         yield proxy, first, second
-
-
-@contextlib.asynccontextmanager
-async def one_attempt(target: str) -> AsyncIterator[AsyncClient]:
-    """A client on a channel of its own making: it cannot open new connections to search for a completion."""
-    async with (
-        grpc.aio.insecure_channel(target, options=(("grpc.enable_retries", 0),)) as channel,
-        AsyncClient(channel=channel, timeout=LIMIT) as client,
-    ):
-        yield client
-
-
-async def begun(stream: AsyncChatStream) -> None:
-    """Read until the first text."""
-    async for event in stream:
-        if event.HasField("text_delta"):
-            return
 
 
 async def test_soft_cancels_by_generated_ids(vllm: FakeVllm, gateways: Pair) -> None:
@@ -89,12 +71,13 @@ async def test_other_clients_have_only_the_chosen_id(vllm: FakeVllm, gateways: P
     found = set()
     async with one_attempt(proxy.target) as other:
         for completion_id in ids:
-            assert (await other.chat.get(completion_id)).completion_id == completion_id
+            info = CallInfo()
+            assert (await other.chat.get(completion_id, info=info)).completion_id == completion_id
+            found.add(dict(info.initial_metadata)["x-deltawire-gateway"])
             async with other.chat.resume(completion_id) as stream:
                 await begun(stream)
                 await other.chat.cancel(completion_id)
                 assert (await stream.final()).stop_reason is StopReason.STOP_REASON_CANCELLED
-                found.add(dict(stream.initial_metadata)["x-deltawire-gateway"])
     assert len(found) == 2
     assert len(vllm.chats) == CALLS
 
@@ -121,10 +104,9 @@ async def test_a_gateway_that_shuts_down_answers_for_its_completions(vllm: FakeV
         drain = asyncio.create_task(leaving.drain())
         await proxy.until(address, "failed_active_health_check")
         for stream in streams:
-            headers = [("x-deltawire-gateway", dict(stream.initial_metadata)["x-deltawire-gateway"])]
-            got = await client.chat.get(stream.completion_id, metadata=headers)
+            got = await client.chat.get(stream.completion_id)
             assert got.completion_id == stream.completion_id
-            async with client.chat.resume(stream.completion_id, metadata=headers) as again:
+            async with client.chat.resume(stream.completion_id) as again:
                 await begun(again)
             await stream.cancel_softly()
             assert (await stream.final()).stop_reason is StopReason.STOP_REASON_CANCELLED

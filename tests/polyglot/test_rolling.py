@@ -1,0 +1,182 @@
+"""Two gateway processes behind a real Envoy with the shipped configuration are restarted in turn under load: nothing is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from deltawire import Answer, AsyncClient, CallError
+from deltawire.v1.chat_completion_pb2 import (
+    COMPLETION_STATE_COMPLETED,
+    COMPLETION_STATE_RUNNING,
+    GetChatCompletionResponse,
+    StopReason,
+)
+from deltawire_server.fake_vllm import FakeVllm, Script
+from tests.polyglot.calls import MODEL, begun, one_attempt
+from tests.polyglot.programs import LIMIT
+from tests.polyglot.proxy import envoy
+from tests.support.gateway_process import GatewayProcess
+from tests.support.ports import free_port
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+    from pathlib import Path
+
+pytestmark = pytest.mark.polyglot
+
+CALLERS = int(os.environ.get("ROLLING_CALLERS", "40"))
+"""Streams that run at any time; `make rolling` has more."""
+
+TOKENS = 10
+ANSWERS = Script.generated(tokens=TOKENS, tokens_per_second=5)
+
+DRAIN_DELAY = 8
+"""Seconds: more than answers need, as documented, so that all calls about those that run are answered meanwhile."""
+
+
+class Callers:
+    """Programs that use completions in every way, each one after the other, until they are stopped.
+
+    Args:
+        client: Through Envoy.
+        text: What every answer says.
+
+    Attributes:
+        stopped: Set to end each program after what it does now.
+        problems: What was answered wrongly.
+        uses: What they do.
+        answered: How often each of these was answered rightly.
+        ids: Those of completions that have ended.
+    """
+
+    def __init__(self, client: AsyncClient, text: str) -> None:
+        self._client = client
+        self._text = text
+        self._numbers = itertools.count()
+        self.stopped = False
+        self.problems: list[str] = []
+        self.uses: list[Callable[[], Awaitable[None]]] = [
+            self.read,
+            self.resume,
+            self.cancel_softly,
+            self.look_up,
+            self.look_up_by_a_chosen_id,
+        ]
+        self.answered = dict.fromkeys((use.__name__ for use in self.uses), 0)
+        self.ids: list[str] = []
+
+    async def run(self, number: int) -> None:
+        """One program."""
+        for use in itertools.cycle(self.uses[number % len(self.uses) :] + self.uses[: number % len(self.uses)]):
+            if self.stopped:
+                return
+            try:
+                await use()
+                self.answered[use.__name__] += 1
+            except (CallError, AssertionError) as error:
+                self.problems.append(f"{use.__name__}: {error!r}")
+
+    async def read(self) -> None:
+        """A stream, to its end."""
+        async with self._client.chat.stream("hi", model=MODEL) as stream:
+            self.check(await stream.final())
+
+    async def resume(self) -> None:
+        """A stream whose reader leaves in the middle, and resumes it from the beginning."""
+        async with self._client.chat.stream("hi", model=MODEL, retention=60) as stream:
+            await begun(stream)
+        async with self._client.chat.resume(stream.completion_id) as again:
+            self.check(await again.final())
+
+    async def cancel_softly(self) -> None:
+        """A stream that is ended in the middle, by another call."""
+        async with self._client.chat.stream("hi", model=MODEL) as stream:
+            await begun(stream)
+            await self._client.chat.cancel(stream.completion_id)
+            answer = await stream.final()
+        assert answer.stop_reason is StopReason.STOP_REASON_CANCELLED
+        assert answer.text
+        assert self._text.startswith(answer.text)
+
+    async def look_up(self) -> None:
+        """A stream that is looked up while it runs and afterwards."""
+        async with self._client.chat.stream("hi", model=MODEL) as stream:
+            await begun(stream)
+            got = await self._client.chat.get(stream.completion_id)
+            assert got.state == COMPLETION_STATE_RUNNING
+            self.check(await stream.final())
+        self.check_ended(await self._client.chat.get(stream.completion_id))
+
+    async def look_up_by_a_chosen_id(self) -> None:
+        """An answer without a stream."""
+        chosen = f"mine-{next(self._numbers)}"
+        self.check(await self._client.chat.create("hi", model=MODEL, completion_id=chosen))
+        self.check_ended(await self._client.chat.get(chosen))
+
+    def check(self, answer: Answer) -> None:
+        """Check that an answer is whole."""
+        assert answer.text == self._text
+        assert answer.stop_reason is StopReason.STOP_REASON_END_OF_TURN
+        assert answer.usage.completion_tokens == TOKENS
+
+    def check_ended(self, got: GetChatCompletionResponse) -> None:
+        """Check what was looked up of an answer that was whole."""
+        assert got.state == COMPLETION_STATE_COMPLETED
+        assert got.usage.completion_tokens == TOKENS
+        self.ids.append(got.completion_id)
+
+
+@contextlib.asynccontextmanager
+async def gateway(vllm: FakeVllm, folder: Path, name: str, *flags: str) -> AsyncIterator[GatewayProcess]:
+    """A gateway process that can be stopped and started again on its port."""
+    foreign = {name: "" for name in os.environ if name.startswith(("DELTAWIRE_", "VLLM_"))}
+    own = ["--vllm-url", vllm.base_url, "--listen", f"127.0.0.1:{free_port()}", "--metrics-listen", "off"]
+    own += ["--database-url", f"sqlite:///{folder}/{name}.db", "--set", f"server.drain_delay={DRAIN_DELAY}"]
+    process = GatewayProcess([*own, *flags], foreign, folder / f"{name}.log")
+    try:
+        await asyncio.to_thread(process.start, LIMIT)
+        yield process
+    finally:
+        await asyncio.to_thread(process.stop, 0.0)
+
+
+async def test_a_rolling_restart_loses_nothing(tmp_path: Path) -> None:
+    """Every stream ends whole, and all calls about completions that run are answered; only ended ones die with their gateway.
+
+    One of the gateways has two workers.
+    """
+    async with (
+        FakeVllm(ANSWERS) as vllm,
+        gateway(vllm, tmp_path, "one") as one,
+        gateway(vllm, tmp_path, "two", "--workers", "2") as two,
+        envoy(tmp_path, one.address, two.address) as proxy,
+        AsyncClient(proxy.target, timeout=LIMIT) as client,
+    ):
+        text = (await client.chat.create("hi", model=MODEL)).text
+        callers = Callers(client, text)
+        async with asyncio.TaskGroup() as running:
+            for number in range(CALLERS):
+                running.create_task(callers.run(number))
+            while len(callers.ids) < CALLERS:  # noqa: ASYNC110 -- it ends with the callers
+                await asyncio.sleep(0.1)
+            dead = callers.ids[:CALLERS]
+            for process in (one, two):
+                address = process.address
+                assert await asyncio.to_thread(process.stop) == 0
+                await asyncio.to_thread(process.start, LIMIT)
+                await proxy.until(address, None)
+            callers.stopped = True
+        assert not callers.problems, "\n".join(callers.problems)
+        assert min(callers.answered.values()) > CALLERS / 2
+        async with one_attempt(proxy.target) as other:
+            for completion_id in dead:
+                with pytest.raises(CallError) as lost:
+                    await other.chat.get(completion_id)
+                expected = "COMPLETION_NOT_FOUND" if completion_id.startswith("mine-") else "WRONG_REPLICA"
+                assert lost.value.reason == expected
