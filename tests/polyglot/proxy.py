@@ -39,9 +39,9 @@ SECOND_ENDPOINT = """\
 """
 
 
-def configuration(first: str, second: str | None) -> str:
-    """The shipped file for gateways at these addresses; Envoy takes free ports for itself."""
-    text = ENVOY_CONFIG.read_text(encoding="utf-8")
+def configuration(shipped: Path, first: str, second: str | None) -> str:
+    """A shipped file for gateways at these addresses; Envoy takes free ports for itself."""
+    text = shipped.read_text(encoding="utf-8")
     if second is None:
         assert text.count(SECOND_ENDPOINT) == 1
         text = text.replace(SECOND_ENDPOINT, "")
@@ -111,7 +111,7 @@ class Envoy:
 @contextlib.asynccontextmanager
 async def envoy(folder: Path, first: str, second: str | None = None) -> AsyncIterator[Envoy]:
     """An Envoy in front of one or two gateways, once it finds all of them healthy."""
-    async with _process(folder, configuration(first, second)) as running:
+    async with _process(folder, configuration(ENVOY_CONFIG, first, second)) as running:
         async with asyncio.timeout(LIMIT):
             for address in filter(None, (first, second)):
                 await running.until(address, None)
@@ -121,8 +121,7 @@ async def envoy(folder: Path, first: str, second: str | None = None) -> AsyncIte
 @contextlib.asynccontextmanager
 async def rate_limit(folder: Path, first: str, second: str, *, calls: int) -> AsyncIterator[str]:
     """The address of an Envoy that limits the calls of each caller, with the shipped configuration and another limit."""
-    ports = {ADMIN: "0", LISTENER: "0", FIRST: _port(first), SECOND: _port(second)}
-    text = _with_ports(RATE_LIMIT_CONFIG.read_text(encoding="utf-8"), ports)
+    text = configuration(RATE_LIMIT_CONFIG, first, second)
     shipped = "max_tokens: 600, tokens_per_fill: 600,"
     assert text.count(shipped) == 1
     async with _process(folder, text.replace(shipped, f"max_tokens: {calls}, tokens_per_fill: {calls},")) as running:
@@ -132,8 +131,7 @@ async def rate_limit(folder: Path, first: str, second: str, *, calls: int) -> As
 @contextlib.asynccontextmanager
 async def by_load(folder: Path, first: str, second: str) -> AsyncIterator[Envoy]:
     """An Envoy that weighs two gateways by the load that they report, with the shipped configuration."""
-    ports = {ADMIN: "0", LISTENER: "0", FIRST: _port(first), SECOND: _port(second)}
-    async with _process(folder, _with_ports(LOAD_CONFIG.read_text(encoding="utf-8"), ports)) as running:
+    async with _process(folder, configuration(LOAD_CONFIG, first, second)) as running:
         yield running
 
 
@@ -150,7 +148,9 @@ async def transcoder(folder: Path, gateway: str) -> AsyncIterator[str]:
 
 
 @contextlib.asynccontextmanager
-async def mtls_envoy(folder: Path, gateway: str, certificates: Certificates, name: str) -> AsyncIterator[str]:
+async def mtls_envoy(
+    folder: Path, certificates: Certificates, name: str, first: str, second: str | None = None
+) -> AsyncIterator[str]:
     """The address of an Envoy with the shipped configuration, whose own certificate has this URI."""
     proxy, key = certificates.sign("proxy", f"URI:{name}")
     files = {
@@ -161,7 +161,7 @@ async def mtls_envoy(folder: Path, gateway: str, certificates: Certificates, nam
         "clients-ca.pem": certificates.authority,
         "gateways-ca.pem": certificates.authority,
     }
-    text = _with_ports(MTLS_CONFIG.read_text(encoding="utf-8"), {ADMIN: "0", LISTENER: "0", FIRST: _port(gateway)})
+    text = configuration(MTLS_CONFIG, first, second)
     for shipped, used in files.items():
         assert text.count(f"/etc/envoy/{shipped}") == 1
         text = text.replace(f"/etc/envoy/{shipped}", str(used))

@@ -33,10 +33,13 @@ pytestmark = pytest.mark.polyglot
 CALLERS = int(os.environ.get("ROLLING_CALLERS", "40"))
 """Streams that run at any time; `make rolling` has more."""
 
-TOKENS = 10
+TOKENS = 8
 ANSWERS = Script.generated(tokens=TOKENS, tokens_per_second=5)
 
-DRAIN_DELAY = 8
+LOST = 20
+"""Completions that have ended before both gateways are restarted."""
+
+DRAIN_DELAY = 6
 """Seconds: more than answers need, as documented, so that all calls about those that run are answered meanwhile."""
 
 
@@ -93,6 +96,7 @@ class Callers:
             await begun(stream)
         async with self._client.chat.resume(stream.completion_id) as again:
             self.check(await again.final())
+        self.check_ended(await self._client.chat.get(stream.completion_id))
 
     async def cancel_softly(self) -> None:
         """A stream that is ended in the middle, by another call."""
@@ -133,29 +137,28 @@ class Callers:
 
 
 @contextlib.asynccontextmanager
-async def gateway(vllm: FakeVllm, folder: Path, name: str, *flags: str) -> AsyncIterator[GatewayProcess]:
-    """A gateway process that can be stopped and started again on its port."""
+async def gateways(vllm: FakeVllm, folder: Path) -> AsyncIterator[list[GatewayProcess]]:
+    """Two gateway processes that can be stopped and started again on their ports. The second one has two workers."""
     foreign = {name: "" for name in os.environ if name.startswith(("DELTAWIRE_", "VLLM_"))}
-    own = ["--vllm-url", vllm.base_url, "--listen", f"127.0.0.1:{free_port()}", "--metrics-listen", "off"]
-    own += ["--database-url", f"sqlite:///{folder}/{name}.db", "--set", f"server.drain_delay={DRAIN_DELAY}"]
-    process = GatewayProcess([*own, *flags], foreign, folder / f"{name}.log")
+    processes = []
+    for workers in ("1", "2"):
+        flags = ["--vllm-url", vllm.base_url, "--listen", f"127.0.0.1:{free_port()}", "--metrics-listen", "off"]
+        flags += ["--database-url", f"sqlite:///{folder}/{workers}.db", "--workers", workers]
+        flags += ["--set", f"server.drain_delay={DRAIN_DELAY}"]
+        processes.append(GatewayProcess(flags, foreign, folder / f"{workers}.log"))
     try:
-        await asyncio.to_thread(process.start, LIMIT)
-        yield process
+        await asyncio.gather(*(asyncio.to_thread(process.start, LIMIT) for process in processes))
+        yield processes
     finally:
-        await asyncio.to_thread(process.stop, 0.0)
+        await asyncio.gather(*(asyncio.to_thread(process.stop, 0.0) for process in processes))
 
 
 async def test_a_rolling_restart_loses_nothing(tmp_path: Path) -> None:
-    """Every stream ends whole, and all calls about completions that run are answered; only ended ones die with their gateway.
-
-    One of the gateways has two workers.
-    """
+    """Every stream ends whole, and all calls about completions that run are answered; only ended ones die with their gateway."""
     async with (
         FakeVllm(ANSWERS) as vllm,
-        gateway(vllm, tmp_path, "one") as one,
-        gateway(vllm, tmp_path, "two", "--workers", "2") as two,
-        envoy(tmp_path, one.address, two.address) as proxy,
+        gateways(vllm, tmp_path) as processes,
+        envoy(tmp_path, *(process.address for process in processes)) as proxy,
         AsyncClient(proxy.target, timeout=LIMIT) as client,
     ):
         text = (await client.chat.create("hi", model=MODEL)).text
@@ -163,10 +166,10 @@ async def test_a_rolling_restart_loses_nothing(tmp_path: Path) -> None:
         async with asyncio.TaskGroup() as running:
             for number in range(CALLERS):
                 running.create_task(callers.run(number))
-            while len(callers.ids) < CALLERS:  # noqa: ASYNC110 -- it ends with the callers
+            while len(callers.ids) < LOST:  # noqa: ASYNC110 -- it ends with the callers
                 await asyncio.sleep(0.1)
-            dead = callers.ids[:CALLERS]
-            for process in (one, two):
+            lost = callers.ids[:LOST]
+            for process in processes:
                 address = process.address
                 assert await asyncio.to_thread(process.stop) == 0
                 await asyncio.to_thread(process.start, LIMIT)
@@ -175,8 +178,11 @@ async def test_a_rolling_restart_loses_nothing(tmp_path: Path) -> None:
         assert not callers.problems, "\n".join(callers.problems)
         assert min(callers.answered.values()) > CALLERS / 2
         async with one_attempt(proxy.target) as other:
-            for completion_id in dead:
-                with pytest.raises(CallError) as lost:
+            for completion_id in lost:
+                expected = "WRONG_REPLICA" if completion_id.startswith("cmpl-") else "COMPLETION_NOT_FOUND"
+                with pytest.raises(CallError) as failed:
                     await other.chat.get(completion_id)
-                expected = "COMPLETION_NOT_FOUND" if completion_id.startswith("mine-") else "WRONG_REPLICA"
-                assert lost.value.reason == expected
+                assert failed.value.reason == expected
+                with pytest.raises(CallError) as failed:
+                    await other.chat.resume(completion_id, retention=0.1).final()
+                assert failed.value.reason == expected
