@@ -250,7 +250,7 @@ class Gateway:
             self._providers.measure()
             self._probes.beat()
             if self._settings.server.load_reports:
-                self._calls.load.measured(self._worker.utilization)
+                self._calls.load.measure(self._worker.utilization)
             await asyncio.sleep(MEASURE_SECONDS)
 
     def _announce(self) -> None:

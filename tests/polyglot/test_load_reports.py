@@ -10,7 +10,7 @@ import pytest
 
 from deltawire import AsyncClient
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
-from tests.polyglot.calls import MODEL, gateway
+from tests.polyglot.calls import MODEL, ask, chat_request, gateway
 from tests.polyglot.programs import LIMIT, LOAD_CONFIG, run, tool
 from tests.polyglot.proxy import by_load
 
@@ -49,6 +49,21 @@ async def streams(target: str, count: int) -> AsyncIterator[None]:
     async with AsyncClient(target, timeout=LIMIT) as client, contextlib.AsyncExitStack() as stack:
         await asyncio.gather(*(begin(client, stack) for _ in range(count)))
         yield
+
+
+async def test_a_gateway_whose_calls_fail_gets_few(vllm: FakeVllm, tmp_path: Path) -> None:
+    """Though nothing runs there, because it cannot reach its vLLM."""
+    async with (
+        FakeVllm() as other,
+        gateway(vllm, tmp_path) as (_, first),
+        gateway(other, tmp_path) as (_, second),
+        by_load(tmp_path, first, second) as proxy,
+    ):
+        assert (await ask(first, chat_request())).answer  # it knows its model, so that it is the chat itself that fails
+        await vllm.crash()
+        async with asyncio.timeout(LIMIT):
+            while (weights := await proxy.weights())[second] < 100 * weights[first]:
+                await ask(proxy.target, chat_request())
 
 
 async def test_new_streams_go_where_fewer_run(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from grpc import aio
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire_server.fake_vllm import Chunks, Script
-from deltawire_server.rpc.load import LOAD
+from deltawire_server.rpc.load import LOAD, LoadReport
 from tests.support.gateway import WAIT, ask
 
 if TYPE_CHECKING:
@@ -24,25 +24,25 @@ PLACES = 40
 """The places of the gateway."""
 
 
-def reported(metadata: object) -> float | None:
-    """The utilization in a call's headers or trailers."""
+def reported(metadata: object) -> tuple[float, float] | None:
+    """The utilization and the share of errors in a call's headers or trailers."""
     report = dict(metadata or ()).get(LOAD)  # type: ignore[call-overload]
     if report is None:
         return None
-    utilization = re.fullmatch(r"TEXT application_utilization=(\d\.\d{6}),rps_fractional=1", report)
-    assert utilization, report
-    return float(utilization[1])
+    found = re.fullmatch(r"TEXT application_utilization=(\d\.\d{6}),rps_fractional=1,eps=(\d\.\d{3})", report)
+    assert found, report
+    return float(found[1]), float(found[2])
 
 
-async def until(gateway: Running, utilization: float) -> None:
-    """Call until the gateway has measured this utilization."""
+async def until(gateway: Running, utilization: float, errors: float = 0.0) -> None:
+    """Call until the gateway has measured this."""
     async with asyncio.timeout(WAIT):
         while True:
             call = gateway.chat.GetChatCompletion(chat_pb.GetChatCompletionRequest(completion_id="none"))
             with pytest.raises(aio.AioRpcError) as refused:
                 await call
             assert refused.value.code() is grpc.StatusCode.NOT_FOUND
-            if reported(refused.value.trailing_metadata()) == pytest.approx(utilization, abs=1e-6):
+            if reported(refused.value.trailing_metadata()) == pytest.approx((utilization, errors), abs=1e-6):
                 return
             await asyncio.sleep(0.05)
 
@@ -56,16 +56,16 @@ async def test_headers_and_trailers_have_the_utilization(vllm: FakeVllm, start_g
         await until(gateway, 1 / PLACES)
         streams = [gateway.stream() for _ in range(4)]
         for stream in streams:
-            assert reported(await stream.initial_metadata()) == pytest.approx(1 / PLACES, abs=0.1)
+            assert reported(await stream.initial_metadata()) == pytest.approx((1 / PLACES, 0), abs=0.1)
         await until(gateway, 4 / PLACES)
         gate.set()
         for stream in streams:
             assert [event async for event in stream]
-            assert reported(await stream.trailing_metadata()) == pytest.approx(4 / PLACES, abs=0.1)
+            assert reported(await stream.trailing_metadata()) == pytest.approx((4 / PLACES, 0), abs=0.1)
         await until(gateway, 1 / PLACES)
         call = gateway.chat.CreateChatCompletion(chat_pb.CreateChatCompletionRequest(chat=ask()))
         await call
-        assert reported(await call.initial_metadata()) == reported(await call.trailing_metadata()) == 1 / PLACES
+        assert reported(await call.initial_metadata()) == reported(await call.trailing_metadata()) == (1 / PLACES, 0)
 
 
 async def test_memory_counts_if_it_is_scarcer(start_gateway: StartGateway) -> None:
@@ -98,3 +98,28 @@ async def test_none_if_the_operator_does_not_want_it(start_gateway: StartGateway
         with pytest.raises(aio.AioRpcError) as refused:
             await gateway.look_up("none")
         assert LOAD not in dict(refused.value.trailing_metadata())
+
+
+def test_errors_are_a_share_of_the_calls() -> None:
+    """Of those of the last interval that had some, and never above 1, even if streams fail that began before."""
+    load = LoadReport()
+    shares = []
+    for calls, failed in ((0, 0), (4, 1), (0, 0), (1, 3), (2, 0)):
+        load.calls, load.failed = calls, failed
+        load.measure(0.5)
+        shares.append(reported(load.metadata))
+    assert shares == [(0.5, 0), (0.5, 0.25), (0.5, 0.25), (0.5, 1), (0.5, 0)]
+
+
+async def test_failures_of_the_engine_are_errors(vllm: FakeVllm, start_gateway: StartGateway) -> None:
+    """Those of callers are not: a completion that does not exist."""
+    async with start_gateway(server={"max_streams": PLACES}) as gateway:
+        await until(gateway, 1 / PLACES)
+        await vllm.crash()
+        async with asyncio.timeout(WAIT):
+            while True:
+                with pytest.raises(aio.AioRpcError) as failed:
+                    await gateway.create()
+                if reported(failed.value.trailing_metadata()) == (1 / PLACES, 1):
+                    break
+                await asyncio.sleep(0.02)

@@ -217,7 +217,7 @@ class CallInterceptor(aio.ServerInterceptor):
         reception: Receives the requests.
 
     Attributes:
-        load: What calls report to load balancers; nothing until it is `measured`.
+        load: What calls report to load balancers; nothing until its first `measure`.
     """
 
     def __init__(
@@ -304,6 +304,7 @@ class CallInterceptor(aio.ServerInterceptor):
         with contextlib.ExitStack() as counted:
             if ours:
                 counted.enter_context(self._counted())
+                self.load.calls += 1
             with self._logged(method, rpc, record, context, metadata) as outcome, self._admission.place() as place:
                 try:
                     if not ours:
@@ -320,6 +321,8 @@ class CallInterceptor(aio.ServerInterceptor):
                 finally:
                     record.opened()
                 outcome.fail(error)
+                if error.reason in FOR_OPERATORS:
+                    self.load.failed += 1
                 if record.latch.succeeded:
                     return None  # the caller has the whole answer; a later failure is only logged
                 record.latch.fail()
