@@ -14,7 +14,6 @@ from deltawire import Answer, AsyncClient, CallError
 from deltawire.v1.chat_completion_pb2 import (
     COMPLETION_STATE_COMPLETED,
     COMPLETION_STATE_RUNNING,
-    GetChatCompletionResponse,
     StopReason,
 )
 from deltawire_server.fake_vllm import FakeVllm, Script
@@ -33,13 +32,17 @@ pytestmark = pytest.mark.polyglot
 CALLERS = int(os.environ.get("ROLLING_CALLERS", "40"))
 """Streams that run at any time; `make rolling` has more."""
 
-TOKENS = 8
-ANSWERS = Script.generated(tokens=TOKENS, tokens_per_second=5)
+TOKENS_PER_SECOND = 5
+TOKENS = CALLERS // 5
+"""Of an answer: 1.6 seconds, and longer for more callers, so that as many calls begin in a second."""
+
+ENDLESS = Script.generated(tokens=1_000_000, tokens_per_second=TOKENS_PER_SECOND)
+"""Of which each request limits its own answer, unless it is ended softly."""
 
 LOST = 20
 """Completions that have ended before both gateways are restarted."""
 
-DRAIN_DELAY = 6
+DRAIN_DELAY = 3 + 2 * TOKENS / TOKENS_PER_SECOND
 """Seconds: more than answers need, as documented, so that all calls about those that run are answered meanwhile."""
 
 
@@ -48,7 +51,7 @@ class Callers:
 
     Args:
         client: Through Envoy.
-        text: What every answer says.
+        expected: What is answered to each request that limits its answer.
 
     Attributes:
         stopped: Set to end each program after what it does now.
@@ -58,17 +61,16 @@ class Callers:
         ids: Those of completions that have ended.
     """
 
-    def __init__(self, client: AsyncClient, text: str) -> None:
+    def __init__(self, client: AsyncClient, expected: Answer) -> None:
         self._client = client
-        self._text = text
+        self._expected = expected
         self._numbers = itertools.count()
         self.stopped = False
         self.problems: list[str] = []
         self.uses: list[Callable[[], Awaitable[None]]] = [
             self.read,
             self.resume,
-            self.cancel_softly,
-            self.look_up,
+            self.end_softly,
             self.look_up_by_a_chosen_id,
         ]
         self.answered = dict.fromkeys((use.__name__ for use in self.uses), 0)
@@ -87,53 +89,48 @@ class Callers:
 
     async def read(self) -> None:
         """A stream, to its end."""
-        async with self._client.chat.stream("hi", model=MODEL) as stream:
+        async with self._client.chat.stream("hi", model=MODEL, max_tokens=TOKENS) as stream:
             self.check(await stream.final())
+        await self.check_ended(stream.completion_id)
 
     async def resume(self) -> None:
         """A stream whose reader leaves in the middle, and resumes it from the beginning."""
-        async with self._client.chat.stream("hi", model=MODEL, retention=60) as stream:
+        async with self._client.chat.stream("hi", model=MODEL, max_tokens=TOKENS, retention=60) as stream:
             await begun(stream)
         async with self._client.chat.resume(stream.completion_id) as again:
             self.check(await again.final())
-        self.check_ended(await self._client.chat.get(stream.completion_id))
+        await self.check_ended(stream.completion_id)
 
-    async def cancel_softly(self) -> None:
-        """A stream that is ended in the middle, by another call."""
+    async def end_softly(self) -> None:
+        """A stream that is looked up and ended while it runs, by other calls."""
         async with self._client.chat.stream("hi", model=MODEL) as stream:
             await begun(stream)
+            assert (await self._client.chat.get(stream.completion_id)).state == COMPLETION_STATE_RUNNING
+            await asyncio.sleep(TOKENS / TOKENS_PER_SECOND)  # as long as other answers take
             await self._client.chat.cancel(stream.completion_id)
             answer = await stream.final()
         assert answer.stop_reason is StopReason.STOP_REASON_CANCELLED
-        assert answer.text
-        assert self._text.startswith(answer.text)
-
-    async def look_up(self) -> None:
-        """A stream that is looked up while it runs and afterwards."""
-        async with self._client.chat.stream("hi", model=MODEL) as stream:
-            await begun(stream)
-            got = await self._client.chat.get(stream.completion_id)
-            assert got.state == COMPLETION_STATE_RUNNING
-            self.check(await stream.final())
-        self.check_ended(await self._client.chat.get(stream.completion_id))
+        longer, shorter = sorted((answer.text, self._expected.text), key=len, reverse=True)
+        assert shorter
+        assert longer.startswith(shorter)
+        await self.check_ended(stream.completion_id)
 
     async def look_up_by_a_chosen_id(self) -> None:
         """An answer without a stream."""
         chosen = f"mine-{next(self._numbers)}"
-        self.check(await self._client.chat.create("hi", model=MODEL, completion_id=chosen))
-        self.check_ended(await self._client.chat.get(chosen))
+        self.check(await self._client.chat.create("hi", model=MODEL, max_tokens=TOKENS, completion_id=chosen))
+        await self.check_ended(chosen)
 
     def check(self, answer: Answer) -> None:
         """Check that an answer is whole."""
-        assert answer.text == self._text
-        assert answer.stop_reason is StopReason.STOP_REASON_END_OF_TURN
+        assert (answer.text, answer.stop_reason) == (self._expected.text, self._expected.stop_reason)
         assert answer.usage.completion_tokens == TOKENS
 
-    def check_ended(self, got: GetChatCompletionResponse) -> None:
-        """Check what was looked up of an answer that was whole."""
+    async def check_ended(self, completion_id: str) -> None:
+        """Look up an answer that was whole."""
+        got = await self._client.chat.get(completion_id)
         assert got.state == COMPLETION_STATE_COMPLETED
-        assert got.usage.completion_tokens == TOKENS
-        self.ids.append(got.completion_id)
+        self.ids.append(completion_id)
 
 
 @contextlib.asynccontextmanager
@@ -156,13 +153,14 @@ async def gateways(vllm: FakeVllm, folder: Path) -> AsyncIterator[list[GatewayPr
 async def test_a_rolling_restart_loses_nothing(tmp_path: Path) -> None:
     """Every stream ends whole, and all calls about completions that run are answered; only ended ones die with their gateway."""
     async with (
-        FakeVllm(ANSWERS) as vllm,
+        FakeVllm(ENDLESS) as vllm,
         gateways(vllm, tmp_path) as processes,
         envoy(tmp_path, *(process.address for process in processes)) as proxy,
         AsyncClient(proxy.target, timeout=LIMIT) as client,
     ):
-        text = (await client.chat.create("hi", model=MODEL)).text
-        callers = Callers(client, text)
+        expected = await client.chat.create("hi", model=MODEL, max_tokens=TOKENS)
+        assert expected.usage.completion_tokens == TOKENS
+        callers = Callers(client, expected)
         async with asyncio.TaskGroup() as running:
             for number in range(CALLERS):
                 running.create_task(callers.run(number))
@@ -179,10 +177,10 @@ async def test_a_rolling_restart_loses_nothing(tmp_path: Path) -> None:
         assert min(callers.answered.values()) > CALLERS / 2
         async with one_attempt(proxy.target) as other:
             for completion_id in lost:
-                expected = "WRONG_REPLICA" if completion_id.startswith("cmpl-") else "COMPLETION_NOT_FOUND"
+                reason = "WRONG_REPLICA" if completion_id.startswith("cmpl-") else "COMPLETION_NOT_FOUND"
                 with pytest.raises(CallError) as failed:
                     await other.chat.get(completion_id)
-                assert failed.value.reason == expected
+                assert failed.value.reason == reason
                 with pytest.raises(CallError) as failed:
                     await other.chat.resume(completion_id, retention=0.1).final()
-                assert failed.value.reason == expected
+                assert failed.value.reason == reason
