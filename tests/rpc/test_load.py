@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import grpc
 import pytest
 from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire_server.fake_vllm import Chunks, Script
@@ -65,6 +66,9 @@ async def test_headers_and_trailers_have_the_utilization(vllm: FakeVllm, start_g
         await until(gateway, 1 / PLACES)
         call = gateway.chat.CreateChatCompletion(chat_pb.CreateChatCompletionRequest(chat=ask()))
         await call
+        health = health_pb2_grpc.HealthStub(gateway.channel).Check(health_pb2.HealthCheckRequest())
+        await health
+        assert reported(await health.initial_metadata()) is reported(await health.trailing_metadata()) is None
         assert reported(await call.initial_metadata()) == reported(await call.trailing_metadata()) == (1 / PLACES, 0)
 
 

@@ -299,12 +299,12 @@ class CallInterceptor(aio.ServerInterceptor):
         metadata = _metadata(context)
         record = CallRecord(_call_context(metadata))
         record.origin = origin(context, self._access.trust)
-        record.load = self.load
         _record.set(record)  # for the task of this call, so it is never reset
         with contextlib.ExitStack() as counted:
             if ours:
                 counted.enter_context(self._counted())
                 self.load.calls += 1
+                record.load = self.load
             with self._logged(method, rpc, record, context, metadata) as outcome, self._admission.place() as place:
                 try:
                     if not ours:
