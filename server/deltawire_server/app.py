@@ -242,13 +242,15 @@ class Gateway:
             raise ListenError(str(error)) from error
 
     async def _measure_for_ever(self) -> None:
-        """Set the metrics of the current state once a second."""
+        """Set the metrics of the current state, and the load that calls report, once a second."""
         INFO.labels(__version__).set(1)
         while True:
             self._worker.measure()
             self._registry.measure()
             self._providers.measure()
             self._probes.beat()
+            if self._settings.server.load_reports:
+                self._calls.load.measure(self._worker.utilization)
             await asyncio.sleep(MEASURE_SECONDS)
 
     def _announce(self) -> None:
