@@ -25,6 +25,7 @@ ENVOY_CONFIG = ROOT / "server" / "deploy" / "envoy" / "envoy.yaml"
 TRANSCODER_CONFIG = ENVOY_CONFIG.with_name("transcoder.yaml")
 MTLS_CONFIG = ENVOY_CONFIG.with_name("mtls.yaml")
 RATE_LIMIT_CONFIG = ENVOY_CONFIG.with_name("ratelimit.yaml")
+LOAD_CONFIG = ENVOY_CONFIG.with_name("load.yaml")
 
 LIMIT = 60.0
 """Seconds after which a wait has failed. Nothing takes a tenth of it; a busy machine may."""

@@ -13,6 +13,7 @@ import pytest
 from tests.polyglot.programs import (
     ENVOY_CONFIG,
     LIMIT,
+    LOAD_CONFIG,
     MTLS_CONFIG,
     RATE_LIMIT_CONFIG,
     TRANSCODER_CONFIG,
@@ -38,9 +39,9 @@ SECOND_ENDPOINT = """\
 """
 
 
-def configuration(first: str, second: str | None) -> str:
-    """The shipped file for gateways at these addresses; Envoy takes free ports for itself."""
-    text = ENVOY_CONFIG.read_text(encoding="utf-8")
+def configuration(shipped: Path, first: str, second: str | None) -> str:
+    """A shipped file for gateways at these addresses; Envoy takes free ports for itself."""
+    text = shipped.read_text(encoding="utf-8")
     if second is None:
         assert text.count(SECOND_ENDPOINT) == 1
         text = text.replace(SECOND_ENDPOINT, "")
@@ -76,15 +77,24 @@ class Envoy:
         value: int = found["value"]
         return value
 
+    async def weights(self) -> dict[str, int]:
+        """The weight of each gateway, by its address."""
+        return {address: host["weight"] for address, host in (await self._hosts("gateways")).items()}
+
     async def health(self, name: str = "gateways") -> dict[str, dict[str, Any]]:
         """By gateway's address, what a cluster holds of it: empty of faults is healthy."""
+        return {
+            address: {key: value for key, value in host["health_status"].items() if value is True}
+            for address, host in (await self._hosts(name)).items()
+        }
+
+    async def _hosts(self, name: str) -> dict[str, dict[str, Any]]:
         answer = await self._admin.get("/clusters", params={"format": "json"})
         (cluster,) = [each for each in answer.json()["cluster_statuses"] if each["name"] == name]
         hosts = {}
         for host in cluster.get("host_statuses", ()):
             address = host["address"]["socket_address"]
-            health = {key: value for key, value in host["health_status"].items() if value is True}
-            hosts[f"{address['address']}:{address['port_value']}"] = health
+            hosts[f"{address['address']}:{address['port_value']}"] = host
         return hosts
 
     async def until(self, address: str, fault: str | None) -> None:
@@ -101,7 +111,7 @@ class Envoy:
 @contextlib.asynccontextmanager
 async def envoy(folder: Path, first: str, second: str | None = None) -> AsyncIterator[Envoy]:
     """An Envoy in front of one or two gateways, once it finds all of them healthy."""
-    async with _process(folder, configuration(first, second)) as running:
+    async with _process(folder, configuration(ENVOY_CONFIG, first, second)) as running:
         async with asyncio.timeout(LIMIT):
             for address in filter(None, (first, second)):
                 await running.until(address, None)
@@ -111,12 +121,18 @@ async def envoy(folder: Path, first: str, second: str | None = None) -> AsyncIte
 @contextlib.asynccontextmanager
 async def rate_limit(folder: Path, first: str, second: str, *, calls: int) -> AsyncIterator[str]:
     """The address of an Envoy that limits the calls of each caller, with the shipped configuration and another limit."""
-    ports = {ADMIN: "0", LISTENER: "0", FIRST: _port(first), SECOND: _port(second)}
-    text = _with_ports(RATE_LIMIT_CONFIG.read_text(encoding="utf-8"), ports)
+    text = configuration(RATE_LIMIT_CONFIG, first, second)
     shipped = "max_tokens: 600, tokens_per_fill: 600,"
     assert text.count(shipped) == 1
     async with _process(folder, text.replace(shipped, f"max_tokens: {calls}, tokens_per_fill: {calls},")) as running:
         yield running.target
+
+
+@contextlib.asynccontextmanager
+async def by_load(folder: Path, first: str, second: str) -> AsyncIterator[Envoy]:
+    """An Envoy that weighs two gateways by the load that they report, with the shipped configuration."""
+    async with _process(folder, configuration(LOAD_CONFIG, first, second)) as running:
+        yield running
 
 
 @contextlib.asynccontextmanager
@@ -132,7 +148,9 @@ async def transcoder(folder: Path, gateway: str) -> AsyncIterator[str]:
 
 
 @contextlib.asynccontextmanager
-async def mtls_envoy(folder: Path, gateway: str, certificates: Certificates, name: str) -> AsyncIterator[str]:
+async def mtls_envoy(
+    folder: Path, certificates: Certificates, name: str, first: str, second: str | None = None
+) -> AsyncIterator[str]:
     """The address of an Envoy with the shipped configuration, whose own certificate has this URI."""
     proxy, key = certificates.sign("proxy", f"URI:{name}")
     files = {
@@ -143,7 +161,7 @@ async def mtls_envoy(folder: Path, gateway: str, certificates: Certificates, nam
         "clients-ca.pem": certificates.authority,
         "gateways-ca.pem": certificates.authority,
     }
-    text = _with_ports(MTLS_CONFIG.read_text(encoding="utf-8"), {ADMIN: "0", LISTENER: "0", FIRST: _port(gateway)})
+    text = configuration(MTLS_CONFIG, first, second)
     for shipped, used in files.items():
         assert text.count(f"/etc/envoy/{shipped}") == 1
         text = text.replace(f"/etc/envoy/{shipped}", str(used))
