@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 PROTOS = ROOT / "protos"
 NODE_CLIENT = ROOT / "client" / "examples" / "node"
 ENVOY_CONFIG = ROOT / "server" / "deploy" / "envoy" / "envoy.yaml"
-TRANSCODER_CONFIG = ENVOY_CONFIG.with_name("transcoder.yaml")
+WEB_CONFIG = ENVOY_CONFIG.with_name("web.yaml")
 MTLS_CONFIG = ENVOY_CONFIG.with_name("mtls.yaml")
 RATE_LIMIT_CONFIG = ENVOY_CONFIG.with_name("ratelimit.yaml")
 

@@ -15,7 +15,7 @@ from tests.polyglot.programs import (
     LIMIT,
     MTLS_CONFIG,
     RATE_LIMIT_CONFIG,
-    TRANSCODER_CONFIG,
+    WEB_CONFIG,
     started,
     tool,
 )
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 # In the file, in this order: Envoy's own administration, the listener, and the two gateways.
 ADMIN, LISTENER, FIRST, SECOND = "9901", "50050", "50051", "50052"
-JSON_LISTENER = "50080"
+WEB_LISTENER = "50080"
+ORIGIN = r"https://(chat|admin)\.example\.com"
 CLUSTERS = ("gateways", "routed", "registry")
 SECOND_ENDPOINT = """\
               - endpoint:
@@ -63,10 +64,11 @@ def _port(address: str) -> str:
 
 @dataclass(frozen=True)
 class Envoy:
-    """One that runs: where it listens, and what it counts."""
+    """One that runs: where it listens, for gRPC and for other callers, and what it counts."""
 
     target: str
     _admin: httpx.AsyncClient
+    web: str = ""
 
     async def count(self, name: str) -> int:
         """One of the statistics of the gateways together, for example `upstream_rq_retry`."""
@@ -98,10 +100,22 @@ class Envoy:
                     await asyncio.sleep(0.05)
 
 
+def web_configuration(origin: str) -> str:
+    """The shipped file for callers without gRPC, with the shipped descriptor set and this origin of pages."""
+    text = _with_ports(WEB_CONFIG.read_text(encoding="utf-8"), {WEB_LISTENER: "0"})
+    for shipped, used in (
+        (f"proto_descriptor: {DESCRIPTORS.name}", f"proto_descriptor: {DESCRIPTORS}"),
+        (ORIGIN, origin),
+    ):
+        assert text.count(shipped) == 1, shipped
+        text = text.replace(shipped, used)
+    return text
+
+
 @contextlib.asynccontextmanager
-async def envoy(folder: Path, first: str, second: str | None = None) -> AsyncIterator[Envoy]:
-    """An Envoy in front of one or two gateways, once it finds all of them healthy."""
-    async with _process(folder, configuration(first, second)) as running:
+async def envoy(folder: Path, first: str, second: str | None = None, *, web: str = "") -> AsyncIterator[Envoy]:
+    """An Envoy in front of one or two gateways, once it finds all of them healthy; `web` is added to its configuration."""
+    async with _process(folder, configuration(first, second), web) as running:
         async with asyncio.timeout(LIMIT):
             for address in filter(None, (first, second)):
                 await running.until(address, None)
@@ -116,18 +130,6 @@ async def rate_limit(folder: Path, first: str, second: str, *, calls: int) -> As
     shipped = "max_tokens: 600, tokens_per_fill: 600,"
     assert text.count(shipped) == 1
     async with _process(folder, text.replace(shipped, f"max_tokens: {calls}, tokens_per_fill: {calls},")) as running:
-        yield running.target
-
-
-@contextlib.asynccontextmanager
-async def transcoder(folder: Path, gateway: str) -> AsyncIterator[str]:
-    """The address of an Envoy that accepts JSON for a gateway, with the shipped configuration and descriptor set."""
-    text = _with_ports(
-        TRANSCODER_CONFIG.read_text(encoding="utf-8"), {ADMIN: "0", JSON_LISTENER: "0", FIRST: _port(gateway)}
-    )
-    shipped = f"proto_descriptor: {DESCRIPTORS.name}"
-    assert text.count(shipped) == 1
-    async with _process(folder, text.replace(shipped, f"proto_descriptor: {DESCRIPTORS}")) as running:
         yield running.target
 
 
@@ -152,12 +154,14 @@ async def mtls_envoy(folder: Path, gateway: str, certificates: Certificates, nam
 
 
 @contextlib.asynccontextmanager
-async def _process(folder: Path, text: str) -> AsyncIterator[Envoy]:
-    """An Envoy with this configuration, once it listens."""
+async def _process(folder: Path, text: str, added: str = "") -> AsyncIterator[Envoy]:
+    """An Envoy with this configuration, and another one added to it, once it listens."""
     config, admin_file, log = folder / "envoy.yaml", folder / "admin", folder / "envoy.log"
     config.write_text(text, encoding="utf-8")
     # A base id of its own, so that it shares no memory with another Envoy of this machine.
-    command = (tool("envoy"), "-c", str(config), "--admin-address-path", str(admin_file), "--use-dynamic-base-id")
+    command = [tool("envoy"), "-c", str(config), "--admin-address-path", str(admin_file), "--use-dynamic-base-id"]
+    if added:
+        command += ("--config-yaml", added)
     with log.open("wb") as output:
         async with (
             started(
@@ -175,6 +179,10 @@ async def _process(folder: Path, text: str) -> AsyncIterator[Envoy]:
                 while (await admin.get("/ready")).status_code != 200:  # noqa: ASYNC110 -- Envoy can only be asked
                     await asyncio.sleep(0.02)
                 listeners = (await admin.get("/listeners", params={"format": "json"})).json()
-            (listener,) = listeners["listener_statuses"]
-            port = listener["local_address"]["socket_address"]["port_value"]
-            yield Envoy(f"127.0.0.1:{port}", admin)
+            ports = {
+                each["name"]: each["local_address"]["socket_address"]["port_value"]
+                for each in listeners["listener_statuses"]
+            }
+            web = f"127.0.0.1:{ports.pop('web')}" if added else ""
+            (port,) = ports.values()
+            yield Envoy(f"127.0.0.1:{port}", admin, web)
