@@ -23,6 +23,7 @@ PROTOS = ROOT / "protos"
 NODE_CLIENT = ROOT / "client" / "examples" / "node"
 ENVOY_CONFIG = ROOT / "server" / "deploy" / "envoy" / "envoy.yaml"
 WEB_CONFIG = ENVOY_CONFIG.with_name("web.yaml")
+JWT_CONFIG = ENVOY_CONFIG.with_name("jwt.yaml")
 MTLS_CONFIG = ENVOY_CONFIG.with_name("mtls.yaml")
 RATE_LIMIT_CONFIG = ENVOY_CONFIG.with_name("ratelimit.yaml")
 

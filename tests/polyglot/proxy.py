@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from tests.polyglot.programs import (
     ENVOY_CONFIG,
+    JWT_CONFIG,
     LIMIT,
     MTLS_CONFIG,
     RATE_LIMIT_CONFIG,
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 ADMIN, LISTENER, FIRST, SECOND = "9901", "50050", "50051", "50052"
 WEB_LISTENER = "50080"
 ORIGIN = r"https://(chat|admin)\.example\.com"
+EXEMPT = "/grpc.health.v1.Health/"
 CLUSTERS = ("gateways", "routed", "registry")
 SECOND_ENDPOINT = """\
               - endpoint:
@@ -154,6 +157,38 @@ async def mtls_envoy(folder: Path, gateway: str, certificates: Certificates, nam
 
 
 @contextlib.asynccontextmanager
+async def jwt_envoy(folder: Path, socket: Path, keys: Path, origin: str, exempt: str) -> AsyncIterator[Envoy]:
+    """An Envoy with the shipped check of tokens, at the port for gRPC and at the one for other callers.
+
+    Args:
+        folder: Where it writes.
+        socket: The gateway's.
+        keys: A JSON Web Key Set.
+        origin: Of pages, a regular expression.
+        exempt: The paths that need no token.
+    """
+    text = _with_ports(JWT_CONFIG.read_text(encoding="utf-8"), {ADMIN: "0", LISTENER: "0"})
+    others = {"/run/deltawire/gateway.sock }": f"{socket} }}", "/etc/envoy/jwks.json": str(keys), EXEMPT: exempt}
+    for shipped, used in others.items():
+        assert text.count(shipped) == 1, shipped
+        text = text.replace(shipped, used)
+    # As jwt.yaml says: the filter and what belongs to it, in web.yaml too.
+    web = re.sub(r"\bcluster: \w+", "cluster: gateway", web_configuration(origin))
+    for begin, end, place in (
+        ("# Envoy's own refusals", "route_config:", "route_config:"),
+        ("- name: envoy.filters.http.jwt_authn", "- name: envoy.filters.http.router", "# A filter such as"),
+    ):
+        _, begun, rest = text.partition(f" {begin}")
+        before, there, after = web.partition(f" {place}")
+        assert begun, begin
+        assert there, place
+        # The indentation of what follows is that of the block.
+        web = before + begun + rest.partition(f" {end}")[0] + there + after
+    async with _process(folder, text, web) as running:
+        yield running
+
+
+@contextlib.asynccontextmanager
 async def _process(folder: Path, text: str, added: str = "") -> AsyncIterator[Envoy]:
     """An Envoy with this configuration, and another one added to it, once it listens."""
     config, admin_file, log = folder / "envoy.yaml", folder / "admin", folder / "envoy.log"
@@ -176,9 +211,12 @@ async def _process(folder: Path, text: str, added: str = "") -> AsyncIterator[En
                     await asyncio.sleep(0.02)
                 client = httpx.AsyncClient(base_url=f"http://{admin_file.read_text()}", trust_env=False)
                 admin = await stack.enter_async_context(client)
-                while (await admin.get("/ready")).status_code != 200:  # noqa: ASYNC110 -- Envoy can only be asked
-                    await asyncio.sleep(0.02)
-                listeners = (await admin.get("/listeners", params={"format": "json"})).json()
+                try:
+                    while (await admin.get("/ready")).status_code != 200:  # noqa: ASYNC110 -- Envoy can only be asked
+                        await asyncio.sleep(0.02)
+                    listeners = (await admin.get("/listeners", params={"format": "json"})).json()
+                except httpx.TransportError:
+                    pytest.fail(f"Envoy ended: {log.read_text(errors='replace')}")
             ports = {
                 each["name"]: each["local_address"]["socket_address"]["port_value"]
                 for each in listeners["listener_statuses"]
