@@ -90,17 +90,14 @@ class Page:
         return result
 
     async def open(self, url: str) -> None:
-        """Open a page, once its script has run."""
+        """Open a page, until its script reports that it is ready."""
         target = (await self.send("Target.createTarget", url="about:blank"))["targetId"]
         self._session = (await self.send("Target.attachToTarget", targetId=target, flatten=True))["sessionId"]
-        for method in ("Page.enable", "Runtime.enable"):
-            await self.send(method)
+        await self.send("Runtime.enable")
         await self.send("Runtime.addBinding", name="report")
         await self.send("Page.navigate", url=url)
         async with asyncio.timeout(LIMIT):
-            # The script's function is the last thing that it makes.
-            while await self.call("(() => document.URL !== 'about:blank' && typeof chat)") != "function":  # noqa: ASYNC110
-                await asyncio.sleep(0.02)
+            assert await self.reports.get() == "ready"
 
     async def receive(self) -> None:
         """Take what the browser sends, until it ends."""
@@ -130,12 +127,12 @@ async def page(folder: Path, url: str) -> AsyncIterator[Page]:
                     assert run.returncode is None, log.read_text(errors="replace")
                     await asyncio.sleep(0.02)
             port, path = port_file.read_text().split()
-            async with (
-                websockets.connect(f"ws://127.0.0.1:{port}{path}", max_size=None, proxy=None) as socket,
-                asyncio.TaskGroup() as group,
-            ):
+            async with websockets.connect(f"ws://127.0.0.1:{port}{path}", max_size=None, proxy=None) as socket:
                 opened = Page(socket)
-                receiving = group.create_task(opened.receive())
-                await opened.open(url)
-                yield opened
-                receiving.cancel()
+                receiving = asyncio.create_task(opened.receive())
+                try:
+                    await opened.open(url)
+                    yield opened
+                finally:
+                    receiving.cancel()
+                    await asyncio.wait([receiving])

@@ -12,7 +12,7 @@ import {
 import { ErrorInfoSchema } from './gen/es/google/rpc/error_details_pb';
 
 declare global {
-  // Sends a text to the test while a call runs.
+  // Sends a text to the test: that the page is ready, then each piece of text as it comes.
   var report: ((text: string) => void) | undefined;
   var chat: typeof stream;
   var cancel: () => void;
@@ -65,3 +65,4 @@ async function stream(baseUrl: string, request: JsonValue, headers: Record<strin
 }
 
 globalThis.chat = stream;
+globalThis.report?.('ready');
