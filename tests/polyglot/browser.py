@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
-FLAGS = (
+HEADLESS = (
     "--headless=new",
     "--no-sandbox",
     "--disable-dev-shm-usage",
@@ -31,9 +31,8 @@ FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-    # One that it finds free; it writes it to a file.
-    "--remote-debugging-port=0",
 )
+"""The flags of a Chromium without a window, in a container too, that speaks to this machine only."""
 
 
 class _Quiet(SimpleHTTPRequestHandler):
@@ -119,7 +118,11 @@ async def page(folder: Path, url: str) -> AsyncIterator[Page]:
     profile, log = folder / "chromium", folder / "chromium.log"
     with log.open("wb") as output:
         async with started(
-            tool("chromium"), *FLAGS, f"--user-data-dir={profile}", home=folder, out=output, err=output
+            # A port that it finds free; it writes it to a file.
+            *(tool("chromium"), *HEADLESS, "--remote-debugging-port=0", f"--user-data-dir={profile}"),
+            home=folder,
+            out=output,
+            err=output,
         ) as run:
             port_file = profile / "DevToolsActivePort"
             async with asyncio.timeout(LIMIT):
