@@ -383,6 +383,18 @@ async def test_what_is_no_request_is_refused_with_the_reason(vllm: FakeVllm, res
     assert not vllm.chats
 
 
+async def test_without_a_gateway_the_call_is_refused(vllm: FakeVllm, tmp_path: Path) -> None:
+    """At once, by Envoy itself, in plain text."""
+    async with (
+        gateway(vllm, tmp_path) as (leaving, address),
+        envoy(tmp_path, address, web=web_configuration(ORIGIN)) as proxy,
+    ):
+        await leaving.drain()
+        await proxy.until(address, "failed_active_health_check")
+        answer = await Json(proxy.web, tmp_path).post(CREATE, chat())
+    assert (answer.status, answer.kind, answer.body) == (503, "text/plain", "no healthy upstream")
+
+
 async def test_unknown_fields_of_a_body_are_ignored(vllm: FakeVllm, rest: Json) -> None:
     """As documented: Envoy cannot refuse them."""
     assert (await rest.post(CREATE, chat(temprature=1))).status == 200
