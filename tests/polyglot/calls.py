@@ -37,10 +37,12 @@ _numbers = itertools.count()
 
 
 @contextlib.asynccontextmanager
-async def gateway(vllm: FakeVllm, folder: Path, *flags: str) -> AsyncIterator[tuple[Gateway, str]]:
+async def gateway(
+    vllm: FakeVllm, folder: Path, *flags: str, listen: str = "127.0.0.1:0"
+) -> AsyncIterator[tuple[Gateway, str]]:
     """A gateway in front of a fake vLLM, and its address."""
     store = folder / f"registry-{next(_numbers)}.db"
-    own = ("--vllm-url", vllm.base_url, "--listen", "127.0.0.1:0", "--database-url", f"sqlite:///{store}")
+    own = ("--vllm-url", vllm.base_url, "--listen", listen, "--database-url", f"sqlite:///{store}")
     async with Gateway(parse((*own, *flags), {}).settings) as serving:
         (address,) = serving.addresses
         yield serving, address
