@@ -106,12 +106,16 @@ polyglot-packages:
 
 .PHONY: polyglot
 polyglot: polyglot-packages install $(BIN)/.installed-envoy $(NODE)/node_modules/.package-lock.json $(TYPESCRIPT)/node_modules/.package-lock.json ## Stubs and clients of other languages, buf and a real Envoy
-	@$(BIN)/python -m pytest -m polyglot tests/polyglot
+	@$(BIN)/python -m pytest -m polyglot tests/polyglot tests/conformance
 
 CALLERS ?= 200
 .PHONY: rolling
 rolling: install $(BIN)/.installed-envoy ## Restart two gateways behind Envoy in turn, with CALLERS streams at all times: none is lost
 	@ROLLING_CALLERS=$(CALLERS) $(BIN)/python -m pytest -m polyglot tests/polyglot/test_rolling.py
+
+.PHONY: conformance
+conformance: install ## The clients of every language through every case, a gateway through every check: CONFORMANCE="--help"
+	@$(BIN)/python -m tests.conformance $(CONFORMANCE)
 
 .PHONY: postgres
 postgres: install ## The registry on a real PostgreSQL server, which the tests start and end
