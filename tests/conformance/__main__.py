@@ -52,8 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @asynccontextmanager
 async def gateway_process(vllm: FakeVllm, folder: Path, access_keys: str = "") -> AsyncIterator[str]:
     """The address of a gateway process in front of a fake vLLM of this process."""
-    flags = ("--vllm-url", vllm.base_url, "--listen", "127.0.0.1:0", "--metrics-listen", "off")
-    flags += ("--set", "server.drain_delay=0", "--database-url", f"sqlite:///{folder}/registry.db")
+    listening = ("--vllm-url", vllm.base_url, "--listen", "127.0.0.1:0", "--metrics-listen", "off")
+    flags = (*listening, "--set", "server.drain_delay=0", "--database-url", f"sqlite:///{folder}/registry.db")
     gateway = GatewayProcess(flags, {"DELTAWIRE_ACCESS_KEYS": access_keys}, folder / "gateway.log")
     # In threads, because the vLLM that the gateway asks runs in this one.
     await asyncio.to_thread(gateway.start)

@@ -77,7 +77,7 @@ def build(language: str, folder: Path) -> list[str]:
             check=False,
         )
         if made.returncode:
-            raise ClientError(f"{script.relative_to(ROOT)} failed with status {made.returncode}:\n{made.stdout}")
+            raise ClientError(f"{script} failed with status {made.returncode}:\n{made.stdout}")
     return [line.replace("OUTDIR", str(folder)) for line in (source / "command").read_text().splitlines() if line]
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.conformance import cases, client_driver, recorded, wrong_client
+from tests.conformance import __main__, cases, client_driver, recorded, server_checks, wrong_client
 from tests.conformance.cases import group
+from tests.conformance.client_driver import ClientError, Outcome
 from tests.conformance.conformance_pb2 import ClientResult
 from tests.conformance.fold import tidy_result
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.polyglot
 
@@ -47,6 +52,42 @@ def test_the_fold_of_the_deltas_is_what_completed_has() -> None:
         assert tidy_result(stated).answer == answer, case.name
         compared += 1
     assert compared > 100
+
+
+def test_the_page_says_how_many_there_are() -> None:
+    """Of cases and of checks; the changelog too."""
+    page = (client_driver.ROOT / "tests/conformance/README.md").read_text(encoding="utf-8")
+    assert f"by {len(cases.load())} cases" in page
+    assert f"server by {len(server_checks.names())} checks" in page
+    assert f"by {len(cases.load())} cases" in (client_driver.ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("arguments", "said"), [(["--list"], "resume/gone: "), (["--show"], 'name: "resume/gone"')])
+def test_cases_can_be_read(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+    """Without a client."""
+    assert __main__.main(["--case", "resume/gone", *arguments]) == 0
+    assert said in capsys.readouterr().out
+
+
+def test_the_table_has_each_group_and_client() -> None:
+    """Passed and all; a client without cases of a group has a dash."""
+    outcomes = {"go": [Outcome("text/a"), Outcome("text/b", "wrong")], "rust": [Outcome("watch/a")]}
+    lines = [line.split() for line in __main__.table(outcomes).splitlines()]
+    assert lines == [["go", "rust"], ["text", "1/2", "-"], ["watch", "-", "1/1"], ["all", "1/2", "1/1"]]
+
+
+def test_a_client_that_cannot_be_built_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the output of its build, and a status that says so."""
+    folder = tmp_path / "clients" / "broken"
+    folder.mkdir(parents=True)
+    (folder / "command").write_text("true\n")
+    script = folder / "build.sh"
+    script.write_text("#!/bin/sh\necho the compiler is missing >&2; exit 3\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(client_driver, "CLIENTS", tmp_path / "clients")
+    with pytest.raises(ClientError, match=r"status 3:\nthe compiler is missing"):
+        client_driver.build("broken", tmp_path)
+    assert __main__.main(["--language", "broken", "--case", "text/"]) == 1
 
 
 @pytest.mark.parametrize(("flaw", "name"), wrong_client.FLAWS.items())
