@@ -114,7 +114,7 @@ rolling: install $(BIN)/.installed-envoy ## Restart two gateways behind Envoy in
 	@ROLLING_CALLERS=$(CALLERS) $(BIN)/python -m pytest -m polyglot tests/polyglot/test_rolling.py
 
 .PHONY: conformance
-conformance: install ## The clients of every language through every case, a gateway through every check: CONFORMANCE="--help"
+conformance: install $(BIN)/.installed-envoy ## The clients of every language through every case, a gateway through every check: CONFORMANCE="--help"
 	@$(BIN)/python -m tests.conformance $(CONFORMANCE)
 
 .PHONY: postgres

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import subprocess
 import sys
 import tempfile
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deltawire_server.fake_vllm import FakeVllm, Script
-from tests.conformance import cases, client_driver, server_checks
+from tests.conformance import cases, client_driver, doors, server_checks
 from tests.conformance.cases import group
 from tests.conformance.client_driver import ClientError, Outcome
 from tests.support.gateway_process import GatewayProcess
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(*chosen, sep="\n")
         return 0
     outcomes: dict[str, list[Outcome]] = {}
-    for language in given.language or [*client_driver.languages(), SERVER]:
+    for language in given.language or _columns():
         print(f"{language} …", file=sys.stderr, flush=True)
         outcomes[language] = _server(given.case) if language == SERVER else _client(language, chosen)
     failed = [(language, each) for language, column in outcomes.items() for each in column if each.difference]
@@ -64,16 +65,15 @@ async def gateway_process(vllm: FakeVllm, folder: Path, access_keys: str = "") -
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    languages = [*client_driver.languages(), SERVER]
     parser = argparse.ArgumentParser(
         prog="python -m tests.conformance",
-        description="Every client that is installed through every case, and a gateway through every check.",
+        description="Every client through every case, each door through the cases of one call, a gateway through every check.",
     )
     parser.add_argument(
         "--language",
         action="append",
-        choices=languages,
-        help=f"only this; repeatable. {SERVER}: the checks of a server",
+        choices=_columns(),
+        help=f"only this; repeatable. Doors: {', '.join(doors.DOORS)}. {SERVER}: the checks of a server",
     )
     parser.add_argument(
         "--case", default="", metavar="PREFIX", help="only cases and checks whose names begin with this"
@@ -83,7 +83,15 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _columns() -> list[str]:
+    return [*client_driver.languages(), *doors.DOORS, SERVER]
+
+
 def _client(language: str, chosen: Sequence[Case]) -> list[Outcome]:
+    if language in doors.DOORS:
+        door = functools.partial(doors.opened, language)
+        fitting = [case for case in chosen if doors.fits(case, language)]
+        return asyncio.run(client_driver.run_side_by_side(doors.command(language), fitting, door=door))
     with tempfile.TemporaryDirectory() as folder:
         try:
             command = client_driver.build(language, Path(folder))

@@ -24,11 +24,14 @@ from tests.conformance.conformance_pb2 import ClientCase, ClientResult
 from tests.conformance.fold import tidy_result
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
+    from contextlib import AbstractAsyncContextManager
     from types import TracebackType
 
     from tests.conformance.case_pb2 import Case
     from tests.conformance.scripted_server import ScriptedServer
+
+    Door = Callable[[str], AbstractAsyncContextManager[str]]
 
 ROOT: Final = Path(__file__).parents[2]
 CLIENTS: Final = Path(__file__).parent / "clients"
@@ -176,13 +179,16 @@ class Program:
         return "\n".join([f"(status {self.process.returncode})", *lines])
 
 
-async def run(command: Sequence[str], cases: Iterable[Case], *, limit: float = CASE_LIMIT) -> list[Outcome]:
+async def run(
+    command: Sequence[str], cases: Iterable[Case], *, limit: float = CASE_LIMIT, door: Door = contextlib.nullcontext
+) -> list[Outcome]:
     """Run a client program through cases, in order. A program that ends or hangs is started again for the next case.
 
     Args:
         command: See `build`.
         cases: The cases.
         limit: Seconds after which a program hangs.
+        door: Given the address of the scripted server, the one at which the program reaches it.
 
     Raises:
         ClientError: The program cannot be started.
@@ -190,11 +196,15 @@ async def run(command: Sequence[str], cases: Iterable[Case], *, limit: float = C
     outcomes: list[Outcome] = []
     remaining = list(cases)
     while remaining:
-        async with scripted_server.serving() as server, Program(command, limit) as program:
+        async with (
+            scripted_server.serving() as server,
+            door(server.target) as target,
+            Program(command, limit) as program,
+        ):
             while remaining:
                 case = remaining.pop(0)
                 try:
-                    difference = await _difference(server, program, case)
+                    difference = await _difference(server, target, program, case)
                 except TimeoutError:
                     outcomes.append(Outcome(case.name, f"no result after {limit:g} s; the program was ended"))
                     break
@@ -208,29 +218,31 @@ async def run(command: Sequence[str], cases: Iterable[Case], *, limit: float = C
     return outcomes
 
 
-async def run_side_by_side(command: Sequence[str], cases: Sequence[Case], programs: int = 2) -> list[Outcome]:
+async def run_side_by_side(
+    command: Sequence[str], cases: Sequence[Case], programs: int = 2, *, door: Door = contextlib.nullcontext
+) -> list[Outcome]:
     """The same with several programs at once, each with its part of the cases: most of their time they wait."""
     shares = [cases[number::programs] for number in range(programs)]
-    results = await asyncio.gather(*(run(command, share) for share in shares))
+    results = await asyncio.gather(*(run(command, share, door=door) for share in shares))
     return sorted((outcome for result in results for outcome in result), key=lambda outcome: outcome.case)
 
 
-async def _difference(server: ScriptedServer, program: Program, case: Case) -> str:
+async def _difference(server: ScriptedServer, target: str, program: Program, case: Case) -> str:
     """Play one case; one that breaks a call off, with more patience if it fails. Returns what is wrong, or ""."""
     breaks = any(step.HasField("break") for call in case.calls for step in call.steps)
     difference = ""
     for patience in PATIENCE if breaks else (0.0,):
-        difference = await _played(server, program, case, patience)
+        difference = await _played(server, target, program, case, patience)
         if not difference:
             break
     return difference
 
 
-async def _played(server: ScriptedServer, program: Program, case: Case, patience: float) -> str:
+async def _played(server: ScriptedServer, target: str, program: Program, case: Case, patience: float) -> str:
     server.play(case, patience)
     asked = ClientCase()
     asked.CopyFrom(case.call)
-    asked.target = server.target
+    asked.target = target
     began = time.monotonic()
     try:
         result = tidy_result(await program.ask(asked))

@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.errors import ErrorCodes
@@ -39,6 +40,8 @@ _REQUESTS: Final[Mapping[str, type[Message]]] = {
     "/deltawire.v1.ChatCompletion/StreamChatCompletion": chat_pb.StreamChatCompletionRequest,
     "/deltawire.v1.ModelRegistry/WatchModels": registry_pb.WatchModelsRequest,
 }
+_HEALTH: Final = "/grpc.health.v1.Health/Check"
+_SERVING: Final = health_pb2.HealthCheckResponse.SERVING
 _UNKNOWN_FIELD: Final = b"\xc2\x3e\x02hi"
 """Field 1000 with the bytes "hi", which no message of the API has."""
 _INVALID_ARGUMENT: Final = 3
@@ -125,6 +128,12 @@ class ScriptedServer:
 
     async def _answer(self, connection: _Connection, stream: int, headers: dict[str, str], body: bytes) -> None:
         kind = _REQUESTS.get(headers[":path"])
+        if headers[":path"] == _HEALTH:
+            # A proxy asks it before it lets calls through.
+            connection.begin(stream, {})
+            await connection.send(stream, _message(health_pb2.HealthCheckResponse(status=_SERVING).SerializeToString()))
+            await connection.end(stream, Step.Status())
+            return
         if kind is None:
             self._complaints.append(f"no case expects a call of {headers[':path']}")
             await connection.end(stream, Step.Status(code=12, message="the conformance server has no such method"))
@@ -241,7 +250,7 @@ class _Player:
 
     async def _send(self, data: bytes) -> None:
         self._connection.begin(self._stream, self._script.response_headers)
-        await self._connection.send(self._stream, b"\0" + struct.pack(">I", len(data)) + data)
+        await self._connection.send(self._stream, _message(data))
 
     async def _break(self, how: Step.Break.ValueType) -> None:
         await asyncio.sleep(self._patience)
@@ -358,6 +367,11 @@ class _Connection:
 
     def _flush(self) -> None:
         self._writer.write(self._h2.data_to_send())
+
+
+def _message(data: bytes) -> bytes:
+    """A message as gRPC frames it."""
+    return b"\0" + struct.pack(">I", len(data)) + data
 
 
 def _about(request: Message) -> str:
