@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shlex
 import sys
@@ -13,9 +14,10 @@ import pytest
 from deltawire_server import settings
 from deltawire_server.metrics.table import STREAMS
 from tests.deploy.engine import DOCKER, ROOT, run
+from tests.metrics.test_listener import status
 
 if TYPE_CHECKING:
-    from tests.conftest import Certificates
+    from tests.conftest import Certificates, StartGateway
 
 pytestmark = pytest.mark.deploy
 
@@ -128,6 +130,17 @@ def test_the_ports_are_those_of_the_settings(
     assert (service["port"], service["targetPort"]) == (ports["grpc"], "grpc")
     admitted = [port["port"] for rule in objects["NetworkPolicy"]["spec"]["ingress"] for port in rule["ports"]]
     assert admitted == ["grpc", "metrics"]
+
+
+async def test_the_gateway_answers_the_probes(pod: dict[str, Any], start_gateway: StartGateway) -> None:
+    """While it serves, all of them succeed, at the port of the metrics."""
+    [container] = pod["containers"]
+    probes = [container[f"{kind}Probe"]["httpGet"] for kind in ("startup", "readiness", "liveness")]
+    assert {probe["port"] for probe in probes} == {"metrics"}
+    async with start_gateway(metrics={"listen": "127.0.0.1:0"}) as running:
+        address = running.gateway.metrics_address
+        for probe in probes:
+            assert (await asyncio.to_thread(status, address, probe["path"]))[0] == 200
 
 
 def test_the_pod_is_left_alone_until_it_has_drained(pod: dict[str, Any], invocation: settings.Invocation) -> None:
