@@ -94,8 +94,8 @@ class Engine:
         own = ["--network=host", "--cgroupns=host", "--read-only", "--read-only-tmpfs=false", "--cap-drop=all"]
         own += ["--security-opt=no-new-privileges", "--no-healthcheck", *given, *flags]
         identifier = self("create", *own, *arguments).strip()
-        self("start", identifier)
         try:
+            self("start", identifier)
             yield Container(self, identifier)
         finally:
             self("rm", "--force", "--time=0", identifier)
