@@ -10,15 +10,13 @@ import dev.deltawire.client.Answer;
 import dev.deltawire.client.CallException;
 import dev.deltawire.client.ChatStream;
 import dev.deltawire.client.Client;
+import dev.deltawire.client.Messages;
 import dev.deltawire.client.Tools;
-import dev.deltawire.v1.ChatMessage;
 import dev.deltawire.v1.ChatRequest;
-import dev.deltawire.v1.StreamChatCompletionRequest;
 import dev.deltawire.v1.StreamChatCompletionResponse;
 import dev.deltawire.v1.ToolCall;
 import dev.deltawire.v1.ToolCallDelta;
 import dev.deltawire.v1.ToolCallFailure;
-import dev.deltawire.v1.UserMessage;
 import io.grpc.CallOptions;
 import java.io.IOException;
 import java.io.PrintStream;
@@ -51,8 +49,7 @@ public final class Chat {
           default -> throw new NoSuchElementException();
         }
       }
-      UserMessage prompt = UserMessage.newBuilder().setText(String.join(" ", left)).build();
-      chat.addMessages(ChatMessage.newBuilder().setUser(prompt));
+      chat.addMessages(Messages.user(String.join(" ", left)));
     } catch (NoSuchElementException wrong) {
       System.err.println("usage: java Chat [--target HOST:PORT] [--model NAME] [--tool FILE]... PROMPT");
       System.exit(2);
@@ -71,10 +68,9 @@ public final class Chat {
   }
 
   private static void chat(Client client, ChatRequest chat) {
-    StreamChatCompletionRequest request = StreamChatCompletionRequest.newBuilder().setChat(chat).build();
     // The deadline is for the whole answer. Leaving the block ends the call, if it has not ended.
     CallOptions options = CallOptions.DEFAULT.withDeadlineAfter(10, TimeUnit.MINUTES);
-    try (ChatStream stream = client.stream(request, options)) {
+    try (ChatStream stream = client.stream(chat, options)) {
       for (StreamChatCompletionResponse event : stream) {
         switch (event.getEventCase()) {
           case TEXT_DELTA -> {

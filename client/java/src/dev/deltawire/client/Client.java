@@ -137,11 +137,11 @@ public final class Client implements AutoCloseable {
   }
 
   /** Sends a request; reading the stream returns the answer while it is generated. */
-  public ChatStream stream(ChatRequest chat) {
-    return stream(StreamChatCompletionRequest.newBuilder().setChat(chat).build(), CallOptions.DEFAULT);
+  public ChatStream stream(ChatRequest chat, CallOptions options) {
+    return stream(StreamChatCompletionRequest.newBuilder().setChat(chat).build(), options);
   }
 
-  /** The same with options for the stream, such as {@code retention}, and for the call. */
+  /** The same with options for the stream, such as {@code retention}. */
   public ChatStream stream(StreamChatCompletionRequest request, CallOptions options) {
     return new ChatStream(this, request, null, options);
   }
