@@ -14,6 +14,10 @@ protoc -I "$root/protos" --java_out="$folder/gen" --grpc-java_out="$folder/gen" 
 protoc --descriptor_set_in="$root/client/deltawire/v1/descriptors.binpb" --java_out="$folder/gen" \
   google/rpc/status.proto google/rpc/error_details.proto
 
+# Debian's netty has TLS only with this library, and expects it under another name.
+mkdir -p "$folder/classes/META-INF/native"
+cp /usr/lib/*/jni/libnetty-tcnative.so "$folder/classes/META-INF/native/libnetty_tcnative.so"
+
 printf -- '-cp "%s:%s"\n' "$folder/classes" "$(paste -sd: "$here/debian-jars")" >"$folder/arguments"
 find "$folder/gen" "$here" -name '*.java' -printf '"%p"\n' >"$folder/sources"
 # The second of Java's own compilers would take longer than it saves.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import shutil
 import subprocess
 from typing import TYPE_CHECKING
@@ -32,6 +33,10 @@ SHIPPED_TARGET = "127.0.0.1:50051"
 ARGUMENTS = "@build/java/arguments"
 ENDLESS = Script.generated(tokens=1_000_000, tokens_per_second=50)
 CHUNK = Chunks()
+CODE = {
+    name: block.text for block in blocks(PAGE) for name in re.findall(r"^public class (\w+)", block.text, re.MULTILINE)
+}
+"""The code of the page by the name of its class."""
 
 
 def says(*events: dict[str, object], reason: str = "stop") -> Script:
@@ -44,7 +49,7 @@ CALLS = says(CHUNK.call("get_weather"), CHUNK.arguments('{"city": "Oslo"}'), rea
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the clone, after the page's commands up to the first call; also the scenarios, compiled."""
+    """A copy of the clone, after the page's commands up to the first call; also the page's code and the scenarios, compiled."""
     install, build, *_ = commands(HEADING, PAGE)
     listed = (ROOT / "tests" / "polyglot" / "debian-packages.txt").read_text(encoding="utf-8").split()
     assert install.startswith("apt-get install -y --no-install-recommends ")
@@ -55,9 +60,13 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(stubs.JAVA_CLIENT, folder / "client" / "java")
     (folder / "client" / "examples").mkdir()
     shutil.copy(ROOT / "client" / "examples" / "weather.json", folder / "client" / "examples")
-    scenario = stubs.LANGUAGES / "java-client" / "Scenario.java"
-    compile_scenario = f"javac {ARGUMENTS} -Xlint:all -Werror -d build/java/classes {scenario}"
-    for command in (build, compile_scenario):
+    shutil.copy(stubs.LANGUAGES / "java-client" / "Scenario.java", folder)
+    for name, code in CODE.items():
+        # The address is known only when it runs.
+        assert code.count(f'"{SHIPPED_TARGET}"') == 1
+        code_of_target = code.replace(f'"{SHIPPED_TARGET}"', 'System.getProperty("target")')
+        (folder / f"{name}.java").write_text(code_of_target, encoding="utf-8")
+    for command in (build, f"javac {ARGUMENTS} -Xlint:all -Werror -d build/java/classes *.java"):
         done = subprocess.run(
             ["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=stubs.TIMEOUT, check=False
         )
@@ -83,9 +92,8 @@ async def test_the_page_leads_to_an_answer_and_a_tool_call(vllm: FakeVllm, targe
     steps = commands(HEADING, PAGE)
     assert len(steps) <= 8
     vllm.play(says(CHUNK.text("It is the"), CHUNK.text(" salt.")), CALLS)
-    outcomes = []
-    for step in steps[-2:]:
-        outcomes.append(await run("bash", "-c", step.replace(SHIPPED_TARGET, target), home=clone, folder=clone))
+    lines = [step.replace(SHIPPED_TARGET, target) for step in steps[-2:]]
+    outcomes = [await run("bash", "-c", line, home=clone, folder=clone) for line in lines]
     assert [(each.status, each.err) for each in outcomes] == [(0, "")] * 2
     assert outcomes[0].out == "It is the salt.\n[STOP_REASON_END_OF_TURN, 3 tokens]\n"
     call, end = outcomes[1].out.strip().splitlines()
@@ -96,13 +104,9 @@ async def test_the_page_leads_to_an_answer_and_a_tool_call(vllm: FakeVllm, targe
 async def test_the_code_of_the_page_runs(vllm: FakeVllm, target: str, clone: Path) -> None:
     """The loop over tool calls, the errors, and the watch."""
     vllm.play(CALLS, says(CHUNK.text("It rains.")))
-    printed = []
-    for number, block in enumerate(block for block in blocks(PAGE) if block.language == "java"):
-        (clone / f"Page{number}.java").write_text(block.text.replace(SHIPPED_TARGET, target), encoding="utf-8")
-        outcome = await java(clone, f"Page{number}.java")
-        assert (outcome.status, outcome.err) == (0, "")
-        printed.append(outcome.out)
-    loop, errors, watch = printed
+    outcomes = [await java(clone, f"-Dtarget={target}", name) for name in CODE]
+    assert [(each.status, each.err) for each in outcomes] == [(0, "")] * 3
+    loop, errors, watch = [each.out for each in outcomes]
     assert loop == "It rains.STOP_REASON_END_OF_TURN\n"
     assert vllm.chats[1].body["messages"][-1]["content"] == "rain in Oslo"
     assert errors == "NOT_FOUND MODEL_NOT_FOUND no-such-model\n[] Optional.empty false\n"
@@ -111,9 +115,7 @@ async def test_the_code_of_the_page_runs(vllm: FakeVllm, target: str, clone: Pat
     assert last.endswith(f": [{MODEL}]")
 
 
-async def test_an_answer_is_that_of_the_python_client(
-    vllm: FakeVllm, target: str, tmp_path: Path, clone: Path
-) -> None:
+async def test_an_answer_is_that_of_the_python_client(vllm: FakeVllm, target: str, tmp_path: Path, clone: Path) -> None:
     """Text of any script, directly and through Envoy."""
     vllm.play(*[Script.recording(TRANSCRIPTS / "text-unicode.sse")] * 3)
     python = (await ask(target, chat_request())).answer

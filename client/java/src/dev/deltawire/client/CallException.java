@@ -184,6 +184,9 @@ public class CallException extends RuntimeException {
   private static String describe(Facts facts) {
     String reason = facts.reason.isEmpty() ? "" : " (" + facts.reason + ")";
     String description = facts.status.getDescription() == null ? "" : ": " + facts.status.getDescription();
-    return facts.status.getCode() + reason + description + " [request " + facts.requestId + "]";
+    // gRPC's own description of a lost connection says only "io exception".
+    Throwable cause = facts.status.getCause();
+    String detail = cause == null || cause.getMessage() == null ? "" : ": " + cause.getMessage();
+    return facts.status.getCode() + reason + description + detail + " [request " + facts.requestId + "]";
   }
 }

@@ -200,9 +200,9 @@ public final class ChatStream
       Optional<Duration> pause = retry.or(() -> resumption.ended(failure, accumulator.hasBegun()));
       if (pause.isPresent()) {
         LOG.log(
-            System.Logger.Level.WARNING,
-            "stream {0} is {1} in {2} ms: {3}",
-            completionId,
+            retry.isPresent() ? System.Logger.Level.DEBUG : System.Logger.Level.WARNING,
+            "{0} is {1} in {2} ms: {3}",
+            completionId.isEmpty() ? "a stream" : "stream " + completionId,
             retry.isPresent() ? "requested again" : "resumed",
             pause.get().toMillis(),
             failure == null ? "it ended without its last event" : failure.getMessage());

@@ -213,8 +213,7 @@ final class Operation {
       return last;
     }
     String why = last == null ? "" : "; the last call ended with " + last.getMessage();
-    Status status = Status.DEADLINE_EXCEEDED.withDescription("the deadline passed" + why).withCause(last);
-    return CallException.of(status, requestId());
+    return CallException.of(Status.DEADLINE_EXCEEDED.withDescription("the deadline passed" + why), requestId());
   }
 
   CallException canceled() {
