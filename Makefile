@@ -146,7 +146,7 @@ deploy-packages:
 		echo "  apt-get install --no-install-recommends $$missing"; exit 1; } >&2
 
 .PHONY: deploy
-deploy: deploy-packages install $(BIN)/.installed-deploy $(KUBECTL) $(DIST)/.installed ## The image, the manifests, the unit and the distribution, as they are shipped
+deploy: deploy-packages install $(BIN)/.installed-deploy $(KUBECTL) $(DIST)/.installed ## The image, the manifests, the unit, the monitoring and the distribution, as they are shipped
 	@$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup -m deploy tests/deploy
 
 .PHONY: postgres
