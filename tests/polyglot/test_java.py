@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -128,15 +129,20 @@ async def test_an_answer_is_that_of_the_python_client(vllm: FakeVllm, target: st
 
 
 async def test_the_example_reports_failures(vllm: FakeVllm, target: str, clone: Path) -> None:
-    """A failed tool call, a fault in the middle of an answer, a refusal, and a wrong command line."""
+    """A failed call of a tool in the API's form, a fault in the middle of an answer, a refusal, and wrong command lines."""
     vllm.play(
         Script.recording(TRANSCRIPTS / "tool-malformed.sse"),
         Script.chunks([CHUNK.role(), CHUNK.text("half an"), CHUNK.text(" ans")], after=3, end="cut"),
     )
-    malformed = await java(clone, "Chat", "--target", target, "--tool", "client/examples/weather.json", "hi")
+    city = {"type": "object", "properties": {"city": {"type": "string"}}}
+    tools = [{"name": "get_weather", "inputSchema": json.dumps(city)}, {"name": "get_time", "input_schema": city}]
+    (clone / "tools.json").write_text(json.dumps(tools), encoding="utf-8")
+    malformed = await java(clone, "Chat", "--target", target, "--tool", "tools.json", "hi")
     assert malformed.status == 0, malformed.err
     assert "failed: TOOL_CALL_FAILURE_REASON_MALFORMED_JSON" in malformed.out
     assert "may be executed" not in malformed.out
+    sent = [each["function"] for each in vllm.chats[0].body["tools"]]
+    assert [(each["name"], each["parameters"]) for each in sent] == [("get_weather", city), ("get_time", city)]
     broken = await java(clone, "Chat", "--target", target, "hi")
     assert (broken.status, broken.out) == (1, "half an ans")
     assert broken.err.startswith("ABORTED (UPSTREAM_INCOMPLETE): ")
@@ -146,6 +152,10 @@ async def test_the_example_reports_failures(vllm: FakeVllm, target: str, clone: 
     wrong = await java(clone, "Chat", "--target")
     assert wrong.status == 2
     assert "usage: java Chat" in wrong.err
+    (clone / "tools.json").write_text('{"function": "get_weather"}', encoding="utf-8")
+    wrong = await java(clone, "Chat", "--tool", "tools.json", "hi")
+    assert wrong.status == 2
+    assert wrong.err.startswith("--tool: these are no tools as JSON: ")
 
 
 async def test_every_end_of_a_call_reaches_the_engine(vllm: FakeVllm, target: str, clone: Path) -> None:

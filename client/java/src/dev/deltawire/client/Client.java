@@ -217,6 +217,9 @@ public final class Client implements AutoCloseable {
   ManagedChannel another() {
     ManagedChannel connection = connect();
     others.add(connection);
+    if (isClosed) {
+      close(connection);
+    }
     return connection;
   }
 

@@ -30,7 +30,7 @@ public final class Tools {
         tools.add(tool(value.getAsJsonObject()));
       }
       return tools;
-    } catch (JsonParseException | IllegalStateException | UnsupportedOperationException malformed) {
+    } catch (JsonParseException | IllegalStateException | UnsupportedOperationException | ClassCastException malformed) {
       throw new IllegalArgumentException("these are no tools as JSON: " + malformed.getMessage(), malformed);
     }
   }
