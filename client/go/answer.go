@@ -126,6 +126,8 @@ func (a *accumulator) result() *Answer {
 			choice.Message.Text = &text
 		}
 		choice.Message.Reasoning = parts.reasoning.String()
+		// Calls may be run only if the whole answer ended well.
+		choice.ToolCallsExecutable = choice.ToolCallsExecutable && answer.Completed != nil && answer.Completed.GetError() == nil
 		answer.Choices = append(answer.Choices, choice)
 	}
 	sort.Slice(answer.Choices, func(i, j int) bool { return answer.Choices[i].Index < answer.Choices[j].Index })
