@@ -104,7 +104,7 @@ polyglot-packages:
 
 .PHONY: polyglot
 polyglot: polyglot-packages install $(BIN)/.installed-envoy $(NODE)/node_modules/.package-lock.json $(TYPESCRIPT)/node_modules/.package-lock.json ## Stubs and clients of other languages, buf and a real Envoy
-	@$(BIN)/python -m pytest -m polyglot tests/polyglot
+	@$(BIN)/python -m pytest -m polyglot tests/polyglot tests/conformance
 
 .PHONY: postgres
 postgres: install ## The registry on a real PostgreSQL server, which the tests start and end
