@@ -25,9 +25,9 @@ type Answer struct {
 	Completed *deltawirev1.Completed
 }
 
-// Choice is the first choice; an empty one if there is none.
+// Choice is the first choice; an empty one if there is none, or no answer.
 func (a *Answer) Choice() *deltawirev1.Completed_Choice {
-	if len(a.Choices) == 0 {
+	if a == nil || len(a.Choices) == 0 {
 		return &deltawirev1.Completed_Choice{Message: &deltawirev1.AssistantMessage{}}
 	}
 	return a.Choices[0]

@@ -33,6 +33,8 @@ const (
 	maxAttempts = 4
 	// New connections to find the process that has a completion: behind a balancer each may reach another one.
 	maxConnections = 8
+	// The first pause between two calls, and the longest, if the gateway does not ask for a longer one.
+	minPause, maxPause = 200 * time.Millisecond, 2 * time.Second
 	// An answer with log-probabilities exceeds gRPC's default of 4 MiB.
 	maxReceiveBytes = 64 << 20
 )
@@ -112,9 +114,11 @@ func (c *Client) Cancel(ctx context.Context, completionID string) (*deltawirev1.
 	return c.cancel(ctx, c.conn, completionID, "")
 }
 
-func (c *Client) cancel(ctx context.Context, conn *grpc.ClientConn, completionID, gateway string) (response *deltawirev1.CancelChatCompletionResponse, err error) {
+func (c *Client) cancel(
+	ctx context.Context, conn *grpc.ClientConn, completionID, gateway string,
+) (response *deltawirev1.CancelChatCompletionResponse, err error) {
 	request := &deltawirev1.CancelChatCompletionRequest{CompletionId: completionID}
-	err = c.find(ctx, conn, completionID, gateway, func(ctx context.Context, stub deltawirev1.ChatCompletionClient, options ...grpc.CallOption) (err error) {
+	err = c.find(ctx, conn, completionID, gateway, func(ctx context.Context, stub stub, options ...grpc.CallOption) error {
 		response, err = stub.CancelChatCompletion(ctx, request, options...)
 		return err
 	})
@@ -122,21 +126,25 @@ func (c *Client) cancel(ctx context.Context, conn *grpc.ClientConn, completionID
 }
 
 // Get returns the state of a completion, its usage, and its result if that is retained. It searches like Cancel.
-func (c *Client) Get(ctx context.Context, completionID string) (response *deltawirev1.GetChatCompletionResponse, err error) {
+func (c *Client) Get(
+	ctx context.Context, completionID string,
+) (response *deltawirev1.GetChatCompletionResponse, err error) {
 	request := &deltawirev1.GetChatCompletionRequest{CompletionId: completionID}
-	err = c.find(ctx, c.conn, completionID, "", func(ctx context.Context, stub deltawirev1.ChatCompletionClient, options ...grpc.CallOption) (err error) {
+	err = c.find(ctx, c.conn, completionID, "", func(ctx context.Context, stub stub, options ...grpc.CallOption) error {
 		response, err = stub.GetChatCompletion(ctx, request, options...)
 		return err
 	})
 	return response, err
 }
 
-type unary func(context.Context, deltawirev1.ChatCompletionClient, ...grpc.CallOption) error
+type stub = deltawirev1.ChatCompletionClient
+
+type unary func(context.Context, stub, ...grpc.CallOption) error
 
 // find makes a call about a completion, with retries, and on new connections until one reaches the process that has it.
 func (c *Client) find(ctx context.Context, conn *grpc.ClientConn, completionID, gateway string, call unary) error {
 	ctx, requestID := withRequestID(ctx)
-	pauses := pauses{}
+	pauses := pauses{max: maxPause}
 	for attempt, moved := 1, 0; ; {
 		var header, trailer metadata.MD
 		about := withRoute(ctx, completionID, gateway, moved)
@@ -206,14 +214,11 @@ type pauses struct {
 	max   time.Duration
 }
 
+// next is the next pause; longer if the gateway asks for it.
 func (p *pauses) next(failure *Error) time.Duration {
-	longest := math.Min(float64(100*time.Millisecond)*math.Pow(2, float64(p.count)), math.Max(float64(p.max), float64(2*time.Second)))
+	longest := math.Min(float64(p.max), float64(minPause)*math.Pow(2, float64(p.count)))
 	p.count++
-	pause := time.Duration(longest * (1 + mathrand.Float64()) / 2)
-	if asked := failure.delay(); asked > pause {
-		return asked
-	}
-	return pause
+	return time.Duration(math.Max(longest*(1+mathrand.Float64())/2, float64(failure.delay())))
 }
 
 // wait lets time pass; false if the context ended meanwhile.

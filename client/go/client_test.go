@@ -36,11 +36,15 @@ func (g *gateway) StreamChatCompletion(request *deltawirev1.StreamChatCompletion
 	return g.stream(request, stream)
 }
 
-func (g *gateway) CancelChatCompletion(ctx context.Context, request *deltawirev1.CancelChatCompletionRequest) (*deltawirev1.CancelChatCompletionResponse, error) {
+func (g *gateway) CancelChatCompletion(
+	ctx context.Context, request *deltawirev1.CancelChatCompletionRequest,
+) (*deltawirev1.CancelChatCompletionResponse, error) {
 	return &deltawirev1.CancelChatCompletionResponse{}, g.cancel(ctx, request)
 }
 
-func (g *gateway) GetChatCompletion(ctx context.Context, request *deltawirev1.GetChatCompletionRequest) (*deltawirev1.GetChatCompletionResponse, error) {
+func (g *gateway) GetChatCompletion(
+	ctx context.Context, request *deltawirev1.GetChatCompletionRequest,
+) (*deltawirev1.GetChatCompletionResponse, error) {
 	return &deltawirev1.GetChatCompletionResponse{CompletionId: request.GetCompletionId()}, g.get(ctx, request)
 }
 

@@ -3,12 +3,14 @@ package deltawire
 import (
 	"context"
 	"fmt"
+	"io"
 	"strconv"
 	"strings"
 	"time"
 
 	deltawirev1 "deltawire.dev/go/deltawire/v1"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
@@ -107,12 +109,28 @@ func errorOf(err error, header, trailer metadata.MD, requestID string) *Error {
 	return failure
 }
 
-// withFault takes the fault in Completed, unless the status has the reason itself.
-func (e *Error) withFault(fault *deltawirev1.Completed_Error) {
+// failureOf is how a call with a stream of messages failed; nil if its status was OK. The call is nil if it did not begin.
+func failureOf(call grpc.ClientStream, err error, requestID string) *Error {
+	if err == io.EOF {
+		return nil
+	}
+	if call == nil {
+		return errorOf(err, nil, nil, requestID)
+	}
+	header, _ := call.Header()
+	return errorOf(err, header, call.Trailer(), requestID)
+}
+
+// withFault takes the fault in Completed, unless the status has the reason itself. A proxy may have made that OK.
+func (e *Error) withFault(fault *deltawirev1.Completed_Error) *Error {
+	if e == nil {
+		e = &Error{}
+	}
 	if e.Reason == "" {
 		e.Code, e.Message = codes.Code(fault.GetCode()), fault.GetMessage()
 		e.Reason = strings.TrimPrefix(fault.GetReason().String(), reasonPrefix)
 	}
+	return e
 }
 
 // passes reports whether a call that has received nothing may be made again. Canceled, if not by the caller, is what a call

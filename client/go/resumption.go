@@ -49,7 +49,7 @@ type resumption struct {
 
 func newResumption(given *deltawirev1.StreamChatCompletionRequest) *resumption {
 	request := proto.Clone(given).(*deltawirev1.StreamChatCompletionRequest)
-	r := &resumption{request: request, since: time.Now()}
+	r := &resumption{request: request, since: time.Now(), pauses: pauses{max: maxPause}}
 	if point := request.GetResume(); point != nil {
 		r.resuming, r.retention, r.completionID, r.last = true, resumeFor, point.GetCompletionId(), point.LastSequence
 		return r

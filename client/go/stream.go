@@ -10,7 +10,6 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
-	"google.golang.org/grpc/metadata"
 )
 
 // Stream is an answer that is being generated. One goroutine may receive from it; CancelSoftly may be called by any.
@@ -33,7 +32,7 @@ type Stream struct {
 }
 
 // Stream asks for a chat completion, or resumes one. Canceling the context, or its deadline, ends the call on both sides.
-// Metadata of the context (metadata.AppendToOutgoingContext) is sent too.
+// Metadata of the context (metadata.AppendToOutgoingContext) is sent too. The call is made when it is first received from.
 //
 // A call that fails as UNAVAILABLE, or as RESOURCE_EXHAUSTED with RetryInfo, before anything was received is repeated, at
 // most four times in all. A stream with retention is resumed after a lost connection: every event is received once.
@@ -147,15 +146,7 @@ func (s *Stream) receive() (*deltawirev1.StreamChatCompletionResponse, error) {
 
 // ended takes the end of a call: it decides the outcome of the stream, or waits until it is time for the next call.
 func (s *Stream) ended(err error) {
-	var failure *Error
-	if err != io.EOF {
-		var header, trailer metadata.MD
-		if s.call != nil {
-			header, _ = s.call.Header()
-			trailer = s.call.Trailer()
-		}
-		failure = errorOf(err, header, trailer, s.requestID)
-	}
+	failure := failureOf(s.call, err, s.requestID)
 	s.call = nil
 	completed := s.folded.answer.Completed
 	if completed != nil && completed.GetError() == nil || completed == nil && failure == nil && s.folded.isOnlyTheEnd() {
@@ -164,11 +155,7 @@ func (s *Stream) ended(err error) {
 		return
 	}
 	if completed != nil {
-		if failure == nil {
-			failure = &Error{}
-		}
-		failure.withFault(completed.GetError())
-		s.fail(failure)
+		s.fail(failure.withFault(completed.GetError()))
 		return
 	}
 	if s.ctx.Err() != nil {

@@ -2,13 +2,11 @@ package deltawire
 
 import (
 	"context"
-	"io"
 	"sort"
 	"time"
 
 	deltawirev1 "deltawire.dev/go/deltawire/v1"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/metadata"
 	"google.golang.org/protobuf/proto"
 )
 
@@ -170,15 +168,7 @@ func (w *Watch) add(change deltawirev1.WatchModelsResponse_Change, model *deltaw
 
 // ended takes the end of a call: it ends the watch, or waits until it is time for the next call.
 func (w *Watch) ended(err error) {
-	var failure *Error
-	if err != io.EOF {
-		var header, trailer metadata.MD
-		if w.call != nil {
-			header, _ = w.call.Header()
-			trailer = w.call.Trailer()
-		}
-		failure = errorOf(err, header, trailer, w.requestID)
-	}
+	failure := failureOf(w.call, err, w.requestID)
 	w.call = nil
 	if w.ctx.Err() != nil {
 		w.fail(endOf(w.ctx, nil, w.requestID))
