@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
 )
 
 type streamServer = deltawirev1.ChatCompletion_StreamChatCompletionServer
@@ -166,7 +167,8 @@ func TestASearchEndsWithTheDeadline(t *testing.T) {
 }
 
 func TestAStreamFromTheMiddleHasTheMessagesOfCompleted(t *testing.T) {
-	events := []*deltawirev1.StreamChatCompletionResponse{completed(2, "all of it", deltawirev1.StopReason_STOP_REASON_END_OF_TURN)}
+	end := completed(2, "all of it", deltawirev1.StopReason_STOP_REASON_END_OF_TURN)
+	events := []*deltawirev1.StreamChatCompletionResponse{end}
 	client, ctx := dial(t, serve(t, &gateway{
 		stream: func(_ *deltawirev1.StreamChatCompletionRequest, stream streamServer) error {
 			for _, event := range events {
@@ -183,6 +185,43 @@ func TestAStreamFromTheMiddleHasTheMessagesOfCompleted(t *testing.T) {
 	events, last = nil, 2
 	if answer, err = client.Stream(ctx, Resume("c", &last)).Final(); err != nil || answer.Text() != "" {
 		t.Error(answer, err)
+	}
+}
+
+func TestAResumedStreamSkipsWhatItHas(t *testing.T) {
+	var resumed []int64
+	client, ctx := dial(t, serve(t, &gateway{
+		stream: func(request *deltawirev1.StreamChatCompletionRequest, stream streamServer) error {
+			stream.Send(started("c"))
+			if request.GetChat() != nil {
+				return status.Error(codes.Internal, "a proxy cut it off")
+			}
+			resumed = append(resumed, request.GetResume().GetLastSequence())
+			return stream.Send(completed(1, "", deltawirev1.StopReason_STOP_REASON_END_OF_TURN))
+		},
+	}))
+	request := Chat(&deltawirev1.ChatRequest{})
+	request.Options = &deltawirev1.StreamOptions{Retention: durationpb.New(time.Minute)}
+	stream := client.Stream(ctx, request)
+	if answer, err := stream.Final(); err != nil || answer.Completed == nil || len(resumed) != 1 || resumed[0] != 0 {
+		t.Error(answer, err, resumed)
+	}
+	if !strings.HasPrefix(stream.resumption.completionID, "own-") || request.GetChat().GetCompletionId() != "" {
+		t.Error("the id is not of the client's making, or in the caller's request")
+	}
+}
+
+func TestTheGatewayCanForbidARetry(t *testing.T) {
+	calls := 0
+	client, ctx := dial(t, serve(t, &gateway{
+		stream: func(_ *deltawirev1.StreamChatCompletionRequest, stream streamServer) error {
+			calls++
+			stream.SetTrailer(metadata.Pairs("grpc-retry-pushback-ms", "-1"))
+			return status.Error(codes.Unavailable, "not again")
+		},
+	}))
+	if _, err := client.Stream(ctx, Chat(&deltawirev1.ChatRequest{})).Final(); status.Code(err) != codes.Unavailable || calls != 1 {
+		t.Error(err, calls)
 	}
 }
 
