@@ -12,6 +12,7 @@ import (
 	"net"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	deltawirev1 "deltawire.dev/go/deltawire/v1"
@@ -33,6 +34,8 @@ const (
 	maxAttempts = 4
 	// New connections to find the process that has a completion: behind a balancer each may reach another one.
 	maxConnections = 8
+	// Completions of which a client remembers the gateway: those that a busy program may still look up or end.
+	maxGateways = 10000
 	// The first pause between two calls, and the longest, if the gateway does not ask for a longer one.
 	minPause, maxPause = 200 * time.Millisecond, 2 * time.Second
 	// An answer with log-probabilities exceeds gRPC's default of 4 MiB.
@@ -44,8 +47,9 @@ var codecOptions []grpc.CallOption
 
 // Client makes calls to a gateway. It may be used by any number of goroutines.
 type Client struct {
-	conn *grpc.ClientConn
-	dial func() (*grpc.ClientConn, error)
+	conn     *grpc.ClientConn
+	dial     func() (*grpc.ClientConn, error)
+	gateways gateways
 }
 
 // Option changes how a client connects.
@@ -99,7 +103,7 @@ func Dial(target string, options ...Option) (*Client, error) {
 	dialOptions = append(dialOptions, set.options...)
 	dial := func() (*grpc.ClientConn, error) { return grpc.Dial(target, dialOptions...) }
 	conn, err := dial()
-	return &Client{conn, dial}, err
+	return &Client{conn: conn, dial: dial}, err
 }
 
 // Close closes the connection. Calls that are active fail as canceled.
@@ -111,14 +115,14 @@ func (c *Client) Conn() *grpc.ClientConn { return c.conn }
 // Cancel ends a completion softly: its stream ends normally, with the text so far and the usage. The response has the state
 // before the cancel. It tries up to eight new connections to find the gateway process that has the completion.
 func (c *Client) Cancel(ctx context.Context, completionID string) (*deltawirev1.CancelChatCompletionResponse, error) {
-	return c.cancel(ctx, c.conn, completionID, "")
+	return c.cancel(ctx, c.conn, completionID)
 }
 
 func (c *Client) cancel(
-	ctx context.Context, conn *grpc.ClientConn, completionID, gateway string,
+	ctx context.Context, conn *grpc.ClientConn, completionID string,
 ) (response *deltawirev1.CancelChatCompletionResponse, err error) {
 	request := &deltawirev1.CancelChatCompletionRequest{CompletionId: completionID}
-	err = c.find(ctx, conn, completionID, gateway, func(ctx context.Context, stub stub, options ...grpc.CallOption) error {
+	err = c.find(ctx, conn, completionID, func(ctx context.Context, stub stub, options ...grpc.CallOption) error {
 		response, err = stub.CancelChatCompletion(ctx, request, options...)
 		return err
 	})
@@ -130,7 +134,7 @@ func (c *Client) Get(
 	ctx context.Context, completionID string,
 ) (response *deltawirev1.GetChatCompletionResponse, err error) {
 	request := &deltawirev1.GetChatCompletionRequest{CompletionId: completionID}
-	err = c.find(ctx, c.conn, completionID, "", func(ctx context.Context, stub stub, options ...grpc.CallOption) error {
+	err = c.find(ctx, c.conn, completionID, func(ctx context.Context, stub stub, options ...grpc.CallOption) error {
 		response, err = stub.GetChatCompletion(ctx, request, options...)
 		return err
 	})
@@ -142,17 +146,18 @@ type stub = deltawirev1.ChatCompletionClient
 type unary func(context.Context, stub, ...grpc.CallOption) error
 
 // find makes a call about a completion, with retries, and on new connections until one reaches the process that has it.
-func (c *Client) find(ctx context.Context, conn *grpc.ClientConn, completionID, gateway string, call unary) error {
+func (c *Client) find(ctx context.Context, conn *grpc.ClientConn, completionID string, call unary) error {
 	ctx, requestID := withRequestID(ctx)
 	pauses := pauses{max: maxPause}
 	for attempt, moved := 1, 0; ; {
 		var header, trailer metadata.MD
-		about := withRoute(ctx, completionID, gateway, moved)
+		about := withRoute(ctx, completionID, c.gateways.of(completionID), moved)
 		err := call(about, deltawirev1.NewChatCompletionClient(conn), grpc.Header(&header), grpc.Trailer(&trailer))
 		if moved > 0 {
 			conn.Close()
 		}
 		if err == nil {
+			c.gateways.found(completionID, first(header, gatewayHeader))
 			return nil
 		}
 		if ctx.Err() != nil {
@@ -205,6 +210,38 @@ func withRoute(ctx context.Context, completionID, gateway string, moved int) con
 		}
 	}
 	return ctx
+}
+
+// gateways remember which gateway has a completion, as far as a proxy has named it in the headers of a call. A proxy names it
+// only to calls that have not.
+type gateways struct {
+	mutex sync.Mutex
+	names map[string]string
+	ids   []string // In the order of their arrival.
+}
+
+func (g *gateways) found(completionID, gateway string) {
+	if completionID == "" || gateway == "" {
+		return
+	}
+	g.mutex.Lock()
+	defer g.mutex.Unlock()
+	if g.names == nil {
+		g.names = map[string]string{}
+	}
+	if g.names[completionID] == "" {
+		if g.ids = append(g.ids, completionID); len(g.ids) > maxGateways {
+			delete(g.names, g.ids[0])
+			g.ids = g.ids[1:]
+		}
+	}
+	g.names[completionID] = gateway
+}
+
+func (g *gateways) of(completionID string) string {
+	g.mutex.Lock()
+	defer g.mutex.Unlock()
+	return g.names[completionID]
 }
 
 // pauses are those between the calls of one completion or watch: each longer than the one before it, and random, so that

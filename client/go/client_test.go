@@ -98,13 +98,15 @@ func header(ctx context.Context, name string) string {
 }
 
 func TestASoftCancelReachesTheGatewayOfTheStream(t *testing.T) {
-	ended := make(chan string, 1)
+	ended := make(chan string, 2)
 	client, ctx := dial(t, serve(t, &gateway{
 		stream: func(_ *deltawirev1.StreamChatCompletionRequest, stream streamServer) error {
 			stream.SendHeader(metadata.Pairs(gatewayHeader, "one"))
 			stream.Send(started("cmpl-1"))
-			if got := <-ended; got != "cmpl-1 one" {
-				return status.Error(codes.Internal, got)
+			for range [2]int{} { // By its id, and by the stream.
+				if got := <-ended; got != "cmpl-1 one" {
+					return status.Error(codes.Internal, got)
+				}
 			}
 			return stream.Send(completed(1, "", deltawirev1.StopReason_STOP_REASON_CANCELLED))
 		},
@@ -120,6 +122,9 @@ func TestASoftCancelReachesTheGatewayOfTheStream(t *testing.T) {
 	}
 	if _, err := stream.Recv(); err != nil {
 		t.Fatal(err)
+	}
+	if _, err := client.Cancel(ctx, stream.CompletionID()); err != nil {
+		t.Error(err)
 	}
 	if _, err := stream.CancelSoftly(ctx); err != nil {
 		t.Error(err)

@@ -20,14 +20,15 @@ type Stream struct {
 	call       deltawirev1.ChatCompletion_StreamChatCompletionClient
 	resumption *resumption
 	folded     *accumulator
+	// The gateway that the headers of the current call name, until it is remembered.
+	gateway   string
+	requestID string
 	// Whether the current call, and whether any, has received something.
 	hasReceived, everReceived bool
 	err                       error
 
 	mutex        sync.Mutex // for what follows
 	conn         *grpc.ClientConn
-	gateway      string
-	requestID    string
 	completionID string
 }
 
@@ -68,6 +69,10 @@ func (s *Stream) Recv() (*deltawirev1.StreamChatCompletionResponse, error) {
 			s.completionID = started.GetCompletionId()
 			s.mutex.Unlock()
 		}
+		if s.completionID != "" && s.gateway != "" {
+			s.client.gateways.found(s.completionID, s.gateway)
+			s.gateway = ""
+		}
 		return event, nil
 	}
 	return nil, s.err
@@ -92,12 +97,12 @@ func (s *Stream) Close() { s.cancel() }
 // usage. It needs the completion's id: one of the caller's, or that of started.
 func (s *Stream) CancelSoftly(ctx context.Context) (*deltawirev1.CancelChatCompletionResponse, error) {
 	s.mutex.Lock()
-	conn, completionID, gateway := s.conn, s.completionID, s.gateway
+	conn, completionID := s.conn, s.completionID
 	s.mutex.Unlock()
 	if completionID == "" {
 		return nil, errors.New("deltawire: the completion's id is not known before started: send a completion_id")
 	}
-	response, err := s.client.cancel(ctx, conn, completionID, gateway)
+	response, err := s.client.cancel(ctx, conn, completionID)
 	if err != nil && conn != s.client.conn && isClosed(conn) {
 		// The stream has ended meanwhile and closed the connection that it had for itself.
 		return s.client.Cancel(ctx, completionID)
@@ -118,14 +123,16 @@ func (s *Stream) RequestID() string { return s.requestID }
 func (s *Stream) receive() (*deltawirev1.StreamChatCompletionResponse, error) {
 	if s.call == nil {
 		request := s.resumption.begin()
+		gateway := s.client.gateways.of(s.completionID)
 		if request.GetChat() != nil {
 			s.folded = newAccumulator(nil) // Only heartbeats can have come before.
+			gateway = ""                   // That of an earlier completion with this id may be about to shut down.
 		}
 		moved := 0
 		if s.resumption.moves {
 			moved = s.resumption.moved
 		}
-		ctx := withRoute(s.ctx, s.completionID, s.gateway, moved)
+		ctx := withRoute(s.ctx, s.completionID, gateway, moved)
 		s.hasReceived = false
 		call, err := deltawirev1.NewChatCompletionClient(s.conn).StreamChatCompletion(ctx, request)
 		if err != nil {
@@ -137,9 +144,7 @@ func (s *Stream) receive() (*deltawirev1.StreamChatCompletionResponse, error) {
 	if err == nil && !s.hasReceived {
 		s.hasReceived, s.everReceived = true, true
 		header, _ := s.call.Header()
-		s.mutex.Lock()
 		s.gateway, s.requestID = first(header, gatewayHeader), firstOf(first(header, requestIDHeader), s.requestID)
-		s.mutex.Unlock()
 	}
 	return event, err
 }
