@@ -5,7 +5,6 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
-	"io"
 	"net"
 	"net/http/httptest"
 	"strings"
@@ -259,7 +258,8 @@ func TestClosingTheClientEndsItsCalls(t *testing.T) {
 		t.Fatal(err)
 	}
 	client.Close()
-	if _, err := stream.Recv(); err == nil || err == io.EOF || ctx.Err() != nil {
+	var failure *Error
+	if _, err := stream.Recv(); !errors.As(err, &failure) || failure.Code != codes.Canceled || failure.Interrupted {
 		t.Error(err)
 	}
 	if _, err := watch.Recv(); !errors.Is(err, context.Canceled) || ctx.Err() != nil {

@@ -167,13 +167,14 @@ func (s *Stream) ended(err error) {
 		s.fail(endOf(s.ctx, nil, s.requestID))
 		return
 	}
-	pause, again := s.resumption.next(failure, !s.everReceived, s.folded.hasBegun())
-	if !again || isClosed(s.client.conn) {
+	begun, closed := s.folded.hasBegun(), isClosed(s.client.conn)
+	pause, again := s.resumption.next(failure, !s.everReceived, begun)
+	if !again || closed {
 		if failure == nil {
 			// A status of OK without an answer is a failure.
 			failure = &Error{Code: codes.Unknown, Message: "the stream ended without its last event", Interrupted: true}
 		}
-		failure.Interrupted = failure.Interrupted || s.folded.hasBegun() && failure.Code != codes.DeadlineExceeded
+		failure.Interrupted = failure.Interrupted || begun && !closed && failure.Code != codes.DeadlineExceeded
 		s.fail(failure)
 	} else if !wait(s.ctx, pause) {
 		s.fail(endOf(s.ctx, failure, s.requestID))
