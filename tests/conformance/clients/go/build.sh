@@ -4,6 +4,10 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../../../.." && pwd)
 
+for program in go protoc protoc-gen-go protoc-gen-go-grpc; do
+  command -v "$program" >/dev/null || { echo "$program is missing: \`make polyglot-packages\` names what to install" >&2; exit 1; }
+done
+
 mkdir -p "$1/src/deltawire.dev" && cd "$1"
 cp -r "$root/client/go" src/deltawire.dev/
 mkdir -p src/deltawire.dev/go/conformance/program
