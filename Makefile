@@ -20,6 +20,9 @@ NODE := client/examples/node
 # The TypeScript programs of the tests; the same.
 TYPESCRIPT := tests/polyglot/languages/typescript
 
+# The TypeScript client; the same.
+TYPESCRIPT_CLIENT := client/typescript
+
 # Processes for the fast tests: many of them wait, so that there may be more than cores.
 WORKERS ?= $(shell echo $$(( $$(nproc) * 3 / 2 )))
 
@@ -96,6 +99,10 @@ $(TYPESCRIPT)/node_modules/.package-lock.json: $(TYPESCRIPT)/package-lock.json
 	@echo "installing the TypeScript compiler and its plugins for protoc"
 	@cd $(TYPESCRIPT) && npm ci --silent --no-audit --no-fund --ignore-scripts
 
+$(TYPESCRIPT_CLIENT)/node_modules/.package-lock.json: $(TYPESCRIPT_CLIENT)/package-lock.json
+	@echo "installing the TypeScript client's packages"
+	@cd $(TYPESCRIPT_CLIENT) && npm ci --silent --no-audit --no-fund --ignore-scripts
+
 .PHONY: polyglot-packages
 polyglot-packages:
 	@missing="$$(tests/polyglot/missing-packages | tr '\n' ' ')"; test -z "$$missing" || { \
@@ -103,8 +110,8 @@ polyglot-packages:
 		echo "  apt-get install --no-install-recommends $$missing"; exit 1; } >&2
 
 .PHONY: polyglot
-polyglot: polyglot-packages install $(BIN)/.installed-envoy $(NODE)/node_modules/.package-lock.json $(TYPESCRIPT)/node_modules/.package-lock.json ## Stubs and clients of other languages, buf and a real Envoy
-	@$(BIN)/python -m pytest -m polyglot tests/polyglot
+polyglot: polyglot-packages install $(BIN)/.installed-envoy $(NODE)/node_modules/.package-lock.json $(TYPESCRIPT)/node_modules/.package-lock.json $(TYPESCRIPT_CLIENT)/node_modules/.package-lock.json ## Stubs and clients of other languages, buf and a real Envoy
+	@$(BIN)/python -m pytest -m polyglot tests/polyglot tests/conformance
 
 .PHONY: postgres
 postgres: install ## The registry on a real PostgreSQL server, which the tests start and end
@@ -200,4 +207,5 @@ check-protos: ## Fail if the checked-in stubs and descriptor set are not what th
 
 .PHONY: clean
 clean: ## Remove what the commands above made in this folder
-	@rm -rf $(VENV) $(CACHE) dist build .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis $(NODE)/node_modules $(TYPESCRIPT)/node_modules
+	@rm -rf $(VENV) $(CACHE) dist build .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis $(NODE)/node_modules $(TYPESCRIPT)/node_modules \
+		$(TYPESCRIPT_CLIENT)/node_modules $(TYPESCRIPT_CLIENT)/dist $(TYPESCRIPT_CLIENT)/src/gen

@@ -269,18 +269,14 @@ async def test_a_stream_whose_beginning_was_lost(gateway: Gateway, program: Prog
 
 
 async def test_a_connection_that_breaks(gateway: Gateway, program: Program) -> None:
-    """A closed socket: a retained stream goes on, any other is interrupted with all that had arrived."""
+    """A closed socket. How much had arrived is not known here, so everything is replayed."""
     events = scripted.saying("Hel", "lo ", "you")
     with round_robin(gateway.target) as proxy:
         gateway.will(*events[:3], proxy.cut)
-        gateway.will(*events[3:])
-        retained = await program.asks(retention=60, target=proxy.target)
-        assert retained.answer.choices[0].message.text == "Hello you"
-        gateway.will(*events[:3], proxy.cut)
-        failure = (await program.asks(target=proxy.target)).failure
-    assert (failure.code, failure.interrupted) == (14, True)
-    # Unlike an event, a lost connection does not wait until it is read.
-    assert "Hello you".startswith(failure.partial.choices[0].message.text)
+        gateway.will(*events)
+        answer = (await program.asks(retention=60, target=proxy.target)).answer
+    assert answer.choices[0].message.text == "Hello you"
+    assert [call.request.WhichOneof("start") for call in gateway.calls] == ["chat", "resume"]
 
 
 async def test_a_completion_of_another_process(gateway: Gateway, program: Program) -> None:

@@ -187,11 +187,11 @@ export class Accumulator {
       new CallError({ code: Code.Unknown, rawMessage: "the stream ended without its last event", requestId });
     const own = { ...error, answer: this.hasBegun ? answer : undefined };
     if (fault !== undefined) {
-      throw new CallError(error.reason ? own : { ...faultOf(error, fault), answer }, failure);
+      throw new CallError(error.reason ? own : { ...faultOf(error, fault), answer }, failure?.cause);
     }
     const isCallers = error.code === Code.Canceled || error.code === Code.DeadlineExceeded;
     const isInterrupted = failure === undefined || (this.hasBegun && !isCallers);
-    throw new (isInterrupted ? StreamInterrupted : CallError)(own, failure);
+    throw new (isInterrupted ? StreamInterrupted : CallError)(own, failure?.cause);
   }
 
   /** No gap, `started` first and once, nothing after `completed`. */

@@ -21,9 +21,20 @@ export interface CallOptions {
 export interface Defaults {
   readonly headers: Headers;
   readonly timeoutMs: number | undefined;
-  /** Aborted when the client is closed. */
-  readonly closed: AbortSignal;
+  readonly calls: Calls;
   readonly makeId: () => string;
+}
+
+/** The calls of a client in progress. */
+export class Calls {
+  readonly active = new Set<Call>();
+  isClosed = false;
+
+  /** End them all, and those that begin later. */
+  close(): void {
+    this.isClosed = true;
+    this.active.forEach((call) => call.cancel());
+  }
 }
 
 const REQUEST_ID = "x-request-id";
@@ -43,7 +54,8 @@ export class Call {
   readonly #abort = new AbortController();
   readonly #deadline: number;
   readonly #pauses = new Pauses(100, 2_000);
-  readonly #unlink: () => void;
+  readonly #signal: AbortSignal | undefined;
+  readonly #canceled = () => this.cancel();
   #gateway = "";
 
   /** `settle` is to be called when the call is over. */
@@ -58,19 +70,15 @@ export class Call {
     this.#given.set(REQUEST_ID, this.requestId);
     this.#headers = new Headers(this.#given);
     this.#deadline = timeoutMs === undefined ? Number.POSITIVE_INFINITY : performance.now() + timeoutMs;
-    const abort = () => this.cancel();
-    const signals = [defaults.closed, ...(signal ? [signal] : [])];
-    for (const each of signals) {
-      each.addEventListener("abort", abort);
-    }
-    this.#unlink = () => signals.forEach((each) => each.removeEventListener("abort", abort));
-    if (signals.some((each) => each.aborted)) {
+    this.#signal = signal;
+    signal?.addEventListener("abort", this.#canceled);
+    if (signal?.aborted) {
       this.cancel();
     }
   }
 
   get isCanceled(): boolean {
-    return this.#abort.signal.aborted;
+    return this.#abort.signal.aborted || this.defaults.calls.isClosed;
   }
 
   /** Milliseconds until the deadline. */
@@ -85,13 +93,14 @@ export class Call {
 
   /** The failure of a call that this program ends. */
   canceled(): CallError {
-    const rawMessage = this.defaults.closed.aborted ? "the client was closed" : "canceled by the caller";
+    const rawMessage = this.defaults.calls.isClosed ? "the client was closed" : "canceled by the caller";
     return this.#failure(Code.Canceled, rawMessage);
   }
 
-  /** Forget the signals; ends the call if it has not ended. */
+  /** Forget the call; ends it if it has not ended. */
   settle(): void {
-    this.#unlink();
+    this.#signal?.removeEventListener("abort", this.#canceled);
+    this.defaults.calls.active.delete(this);
     this.cancel();
   }
 
@@ -176,6 +185,7 @@ export class Call {
 
   #options(): ConnectOptions {
     this.#check();
+    this.defaults.calls.active.add(this);
     const { remainingMs } = this;
     return {
       headers: this.#headers,

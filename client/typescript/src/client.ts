@@ -2,7 +2,7 @@
 
 import { type CallOptions as ConnectOptions, type Client as Stub, type Transport, createClient } from "@connectrpc/connect";
 
-import { type Call, type CallOptions, type Defaults } from "./calls.js";
+import { type Call, type CallOptions, Calls, type Defaults } from "./calls.js";
 import { Chat } from "./chat.js";
 import { CallError } from "./errors.js";
 import { ChatCompletion } from "./gen/deltawire/v1/chat_completion_pb.js";
@@ -40,7 +40,7 @@ const SECRETS = ["authorization", "x-deltawire-key", "x-vllm-api-token"];
 export class Client {
   readonly chat: Chat;
   readonly models: Models;
-  readonly #closing = new AbortController();
+  readonly #calls = new Calls();
   readonly #connections: Connections;
 
   constructor(environment: Environment, options: ClientOptions = {}) {
@@ -53,7 +53,7 @@ export class Client {
       throw new TypeError("a key would be sent over plaintext to another machine: use TLS, or allow it with `insecure`");
     }
     const makeId = () => Array.from(environment.randomBytes(16), (byte) => byte.toString(16).padStart(2, "0")).join("");
-    const defaults: Defaults = { headers, timeoutMs, closed: this.#closing.signal, makeId };
+    const defaults: Defaults = { headers, timeoutMs, calls: this.#calls, makeId };
     this.#connections = new Connections(environment);
     this.chat = new Chat(this.#connections, defaults);
     this.models = new Models(this.#connections.main, defaults);
@@ -61,7 +61,7 @@ export class Client {
 
   /** End all calls and close the connections. */
   close(): void {
-    this.#closing.abort();
+    this.#calls.close();
     this.#connections.main.close();
   }
 }

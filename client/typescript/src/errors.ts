@@ -82,7 +82,7 @@ export function callError(thrown: unknown, sentId: string): CallError {
   const delay = error.findDetails(RetryInfoSchema).find((each) => each.retryDelay)?.retryDelay;
   return new CallError(
     {
-      code: isLost(error) ? Code.Unavailable : error.code,
+      code: codeOf(error),
       rawMessage: error.rawMessage,
       reason: info?.reason ?? trailers.get("deltawire-reason") ?? "",
       metadata: info?.metadata ?? {},
@@ -95,10 +95,22 @@ export function callError(thrown: unknown, sentId: string): CallError {
   );
 }
 
-/** Whether the connection failed: Connect has other codes for that than gRPC, by what Node or fetch threw. */
-function isLost({ cause }: ConnectError): boolean {
-  const isNodes = cause instanceof Error && "code" in cause && typeof cause.code === "string";
-  return isNodes || cause instanceof TypeError;
+/** The code that gRPC has for a failure. Connect and Node have others for connections that break. */
+function codeOf({ code, cause, metadata }: ConnectError): Code {
+  if (metadata.has("grpc-status")) {
+    return code;
+  }
+  const failed = cause instanceof Error && "code" in cause ? String(cause.code) : "";
+  if (failed === "ERR_HTTP2_STREAM_ERROR") {
+    // Only this call was reset.
+    return /REFUSED_STREAM|CANCEL/.test((cause as Error).message) ? Code.Unavailable : Code.Internal;
+  }
+  // Without a connection: what Node throws, what `fetch` throws, and how Node closes the streams of one that was lost.
+  if (failed || cause instanceof TypeError || code === Code.Canceled || code === Code.Aborted) {
+    return Code.Unavailable;
+  }
+  // The last message is not whole.
+  return code === Code.InvalidArgument ? Code.Internal : code;
 }
 
 /** The fault of `Completed.error`, for when a proxy lost the status that should have said so. */
