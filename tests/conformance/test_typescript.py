@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +71,8 @@ class Program:
     async def does(self, **case: Any) -> Any:  # noqa: ANN401
         """What the client reports of a case."""
         sent = self._case(**({"name": "case", "target": self._target} | case)).SerializeToString()
-        assert self._process.stdin and self._process.stdout
+        assert self._process.stdin
+        assert self._process.stdout
         self._process.stdin.write(len(sent).to_bytes(4) + sent)
         async with asyncio.timeout(LIMIT):
             length = await self._process.stdout.readexactly(4)
@@ -109,7 +109,8 @@ async def program(
     """The program, for calls to that gateway. It exits with 0 and has written no error."""
     async with started(*command, home=tmp_path, stdin=asyncio.subprocess.PIPE) as process:
         yield Program(process, messages, gateway.target)
-        assert process.stdin and process.stderr
+        assert process.stdin
+        assert process.stderr
         process.stdin.close()
         async with asyncio.timeout(LIMIT):
             assert (await process.stderr.read()).decode() == ""
@@ -299,7 +300,7 @@ async def test_a_completion_of_another_process(gateway: Gateway, program: Progra
 async def test_a_watch_folds_and_resumes(gateway: Gateway, program: Program) -> None:
     """Snapshot, changes, a lost connection, and a revision that is gone: then only the differences count."""
     one, two, three = (scripted.model(name) for name in ("one", "two", "three"))
-    batch = registry.WatchModelsResponse(change="CHANGE_ADDED", models=[one, two])
+    batch = registry.WatchModelsResponse(change=registry.WatchModelsResponse.CHANGE_ADDED, models=[one, two])
     gateway.will(batch, scripted.bookmark("r1"), scripted.changed("ADDED", three, "r2"), LOST)
     gateway.will(GONE)
     gateway.will(scripted.changed("ADDED", scripted.model("two", aliases=["zwei"])), scripted.bookmark("s1"), WAIT)

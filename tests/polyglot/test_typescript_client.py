@@ -42,7 +42,7 @@ def says(text: str) -> Script:
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The client's folder in a copy of the clone, after the page's commands up to the first call; also its own examples, compiled."""
+    """The client's folder in a copy of the clone, built by the page's commands, with the page's examples."""
     install, enter, packages, build, *_ = commands("From nothing to an answer", PAGE)
     assert (install.split()[:2], enter, packages) == (["apt-get", "install"], "cd client/typescript", "npm ci")
     clone = tmp_path_factory.mktemp("clone")
@@ -97,7 +97,7 @@ async def test_the_page_leads_to_an_answer_and_a_tool_call(vllm: FakeVllm, targe
         assert (outcome.status, outcome.err) == (0, "")
         outs.append(outcome.out)
     assert "tool call get_weather({" in outs[1]
-    assert outs[1].endswith("tool calls may be executed, 26 tokens]\n")
+    assert outs[1].endswith("tool calls may be executed, 21 tokens]\n")
     assert [each["function"]["name"] for each in vllm.chats[1].body["tools"]] == ["get_weather"]
 
 
@@ -117,7 +117,9 @@ async def test_the_examples_of_the_page_run(vllm: FakeVllm, target: str, package
     vllm.play(Script.recording(TRANSCRIPTS / "tool-text-before.sse"), says("Yes."))
     assert (await page(0, package, target)).splitlines()[-1].startswith("Yes.END_OF_TURN ")
     assert [message["role"] for message in vllm.chats[1].body["messages"]] == ["user", "assistant", "tool"]
-    assert (await page(1, package, target)).startswith("NotFound MODEL_NOT_FOUND { model: 'no-such-model'")
+    failure = await page(1, package, target)
+    assert failure.startswith("NotFound MODEL_NOT_FOUND {")
+    assert "model: 'no-such-model'" in failure
     added, bookmark = (await page(2, package, target)).splitlines()
     assert added == "ADDED vllm/fake"
     assert bookmark.endswith("[ 'vllm/fake' ]")
@@ -181,7 +183,14 @@ async def test_tls_and_a_key(vllm: FakeVllm, tmp_path: Path, package: Path, cert
     """The gateway's certificate is checked, and its key is sent in either header; without a key the call is refused."""
     keys = tmp_path / "keys"
     keys.write_text(f"ci all sha256:{hashlib.sha256(b'secret').hexdigest()}\n", encoding="utf-8")
-    flags = ("--access-keys-file", keys, "--tls-cert-file", certificates.server, "--tls-key-file", certificates.server_key)
+    flags = (
+        "--access-keys-file",
+        keys,
+        "--tls-cert-file",
+        certificates.server,
+        "--tls-key-file",
+        certificates.server_key,
+    )
     tls = {"ca": certificates.authority.read_text(encoding="utf-8")}
     async with gateway(vllm, tmp_path, *map(str, flags)) as (_, address):
         for header in ("authorization", "x-deltawire-key"):

@@ -33,7 +33,7 @@ export class Calls {
   /** End them all, and those that begin later. */
   close(): void {
     this.isClosed = true;
-    this.active.forEach((call) => call.cancel());
+    this.active.forEach((call) => call.end());
   }
 }
 
@@ -42,8 +42,9 @@ const REQUEST_ID = "x-request-id";
 // same gateway; the other one comes from the proxy, names the gateway, and is sent back.
 const ROUTE = "x-deltawire-route";
 const GATEWAY = "x-deltawire-gateway";
-// What fits into `grpc-timeout`; the call's own clock has no such limit.
-const MAX_TIMEOUT_MS = 99_999_999;
+// What fits into `grpc-timeout`, and into a timer. A longer deadline is the gateway's to keep, or passes unnoticed.
+const MAX_HEADER_MS = 99_999_999;
+const MAX_TIMER_MS = 0x7fffffff;
 
 export class Call {
   /** The call's id; after its first event, as the gateway sent it. */
@@ -55,10 +56,11 @@ export class Call {
   readonly #deadline: number;
   readonly #pauses = new Pauses(100, 2_000);
   readonly #signal: AbortSignal | undefined;
-  readonly #canceled = () => this.cancel();
+  readonly #ended = () => this.end();
+  #timer: ReturnType<typeof setTimeout> | undefined;
+  #isLate = false;
   #gateway = "";
 
-  /** `settle` is to be called when the call is over. */
   constructor(
     private readonly defaults: Defaults,
     { timeoutMs = defaults.timeoutMs, signal, headers, requestId }: CallOptions,
@@ -71,9 +73,9 @@ export class Call {
     this.#headers = new Headers(this.#given);
     this.#deadline = timeoutMs === undefined ? Number.POSITIVE_INFINITY : performance.now() + timeoutMs;
     this.#signal = signal;
-    signal?.addEventListener("abort", this.#canceled);
+    signal?.addEventListener("abort", this.#ended);
     if (signal?.aborted) {
-      this.cancel();
+      this.end();
     }
   }
 
@@ -86,8 +88,11 @@ export class Call {
     return this.#deadline - performance.now();
   }
 
-  /** End the call, on both sides. */
-  cancel(): void {
+  /** End the call, on both sides. To be called also if it has ended, since it forgets it. */
+  end(): void {
+    this.#signal?.removeEventListener("abort", this.#ended);
+    this.defaults.calls.active.delete(this);
+    clearTimeout(this.#timer);
     this.#abort.abort();
   }
 
@@ -95,13 +100,6 @@ export class Call {
   canceled(): CallError {
     const rawMessage = this.defaults.calls.isClosed ? "the client was closed" : "canceled by the caller";
     return this.#failure(Code.Canceled, rawMessage);
-  }
-
-  /** Forget the call; ends it if it has not ended. */
-  settle(): void {
-    this.#signal?.removeEventListener("abort", this.#canceled);
-    this.defaults.calls.active.delete(this);
-    this.cancel();
   }
 
   /** Let a proxy send the call to the gateway that has a completion. `moved` says how many gateways did not have it. */
@@ -174,7 +172,7 @@ export class Call {
         signal.removeEventListener("abort", end);
         resolve();
       };
-      const timer = setTimeout(end, Math.min(ms, this.remainingMs));
+      const timer = setTimeout(end, ms);
       signal.addEventListener("abort", end);
       if (signal.aborted) {
         end();
@@ -185,12 +183,21 @@ export class Call {
 
   #options(): ConnectOptions {
     this.#check();
-    this.defaults.calls.active.add(this);
     const { remainingMs } = this;
+    this.defaults.calls.active.add(this);
+    // Connect's own timer would go on after a reader has left.
+    if (remainingMs <= MAX_TIMER_MS) {
+      this.#timer ??= setTimeout(() => {
+        this.#isLate = true;
+        this.end();
+      }, remainingMs);
+    }
+    if (remainingMs <= MAX_HEADER_MS) {
+      this.#headers.set("grpc-timeout", `${Math.ceil(remainingMs)}m`);
+    }
     return {
       headers: this.#headers,
       signal: this.#abort.signal,
-      ...(Number.isFinite(remainingMs) && { timeoutMs: Math.min(Math.ceil(remainingMs), MAX_TIMEOUT_MS) }),
       onHeader: (headers) => {
         this.requestId = headers.get(REQUEST_ID) || this.requestId;
         this.#gateway = headers.get(GATEWAY) ?? "";
@@ -199,11 +206,11 @@ export class Call {
   }
 
   #check(): void {
+    if (this.#isLate || this.remainingMs <= 0) {
+      throw this.#failure(Code.DeadlineExceeded, "the timeout passed");
+    }
     if (this.isCanceled) {
       throw this.canceled();
-    }
-    if (this.remainingMs <= 0) {
-      throw this.#failure(Code.DeadlineExceeded, "the timeout passed");
     }
   }
 

@@ -55,7 +55,7 @@ export class Chat {
       const { choices, usage } = completed;
       return new Answer(started?.completionId ?? "", started, choices, [], usage, completed, call.requestId);
     } finally {
-      call.settle();
+      call.end();
     }
   }
 
@@ -97,7 +97,7 @@ export class Chat {
     try {
       return await call.unary((given) => this.connections.main.chat.countTokens({ chat }, given));
     } finally {
-      call.settle();
+      call.end();
     }
   }
 }
@@ -149,7 +149,9 @@ export class ChatStream implements AsyncIterable<StreamChatCompletionResponse> {
 
   /** End the call now, on both sides. */
   cancel(): void {
-    this.#call.cancel();
+    this.#call.end();
+    // Forgets what belongs to the stream if nobody reads on.
+    void this.#events.return();
   }
 
   /** End only generation: the stream then ends normally, with the text so far and the usage. */
@@ -263,7 +265,7 @@ export class ChatStream implements AsyncIterable<StreamChatCompletionResponse> {
     } catch (error) {
       this.#outcome = error as DeltawireError;
     }
-    this.#call.settle();
+    this.#call.end();
     this.#leave();
   }
 

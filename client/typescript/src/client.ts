@@ -128,7 +128,7 @@ export class Connections {
         }
       }
     } finally {
-      call.settle();
+      call.end();
     }
   }
 }

@@ -42,7 +42,7 @@ export class Models {
         pageToken = page.nextPageToken;
       } while (pageToken);
     } finally {
-      call.settle();
+      call.end();
     }
   }
 
@@ -111,7 +111,7 @@ export class ModelWatch implements AsyncIterable<WatchEvent> {
         await this.#call.pause(this.#pauseAfter(failure));
       }
     } finally {
-      this.#call.settle();
+      this.#call.end();
     }
   }
 
