@@ -41,7 +41,7 @@ const SCENARIOS = {
 
   // By a chosen id, from a client that has never seen the stream.
   async another(client) {
-    const other = connect(target);
+    const other = connectAgain();
     const stream = client.chat.stream({ ...chat, completionId: "mine" }, { options: { retention: seconds(60) } });
     const text = await begin(stream);
     stream.cancel();
@@ -89,6 +89,7 @@ const SCENARIOS = {
 };
 
 const options = { timeoutMs: 60_000, ...(file && JSON.parse(readFileSync(file, "utf8"))) };
-const client = target.startsWith("http") ? connectWeb(target, options) : connect(target, options);
+const connectAgain = () => (target.startsWith("http") ? connectWeb(target, options) : connect(target, options));
+const client = connectAgain();
 console.log(JSON.stringify(await SCENARIOS[name](client)));
 client.close();
