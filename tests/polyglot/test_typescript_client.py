@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import shutil
+import signal
 import subprocess
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from tests.docs.markdown import blocks
 from tests.polyglot import stubs
 from tests.polyglot.calls import gateway
 from tests.polyglot.documented import commands
-from tests.polyglot.programs import ROOT, run, tool
+from tests.polyglot.programs import LIMIT, ROOT, run, started, tool
 from tests.polyglot.proxy import envoy
 from tests.support.recordings import TRANSCRIPTS
 
@@ -134,6 +135,19 @@ async def test_the_package_has_what_is_imported(package: Path) -> None:
     assert {name.split("/")[0] for name in names} == {"package.json", "README.md", "examples", "dist"}
 
 
+async def test_ctrl_c_in_the_example_reaches_the_engine(vllm: FakeVllm, target: str, package: Path) -> None:
+    """In the middle of an endless answer."""
+    vllm.play(ENDLESS)
+    chat = (tool("node"), str(package / "examples" / "chat.js"), "--target", target, "hi")
+    async with started(*chat, home=package) as process, asyncio.timeout(LIMIT):
+        assert process.stdout is not None
+        assert await process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        assert await process.wait() == 130
+        (request,) = vllm.chats
+        await request.closed_early.wait()
+
+
 @pytest.mark.parametrize("name", ["leave", "abort", "close"])
 async def test_every_end_of_a_call_reaches_the_engine(vllm: FakeVllm, target: str, package: Path, name: str) -> None:
     """Leaving the loop and a signal; closing the client ends the call, but not what is retained."""
@@ -145,7 +159,7 @@ async def test_every_end_of_a_call_reaches_the_engine(vllm: FakeVllm, target: st
         return
     assert outcome is True or outcome["code"] == "Canceled"
     (request,) = vllm.chats
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(LIMIT):
         await request.closed_early.wait()
     assert vllm.running == 0
 

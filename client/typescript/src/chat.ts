@@ -194,21 +194,23 @@ export class ChatStream implements AsyncIterable<StreamChatCompletionResponse> {
   }
 
   async *#read(): AsyncGenerator<StreamChatCompletionResponse, void> {
-    // What stands if the reader leaves the loop.
-    let failure: DeltawireError | undefined = this.#call.canceled();
+    let failure: DeltawireError | undefined;
+    let isLeft = true;
     try {
-      let pause: number | undefined = 0;
-      do {
-        await this.#call.pause(pause);
-        const ended = yield* this.#readCall();
-        pause = this.#pauseAfter(ended);
-        failure = pause === undefined ? ended : this.#call.canceled();
-      } while (pause !== undefined);
+      for (let pause: number | undefined = 0; pause !== undefined; pause = this.#pauseAfter(failure)) {
+        if (pause > 0) {
+          await this.#call.pause(pause);
+        }
+        failure = yield* this.#readCall();
+      }
+      isLeft = false;
     } catch (error) {
       // The pause was canceled, or outlasted the deadline.
       failure = error as CallError;
+      isLeft = false;
     } finally {
-      this.#settle(failure);
+      // Leaving the loop that reads it is a cancel.
+      this.#settle(isLeft ? this.#call.canceled() : failure);
     }
     this.#answer();
   }
