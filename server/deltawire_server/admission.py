@@ -190,9 +190,10 @@ class Admission:
         self._interval = mean + _SMOOTHING * (interval - mean)
 
     def _full(self, expected: float = 0.0) -> GatewayError:
+        waiting = f", and {self.queued} more calls wait" if self.queued else ""
         return GatewayError(
             Reason.TOO_MANY_STREAMS,
-            f"this gateway already serves {self._limit} completions, which is its limit: retry later",
+            f"this gateway already serves {self._limit} completions, which is its limit{waiting}: retry later",
             metadata={"limit": str(self._limit)},
             retry_after=max(RETRY_SECONDS, expected),
         )

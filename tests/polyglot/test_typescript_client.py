@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -12,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from deltawire.v1.chat_completion_pb2 import StopReason
 from deltawire_server.fake_vllm import Chunks, Script
 from tests.docs.markdown import blocks
-from tests.polyglot import stubs
+from tests.polyglot import browser, stubs
+from tests.polyglot.browser import serving
 from tests.polyglot.calls import gateway
 from tests.polyglot.documented import commands
 from tests.polyglot.programs import LIMIT, ROOT, run, started, tool
-from tests.polyglot.proxy import envoy
+from tests.polyglot.proxy import ORIGIN, envoy, web_configuration
 from tests.support.recordings import TRANSCRIPTS
 
 if TYPE_CHECKING:
@@ -32,6 +35,8 @@ pytestmark = pytest.mark.polyglot
 CLIENT = ROOT / "client" / "typescript"
 PAGE = CLIENT / "README.md"
 SHIPPED_TARGET = "127.0.0.1:50051"
+BROKEN = Script.chunks([Chunks().role(), Chunks().text("half")], after=2, end="cut")
+FAULT = {"code": "Aborted", "reason": "UPSTREAM_INCOMPLETE", "text": "half"}
 ENDLESS = Script.generated(tokens=1_000_000, tokens_per_second=20)
 
 
@@ -56,7 +61,8 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not (CLIENT / "node_modules").is_dir():
         pytest.fail("the TypeScript client's packages are not installed: `make polyglot` does it")
     (folder / "node_modules").symlink_to(CLIENT / "node_modules")
-    shutil.copy(stubs.LANGUAGES / "typescript-client" / "scenario.js", folder / "examples")
+    for program in (stubs.LANGUAGES / "typescript-client").iterdir():
+        shutil.copy(program, folder / "examples")
     for number, block in enumerate(each for each in blocks(PAGE) if each.language == "ts"):
         (folder / "src" / f"page-{number}.ts").write_text(block.text, encoding="utf-8")
     done = subprocess.run(build.split(), cwd=folder, capture_output=True, text=True, check=False)
@@ -180,17 +186,15 @@ async def test_two_gateways_behind_envoy(vllm: FakeVllm, tmp_path: Path, package
         vllm.play(*[ENDLESS] * 13)
         assert await scenario("softly", package, proxy.target) == ["CANCELLED"]
         assert await scenario("another", package, proxy.target) == ["RUNNING", "CANCELLED", True]
+        vllm.play(*[says("Yes.")] * 12)
+        assert await scenario("remember", package, proxy.target) == ["COMPLETED"]
+        assert len(vllm.chats) == 25
 
 
 async def test_a_fault_in_the_middle(vllm: FakeVllm, target: str, package: Path) -> None:
     """The reason of the gateway, with what had arrived."""
-    chunk = Chunks()
-    vllm.play(Script.chunks([chunk.role(), chunk.text("half")], after=2, end="cut"))
-    assert await scenario("fail", package, target) == {
-        "code": "Aborted",
-        "reason": "UPSTREAM_INCOMPLETE",
-        "text": "half",
-    }
+    vllm.play(BROKEN)
+    assert await scenario("fail", package, target) == FAULT
 
 
 async def test_tls_and_a_key(vllm: FakeVllm, tmp_path: Path, package: Path, certificates: Certificates) -> None:
@@ -213,3 +217,48 @@ async def test_tls_and_a_key(vllm: FakeVllm, tmp_path: Path, package: Path, cert
             assert (await scenario("create", package, address, **options))[0] == "Yes."
         assert (await scenario("fail", package, address, tls=tls))["reason"] == "UNAUTHENTICATED"
         assert (await scenario("fail", package, address, tls=True, timeoutMs=5_000))["code"] == "Unavailable"
+
+
+async def test_grpc_web(vllm: FakeVllm, tmp_path: Path, package: Path) -> None:
+    """The same through the other port of Envoy, with the client for browsers and Node's `fetch`."""
+    async with (
+        gateway(vllm, tmp_path) as (_, first),
+        gateway(vllm, tmp_path) as (_, second),
+        envoy(tmp_path, first, second, web=web_configuration(ORIGIN)) as proxy,
+    ):
+        url = f"http://{proxy.web}"
+        vllm.play(*[ENDLESS] * 14)
+        assert await scenario("softly", package, url) == ["CANCELLED"]
+        assert await scenario("another", package, url) == ["RUNNING", "CANCELLED", True]
+        assert (await scenario("abort", package, url))["code"] == "Canceled"
+        async with asyncio.timeout(LIMIT):
+            await vllm.chats[-1].closed_early.wait()
+        vllm.play(says("Yes."))
+        assert (await scenario("create", package, url))[0] == "Yes."
+        vllm.play(BROKEN)
+        assert await scenario("fail", package, url) == FAULT
+
+
+async def test_a_browser(vllm: FakeVllm, target: str, tmp_path: Path, package: Path) -> None:
+    """A page at another origin in Chromium: text as it comes, failures, and a stream that is resumed and ended softly."""
+    bundle = (str(stubs.LANGUAGES / "typescript" / "node_modules" / ".bin" / "esbuild"), "examples/page.js", "--bundle")
+    bundled = await run(*bundle, f"--outfile={tmp_path}/pages/page.js", "--log-level=warning", home=package, folder=package)
+    assert (bundled.status, bundled.err) == (0, "")
+    (tmp_path / "pages" / "index.html").write_text('<!doctype html><title>page</title><script src="page.js"></script>')
+    with serving(tmp_path / "pages") as origin:
+        web = web_configuration(re.escape(origin))
+        async with envoy(tmp_path, target, web=web) as proxy, browser.page(tmp_path, origin) as page:
+            url = f"http://{proxy.web}"
+            gate = asyncio.Event()
+            chunk = Chunks()
+            vllm.play(Script.chunks([chunk.role(), chunk.text("begun"), gate, chunk.text(", ended"), chunk.finish()]))
+            asking = asyncio.create_task(page.call("chat", url))
+            async with asyncio.timeout(LIMIT):
+                assert await page.reports.get() == "begun"
+            gate.set()
+            assert (await asking)["text"] == "begun, ended"
+            assert (await page.call("chat", url, "nobody"))["reason"] == "MODEL_NOT_FOUND"
+            vllm.play(BROKEN)
+            assert await page.call("chat", url) == FAULT
+            vllm.play(ENDLESS)
+            assert await page.call("goOn", url) == StopReason.STOP_REASON_CANCELLED

@@ -184,15 +184,17 @@ def list_providers(client: Client, options: argparse.Namespace) -> int:
 
 
 def _urls(provider: Provider) -> str:
-    """The addresses of a provider, each with the state of its replica if that does not get its full share of the calls."""
-    states = {each.base_url: each for each in provider.replicas if each.state > Replica.STATE_AVAILABLE}
-    return ", ".join(
-        f"{url} ({word(Replica.State, states[url].state, 'STATE_').lower()}: "
-        f"{word(ErrorReason, states[url].last_failure_reason, 'ERROR_REASON_')})"
-        if url in states
-        else url
-        for url in provider.base_urls
-    )
+    """The addresses of a provider, each with its active streams, and its state if it does not get its full share of the calls."""
+    replicas = {each.base_url: each for each in provider.replicas}
+    return ", ".join(_replica(url, replicas.get(url, Replica())) for url in provider.base_urls)
+
+
+def _replica(url: str, replica: Replica) -> str:
+    notes = [f"{replica.active_streams} active"] if replica.active_streams else []
+    if replica.state > Replica.STATE_AVAILABLE:
+        state = word(Replica.State, replica.state, "STATE_").lower()
+        notes.append(f"{state}: {word(ErrorReason, replica.last_failure_reason, 'ERROR_REASON_')}")
+    return f"{url} ({', '.join(notes)})" if notes else url
 
 
 def check_health(client: Client, options: argparse.Namespace) -> int:

@@ -25,15 +25,32 @@ export interface Defaults {
   readonly makeId: () => string;
 }
 
-/** The calls of a client in progress. */
+/** The calls of a client in progress, and what a proxy has said in the headers of earlier ones. */
 export class Calls {
   readonly active = new Set<Call>();
   isClosed = false;
+  readonly #gateways = new Map<string, string>();
 
   /** End them all, and those that begin later. */
   close(): void {
     this.isClosed = true;
     this.active.forEach((call) => call.end());
+  }
+
+  /** Remember which gateway has a completion. */
+  found(completionId: string, gateway: string): void {
+    if (completionId && gateway && this.gatewayOf(completionId) !== gateway) {
+      this.#gateways.delete(completionId);
+      this.#gateways.set(completionId, gateway);
+      if (this.#gateways.size > MAX_GATEWAYS) {
+        this.#gateways.delete(this.#gateways.keys().next().value!);
+      }
+    }
+  }
+
+  /** "" if it is not known. */
+  gatewayOf(completionId: string): string {
+    return this.#gateways.get(completionId) ?? "";
   }
 }
 
@@ -42,6 +59,8 @@ const REQUEST_ID = "x-request-id";
 // same gateway; the other one comes from the proxy, names the gateway, and is sent back.
 const ROUTE = "x-deltawire-route";
 const GATEWAY = "x-deltawire-gateway";
+// Completions of which a client remembers the gateway: those that a busy program may still look up or end.
+const MAX_GATEWAYS = 10_000;
 // What fits into `grpc-timeout`, and into a timer. A longer deadline is the gateway's to keep, or passes unnoticed.
 const MAX_HEADER_MS = 99_999_999;
 const MAX_TIMER_MS = 0x7fffffff;
@@ -59,6 +78,7 @@ export class Call {
   readonly #ended = () => this.end();
   #timer: ReturnType<typeof setTimeout> | undefined;
   #isLate = false;
+  #completionId = "";
   #gateway = "";
 
   constructor(
@@ -102,12 +122,17 @@ export class Call {
     return this.#failure(Code.Canceled, rawMessage);
   }
 
-  /** Let a proxy send the call to the gateway that has a completion. `moved` says how many gateways did not have it. */
-  about(completionId: string, moved = 0): this {
+  /**
+   * Let a proxy send the call to the gateway that has a completion. `moved` says how many gateways did not have it; `begins`, that
+   * the call begins it, so that an earlier one of the same id does not matter.
+   */
+  about(completionId: string, { moved = 0, begins = false } = {}): this {
+    this.#completionId = completionId;
+    const gateway = this.#gateway || (begins ? "" : this.defaults.calls.gatewayOf(completionId));
     const routing = {
       // An id that does not fit into a header is left to the gateway to refuse.
       [ROUTE]: /^[!-~]+$/.test(completionId) ? completionId + (moved ? `#${moved}` : "") : "",
-      [GATEWAY]: moved ? "" : this.#gateway,
+      [GATEWAY]: moved ? "" : gateway,
     };
     for (const [name, value] of Object.entries(routing)) {
       this.#headers.delete(name);
@@ -117,6 +142,11 @@ export class Call {
       }
     }
     return this;
+  }
+
+  /** Remember the gateway that sent the headers: it has this completion. */
+  found(completionId: string): void {
+    this.defaults.calls.found(completionId, this.#gateway);
   }
 
   /** Another call about this one's completion, with the same metadata. */
@@ -201,6 +231,7 @@ export class Call {
       onHeader: (headers) => {
         this.requestId = headers.get(REQUEST_ID) || this.requestId;
         this.#gateway = headers.get(GATEWAY) ?? "";
+        this.found(this.#completionId);
       },
     };
   }

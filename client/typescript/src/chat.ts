@@ -45,7 +45,7 @@ export class Chat {
 
   /** Send a request, and wait for the whole answer. */
   async create(chat: ChatInit, options: CallOptions = {}): Promise<Answer> {
-    const call = new Call(this.defaults, options).about(chat.completionId ?? "");
+    const call = new Call(this.defaults, options).about(chat.completionId ?? "", { begins: true });
     try {
       const made = await call.unary((given) => this.connections.main.chat.createChatCompletion({ chat }, given));
       const { started, completed } = made;
@@ -53,7 +53,9 @@ export class Chat {
         throw new ProtocolError("the answer has no `completed`");
       }
       const { choices, usage } = completed;
-      return new Answer(started?.completionId ?? "", started, choices, [], usage, completed, call.requestId);
+      const { completionId = "" } = started ?? {};
+      call.found(completionId);
+      return new Answer(completionId, started, choices, [], usage, completed, call.requestId);
     } finally {
       call.end();
     }
@@ -219,7 +221,8 @@ export class ChatStream implements AsyncIterable<StreamChatCompletionResponse> {
   async *#readCall(): AsyncGenerator<StreamChatCompletionResponse, DeltawireError | undefined> {
     const request = this.#resumption.begin();
     const { moved, completionId } = this.#resumption;
-    if (request.start.case === "chat") {
+    const begins = request.start.case === "chat";
+    if (begins) {
       // Only heartbeats can have come before.
       this.#accumulator = new Accumulator(completionId, undefined);
     }
@@ -227,7 +230,7 @@ export class ChatStream implements AsyncIterable<StreamChatCompletionResponse> {
       this.#leave();
       this.#connection = this.connections.another();
     }
-    this.#call.about(this.completionId, moved);
+    this.#call.about(this.completionId, { moved, begins });
     try {
       const { chat } = this.#connection;
       for await (const event of this.#call.stream((given) => chat.streamChatCompletion(request, given))) {
@@ -235,6 +238,9 @@ export class ChatStream implements AsyncIterable<StreamChatCompletionResponse> {
         if (!this.resumed || event.sequence >= this.#accumulator.expected) {
           this.#accumulator.receive(event);
           this.#resumption.received(event.sequence);
+          if (event.event.case === "started") {
+            this.#call.found(this.completionId);
+          }
           yield event;
         }
       }

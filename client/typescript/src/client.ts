@@ -111,7 +111,7 @@ export class Connections {
     try {
       for (let connection = first, moved = 0; ; connection = this.another()) {
         try {
-          call.about(completionId, moved);
+          call.about(completionId, { moved });
           return await call.unary((options) => make(connection.chat, options));
         } catch (error) {
           const isElsewhere = error instanceof CallError && error.reason === "WRONG_REPLICA";

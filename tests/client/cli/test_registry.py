@@ -243,6 +243,11 @@ def test_providers(gateway: Gateway, run: Run) -> None:
     gateway.will(registry.ListProvidersResponse(providers=[vllm]))
     urls = "http://gpu1:8000/v1, http://gpu2:8000/v1 (ejected: UPSTREAM_UNAVAILABLE)\n"
     assert run("providers")[1].endswith(urls)
+    for replica, streams in zip(vllm.replicas, (3, 1), strict=True):
+        replica.active_streams = streams
+    gateway.will(registry.ListProvidersResponse(providers=[vllm]))
+    urls = "http://gpu1:8000/v1 (3 active), http://gpu2:8000/v1 (1 active, ejected: UPSTREAM_UNAVAILABLE)\n"
+    assert run("providers")[1].endswith(urls)
 
 
 def test_providers_in_pages(gateway: Gateway, run: Run) -> None:
