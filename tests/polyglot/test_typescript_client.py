@@ -242,7 +242,9 @@ async def test_grpc_web(vllm: FakeVllm, tmp_path: Path, package: Path) -> None:
 async def test_a_browser(vllm: FakeVllm, target: str, tmp_path: Path, package: Path) -> None:
     """A page at another origin in Chromium: text as it comes, failures, and a stream that is resumed and ended softly."""
     bundle = (str(stubs.LANGUAGES / "typescript" / "node_modules" / ".bin" / "esbuild"), "examples/page.js", "--bundle")
-    bundled = await run(*bundle, f"--outfile={tmp_path}/pages/page.js", "--log-level=warning", home=package, folder=package)
+    bundled = await run(
+        *bundle, f"--outfile={tmp_path}/pages/page.js", "--log-level=warning", home=package, folder=package
+    )
     assert (bundled.status, bundled.err) == (0, "")
     (tmp_path / "pages" / "index.html").write_text('<!doctype html><title>page</title><script src="page.js"></script>')
     with serving(tmp_path / "pages") as origin:
