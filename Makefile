@@ -11,6 +11,8 @@ BUF := HOME=$(abspath $(CACHE)) $(abspath $(BIN))/buf
 PROTOS := $(sort $(wildcard protos/deltawire/v1/*.proto))
 SERVICES := protos/deltawire/v1/chat_completion.proto protos/deltawire/v1/model_registry.proto
 STUBS := client
+# Where the stubs of the conformance kit go, below it in tests/conformance; only tests import them.
+KIT_STUBS := .
 # The descriptor set also has what errors carry in google.protobuf.Any, which no file of ours imports.
 DETAILS := google/rpc/code.proto google/rpc/error_details.proto google/rpc/status.proto
 # What the API was at the last release.
@@ -118,6 +120,10 @@ CALLERS ?= 200
 rolling: install $(BIN)/.installed-envoy ## Restart two gateways behind Envoy in turn, with CALLERS streams at all times: none is lost
 	@ROLLING_CALLERS=$(CALLERS) $(BIN)/python -m pytest -m polyglot tests/polyglot/test_rolling.py
 
+.PHONY: conformance
+conformance: install $(TYPESCRIPT_CLIENT)/node_modules/.package-lock.json ## The clients of every language through every case, a gateway through every check: CONFORMANCE="--help"
+	@$(BIN)/python -m tests.conformance $(CONFORMANCE)
+
 .PHONY: postgres
 postgres: install ## The registry on a real PostgreSQL server, which the tests start and end
 	@$(BIN)/python -m pytest -m postgres
@@ -188,6 +194,8 @@ protos: descriptors ## Generate the Python stubs and the descriptor set into cli
 		--python_out=$(STUBS) --mypy_out=quiet:$(STUBS) $(PROTOS)
 	@PATH="$(abspath $(GENERATOR))/bin:$$PATH" $(GENERATOR)/bin/python -m grpc_tools.protoc -Iprotos \
 		--grpc_python_out=$(STUBS) --mypy_grpc_out=quiet:$(STUBS) $(SERVICES)
+	@PATH="$(abspath $(GENERATOR))/bin:$$PATH" $(GENERATOR)/bin/python -m grpc_tools.protoc -Iprotos -I. \
+		--python_out=$(KIT_STUBS) --mypy_out=quiet:$(KIT_STUBS) tests/conformance/conformance.proto tests/conformance/case.proto
 
 .PHONY: descriptors
 descriptors: $(GENERATOR)/.installed ## Generate only client/deltawire/v1/descriptors.binpb, for Envoy and for other languages
@@ -206,8 +214,9 @@ breaking: install ## Fail if the protos differ from the last release in a way th
 
 .PHONY: check-protos
 check-protos: ## Fail if the checked-in stubs and descriptor set are not what the protos give
-	@rm -rf $(CACHE)/stubs && $(MAKE) --no-print-directory protos STUBS=$(CACHE)/stubs
+	@rm -rf $(CACHE)/stubs && $(MAKE) --no-print-directory protos STUBS=$(CACHE)/stubs KIT_STUBS=$(CACHE)/stubs
 	@diff --recursive --exclude=__pycache__ --exclude=__init__.py $(CACHE)/stubs/deltawire/v1 client/deltawire/v1 \
+		&& (for stub in $(CACHE)/stubs/tests/conformance/*; do diff $$stub tests/conformance/ || exit 1; done) \
 		|| { echo "the stubs are stale: run 'make protos' and commit"; exit 1; }
 
 .PHONY: clean

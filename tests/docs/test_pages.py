@@ -11,7 +11,14 @@ from tests.docs.markdown import anchors, blocks, links, matches
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-PAGES = ["README.md", "client/README.md", "client/typescript/README.md", "server/README.md", "protos/README.md"]
+PAGES = [
+    "README.md",
+    "client/README.md",
+    "client/typescript/README.md",
+    "server/README.md",
+    "protos/README.md",
+    "tests/conformance/README.md",
+]
 SERVER = ROOT / "server/deltawire_server"
 
 
