@@ -15,6 +15,8 @@ PAGES = [
     "README.md",
     "client/README.md",
     "client/go/README.md",
+    "client/java/README.md",
+    "client/typescript/README.md",
     "server/README.md",
     "protos/README.md",
     "tests/conformance/README.md",
