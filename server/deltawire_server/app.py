@@ -28,7 +28,8 @@ from deltawire_server.limits import Limits as CallerLimits
 from deltawire_server.memory import Allocator, Ledger, default_limit
 from deltawire_server.metrics.listener import MetricsListener, serve_metrics
 from deltawire_server.metrics.probes import Probes
-from deltawire_server.metrics.table import INFO, REGISTRY, RELOADS
+from deltawire_server.metrics.process import ProcessMetrics
+from deltawire_server.metrics.table import CERTIFICATE_EXPIRY, CERTIFICATE_LOADS, INFO, REGISTRY, RELOADS
 from deltawire_server.processes.passing import Passing
 from deltawire_server.registry.registry import ModelRegistry
 from deltawire_server.registry.store import Store, StoreLimits
@@ -69,6 +70,9 @@ RETAINED_SHARE = 2
 
 MEASURE_SECONDS = 1.0
 """Interval at which the metrics of the current state are set: much shorter than that of scrapers."""
+
+PROCESS_SECONDS = 5.0
+"""The same for those of the process, which take longer."""
 
 FILES_SECONDS = 0.5
 """Interval at which the files of certificates are checked for changes."""
@@ -222,6 +226,7 @@ class Gateway:
             self._run(self._allocator.trim_for_ever(), "return free memory")
             self._run(self._adaptive.adapt_for_ever(), "adapt the delay of deltas")
             self._run(self._measure_for_ever(), "measure")
+            self._run(self._measure_process_for_ever(), "measure the process")
             self._run(self._follow_files(), "follow certificate files")
             if self._usage_log is not None:
                 self._run(self._usage_log.keep(), "keep usage records")
@@ -243,11 +248,20 @@ class Gateway:
         """Set the metrics of the current state once a second."""
         INFO.labels(__version__).set(1)
         while True:
+            if self._lifecycle.certificates is not None:
+                CERTIFICATE_EXPIRY.set(self._lifecycle.certificates.expiry)
             self._worker.measure()
             self._registry.measure()
             self._providers.measure()
             self._probes.beat()
             await asyncio.sleep(MEASURE_SECONDS)
+
+    async def _measure_process_for_ever(self) -> None:
+        """In a thread: counting file descriptors takes milliseconds if there are thousands."""
+        process = ProcessMetrics()
+        while True:
+            await asyncio.to_thread(process.measure)
+            await asyncio.sleep(PROCESS_SECONDS)
 
     def _announce(self) -> None:
         """Log what is served, and warnings about it."""
@@ -330,8 +344,10 @@ class Gateway:
             return
         try:
             if certificates.reload():
+                CERTIFICATE_LOADS.labels("ok").inc()
                 _log.info("certificates loaded")
         except OSError as error:
+            CERTIFICATE_LOADS.labels("refused").inc()
             _log.error("certificates refused: the old ones are still served", problem=str(error))
 
     async def _follow_files(self) -> None:
@@ -347,7 +363,9 @@ class Gateway:
             if _authorities(self._settings) != self._authorities:
                 try:
                     await self.reload(self._settings)
+                    CERTIFICATE_LOADS.labels("ok").inc()
                 except SettingsError as error:
+                    CERTIFICATE_LOADS.labels("refused").inc()
                     _log.error("certificates refused: the old ones are still used", problem=str(error))
 
     def _load_access(self, settings: Settings) -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import ssl
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import grpc
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
+
+_CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
+_VERSION, _UTC_TIME = 0xA0, 0x17
+"""Tags in DER."""
 
 
 class ServerCertificates:
@@ -21,6 +28,9 @@ class ServerCertificates:
         client_ca_file: PEM file with the authorities of client certificates, which are then required; `None` for no client
             certificates.
 
+    Attributes:
+        expiry: When the first certificate of the chain expires, as a Unix timestamp; 0 if the file does not show it.
+
     Raises:
         OSError: From the constructor: a file cannot be used.
     """
@@ -31,6 +41,7 @@ class ServerCertificates:
         self._client_ca_file = client_ca_file
         self._contents = self._checked()
         self._configuration = _configuration(*self._contents)
+        self.expiry = _first_expiry(self._contents[0])
 
     def credentials(self) -> grpc.ServerCredentials:
         """Credentials for one listener. Each has its own, because gRPC asks for new certificates once for each listener."""
@@ -57,6 +68,7 @@ class ServerCertificates:
             return False
         self._configuration = _configuration(*contents)
         self._contents = contents
+        self.expiry = _first_expiry(contents[0])
         return True
 
     def _checked(self) -> tuple[bytes, bytes, bytes | None]:
@@ -82,6 +94,34 @@ class ServerCertificates:
     def _read(self) -> tuple[bytes, bytes, bytes | None]:
         authorities = None if self._client_ca_file is None else self._client_ca_file.read_bytes()
         return self._cert_file.read_bytes(), self._key_file.read_bytes(), authorities
+
+
+def _first_expiry(chain: bytes) -> float:
+    with contextlib.suppress(ValueError):  # OpenSSL reads what RFC 5280 does not allow
+        return min(map(_expiry, _CERTIFICATE.findall(chain)))
+    return 0.0
+
+
+def _expiry(pem: bytes) -> float:
+    """When a certificate expires. The standard library reads this only of certificates that it trusts."""
+    _, certificate = next(_elements(ssl.PEM_cert_to_DER_cert(pem.decode())))
+    _, signed = next(_elements(certificate))
+    fields = (content for tag, content in _elements(signed) if tag != _VERSION)
+    _serial, _algorithm, _issuer, validity = (next(fields) for _ in range(4))
+    _, (tag, last) = _elements(validity)
+    year = "%y" if tag == _UTC_TIME else "%Y"
+    return datetime.strptime(last.decode(), f"{year}%m%d%H%M%SZ").replace(tzinfo=UTC).timestamp()
+
+
+def _elements(der: bytes) -> Iterator[tuple[int, bytes]]:
+    """The tags and contents of values in DER that follow each other."""
+    while der:
+        tag, size, start = der[0], der[1], 2
+        if size & 0x80:  # the number of bytes that the size takes
+            start += size & 0x7F
+            size = int.from_bytes(der[2:start], "big")
+        yield tag, der[start : start + size]
+        der = der[start + size :]
 
 
 def _configuration(chain: bytes, key: bytes, authorities: bytes | None) -> grpc.ServerCertificateConfiguration:
