@@ -29,7 +29,14 @@ from deltawire_server.memory import Allocator, Ledger, default_limit
 from deltawire_server.metrics.listener import MetricsListener, serve_metrics
 from deltawire_server.metrics.probes import Probes
 from deltawire_server.metrics.process import ProcessMetrics
-from deltawire_server.metrics.table import CERTIFICATE_EXPIRY, CERTIFICATE_LOADS, INFO, REGISTRY, RELOADS
+from deltawire_server.metrics.table import (
+    CERTIFICATE_EXPIRY,
+    CERTIFICATES_SUCCESSFUL,
+    INFO,
+    REGISTRY,
+    RELOAD_SUCCESSFUL,
+    RELOADS,
+)
 from deltawire_server.processes.passing import Passing
 from deltawire_server.registry.registry import ModelRegistry
 from deltawire_server.registry.store import Store, StoreLimits
@@ -247,6 +254,12 @@ class Gateway:
     async def _measure_for_ever(self) -> None:
         """Set the metrics of the current state once a second."""
         INFO.labels(__version__).set(1)
+        for used in (
+            RELOAD_SUCCESSFUL,
+            CERTIFICATES_SUCCESSFUL.labels("server"),
+            CERTIFICATES_SUCCESSFUL.labels("providers"),
+        ):
+            used.set(1)
         while True:
             if self._lifecycle.certificates is not None:
                 CERTIFICATE_EXPIRY.set(self._lifecycle.certificates.expiry)
@@ -324,6 +337,7 @@ class Gateway:
         self._load_access(settings)
         self._load_limits(settings)
         self._load_certificates()
+        CERTIFICATES_SUCCESSFUL.labels("providers").set(1)
         waiting = _changed_keys(self._settings, settings)
         self._authorities = authorities
         self._settings = self._settings.model_copy(update={section: getattr(settings, section) for section in RELOADED})
@@ -344,10 +358,10 @@ class Gateway:
             return
         try:
             if certificates.reload():
-                CERTIFICATE_LOADS.labels("ok").inc()
                 _log.info("certificates loaded")
+            CERTIFICATES_SUCCESSFUL.labels("server").set(1)
         except OSError as error:
-            CERTIFICATE_LOADS.labels("refused").inc()
+            CERTIFICATES_SUCCESSFUL.labels("server").set(0)
             _log.error("certificates refused: the old ones are still served", problem=str(error))
 
     async def _follow_files(self) -> None:
@@ -360,12 +374,15 @@ class Gateway:
                 continue
             self._stamps = stamps
             self._load_certificates()
-            if _authorities(self._settings) != self._authorities:
+            if _authorities(self._settings) == self._authorities:
+                CERTIFICATES_SUCCESSFUL.labels("providers").set(
+                    1
+                )  # also if they were refused before, and are the old ones again
+            else:
                 try:
                     await self.reload(self._settings)
-                    CERTIFICATE_LOADS.labels("ok").inc()
                 except SettingsError as error:
-                    CERTIFICATE_LOADS.labels("refused").inc()
+                    CERTIFICATES_SUCCESSFUL.labels("providers").set(0)
                     _log.error("certificates refused: the old ones are still used", problem=str(error))
 
     def _load_access(self, settings: Settings) -> None:
@@ -498,6 +515,7 @@ async def _reload_on(requested: asyncio.Event, gateway: Gateway, reload: Callabl
         except Exception:  # noqa: BLE001 (a defect must not prevent later reloads)
             _log.exception("settings not reloaded")
         RELOADS.labels(outcome).inc()
+        RELOAD_SUCCESSFUL.set(outcome == "ok")
 
 
 def _authorities(settings: Settings) -> dict[str, bytes]:

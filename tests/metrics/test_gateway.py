@@ -167,21 +167,30 @@ async def test_replicas_are_shown(start_gateway: StartGateway, vllm: FakeVllm) -
         await until_scraped(address, lambda page: page.value(state, replica=replicas[1]) == 0)
 
 
-async def test_certificates_are_counted(
-    start_gateway: StartGateway, certificates: Certificates, tmp_path: Path
-) -> None:
-    """When that of the listener expires, and whether its changes could be used."""
-    files = {"tls_cert_file": tmp_path / "tls.crt", "tls_key_file": tmp_path / "tls.key"}
-    loads, expiry = "deltawire_certificate_loads_total", "deltawire_certificate_expiry_timestamp_seconds"
-    for file, content in zip(files.values(), (certificates.server, certificates.server_key), strict=True):
-        file.write_bytes(content.read_bytes())
-    async with start_gateway(server=files, metrics=ANY) as running:
+async def test_certificates_are_shown(start_gateway: StartGateway, certificates: Certificates, tmp_path: Path) -> None:
+    """When that of the listener expires, and whether the current files are used: those of the server, and of providers."""
+    server = {"tls_cert_file": tmp_path / "tls.crt", "tls_key_file": tmp_path / "tls.key"}
+    authority = tmp_path / "ca.pem"
+    expiry, used = "deltawire_certificate_expiry_timestamp_seconds", "deltawire_certificates_last_load_successful"
+
+    def put(certificate: Path, key: Path) -> None:
+        for file, source in zip(server.values(), (certificate, key), strict=True):
+            file.write_bytes(source.read_bytes())
+
+    put(certificates.server, certificates.server_key)
+    authority.write_bytes(certificates.authority.read_bytes())
+    async with start_gateway(server=server, provider={"tls_verify": authority}, metrics=ANY) as running:
         address = running.gateway.metrics_address
-        before = await until_scraped(address, lambda page: page.value(expiry) > time.time())
-        files["tls_key_file"].write_bytes(certificates.client_key.read_bytes())
-        await added(running, before, loads, outcome="refused")
-        files["tls_cert_file"].write_bytes(certificates.client.read_bytes())
-        await added(running, before, loads, outcome="ok")
+        page = await until_scraped(address, lambda page: page.value(expiry) > time.time())
+        assert page.value(used) == 2
+        put(certificates.server, certificates.client_key)
+        await until_scraped(address, lambda page: page.value(used, used_by="server") == 0)
+        put(certificates.client, certificates.client_key)
+        await until_scraped(address, lambda page: page.value(used, used_by="server") == 1)
+        authority.write_text("no certificate")
+        await until_scraped(address, lambda page: page.value(used, used_by="providers") == 0)
+        authority.write_bytes(certificates.authority.read_bytes())
+        await until_scraped(address, lambda page: page.value(used, used_by="providers") == 1)
 
 
 async def test_the_process_is_measured(gateway: Running) -> None:
@@ -199,7 +208,7 @@ async def test_failures_begin_at_zero(gateway: Running) -> None:
     assert {sample.labels["reason"] for sample in page.samples("deltawire_failed_calls_total")} == {
         reason.name for reason in Reason
     }
-    for name in ("usage_records", "settings_reloads", "certificate_loads", "images"):
+    for name in ("usage_records", "settings_reloads", "images"):
         assert len(page.samples(f"deltawire_{name}_total")) > 1
 
 

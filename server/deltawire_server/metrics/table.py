@@ -40,8 +40,6 @@ _OPERATION = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_m
 _CHAT = "chat"
 _REPLICA = ("provider", "replica")
 
-_LOADS = ("ok", "refused")
-
 _Merge = Literal["livesum", "livemax", "livemin"]
 
 
@@ -202,13 +200,19 @@ RELOADS = _counter(
     "deltawire_settings_reloads_total",
     "Reloads of the settings by each worker, by outcome: ok, refused.",
     "outcome",
-    known=_LOADS,
+    known=("ok", "refused"),
 )
-CERTIFICATE_LOADS = _counter(
-    "deltawire_certificate_loads_total",
-    "Changes of certificate files, as each worker has applied them, by outcome: ok, refused.",
-    "outcome",
-    known=_LOADS,
+RELOAD_SUCCESSFUL = _gauge(
+    "deltawire_settings_last_reload_successful",
+    "0 if the last reload of the settings was refused, and older ones are in effect; otherwise 1.",
+    merge="livemin",
+)
+CERTIFICATES_SUCCESSFUL = _gauge(
+    "deltawire_certificates_last_load_successful",
+    "0 if the current files of certificates were refused, and older ones are used: those of the server, or the authorities of"
+    " providers; otherwise 1.",
+    "used_by",
+    merge="livemin",
 )
 CERTIFICATE_EXPIRY = _gauge(
     "deltawire_certificate_expiry_timestamp_seconds",
