@@ -1,0 +1,1 @@
+"""What the gateway ships for the software around it, checked without that software."""
