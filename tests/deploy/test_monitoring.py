@@ -10,6 +10,8 @@ import pytest
 from deltawire_server.errors import FOR_OPERATORS, Reason
 from deltawire_server.metrics.table import TABLE
 from tests.deploy import files
+from tests.docs.markdown import blocks
+from tests.metrics.test_table import README
 
 PARTS = {"histogram": ("_bucket", "_count", "_sum"), "counter": ("",), "gauge": ("",)}
 """The endings of the series of a metric."""
@@ -58,6 +60,13 @@ def test_every_entry_of_the_runbook_answers_the_same_questions() -> None:
         assert re.findall(r"^\*\*(.+?)\*\*", entry, re.MULTILINE) == ["Meaning.", "Callers.", "Cause.", "Action."], (
             entry
         )
+
+
+def test_the_documentation_has_the_shipped_job() -> None:
+    """Which tests with Prometheus run."""
+    lines = [line for line in (files.PROMETHEUS / "prometheus.yaml").read_text().splitlines() if "#" not in line]
+    job = "\n".join(lines[lines.index("scrape_configs:") :])
+    assert job in {block.text.strip() for block in blocks(README)}
 
 
 def test_the_dashboard_can_be_imported() -> None:

@@ -14,7 +14,9 @@ README = ROOT / "README.md"
 SERVER = ROOT / "server/deltawire_server"
 
 
-@pytest.mark.parametrize("name", ["README.md", "client/README.md", "server/README.md", "protos/README.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "client/README.md", "server/README.md", "server/deploy/runbook.md", "protos/README.md"]
+)
 def test_links_have_targets(name: str) -> None:
     """Each link to a file of the repository, or to a heading in one, has a target."""
     page = ROOT / name
