@@ -93,6 +93,7 @@ _UP = series("up")
 _RESTARTS = series("process_start_time_seconds")
 _REPLICA = 'provider="p", replica="r"'
 _EJECTED = series("deltawire_replica_state", f'{_REPLICA}, state="ejected"')
+_PROBATION = _EJECTED.replace("ejected", "probation")
 _ATTEMPTS = {series("deltawire_attempts_total", _REPLICA): growing(60)}
 _FAILED_ATTEMPTS = series("deltawire_attempt_failures_total", f'{_REPLICA}, reason="UPSTREAM_UNAVAILABLE"')
 _LISTED = series("deltawire_provider_models", 'provider="p"')
@@ -152,7 +153,7 @@ CASES = {
     ],
     "DeltawireReplicaEjected": [
         Case({_EJECTED: steady(1)}, {_EJECTED: steady(0)}),
-        Case({_EJECTED: steady(1)}, {_EJECTED: lately(1, 0)}),
+        Case({_PROBATION: steady(1)}, {_PROBATION: lately(1, 0)}),
     ],
     "DeltawireProviderListsNoModels": [
         # Also quiet for a provider that was removed.
