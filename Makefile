@@ -106,6 +106,11 @@ polyglot-packages:
 polyglot: polyglot-packages install $(BIN)/.installed-envoy $(NODE)/node_modules/.package-lock.json $(TYPESCRIPT)/node_modules/.package-lock.json ## Stubs and clients of other languages, buf, a real Envoy and a real Prometheus
 	@$(BIN)/python -m pytest -m polyglot tests/polyglot
 
+CALLERS ?= 200
+.PHONY: rolling
+rolling: install $(BIN)/.installed-envoy ## Restart two gateways behind Envoy in turn, with CALLERS streams at all times: none is lost
+	@ROLLING_CALLERS=$(CALLERS) $(BIN)/python -m pytest -m polyglot tests/polyglot/test_rolling.py
+
 .PHONY: postgres
 postgres: install ## The registry on a real PostgreSQL server, which the tests start and end
 	@$(BIN)/python -m pytest -m postgres

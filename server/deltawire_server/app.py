@@ -126,7 +126,6 @@ class Gateway:
         self._tasks: set[asyncio.Task[None]] = set()
         self._metrics: MetricsListener | None = None
         self._probes = Probes()
-        self._probes.is_ready = lambda: self._lifecycle.state is State.SERVING
         self._connections = settings.server.max_streams + SPARE_CONNECTIONS
         self._providers = Providers(
             _provider(provider_id, provider, self._connections) for provider_id, provider in settings.providers.items()
@@ -192,7 +191,10 @@ class Gateway:
             )
             chat_completion_pb2_grpc.add_ChatCompletionServicer_to_server(chat, self._passing.server)
             interceptors.append(self._passing)
-        self._lifecycle = Lifecycle(listener, interceptors, self._calls)
+        self._lifecycle = lifecycle = Lifecycle(listener, interceptors, self._calls)
+        # Without a reference to the gateway: in a cycle, it would be freed by the garbage collector, in whichever thread that
+        # runs. gRPC's server then corrupts memory, as a process with several gateways, one after the other, has shown.
+        self._probes.is_ready = lambda: lifecycle.state is State.SERVING
         self._lifecycle.add_service(
             lambda server: chat_completion_pb2_grpc.add_ChatCompletionServicer_to_server(chat, server)
         )
@@ -252,7 +254,7 @@ class Gateway:
             raise ListenError(str(error)) from error
 
     async def _measure_for_ever(self) -> None:
-        """Set the metrics of the current state once a second."""
+        """Set the metrics of the current state, and the load that calls report, once a second."""
         INFO.labels(__version__).set(1)
         for used in (
             RELOAD_SUCCESSFUL,
@@ -267,6 +269,8 @@ class Gateway:
             self._registry.measure()
             self._providers.measure()
             self._probes.beat()
+            if self._settings.server.load_reports:
+                self._calls.load.measure(self._worker.utilization)
             await asyncio.sleep(MEASURE_SECONDS)
 
     async def _measure_process_for_ever(self) -> None:
@@ -319,6 +323,7 @@ class Gateway:
         if not (self._access.open or settings.access.principals or settings.access.open):
             raise SettingsError([_WOULD_OPEN])
         before, after = self._settings.providers, settings.providers
+        stamps = _stamps(settings.model_copy(update={"server": self._settings.server}))  # whose files stay the same
         authorities = _authorities(settings)
         changed = {
             provider_id
@@ -339,7 +344,7 @@ class Gateway:
         self._load_certificates()
         CERTIFICATES_SUCCESSFUL.labels("providers").set(1)
         waiting = _changed_keys(self._settings, settings)
-        self._authorities = authorities
+        self._stamps, self._authorities = stamps, authorities
         self._settings = self._settings.model_copy(update={section: getattr(settings, section) for section in RELOADED})
         _log.info(
             "settings reloaded",
@@ -375,9 +380,8 @@ class Gateway:
             self._stamps = stamps
             self._load_certificates()
             if _authorities(self._settings) == self._authorities:
-                CERTIFICATES_SUCCESSFUL.labels("providers").set(
-                    1
-                )  # also if they were refused before, and are the old ones again
+                # They may have been refused before, and be the old ones again.
+                CERTIFICATES_SUCCESSFUL.labels("providers").set(1)
             else:
                 try:
                     await self.reload(self._settings)

@@ -1,1 +1,1 @@
-"""What the gateway ships for the software around it, checked without that software."""
+"""Everything below `server/deploy` that no other folder of tests covers, and the distribution, as they are shipped."""

@@ -101,6 +101,7 @@ _TOOL_CALLS = {series("deltawire_tool_calls_total", 'verdict="succeeded"'): grow
 _INVALID_TOOL_CALLS = series("deltawire_tool_calls_total", 'verdict="malformed_json"')
 _MODEL = 'gen_ai_operation_name="chat", gen_ai_provider_name="p", gen_ai_request_model="m"'
 _LOST = series("deltawire_usage_records_total", 'outcome="lost"')
+_WRONG_KEY = series("deltawire_failed_calls_total", 'reason="UNAUTHENTICATED"')
 _INTERNAL = series("deltawire_failed_calls_total", 'reason="INTERNAL"')
 _WORKERS = series("deltawire_worker_ends_total")
 _NOW = 60 * MINUTES
@@ -133,6 +134,10 @@ CASES = {
         _scarce("UNAUTHENTICATED"),
     ],
     "DeltawireCallerLimits": [_failing("CALLER_LIMIT_EXCEEDED", 0.1), _scarce("CALLER_LIMIT_EXCEEDED")],
+    "DeltawireWrongKeys": [
+        Case({_WRONG_KEY: growing(13)}, {_WRONG_KEY: growing(11)}),
+        Case({_WRONG_KEY: growing(13)}, {_WRONG_KEY: f"0+0x{MINUTES - 6} 100+100x5"}),
+    ],
     "DeltawireFirstEventSlow": [
         _histogram("gen_ai_client_operation_time_to_first_chunk_seconds", _MODEL, "30.0", "10.0")
     ],
@@ -143,7 +148,7 @@ CASES = {
         Case({series("deltawire_queued_calls"): steady(1)}, {series("deltawire_queued_calls"): lately(9, 0)}),
     ],
     "DeltawireMemoryNearLimit": [
-        _gauge("deltawire_held_bytes", 91, 89, 'kind="calls"', deltawire_held_limit_bytes=steady(100))
+        _gauge("deltawire_held_bytes", 76, 74, 'kind="calls"', deltawire_held_limit_bytes=steady(100))
     ],
     "DeltawireFileDescriptorsNearLimit": [
         _gauge("process_open_fds", 81, 79, process_max_fds=steady(100), deltawire_info=steady(1)),

@@ -1,20 +1,24 @@
-"""The commands in protos/README.md, for the tests to run."""
+"""The commands in protos/README.md and in other pages, for the tests to run."""
 
 from __future__ import annotations
 
 import re
 import shlex
+from typing import TYPE_CHECKING
 
 from tests.polyglot.programs import PROTOS
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 README = PROTOS / "README.md"
 
 
-def commands(heading: str) -> list[str]:
+def commands(heading: str, page: Path = README) -> list[str]:
     """The shell commands of a section, in order, without the prompt. Subsections belong to it only if they have no heading."""
-    text = README.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     found = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#+ |\Z)", text, flags=re.MULTILINE | re.DOTALL)
-    assert found, f"{README.name} has no section {heading}"
+    assert found, f"{page} has no section {heading}"
     blocks = "".join(re.findall(r"^```console\n(.*?)^```$", found[1], flags=re.MULTILINE | re.DOTALL))
     return [
         command.replace("\\\n", " ").strip() for command in re.findall(r"^\$ ((?:.*\\\n)*.*)$", blocks, re.MULTILINE)

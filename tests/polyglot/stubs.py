@@ -58,11 +58,13 @@ _BUILDS = {
         go build -o ../chat .
         go vet . deltawire.dev/go/deltawire/v1
     """,
-    # The compiler checks the stubs of both generators and the programs that use them.
+    # The compiler checks the stubs of both generators and the programs that use them. A browser gets its page as one file.
     "TypeScript": """
         cp program/*.ts program/package.json program/tsconfig.json .
         node_modules/.bin/tsc --project .
         node out/request.js
+        node_modules/.bin/esbuild page.ts --bundle --format=iife --outfile=page/page.js --log-level=warning
+        printf '<!doctype html><title>page</title><script src="page.js"></script>' >page/index.html
     """,
     "Ruby": """
         ruby -w -I gen/ruby -e 'ARGV.each { |file| require file }' $(cd gen/ruby && find . -name '*.rb' -printf '%P\\n')

@@ -126,7 +126,9 @@ TOOL_CALLS = _counter(
     "verdict",
 )
 USAGE = _counter(
-    "deltawire_usage_total", "Completions that have ended, by the provenance of their usage.", "provenance"
+    "deltawire_usage_total",
+    "Completions that have ended after the engine began to answer, by the provenance of their usage.",
+    "provenance",
 )
 USAGE_RECORDS = _counter(
     "deltawire_usage_records_total",
