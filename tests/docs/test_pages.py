@@ -18,6 +18,7 @@ PAGES = [
     "client/java/README.md",
     "client/typescript/README.md",
     "server/README.md",
+    "server/deploy/runbook.md",
     "protos/README.md",
     "tests/conformance/README.md",
 ]
