@@ -15,7 +15,10 @@ PAGES = [
     "README.md",
     "client/README.md",
     "client/go/README.md",
+    "client/java/README.md",
+    "client/typescript/README.md",
     "server/README.md",
+    "server/deploy/runbook.md",
     "protos/README.md",
     "tests/conformance/README.md",
 ]
