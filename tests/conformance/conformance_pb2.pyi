@@ -197,7 +197,7 @@ class Answer(_message.Message):
     def choices(self) -> _containers.RepeatedCompositeFieldContainer[_chat_completion_pb2.Completed.Choice]:
         """The choices by ascending index; see deltawire.v1.Completed.Choice. Text and reasoning are those
         of all deltas. `message.text` is absent if a choice has no text. Log-probabilities are those of
-        the text.
+        all deltas, in their order, reasoning included.
         """
 
     @_builtins.property
