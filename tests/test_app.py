@@ -13,7 +13,7 @@ import pytest
 from grpc import aio
 
 from deltawire_server import app
-from deltawire_server.app import SPARE_CONNECTIONS, Gateway, serve
+from deltawire_server.app import FILES_SECONDS, SPARE_CONNECTIONS, Gateway, serve
 from deltawire_server.errors import RegistryError
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
 from deltawire_server.settings import (
@@ -507,6 +507,9 @@ async def test_a_certificate_that_cannot_be_used_is_refused(
         await gateway.reload(files.settings)
         assert await files.served(gateway.addresses[0]) != old
         await lines.find("certificates loaded")
+        await asyncio.sleep(3 * FILES_SECONDS)
+        # By the reload, and not again because the files have changed.
+        assert sum(entry["event"] == "certificates loaded" for entry in lines.entries) == 1
 
 
 async def test_other_client_authorities_are_required_at_once(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -37,6 +38,8 @@ SECRETS = frozenset({AUTHORIZATION, OWN_HEADER, VLLM_TOKEN})
 # the same gateway; the other one comes from the proxy, names the gateway, and is sent back.
 ROUTE = "x-deltawire-route"
 GATEWAY = "x-deltawire-gateway"
+# Completions of which a client remembers the gateway: those that a busy program may still look up or end.
+MAX_GATEWAYS = 10_000
 
 # gRPC itself retries, and only while no message has come, so nothing is ever seen twice. UNAVAILABLE says that nothing
 # of the answer was sent; the engine may have begun all the same. Waits: about 0.2, 0.4 and 0.8 s, randomized.
@@ -223,30 +226,55 @@ def is_local(target: str) -> bool:
     return all(_is_loopback(_host(address)) for address in target.split(","))
 
 
+class Gateways:
+    """Which gateway has which completion, as far as a proxy has named it in the headers of a client's calls."""
+
+    def __init__(self) -> None:
+        self._names: OrderedDict[str, str] = OrderedDict()
+
+    def found(self, completion_id: str, gateway: str) -> None:
+        """Remember it; no effect if the id is not known yet, or no proxy has named it."""
+        if completion_id and gateway and self._names.get(completion_id) != gateway:
+            self._names.pop(completion_id, None)
+            self._names[completion_id] = gateway
+            if len(self._names) > MAX_GATEWAYS:
+                self._names.popitem(last=False)
+
+    def of(self, completion_id: str) -> str:
+        """Its name; "" if it is not known."""
+        return self._names.get(completion_id, "")
+
+
 @dataclass(slots=True)
 class Outgoing:
     """One call: its arguments, and afterwards what was received beside its result."""
 
     arguments: dict[str, Any]
     info: CallInfo = field(default_factory=CallInfo)
+    gateways: Gateways = field(default_factory=Gateways)
     _completion_id: str = ""
     _given: Metadata = field(init=False)
 
     def __post_init__(self) -> None:
         self._given = self.arguments["metadata"]
 
-    def about(self, completion_id: str, attempt: int = 0) -> Outgoing:
+    def about(self, completion_id: str, attempt: int = 0, *, begins: bool = False) -> Outgoing:
         """Let a proxy send the call to the gateway that has a completion. Headers of the caller's own take precedence.
 
         Args:
             completion_id: "" if it is not known yet. One that cannot be sent in a header is left to the gateway to refuse.
             attempt: How many gateways did not have it; the proxy chooses again for each.
+            begins: Whether the call begins a completion. Then an earlier one of the same id does not matter, whose gateway may be
+                about to shut down.
         """
         self._completion_id = completion_id
         routing = {}
         if completion_id and all("!" <= character <= "~" for character in completion_id):
             routing[ROUTE] = f"{completion_id}#{attempt}" if attempt else completion_id
-        if not attempt and (gateway := metadata_text(self.info.initial_metadata, GATEWAY)):
+        gateway = metadata_text(self.info.initial_metadata, GATEWAY)
+        if not gateway and not begins:
+            gateway = self.gateways.of(completion_id)
+        if not attempt and gateway:
             routing[GATEWAY] = gateway
         names = {name.lower() for name, _ in self._given}
         self.arguments["metadata"] = (*self._given, *(pair for pair in routing.items() if pair[0] not in names))
@@ -260,6 +288,11 @@ class Outgoing:
         """Take the headers, as soon as they are received."""
         self.info.initial_metadata = metadata_of(initial)
         self.info.request_id = metadata_text(self.info.initial_metadata, REQUEST_ID) or self.info.request_id
+        self.found(self._completion_id)
+
+    def found(self, completion_id: str) -> None:
+        """Remember the gateway that sent the headers: it has this completion."""
+        self.gateways.found(completion_id, metadata_text(self.info.initial_metadata, GATEWAY))
 
     def ended(self, trailing: Iterable[tuple[str, str | bytes]] | None) -> None:
         """Take the trailers of a call that succeeded."""
@@ -287,7 +320,7 @@ class Outgoing:
     def aside(self, timeout: float | None) -> Outgoing:
         """Another call about this one's completion: with the same metadata, and so with the same request id."""
         arguments = self.arguments | {"timeout": timeout, "metadata": self._given}
-        return Outgoing(arguments, CallInfo(self.info.request_id, self.info.initial_metadata))
+        return Outgoing(arguments, CallInfo(self.info.request_id, self.info.initial_metadata), self.gateways)
 
     def error(self, call: FailedCall) -> CallError:
         """The error to raise for a failed call."""
@@ -303,6 +336,7 @@ class Defaults:
     timeout: float | None
     secrets: bool
     token_header: str = AUTHORIZATION
+    gateways: Gateways = field(default_factory=Gateways)
 
     def __post_init__(self) -> None:
         if self.token_header not in {AUTHORIZATION, OWN_HEADER}:
@@ -350,7 +384,7 @@ class Defaults:
             arguments["wait_for_ready"] = wait_for_ready
         info = options.get("info") or CallInfo()
         info.request_id, info.initial_metadata, info.trailing_metadata = sent, (), ()
-        return Outgoing(arguments, info)
+        return Outgoing(arguments, info, self.gateways)
 
 
 def checked_timeout(timeout: float | None) -> float | None:

@@ -28,7 +28,7 @@ from deltawire_server.limits import Limits as CallerLimits
 from deltawire_server.memory import Allocator, Ledger, default_limit
 from deltawire_server.metrics.listener import MetricsListener, serve_metrics
 from deltawire_server.metrics.probes import Probes
-from deltawire_server.metrics.table import INFO, REGISTRY, RELOADS
+from deltawire_server.metrics.table import CERTIFICATE_LOADS, INFO, REGISTRY, RELOADS
 from deltawire_server.processes.passing import Passing
 from deltawire_server.registry.registry import ModelRegistry
 from deltawire_server.registry.store import Store, StoreLimits
@@ -115,7 +115,6 @@ class Gateway:
         self._tasks: set[asyncio.Task[None]] = set()
         self._metrics: MetricsListener | None = None
         self._probes = Probes()
-        self._probes.is_ready = lambda: self._lifecycle.state is State.SERVING
         self._connections = settings.server.max_streams + SPARE_CONNECTIONS
         self._providers = Providers(
             _provider(provider_id, provider, self._connections) for provider_id, provider in settings.providers.items()
@@ -181,7 +180,10 @@ class Gateway:
             )
             chat_completion_pb2_grpc.add_ChatCompletionServicer_to_server(chat, self._passing.server)
             interceptors.append(self._passing)
-        self._lifecycle = Lifecycle(listener, interceptors, self._calls)
+        self._lifecycle = lifecycle = Lifecycle(listener, interceptors, self._calls)
+        # Without a reference to the gateway: in a cycle, it would be freed by the garbage collector, in whichever thread that
+        # runs. gRPC's server then corrupts memory, as a process with several gateways, one after the other, has shown.
+        self._probes.is_ready = lambda: lifecycle.state is State.SERVING
         self._lifecycle.add_service(
             lambda server: chat_completion_pb2_grpc.add_ChatCompletionServicer_to_server(chat, server)
         )
@@ -240,13 +242,15 @@ class Gateway:
             raise ListenError(str(error)) from error
 
     async def _measure_for_ever(self) -> None:
-        """Set the metrics of the current state once a second."""
+        """Set the metrics of the current state, and the load that calls report, once a second."""
         INFO.labels(__version__).set(1)
         while True:
             self._worker.measure()
             self._registry.measure()
             self._providers.measure()
             self._probes.beat()
+            if self._settings.server.load_reports:
+                self._calls.load.measure(self._worker.utilization)
             await asyncio.sleep(MEASURE_SECONDS)
 
     def _announce(self) -> None:
@@ -292,6 +296,7 @@ class Gateway:
         if not (self._access.open or settings.access.principals or settings.access.open):
             raise SettingsError([_WOULD_OPEN])
         before, after = self._settings.providers, settings.providers
+        stamps = _stamps(settings.model_copy(update={"server": self._settings.server}))  # whose files stay the same
         authorities = _authorities(settings)
         changed = {
             provider_id
@@ -311,7 +316,7 @@ class Gateway:
         self._load_limits(settings)
         self._load_certificates()
         waiting = _changed_keys(self._settings, settings)
-        self._authorities = authorities
+        self._stamps, self._authorities = stamps, authorities
         self._settings = self._settings.model_copy(update={section: getattr(settings, section) for section in RELOADED})
         _log.info(
             "settings reloaded",
@@ -330,8 +335,10 @@ class Gateway:
             return
         try:
             if certificates.reload():
+                CERTIFICATE_LOADS.labels("ok").inc()
                 _log.info("certificates loaded")
         except OSError as error:
+            CERTIFICATE_LOADS.labels("refused").inc()
             _log.error("certificates refused: the old ones are still served", problem=str(error))
 
     async def _follow_files(self) -> None:
@@ -348,6 +355,7 @@ class Gateway:
                 try:
                     await self.reload(self._settings)
                 except SettingsError as error:
+                    CERTIFICATE_LOADS.labels("refused").inc()
                     _log.error("certificates refused: the old ones are still used", problem=str(error))
 
     def _load_access(self, settings: Settings) -> None:

@@ -174,6 +174,15 @@ class Worker:
         return self.admission.active
 
     @property
+    def utilization(self) -> float:
+        """The part of the places or of the memory that is in use, whichever is more; above 1 if calls wait for a place.
+
+        At least one place, so that it is never 0.
+        """
+        streams = max(1, self.active + self.admission.queued) / self._limits.max_streams
+        return max(streams, self.memory.held / self.memory.limit)
+
+    @property
     def process(self) -> str:
         """Eight hexadecimal digits that identify this process."""
         return self._records.mark

@@ -14,15 +14,17 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import grpc
+import httpx
 from grpc import aio
 
 from deltawire.v1 import chat_completion_pb2_grpc
 from tests.bench import servers
 from tests.bench.load import HttpLoad, chat_request, load_of
-from tests.bench.measure import Field, noted, percentile_99
+from tests.bench.measure import SCENARIOS, Field, noted, percentile_99, sample
 from tests.bench.registry_costs import registry
 from tests.bench.results import Figure
 from tests.bench.servers import Pace, Server
+from tests.support.collector import Collector
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -49,6 +51,11 @@ CAPACITY_REPEAT = 4
 
 REFUSED_CALLS = (100, 1000)
 REFUSED_REPEAT = 7
+
+TELEMETRY = next(scenario for scenario in SCENARIOS if scenario.name == "steps-64")
+TELEMETRY_REPEAT = 7
+TELEMETRY_COST = "CPU time per token ÷ without metrics and traces"
+WITHOUT = "neither"
 
 IMPORTS = ("import grpc", "import deltawire", "from deltawire import Client")
 IMPORT_REPEAT = 7
@@ -167,6 +174,52 @@ async def workers(field: Field) -> list[Figure]:
     return [Figure(CAPACITY, name, calls) for name, calls in carried.items()]
 
 
+async def telemetry(_: Field) -> list[Figure]:
+    """CPU time per token with metrics, which are scraped, and with traces, ÷ that of a gateway without either.
+
+    The scrapes come once a second, fifteen times as often as Prometheus' own default. The median of the ratios of seven turns.
+    """
+    with contextlib.ExitStack() as stack:
+        upstream = stack.enter_context(servers.upstream(TELEMETRY.pace))
+        metrics = servers.free_port()
+        collector = stack.enter_context(Collector())
+        exporting = {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint,
+            "OTEL_TRACES_SAMPLER": "parentbased_traceidratio",
+        }
+        uncounted = partial(servers.gateway, upstream, "metrics.listen=off", module="tests.bench.uncounted")
+        gateways = {
+            WITHOUT: stack.enter_context(uncounted()),
+            "metrics": stack.enter_context(servers.gateway(upstream, f"metrics.listen=127.0.0.1:{metrics}")),
+            "traces of 1 % of the calls": stack.enter_context(
+                uncounted(variables={**exporting, "OTEL_TRACES_SAMPLER_ARG": "0.01"})
+            ),
+            "traces of all calls": stack.enter_context(uncounted(variables=exporting)),
+        }
+        async with contextlib.AsyncExitStack() as loads, httpx.AsyncClient(trust_env=False) as scraper:
+            load_by_name = {name: await loads.enter_async_context(load_of(each)) for name, each in gateways.items()}
+            scraping = asyncio.create_task(_scrape_for_ever(scraper, f"http://127.0.0.1:{metrics}/metrics"))
+            ratios: dict[str, list[float]] = {name: [] for name in gateways}
+            for turn in range(TELEMETRY_REPEAT + 1):
+                cpu = {
+                    name: (await sample(gateways[name], load, TELEMETRY)).cpu_micros
+                    for name, load in load_by_name.items()
+                }
+                assert not scraping.done(), scraping.exception()
+                if turn:  # the first one warms up
+                    for name, micros in cpu.items():
+                        ratios[name].append(micros / cpu[WITHOUT])
+            scraping.cancel()
+        assert collector.requests
+    return [Figure(TELEMETRY_COST, name, statistics.median(of)) for name, of in ratios.items()]
+
+
+async def _scrape_for_ever(client: httpx.AsyncClient, url: str) -> None:
+    while True:
+        (await client.get(url)).raise_for_status()
+        await asyncio.sleep(1)
+
+
 async def refusals(_: Field) -> list[Figure]:
     """Calls at once to a full gateway without a queue, and to a bare server that refuses all; the median of several bursts."""
     pace = Pace(10_000, 1.0)
@@ -221,6 +274,7 @@ COSTS: Mapping[str, Callable[[Field], Awaitable[list[Figure]]]] = {
     "workers": workers,
     "refusals": refusals,
     "registry": registry,
+    "telemetry": telemetry,
     "imports": imports,
 }
 """What measures the single figures, by its name on the command line."""

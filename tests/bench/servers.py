@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 CPU_CLOCK = 2
 """The low bits of a process's clock id in Linux, for the CPU time of all its threads in nanoseconds; see `man clock_getres`."""
@@ -73,10 +73,16 @@ class Pace:
 
 
 @contextlib.contextmanager
-def running(name: str, command: Sequence[str], port: int, path: Path | None = None) -> Iterator[Server]:
+def running(
+    name: str,
+    command: Sequence[str],
+    port: int,
+    path: Path | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> Iterator[Server]:
     """Start a server and wait until its port takes connections; end it, by pid, in any case."""
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=_environment(path))
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**_environment(path), **(variables or {})})
         try:
             _wait_for(name, process, port)
             yield Server(name, process.pid, port)
@@ -100,7 +106,12 @@ def upstream(pace: Pace) -> contextlib.AbstractContextManager[Server]:
 
 
 def gateway(
-    upstream: Server, *settings: str, checkout: Path | None = None, database: str = "sqlite://"
+    upstream: Server,
+    *settings: str,
+    checkout: Path | None = None,
+    database: str = "sqlite://",
+    module: str = "deltawire_server",
+    variables: Mapping[str, str] | None = None,
 ) -> contextlib.AbstractContextManager[Server]:
     """The gateway, with the settings that users get.
 
@@ -109,11 +120,13 @@ def gateway(
         settings: Settings that differ, as `NAME=VALUE`.
         checkout: The checkout of another version to run instead of this one.
         database: The URL of its database.
+        module: What runs it.
+        variables: Further environment variables.
     """
     port = free_port()
     command = [
         sys.executable,
-        *("-m", "deltawire_server"),
+        *("-m", module),
         f"--listen=127.0.0.1:{port}",
         f"--vllm-url=http://127.0.0.1:{upstream.port}/v1",
         f"--database-url={database}",
@@ -121,7 +134,7 @@ def gateway(
         "--set=server.drain_grace=0",
         *(f"--set={setting}" for setting in settings),
     ]
-    return running(OTHER if checkout else DELTAWIRE, command, port, checkout)
+    return running(OTHER if checkout else DELTAWIRE, command, port, checkout, variables)
 
 
 def bare_grpc(pace: Pace, *options: str) -> contextlib.AbstractContextManager[Server]:

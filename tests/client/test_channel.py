@@ -274,6 +274,30 @@ def test_a_call_about_a_completion_names_its_gateway() -> None:
     assert routing(outgoing.aside(1.0)) == {}
 
 
+def test_a_client_remembers_the_gateway_of_a_completion() -> None:
+    """Calls about it name the gateway, but not a call that begins another one with the same id."""
+    _, defaults = made()
+    generated = defaults.outgoing({}).about("", begins=True)
+    generated.began([(GATEWAY, "R0E=")])
+    generated.found("cmpl-1")
+    assert routing(defaults.outgoing({}).about("cmpl-1")) == {ROUTE: "cmpl-1", GATEWAY: "R0E="}
+    defaults.outgoing({}).about("mine", begins=True).began([(GATEWAY, "R0I=")])
+    assert routing(defaults.outgoing({}).about("mine")) == {ROUTE: "mine", GATEWAY: "R0I="}
+    assert routing(defaults.outgoing({}).about("mine", begins=True)) == {ROUTE: "mine"}
+    assert routing(defaults.outgoing({}).about("mine", 1)) == {ROUTE: "mine#1"}
+    _, others = made()
+    assert routing(others.outgoing({}).about("mine")) == {ROUTE: "mine"}
+
+
+def test_only_the_newest_completions_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a client's memory is bounded."""
+    monkeypatch.setattr("deltawire._channel.MAX_GATEWAYS", 2)
+    _, defaults = made()
+    for completion_id in ("a", "b", "c"):
+        defaults.outgoing({}).about(completion_id, begins=True).began([(GATEWAY, "R0E=")])
+    assert [defaults.gateways.of(completion_id) for completion_id in ("a", "b", "c")] == ["", "R0E=", "R0E="]
+
+
 def test_an_attempt_elsewhere_has_another_route() -> None:
     """The gateway that does not have the completion is not named again."""
     _, defaults = made()

@@ -15,7 +15,15 @@ SERVER = ROOT / "server/deltawire_server"
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "client/README.md", "client/java/README.md", "server/README.md", "protos/README.md"]
+    "name",
+    [
+        "README.md",
+        "client/README.md",
+        "client/java/README.md",
+        "server/README.md",
+        "protos/README.md",
+        "tests/conformance/README.md",
+    ],
 )
 def test_links_have_targets(name: str) -> None:
     """Each link to a file of the repository, or to a heading in one, has a target."""

@@ -92,6 +92,8 @@ async def test_a_failed_attempt_is_counted(gateway: Running, vllm: FakeVllm) -> 
     replica = {"provider": "vllm", "replica": f"{vllm.base_url}/v1"}
     assert await added(gateway, before, "deltawire_attempt_failures_total", reason=reason, **replica) == 1
     assert await added(gateway, before, "deltawire_failed_calls_total", reason=reason) == 1
+    # The engine has not answered, so there is no usage, not even an estimated one.
+    assert (await page_of(gateway)).value("deltawire_usage_total") == before.value("deltawire_usage_total")
     handled = {"grpc_type": "unary", "grpc_method": "CreateChatCompletion"}
     assert await added(gateway, before, "grpc_server_handled_total", **handled) == 1
     operations = "gen_ai_client_operation_duration_seconds_count"

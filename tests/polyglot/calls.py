@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import pytest
 from google.protobuf import json_format
 
@@ -24,18 +25,24 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
     from pathlib import Path
 
+    from deltawire._aio.chat import AsyncChatStream
     from deltawire_server.fake_vllm import FakeVllm
 
 MODEL = "vllm/fake"
+
+COMPLETIONS = 24
+"""Of each kind, in tests of calls about them. An Envoy that draws finds the gateway of all of these once in 16 million."""
 
 _numbers = itertools.count()
 
 
 @contextlib.asynccontextmanager
-async def gateway(vllm: FakeVllm, folder: Path, *flags: str) -> AsyncIterator[tuple[Gateway, str]]:
+async def gateway(
+    vllm: FakeVllm, folder: Path, *flags: str, listen: str = "127.0.0.1:0"
+) -> AsyncIterator[tuple[Gateway, str]]:
     """A gateway in front of a fake vLLM, and its address."""
     store = folder / f"registry-{next(_numbers)}.db"
-    own = ("--vllm-url", vllm.base_url, "--listen", "127.0.0.1:0", "--database-url", f"sqlite:///{store}")
+    own = ("--vllm-url", vllm.base_url, "--listen", listen, "--database-url", f"sqlite:///{store}")
     async with Gateway(parse((*own, *flags), {}).settings) as serving:
         (address,) = serving.addresses
         yield serving, address
@@ -93,6 +100,41 @@ async def ask(
         except CallError as error:
             return Reply(events, error)
     return Reply(events)
+
+
+@contextlib.asynccontextmanager
+async def one_attempt(target: str, credentials: grpc.ChannelCredentials | None = None) -> AsyncIterator[AsyncClient]:
+    """A client on a channel of its own making: it cannot open new connections to search for a completion."""
+    options = (("grpc.enable_retries", 0),)
+    if credentials is None:
+        made = grpc.aio.insecure_channel(target, options)
+    else:
+        made = grpc.aio.secure_channel(target, credentials, options)
+    async with made as channel, AsyncClient(channel=channel, timeout=LIMIT) as client:
+        yield client
+
+
+async def find_completions(target: str, credentials: grpc.ChannelCredentials | None = None) -> None:
+    """Check that look-ups reach the one of two gateways that has the completion, at once, and that both have some.
+
+    The client that began a completion has only its id, for half of them; another client has the id that the first one chose.
+    """
+    gateways = set()
+    async with one_attempt(target, credentials) as client, one_attempt(target, credentials) as other:
+        for number in range(COMPLETIONS):
+            chosen = await client.chat.create("hi", model=MODEL, completion_id=f"mine-{number}")
+            generated = await client.chat.create("hi", model=MODEL)
+            for looking, answer in ((other, chosen), (client, generated)):
+                assert (await looking.chat.get(answer.completion_id)).completion_id == answer.completion_id
+                gateways.add(dict(answer.initial_metadata)["x-deltawire-gateway"])
+    assert len(gateways) == 2
+
+
+async def begun(stream: AsyncChatStream) -> None:
+    """Read until the first text."""
+    async for event in stream:
+        if event.HasField("text_delta"):
+            return
 
 
 def openai_tools(recording: str) -> list[dict[str, Any]]:

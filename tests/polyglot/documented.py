@@ -1,4 +1,4 @@
-"""The commands in a page, by default protos/README.md, for the tests to run."""
+"""The commands in protos/README.md and in other pages, for the tests to run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def commands(heading: str, page: Path = README) -> list[str]:
     """The shell commands of a section, in order, without the prompt. Subsections belong to it only if they have no heading."""
     text = page.read_text(encoding="utf-8")
     found = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#+ |\Z)", text, flags=re.MULTILINE | re.DOTALL)
-    assert found, f"{page.name} has no section {heading}"
+    assert found, f"{page} has no section {heading}"
     blocks = "".join(re.findall(r"^```console\n(.*?)^```$", found[1], flags=re.MULTILINE | re.DOTALL))
     return [
         command.replace("\\\n", " ").strip() for command in re.findall(r"^\$ ((?:.*\\\n)*.*)$", blocks, re.MULTILINE)

@@ -22,9 +22,11 @@ ROOT = Path(__file__).parents[2]
 PROTOS = ROOT / "protos"
 NODE_CLIENT = ROOT / "client" / "examples" / "node"
 ENVOY_CONFIG = ROOT / "server" / "deploy" / "envoy" / "envoy.yaml"
-TRANSCODER_CONFIG = ENVOY_CONFIG.with_name("transcoder.yaml")
+WEB_CONFIG = ENVOY_CONFIG.with_name("web.yaml")
+JWT_CONFIG = ENVOY_CONFIG.with_name("jwt.yaml")
 MTLS_CONFIG = ENVOY_CONFIG.with_name("mtls.yaml")
 RATE_LIMIT_CONFIG = ENVOY_CONFIG.with_name("ratelimit.yaml")
+LOAD_CONFIG = ENVOY_CONFIG.with_name("load.yaml")
 
 LIMIT = 60.0
 """Seconds after which a wait has failed. Nothing takes a tenth of it; a busy machine may."""

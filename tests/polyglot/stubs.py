@@ -53,11 +53,13 @@ _BUILDS = {
         find gen/java -name '*.java' |
             xargs javac -J-XX:TieredStopAtLevel=1 -Xlint:all -Werror -encoding UTF-8 -cp {JARS} -d classes
     """,
-    # The compiler checks the stubs of both generators and the programs that use them.
+    # The compiler checks the stubs of both generators and the programs that use them. A browser gets its page as one file.
     "TypeScript": """
         cp program/*.ts program/package.json program/tsconfig.json .
         node_modules/.bin/tsc --project .
         node out/request.js
+        node_modules/.bin/esbuild page.ts --bundle --format=iife --outfile=page/page.js --log-level=warning
+        printf '<!doctype html><title>page</title><script src="page.js"></script>' >page/index.html
     """,
     "Ruby": """
         ruby -w -I gen/ruby -e 'ARGV.each { |file| require file }' $(cd gen/ruby && find . -name '*.rb' -printf '%P\\n')

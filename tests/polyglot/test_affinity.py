@@ -9,10 +9,20 @@ from typing import TYPE_CHECKING
 import grpc
 import pytest
 
-from deltawire import AsyncClient, CallError
+from deltawire import AsyncClient, CallError, CallInfo
 from deltawire.v1.chat_completion_pb2 import COMPLETION_STATE_COMPLETED, StopReason
 from deltawire_server.fake_vllm import FakeVllm, Script
-from tests.polyglot.calls import MODEL, Reply, ask, chat_request, gateway, gateway_process
+from tests.polyglot.calls import (
+    COMPLETIONS,
+    MODEL,
+    Reply,
+    ask,
+    begun,
+    chat_request,
+    gateway,
+    gateway_process,
+    one_attempt,
+)
 from tests.polyglot.programs import LIMIT
 from tests.polyglot.proxy import envoy
 
@@ -20,16 +30,12 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from deltawire._aio.chat import AsyncChatStream
     from deltawire_server.app import Gateway
     from tests.polyglot.proxy import Envoy
 
 pytestmark = pytest.mark.polyglot
 
 Pair = tuple["Envoy", tuple["Gateway", str], tuple["Gateway", str]]
-
-CALLS = 24
-"""Completions of each test. Where an Envoy that draws finds the gateway by chance, all of these do once in 16 million."""
 
 ENDLESS = Script.generated(tokens=1_000_000, tokens_per_second=20)
 
@@ -47,29 +53,12 @@ async def gateways(vllm: FakeVllm, tmp_path: Path) -> AsyncIterator[Pair]:
         yield proxy, first, second
 
 
-@contextlib.asynccontextmanager
-async def one_attempt(target: str) -> AsyncIterator[AsyncClient]:
-    """A client on a channel of its own making: it cannot open new connections to search for a completion."""
-    async with (
-        grpc.aio.insecure_channel(target, options=(("grpc.enable_retries", 0),)) as channel,
-        AsyncClient(channel=channel, timeout=LIMIT) as client,
-    ):
-        yield client
-
-
-async def begun(stream: AsyncChatStream) -> None:
-    """Read until the first text."""
-    async for event in stream:
-        if event.HasField("text_delta"):
-            return
-
-
 async def test_soft_cancels_by_generated_ids(vllm: FakeVllm, gateways: Pair) -> None:
     """The gateway made the id: each cancel reaches it at once, by the header that Envoy gave the stream."""
     proxy, *_ = gateways
     async with one_attempt(proxy.target) as client, contextlib.AsyncExitStack() as stack:
-        vllm.play(*[ENDLESS] * CALLS)
-        streams = [await stack.enter_async_context(client.chat.stream(chat_request())) for _ in range(CALLS)]
+        vllm.play(*[ENDLESS] * COMPLETIONS)
+        streams = [await stack.enter_async_context(client.chat.stream(chat_request())) for _ in range(COMPLETIONS)]
         await asyncio.gather(*map(begun, streams))
         assert {stream.completion_id[:5] for stream in streams} == {"cmpl-"}
         await asyncio.gather(*(stream.cancel_softly() for stream in streams))
@@ -80,8 +69,8 @@ async def test_soft_cancels_by_generated_ids(vllm: FakeVllm, gateways: Pair) -> 
 async def test_other_clients_have_only_the_chosen_id(vllm: FakeVllm, gateways: Pair) -> None:
     """A program that has never seen the stream resumes it, looks it up and cancels it; both gateways have some."""
     proxy, *_ = gateways
-    ids = [f"mine-{number}" for number in range(CALLS)]
-    vllm.play(*[ENDLESS] * CALLS)
+    ids = [f"mine-{number}" for number in range(COMPLETIONS)]
+    vllm.play(*[ENDLESS] * COMPLETIONS)
     async with one_attempt(proxy.target) as client:
         for completion_id in ids:
             async with client.chat.stream("hi", model=MODEL, retention=60, completion_id=completion_id) as stream:
@@ -89,14 +78,15 @@ async def test_other_clients_have_only_the_chosen_id(vllm: FakeVllm, gateways: P
     found = set()
     async with one_attempt(proxy.target) as other:
         for completion_id in ids:
-            assert (await other.chat.get(completion_id)).completion_id == completion_id
+            info = CallInfo()
+            assert (await other.chat.get(completion_id, info=info)).completion_id == completion_id
+            found.add(dict(info.initial_metadata)["x-deltawire-gateway"])
             async with other.chat.resume(completion_id) as stream:
                 await begun(stream)
                 await other.chat.cancel(completion_id)
                 assert (await stream.final()).stop_reason is StopReason.STOP_REASON_CANCELLED
-                found.add(dict(stream.initial_metadata)["x-deltawire-gateway"])
     assert len(found) == 2
-    assert len(vllm.chats) == CALLS
+    assert len(vllm.chats) == COMPLETIONS
 
 
 async def test_a_generated_id_without_its_stream_is_searched_for(vllm: FakeVllm, gateways: Pair) -> None:
@@ -112,19 +102,19 @@ async def test_a_generated_id_without_its_stream_is_searched_for(vllm: FakeVllm,
 async def test_a_gateway_that_shuts_down_answers_for_its_completions(vllm: FakeVllm, gateways: Pair) -> None:
     """Envoy sends it no new calls, but look-ups, resumes and soft cancels of its streams, and every stream ends whole."""
     proxy, (leaving, address), _ = gateways
-    vllm.play(*[ENDLESS] * CALLS)
+    vllm.play(*[ENDLESS] * COMPLETIONS)
     async with one_attempt(proxy.target) as client, contextlib.AsyncExitStack() as stack:
         streams = [
-            await stack.enter_async_context(client.chat.stream("hi", model=MODEL, retention=60)) for _ in range(CALLS)
+            await stack.enter_async_context(client.chat.stream("hi", model=MODEL, retention=60))
+            for _ in range(COMPLETIONS)
         ]
         await asyncio.gather(*map(begun, streams))
         drain = asyncio.create_task(leaving.drain())
         await proxy.until(address, "failed_active_health_check")
         for stream in streams:
-            headers = [("x-deltawire-gateway", dict(stream.initial_metadata)["x-deltawire-gateway"])]
-            got = await client.chat.get(stream.completion_id, metadata=headers)
+            got = await client.chat.get(stream.completion_id)
             assert got.completion_id == stream.completion_id
-            async with client.chat.resume(stream.completion_id, metadata=headers) as again:
+            async with client.chat.resume(stream.completion_id) as again:
                 await begun(again)
             await stream.cancel_softly()
             assert (await stream.final()).stop_reason is StopReason.STOP_REASON_CANCELLED

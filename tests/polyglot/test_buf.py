@@ -97,6 +97,15 @@ async def test_an_unknown_model_is_not_found(target: str, tmp_path: Path) -> Non
     assert ErrorInfo.FromString(base64.b64decode(info + "==")).reason == "MODEL_NOT_FOUND"
 
 
+async def test_an_unknown_field_is_refused(vllm: FakeVllm, target: str, tmp_path: Path) -> None:
+    """Before anything is sent, as documented for callers in JSON, whose unknown fields Envoy ignores."""
+    request = {"chat": {"messages": [{"user": {"text": "hi"}}], "temprature": 1}}
+    outcome = await curl(target, STREAM, home=tmp_path, data=request)
+    assert outcome.status != 0
+    assert 'unknown field "temprature"' in outcome.err
+    assert not vllm.chats
+
+
 @pytest.mark.parametrize("service", ["", "deltawire.v1.ChatCompletion", "deltawire.v1.ModelRegistry"])
 async def test_health_says_serving(target: str, tmp_path: Path, service: str) -> None:
     """For the process and for each service: what probes and proxies ask."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from typing import TYPE_CHECKING
 
 import grpc
@@ -241,6 +242,23 @@ async def test_a_draining_gateway_gets_no_new_calls_and_ends_its_streams(
         assert await proxy.count("upstream_rq_retry") == 0
         # Even after the port is closed.
         assert (await ask(proxy.target, chat_request())).answer
+
+
+async def test_a_gateway_that_is_late_stays(vllm: FakeVllm, tmp_path: Path) -> None:
+    """It misses a health check because it is busy: calls wait for it instead of failing, as they would without any gateway."""
+    async with gateway_process(vllm, tmp_path) as (process, address), envoy(tmp_path, address) as proxy:
+        missed = await proxy.count("health_check.failure")
+        process.send_signal(signal.SIGSTOP)
+        try:
+            async with asyncio.timeout(LIMIT):
+                while await proxy.count("health_check.failure") == missed:  # noqa: ASYNC110 -- Envoy can only be asked
+                    await asyncio.sleep(0.02)
+                asking = asyncio.create_task(ask(proxy.target, chat_request()))
+                while not (await proxy.count("upstream_rq_active") or asking.done()):  # noqa: ASYNC110 -- the same
+                    await asyncio.sleep(0.02)
+        finally:
+            process.send_signal(signal.SIGCONT)
+        assert (await asking).answer
 
 
 async def test_a_gateway_that_dies(vllm: FakeVllm, other: FakeVllm, tmp_path: Path) -> None:

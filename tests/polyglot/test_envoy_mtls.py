@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from deltawire import AsyncClient, CallError, CompletionNotFoundError, UnauthenticatedError, tls_credentials
-from tests.polyglot.calls import MODEL, gateway
+from tests.polyglot.calls import MODEL, find_completions, gateway
 from tests.polyglot.programs import LIMIT
 from tests.polyglot.proxy import mtls_envoy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
+
+    import grpc
 
     from deltawire._metadata import Metadata
     from deltawire_server.fake_vllm import FakeVllm
@@ -32,19 +34,29 @@ XFCC = "x-forwarded-client-cert"
 FORGED: Metadata = ((XFCC, "Hash=1;URI=spiffe://mesh/ann"), ("x-forwarded-for", "192.0.2.7"))
 
 
+def flags_of(certificates: Certificates) -> tuple[str, ...]:
+    """The settings of a gateway that trusts the Envoy."""
+    tls = ("--tls-cert-file", str(certificates.server), "--tls-key-file", str(certificates.server_key))
+    mutual = ("--tls-client-ca-file", str(certificates.authority))
+    return (*tls, *mutual, "--set", f"access.trusted_proxies=mtls:uri:{PROXY}", "--metrics-listen", "off")
+
+
 @asynccontextmanager
 async def proxied(
     vllm: FakeVllm, folder: Path, certificates: Certificates, *flags: str
 ) -> AsyncIterator[tuple[str, str]]:
     """The addresses of an Envoy and of the gateway behind it, which trusts it."""
-    tls = ("--tls-cert-file", str(certificates.server), "--tls-key-file", str(certificates.server_key))
-    mutual = ("--tls-client-ca-file", str(certificates.authority))
-    trust = ("--set", f"access.trusted_proxies=mtls:uri:{PROXY}", "--metrics-listen", "off")
     async with (
-        gateway(vllm, folder, *tls, *mutual, *trust, *flags) as (_, address),
-        mtls_envoy(folder, address, certificates, PROXY) as envoy,
+        gateway(vllm, folder, *flags_of(certificates), *flags) as (_, address),
+        mtls_envoy(folder, certificates, PROXY, address) as envoy,
     ):
         yield envoy, address
+
+
+def credentials_of(certificates: Certificates, name: str, names: str) -> grpc.ChannelCredentials:
+    """A certificate of these names."""
+    certificate, key = certificates.sign(name, names)
+    return tls_credentials(ca_file=certificates.authority, cert_file=certificate, key_file=key)
 
 
 @asynccontextmanager
@@ -52,8 +64,7 @@ async def client(
     target: str, certificates: Certificates, name: str, names: str, token: str | None = None
 ) -> AsyncIterator[AsyncClient]:
     """A client with a certificate of these names."""
-    certificate, key = certificates.sign(name, names)
-    credentials = tls_credentials(ca_file=certificates.authority, cert_file=certificate, key_file=key)
+    credentials = credentials_of(certificates, name, names)
     async with AsyncClient(
         target, credentials=credentials, token=token, token_header="x-deltawire-key", timeout=LIMIT
     ) as made:
@@ -110,6 +121,19 @@ async def test_completions_on_an_open_gateway_belong_to_the_client(
         for metadata in ((), FORGED):
             with pytest.raises(CompletionNotFoundError):
                 await bob.chat.get("mine", metadata=metadata)
+
+
+async def test_calls_about_a_completion_reach_its_gateway(
+    vllm: FakeVllm, tmp_path: Path, certificates: Certificates
+) -> None:
+    """Behind the same Envoy with two gateways."""
+    flags = flags_of(certificates)
+    async with (
+        gateway(vllm, tmp_path, *flags) as (_, first),
+        gateway(vllm, tmp_path, *flags) as (_, second),
+        mtls_envoy(tmp_path, certificates, PROXY, first, second) as envoy,
+    ):
+        await find_completions(envoy, credentials_of(certificates, "ann", "URI:spiffe://mesh/ann"))
 
 
 async def test_a_key_beside_a_token_for_the_proxy(vllm: FakeVllm, tmp_path: Path, certificates: Certificates) -> None:

@@ -11,7 +11,7 @@ from grpc import aio
 from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire.v1 import chat_completion_pb2_grpc
 from deltawire_server.fake_vllm import FakeVllm
-from tests.polyglot.calls import gateway
+from tests.polyglot.calls import COMPLETIONS, find_completions, gateway
 from tests.polyglot.programs import RATE_LIMIT_CONFIG, run, tool
 from tests.polyglot.proxy import rate_limit
 from tests.support.gateway import ask
@@ -58,3 +58,13 @@ async def test_each_caller_has_its_limit_over_all_gateways(vllm: FakeVllm, tmp_p
         count = chat_pb.CountTokensRequest(chat=ask())
         await chat.CountTokens(count, metadata=(("authorization", "Bearer noisy"),))
         assert len(vllm.chats) + len(other.chats) == CALLS + 1
+
+
+async def test_calls_about_a_completion_reach_its_gateway(vllm: FakeVllm, tmp_path: Path) -> None:
+    """They are not counted, and go where the call went that began it, which was."""
+    async with (
+        gateway(vllm, tmp_path) as (_, first),
+        gateway(vllm, tmp_path) as (_, second),
+        rate_limit(tmp_path, first, second, calls=2 * COMPLETIONS) as target,
+    ):
+        await find_completions(target)

@@ -17,6 +17,7 @@ from deltawire_server.access import Identity, NameKind
 from deltawire_server.errors import CallerError, Code, DeltawireError, GatewayError, Reason, Violation
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
 from deltawire_server.processes.passing import ASSERTION, CALLER, OWNER, _error_of
+from deltawire_server.rpc.load import LoadReport
 from deltawire_server.rpc.status import MAX_MESSAGE, grpc_code, shorten, trailers_of
 from tests.support.gateway import (
     WAIT,
@@ -109,6 +110,19 @@ async def test_a_retry_at_another_worker_joins_the_completion(workers: list[Runn
     gate.set()
     assert {(await each).started.completion_id for each in answers} == {"d"}
     assert len(vllm.chats) == 2
+
+
+async def test_a_worker_reports_its_own_load(workers: list[Running]) -> None:
+    """In a call that it has passed on too: a load balancer sent the call to it."""
+    loads = [LoadReport(), LoadReport()]
+    for number, (worker, load) in enumerate(zip(workers, loads, strict=True)):
+        load.measure(0.25 + number / 4)
+        worker.gateway._calls.load = load
+    for worker, load in zip(workers, loads, strict=True):
+        stream = worker.stream(ask(completion_id=OWN))
+        await read_well(stream)
+        assert set(load.metadata) < set(await stream.initial_metadata())
+        assert tuple(await stream.trailing_metadata()) == load.metadata
 
 
 async def test_metadata_of_passed_calls(workers: list[Running], vllm: FakeVllm, lines: Lines) -> None:

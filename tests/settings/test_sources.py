@@ -36,6 +36,7 @@ SAMPLES = {
     "keys_file": "KEYS",
     "keys": "ci call 0123456789abcdef",
     "reflection": "false",
+    "load_reports": "false",
     "urls": "pass",
     "open": "true",
     "revoke": "finish",

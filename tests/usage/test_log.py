@@ -63,9 +63,10 @@ def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def open_files() -> int:
-    """The number of descriptors of this process."""
-    return len(list(Path("/proc/self/fd").iterdir()))
+def open_files(folder: Path) -> int:
+    """The number of descriptors of this process for files in a folder, removed ones included."""
+    names = [str(each.readlink()) for each in Path("/proc/self/fd").iterdir() if each.is_symlink()]
+    return sum(name.startswith(f"{folder}/") for name in names)
 
 
 def counted(outcome: str) -> float:
@@ -254,7 +255,7 @@ async def test_a_file_that_is_removed_while_it_is_in_use(tmp_path: Path, monkeyp
     monkeypatch.setattr(log_module, "SYNC_SECONDS", 0.0)
     log = log_in(tmp_path)
     complete(log, "lost")
-    before = open_files()
+    before = open_files(tmp_path)
     [name] = names_in(tmp_path)
     os.unlink(tmp_path / name)  # noqa: PTH108 (as by another program)
     keeping = asyncio.create_task(log.keep())
@@ -262,7 +263,7 @@ async def test_a_file_that_is_removed_while_it_is_in_use(tmp_path: Path, monkeyp
         await until(lambda: bool(logs))
     keeping.cancel()
     assert "was removed" in logs[0]["event"]
-    assert open_files() == before - 1
+    assert open_files(tmp_path) == before - 1
     complete(log, "kept")
     [name] = names_in(tmp_path)
     assert [line.completion_id for line in lines_in(tmp_path / name)] == ["kept", "kept"]
@@ -286,14 +287,14 @@ async def test_lines_are_synchronized(tmp_path: Path, monkeypatch: pytest.Monkey
     for _ in range(2):
         complete(log)
     assert len(names_in(tmp_path)) > 1
-    before = open_files()
+    before = open_files(tmp_path)
     keeping = asyncio.create_task(log.keep())
     await done.wait()
     keeping.cancel()
     log.close()
     assert len(set(synchronized)) == len(names_in(tmp_path))
     assert len(synchronized) == len(names_in(tmp_path)) + 1  # the current one once more, by `close`
-    assert open_files() < before
+    assert open_files(tmp_path) < before
 
 
 def test_a_failure_to_synchronize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,8 +304,8 @@ def test_a_failure_to_synchronize(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr("deltawire_server.usage.log.os.fsync", fsync)
-    before = open_files()
+    before = open_files(tmp_path)
     log = log_in(tmp_path)
     complete(log)
     log.close()
-    assert open_files() == before
+    assert open_files(tmp_path) == before

@@ -67,8 +67,9 @@ class AsyncChat:
     async def create(self, messages: Messages | ChatRequest, **arguments: Unpack[ChatArguments]) -> Answer:
         """Send a request, and wait for the whole answer; see `Chat.create`. Canceling the task cancels the call."""
         chat, options = split_arguments(messages, arguments)
-        outgoing = self._defaults.outgoing(options).about(chat.completion_id)
+        outgoing = self._defaults.outgoing(options).about(chat.completion_id, begins=True)
         response = await invoke(self._stub.CreateChatCompletion, CreateChatCompletionRequest(chat=chat), outgoing)
+        outgoing.found(response.started.completion_id)
         return answer_of(response, outgoing.info)
 
     def stream(self, messages: Messages | ChatRequest, **arguments: Unpack[StreamArguments]) -> AsyncChatStream:

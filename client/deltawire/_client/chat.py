@@ -80,8 +80,9 @@ class Chat:
         Append the answer's `message` to the history; if `tool_calls_executable`, run its `tool_calls` next.
         """
         chat, options = split_arguments(messages, arguments)
-        outgoing = self._defaults.outgoing(options).about(chat.completion_id)
+        outgoing = self._defaults.outgoing(options).about(chat.completion_id, begins=True)
         response = invoke(self._stub.CreateChatCompletion, CreateChatCompletionRequest(chat=chat), outgoing)
+        outgoing.found(response.started.completion_id)
         return answer_of(response, outgoing.info)
 
     def stream(self, messages: Messages | ChatRequest, **arguments: Unpack[StreamArguments]) -> ChatStream:

@@ -95,8 +95,9 @@ class StreamCalls:
         self._outgoing.arguments["timeout"] = self._remaining()
         self._begun = False
         request = self._resumption.begin(time.monotonic())
-        self._outgoing.about(self.completion_id, self._resumption.moved)
-        if request.WhichOneof("start") == "chat":
+        begins = request.WhichOneof("start") == "chat"
+        self._outgoing.about(self.completion_id, self._resumption.moved, begins=begins)
+        if begins:
             # Only heartbeats can have come before.
             self._accumulator = Accumulator(self._resumption.completion_id)
         return request
@@ -115,6 +116,8 @@ class StreamCalls:
             error.request_id = self.request_id
             self._outcome = error.with_traceback(None)
             return False
+        if event.HasField("started"):
+            self._outgoing.found(self.completion_id)
         self._resumption.received(event.sequence, time.monotonic())
         self._logged_search = False
         return True

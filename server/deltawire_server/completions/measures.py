@@ -78,11 +78,11 @@ def ended(completion: ActiveCompletion, gaps: Gaps, choices: Iterable[FinishedCh
     if timings.first_event is not None:
         table.FIRST_CHUNK_SECONDS.labels(*operation).observe(timings.first_event)
         table.add_counted(table.CHUNK_GAP_SECONDS.labels(*operation), gaps.counts, gaps.total)
-    usage = completion.usage
-    if usage.prompt_tokens is not None:
-        table.TOKENS.labels(*operation, "input").observe(usage.prompt_tokens)
-    table.TOKENS.labels(*operation, "output").observe(usage.completion_tokens)
-    table.USAGE.labels(usage.provenance.name.lower()).inc()
+        usage = completion.usage
+        if usage.prompt_tokens is not None:
+            table.TOKENS.labels(*operation, "input").observe(usage.prompt_tokens)
+        table.TOKENS.labels(*operation, "output").observe(usage.completion_tokens)
+        table.USAGE.labels(usage.provenance.name.lower()).inc()
     table.JOINED_DELTAS.inc(completion.joined_deltas)
     for choice in choices:
         table.STOP_REASONS.labels(choice.stop_reason.name.lower()).inc()

@@ -240,7 +240,9 @@ def _calls(now: _Values, rate: _Rate) -> list[list[Cell]]:
 
 def _counts(now: _Values, rate: _Rate, name: str, label: str) -> list[list[Cell]]:
     rates = rate(name, label)
-    return [[Cell(key[0]), _count(count), _count(60 * rates[key])] for key, count in now.by(name, label).items()]
+    return [
+        [Cell(key[0]), _count(count), _count(60 * rates[key])] for key, count in now.by(name, label).items() if count
+    ]
 
 
 def _table(body: Element, columns: str, rows: list[list[Cell]]) -> None:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
+from deltawire_server.errors import Reason
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -114,7 +116,9 @@ TOOL_CALLS = _counter(
     "verdict",
 )
 USAGE = _counter(
-    "deltawire_usage_total", "Completions that have ended, by the provenance of their usage.", "provenance"
+    "deltawire_usage_total",
+    "Completions that have ended after the engine began to answer, by the provenance of their usage.",
+    "provenance",
 )
 USAGE_RECORDS = _counter(
     "deltawire_usage_records_total", "Lines of usage records, by outcome: written, lost.", "outcome"
@@ -181,6 +185,11 @@ REGISTRY_BEHIND = _gauge(
 RELOADS = _counter(
     "deltawire_settings_reloads_total", "Reloads of the settings by each worker, by outcome: ok, refused.", "outcome"
 )
+CERTIFICATE_LOADS = _counter(
+    "deltawire_certificate_loads_total",
+    "Changed certificates and authorities that each worker has read, by outcome: ok, refused.",
+    "outcome",
+)
 WORKER_ENDS = Row(
     "deltawire_worker_ends_total",
     "counter",
@@ -190,6 +199,12 @@ WORKER_ENDS = Row(
 TABLE.append(WORKER_ENDS)  # counted by their parent, and by no worker
 INFO = _gauge("deltawire_info", "1, with the version of the gateway.", "version", merge="livemax")
 
+
+# Series of which the first increase matters are there from the start: Prometheus sees no increase in a series that begins.
+for _reason in Reason:
+    FAILED_CALLS.labels(_reason.name)
+for _counted, _outcome in ((USAGE_RECORDS, "lost"), (RELOADS, "refused"), (CERTIFICATE_LOADS, "refused")):
+    _counted.labels(_outcome)
 
 _TYPES = {
     (False, False): "unary",

@@ -41,6 +41,7 @@ from deltawire_server.rpc import reflection, wire
 from deltawire_server.rpc.admitted import Admitted
 from deltawire_server.rpc.caller import Origin, credentials, origin
 from deltawire_server.rpc.latch import Latch
+from deltawire_server.rpc.load import NO_LOAD, LoadReport
 from deltawire_server.rpc.reception import Reception
 from deltawire_server.rpc.resets import QUICK_SECONDS, Resets
 from deltawire_server.rpc.status import MAX_MESSAGE, grpc_code, shorten, trailers_of
@@ -121,6 +122,7 @@ class CallRecord:
         request_bytes: Bytes of the serialized request.
         span: The call's span.
         waited: Called when the call has waited in the queue; raises if it is no longer admitted.
+        load: What it reports to load balancers.
     """
 
     def __init__(self, call: CallContext) -> None:
@@ -140,6 +142,7 @@ class CallRecord:
         self.request_bytes = 0
         self.span = NO_CALL
         self.waited: Callable[[CallRecord, _Context], None] = lambda _, __: None
+        self.load = NO_LOAD
         self._is_counted = False
         self._is_opening = False
 
@@ -212,6 +215,9 @@ class CallInterceptor(aio.ServerInterceptor):
         callers: What each caller uses; by default without limits.
         memory: The memory of all calls; large requests are parsed one at a time.
         reception: Receives the requests.
+
+    Attributes:
+        load: What calls report to load balancers; nothing until its first `measure`.
     """
 
     def __init__(
@@ -232,6 +238,7 @@ class CallInterceptor(aio.ServerInterceptor):
         self._callers = callers or Callers()
         self._memory = memory or Ledger(sys.maxsize)
         self._reception = reception or Reception()
+        self.load = LoadReport()
         self._resets = Resets()
         self._refusals = Resets("calls refused by limits")
         self._reflection = reflection.Reflection(self._is_known)
@@ -296,6 +303,8 @@ class CallInterceptor(aio.ServerInterceptor):
         with contextlib.ExitStack() as counted:
             if ours:
                 counted.enter_context(self._counted())
+                self.load.calls += 1
+                record.load = self.load
             with self._logged(method, rpc, record, context, metadata) as outcome, self._admission.place() as place:
                 try:
                     if not ours:
@@ -312,6 +321,8 @@ class CallInterceptor(aio.ServerInterceptor):
                 finally:
                     record.opened()
                 outcome.fail(error)
+                if error.reason in FOR_OPERATORS:
+                    self.load.failed += 1
                 if record.latch.succeeded:
                     return None  # the caller has the whole answer; a later failure is only logged
                 record.latch.fail()
@@ -325,7 +336,7 @@ class CallInterceptor(aio.ServerInterceptor):
             try:
                 with _disconnect_is_cancellation():
                     trailers = trailers_of(error, record.call.request_id)
-                    return await context.abort(grpc_code(error.code), message, trailers)
+                    return await context.abort(grpc_code(error.code), message, trailers + record.load.metadata)
             finally:
                 unread.cancel()
 
@@ -345,9 +356,11 @@ class CallInterceptor(aio.ServerInterceptor):
         with _disconnect_is_cancellation():
             response = await running
             if response is not None:  # a stream sends the request id with its first message
-                await context.send_initial_metadata(((REQUEST_ID, record.call.request_id),))
+                await context.send_initial_metadata(((REQUEST_ID, record.call.request_id), *record.load.metadata))
                 record.latch.succeed()
             record.latch.check_succeeded()
+            if record.load.metadata:
+                context.set_trailing_metadata(record.load.metadata)
             return response
 
     async def _let_in(self, method: str, record: CallRecord, context: _Context, place: Place) -> None:

@@ -75,7 +75,8 @@ class StreamWriter:
         self._record.latch.check_open()
         if not self._begun:
             self._begun = self._record.begun = True
-            await self._context.send_initial_metadata(((REQUEST_ID, self._record.call.request_id),))
+            record = self._record
+            await self._context.send_initial_metadata(((REQUEST_ID, record.call.request_id), *record.load.metadata))
         self._writing = True
         self._clock.allow(self._timeout)
         await self._context.write(message)

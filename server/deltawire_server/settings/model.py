@@ -106,6 +106,10 @@ class ServerSettings(Section):
     max_streams: Whole = Field(default=1000, ge=1, le=100_000)
     """Completions that run at once in each worker; further ones wait, see limits.queue_size. Each uses one connection to a
     provider. The default is about what one process forwards at full speed."""
+    load_reports: bool = True
+    """Report the utilization of this process with each call, in the metadata endpoint-load-metrics, for load balancers such as
+    Envoy's client_side_weighted_round_robin. Clients can read it too. The default is on, because it costs a short call less than
+    a thousandth of its time."""
     max_adaptive_delay: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = 0.1
     """Seconds for which deltas may be delayed while the gateway is busy, so that several share a message; 0 never delays them.
     While there is time to spare, every token is sent at once. Under load the delay grows only as far as the load needs. A

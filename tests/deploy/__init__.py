@@ -1,0 +1,1 @@
+"""Everything below `server/deploy` that no other folder of tests covers, and the distribution, as they are shipped."""
