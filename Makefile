@@ -25,6 +25,8 @@ NODE := client/examples/node
 # The TypeScript programs of the tests; the same.
 TYPESCRIPT := tests/polyglot/languages/typescript
 
+# The TypeScript client; the same.
+TYPESCRIPT_CLIENT := client/typescript
 # What the image, the distribution and the list of its parts are made with.
 DEPLOY := server/deploy
 LOCKS := $(DEPLOY)/docker/build.txt $(DEPLOY)/docker/requirements.txt
@@ -114,6 +116,10 @@ $(TYPESCRIPT)/node_modules/.package-lock.json: $(TYPESCRIPT)/package-lock.json
 	@echo "installing the TypeScript compiler and its plugins for protoc"
 	@cd $(TYPESCRIPT) && npm ci --silent --no-audit --no-fund --ignore-scripts
 
+$(TYPESCRIPT_CLIENT)/node_modules/.package-lock.json: $(TYPESCRIPT_CLIENT)/package-lock.json
+	@echo "installing the TypeScript client's packages"
+	@cd $(TYPESCRIPT_CLIENT) && npm ci --silent --no-audit --no-fund --ignore-scripts
+
 .PHONY: polyglot-packages
 polyglot-packages:
 	@missing="$$(tests/polyglot/missing-packages | tr '\n' ' ')"; test -z "$$missing" || { \
@@ -121,7 +127,7 @@ polyglot-packages:
 		echo "  apt-get install --no-install-recommends $$missing"; exit 1; } >&2
 
 .PHONY: polyglot
-polyglot: polyglot-packages install $(BIN)/.installed-envoy $(NODE)/node_modules/.package-lock.json $(TYPESCRIPT)/node_modules/.package-lock.json ## Stubs and clients of other languages, buf and a real Envoy
+polyglot: polyglot-packages install $(BIN)/.installed-envoy $(NODE)/node_modules/.package-lock.json $(TYPESCRIPT)/node_modules/.package-lock.json $(TYPESCRIPT_CLIENT)/node_modules/.package-lock.json ## Stubs and clients of other languages, buf and a real Envoy
 	@$(BIN)/python -m pytest -m polyglot tests/polyglot tests/conformance
 
 CALLERS ?= 200
@@ -130,7 +136,7 @@ rolling: install $(BIN)/.installed-envoy ## Restart two gateways behind Envoy in
 	@ROLLING_CALLERS=$(CALLERS) $(BIN)/python -m pytest -m polyglot tests/polyglot/test_rolling.py
 
 .PHONY: conformance
-conformance: install $(BIN)/.installed-envoy ## The clients of every language through every case, a gateway through every check: CONFORMANCE="--help"
+conformance: install $(BIN)/.installed-envoy $(TYPESCRIPT_CLIENT)/node_modules/.package-lock.json ## The clients of every language through every case, a gateway through every check: CONFORMANCE="--help"
 	@$(BIN)/python -m tests.conformance $(CONFORMANCE)
 
 $(KUBECTL): tests/deploy/package-lock.json
@@ -146,7 +152,7 @@ deploy-packages:
 		echo "  apt-get install --no-install-recommends $$missing"; exit 1; } >&2
 
 .PHONY: deploy
-deploy: deploy-packages install $(BIN)/.installed-deploy $(KUBECTL) $(DIST)/.installed ## The image, the manifests, the unit and the distribution, as they are shipped
+deploy: deploy-packages install $(BIN)/.installed-deploy $(KUBECTL) $(DIST)/.installed ## The image, the manifests, the unit, the monitoring and the distribution, as they are shipped
 	@$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup -m deploy tests/deploy
 
 .PHONY: postgres
@@ -280,4 +286,5 @@ check-protos: ## Fail if the checked-in stubs and descriptor set are not what th
 
 .PHONY: clean
 clean: ## Remove what the commands above made in this folder
-	@rm -rf $(VENV) $(CACHE) dist build .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis $(NODE)/node_modules $(TYPESCRIPT)/node_modules tests/deploy/node_modules
+	@rm -rf $(VENV) $(CACHE) dist build .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis $(NODE)/node_modules $(TYPESCRIPT)/node_modules \
+		$(TYPESCRIPT_CLIENT)/node_modules $(TYPESCRIPT_CLIENT)/dist $(TYPESCRIPT_CLIENT)/src/gen tests/deploy/node_modules

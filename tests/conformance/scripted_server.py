@@ -123,8 +123,15 @@ class ScriptedServer:
         """Answer a call."""
         call = asyncio.create_task(self._answer(connection, stream, headers, body), name="a call")
         self._calls.add(call)
-        call.add_done_callback(self._calls.discard)
+        call.add_done_callback(self._ended)
         connection.calls[stream] = call
+
+    def _ended(self, call: asyncio.Task[None]) -> None:
+        self._calls.discard(call)
+        error = None if call.cancelled() else call.exception()
+        # A client that has left is no fault: it may have canceled the call.
+        if error is not None and not isinstance(error, ConnectionError | ProtocolError):
+            self._complaints.append(f"{call.get_name()} cannot be played: {error!r}")
 
     async def _answer(self, connection: _Connection, stream: int, headers: dict[str, str], body: bytes) -> None:
         kind = _REQUESTS.get(headers[":path"])
@@ -154,8 +161,7 @@ class ScriptedServer:
             await connection.end(stream, Step.Status(code=_INVALID_ARGUMENT, message="; ".join(wrong)))
             return
         connection.had_call = True
-        with contextlib.suppress(ConnectionError, ProtocolError):
-            await _Player(connection, stream, script, request, self.patience).play()
+        await _Player(connection, stream, script, request, self.patience).play()
 
     def _next_call(self, request: Message) -> ServerCall | None:
         """What is scripted for the next call: a client may leave out optional ones, if it asks for something else."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 
 from deltawire_server import settings
 from deltawire_server.metrics.table import STREAMS
@@ -38,7 +39,7 @@ def manifests(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def objects(manifests: Path) -> dict[str, Any]:
     """The manifests by kind; there is one of each."""
-    loaded = _loaded(manifests.read_text("utf-8"))
+    loaded = [*yaml.safe_load_all(manifests.read_text("utf-8"))]
     by_kind = {each["kind"]: each for each in loaded}
     assert len(by_kind) == len(loaded)
     return by_kind
@@ -194,7 +195,7 @@ def test_the_examples_name_what_exists(objects: dict[str, Any], name: str) -> No
     text = (FOLDER / "examples" / name).read_text("utf-8")
     assert text.startswith("# Not validated")
     service = objects["Service"]
-    for each in _loaded(text):
+    for each in yaml.safe_load_all(text):
         spec = each["spec"]
         if each["kind"] == "PodMonitor":
             assert spec["selector"]["matchLabels"] == service["spec"]["selector"]
@@ -205,10 +206,3 @@ def test_the_examples_name_what_exists(objects: dict[str, Any], name: str) -> No
             [route] = spec["http"][0]["route"]
             assert route["destination"]["host"] == service["metadata"]["name"]
             assert route["destination"]["port"]["number"] == service["spec"]["ports"][0]["port"]
-
-
-def _loaded(text: str) -> list[dict[str, Any]]:
-    # Here, because only the extra "deploy" brings it.
-    import yaml
-
-    return [*yaml.safe_load_all(text)]

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from deltawire_server.fake_vllm import FakeVllm
     from tests.support.gateway import Running
 
-pytestmark = pytest.mark.deploy
+# In one process of several, for one server.
+pytestmark = [pytest.mark.deploy, pytest.mark.xdist_group("monitoring")]
 
 DEPLOY = Path(__file__).parents[2] / "server" / "deploy"
 RULES = DEPLOY / "prometheus" / "rules.yaml"
