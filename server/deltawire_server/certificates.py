@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
 import ssl
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import grpc
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
-
-_CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
-_VERSION, _UTC_TIME = 0xA0, 0x17
-"""Tags in DER."""
 
 
 class ServerCertificates:
@@ -97,31 +90,12 @@ class ServerCertificates:
 
 
 def _first_expiry(chain: bytes) -> float:
-    with contextlib.suppress(ValueError):  # OpenSSL reads what RFC 5280 does not allow
-        return min(map(_expiry, _CERTIFICATE.findall(chain)))
-    return 0.0
+    from cryptography import x509  # 5 MiB, which gateways without TLS do not need
 
-
-def _expiry(pem: bytes) -> float:
-    """When a certificate expires. The standard library reads this only of certificates that it trusts."""
-    _, certificate = next(_elements(ssl.PEM_cert_to_DER_cert(pem.decode())))
-    _, signed = next(_elements(certificate))
-    fields = (content for tag, content in _elements(signed) if tag != _VERSION)
-    _serial, _algorithm, _issuer, validity = (next(fields) for _ in range(4))
-    _, (tag, last) = _elements(validity)
-    year = "%y" if tag == _UTC_TIME else "%Y"
-    return datetime.strptime(last.decode(), f"{year}%m%d%H%M%SZ").replace(tzinfo=UTC).timestamp()
-
-
-def _elements(der: bytes) -> Iterator[tuple[int, bytes]]:
-    """The tags and contents of values in DER that follow each other."""
-    while der:
-        tag, size, start = der[0], der[1], 2
-        if size & 0x80:  # the number of bytes that the size takes
-            start += size & 0x7F
-            size = int.from_bytes(der[2:start], "big")
-        yield tag, der[start : start + size]
-        der = der[start + size :]
+    try:
+        return min(each.not_valid_after_utc.timestamp() for each in x509.load_pem_x509_certificates(chain))
+    except ValueError:  # OpenSSL, which gRPC and `_checked` use, reads more than the standard allows
+        return 0.0
 
 
 def _configuration(chain: bytes, key: bytes, authorities: bytes | None) -> grpc.ServerCertificateConfiguration:

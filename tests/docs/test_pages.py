@@ -11,12 +11,21 @@ from tests.docs.markdown import anchors, blocks, links, matches
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
+PAGES = [
+    "README.md",
+    "client/README.md",
+    "client/go/README.md",
+    "client/java/README.md",
+    "client/typescript/README.md",
+    "server/README.md",
+    "server/deploy/runbook.md",
+    "protos/README.md",
+    "tests/conformance/README.md",
+]
 SERVER = ROOT / "server/deltawire_server"
 
 
-@pytest.mark.parametrize(
-    "name", ["README.md", "client/README.md", "server/README.md", "server/deploy/runbook.md", "protos/README.md"]
-)
+@pytest.mark.parametrize("name", PAGES)
 def test_links_have_targets(name: str) -> None:
     """Each link to a file of the repository, or to a heading in one, has a target."""
     page = ROOT / name
