@@ -64,11 +64,12 @@ def _failing(reason: str, ratio: float) -> Case:
     return Case({**CALLS, failed: growing(600 * ratio * 1.05)}, {failed: growing(600 * ratio * 0.95)})
 
 
-def _scarce(reason: str) -> Case:
-    """Many failures; or all calls fail, but less than one a minute."""
+def _scarce(reason: str) -> list[Case]:
+    """Many failures; or all calls fail, but less than one a minute, or were not seen before the gateway started."""
     failed = series("deltawire_failed_calls_total", f'reason="{reason}"')
     (calls,) = CALLS
-    return Case({**CALLS, failed: growing(600)}, {calls: growing(0.9), failed: growing(0.9)})
+    fires = {**CALLS, failed: growing(600)}
+    return [Case(fires, {calls: growing(0.9), failed: growing(0.9)}), Case(fires, {calls: steady(600)})]
 
 
 def _gauge(name: str, value: float, quiet: float, labels: str = "", **others: str) -> Case:
@@ -121,19 +122,19 @@ CASES = {
     "DeltawireGatewayFailures": [
         _failing("TOO_MANY_STREAMS", 0.01),
         _failing("STORE_UNAVAILABLE", 0.01),
-        _scarce("INTERNAL"),
+        *_scarce("INTERNAL"),
     ],
     "DeltawireUpstreamFailures": [
         _failing("UPSTREAM_TIMEOUT", 0.05),
         _failing("PROVIDER_MISCONFIGURED", 0.05),
-        _scarce("UPSTREAM_ERROR"),
+        *_scarce("UPSTREAM_ERROR"),
     ],
     "DeltawireCallerFailures": [
         _failing("INVALID_REQUEST", 0.2),
         _failing("UPSTREAM_REJECTED", 0.2),
-        _scarce("UNAUTHENTICATED"),
+        *_scarce("UNAUTHENTICATED"),
     ],
-    "DeltawireCallerLimits": [_failing("CALLER_LIMIT_EXCEEDED", 0.1), _scarce("CALLER_LIMIT_EXCEEDED")],
+    "DeltawireCallerLimits": [_failing("CALLER_LIMIT_EXCEEDED", 0.1), *_scarce("CALLER_LIMIT_EXCEEDED")],
     "DeltawireWrongKeys": [
         Case({_WRONG_KEY: growing(13)}, {_WRONG_KEY: growing(11)}),
         Case({_WRONG_KEY: growing(13)}, {_WRONG_KEY: f"0+0x{MINUTES - 6} 100+100x5"}),
