@@ -20,6 +20,7 @@ def fold(events: Iterable[chat_pb.StreamChatCompletionResponse]) -> Answer:
     """
     answer = Answer()
     choices: dict[int, Choice] = {}
+    is_whole = False
     for event in events:
         if event.HasField("choice_index"):
             _add(choices.setdefault(event.choice_index, Choice(index=event.choice_index)), event)
@@ -31,6 +32,10 @@ def fold(events: Iterable[chat_pb.StreamChatCompletionResponse]) -> Answer:
             answer.notices.append(event.notice)
         elif event.HasField("completed"):
             answer.usage.CopyFrom(event.completed.usage)
+            is_whole = True
+    if not is_whole:  # the request must be sent again, and no tool may run twice
+        for choice in choices.values():
+            choice.tool_calls_executable = False
     answer.choices.extend(choice for _, choice in sorted(choices.items()))
     return tidy(answer)
 

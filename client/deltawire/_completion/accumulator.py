@@ -258,12 +258,11 @@ def answer_of(response: CreateChatCompletionResponse, info: CallInfo) -> Answer:
 
 
 def _unstated(finished: ChoiceFinished) -> Completed.Choice:
-    """What `Completed` would have stated of a choice, as far as its own end said it."""
-    choice = Completed.Choice(
-        stop_reason=finished.stop_reason,
-        engine_finish_reason=finished.engine_finish_reason,
-        tool_calls_executable=finished.tool_calls_executable,
-    )
+    """What `Completed` would have stated of a choice, as far as its own end said it.
+
+    Its tool calls are not executable: the request must be sent again, and no tool may run twice.
+    """
+    choice = Completed.Choice(stop_reason=finished.stop_reason, engine_finish_reason=finished.engine_finish_reason)
     match finished.WhichOneof("matched"):
         case "matched_stop":
             choice.matched_stop = finished.matched_stop
