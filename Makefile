@@ -162,6 +162,10 @@ bench-peers: ## Install what `make bench` compares with, in an environment of it
 golden: install ## Rewrite tests/transcripts/*.events.jsonl; read the diff
 	@$(BIN)/python -m tests.support.golden
 
+.PHONY: docs
+docs: install ## Rewrite the pages of reference, from the protos, the settings, the errors and the Python client
+	@$(BIN)/python -m tests.support.pages
+
 .PHONY: format
 format: install ## Format code and protos
 	@$(BIN)/ruff check --fix-only --quiet .

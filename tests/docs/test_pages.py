@@ -14,7 +14,17 @@ README = ROOT / "README.md"
 SERVER = ROOT / "server/deltawire_server"
 
 
-@pytest.mark.parametrize("name", ["README.md", "client/README.md", "server/README.md", "protos/README.md"])
+PAGES = [
+    "README.md",
+    *(
+        str(page.relative_to(ROOT))
+        for part in ("client", "protos", "server")
+        for page in [ROOT / part / "README.md", *sorted((ROOT / part / "docs").glob("*.md"))]
+    ),
+]
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_links_have_targets(name: str) -> None:
     """Each link to a file of the repository, or to a heading in one, has a target."""
     page = ROOT / name
