@@ -29,7 +29,7 @@ SERVICES = (
 
 _START = """\
 Everything that `from deltawire import …` gives, and the methods of `client.chat`, `client.models` and `client.providers`.
-[README.md](../README.md) introduces it.
+[README.md](../README.md) introduces it, [cookbook.md](cookbook.md) has complete programs.
 """
 
 
