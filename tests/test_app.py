@@ -16,6 +16,7 @@ from deltawire_server import app
 from deltawire_server.app import FILES_SECONDS, SPARE_CONNECTIONS, Gateway, serve
 from deltawire_server.errors import RegistryError
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
+from deltawire_server.metrics import table
 from deltawire_server.settings import (
     LogSettings,
     ProviderSettings,
@@ -600,9 +601,11 @@ async def test_hanging_up_reloads(
         await read_well(served.running.stream())
         served.signal(signal.SIGHUP)
         assert "defect" in (await lines.find("settings not reloaded"))["exception"]
+        await until(lambda: table.REGISTRY.get_sample_value("deltawire_settings_last_reload_successful") == 0)
         await read_well(served.running.stream())
         served.signal(signal.SIGHUP)
         await lines.find("settings reloaded")
+        await until(lambda: table.REGISTRY.get_sample_value("deltawire_settings_last_reload_successful") == 1)
         await read_well(served.running.stream(ask(model="other")))
         served.signal()
     assert not outcomes

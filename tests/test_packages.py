@@ -56,7 +56,7 @@ def test_the_source_distribution_has_no_recordings_and_all_the_rest(source: Path
     """Five hundred files less; the tests themselves are there."""
     assert not (source / "tests" / "transcripts").exists()
     expected = """
-        LICENSE Makefile README.md pyproject.toml client/README.md client/examples/java/Chat.java
+        LICENSE Makefile README.md pyproject.toml client/README.md client/java/build.sh
         client/examples/node/package-lock.json protos/README.md protos/baseline.binpb protos/buf.gen.yaml
         protos/deltawire/v1/tool.proto server/deploy/envoy/envoy.yaml tests/conftest.py tests/polyglot/test_protos.py
     """

@@ -28,7 +28,15 @@ from deltawire_server.limits import Limits as CallerLimits
 from deltawire_server.memory import Allocator, Ledger, default_limit
 from deltawire_server.metrics.listener import MetricsListener, serve_metrics
 from deltawire_server.metrics.probes import Probes
-from deltawire_server.metrics.table import CERTIFICATE_LOADS, INFO, REGISTRY, RELOADS
+from deltawire_server.metrics.process import ProcessMetrics
+from deltawire_server.metrics.table import (
+    CERTIFICATE_EXPIRY,
+    CERTIFICATES_SUCCESSFUL,
+    INFO,
+    REGISTRY,
+    RELOAD_SUCCESSFUL,
+    RELOADS,
+)
 from deltawire_server.processes.passing import Passing
 from deltawire_server.registry.registry import ModelRegistry
 from deltawire_server.registry.store import Store, StoreLimits
@@ -69,6 +77,9 @@ RETAINED_SHARE = 2
 
 MEASURE_SECONDS = 1.0
 """Interval at which the metrics of the current state are set: much shorter than that of scrapers."""
+
+PROCESS_SECONDS = 5.0
+"""The same for those of the process, which take longer."""
 
 FILES_SECONDS = 0.5
 """Interval at which the files of certificates are checked for changes."""
@@ -224,6 +235,7 @@ class Gateway:
             self._run(self._allocator.trim_for_ever(), "return free memory")
             self._run(self._adaptive.adapt_for_ever(), "adapt the delay of deltas")
             self._run(self._measure_for_ever(), "measure")
+            self._run(self._measure_process_for_ever(), "measure the process")
             self._run(self._follow_files(), "follow certificate files")
             if self._usage_log is not None:
                 self._run(self._usage_log.keep(), "keep usage records")
@@ -244,7 +256,15 @@ class Gateway:
     async def _measure_for_ever(self) -> None:
         """Set the metrics of the current state, and the load that calls report, once a second."""
         INFO.labels(__version__).set(1)
+        for used in (
+            RELOAD_SUCCESSFUL,
+            CERTIFICATES_SUCCESSFUL.labels("server"),
+            CERTIFICATES_SUCCESSFUL.labels("providers"),
+        ):
+            used.set(1)
         while True:
+            if self._lifecycle.certificates is not None:
+                CERTIFICATE_EXPIRY.set(self._lifecycle.certificates.expiry)
             self._worker.measure()
             self._registry.measure()
             self._providers.measure()
@@ -252,6 +272,13 @@ class Gateway:
             if self._settings.server.load_reports:
                 self._calls.load.measure(self._worker.utilization)
             await asyncio.sleep(MEASURE_SECONDS)
+
+    async def _measure_process_for_ever(self) -> None:
+        """In a thread: counting file descriptors takes milliseconds if there are thousands."""
+        process = ProcessMetrics()
+        while True:
+            await asyncio.to_thread(process.measure)
+            await asyncio.sleep(PROCESS_SECONDS)
 
     def _announce(self) -> None:
         """Log what is served, and warnings about it."""
@@ -315,6 +342,7 @@ class Gateway:
         self._load_access(settings)
         self._load_limits(settings)
         self._load_certificates()
+        CERTIFICATES_SUCCESSFUL.labels("providers").set(1)
         waiting = _changed_keys(self._settings, settings)
         self._stamps, self._authorities = stamps, authorities
         self._settings = self._settings.model_copy(update={section: getattr(settings, section) for section in RELOADED})
@@ -335,10 +363,10 @@ class Gateway:
             return
         try:
             if certificates.reload():
-                CERTIFICATE_LOADS.labels("ok").inc()
                 _log.info("certificates loaded")
+            CERTIFICATES_SUCCESSFUL.labels("server").set(1)
         except OSError as error:
-            CERTIFICATE_LOADS.labels("refused").inc()
+            CERTIFICATES_SUCCESSFUL.labels("server").set(0)
             _log.error("certificates refused: the old ones are still served", problem=str(error))
 
     async def _follow_files(self) -> None:
@@ -351,11 +379,14 @@ class Gateway:
                 continue
             self._stamps = stamps
             self._load_certificates()
-            if _authorities(self._settings) != self._authorities:
+            if _authorities(self._settings) == self._authorities:
+                # They may have been refused before, and be the old ones again.
+                CERTIFICATES_SUCCESSFUL.labels("providers").set(1)
+            else:
                 try:
                     await self.reload(self._settings)
                 except SettingsError as error:
-                    CERTIFICATE_LOADS.labels("refused").inc()
+                    CERTIFICATES_SUCCESSFUL.labels("providers").set(0)
                     _log.error("certificates refused: the old ones are still used", problem=str(error))
 
     def _load_access(self, settings: Settings) -> None:
@@ -488,6 +519,7 @@ async def _reload_on(requested: asyncio.Event, gateway: Gateway, reload: Callabl
         except Exception:  # noqa: BLE001 (a defect must not prevent later reloads)
             _log.exception("settings not reloaded")
         RELOADS.labels(outcome).inc()
+        RELOAD_SUCCESSFUL.set(outcome == "ok")
 
 
 def _authorities(settings: Settings) -> dict[str, bytes]:

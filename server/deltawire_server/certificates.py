@@ -21,6 +21,9 @@ class ServerCertificates:
         client_ca_file: PEM file with the authorities of client certificates, which are then required; `None` for no client
             certificates.
 
+    Attributes:
+        expiry: When the first certificate of the chain expires, as a Unix timestamp; 0 if the file does not show it.
+
     Raises:
         OSError: From the constructor: a file cannot be used.
     """
@@ -31,6 +34,7 @@ class ServerCertificates:
         self._client_ca_file = client_ca_file
         self._contents = self._checked()
         self._configuration = _configuration(*self._contents)
+        self.expiry = _first_expiry(self._contents[0])
 
     def credentials(self) -> grpc.ServerCredentials:
         """Credentials for one listener. Each has its own, because gRPC asks for new certificates once for each listener."""
@@ -57,6 +61,7 @@ class ServerCertificates:
             return False
         self._configuration = _configuration(*contents)
         self._contents = contents
+        self.expiry = _first_expiry(contents[0])
         return True
 
     def _checked(self) -> tuple[bytes, bytes, bytes | None]:
@@ -82,6 +87,15 @@ class ServerCertificates:
     def _read(self) -> tuple[bytes, bytes, bytes | None]:
         authorities = None if self._client_ca_file is None else self._client_ca_file.read_bytes()
         return self._cert_file.read_bytes(), self._key_file.read_bytes(), authorities
+
+
+def _first_expiry(chain: bytes) -> float:
+    from cryptography import x509  # 5 MiB, which gateways without TLS do not need
+
+    try:
+        return min(each.not_valid_after_utc.timestamp() for each in x509.load_pem_x509_certificates(chain))
+    except ValueError:  # OpenSSL, which gRPC and `_checked` use, reads more than the standard allows
+        return 0.0
 
 
 def _configuration(chain: bytes, key: bytes, authorities: bytes | None) -> grpc.ServerCertificateConfiguration:

@@ -11,17 +11,23 @@ from tests.docs.markdown import anchors, blocks, links, matches
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-SERVER = ROOT / "server/deltawire_server"
-
-
 PAGES = [
     "README.md",
+    "client/README.md",
+    "client/go/README.md",
+    "client/java/README.md",
+    "client/typescript/README.md",
+    "server/README.md",
+    "server/deploy/runbook.md",
+    "protos/README.md",
+    "tests/conformance/README.md",
     *(
         str(page.relative_to(ROOT))
         for part in ("client", "protos", "server")
-        for page in [ROOT / part / "README.md", *sorted((ROOT / part / "docs").glob("*.md"))]
+        for page in sorted((ROOT / part).glob("docs/*.md"))
     ),
 ]
+SERVER = ROOT / "server/deltawire_server"
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ from tests.support.gateway import Running, ask, failure_of, read, read_well, set
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from tests.conftest import StartGateway
+    from tests.conftest import Certificates, StartGateway
     from tests.support.gateway import Lines
 
 CHUNKS = Chunks()
@@ -166,6 +167,51 @@ async def test_replicas_are_shown(start_gateway: StartGateway, vllm: FakeVllm) -
         alone = settings_of(vllm.base_url, Path("unused")).providers
         await running.gateway.reload(running.gateway._settings.model_copy(update={"providers": alone}))
         await until_scraped(address, lambda page: page.value(state, replica=replicas[1]) == 0)
+
+
+async def test_certificates_are_shown(start_gateway: StartGateway, certificates: Certificates, tmp_path: Path) -> None:
+    """When that of the listener expires, and whether the current files are used: those of the server, and of providers."""
+    server = {"tls_cert_file": tmp_path / "tls.crt", "tls_key_file": tmp_path / "tls.key"}
+    authority = tmp_path / "ca.pem"
+    expiry, used = "deltawire_certificate_expiry_timestamp_seconds", "deltawire_certificates_last_load_successful"
+
+    def put(certificate: Path, key: Path) -> None:
+        for file, source in zip(server.values(), (certificate, key), strict=True):
+            file.write_bytes(source.read_bytes())
+
+    put(certificates.server, certificates.server_key)
+    authority.write_bytes(certificates.authority.read_bytes())
+    async with start_gateway(server=server, provider={"tls_verify": authority}, metrics=ANY) as running:
+        address = running.gateway.metrics_address
+        page = await until_scraped(address, lambda page: page.value(expiry) > time.time())
+        assert page.value(used) == 2
+        put(certificates.server, certificates.client_key)
+        await until_scraped(address, lambda page: page.value(used, used_by="server") == 0)
+        put(certificates.client, certificates.client_key)
+        await until_scraped(address, lambda page: page.value(used, used_by="server") == 1)
+        authority.write_text("no certificate")
+        await until_scraped(address, lambda page: page.value(used, used_by="providers") == 0)
+        authority.write_bytes(certificates.authority.read_bytes())
+        await until_scraped(address, lambda page: page.value(used, used_by="providers") == 1)
+
+
+async def test_the_process_is_measured(gateway: Running) -> None:
+    """Under the names that every process has in Prometheus; CPU time is only counted up."""
+    page = await until_scraped(gateway.gateway.metrics_address, lambda page: page.value("process_open_fds") > 0)
+    assert page.value("process_resident_memory_bytes") > 10_000_000
+    assert page.value("process_open_fds") < page.value("process_max_fds")
+    assert 0 < page.value("process_start_time_seconds") < time.time()
+    assert await added(gateway, page, "process_cpu_seconds_total") > 0
+
+
+async def test_failures_begin_at_zero(gateway: Running) -> None:
+    """Prometheus does not see the first one of a series that begins with it."""
+    page = await page_of(gateway)
+    assert {sample.labels["reason"] for sample in page.samples("deltawire_failed_calls_total")} == {
+        reason.name for reason in Reason
+    }
+    for name in ("usage_records", "settings_reloads", "images"):
+        assert len(page.samples(f"deltawire_{name}_total")) > 1
 
 
 async def test_ready_while_calls_are_accepted(start_gateway: StartGateway) -> None:

@@ -25,6 +25,6 @@ def test_the_documentation_has_every_metric() -> None:
 def test_every_metric_has_a_name_of_its_kind() -> None:
     """As Prometheus' conventions have it: counters end with `_total`, and all have a prefix that says whose they are."""
     for row in TABLE:
-        assert row.name.startswith(("grpc_server_", "gen_ai_client_", "deltawire_"))
+        assert row.name.startswith(("grpc_server_", "gen_ai_client_", "process_", "deltawire_"))
         assert row.name.endswith("_total") == (row.kind == "counter")
         assert row.description.endswith(".")

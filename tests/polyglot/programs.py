@@ -62,6 +62,7 @@ async def started(
     *command: str,
     home: Path,
     folder: Path | None = None,
+    stdin: int | None = None,
     out: IO[bytes] | int = subprocess.PIPE,
     err: IO[bytes] | int = subprocess.PIPE,
 ) -> AsyncIterator[subprocess.Process]:
@@ -70,7 +71,9 @@ async def started(
     Its environment is bare: no proxy that the machine may have set comes between it and the gateway.
     """
     environment = {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8"}
-    process = await asyncio.create_subprocess_exec(*command, stdout=out, stderr=err, env=environment, cwd=folder)
+    process = await asyncio.create_subprocess_exec(
+        *command, stdin=stdin, stdout=out, stderr=err, env=environment, cwd=folder
+    )
     try:
         yield process
     finally:

@@ -19,28 +19,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 LANGUAGES = ROOT / "tests" / "polyglot" / "languages"
-JAVA_CLIENT = ROOT / "client" / "examples" / "java"
+JAVA_CLIENT = ROOT / "client" / "java"
 DESCRIPTORS = Path(v1.__path__[0]) / "descriptors.binpb"
 
 TIMEOUT = 600.0
 """Seconds that one language may take. The slowest takes a tenth of it; a busy machine may need more."""
 
-_JARS = """
-grpc-api grpc-context grpc-core grpc-netty grpc-protobuf grpc-protobuf-lite grpc-stub protobuf guava perfmark-api perfmark-impl
-netty-buffer netty-codec netty-codec-http netty-codec-http2 netty-codec-socks netty-common netty-handler netty-handler-proxy
-netty-resolver netty-transport geronimo-annotation-1.3-spec error_prone_annotations
-"""
-JARS = ":".join(f"/usr/share/java/{name}.jar" for name in _JARS.split())
+JARS = ":".join((JAVA_CLIENT / "debian-jars").read_text(encoding="utf-8").split())
 """The class path of gRPC for Java. With `error_prone_annotations`, which guava's classes name, javac gives no warning."""
 
 # Each runs in a folder of its own that has `protos`, the descriptor set, and the language's programs in `program`. The
-# README's commands write to gen/. Java is the first that a test asks for; then come the slowest.
+# README's commands write to gen/. The slowest come first.
 _BUILDS = {
-    # The second of Java's own compilers would take longer than it saves.
-    "Java": f"""
-        find gen/java program -name '*.java' |
-            xargs javac -J-XX:TieredStopAtLevel=1 -Xlint:all -Werror -encoding UTF-8 -cp {JARS} -d classes
-    """,
     # Warnings are errors, also in the generated files. What includes gRPC's headers is one file, since they take longer to
     # read than all the rest; the others are compiled side by side, without optimizing.
     "C++": """
@@ -57,6 +47,11 @@ _BUILDS = {
         export GO111MODULE=on GOFLAGS=-mod=vendor GOPROXY=off GOCACHE={ROOT}/.cache/go
         go build -o ../chat .
         go vet . deltawire.dev/go/deltawire/v1
+    """,
+    # The second of Java's own compilers would take longer than it saves.
+    "Java": f"""
+        find gen/java -name '*.java' |
+            xargs javac -J-XX:TieredStopAtLevel=1 -Xlint:all -Werror -encoding UTF-8 -cp {JARS} -d classes
     """,
     # The compiler checks the stubs of both generators and the programs that use them. A browser gets its page as one file.
     "TypeScript": """
@@ -125,7 +120,7 @@ def _build(language: str, folder: Path) -> Build:
     folder.mkdir()
     workspace(folder)
     name = {"C++": "cpp", "C#": "csharp"}.get(language, language.lower())
-    program = JAVA_CLIENT if language == "Java" else LANGUAGES / name
+    program = LANGUAGES / name
     if program.is_dir():
         shutil.copytree(program, folder / "program", ignore=shutil.ignore_patterns("node_modules"))
     if language == "Go":

@@ -18,6 +18,7 @@ from deltawire.v1.chat_completion_pb2_grpc import ChatCompletionStub
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
 from deltawire_server.usage.lines import Line
 from deltawire_server.usage.report import read
+from tests.metrics.scrape import Page, scrape, until_scraped
 from tests.support.gateway import WAIT, Lines, Running, ask, failure_of, read_badly, read_well, until
 from tests.support.gateway_process import GatewayProcess
 
@@ -47,7 +48,7 @@ async def gateway(start_gateway: StartGateway, tmp_path: Path) -> AsyncIterator[
 
 
 @pytest.fixture
-def no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:  # noqa: ARG001 (made before nothing can be written)
     """No line can be written."""
 
     def write(_: int, __: bytes) -> int:
@@ -137,6 +138,26 @@ async def test_a_full_disk_if_records_are_required(start_gateway: StartGateway, 
         assert failure.retry_seconds
         assert gateway.gateway._worker.active == 0
     assert vllm.chats == []
+
+
+@pytest.mark.usefixtures("no_room")
+async def test_a_refused_completion_is_a_failed_call_only(start_gateway: StartGateway, tmp_path: Path) -> None:
+    """It has no duration, no tokens and no usage among the metrics, as it has no record."""
+    usage, metrics = {"folder": str(tmp_path), "required": True}, {"listen": "127.0.0.1:0"}
+    async with start_gateway(usage=usage, metrics=metrics) as gateway:
+        address = gateway.gateway.metrics_address
+        before = await scrape(address)
+        failed = {"reason": "STORE_UNAVAILABLE"}
+        await failure_of(gateway.create())
+
+        def added(page: Page, name: str, **labels: str) -> float:
+            return page.value(name, **labels) - before.value(name, **labels)
+
+        page = await until_scraped(address, lambda page: added(page, "deltawire_failed_calls_total", **failed) == 1)
+        for name in ("deltawire_usage_total", "gen_ai_client_token_usage_count"):
+            assert added(page, name) == 0
+        assert added(page, "gen_ai_client_operation_duration_seconds_count") == 0
+        assert added(page, "deltawire_usage_records_total", outcome="lost") == 1
 
 
 async def test_a_gateway_that_is_killed(vllm: FakeVllm, tmp_path: Path) -> None:

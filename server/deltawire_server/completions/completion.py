@@ -544,7 +544,8 @@ class Completion:
         self._charge()
         self.stop_reasons = tuple([choice.stop_reason for choice in choices])
         error = measures.error_type(failure, canceled=cause is Cause.CALLER)
-        measures.ended(self, self._gaps, choices, error)
+        if self._sent is not None:
+            measures.ended(self, self._gaps, choices, error)
         if self._usage_record is not None:
             self._usage_record.end(self.usage, self.stop_reasons, error, self.timings.total)
         if self.attempts.span is not NO_ATTEMPT:

@@ -64,7 +64,7 @@ def error_type(failure: DeltawireError | None, *, canceled: bool) -> str:
 
 
 def ended(completion: ActiveCompletion, gaps: Gaps, choices: Iterable[FinishedChoice], error: str) -> None:
-    """Count a completion that has ended.
+    """Count a completion that has ended after its request was sent. A refused one is only a failed call, as in usage records.
 
     Args:
         completion: The completion, with its failure if it has one.

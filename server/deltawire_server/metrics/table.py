@@ -1,8 +1,9 @@
 """Every metric of the gateway; `server/README.md` lists the same.
 
 Names: those of gRPC's own dashboards (`grpc_server_…`), those of OpenTelemetry's conventions for generative AI in Prometheus' form
-(`gen_ai_client_…`), and `deltawire_…` for the rest. The number of series is bounded: labels have the values of enumerations, of the
-settings, or of the API's methods, and models have at most `MAX_MODELS` values.
+(`gen_ai_client_…`), those of Prometheus' client libraries for a process (`process_…`), and `deltawire_…` for the rest. The number
+of series is bounded: labels have the values of enumerations, of the settings, or of the API's methods, and models have at most
+`MAX_MODELS` values.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from deltawire_server.errors import Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, with its time of creation, which several processes cannot have
 
@@ -39,7 +40,7 @@ _OPERATION = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_m
 _CHAT = "chat"
 _REPLICA = ("provider", "replica")
 
-_Merge = Literal["livesum", "livemax"]
+_Merge = Literal["livesum", "livemax", "livemin"]
 
 
 class Row(NamedTuple):
@@ -55,13 +56,17 @@ TABLE: list[Row] = []
 """Every metric, in the order of this module."""
 
 
-def _counter(name: str, description: str, *labels: str) -> Counter:
+def _counter(name: str, description: str, *labels: str, known: Iterable[str] = ()) -> Counter:
+    """A counter. Its series for the known values of its label begin at 0: otherwise `increase` does not see the first count."""
     TABLE.append(Row(name, "counter", labels, description))
-    return Counter(name, description, labels, registry=REGISTRY)
+    counter = Counter(name, description, labels, registry=REGISTRY)
+    for value in known:
+        counter.labels(value)
+    return counter
 
 
 def _gauge(name: str, description: str, *labels: str, merge: _Merge = "livesum") -> Gauge:
-    """A gauge; several workers are summed, or show the highest value."""
+    """A gauge; several workers are summed, or show the highest or lowest value."""
     TABLE.append(Row(name, "gauge", labels, description))
     return Gauge(name, description, labels, registry=REGISTRY, multiprocess_mode=merge)
 
@@ -108,7 +113,12 @@ QUEUED = _gauge("deltawire_queued_calls", "Calls that wait for a place, because 
 QUEUE_SECONDS = _histogram(
     "deltawire_queue_seconds", "How long calls waited for a place, successfully or not.", _CALL_SECONDS
 )
-FAILED_CALLS = _counter("deltawire_failed_calls_total", "Calls that have failed, by reason.", "reason")
+FAILED_CALLS = _counter(
+    "deltawire_failed_calls_total",
+    "Calls that have failed, by reason.",
+    "reason",
+    known=(reason.name for reason in Reason),
+)
 STOP_REASONS = _counter("deltawire_stop_reasons_total", "Choices that have ended, by stop reason.", "stop_reason")
 TOOL_CALLS = _counter(
     "deltawire_tool_calls_total",
@@ -121,7 +131,10 @@ USAGE = _counter(
     "provenance",
 )
 USAGE_RECORDS = _counter(
-    "deltawire_usage_records_total", "Lines of usage records, by outcome: written, lost.", "outcome"
+    "deltawire_usage_records_total",
+    "Lines of usage records, by outcome: written, lost.",
+    "outcome",
+    known=("written", "lost"),
 )
 JOINED_DELTAS = _counter("deltawire_joined_deltas_total", "Deltas that shared the message of an earlier one.")
 ADAPTIVE_DELAY = _gauge(
@@ -153,7 +166,10 @@ PROVIDER_MODELS = _gauge(
     "deltawire_provider_models", "Models in the last listing of a provider.", "provider", merge="livemax"
 )
 IMAGES = _counter(
-    "deltawire_images_total", "Images that were fetched, by outcome: ok, refused, unavailable.", "outcome"
+    "deltawire_images_total",
+    "Images that were fetched, by outcome: ok, refused, unavailable.",
+    "outcome",
+    known=("ok", "refused", "unavailable"),
 )
 
 HELD_BYTES = _gauge(
@@ -183,12 +199,27 @@ REGISTRY_BEHIND = _gauge(
     merge="livemax",
 )
 RELOADS = _counter(
-    "deltawire_settings_reloads_total", "Reloads of the settings by each worker, by outcome: ok, refused.", "outcome"
-)
-CERTIFICATE_LOADS = _counter(
-    "deltawire_certificate_loads_total",
-    "Changed certificates and authorities that each worker has read, by outcome: ok, refused.",
+    "deltawire_settings_reloads_total",
+    "Reloads of the settings by each worker, by outcome: ok, refused.",
     "outcome",
+    known=("ok", "refused"),
+)
+RELOAD_SUCCESSFUL = _gauge(
+    "deltawire_settings_last_reload_successful",
+    "0 if the last reload of the settings was refused, and older ones are in effect; otherwise 1.",
+    merge="livemin",
+)
+CERTIFICATES_SUCCESSFUL = _gauge(
+    "deltawire_certificates_last_load_successful",
+    "0 if the current files of certificates were refused, and older ones are used: those of the server, or the authorities of"
+    " providers; otherwise 1.",
+    "used_by",
+    merge="livemin",
+)
+CERTIFICATE_EXPIRY = _gauge(
+    "deltawire_certificate_expiry_timestamp_seconds",
+    "When the first certificate of the server's chain expires; 0 without TLS.",
+    merge="livemin",
 )
 WORKER_ENDS = Row(
     "deltawire_worker_ends_total",
@@ -199,12 +230,17 @@ WORKER_ENDS = Row(
 TABLE.append(WORKER_ENDS)  # counted by their parent, and by no worker
 INFO = _gauge("deltawire_info", "1, with the version of the gateway.", "version", merge="livemax")
 
+PROCESS = {
+    "process_resident_memory_bytes": _gauge("process_resident_memory_bytes", "Resident memory of all workers."),
+    "process_open_fds": _gauge("process_open_fds", "File descriptors that are open, of all workers."),
+    "process_max_fds": _gauge("process_max_fds", "Limit for open file descriptors, of all workers together."),
+    "process_start_time_seconds": _gauge(
+        "process_start_time_seconds", "When the process was started, or its newest worker.", merge="livemax"
+    ),
+}
+"""The gauges that `process` sets, by their names."""
+PROCESS_CPU = _counter("process_cpu_seconds_total", "CPU time of all workers.")
 
-# Series of which the first increase matters are there from the start: Prometheus sees no increase in a series that begins.
-for _reason in Reason:
-    FAILED_CALLS.labels(_reason.name)
-for _counted, _outcome in ((USAGE_RECORDS, "lost"), (RELOADS, "refused"), (CERTIFICATE_LOADS, "refused")):
-    _counted.labels(_outcome)
 
 _TYPES = {
     (False, False): "unary",

@@ -1,0 +1,8 @@
+//go:build grpc133
+
+package deltawire
+
+import "google.golang.org/grpc/encoding"
+
+// For the tests' server.
+func init() { encoding.RegisterCodec(codec{}) }
