@@ -240,6 +240,10 @@ dist: $(DIST)/.installed ## Build wheel, source distribution and SBOM of the las
 golden: install ## Rewrite tests/transcripts/*.events.jsonl; read the diff
 	@$(BIN)/python -m tests.support.golden
 
+.PHONY: docs
+docs: install ## Rewrite the pages of reference, from the protos, the settings, the errors and the Python client
+	@$(BIN)/python -m tests.support.pages
+
 .PHONY: format
 format: install ## Format code and protos
 	@$(BIN)/ruff check --fix-only --quiet .

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import io
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +11,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from deltawire import AsyncClient
-from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
+from deltawire_server.fake_vllm import FakeVllm
 from tests.docs.markdown import Block, blocks
+from tests.docs.programs import ADDRESS, CALLS, MODEL, SAYS, run, runnable
 from tests.support.gateway import WAIT
 
 if TYPE_CHECKING:
@@ -23,24 +22,11 @@ if TYPE_CHECKING:
     from tests.support.gateway import Running
 
 BLOCKS = [block for block in blocks(Path(__file__).parents[2] / "client/README.md") if block.language == "python"]
-ADDRESS = "127.0.0.1:50051"
-# What `make run` serves.
-MODEL = "smollm2"
-CHUNK = Chunks()
 # A PNG with one transparent pixel.
 PIXEL = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c4890000000d49444154789c6360606060000000050001a5f64540"
     "0000000049454e44ae426082"
 )
-
-
-def script(*events: dict[str, object], reason: str = "stop") -> Script:
-    """An answer of these chunks."""
-    return Script.chunks([CHUNK.role(), *events, CHUNK.finish(reason), CHUNK.usage(7, 3)])
-
-
-SAYS = script(CHUNK.text("It rains"), CHUNK.text(" in Oslo."))
-CALLS = script(CHUNK.call("get_weather"), CHUNK.arguments('{"city": "Oslo"}'), reason="tool_calls")
 
 
 @pytest.fixture
@@ -58,20 +44,6 @@ async def address(served: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cat.png").write_bytes(PIXEL)
     return served.address
-
-
-def runnable(block: Block, address: str) -> str:
-    """The block's code, for this gateway."""
-    return block.text.replace(ADDRESS, address)
-
-
-def run(block: Block, address: str) -> str:
-    """Run a block in this thread, and return what it printed."""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        # A name of its own, because the main program is called `__main__`.
-        exec(compile(runnable(block, address), "client/README.md", "exec"), {"__name__": "readme"})  # noqa: S102 (our own text)
-    return printed.getvalue()
 
 
 def calls_tools(block: Block) -> bool:

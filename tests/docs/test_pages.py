@@ -21,6 +21,11 @@ PAGES = [
     "server/deploy/runbook.md",
     "protos/README.md",
     "tests/conformance/README.md",
+    *(
+        str(page.relative_to(ROOT))
+        for part in ("client", "protos", "server")
+        for page in sorted((ROOT / part).glob("docs/*.md"))
+    ),
 ]
 SERVER = ROOT / "server/deltawire_server"
 

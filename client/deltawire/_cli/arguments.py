@@ -35,7 +35,7 @@ from deltawire._values import RESUME_FOR
 from deltawire._version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from _typeshed import SupportsWrite
 
@@ -82,6 +82,32 @@ environment:
 """
 
 
+class _PrintCompletion(argparse.Action):
+    """Prints a script for a shell, which completes commands, options, their values and names of files."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> NoReturn:  # noqa: ANN401 -- argparse's own
+        """Print it, and exit."""
+        try:
+            # Here, because only this option needs it.
+            import shtab
+        except ImportError:
+            parser.error("--print-completion needs an extra: pip install 'deltawire[completion]'")
+        _complete_files(parser, shtab.FILE)
+        _, shell, _ = given
+        print(shtab.complete(parser, shell=shell))
+        parser.exit()
+
+
+def _complete_files(parser: argparse.ArgumentParser, files: Mapping[str, Any]) -> None:
+    """Mark the arguments of a parser and of its commands that are names of files."""
+    for action in parser._actions:
+        if action.dest in _FILES:
+            action.complete = files  # type: ignore[attr-defined] # shtab's own attribute
+        elif isinstance(action.choices, dict):
+            for command in action.choices.values():
+                _complete_files(command, files)
+
+
 class _Parser(argparse.ArgumentParser):
     """Reports wrong usage on one line, without control characters, and the command whose help to read."""
 
@@ -121,6 +147,12 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"deltawire {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=("bash", "zsh", "tcsh"),
+        help="print a script that completes this command in a shell",
+    )
     common = _common_options()
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_chat(commands, common)
