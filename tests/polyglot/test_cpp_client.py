@@ -21,7 +21,6 @@ from tests.polyglot.proxy import envoy
 from tests.support.recordings import TRANSCRIPTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from tests.conftest import Certificates
@@ -64,27 +63,39 @@ def built(command: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """After the page's commands up to the first call: compiles code as the page says, and returns the program."""
+def code(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """After the page's commands up to the first call: a program that runs the page's code, or the scenario, by number.
+
+    They are compiled at once, with the page's command for a program, since gRPC's headers take longer to read than all the rest.
+    """
     install, build, *_ = commands(HEADING, PAGE)
     listed = (ROOT / "tests" / "polyglot" / "debian-packages.txt").read_text(encoding="utf-8").split()
     assert install.startswith("apt-get install -y --no-install-recommends ")
     assert set(install.split()[4:]) <= set(listed)
     tool("g++")
     built(build)
+    parts = [block.text for block in blocks(PAGE) if block.language == "cpp"]
+    # The address is known only when it runs.
+    assert all(part.count(f'"{SHIPPED_TARGET}"') == 1 and part.count("int main() {") == 1 for part in parts)
+    parts = [
+        part.replace(f'"{SHIPPED_TARGET}"', "argv[1]").replace("main()", "main(int, char** argv)") for part in parts
+    ]
+    parts = [*parts, (stubs.LANGUAGES / "cpp-client" / "scenario.cc").read_text(encoding="utf-8")]
+    renamed = [part.replace("int main(", f"void program_{number}(") for number, part in enumerate(parts)]
+    choices = "".join(
+        f"if (*argv[1] == '{number}') program_{number}(argc - 1, argv + 1);" for number in range(len(parts))
+    )
+    folder = tmp_path_factory.mktemp("cpp")
+    (folder / "program.cc").write_text(
+        "\n".join([*renamed, f"int main(int argc, char** argv) {{ {choices} }}", ""]), encoding="utf-8"
+    )
     (own,) = [block.text for block in blocks(PAGE) if block.language == "sh"]
-
-    def compile_code(code: str) -> str:
-        folder = tmp_path_factory.mktemp("cpp")
-        (folder / "program.cc").write_text(code, encoding="utf-8")
-        command = own.replace("program.cc", str(folder / "program.cc")).replace("-o program", f"-o {folder}/program")
-        built(command.replace("g++ ", "g++ -O0 -Wall -Wextra -Werror ", 1))
-        return str(folder / "program")
-
-    return compile_code
+    command = own.replace("program.cc", str(folder / "program.cc")).replace("-o program", f"-o {folder}/program")
+    built(command.replace("g++ ", "g++ -O0 -Wall -Wextra -Werror ", 1))
+    return str(folder / "program")
 
 
-@pytest.mark.usefixtures("compiled")
+@pytest.mark.usefixtures("code")
 async def test_the_page_leads_to_an_answer_and_a_tool_call(vllm: FakeVllm, target: str, tmp_path: Path) -> None:
     """Its last two commands, as written but for the address and the folder."""
     steps = commands(HEADING, PAGE)
@@ -104,19 +115,12 @@ async def test_the_page_leads_to_an_answer_and_a_tool_call(vllm: FakeVllm, targe
     assert list(offered["function"]["parameters"]) == ["type", "properties", "required", "additionalProperties"]
 
 
-async def test_the_code_of_the_page_runs(
-    vllm: FakeVllm, target: str, compiled: Callable[[str], str], tmp_path: Path
-) -> None:
+async def test_the_code_of_the_page_runs(vllm: FakeVllm, target: str, code: str, tmp_path: Path) -> None:
     """The loop over tool calls, the error, and the watch."""
     vllm.play(CALLS, says(CHUNK.text("It rains.")))
-    printed = []
-    for block in blocks(PAGE):
-        if block.language == "cpp":
-            program = await asyncio.to_thread(compiled, block.text.replace(SHIPPED_TARGET, target))
-            outcome = await run(program, home=tmp_path)
-            assert (outcome.status, outcome.err) == (0, "")
-            printed.append(outcome.out)
-    loop, error, watch = printed
+    outcomes = [await run(code, number, target, home=tmp_path) for number in ("0", "1", "2")]
+    assert [(each.status, each.err) for each in outcomes] == [(0, "")] * 3
+    loop, error, watch = [each.out for each in outcomes]
     assert loop == "It rains.STOP_REASON_END_OF_TURN\n"
     assert vllm.chats[1].body["messages"][-1]["content"] == "rain in Oslo"
     assert error == "5 MODEL_NOT_FOUND no-such-model\n0 0\n"
@@ -126,7 +130,7 @@ async def test_the_code_of_the_page_runs(
     assert last.endswith(" there are 1 models")
 
 
-@pytest.mark.usefixtures("compiled")
+@pytest.mark.usefixtures("code")
 async def test_tool_calls_and_errors_of_the_example(vllm: FakeVllm, target: str, tmp_path: Path) -> None:
     """A call whose arguments are not JSON, a refusal, a fault in the middle of an answer, and wrong command lines."""
     vllm.play(Script.recording(TRANSCRIPTS / "tool-malformed.sse"))
@@ -150,7 +154,7 @@ async def test_tool_calls_and_errors_of_the_example(vllm: FakeVllm, target: str,
     assert wrong.err.startswith("tools.json: ")
 
 
-@pytest.mark.usefixtures("compiled")
+@pytest.mark.usefixtures("code")
 async def test_tools_in_either_form(vllm: FakeVllm, target: str, tmp_path: Path) -> None:
     """A list with OpenAI's object and the API's own."""
     own = '{"name": "add", "inputSchema": "{\\"type\\": \\"object\\"}", "strict": false}'
@@ -165,7 +169,7 @@ async def test_tools_in_either_form(vllm: FakeVllm, target: str, tmp_path: Path)
     assert sub["name"] == "sub"
 
 
-@pytest.mark.usefixtures("compiled")
+@pytest.mark.usefixtures("code")
 async def test_a_cancel_reaches_the_engine(vllm: FakeVllm, target: str, tmp_path: Path) -> None:
     """Ctrl-C in the middle of an endless answer: the gateway closes its connection to vLLM."""
     vllm.play(ENDLESS)
@@ -178,7 +182,7 @@ async def test_a_cancel_reaches_the_engine(vllm: FakeVllm, target: str, tmp_path
         await request.closed_early.wait()
 
 
-@pytest.mark.usefixtures("compiled")
+@pytest.mark.usefixtures("code")
 async def test_it_works_through_envoy(vllm: FakeVllm, tmp_path: Path) -> None:
     """The same answer as the Python client's."""
     vllm.play(*[Script.recording(TRANSCRIPTS / "text-unicode.sse")] * 2)
@@ -192,18 +196,14 @@ async def test_it_works_through_envoy(vllm: FakeVllm, tmp_path: Path) -> None:
     assert outcome.out.startswith(text + "\n[")
 
 
-async def test_tls_keys_and_ends(
-    vllm: FakeVllm, compiled: Callable[[str], str], certificates: Certificates, tmp_path: Path
-) -> None:
+async def test_tls_keys_and_ends(vllm: FakeVllm, code: str, certificates: Certificates, tmp_path: Path) -> None:
     """A soft end, a look-up, and the end by the destructor, over TLS with a key; never the key over plaintext."""
-    code = (stubs.LANGUAGES / "cpp-client" / "scenario.cc").read_text(encoding="utf-8")
-    program = await asyncio.to_thread(compiled, code)
     keys = tmp_path / "keys"
     keys.write_text(f"ci all sha256:{hashlib.sha256(b'secret').hexdigest()}\n", encoding="utf-8")
     tls = ("--tls-cert-file", str(certificates.server), "--tls-key-file", str(certificates.server_key))
     vllm.play(ENDLESS, ENDLESS)
     async with gateway(vllm, tmp_path, "--access-keys-file", str(keys), *tls) as (_, address):
-        outcome = await run(program, address, str(certificates.authority), "secret", home=tmp_path)
+        outcome = await run(code, "3", address, str(certificates.authority), "secret", home=tmp_path)
         assert outcome.status == 0, outcome.err
         async with asyncio.timeout(LIMIT):
             for request in vllm.chats:
