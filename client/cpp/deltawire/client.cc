@@ -61,8 +61,10 @@ std::string random_id() {
 }
 
 bool is_local(const std::string& target) {
-  return target.rfind("unix:", 0) == 0 || target.rfind("localhost:", 0) == 0 || target.rfind("127.", 0) == 0 ||
-         target.rfind("[::1]", 0) == 0;
+  if (target.rfind("unix:", 0) == 0 || target.rfind("[::1]:", 0) == 0) return true;
+  const std::string host = target.substr(0, target.rfind(':'));
+  // Digits, because 127.example.com is another machine.
+  return host == "localhost" || (host.rfind("127.", 0) == 0 && host.find_first_not_of("0123456789.") == std::string::npos);
 }
 
 template <typename Metadata>
@@ -749,7 +751,6 @@ struct Watch::State {
       }
       listed.reset();
       revision = message.revision();
-      // From here on these are all models.
       events.push_back({v1::WatchModelsResponse::CHANGE_UNSPECIFIED, {}, revision, true});
       return;
     }
