@@ -125,6 +125,10 @@ class Gateway:
         self._authorities = _authorities(settings)
         self._tasks: set[asyncio.Task[None]] = set()
         self._metrics: MetricsListener | None = None
+        # Before a scrape: their initial value is that of a failure.
+        INFO.labels(__version__).set(1)
+        for used in (RELOAD_SUCCESSFUL, *map(CERTIFICATES_SUCCESSFUL.labels, ("server", "providers"))):
+            used.set(1)
         self._probes = Probes()
         self._connections = settings.server.max_streams + SPARE_CONNECTIONS
         self._providers = Providers(
@@ -234,6 +238,7 @@ class Gateway:
             await self._lifecycle.start(SERVICES)
             self._run(self._allocator.trim_for_ever(), "return free memory")
             self._run(self._adaptive.adapt_for_ever(), "adapt the delay of deltas")
+            self._run(self._beat_for_ever(), "beat")
             self._run(self._measure_for_ever(), "measure")
             self._run(self._measure_process_for_ever(), "measure the process")
             self._run(self._follow_files(), "follow certificate files")
@@ -253,25 +258,31 @@ class Gateway:
         except OSError as error:
             raise ListenError(str(error)) from error
 
+    async def _beat_for_ever(self) -> None:
+        """Show that the event loop runs. Apart from the measurements, whose defects must not look like a process that hangs."""
+        while True:
+            self._probes.beat()
+            if self._process is not None:
+                self._process.report(beat=True)
+            await asyncio.sleep(MEASURE_SECONDS)
+
     async def _measure_for_ever(self) -> None:
         """Set the metrics of the current state, and the load that calls report, once a second."""
-        INFO.labels(__version__).set(1)
-        for used in (
-            RELOAD_SUCCESSFUL,
-            CERTIFICATES_SUCCESSFUL.labels("server"),
-            CERTIFICATES_SUCCESSFUL.labels("providers"),
-        ):
-            used.set(1)
         while True:
-            if self._lifecycle.certificates is not None:
-                CERTIFICATE_EXPIRY.set(self._lifecycle.certificates.expiry)
-            self._worker.measure()
-            self._registry.measure()
-            self._providers.measure()
-            self._probes.beat()
-            if self._settings.server.load_reports:
-                self._calls.load.measure(self._worker.utilization)
+            try:
+                self._measure()
+            except Exception:  # noqa: BLE001 (a defect of one must not end the others)
+                _log.exception("the metrics of the current state are not set")
             await asyncio.sleep(MEASURE_SECONDS)
+
+    def _measure(self) -> None:
+        if self._lifecycle.certificates is not None:
+            CERTIFICATE_EXPIRY.set(self._lifecycle.certificates.expiry)
+        self._worker.measure()
+        self._registry.measure()
+        self._providers.measure()
+        if self._settings.server.load_reports:
+            self._calls.load.measure(self._worker.utilization)
 
     async def _measure_process_for_ever(self) -> None:
         """In a thread: counting file descriptors takes milliseconds if there are thousands."""

@@ -94,7 +94,10 @@ def _first_expiry(chain: bytes) -> float:
 
     try:
         return min(each.not_valid_after_utc.timestamp() for each in x509.load_pem_x509_certificates(chain))
-    except ValueError:  # OpenSSL, which gRPC and `_checked` use, reads more than the standard allows
+    except (
+        ValueError,
+        x509.InvalidVersion,
+    ):  # OpenSSL, which gRPC and `_checked` use, reads more than the standard allows
         return 0.0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 import urllib.error
 import urllib.request
 from contextlib import ExitStack
@@ -71,6 +72,15 @@ def test_probes(serving: MetricsListener, probes: Probes) -> None:
     assert status(serving.address, "/readyz", "HEAD") == (200, "")
 
 
+def test_a_process_that_hangs_is_not_ready(
+    serving: MetricsListener, probes: Probes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it last said that it accepts calls."""
+    monkeypatch.setattr(Probes, "is_alive", False)
+    probes.is_ready = lambda: True
+    assert (status(serving.address, "/livez")[0], status(serving.address, "/readyz")[0]) == (503, 503)
+
+
 def test_an_event_loop_that_hangs_is_not_alive() -> None:
     """After the last of its beats, by a time that no healthy one takes."""
     now = 5.0
@@ -127,3 +137,22 @@ def test_silent_clients_are_bounded(serving: MetricsListener, monkeypatch: pytes
             each.settimeout(3 * listener.REQUEST_SECONDS)
             assert each.recv(1) == b""
     assert "seen_total" in get(serving.address, "/metrics")
+
+
+def test_a_slow_request_is_cut_off(serving: MetricsListener, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if it sends a byte now and then, which begins the socket's own timeout again."""
+    monkeypatch.setattr(listener, "REQUEST_SECONDS", 0.3)
+    host, _, port = serving.address.rpartition(":")
+    with socket.create_connection((host, int(port))) as slow:
+        slow.settimeout(0.05)
+        begin = time.monotonic()
+        while time.monotonic() - begin < 10:
+            try:
+                slow.sendall(b"G")
+                if slow.recv(1) == b"":
+                    break
+            except TimeoutError:
+                continue
+            except OSError:
+                break
+        assert time.monotonic() - begin < 10

@@ -14,15 +14,12 @@ from tests.metrics.document import Document
 class Clock:
     """A clock that tests set."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self) -> None:
         self.now = 1000.0
-        monkeypatch.setattr("deltawire_server.metrics.status_page.time.monotonic", lambda: self.now)
 
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The page's clock."""
-    return Clock(monkeypatch)
+    def __call__(self) -> float:
+        """The time."""
+        return self.now
 
 
 def test_an_empty_registry() -> None:
@@ -33,11 +30,12 @@ def test_an_empty_registry() -> None:
     assert shown.rows("Load")[0] == {"": "completions", "now": "0", "limit": "0"}
 
 
-def test_rates_are_those_of_the_last_minute(clock: Clock) -> None:
+def test_rates_are_those_of_the_last_minute() -> None:
     """First those since the start; then since the oldest view of the last minute; values of a second ago are shown again."""
     registry = CollectorRegistry()
     failed = Counter("deltawire_failed_calls_total", "Failed.", ["reason"], registry=registry)
-    page = StatusPage(registry, Probes())
+    clock = Clock()
+    page = StatusPage(registry, Probes(), clock)
 
     def shown() -> dict[str, str]:
         (row,) = Document(page.render()).rows("Failed calls")

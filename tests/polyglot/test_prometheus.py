@@ -19,7 +19,7 @@ from deltawire.v1 import model_registry_pb2
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
 from tests.deploy import files
 from tests.polyglot.alert_cases import ALONE, CASES, JOB, MINUTES
-from tests.polyglot.programs import run, tool
+from tests.polyglot.programs import LIMIT, run, tool
 from tests.polyglot.prometheus import prometheus
 from tests.processes.test_gateway import started
 from tests.support.gateway import Running, ask
@@ -108,7 +108,7 @@ async def check(shown: Prometheus) -> None:
     }
     missing = queries
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(40):
+        async with asyncio.timeout(LIMIT):
             while missing := {query for query in missing if not await shown.values(query)}:  # noqa: ASYNC110 (nothing announces it)
                 await asyncio.sleep(0.2)
     assert not missing, "\n".join(missing)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
+import os
+import signal
 import socket
+import sys
 import tempfile
 from typing import TYPE_CHECKING
 
 import pytest
 
 from deltawire_server.__main__ import main
-from deltawire_server.processes.parent import _reserve
+from deltawire_server.processes import parent
+from deltawire_server.processes.parent import _reserve, _Worker
+from deltawire_server.processes.worker_process import WorkerProcess
+from tests.support.gateway import WAIT
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -91,3 +98,26 @@ def test_a_path_that_is_too_long_for_sockets(
     error = capfd.readouterr().err
     assert "has too long a path for unix sockets; set TMPDIR" in error
     assert not list(far.iterdir())
+
+
+async def test_a_worker_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reports for a while, and then is stopped: its connections are still assigned to it."""
+    monkeypatch.setattr(parent, "SILENCE_SECONDS", 0.5)
+    ours, theirs = socket.socketpair()
+    beats = f"import os, time\nwhile True: os.write({theirs.fileno()}, b'{{\"serving\": true}}\\n'); time.sleep(0.05)"
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", beats, pass_fds=[theirs.fileno()])
+    theirs.close()
+    place = WorkerProcess(0, 2, 0, "aaaa", "", [], control=-1, metrics="", health="")
+    worker = _Worker(place, process, *await asyncio.open_connection(sock=ours))
+    try:
+        async with asyncio.timeout(WAIT):
+            assert await worker.serve()
+            await asyncio.sleep(3 * parent.SILENCE_SECONDS)
+            assert worker.serves
+            os.kill(process.pid, signal.SIGSTOP)
+            await worker.ended()
+        assert process.returncode == -signal.SIGKILL
+        assert not worker.serves
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()

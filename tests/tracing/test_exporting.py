@@ -129,8 +129,9 @@ async def test_a_dead_collector(
         async with exporting(os.environ, VERSION), start_gateway() as gateway:
             for _ in range(20):
                 assert await read_well(gateway.stream())
-    *problems, last = (entry["event"] for entry in lines.entries if entry["level"] == "warning")
-    assert last == "traces may be lost: the collector did not take the last ones in time"
+    problems = [entry["event"] for entry in lines.entries if entry["level"] == "warning"]
+    # A thread of the library may report its problem afterwards.
+    problems.remove("traces may be lost: the collector did not take the last ones in time")
     # Of a silent one, the library reports only full queues, and that once in 20 seconds, whichever test caused it.
     assert problems == [PROBLEM] or (dead == "is silent" and not problems)
 

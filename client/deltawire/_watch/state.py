@@ -51,7 +51,8 @@ _PASSES = frozenset(
         grpc.StatusCode.DEADLINE_EXCEEDED,
     }
 )
-_PASSES_WITHOUT_REASON = frozenset({grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN})
+# CANCELLED is not the caller's, which is seen to before: a gateway that shuts down may cancel a call that has just arrived.
+_PASSES_WITHOUT_REASON = frozenset({grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED})
 
 
 @dataclass(frozen=True, slots=True)

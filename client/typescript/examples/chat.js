@@ -2,6 +2,8 @@
 //
 //     node examples/chat.js --tool ../examples/weather.json "Is it raining in Oslo?"
 //
+// $DELTAWIRE_TOKEN is the access key, if the gateway requires one.
+//
 // Exit status: 0 the answer is whole, 1 the call failed, 2 the command line is wrong, 130 Ctrl-C.
 
 import { readFile } from "node:fs/promises";
@@ -44,7 +46,7 @@ async function main() {
     console.error(`${error.message}\n${USAGE}`);
     return 2;
   }
-  const client = connect(commandLine.target);
+  const client = connect(commandLine.target, { key: process.env.DELTAWIRE_TOKEN });
   const stream = client.chat.stream(commandLine.chat);
   // The cancel reaches the engine: it stops generating.
   process.once("SIGINT", () => stream.cancel());

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import socketserver
 import threading
@@ -24,7 +25,7 @@ MAX_REQUESTS = 64
 """Connections at once: a few scrapers, and some that stay silent for `REQUEST_SECONDS`. Further connections are closed."""
 
 REQUEST_SECONDS = 5.0
-"""How long a client may take to send a request, or to read the response."""
+"""How long a connection may take, from the request's first byte to the last one of the response."""
 
 POLL_SECONDS = 0.1
 """How often the listener checks whether it has to stop."""
@@ -118,7 +119,9 @@ def _application(registry: CollectorRegistry, probes: Probes) -> Any:  # noqa: A
         if path == "/livez":
             return _probe(probes.is_alive, "alive", "the event loop hangs")
         if path == "/readyz":
-            return _probe(probes.is_ready(), "accepts calls", "accepts no calls: starting, or shutting down")
+            return _probe(
+                probes.is_alive and probes.is_ready(), "accepts calls", "accepts no calls: starting, or shutting down"
+            )
         return "404 Not Found", _TEXT, _NOTHING_HERE.encode()
 
     def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -140,6 +143,11 @@ def _application(registry: CollectorRegistry, probes: Probes) -> Any:  # noqa: A
 def _probe(passes: bool, good: str, bad: str) -> tuple[str, str, bytes]:
     status, text = ("200 OK", good) if passes else ("503 Service Unavailable", bad)
     return status, _TEXT, f"{text}\n".encode()
+
+
+def _shut_down(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it is closed already
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 class _Server(socketserver.ThreadingMixIn, WSGIServer):
@@ -164,10 +172,14 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
             self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 (the library's)
-        """Answer one request."""
+        """Answer one request, in time: the socket's own timeout begins again with each byte of a slow client."""
+        deadline = threading.Timer(REQUEST_SECONDS, _shut_down, [request])
+        deadline.daemon = True
+        deadline.start()
         try:
             super().process_request_thread(request, client_address)
         finally:
+            deadline.cancel()
             self._turns.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 (the library's)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from xml.etree.ElementTree import Element, SubElement, tostring
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from prometheus_client import CollectorRegistry
 
@@ -43,6 +43,15 @@ _MODEL = "gen_ai_request_model"
 
 MIB = 2**20
 
+_COUNTERS = (
+    f"{_CHAT}_count",
+    "grpc_server_handled_total",
+    "deltawire_failed_calls_total",
+    "deltawire_stop_reasons_total",
+    "deltawire_tool_calls_total",
+)
+"""Those that have a rate on the page."""
+
 Labels = tuple[str, ...]
 
 
@@ -61,8 +70,8 @@ class Cell(NamedTuple):
 class _Values:
     """The samples of a registry at one time."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self.at = time.monotonic()
+    def __init__(self, registry: CollectorRegistry, at: float) -> None:
+        self.at = at
         self._samples: dict[str, list[tuple[dict[str, str], float]]] = defaultdict(list)
         for family in registry.collect():
             for sample in family.samples:
@@ -74,6 +83,10 @@ class _Values:
         for own, value in self._samples[name]:
             sums[tuple(own[label] for label in labels)] += value
         return dict(sorted(sums.items()))
+
+    def keep_counters(self) -> None:
+        """Drop everything that no rate needs."""
+        self._samples = defaultdict(list, {name: self._samples[name] for name in _COUNTERS})
 
     def total(self, name: str) -> float:
         """The sum of all series of a metric; 0 without any."""
@@ -93,24 +106,30 @@ class StatusPage:
         probes: Whether the gateway accepts calls.
     """
 
-    def __init__(self, registry: CollectorRegistry, probes: Probes) -> None:
+    def __init__(
+        self, registry: CollectorRegistry, probes: Probes, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._registry = registry
         self._probes = probes
+        self._clock = clock
         self._lock = threading.Lock()
-        self._since = time.monotonic()
+        self._since = clock()
         self._views: deque[_Values] = deque()
+        self._rendered = float("-inf")
         self._page = b""
 
     def render(self) -> bytes:
         """The page as HTML in UTF-8, at most `FRESH_SECONDS` old."""
         with self._lock:
-            if not self._views or time.monotonic() - self._views[-1].at >= FRESH_SECONDS:
-                now = _Values(self._registry)
+            if self._clock() - self._rendered >= FRESH_SECONDS:
+                now = _Values(self._registry, self._clock())
                 while self._views and now.at - self._views[0].at > WINDOW_SECONDS:
                     self._views.popleft()
-                before = self._views[0] if self._views else None
-                self._views.append(now)
-                self._page = self._render(now, before)
+                self._page = self._render(now, self._views[0] if self._views else None)
+                self._rendered = now.at
+                if not self._views or now.at - self._views[-1].at >= REFRESH_SECONDS:
+                    now.keep_counters()
+                    self._views.append(now)
             return self._page
 
     def _render(self, now: _Values, before: _Values | None) -> bytes:

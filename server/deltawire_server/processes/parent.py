@@ -42,6 +42,10 @@ MAX_DELAY = 30.0
 
 BEAT_SECONDS = 1.0
 
+SILENCE_SECONDS = 15.0
+MAX_SILENCES = 2
+"""A worker that has not reported for so long, so many times in a row, hangs. Twice, because all processes may have been paused."""
+
 MAX_REPORT = 1024 * 1024
 """Bytes of one report of a worker: all its problems."""
 
@@ -191,6 +195,7 @@ class _Worker:
         self._reports = reports
         self._control = control
         self._has_served = False
+        self._watching: asyncio.Task[None] | None = None
 
     async def reported(self, state: str) -> bool:
         """Wait until it reports a state; return false if it ends instead."""
@@ -207,9 +212,26 @@ class _Worker:
         self.may_serve = True
         self._control.write(b"\n")
         self._has_served = await self.reported("serving")
-        if self._has_served and self.must_reload:
-            self.signal(signals.RELOAD)
+        if self._has_served:
+            self._watching = asyncio.create_task(self._watch(), name="watch a worker")
+            if self.must_reload:
+                self.signal(signals.RELOAD)
         return self._has_served
+
+    async def _watch(self) -> None:
+        """Kill it if its event loop hangs: the kernel would go on to assign connections to it, and no call be answered."""
+        silent = 0
+        with contextlib.suppress(OSError):
+            while silent < MAX_SILENCES:
+                try:
+                    async with asyncio.timeout(SILENCE_SECONDS):
+                        if not await self._reports.readline():
+                            return
+                    silent = 0
+                except TimeoutError:
+                    silent += 1
+            _log.error("worker hangs", worker=self.place.number, pid=self.process.pid)
+            self.signal(signal.SIGKILL)
 
     @property
     def serves(self) -> bool:
@@ -314,7 +336,7 @@ class _Parent:
         while True:
             if await worker.ended() >= STABLE_SECONDS:
                 delay = FIRST_DELAY
-            self._metrics.ended(worker.process.pid)
+            self._metrics.ended(worker.process.pid, unexpectedly=not self._stopping.is_set())
             self._table.clear(number)
             if self._stopping.is_set():
                 return

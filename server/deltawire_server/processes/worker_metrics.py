@@ -26,7 +26,8 @@ class WorkerMetrics:
         multiprocess.MultiProcessCollector(self.registry, path=folder)  # type: ignore[no-untyped-call]
         self._ends = Counter(WORKER_ENDS.name, WORKER_ENDS.description, registry=self.registry)
 
-    def ended(self, pid: int) -> None:
+    def ended(self, pid: int, *, unexpectedly: bool) -> None:
         """Record that a worker has ended, or could not be started: its gauges no longer count, its counters do."""
         multiprocess.mark_process_dead(pid, self._folder)  # type: ignore[no-untyped-call]
-        self._ends.inc()
+        if unexpectedly:
+            self._ends.inc()

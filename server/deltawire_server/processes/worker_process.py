@@ -143,6 +143,7 @@ class WorkerProcess:
             parent_ended: Called when the parent has ended. Then drain.
         """
         self.report(serving=True)
+        os.set_blocking(self.control, False)  # a parent that does not read must not stop this process
         loop = asyncio.get_running_loop()
 
         def ended() -> None:

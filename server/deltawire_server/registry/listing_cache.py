@@ -100,6 +100,11 @@ class ListingCache:
         """Whether the provider was asked before, so that `listed` is not merely unknown."""
         return provider_id in self._models or provider_id in self._failures
 
+    def is_shared(self, provider_id: str) -> bool:
+        """Whether callers without a token of their own see a listing, or would if the provider answered."""
+        failure = self._failures.get(provider_id)
+        return failure is None or failure.reason not in _NEEDS_TOKEN
+
     def state(self, provider_id: str, served_name: str) -> ModelState:
         """Whether this can be called now."""
         if provider_id not in self._providers.ids:

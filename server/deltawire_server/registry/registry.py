@@ -101,6 +101,7 @@ class ModelRegistry:
         self._providers = providers
         self._feed = feed or Feed()
         self._known = RegisteredIndex()
+        self._measured_providers: set[str] = set()
         self._served = ListingCache(providers, lambda provider_id: self._view.listed(provider_id))
         self._view = View(self._known, self._served, self._feed)
         self._follower = ChangeLogReader(store, self._known, self._view.registered)
@@ -157,7 +158,9 @@ class ModelRegistry:
     def measure(self) -> None:
         """Set the metrics of the current state."""
         REGISTRY_MODELS.set(len(self._known.models))
-        for provider_id in self._providers.ids:
+        # 0 for those that were removed: the library cannot remove series that several processes have.
+        self._measured_providers |= {*filter(self._served.is_shared, self._providers.ids)}
+        for provider_id in self._measured_providers:
             PROVIDER_MODELS.labels(provider_id).set(len(self._served.listed(provider_id)))
         behind = self._follower.behind_since
         REGISTRY_BEHIND.set(0.0 if behind is None else time.monotonic() - behind)
