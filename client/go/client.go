@@ -50,6 +50,9 @@ type Client struct {
 	conn     *grpc.ClientConn
 	dial     func() (*grpc.ClientConn, error)
 	gateways gateways
+	mutex    sync.Mutex
+	// The connections that streams and searches have for themselves.
+	others map[*grpc.ClientConn]bool
 }
 
 // Option changes how a client connects.
@@ -103,11 +106,42 @@ func Dial(target string, options ...Option) (*Client, error) {
 	dialOptions = append(dialOptions, set.options...)
 	dial := func() (*grpc.ClientConn, error) { return grpc.Dial(target, dialOptions...) }
 	conn, err := dial()
-	return &Client{conn: conn, dial: dial}, err
+	return &Client{conn: conn, dial: dial, others: map[*grpc.ClientConn]bool{}}, err
 }
 
-// Close closes the connection. Calls that are active fail as canceled.
-func (c *Client) Close() error { return c.conn.Close() }
+// Close closes the connections. Calls that are active fail as canceled.
+func (c *Client) Close() error {
+	err := c.conn.Close()
+	c.mutex.Lock()
+	defer c.mutex.Unlock()
+	for conn := range c.others {
+		conn.Close()
+	}
+	return err
+}
+
+// another makes a connection for one call. It must be dropped.
+func (c *Client) another() (*grpc.ClientConn, error) {
+	conn, err := c.dial()
+	if err != nil {
+		return nil, err
+	}
+	c.mutex.Lock()
+	defer c.mutex.Unlock()
+	c.others[conn] = true
+	if isClosed(c.conn) {
+		conn.Close()
+	}
+	return conn, nil
+}
+
+// drop closes such a connection.
+func (c *Client) drop(conn *grpc.ClientConn) {
+	c.mutex.Lock()
+	delete(c.others, conn)
+	c.mutex.Unlock()
+	conn.Close()
+}
 
 // Conn is the connection, with the caller's key, for calls with the generated stubs. Those are not retried.
 func (c *Client) Conn() *grpc.ClientConn { return c.conn }
@@ -154,7 +188,7 @@ func (c *Client) find(ctx context.Context, conn *grpc.ClientConn, completionID s
 		about := withRoute(ctx, completionID, c.gateways.of(completionID), moved)
 		err := call(about, deltawirev1.NewChatCompletionClient(conn), grpc.Header(&header), grpc.Trailer(&trailer))
 		if moved > 0 {
-			conn.Close()
+			c.drop(conn)
 		}
 		if err == nil {
 			c.gateways.found(completionID, first(header, gatewayHeader))
@@ -167,7 +201,7 @@ func (c *Client) find(ctx context.Context, conn *grpc.ClientConn, completionID s
 		switch {
 		case failure.Reason == "WRONG_REPLICA" && moved < maxConnections:
 			moved++
-		case failure.passes() && attempt < maxAttempts && !isClosed(conn):
+		case failure.passes() && attempt < maxAttempts && !isClosed(c.conn):
 			attempt++
 		default:
 			return failure
@@ -176,7 +210,7 @@ func (c *Client) find(ctx context.Context, conn *grpc.ClientConn, completionID s
 			return endOf(ctx, failure, requestID)
 		}
 		if moved > 0 {
-			if conn, err = c.dial(); err != nil {
+			if conn, err = c.another(); err != nil {
 				return err
 			}
 		}

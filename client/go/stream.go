@@ -91,7 +91,7 @@ func (s *Stream) Final() (*Answer, error) {
 
 // Close ends the call. With retention the gateway continues to generate until the stream is resumed or its retention has
 // passed; CancelSoftly ends that.
-func (s *Stream) Close() { s.cancel() }
+func (s *Stream) Close() { s.release() }
 
 // CancelSoftly ends generation. Receiving then goes on to the normal end: the text so far, STOP_REASON_CANCELLED and the
 // usage. It needs the completion's id: one of the caller's, or that of started.
@@ -179,7 +179,7 @@ func (s *Stream) ended(err error) {
 	} else if !wait(s.ctx, pause) {
 		s.fail(endOf(s.ctx, failure, s.requestID))
 	} else if s.resumption.moves {
-		if conn, err := s.client.dial(); err == nil {
+		if conn, err := s.client.another(); err == nil {
 			s.leave(conn)
 		}
 	}
@@ -206,7 +206,7 @@ func (s *Stream) leave(conn *grpc.ClientConn) {
 	s.mutex.Lock()
 	defer s.mutex.Unlock()
 	if s.conn != s.client.conn {
-		s.conn.Close()
+		s.client.drop(s.conn)
 	}
 	s.conn = conn
 }

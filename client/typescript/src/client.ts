@@ -68,7 +68,7 @@ export class Client {
 
 /** Whether nobody else on the network can read what is sent. */
 function keepsSecrets({ protocol, hostname }: URL): boolean {
-  return protocol === "https:" || hostname === "localhost" || hostname === "[::1]" || hostname.startsWith("127.");
+  return protocol === "https:" || hostname === "localhost" || hostname === "[::1]" || /^127(\.\d{1,3}){3}$/.test(hostname);
 }
 
 export class Connection {

@@ -119,10 +119,10 @@ export class ModelWatch implements AsyncIterable<WatchEvent> {
     if (bookmark) {
       const missing = this.#listed && [...this.#models.keys()].filter((id) => !this.#listed?.has(id)).sort();
       this.#listed = undefined;
-      this.#revision = revision;
       for (const id of missing ?? []) {
         yield* this.#change(Change.REMOVED, this.#models.get(id)!);
       }
+      this.#revision = revision; // only now, or a reader that leaves before would never get the removals
       yield { kind: "BOOKMARK", revision };
       return;
     }
@@ -166,7 +166,8 @@ export class ModelWatch implements AsyncIterable<WatchEvent> {
     }
     // A deadline that is not the caller's own is a limit of a proxy; without a reason the connection was lost.
     const passes = [Code.Unavailable, Code.Aborted, Code.ResourceExhausted, Code.DeadlineExceeded].includes(failure.code);
-    const isLost = failure.code === Code.Internal || failure.code === Code.Unknown;
+    // CANCELED is not the caller's, which is seen to above: a gateway that shuts down may cancel a call that has just arrived.
+    const isLost = [Code.Internal, Code.Unknown, Code.Canceled].includes(failure.code);
     if (passes || (isLost && !failure.reason)) {
       return this.#pauses.next(failure);
     }
