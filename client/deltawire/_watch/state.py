@@ -51,8 +51,7 @@ _PASSES = frozenset(
         grpc.StatusCode.DEADLINE_EXCEEDED,
     }
 )
-# CANCELLED is not the caller's, which is seen to before: a gateway that shuts down may cancel a call that has just arrived.
-_PASSES_WITHOUT_REASON = frozenset({grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED})
+_PASSES_WITHOUT_REASON = frozenset({grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN})
 
 
 @dataclass(frozen=True, slots=True)

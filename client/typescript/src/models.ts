@@ -166,8 +166,7 @@ export class ModelWatch implements AsyncIterable<WatchEvent> {
     }
     // A deadline that is not the caller's own is a limit of a proxy; without a reason the connection was lost.
     const passes = [Code.Unavailable, Code.Aborted, Code.ResourceExhausted, Code.DeadlineExceeded].includes(failure.code);
-    // CANCELED is not the caller's, which is seen to above: a gateway that shuts down may cancel a call that has just arrived.
-    const isLost = [Code.Internal, Code.Unknown, Code.Canceled].includes(failure.code);
+    const isLost = failure.code === Code.Internal || failure.code === Code.Unknown;
     if (passes || (isLost && !failure.reason)) {
       return this.#pauses.next(failure);
     }

@@ -35,9 +35,7 @@ public final class ModelWatch implements Iterable<ModelWatch.Event>, Iterator<Mo
           Status.Code.RESOURCE_EXHAUSTED,
           // Not the caller's: a limit of the gateway or of a proxy on the duration of a call.
           Status.Code.DEADLINE_EXCEEDED);
-  /** CANCELLED is not the caller's, which is seen to before: a gateway that shuts down may cancel a call that has just arrived. */
-  private static final Set<Status.Code> PASSES_WITHOUT_REASON =
-      Set.of(Status.Code.INTERNAL, Status.Code.UNKNOWN, Status.Code.CANCELLED);
+  private static final Set<Status.Code> PASSES_WITHOUT_REASON = Set.of(Status.Code.INTERNAL, Status.Code.UNKNOWN);
 
   /**
    * A change, or a bookmark.
