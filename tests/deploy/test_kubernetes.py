@@ -195,14 +195,22 @@ def test_the_examples_name_what_exists(objects: dict[str, Any], name: str) -> No
     text = (FOLDER / "examples" / name).read_text("utf-8")
     assert text.startswith("# Not validated")
     service = objects["Service"]
-    for each in yaml.safe_load_all(text):
+    examples = list(yaml.safe_load_all(text))
+    assert all(each["spec"] for each in examples)
+    named = {each["metadata"]["name"]: each["spec"] for each in examples if each["kind"] == "Service"}
+    for each in examples:
         spec = each["spec"]
-        if each["kind"] == "PodMonitor":
+        if each["kind"] == "Service":
+            assert spec["selector"] == service["spec"]["selector"]
+            assert spec["ports"][0]["targetPort"] in {port["name"] for port in service["spec"]["ports"]}
+        elif each["kind"] == "PodMonitor":
             assert spec["selector"]["matchLabels"] == service["spec"]["selector"]
             assert [endpoint["port"] for endpoint in spec["podMetricsEndpoints"]] == ["metrics"]
         elif each["kind"] == "DestinationRule":
-            assert spec["host"] == service["metadata"]["name"]
+            assert spec["host"] in named
         else:
             [route] = spec["http"][0]["route"]
-            assert route["destination"]["host"] == service["metadata"]["name"]
-            assert route["destination"]["port"]["number"] == service["spec"]["ports"][0]["port"]
+            assert spec["hosts"] == [route["destination"]["host"]]
+            assert route["destination"]["port"]["number"] in {
+                port["port"] for port in named[route["destination"]["host"]]["ports"]
+            }
