@@ -15,7 +15,18 @@ from deltawire.v1 import error_reason_pb2, message_pb2
 from deltawire_server.memory import MIB
 from tests.faults import script
 from tests.faults.upstream import Gate, Plan, Send, Stall, Upstream
-from tests.support.gateway import WAIT, ask, failure_of, read, read_badly, running, settings_of, taken_apart, until
+from tests.support.gateway import (
+    WAIT,
+    ask,
+    failure_of,
+    read,
+    read_badly,
+    read_well,
+    running,
+    settings_of,
+    taken_apart,
+    until,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,6 +45,10 @@ def _event(chunk: script.Chunk) -> bytes:
     return script.framed(script.event(chunk))
 
 
+BEGIN = _event(script.ROLE) + _event(script.text("a"))
+END = _event(script.FINISH) + script.framed(script.event(script.DONE)) + script.END
+
+
 def _request(kind: str) -> tuple[str, bytes]:
     """A method and the bytes of its request, made before anything is counted."""
     message = message_pb2.ChatMessage(user=message_pb2.UserMessage(content=PARTS))
@@ -50,16 +65,14 @@ def _request(kind: str) -> tuple[str, bytes]:
 async def test_one_copy_of_a_request_is_held_until_the_first_event(kind: str, tmp_path: Path) -> None:
     """While the provider is silent it may have to be sent to another replica; from its first event on nothing is held."""
     method, data = _request(kind)
-    begin = _event(script.ROLE) + _event(script.text("a"))
-    end = _event(script.FINISH) + script.framed(script.event(script.DONE)) + script.END
-    plan = Plan([Send(script.HEAD), Gate(), Send(begin), Stall()])
+    plan = Plan([Send(script.HEAD), Gate(), Send(BEGIN), Stall()])
     async with (
         Upstream() as upstream,
         running(settings_of(upstream.base_url, tmp_path)) as gateway,
         asyncio.timeout(WAIT),
     ):
         # Everything is used once before: what is loaded by the first call is not the call's.
-        upstream.plans["first"] = Plan([Send(script.HEAD + begin + end)])
+        upstream.plans["first"] = Plan([Send(script.HEAD + BEGIN + END)])
         await read(gateway.stream(ask(model="fake"), metadata=(("x-request-id", "first"),)))
         upstream.plans[REQUEST_ID] = plan
         tracemalloc.start()
@@ -111,12 +124,15 @@ async def test_a_response_is_at_most_4_mib(tmp_path: Path) -> None:
 
 
 async def test_calls_are_refused_and_ended_for_want_of_memory(tmp_path: Path) -> None:
-    """A request that would take too much is refused before it is validated, and may be retried; the account is empty then."""
+    """A request that would take too much is refused before it is validated, and may be retried; the account is empty then.
+
+    Only that of a caller that uses more than its part: another one's calls are answered meanwhile.
+    """
     async with Upstream() as upstream:
         settings = settings_of(upstream.base_url, tmp_path, server={"max_memory_bytes": 64 * MIB})
         async with running(settings) as gateway:
             ledger = gateway.gateway._worker.memory
-            other = ledger.hold()
+            other = ledger.hold(caller="ipv4:127.0.0.1")
             other.set(55 * MIB)
             start: aio.UnaryStreamMultiCallable[bytes, bytes] = gateway.channel.unary_stream(
                 "/deltawire.v1.ChatCompletion/StreamChatCompletion"
@@ -127,14 +143,19 @@ async def test_calls_are_refused_and_ended_for_want_of_memory(tmp_path: Path) ->
             assert (refused.reason, refused.code) == ("MEMORY_LIMIT_EXCEEDED", grpc.StatusCode.RESOURCE_EXHAUSTED)
             assert refused.retry_seconds
             other.close()
+            other = ledger.hold(caller="another")
+            other.set(55 * MIB)
+            upstream.plans["modest"] = Plan([Send(script.HEAD + BEGIN + END)])
+            await read_well(gateway.stream(ask(model="fake"), metadata=(("x-request-id", "modest"),)))
+            other.close()
             await until(lambda: ledger.held == 0)
-            plan = Plan([Send(script.HEAD + _event(script.ROLE) + _event(script.text("a"))), Gate()])
+            plan = Plan([Send(script.HEAD + BEGIN), Gate()])
             upstream.plans[REQUEST_ID] = plan
             reading = asyncio.create_task(
                 read_badly(gateway.stream(ask(model="fake"), metadata=(("x-request-id", REQUEST_ID),)))
             )
             await plan.at_gate.wait()
-            await until(lambda: len(ledger._holds) > 1)
+            await until(lambda: bool(ledger._holds))
             await asyncio.sleep(0.1)
             other = ledger.hold()
             other.set(65 * MIB)

@@ -75,6 +75,41 @@ def test_the_largest_make_room() -> None:
     assert ledger.held == 2000
 
 
+def test_a_caller_that_uses_much_is_not_felt_by_others() -> None:
+    """Near the limit a caller is refused only above its fair share; at the limit, the one that uses most makes room."""
+    ledger = Ledger(800)
+    ended: list[str] = []
+
+    def end(hold: Hold) -> None:
+        ended.append(f"{hold.caller} {hold.size}")
+        hold.close()
+
+    def call(caller: str, size: int) -> Hold:
+        hold = ledger.hold(caller=caller)
+        hold.evict = lambda: end(hold)
+        hold.set(size)
+        return hold
+
+    greedy = [call("greedy", size) for size in (300, 150, 250)]
+    with pytest.raises(GatewayError):
+        ledger.admit(1, "greedy")
+    ledger.admit(350, "modest")
+    with pytest.raises(GatewayError):
+        ledger.admit(351, "modest")
+    modest = call("modest", 90)
+    ledger.admit(200, "modest")
+    assert ended == []
+    largest = call("modest", 250)
+    assert ended == ["greedy 300"]
+    ledger.admit(100, "third")
+    for hold in (*greedy, modest, largest):
+        hold.close()
+    assert ledger.held == 0
+    ledger.admit(700, "greedy")
+    with pytest.raises(GatewayError):
+        ledger.admit(701, "greedy")
+
+
 @pytest.mark.parametrize(
     ("files", "limit"),
     [

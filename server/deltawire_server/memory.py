@@ -5,7 +5,8 @@
 The account includes everything that callers and engines can make large. It excludes what is bounded by a constant: about 100 MiB of
 the process itself and, for each call, the last 400 KiB read from the provider and the data that gRPC has queued for the caller.
 
-At seven eighths of the limit, new calls are refused, so that active calls can end. At the limit, the largest calls are ended.
+At seven eighths of the limit, new calls are refused, so that active calls can end, except those of callers below their fair share.
+At the limit, the calls of the caller that uses most are ended, the largest first.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import contextlib
 import ctypes
 import mmap
 import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -30,7 +32,8 @@ SHARE = 0.5
 sockets make, and for memory that the allocator cannot reuse."""
 
 REFUSE = 7 / 8
-"""The share of the limit above which new calls are refused."""
+"""The share of the limit above which new calls are refused to callers that would use more than the others: than this share, divided
+by the number of callers."""
 
 RETRY_SECONDS = 1.0
 """When a refused call may be retried: calls end all the time."""
@@ -85,6 +88,7 @@ class Ledger:
         self.limit = limit
         self.trim: Callable[[], object] = lambda: None
         self._holds: set[Hold] = set()
+        self._by_caller: Counter[str] = Counter()  # without those that use nothing
         self._making_room = False
         self._turn = asyncio.Lock()
 
@@ -103,16 +107,20 @@ class Ledger:
             await asyncio.sleep(REST_SECONDS)
             yield
 
-    def admit(self, size: int = 0) -> None:
+    def admit(self, size: int = 0, caller: str = "") -> None:
         """Check that there is memory for a new call.
 
         Args:
             size: Bytes that it will use.
+            caller: Identifies the caller.
 
         Raises:
             GatewayError: MEMORY_LIMIT_EXCEEDED: there is not. The caller may retry after the error's `retry_after`.
         """
-        if self.held + size > self.limit * REFUSE:
+        if self.held + size <= self.limit * REFUSE:
+            return
+        callers = len(self._by_caller) + (caller not in self._by_caller)
+        if self._by_caller[caller] + size > self.limit * REFUSE / callers:
             raise GatewayError(
                 Reason.MEMORY_LIMIT_EXCEEDED,
                 "the active calls use all memory that this gateway may use for calls: retry later, or on another gateway",
@@ -120,25 +128,30 @@ class Ledger:
                 retry_after=RETRY_SECONDS,
             )
 
-    def hold(self, evict: Callable[[], object] | None = None) -> Hold:
+    def hold(self, evict: Callable[[], object] | None = None, caller: str = "") -> Hold:
         """Open the account of one call, with 0 bytes. `close` it at the end of the call.
 
         Args:
-            evict: Called at the limit if this account is among the largest. It frees memory, now or soon, by `set` or `close`.
-                `None` if the call cannot free memory.
+            evict: Called at the limit if this account is among the largest of the caller that uses most. It frees memory, now or
+                soon, by `set` or `close`. `None` if the call cannot free memory.
+            caller: Identifies the caller.
         """
-        hold = Hold(self, evict)
+        hold = Hold(self, evict, caller)
         self._holds.add(hold)
         return hold
 
-    def changed(self, size: int) -> None:
-        """Add bytes, or subtract them if negative; at the limit, evict. Called by `Hold`."""
+    def changed(self, size: int, caller: str) -> None:
+        """Add bytes of a caller, or subtract them if negative; at the limit, evict. Called by `Hold`."""
         self.held += size
+        self._by_caller[caller] += size
+        if not self._by_caller[caller]:
+            del self._by_caller[caller]
         if size <= 0 or self.held <= self.limit or self._making_room:
             return
         self._making_room = True
         try:
-            for hold in sorted(self._holds, key=lambda hold: hold.size, reverse=True):
+            used = self._by_caller.copy()
+            for hold in sorted(self._holds, key=lambda hold: (used[hold.caller], hold.size), reverse=True):
                 if self.held <= self.limit:
                     break
                 if hold.evict is not None:
@@ -157,13 +170,15 @@ class Hold:
     Attributes:
         size: Bytes.
         evict: See `Ledger.hold`.
+        caller: Identifies the caller.
     """
 
-    __slots__ = ("_closed", "_ledger", "evict", "size")
+    __slots__ = ("_closed", "_ledger", "caller", "evict", "size")
 
-    def __init__(self, ledger: Ledger, evict: Callable[[], object] | None) -> None:
+    def __init__(self, ledger: Ledger, evict: Callable[[], object] | None, caller: str) -> None:
         self.size = 0
         self.evict = evict
+        self.caller = caller
         self._ledger = ledger
         self._closed = False
 
@@ -171,7 +186,7 @@ class Hold:
         """Set the bytes that the call uses now. No effect after `close`."""
         if size != self.size and not self._closed:
             more, self.size = size - self.size, size
-            self._ledger.changed(more)
+            self._ledger.changed(more, self.caller)
 
     def close(self) -> None:
         """Set the bytes to 0 and remove the account."""

@@ -368,7 +368,7 @@ class Worker:
                     accepted,
                     checks=await argument_checks(request, resolution.provider.engine) if request.offered_tools else {},
                     keep_logprobs=keep_logprobs,
-                    hold=self.memory.hold(),
+                    hold=self.memory.hold(caller=caller.share.key),
                     request_bytes=caller.request_bytes,
                     adaptive=self._adaptive,
                     usage_record=self._usage_record(record.completion_id, caller, resolution),

@@ -218,8 +218,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_MEMORY_LIMIT_EXCEEDED: _ErrorReason.ValueType  # 40
     """RESOURCE_EXHAUSTED. The calls in progress have reached the gateway's memory limit
-    (`server.max_memory_bytes`). It then accepts no new calls and ends the largest ones. Retry
-    after the delay in RetryInfo.
+    (`server.max_memory_bytes`). It then accepts new calls only from callers that use less than the
+    others, and ends the largest calls of the caller that uses most. Retry after the delay in
+    RetryInfo.
     Metadata: {"limit_bytes": "4294967296"}.
     """
     ERROR_REASON_REGISTRY_FULL: _ErrorReason.ValueType  # 41
@@ -447,8 +448,9 @@ Metadata: {"limit_bytes": "33554432", "completion_id": "cmpl-…"}.
 """
 ERROR_REASON_MEMORY_LIMIT_EXCEEDED: ErrorReason.ValueType  # 40
 """RESOURCE_EXHAUSTED. The calls in progress have reached the gateway's memory limit
-(`server.max_memory_bytes`). It then accepts no new calls and ends the largest ones. Retry
-after the delay in RetryInfo.
+(`server.max_memory_bytes`). It then accepts new calls only from callers that use less than the
+others, and ends the largest calls of the caller that uses most. Retry after the delay in
+RetryInfo.
 Metadata: {"limit_bytes": "4294967296"}.
 """
 ERROR_REASON_REGISTRY_FULL: ErrorReason.ValueType  # 41

@@ -15,9 +15,10 @@ retention do, so that readers that keep up can continue.
 from __future__ import annotations
 
 import asyncio
+import functools
 import sys
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING
 from deltawire_server.completions.info import NOTHING_YET, Outcome, Timings
 from deltawire_server.errors import CallerError, DeltawireError, GatewayError, Reason
 from deltawire_server.limits import Share, Use
-from deltawire_server.memory import Ledger
+from deltawire_server.memory import Hold, Ledger
 from deltawire_server.sansio.coalesce import weight
 from deltawire_server.sansio.events import Completed, StopReason
 
@@ -370,11 +371,11 @@ class Retention:
 
     def __init__(self, limits: RetentionLimits | None = None, memory: Ledger | None = None) -> None:
         self._limits = limits or RetentionLimits()
-        self._hold = (memory or Ledger(sys.maxsize)).hold(self._drop_ended)
+        self._memory = memory or Ledger(sys.maxsize)
         self._size = 0
         self.count = 0
         """The number of streams."""
-        self._sizes: Counter[str] = Counter()  # by caller
+        self._holds: dict[str, Hold] = {}  # by caller
         # By caller, in the order of their ends.
         self._ended: dict[str, OrderedDict[RetainedStream, None]] = {}
 
@@ -421,7 +422,7 @@ class Retention:
                 stream.shorten(stream.size - excess)
                 break
         while self._size > self._limits.max_bytes and self._ended:
-            self._drop_one(max(self._ended, key=self._sizes.__getitem__))
+            self._drop_one(max(self._ended, key=lambda key: self._holds[key].size))
         if self._size > self._limits.max_bytes:
             stream.shorten(stream.size - (self._size - self._limits.max_bytes))
 
@@ -444,11 +445,15 @@ class Retention:
     def _count(self, share: Share, size: int) -> None:
         """Count more bytes, or less."""
         self._size += size
-        self._hold.set(self._size)
         share.add(Use.RETAINED_BYTES, size)
-        self._sizes[share.key] += size
-        if not self._sizes[share.key]:
-            del self._sizes[share.key]
+        hold = self._holds.get(share.key)
+        if hold is None:
+            evict = functools.partial(self._drop_ended, share.key)
+            hold = self._holds[share.key] = self._memory.hold(evict, share.key)
+        hold.set(hold.size + size)
+        if not hold.size and self._holds.get(share.key) is hold:
+            del self._holds[share.key]
+            hold.close()
 
     def _drop_one(self, key: str) -> bool:
         """Drop the ended stream of a caller that ended first; return false if it has none."""
@@ -457,7 +462,7 @@ class Retention:
             return True
         return False
 
-    def _drop_ended(self) -> None:
-        """Drop all ended streams, because the process is at its memory limit."""
-        while self._ended:
-            self._drop_one(next(iter(self._ended)))
+    def _drop_ended(self, key: str) -> None:
+        """Drop all ended streams of a caller, because the process is at its memory limit."""
+        while self._drop_one(key):
+            pass

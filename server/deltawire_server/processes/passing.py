@@ -246,7 +246,7 @@ class Passing(aio.ServerInterceptor):
         size = len(unsent[0])
         if new:
             record.count()
-            self._memory.admit(size)
+            self._memory.admit(size, record.share.key)
         channel = self._channel(number)
         # `pop`, because the call keeps what it is given until its end, which may be much later than the request is sent.
         passing: Any = channel.unary_stream(method, request_serializer=list.pop)
@@ -255,7 +255,7 @@ class Passing(aio.ServerInterceptor):
         )
         response: bytes | None = None
         try:
-            with self._memory.hold() as held:
+            with self._memory.hold(caller=record.share.key) as held:
                 held.set(size)
                 await call.wait_for_connection()  # the request is sent
             async with StreamWriter(context, record, self._slow_caller_timeout, slow_caller) as writer:

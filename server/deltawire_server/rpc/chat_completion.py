@@ -204,8 +204,8 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         if not request.HasField("chat"):
             raise invalid_request([Violation("chat", "is required")])
         record = call_record(context)
-        with self._worker.memory.hold() as held:
-            self._worker.memory.admit(COPIES * record.request_bytes)
+        with self._worker.memory.hold(caller=record.share.key) as held:
+            self._worker.memory.admit(COPIES * record.request_bytes, record.share.key)
             held.set(COPIES * record.request_bytes)
             chat = await validate.count_request(request.chat, self._content_limits)
             record.values["model_asked"] = chat.model
@@ -227,16 +227,16 @@ class ChatCompletionServicer(chat_completion_pb2_grpc.ChatCompletionServicer):
         """Take the place of a call that might have joined a completion. The memory of its request is accounted meanwhile."""
         if record.place is None or record.place.taken:
             return
-        self._worker.memory.admit(record.request_bytes)
-        with self._worker.memory.hold() as held:
+        self._worker.memory.admit(record.request_bytes, record.share.key)
+        with self._worker.memory.hold(caller=record.share.key) as held:
             held.set(record.request_bytes)
             await record.take_place(context)
 
     async def _validated(self, chat: chat_pb.ChatRequest, record: CallRecord) -> ChatRequest:
         """The validated request. Its memory is accounted here until the completion does so."""
         size = COPIES * record.request_bytes
-        self._worker.memory.admit(size)
-        with self._worker.memory.hold() as held:
+        self._worker.memory.admit(size, record.share.key)
+        with self._worker.memory.hold(caller=record.share.key) as held:
             held.set(size)
             async with self._worker.memory.turn(record.request_bytes):
                 validated = on_terms(await validate.chat_request(chat, self._content_limits), record.terms)

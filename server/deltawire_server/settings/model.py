@@ -140,7 +140,8 @@ class ServerSettings(Section):
         default=None, ge=64 * MIB, le=2**50, examples=[4 * 1024 * MIB]
     )
     """Bytes of memory for the requests, answers, queues and retained streams of all calls together. At seven eighths of the
-    limit, new calls are refused with RESOURCE_EXHAUSTED (MEMORY_LIMIT_EXCEEDED); at the limit, the largest calls are ended.
+    limit, new calls are refused with RESOURCE_EXHAUSTED (MEMORY_LIMIT_EXCEEDED), except those of callers that use less than
+    their part of it; at the limit, the largest calls of the caller that uses most are ended.
     If not set, the limit is half of the memory that the process may use: its cgroup's limit, or else the machine's memory.
     The other half is for the process itself and for the copies that gRPC and the sockets make. Set it if other processes
     share that memory. With several workers, each gets an equal part of the limit."""
