@@ -248,12 +248,15 @@ async def test_types_are_those_of_the_api(gateway: Running) -> None:
     assert await added(gateway, before, "grpc_server_handled_total", grpc_type="unary", **check) == 1
 
 
-async def test_models_beyond_a_limit_share_a_label(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that tens of thousands of models are not as many series."""
+async def test_models_and_versions_beyond_a_limit_share_a_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that tens of thousands of models, or an engine that always has another version, are not as many series."""
     monkeypatch.setattr(table, "_models", set())
     labels = {table.operation("p", f"m{number}")[2] for number in range(3 * table.MAX_MODELS)}
     assert len(labels) == table.MAX_MODELS + 1
     assert table.operation("p", "m0")[2] == "m0"
+    monkeypatch.setattr(table, "_versions", set())
+    versions = {table.engine_version(f"0.{number}") for number in range(3 * table.MAX_VERSIONS)}
+    assert len(versions) == table.MAX_VERSIONS + 1
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,19 @@ def test_an_empty_registry() -> None:
     assert shown.rows("Load")[0] == {"": "completions", "now": "0", "limit": "0"}
 
 
+def test_ends_of_workers_if_there_are_several() -> None:
+    """Only their parent counts them."""
+    registry = CollectorRegistry()
+    page = StatusPage(registry, Probes())
+    assert "workers" not in Document(page.render()).text
+    Counter("deltawire_worker_ends", "Ends.", registry=registry).inc(2)
+    assert Document(StatusPage(registry, Probes()).render()).rows("Load")[-1] == {
+        "": "workers that ended",
+        "now": "2",
+        "limit": "",
+    }
+
+
 def test_rates_are_those_of_the_last_minute() -> None:
     """First those since the start; then since the oldest view of the last minute; values of a second ago are shown again."""
     registry = CollectorRegistry()

@@ -12,6 +12,8 @@ from collections import defaultdict, deque
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 from xml.etree.ElementTree import Element, SubElement, tostring
 
+from deltawire_server.metrics.table import WORKER_ENDS
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
@@ -181,6 +183,7 @@ def _tables(now: _Values, rate: _Rate) -> Iterable[tuple[str, str, list[list[Cel
 
 
 def _load(now: _Values) -> list[list[Cell]]:
+    """Sums over all workers, and how many of those have ended, if there is more than one."""
     held = now.by("deltawire_held_bytes", "kind").get(("calls",), 0.0)
     no_limit = Cell("")
     return [
@@ -190,6 +193,7 @@ def _load(now: _Values) -> list[list[Cell]]:
         [Cell("retained streams"), _count(now.total("deltawire_retained_streams")), no_limit],
         [Cell("registered models"), _count(now.total("deltawire_registry_models")), no_limit],
         [Cell("registry behind, seconds"), _count(now.total("deltawire_registry_behind_seconds")), no_limit],
+        *([Cell("workers that ended"), _count(ends), no_limit] for ends in now.by(WORKER_ENDS.name).values()),
     ]
 
 

@@ -3,7 +3,7 @@
 Names: those of gRPC's own dashboards (`grpc_server_…`), those of OpenTelemetry's conventions for generative AI in Prometheus' form
 (`gen_ai_client_…`), those of Prometheus' client libraries for a process (`process_…`), and `deltawire_…` for the rest. The number
 of series is bounded: labels have the values of enumerations, of the settings, or of the API's methods, and models have at most
-`MAX_MODELS` values.
+`MAX_MODELS` values, versions of engines `MAX_VERSIONS`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ REGISTRY = CollectorRegistry()
 """The metrics of this process."""
 
 MAX_MODELS = 100
-"""Models that are distinguished, of which there may be tens of thousands; the others share the label `OTHER_MODELS`."""
+"""Models that are distinguished, of which there may be tens of thousands; the others share the label `OTHER`."""
 
-OTHER_MODELS = "other"
+OTHER = "other"
+
+MAX_VERSIONS = 100
+"""Versions of engines that are distinguished: a replica may name any, and a series lasts as long as the process."""
 
 CHUNK_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 """The buckets between two chunks of an answer: from a small model at full speed to a stalled engine."""
@@ -285,13 +288,23 @@ def code_label(code: str) -> str:
 
 
 _models: set[str] = set()
+_versions: set[str] = set()
 
 
 def operation(provider: str, model: str) -> tuple[str, str, str]:
     """The labels of a completion; a model beyond `MAX_MODELS` is among the others."""
-    if len(_models) < MAX_MODELS:
-        _models.add(model)
-    return (_CHAT, provider, model if model in _models else OTHER_MODELS)
+    return (_CHAT, provider, _one_of(_models, MAX_MODELS, model))
+
+
+def engine_version(version: str) -> str:
+    """The label of an engine's version; one beyond `MAX_VERSIONS` is among the others."""
+    return _one_of(_versions, MAX_VERSIONS, version)
+
+
+def _one_of(known: set[str], limit: int, value: str) -> str:
+    if len(known) < limit:
+        known.add(value)
+    return value if value in known else OTHER
 
 
 def add_counted(histogram: Any, counts: Sequence[int], total: float) -> None:  # noqa: ANN401 (a child has no public type)

@@ -17,7 +17,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from deltawire_server.errors import CallerError, DeltawireError, ProviderError, Reason
-from deltawire_server.metrics.table import ENGINE_INFO, REPLICA_STATE
+from deltawire_server.metrics.table import ENGINE_INFO, REPLICA_STATE, engine_version
 from deltawire_server.telemetry import get_logger
 from deltawire_server.upstream.failures import excerpt
 from deltawire_server.upstream.replicas import State
@@ -110,7 +110,9 @@ class Providers:
                     values[REPLICA_STATE, (*labels, state.name.lower())] = int(state is replica.state)
                 engine = replica.engine
                 if engine.version:
-                    values[ENGINE_INFO, (*labels, engine.kind.name.lower(), excerpt(engine.version))] = 1
+                    values[
+                        ENGINE_INFO, (*labels, engine.kind.name.lower(), engine_version(excerpt(engine.version)))
+                    ] = 1
         # 0 for those that are not there any more: the library cannot remove series that several processes have.
         values = dict.fromkeys(self._measured, 0) | values
         for (gauge, series), value in values.items():
