@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"encoding/hex"
+	"fmt"
 	"math"
 	mathrand "math/rand"
 	"net"
@@ -106,6 +107,9 @@ func Dial(target string, options ...Option) (*Client, error) {
 	dialOptions = append(dialOptions, set.options...)
 	dial := func() (*grpc.ClientConn, error) { return grpc.Dial(target, dialOptions...) }
 	conn, err := dial()
+	if err != nil && set.key.secure && set.tls == nil {
+		err = fmt.Errorf("a key is not sent over plaintext to another machine: use WithTLS, or WithPlaintextKey: %w", err)
+	}
 	return &Client{conn: conn, dial: dial, others: map[*grpc.ClientConn]bool{}}, err
 }
 

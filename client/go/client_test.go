@@ -271,8 +271,8 @@ func TestClosingTheClientEndsItsCalls(t *testing.T) {
 }
 
 func TestAKeyIsNotSentInPlaintextToOtherMachines(t *testing.T) {
-	if _, err := Dial("gateway.example:50051", WithKey("secret")); err == nil {
-		t.Error("it was not refused")
+	if _, err := Dial("gateway.example:50051", WithKey("secret")); err == nil || !strings.Contains(err.Error(), "WithTLS") {
+		t.Error(err)
 	}
 	client, err := Dial("gateway.example:50051", WithKey("secret"), WithPlaintextKey())
 	if err != nil {

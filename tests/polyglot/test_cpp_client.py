@@ -143,7 +143,7 @@ async def test_tool_calls_and_errors_of_the_example(vllm: FakeVllm, target: str,
     assert refused.err.startswith("deltawire: NOT_FOUND (MODEL_NOT_FOUND): ")
     vllm.play(Script.chunks([CHUNK.role(), CHUNK.text("half an"), CHUNK.text(" ans")], after=3, end="cut"))
     broken = await run(CHAT, "--target", target, "hi", home=tmp_path)
-    assert (broken.status, broken.out) == (1, "half an ans")
+    assert (broken.status, broken.out) == (1, "half an ans\n")
     assert broken.err.startswith("deltawire: ABORTED (UPSTREAM_INCOMPLETE): ")
     wrong = await run(CHAT, "--target", target, home=tmp_path)
     assert wrong.status == 2

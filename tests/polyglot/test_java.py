@@ -144,11 +144,15 @@ async def test_the_example_reports_failures(vllm: FakeVllm, target: str, clone: 
     sent = [each["function"] for each in vllm.chats[0].body["tools"]]
     assert [(each["name"], each["parameters"]) for each in sent] == [("get_weather", city), ("get_time", city)]
     broken = await java(clone, "Chat", "--target", target, "hi")
-    assert (broken.status, broken.out) == (1, "half an ans")
+    assert (broken.status, broken.out) == (1, "half an ans\n")
     assert broken.err.startswith("ABORTED (UPSTREAM_INCOMPLETE): ")
     refused = await java(clone, "Chat", "--target", target, "--model", "no-such-model", "hi")
     assert (refused.status, refused.out) == (1, "")
     assert refused.err.startswith("NOT_FOUND (MODEL_NOT_FOUND): ")
+    command = (tool("java"), ARGUMENTS, "Chat", "--target", "gateway.example:50051", "hi")
+    keyed = await run("env", "DELTAWIRE_TOKEN=key", *command, home=clone, folder=clone)
+    assert (keyed.status, keyed.err.count("\n")) == (2, 1)
+    assert keyed.err.startswith("the key would go over plaintext to another machine")
     wrong = await java(clone, "Chat", "--target")
     assert wrong.status == 2
     assert "usage: java Chat" in wrong.err

@@ -117,6 +117,15 @@ async def test_the_example_reports_failures(target: str, package: Path) -> None:
     outcome = await run(*chat, home=package)
     assert outcome.status == 2
     assert "usage: node chat.js" in outcome.err
+    (package / "tools.json").write_text('{"name": "f", "parameter": {}}', encoding="utf-8")
+    outcome = await run(*chat, "--tool", "tools.json", "hi", home=package, folder=package)
+    assert outcome.status == 2
+    assert '"parameter" is unknown' in outcome.err
+    outcome = await run(
+        "env", "DELTAWIRE_TOKEN=key", *chat, "--target", "gateway.example:50051", "hi", home=package, folder=package
+    )
+    assert (outcome.status, outcome.err.count("\n")) == (2, 1)
+    assert "use TLS" in outcome.err
 
 
 async def test_the_examples_of_the_page_run(vllm: FakeVllm, target: str, package: Path) -> None:

@@ -92,11 +92,15 @@ int main(int argc, char** argv) {
       interrupted = true;
       stream.cancel();
     });
+    bool begun = false;
     try {
-      for (const deltawire::Event& event : stream) std::cout << event.text_delta().text() << std::flush;
+      for (const deltawire::Event& event : stream) {
+        std::cout << event.text_delta().text() << std::flush;
+        begun = begun || event.has_text_delta();
+      }
       print(stream.final());
     } catch (const deltawire::Error& error) {
-      std::cout << std::flush;
+      std::cout << (begun ? "\n" : "") << std::flush;
       std::cerr << error.what() << "\n";
       status = 1;
     }

@@ -63,15 +63,21 @@ func chat(ctx context.Context, target string, request *deltawirev1.ChatRequest) 
 	defer client.Close()
 	stream := client.Stream(ctx, deltawire.Chat(request))
 	defer stream.Close()
+	begun := false
 	for {
 		event, err := stream.Recv()
 		if errors.Is(err, io.EOF) {
 			break
 		}
 		if err != nil {
+			if begun {
+				fmt.Println() // ends the line of the text so far
+			}
 			return err
 		}
-		fmt.Print(event.GetTextDelta().GetText())
+		text := event.GetTextDelta().GetText()
+		begun = begun || text != ""
+		fmt.Print(text)
 	}
 	answer, err := stream.Final()
 	if err != nil {

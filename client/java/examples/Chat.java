@@ -64,18 +64,24 @@ public final class Chat {
       // What came before is printed; it is not the whole answer.
       System.err.println(error.getMessage());
       System.exit(1);
+    } catch (IllegalArgumentException wrong) {
+      // Such as a key for another machine without TLS.
+      System.err.println(wrong.getMessage());
+      System.exit(2);
     }
   }
 
   private static void chat(Client client, ChatRequest chat) {
     // The deadline is for the whole answer. Leaving the block ends the call, if it has not ended.
     CallOptions options = CallOptions.DEFAULT.withDeadlineAfter(10, TimeUnit.MINUTES);
+    boolean begun = false;
     try (ChatStream stream = client.stream(chat, options)) {
       for (StreamChatCompletionResponse event : stream) {
         switch (event.getEventCase()) {
           case TEXT_DELTA -> {
             OUT.print(event.getTextDelta().getText());
             OUT.flush();
+            begun = true;
           }
           case TOOL_CALL_DELTA -> print(event.getToolCallDelta());
           // EVENT_NOT_SET is an event of a later version. This program needs none of the others.
@@ -86,6 +92,11 @@ public final class Chat {
       // It is about all calls together: if one failed, none may be executed.
       String executable = answer.toolCallsExecutable() ? ", tool calls may be executed" : "";
       OUT.printf("%n[%s%s, %d tokens]%n", answer.stopReason(), executable, answer.usage().getCompletionTokens());
+    } catch (CallException error) {
+      if (begun) {
+        OUT.println(); // ends the line of the text so far
+      }
+      throw error;
     }
   }
 

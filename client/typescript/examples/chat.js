@@ -46,12 +46,20 @@ async function main() {
     console.error(`${error.message}\n${USAGE}`);
     return 2;
   }
-  const client = connect(commandLine.target, { key: process.env.DELTAWIRE_TOKEN });
+  let client;
+  try {
+    client = connect(commandLine.target, { key: process.env.DELTAWIRE_TOKEN });
+  } catch (error) {
+    console.error(error.message);
+    return 2;
+  }
   const stream = client.chat.stream(commandLine.chat);
   // The cancel reaches the engine: it stops generating.
   process.once("SIGINT", () => stream.cancel());
+  let begun = false;
   try {
     for await (const text of stream.text) {
+      begun = true;
       process.stdout.write(text);
     }
     const answer = await stream.final();
@@ -68,7 +76,7 @@ async function main() {
     if (!(error instanceof CallError)) {
       throw error;
     }
-    console.error(error.message);
+    console.error(`${begun ? "\n" : ""}${error.message}`);
     return error.code === Code.Canceled ? 130 : 1;
   } finally {
     client.close();

@@ -1,10 +1,12 @@
 // Messages and tools in short.
 
-import type { MessageInitShape } from "@bufbuild/protobuf";
+import type { JsonObject, MessageInitShape } from "@bufbuild/protobuf";
+import { fromJson } from "@bufbuild/protobuf";
 import type { Duration, DurationSchema } from "@bufbuild/protobuf/wkt";
 
 import type { ChatMessageSchema } from "./gen/deltawire/v1/message_pb.js";
-import type { ToolCall, ToolSchema } from "./gen/deltawire/v1/tool_pb.js";
+import type { ToolCall } from "./gen/deltawire/v1/tool_pb.js";
+import { ToolSchema } from "./gen/deltawire/v1/tool_pb.js";
 
 export type MessageInit = MessageInitShape<typeof ChatMessageSchema>;
 export type ToolInit = MessageInitShape<typeof ToolSchema>;
@@ -50,12 +52,20 @@ interface ToolDefinition {
   readonly strict?: boolean;
 }
 
-/** A tool in the form of OpenAI or of this API, with its schema as an object or as JSON text. */
+/**
+ * A tool in the form of OpenAI or of this API, with its schema as an object or as JSON text.
+ *
+ * @throws Error a field is unknown, or its value is of another type; the message names it
+ */
 export function tool(given: OpenAiTool | ToolDefinition): ToolInit {
   if ("function" in given) {
     const { parameters, ...others } = given.function;
     return tool({ ...others, inputSchema: parameters });
   }
   const { inputSchema = "", ...others } = given;
-  return { ...others, inputSchema: typeof inputSchema === "string" ? inputSchema : JSON.stringify(inputSchema) };
+  if (!others.name) {
+    throw new TypeError("a tool needs a name");
+  }
+  const schema = typeof inputSchema === "string" ? inputSchema : JSON.stringify(inputSchema);
+  return fromJson(ToolSchema, { ...(others as JsonObject), inputSchema: schema });
 }
