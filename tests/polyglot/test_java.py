@@ -10,8 +10,11 @@ import shutil
 import subprocess
 from typing import TYPE_CHECKING
 
+import grpc
 import pytest
+from grpc import aio
 
+from deltawire.v1 import chat_completion_pb2 as chat_pb
 from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
 from tests.docs.markdown import blocks
 from tests.polyglot import stubs
@@ -22,6 +25,7 @@ from tests.polyglot.proxy import envoy
 from tests.support.recordings import TRANSCRIPTS
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from tests.conftest import Certificates
@@ -187,6 +191,37 @@ async def test_two_gateways_behind_envoy(vllm: FakeVllm, tmp_path: Path, clone: 
             "COMPLETION_STATE_RUNNING",
             "STOP_REASON_CANCELLED",
         ]
+
+
+async def test_the_gateway_of_a_completion_is_remembered(clone: Path) -> None:
+    """So that a call about it reaches that one at once, through a proxy that routes by its name."""
+    named = []
+
+    async def begin(_: bytes, context: aio.ServicerContext[bytes, bytes]) -> AsyncIterator[bytes]:
+        await context.send_initial_metadata((("x-deltawire-gateway", "R0E="),))
+        for event in (
+            chat_pb.StreamChatCompletionResponse(started=chat_pb.Started(completion_id="cmpl-1")),
+            chat_pb.StreamChatCompletionResponse(sequence=1, completed=chat_pb.Completed()),
+        ):
+            yield event.SerializeToString()
+
+    async def get(_: bytes, context: aio.ServicerContext[bytes, bytes]) -> bytes:
+        named.append(dict(context.invocation_metadata() or ())["x-deltawire-gateway"])
+        return chat_pb.GetChatCompletionResponse(state=chat_pb.COMPLETION_STATE_COMPLETED).SerializeToString()
+
+    handlers: dict[str, grpc.RpcMethodHandler] = {
+        "StreamChatCompletion": grpc.unary_stream_rpc_method_handler(begin),
+        "GetChatCompletion": grpc.unary_unary_rpc_method_handler(get),
+    }
+    server = aio.server()
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("deltawire.v1.ChatCompletion", handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        assert await scenario(clone, "remembers", f"127.0.0.1:{port}") == ["COMPLETION_STATE_COMPLETED"]
+    finally:
+        await server.stop(None)
+    assert named == ["R0E="]
 
 
 async def test_tls_and_a_key(vllm: FakeVllm, tmp_path: Path, clone: Path, certificates: Certificates) -> None:

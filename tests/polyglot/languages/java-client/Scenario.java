@@ -30,6 +30,7 @@ public final class Scenario {
     switch (arguments[0]) {
       case "softly" -> softly(arguments[1]);
       case "another" -> another(arguments[1]);
+      case "remembers" -> remembers(arguments[1]);
       case "ends" -> ends(arguments[1]);
       case "tls" -> tls(arguments[1], new File(arguments[2]), arguments[3]);
       default -> throw new IllegalArgumentException(arguments[0]);
@@ -80,6 +81,15 @@ public final class Scenario {
         System.out.println(other.cancel("mine", OPTIONS).getState());
         System.out.println(resumed.answer().stopReason());
       }
+    }
+  }
+
+  /** A call about a completion that this client has begun. */
+  private static void remembers(String target) {
+    try (Client client = Client.to(target).build()) {
+      ChatStream stream = client.stream(CHAT, OPTIONS);
+      stream.answer();
+      System.out.println(client.get(stream.completionId(), OPTIONS).getState());
     }
   }
 

@@ -169,7 +169,7 @@ public final class ChatStream
 
   private void call() {
     isHeard = false;
-    operation.about(completionId, resumption.moved());
+    operation.about(completionId, resumption.moved(), request.hasChat());
     responses = operation.stream(ChatCompletionGrpc.getStreamChatCompletionMethod(), request);
   }
 
@@ -188,6 +188,9 @@ public final class ChatStream
     }
     resumption.received(event.getSequence());
     completionId = accumulator.completionId();
+    if (event.hasStarted()) {
+      operation.found(completionId);
+    }
     next = event;
   }
 

@@ -50,6 +50,7 @@ public final class Client implements AutoCloseable {
   private final ManagedChannel main;
   private final Set<Operation> operations = ConcurrentHashMap.newKeySet();
   private final Set<ManagedChannel> others = ConcurrentHashMap.newKeySet();
+  private final Gateways gateways = new Gateways();
   private volatile boolean isClosed;
 
   /** How to connect. */
@@ -207,6 +208,10 @@ public final class Client implements AutoCloseable {
     operations.forEach(operation -> operation.cancel("the client was closed"));
     others.forEach(ManagedChannel::shutdownNow);
     main.shutdownNow();
+  }
+
+  Gateways gateways() {
+    return gateways;
   }
 
   ManagedChannel main() {

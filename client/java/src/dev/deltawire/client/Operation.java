@@ -40,6 +40,7 @@ final class Operation {
   private final AtomicReference<Metadata> received;
   private volatile ManagedChannel connection;
   private String completionId = "";
+  private boolean begins;
   private int moved;
   private int attempts;
   private Pauses retries;
@@ -79,7 +80,13 @@ final class Operation {
    * @param moved how many gateways did not have it; the proxy chooses again for each
    */
   Operation about(String completionId, int moved) {
+    return about(completionId, moved, false);
+  }
+
+  /** The same; {@code begins} if the calls begin the completion: the gateway of an earlier one with this id does not matter. */
+  Operation about(String completionId, int moved, boolean begins) {
     this.completionId = completionId;
+    this.begins = begins;
     this.moved = moved;
     return this;
   }
@@ -96,6 +103,11 @@ final class Operation {
     connection = client.another();
   }
 
+  /** Remembers that the gateway of the latest headers has this completion. */
+  void found(String completionId) {
+    client.gateways().found(completionId, received.get());
+  }
+
   String requestId() {
     return Optional.ofNullable(received.get()).map(headers -> headers.get(Headers.REQUEST_ID)).orElse(sentRequestId);
   }
@@ -110,7 +122,9 @@ final class Operation {
     try {
       while (true) {
         try {
-          return call(() -> ClientCalls.blockingUnaryCall(channel(), method, options, request));
+          R response = call(() -> ClientCalls.blockingUnaryCall(channel(), method, options, request));
+          found(completionId);
+          return response;
         } catch (StatusRuntimeException failed) {
           CallException failure = failure(failed);
           Optional<Duration> retry = retry(failure);
@@ -148,9 +162,12 @@ final class Operation {
     if (!completionId.isEmpty() && Headers.isSendable(completionId)) {
       headers.put(Headers.ROUTE, moved == 0 ? completionId : completionId + "#" + moved);
     }
-    Metadata earlier = received.get();
-    if (moved == 0 && earlier != null && earlier.containsKey(Headers.GATEWAY)) {
-      headers.put(Headers.GATEWAY, earlier.get(Headers.GATEWAY));
+    String gateway = Optional.ofNullable(received.get()).map(earlier -> earlier.get(Headers.GATEWAY)).orElse(null);
+    if (gateway == null && !begins) {
+      gateway = client.gateways().of(completionId);
+    }
+    if (moved == 0 && gateway != null) {
+      headers.put(Headers.GATEWAY, gateway);
     }
     return ClientInterceptors.intercept(
         client.channel(connection),
