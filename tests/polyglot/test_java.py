@@ -209,7 +209,7 @@ async def test_the_gateway_of_a_completion_is_remembered(clone: Path) -> None:
         named.append(dict(context.invocation_metadata() or ())["x-deltawire-gateway"])
         return chat_pb.GetChatCompletionResponse(state=chat_pb.COMPLETION_STATE_COMPLETED).SerializeToString()
 
-    handlers: dict[str, grpc.RpcMethodHandler] = {
+    handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
         "StreamChatCompletion": grpc.unary_stream_rpc_method_handler(begin),
         "GetChatCompletion": grpc.unary_unary_rpc_method_handler(get),
     }
