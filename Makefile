@@ -77,6 +77,17 @@ cover: install ## The fast tests with branch coverage: 100 % of sansio/, 90 % ov
 	@$(BIN)/coverage report --fail-under=90
 	@$(BIN)/coverage report --include='*/sansio/*' --fail-under=100
 
+# An environment for each version of Python, so that `.venv` stays as it is. mypy reads the standard library's types of that version.
+TESTS ?=
+.PHONY: check-python
+check-python: ## Types and every test that needs no vLLM, with another Python: PYTHON=python3.14, TESTS=tests/rpc for a part
+	@version="$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')" && bin="$(CACHE)/python$$version/bin" \
+		&& { test -x "$$bin/python" || $(PYTHON) -m venv "$(CACHE)/python$$version"; } \
+		&& echo "installing deltawire and what its tests need for Python $$version" \
+		&& "$$bin/python" -m pip install --quiet --upgrade pip && "$$bin/python" -m pip install --quiet --editable '.[dev]' \
+		&& "$$bin/mypy" --python-version "$$version" \
+		&& "$$bin/python" -m pytest --numprocesses=$(WORKERS) --dist=worksteal $(TESTS)
+
 OLDEST := $(CACHE)/oldest
 $(OLDEST)/.installed: pyproject.toml
 	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)

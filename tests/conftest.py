@@ -93,7 +93,7 @@ _CURVE = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
 
 def _signed(folder: Path, name: str, alternative_names: str) -> tuple[Path, Path]:
     names = f"subjectAltName={alternative_names}\n" if alternative_names else ""
-    (folder / f"{name}.extensions").write_text(f"basicConstraints=CA:FALSE\n{names}")
+    (folder / f"{name}.extensions").write_text(f"basicConstraints=CA:FALSE\nauthorityKeyIdentifier=keyid\n{names}")
     _openssl(folder, "req", *_CURVE, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
     signing = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", f"{name}.extensions")
     _openssl(folder, "x509", "-req", "-in", f"{name}.csr", "-out", f"{name}.pem", *signing)
@@ -209,7 +209,19 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     """Made by the openssl command for this run of the tests."""
     folder = tmp_path_factory.mktemp("certificates")
     _openssl(
-        folder, "req", "-x509", *_CURVE, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=authority", "-days", "2"
+        folder,
+        "req",
+        "-x509",
+        *_CURVE,
+        "-keyout",
+        "ca.key",
+        "-out",
+        "ca.pem",
+        "-subj",
+        "/CN=authority",
+        "-days",
+        "2",
+        *("-addext", "keyUsage=critical,keyCertSign,cRLSign"),  # Python requires it from 3.13 on
     )
     local = "DNS:localhost,IP:127.0.0.1"
     return Certificates(folder / "ca.pem", *_signed(folder, "server", local), *_signed(folder, "client", local))

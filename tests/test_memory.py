@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import mmap
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from deltawire_server import memory
 from deltawire_server.errors import Code, GatewayError, Reason
 from deltawire_server.memory import LARGE_BYTES, MIB, SHARE, TRIM_BYTES, Allocator, Hold, Ledger, default_limit
+from tests.support.gateway import WAIT
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -188,12 +190,14 @@ async def test_free_memory_is_returned_while_the_process_is_larger(
 
 async def test_one_trim_at_a_time() -> None:
     """It runs in another thread; a second one meanwhile would find nothing."""
-    allocator = Allocator()
+    allocator, released = Allocator(), threading.Event()
+    allocator._trim = lambda _: released.wait(WAIT)
     allocator.trim()
     first = allocator._trimming
     allocator.trim()
     assert first is not None
     assert allocator._trimming is first
+    released.set()
     await first
     allocator.trim()
     assert allocator._trimming is not first

@@ -37,7 +37,7 @@ ROOT: Final = Path(__file__).parents[2]
 CLIENTS: Final = Path(__file__).parent / "clients"
 CASE_LIMIT: Final = 30.0
 """Seconds after which a client hangs. No case takes a tenth of it; a busy machine may."""
-PATIENCE: Final = (0.05, 0.5, 3.0)
+BREAK_DELAYS: Final = (0.05, 0.5, 3.0)
 """Seconds before a call is broken off: see `ScriptedServer.play`."""
 BUILD_LIMIT: Final = 600.0
 _MAX_RESULT: Final = 64 * 1024 * 1024
@@ -49,14 +49,14 @@ class ClientError(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a case or a check; `difference` is empty if it passed."""
+    """The result of a case or a check; `difference` is empty if it passed."""
 
     case: str
     difference: str = ""
 
 
 def languages() -> list[str]:
-    """The names of the clients that have joined: the folders in `clients/`."""
+    """The names of the clients in the kit: the folders in `clients/`."""
     return sorted(path.parent.name for path in CLIENTS.glob("*/command"))
 
 
@@ -132,12 +132,12 @@ class Program:
         if self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self.process.kill()
-        # What it did not read is of no interest.
+        # What it did not read does not matter.
         assert self.process.stdin is not None
         self.process.stdin.close()
         await self.process.wait()
 
-    async def ask(self, case: ClientCase) -> ClientResult:
+    async def exchange(self, case: ClientCase) -> ClientResult:
         """Exchange a case for its result.
 
         Raises:
@@ -158,7 +158,7 @@ class Program:
         except (ConnectionError, asyncio.IncompleteReadError) as error:
             raise ClientError(f"the program ended within the case\n{await self._end()}") from error
         except DecodeError as error:
-            raise ClientError(f"what the program writes is no ClientResult: {error}") from error
+            raise ClientError(f"the program wrote something else than a ClientResult: {error}") from error
 
     async def finish(self) -> str:
         """Close the program's input. Returns what is wrong with its end, or ""."""
@@ -228,24 +228,24 @@ async def run_side_by_side(
 
 
 async def _difference(server: ScriptedServer, target: str, program: Program, case: Case) -> str:
-    """Play one case; one that breaks a call off, with more patience if it fails. Returns what is wrong, or ""."""
+    """Play one case; one that breaks a call off, later if it fails. Returns what is wrong, or ""."""
     breaks = any(step.HasField("break") for call in case.calls for step in call.steps)
     difference = ""
-    for patience in PATIENCE if breaks else (0.0,):
-        difference = await _played(server, target, program, case, patience)
+    for delay in BREAK_DELAYS if breaks else (0.0,):
+        difference = await _played(server, target, program, case, delay)
         if not difference:
             break
     return difference
 
 
-async def _played(server: ScriptedServer, target: str, program: Program, case: Case, patience: float) -> str:
-    server.play(case, patience)
-    asked = ClientCase()
-    asked.CopyFrom(case.call)
-    asked.target = target
+async def _played(server: ScriptedServer, target: str, program: Program, case: Case, delay: float) -> str:
+    server.play(case, delay)
+    call = ClientCase()
+    call.CopyFrom(case.call)
+    call.target = target
     began = time.monotonic()
     try:
-        result = tidy_result(await program.ask(asked))
+        result = tidy_result(await program.exchange(call))
     except BaseException:
         await program.kill()
         await server.finish()

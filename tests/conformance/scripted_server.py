@@ -66,29 +66,29 @@ class ScriptedServer:
     Attributes:
         target: The server's address.
         completion_id: The id in the latest request of a stream.
-        patience: See `play`.
+        break_delay: See `play`.
     """
 
     def __init__(self) -> None:
         self.target = ""
         self.completion_id = ""
-        self.patience = 0.0
+        self.break_delay = 0.0
         self._case = Case()
         self._next = 0
         self._complaints: list[str] = []
         self._connections: dict[_Connection, asyncio.Task[None]] = {}
         self._calls: set[asyncio.Task[None]] = set()
 
-    def play(self, case: Case, patience: float = 0.0) -> None:
+    def play(self, case: Case, break_delay: float = 0.0) -> None:
         """Begin a case.
 
         Args:
             case: The case.
-            patience: Seconds between an event and a break after it. Most gRPC libraries drop what they have received, and the
+            break_delay: Seconds between an event and a break after it. Most gRPC libraries drop what they have received, and the
                 program has not read, when the connection breaks.
         """
         self._case, self._next, self._complaints = case, 0, []
-        self.patience = patience
+        self.break_delay = break_delay
         for connection in self._connections:
             connection.had_call = False
 
@@ -161,7 +161,7 @@ class ScriptedServer:
             await connection.end(stream, Step.Status(code=_INVALID_ARGUMENT, message="; ".join(wrong)))
             return
         connection.had_call = True
-        await _Player(connection, stream, script, request, self.patience).play()
+        await _Player(connection, stream, script, request, self.break_delay).play()
 
     def _next_call(self, request: Message) -> ServerCall | None:
         """What is scripted for the next call: a client may leave out optional ones, if it asks for something else."""
@@ -211,13 +211,13 @@ class _Player:
     """Plays the script of one call."""
 
     def __init__(
-        self, connection: _Connection, stream: int, script: ServerCall, request: Message, patience: float
+        self, connection: _Connection, stream: int, script: ServerCall, request: Message, break_delay: float
     ) -> None:
         self._connection = connection
         self._stream = stream
         self._script = script
         self._id = _about(request)
-        self._patience = patience
+        self._break_delay = break_delay
 
     async def play(self) -> None:
         for step in self._script.steps:
@@ -259,7 +259,7 @@ class _Player:
         await self._connection.send(self._stream, _message(data))
 
     async def _break(self, how: Step.Break.ValueType) -> None:
-        await asyncio.sleep(self._patience)
+        await asyncio.sleep(self._break_delay)
         if how == Step.BREAK_PROXY:
             await self._connection.page(self._stream)
         elif how == Step.BREAK_STREAM:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -132,8 +133,9 @@ def test_schemas_that_are_too_much_together() -> None:
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "": ({"schema": ""}, "is required: the JSON text of an object"),
-    "deep": ({"schema": '{"a":' * 5000 + "1" + "}" * 5000}, "is nested too deeply to be read"),
 }
+if sys.version_info < (3, 14):  # later ones read every depth that fits into the limit of bytes
+    WRONG["deep"] = ({"schema": '{"a":' + "[" * 5000 + "]" * 5000 + "}"}, "is nested too deeply to be read")
 
 
 @pytest.mark.parametrize("name", WRONG)

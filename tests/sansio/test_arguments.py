@@ -101,7 +101,7 @@ def test_takes_no_other_value(text: str) -> None:
     assert (problem.reason, problem.byte_offset) == (FailureReason.NOT_AN_OBJECT, None)
 
 
-@pytest.mark.parametrize("text", ['{"a":' + "[" * 200_000, '{"a":' + "[" * 200_000 + "]" * 200_000 + "}"])
+@pytest.mark.parametrize("text", ['{"a":' + "[" * 1_000_000, '{"a":' + "[" * 1_000_000 + "]" * 1_000_000 + "}"])
 def test_nesting_beyond_all_measure_is_malformed(text: str) -> None:
     """A model that opens brackets for ever fails its own call, not the program."""
     problem = find_problem(text)
@@ -169,7 +169,7 @@ def test_what_is_json_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = find_problem(" [" + "1," * MAX_EXPLAINED + "1]")
     assert problem is not None
     assert problem.reason is FailureReason.NOT_AN_OBJECT
-    for text in ('{"a":' * MAX_EXPLAINED, '{"\ud800":' * MAX_EXPLAINED):
+    for text in ('{"a":' * 1_000_000, '{"\ud800":' * 1_000_000):
         deep = find_problem(text)
         assert deep is not None
         assert deep.message == "the arguments are nested too deeply to be parsed"
@@ -212,7 +212,10 @@ def test_brackets_are_read_up_to_a_number() -> None:
 
 
 def test_deep_text_with_halves_of_pairs() -> None:
-    """Python's parser, which reads those, has a limit of depth of its own."""
+    """Python's parser, which reads those, has a limit of depth of its own, which is far higher from 3.12 on."""
     problem = find_problem('{"\ud800":' * 5000)
     assert problem is not None
-    assert problem.message == "the arguments are nested too deeply to be parsed"
+    assert problem.message in (
+        "the arguments are nested too deeply to be parsed",
+        "the arguments are not JSON: Expecting value",
+    )

@@ -105,12 +105,12 @@ MALFORMED = {
     "an invalid index": b'{"choices":[{"index":"one"}]}',
     "an index between two": b'{"choices":[{"index":0.5}]}',
     "an index without end": b'{"choices":[{"index":' + b"1" * 5000 + b"}]}",
-    "nested too deeply": b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b',"choices":[]}',
+    "nested too deeply": b'{"x":' + b"[" * 1_000_000 + b"]" * 1_000_000 + b',"choices":[]}',
     "arguments nested too deeply": b'{"choices":[{"delta":{"tool_calls":[{"function":{"arguments":'
-    + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}}]}}]}",
+    + b'{"a":' * 1_000_000 + b"1" + b"}" * 1_000_000 + b"}}]}}]}",
     "parts nested too deeply": b'{"choices":[{"delta":{"content":'
-    + b'{"type":"thinking","thinking":' * 100_000 + b'""' + b"}" * 100_000 + b"}}]}",
-    "an error nested too deeply": b'{"error":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    + b'{"type":"thinking","thinking":' * 1_000_000 + b'""' + b"}" * 1_000_000 + b"}}]}",
+    "an error nested too deeply": b'{"error":' + b"[" * 1_000_000 + b"]" * 1_000_000 + b"}",
 }  # fmt: skip
 
 

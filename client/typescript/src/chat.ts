@@ -1,4 +1,4 @@
-// Chats with a model, and answers on their way.
+// Chat requests, and answers that are being generated.
 
 import { type MessageInitShape, create } from "@bufbuild/protobuf";
 
@@ -28,7 +28,7 @@ export interface StreamCallOptions extends CallOptions {
 }
 
 export interface ResumeOptions extends CallOptions {
-  /** For how many milliseconds without anything new the stream resumes by itself, by default 60 s. */
+  /** For how many milliseconds without a new event the stream resumes by itself; by default 60 s. */
   readonly resumeForMs?: number | undefined;
 }
 
@@ -139,7 +139,7 @@ export class ChatStream implements AsyncIterable<StreamChatCompletionResponse> {
     return textOf(this);
   }
 
-  /** Read to the end. Throws if the answer is not whole, also when it is called again. */
+  /** Read to the end. Throws if the answer is incomplete, also when it is called again. */
   async final(): Promise<Answer> {
     for await (const _ of this) {
       // `#read` has folded it.
@@ -152,7 +152,7 @@ export class ChatStream implements AsyncIterable<StreamChatCompletionResponse> {
   /** End the call now, on both sides. */
   cancel(): void {
     this.#call.end();
-    // Forgets what belongs to the stream if nobody reads on.
+    // Releases the resources of the stream if no caller continues to read it.
     void this.#events.return();
   }
 
@@ -166,7 +166,7 @@ export class ChatStream implements AsyncIterable<StreamChatCompletionResponse> {
     return this.connections.find(call, completionId, softCancel(completionId), this.#connection);
   }
 
-  /** "" until `started`, unless the request has one or asks for retention. */
+  /** "" until `started`, unless the request has one or requests retention. */
   get completionId(): string {
     return this.#accumulator.completionId;
   }

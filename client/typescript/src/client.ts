@@ -10,7 +10,7 @@ import { ModelRegistry } from "./gen/deltawire/v1/model_registry_pb.js";
 import { Models } from "./models.js";
 import { MAX_CONNECTIONS, Pauses } from "./resumption.js";
 
-/** What every client takes. */
+/** The options of every client. */
 export interface ClientOptions extends Pick<CallOptions, "timeoutMs" | "headers"> {
   /** The caller's access key for the gateway. */
   readonly key?: string | undefined;
@@ -20,7 +20,7 @@ export interface ClientOptions extends Pick<CallOptions, "timeoutMs" | "headers"
   readonly insecure?: boolean | undefined;
 }
 
-/** One connection, or what makes requests of its own. */
+/** A transport, and what closes its connection. */
 export interface Channel {
   readonly transport: Transport;
   close(): void;
@@ -66,7 +66,7 @@ export class Client {
   }
 }
 
-/** Whether nobody else on the network can read what is sent. */
+/** Whether no other machine on the network can read what is sent. */
 function keepsSecrets({ protocol, hostname }: URL): boolean {
   return protocol === "https:" || hostname === "localhost" || hostname === "[::1]" || /^127(\.\d{1,3}){3}$/.test(hostname);
 }
@@ -95,7 +95,7 @@ export class Connections {
     this.main = this.another();
   }
 
-  /** A connection of its own, to whichever process a balancer picks; close it after the call. */
+  /** Another connection, to the process that a load balancer selects; close it after the call. */
   another(): Connection {
     return new Connection(this.environment.connect());
   }

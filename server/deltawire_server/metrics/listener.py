@@ -190,4 +190,4 @@ class _Handler(WSGIRequestHandler):
     timeout = REQUEST_SECONDS
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (the library's)
-        """Not logged: a scraper asks every few seconds."""
+        """Not logged: a scraper sends a request every few seconds."""

@@ -1,4 +1,4 @@
-"""What an orchestrator's HTTP probes ask: whether the gateway is alive, and whether it accepts calls."""
+"""The state that an orchestrator's HTTP probes read: whether the gateway is alive, and whether it accepts calls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Probes:
     """Written by the event loop of a process, and read by the thread that answers probes.
 
     Attributes:
-        is_ready: Returns whether calls are accepted; replaced by the part that knows. It must not block.
+        is_ready: Returns whether calls are accepted; set by the part that serves calls. It must not block.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import AsyncAdaptedQueuePool, create_engine, event
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.util import await_only, greenlet_spawn
 
 from deltawire_server.registry.database import Database, cause_text
 from deltawire_server.settings.values import is_in_memory
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from sqlalchemy import URL, Connection, Row, Select
-    from sqlalchemy.engine.interfaces import DBAPIConnection, ExceptionContext
+    from sqlalchemy.engine.interfaces import DBAPIConnection, Dialect, ExceptionContext
     from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -48,6 +49,7 @@ class SqliteDatabase(Database):
         # It shares the engine's connections. Its transactions acquire the write lock first, because one that reads first fails
         # without waiting if another transaction has written meanwhile.
         self._writer = self._engine.execution_options(deltawire_write=True)
+        event.listen(self._engine.sync_engine, "do_connect", _connect)
         event.listen(self._engine.sync_engine, "connect", _prepare)
         event.listen(self._engine.sync_engine, "begin", _begin)
         if self._in_memory:
@@ -191,6 +193,22 @@ async def _to_the_end(query: Coroutine[object, object, object]) -> object:
         return await asyncio.shield(running)
     except asyncio.CancelledError:
         await asyncio.wait([running])
+        raise
+
+
+def _connect(dialect: Dialect, _: object, arguments: Sequence[Any], options: Mapping[str, Any]) -> object:
+    return await_only(_connected(greenlet_spawn(dialect.connect, *arguments, **options)))
+
+
+async def _connected(connect: Coroutine[object, object, DBAPIConnection]) -> DBAPIConnection:
+    """Connect, even if the task is canceled meanwhile: the driver would leave the connection open."""
+    connecting = asyncio.create_task(connect)
+    try:
+        return await asyncio.shield(connecting)
+    except asyncio.CancelledError:
+        await asyncio.wait([connecting])
+        if connecting.exception() is None:
+            await greenlet_spawn(connecting.result().close)
         raise
 
 

@@ -130,7 +130,7 @@ def _host(text: str) -> tuple[str, IPv4Address | IPv6Address | None]:
     try:
         if text.startswith("["):
             ipv6 = IPv6Address(text[1:-1])
-            return str(ipv6), ipv6
+            return _text_of(ipv6), ipv6
         name = _name(text)
         if _NUMBER.fullmatch(name.rpartition(".")[2]):
             ipv4 = IPv4Address(name)
@@ -138,6 +138,14 @@ def _host(text: str) -> tuple[str, IPv4Address | IPv6Address | None]:
     except AddressValueError:
         raise UrlError("must write an IP address as four decimal numbers with dots, or as IPv6 in brackets") from None
     return name, None
+
+
+def _text_of(ip: IPv6Address) -> str:
+    """One form on each Python: from 3.13 on, the library writes a mapped IPv4 address with dots."""
+    if ip.ipv4_mapped is None:
+        return str(ip)
+    high, low = divmod(int(ip.ipv4_mapped), 1 << 16)
+    return f"::ffff:{high:x}:{low:x}"
 
 
 def _name(text: str) -> str:

@@ -230,7 +230,7 @@ def test_tools_in_an_object(gateway: Gateway, run: Run, tmp_path: Path) -> None:
         ),
         ('{"type": "web_search"}', "tools.json: the tool's \"type\" is 'web_search'"),
         (b"\xff", "tools.json: not UTF-8 text"),
-        ("[" * 5000 + "]" * 5000, "tools.json: not JSON: maximum recursion depth exceeded"),
+        ("[" * 1_000_000 + "]" * 1_000_000, "tools.json: not JSON: "),
         (None, "tools.json: No such file or directory"),
     ],
 )

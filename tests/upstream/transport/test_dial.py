@@ -310,11 +310,14 @@ class Tls:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._run("req", "-x509", *CURVE, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=ca", "-days", "2")
+        usage = ("-addext", "keyUsage=critical,keyCertSign,cRLSign")  # Python requires it from 3.13 on
+        self._run(
+            "req", "-x509", *CURVE, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=ca", "-days", "2", *usage
+        )
         (folder / "ca.cnf").write_text(
             "[ca]\ndefault_ca=it\n[it]\ndatabase=index\nserial=serial\nnew_certs_dir=.\ndefault_md=sha256\n"
             "policy=any\nunique_subject=no\nx509_extensions=names\n[any]\ncommonName=supplied\n"
-            "[names]\nsubjectAltName=${ENV::NAMES}\n"
+            "[names]\nsubjectAltName=${ENV::NAMES}\nauthorityKeyIdentifier=keyid\n"
         )
         (folder / "index").touch()
         (folder / "serial").write_text("01\n")
