@@ -154,9 +154,7 @@ module Deltawire
         raise GRPC::Cancelled, CLOSED if @closed
 
         @pid ||= Process.pid
-        if @pid != Process.pid
-          raise "this client was used before a fork, which gRPC does not support: make one in process #{Process.pid}"
-        end
+        raise 'this client was used before a fork, which gRPC does not support: fork first' if @pid != Process.pid
 
         @channel ||= dial
       end
