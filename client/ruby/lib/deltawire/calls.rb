@@ -113,6 +113,7 @@ module Deltawire
       @deadline = Clock.now + timeout if timeout
       @metadata = client.metadata.merge(metadata.transform_keys(&:to_s))
       @request_id = @metadata[Headers::REQUEST_ID] ||= SecureRandom.hex(16)
+      @pid = Process.pid
       @mutex = Mutex.new
       @changed = ConditionVariable.new
     end
@@ -121,7 +122,7 @@ module Deltawire
     def call(channel, service, method, request, about = {})
       deadline = @deadline ? Time.now + @deadline - Clock.now : GRPC::Core::TimeConsts::INFINITE_FUTURE
       description = service.rpc_descs.fetch(method)
-      core = channel.create_call(nil, nil, "/#{service.service_name}/#{method}", nil, deadline)
+      core = create_call(channel, "/#{service.service_name}/#{method}", deadline)
       @mutex.synchronize do
         @core = core
         core.cancel if @canceled
@@ -133,7 +134,8 @@ module Deltawire
     def cancel(why = 'canceled by the caller')
       @mutex.synchronize do
         @canceled ||= why
-        @core&.cancel
+        # In a child of the process, the connection is still that of the parent.
+        @core&.cancel if @pid == Process.pid
         @changed.broadcast
       end
     end
@@ -158,7 +160,18 @@ module Deltawire
       Failure.new(code: code, message: message, request_id: @request_id)
     end
 
+    # Without the key.
+    def inspect = "#<#{self.class} #{@request_id}>"
+
     private
+
+    def create_call(channel, path, deadline)
+      channel.create_call(nil, nil, path, nil, deadline)
+    rescue RuntimeError
+      raise unless @canceled
+
+      raise GRPC::Cancelled # The connection was closed at the same time.
+    end
 
     def over?
       @canceled || (@deadline && Clock.now >= @deadline)

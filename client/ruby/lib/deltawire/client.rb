@@ -42,7 +42,8 @@ module Deltawire
       # Otherwise a new channel to the same target has the connection of the old one.
       'grpc.use_local_subchannel_pool' => 1
     }.freeze
-    private_constant :ARGUMENTS
+    CLOSED = 'the client was closed'
+    private_constant :ARGUMENTS, :CLOSED
 
     # The headers of every call: the caller's key, and those that it was made with.
     attr_reader :metadata
@@ -83,12 +84,12 @@ module Deltawire
     # A call that fails as UNAVAILABLE, or as RESOURCE_EXHAUSTED with RetryInfo, before anything was received is repeated, at
     # most four times in all. A stream with retention is resumed after a lost connection: every event is received once.
     #
-    # @param request a V1::ChatRequest or V1::StreamChatCompletionRequest
+    # @param request a V1::ChatRequest, a Hash of its fields, or a V1::StreamChatCompletionRequest
     # @param timeout seconds, over all calls
     # @param metadata more headers, such as "x-vllm-api-token"
     # @return the Stream; with a block, which gets it, the block's value, and the stream is closed
     def stream(request, timeout: nil, metadata: {})
-      request = V1::StreamChatCompletionRequest.new(chat: request) if request.is_a?(V1::ChatRequest)
+      request = V1::StreamChatCompletionRequest.new(chat: request) unless request.is_a?(V1::StreamChatCompletionRequest)
       stream = Stream.new(self, request, timeout, metadata)
       return stream unless block_given?
 
@@ -143,10 +144,13 @@ module Deltawire
     def close
       @mutex.synchronize do
         @closed = true
-        @channel&.close if @pid == Process.pid
+        @channel&.close if @pid == Process.pid # Otherwise it is that of the parent.
       end
-      @scopes.keys.each { |scope| scope.cancel(CLOSED) } # rubocop:disable Style/HashEachMethods
+      @scopes.keys.each { |scope| scope.cancel(CLOSED) }
     end
+
+    # Without the key.
+    def inspect = "#<#{self.class} #{@target}>"
 
     # The connection that all calls share. What follows is for this library's own classes.
     def channel
@@ -183,15 +187,14 @@ module Deltawire
 
     private
 
-    CLOSED = 'the client was closed'
-    private_constant :CLOSED
-
     # Adds headers to the calls of generated stubs.
     class HeadersInterceptor < GRPC::ClientInterceptor
       def initialize(headers)
         super()
         @headers = headers
       end
+
+      def inspect = "#<#{self.class}>" # Without the key.
 
       %i[request_response client_streamer server_streamer bidi_streamer].each do |kind|
         define_method(kind) do |metadata:, **_, &call|

@@ -32,7 +32,7 @@ module Deltawire
         message: status.details.to_s.dup.force_encoding(Encoding::UTF_8).scrub,
         reason: Headers.first(trailer, 'deltawire-reason').to_s,
         request_id: Headers.first(header, Headers::REQUEST_ID) || Headers.first(trailer, Headers::REQUEST_ID) || request_id,
-        pushback: pushback && Integer(pushback, 10, exception: false)&./(1000.0)
+        pushback: pushback && Integer(pushback, 10, exception: false)&.fdiv(1000)
       )
       failure.read(Headers.first(trailer, 'grpc-status-details-bin'))
       failure

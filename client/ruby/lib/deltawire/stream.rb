@@ -58,7 +58,7 @@ module Deltawire
 
     # Reads to the end, and returns the whole Answer; again if it is called again.
     def answer
-      each {} # rubocop:disable Lint/EmptyBlock
+      each {}
       @folded.result
     end
 

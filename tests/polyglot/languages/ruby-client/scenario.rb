@@ -25,7 +25,8 @@ end
 def ends(target)
   client = Deltawire::Client.new(target)
   canceled = begun(client.stream(CHAT, timeout: LIMIT))
-  Thread.new { canceled.cancel }
+  trap('USR1') { Thread.new { canceled.cancel } }
+  Process.kill('USR1', Process.pid)
   report { canceled.answer }
   client.stream(CHAT, timeout: LIMIT) { |stream| begun(stream) }
   begin
@@ -79,6 +80,7 @@ def tls(target, authority, key)
   [{ key: key }, { key: key, key_header: 'x-deltawire-key' }, {}].each do |options|
     Deltawire::Client.open(target, tls: trusted, **options) do |client|
       report { client.stream(CHAT, timeout: LIMIT).answer.text }
+      puts 'a key is shown' if [client, client.stream(CHAT), client.stub(Deltawire::V1::ChatCompletion)].inspect.include?(key)
       report { client.stub(Deltawire::V1::ModelRegistry).list_models(Deltawire::V1::ListModelsRequest.new).models.size }
     rescue GRPC::Unauthenticated
       puts 'the stub has no key either'
@@ -92,7 +94,7 @@ def tls(target, authority, key)
   report { Deltawire::Client.new('127.example:50051', key: key) }
 end
 
-# A client from before a fork works in the child if it was not used before.
+# A client from before a fork works in the child if it was not used before. Closing it there closes nothing of the parent.
 def fork_and_ask(client)
   Process.wait(fork { report { client.stream(CHAT, timeout: LIMIT).answer.text } })
 end
@@ -102,7 +104,17 @@ def forks(target)
   2.times { fork_and_ask(client) }
   report { client.stream(CHAT, timeout: LIMIT).answer.text }
   fork_and_ask(client)
-  report { client.stream(CHAT, timeout: LIMIT).answer.text }
+  client.stream(CHAT, timeout: LIMIT) do |stream|
+    begun(stream)
+    child = fork do
+      stream.close
+      client.close
+      exit!
+    end
+    Process.wait(child)
+    stream.cancel_softly
+    report { stream.answer.choice.stop_reason }
+  end
 end
 
 $stdout.sync = true
