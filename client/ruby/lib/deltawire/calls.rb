@@ -84,6 +84,15 @@ module Deltawire
       raise GRPC::Internal, "a message cannot be read: #{e.message}"
     end
 
+    # The one response of a call that has no stream.
+    def response
+      message = read
+      raise GRPC::Internal, 'the call has no response' if message.nil?
+
+      read # Its status.
+      message
+    end
+
     private
 
     # The result of operations; nil if they failed: the status says why.
@@ -167,10 +176,10 @@ module Deltawire
 
     def create_call(channel, path, deadline)
       channel.create_call(nil, nil, path, nil, deadline)
-    rescue RuntimeError
-      raise unless @canceled
+    rescue RuntimeError => e
+      raise unless e.message.include?('closed')
 
-      raise GRPC::Cancelled # The connection was closed at the same time.
+      raise GRPC::Unavailable, 'the connection was closed' # By another thread.
     end
 
     def over?

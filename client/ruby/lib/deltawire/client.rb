@@ -217,7 +217,7 @@ module Deltawire
         about = Headers.about(request.completion_id, gateway_of(request.completion_id), moved)
         begin
           call = scope.call(own || channel || self.channel, V1::ChatCompletion::Service, method, request, about)
-          response = call.read
+          response = call.response
           gateway = Headers.first(call.header, Headers::GATEWAY)
           found(request.completion_id, gateway) if gateway
           return response
@@ -235,8 +235,10 @@ module Deltawire
 
         own&.close
         own = moved.positive? ? dial : nil
+        channel = nil # That of a stream may have been closed with it.
       end
     ensure
+      scope&.cancel # An exception of another kind ends the call on both sides.
       own&.close
     end
 

@@ -48,14 +48,18 @@ rescue IOError => e
   report { client.stream(CHAT).answer }
 end
 
-# Soft cancels reach the gateway that has the stream, whichever that is.
+# Soft cancels reach the gateway that has the stream, whichever that is. A client that knows only the id searches for it.
 def softly(target)
-  Deltawire::Client.open(target) do |client|
-    reasons = Array.new(12) do
-      client.stream(CHAT, timeout: LIMIT) { |stream| begun(stream).cancel_softly && stream.answer.choice.stop_reason }
+  client = Deltawire::Client.new(target)
+  other = Deltawire::Client.new(target)
+  ends = Array.new(12) do
+    client.stream(CHAT, timeout: LIMIT) do |stream|
+      begun(stream)
+      stream.cancel_softly
+      [stream.answer.choice.stop_reason, other.get(stream.completion_id, timeout: LIMIT).state]
     end
-    p reasons.uniq
   end
+  p ends.uniq
 end
 
 # By a chosen id, from a client that has never seen the stream.
