@@ -166,11 +166,14 @@ async def test_the_example_reports_failures(vllm: FakeVllm, target: str, clone: 
     assert (add["name"], add["parameters"], add["strict"]) == ("add", {"type": "object"}, False)
     assert weather["name"] == "get_weather"
     broken = await ruby(clone, CHAT, "--target", target, "hi")
-    assert (broken.status, broken.out) == (1, "half an ans")
+    assert (broken.status, broken.out) == (1, "half an ans\n")
     assert broken.err.startswith("ABORTED (UPSTREAM_INCOMPLETE): ")
     refused = await ruby(clone, CHAT, "--target", target, "--model", "nobody", "hi")
     assert (refused.status, refused.out) == (1, "")
     assert refused.err.startswith("NOT_FOUND (MODEL_NOT_FOUND): ")
+    keyed = await shell(clone, f"DELTAWIRE_TOKEN=key ruby {CHAT} --target gateway.example:50051 hi")
+    assert (keyed.status, keyed.err.count("\n")) == (2, 1)
+    assert keyed.err.startswith("the key would go over plaintext to another machine")
     wrong = await ruby(clone, CHAT, "--target", target)
     assert wrong.status == 2
     assert wrong.err.startswith("usage: chat.rb")

@@ -11,8 +11,15 @@ def chat(target, request)
   Deltawire::Client.open(target, key: ENV['DELTAWIRE_TOKEN']) do |client|
     # An exception such as Interrupt ends the stream, and the engine stops generating.
     client.stream(request) do |stream|
-      stream.each_text { |piece| print piece }
+      begun = false
+      stream.each_text do |piece|
+        begun = true
+        print piece
+      end
       finish(stream.answer)
+    rescue Deltawire::CallError
+      puts if begun # Ends the line of the text so far.
+      raise
     end
   end
 end
