@@ -16,6 +16,7 @@ PAGES = [
     "client/README.md",
     "client/go/README.md",
     "client/java/README.md",
+    "client/ruby/README.md",
     "client/typescript/README.md",
     "server/README.md",
     "server/deploy/runbook.md",
