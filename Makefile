@@ -130,6 +130,11 @@ polyglot-packages:
 polyglot: polyglot-packages install $(BIN)/.installed-envoy $(NODE)/node_modules/.package-lock.json $(TYPESCRIPT)/node_modules/.package-lock.json $(TYPESCRIPT_CLIENT)/node_modules/.package-lock.json ## Stubs and clients of other languages, buf, a real Envoy and a real Prometheus
 	@$(BIN)/python -m pytest -m polyglot tests/polyglot tests/conformance
 
+HAND_OVERS ?= 200
+.PHONY: hand-over
+hand-over: install $(BIN)/.installed-envoy $(TYPESCRIPT)/node_modules/.package-lock.json $(TYPESCRIPT_CLIENT)/node_modules/.package-lock.json ## HAND_OVERS streams go from Go to Java to a browser while two gateways generate them
+	@HAND_OVERS=$(HAND_OVERS) $(BIN)/python -m pytest -m polyglot tests/polyglot/test_hand_over.py
+
 CALLERS ?= 200
 .PHONY: rolling
 rolling: install $(BIN)/.installed-envoy ## Restart two gateways behind Envoy in turn, with CALLERS streams at all times: none is lost
