@@ -140,7 +140,7 @@ polyglot: polyglot-packages install $(BIN)/.installed-envoy $(PROTOCS)/.installe
 
 HAND_OVERS ?= 200
 .PHONY: hand-over
-hand-over: install $(BIN)/.installed-envoy $(TYPESCRIPT)/node_modules/.package-lock.json $(TYPESCRIPT_CLIENT)/node_modules/.package-lock.json ## HAND_OVERS streams go from Go to Java to a browser while two gateways generate them
+hand-over: polyglot-packages install $(BIN)/.installed-envoy $(TYPESCRIPT)/node_modules/.package-lock.json $(TYPESCRIPT_CLIENT)/node_modules/.package-lock.json ## HAND_OVERS streams go from Go to Java to a browser while two gateways generate them
 	@HAND_OVERS=$(HAND_OVERS) $(BIN)/python -m pytest -m polyglot tests/polyglot/test_hand_over.py
 
 CALLERS ?= 200

@@ -8,7 +8,8 @@ import re
 import subprocess
 import tarfile
 import zipfile
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,9 +19,6 @@ from tests.deploy.engine import DIST, DOCKER, ROOT, run
 from tests.polyglot import calls, programs
 from tests.polyglot.documented import commands
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 pytestmark = [pytest.mark.deploy, pytest.mark.xdist_group("dist")]
 
 WHEEL = f"deltawire-{__version__}-py3-none-any.whl"
@@ -29,11 +27,16 @@ NPM = f"deltawire-{__version__}-npm.tgz"
 PROTOS = f"deltawire-{__version__}-protos.tar.gz"
 
 
-def build(clone: Path, *, umask: int, modified: int, **variables: str) -> dict[str, bytes]:
-    """What `make dist` makes in a new clone of the last commit, with this umask, time of files, and environment."""
+def cloned(clone: Path, *, umask: int = 0o022, modified: int = 1_000_000_000) -> None:
+    """Make a new clone of the last commit, whose files are older than what builds them."""
     run("git", "clone", "--quiet", ROOT, clone, umask=umask)
     for path in clone.rglob("*"):
         os.utime(path, (modified, modified))
+
+
+def build(clone: Path, *, umask: int, modified: int, **variables: str) -> dict[str, bytes]:
+    """What `make dist` makes in a new clone of the last commit, with this umask, time of files, and environment."""
+    cloned(clone, umask=umask, modified=modified)
     run("make", "--no-print-directory", "dist", f"DIST={DIST}", cwd=clone, umask=umask, env=os.environ | variables)
     run("sha256sum", "--strict", "--check", "SHA256SUMS", cwd=clone / "dist")
     return {path.name: path.read_bytes() for path in (clone / "dist").iterdir()}
@@ -66,6 +69,17 @@ def test_the_wheel_is_complete(built: dict[str, bytes], folder: Path) -> None:
     expected = {"deltawire/py.typed", "deltawire_server/py.typed", "deltawire/v1/descriptors.binpb"}
     assert expected | {f"deltawire-{__version__}.dist-info/licenses/LICENSE"} <= {*names}
     assert not [name for name in names if "test" in name]
+
+
+def test_the_wheel_has_the_protos(built: dict[str, bytes]) -> None:
+    """Where the commands of their page say, after an installation from the wheel alone."""
+    assert built
+    environment = {"PATH": f"{DIST}/gateway/bin:{os.environ['PATH']}"}
+    asked = [command for command in commands("Stubs") if command.startswith("python -c ")]
+    protos, descriptors = (Path(run("bash", "-euc", each, cwd="/", env=environment).strip()) for each in asked)
+    assert (protos / "deltawire/v1/tool.proto").read_bytes() == (ROOT / "protos/deltawire/v1/tool.proto").read_bytes()
+    assert descriptors.read_bytes() == (ROOT / "client/deltawire/v1/descriptors.binpb").read_bytes()
+    assert descriptors.is_relative_to(DIST)
 
 
 def test_the_list_of_parts_is_that_of_the_image(built: dict[str, bytes]) -> None:
@@ -129,7 +143,7 @@ def test_the_archive_of_the_protos_is_complete(built: dict[str, bytes], folder: 
 def test_a_failed_build_says_why(folder: Path) -> None:
     """The message of the program that failed."""
     clone = folder / "broken"
-    run("git", "clone", "--quiet", ROOT, clone)
+    cloned(clone)
     project = clone / "pyproject.toml"
     project.write_text(project.read_text("utf-8").replace("_version.py", "no_version.py"), "utf-8")
     run(
