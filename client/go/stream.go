@@ -141,6 +141,9 @@ func (s *Stream) receive() (*deltawirev1.StreamChatCompletionResponse, error) {
 		s.call = call
 	}
 	event, err := s.call.Recv()
+	for err == nil && s.ctx.Err() == context.Canceled {
+		event, err = s.call.Recv() // grpc-go may still return what it had received before the cancel.
+	}
 	if err == nil && !s.hasReceived {
 		s.hasReceived, s.everReceived = true, true
 		header, _ := s.call.Header()

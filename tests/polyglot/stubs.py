@@ -42,7 +42,7 @@ _BUILDS = {
     """,
     # vendor/ is assembled beforehand, see `_vendor`. The cache, which runs share, holds gRPC and what it needs.
     "Go": f"""
-        cp -r gen/go/* program/stubs
+        cp -r gen/go/* {ROOT}/client/go/codec program/stubs
         cd program
         export GO111MODULE=on GOFLAGS=-mod=vendor GOPROXY=off GOCACHE={ROOT}/.cache/go
         go build -o ../chat .
@@ -100,7 +100,7 @@ def _vendor(program: Path) -> None:
         place.symlink_to(stubs if own else sources / module)
         lines += [f"# {module} {version}" + (" => ./stubs" if own else ""), "## explicit; go 1.19"]
         if own:
-            lines.append("deltawire.dev/go/deltawire/v1")
+            lines += ["deltawire.dev/go/codec", "deltawire.dev/go/deltawire/v1"]
         else:
             lines += sorted({str(file.parent.relative_to(sources)) for file in (sources / module).rglob("*.go")})
     lines.append("# deltawire.dev/go => ./stubs")

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 
-from tests.polyglot.programs import PROTOS, Outcome, run, tool
+from tests.polyglot import stubs
+from tests.polyglot.documented import commands
+from tests.polyglot.programs import PROTOS, ROOT, Outcome, run, tool
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,6 +29,47 @@ async def test_the_protos_need_nothing_beside_them(tmp_path: Path) -> None:
         assert all(name.startswith(("deltawire/v1/", "google/protobuf/")) for name in file.dependency), file.name
         # Not editions, which Debian's protoc 3.21 cannot read.
         assert file.syntax == "proto3", file.name
+
+
+@pytest.mark.parametrize(
+    ("version", "plain", "flagged", "php"),
+    [
+        ("3.11.4", False, False, False),
+        ("3.12.0", False, True, False),
+        ("3.13.0", False, True, True),
+        ("3.14.0", False, True, True),
+        ("3.15.0", True, True, True),
+    ],
+)
+async def test_old_versions_of_protoc(tmp_path: Path, version: str, plain: bool, flagged: bool, php: bool) -> None:
+    """What the page says of each: whether it needs the flag, and what it generates with it; with the plugins of today too."""
+    protoc = ROOT / ".cache" / "protoc" / version / "protoc" / "data" / "bin" / "protoc"
+    if not protoc.exists():
+        pytest.fail("the old versions of protoc are not installed: `make polyglot` does it")
+    make, generate = commands("Old versions of protoc")
+    flag = " --experimental_allow_proto3_optional"
+    assert generate.count(flag) == 1
+    plugins = [
+        "--go_out=gen/old --go-grpc_out=gen/old",
+        *(
+            f"--grpc_out=gen/old --plugin=protoc-gen-grpc={tool(f'grpc_{name}_plugin')}"
+            for name in ("cpp", "java", "ruby")
+        ),
+    ]
+    stubs.workspace(tmp_path)
+
+    async def runs(command: str) -> bool:
+        shutil.rmtree(tmp_path / "gen", ignore_errors=True)
+        line = f"{make}; {command.replace('protoc ', f'{protoc} ', 1)}"
+        done = await run("bash", "-euc", line, home=tmp_path, folder=tmp_path)
+        assert any((tmp_path / "gen" / "old").iterdir()) == (done.status == 0), done
+        return done.status == 0
+
+    assert await runs(generate.replace(flag, "")) is plain
+    assert await runs(generate) is flagged
+    assert await runs(f"protoc{flag} -I protos --php_out=gen/old protos/deltawire/v1/*.proto") is php
+    for plugin in plugins:
+        assert await runs(f"protoc{flag} -I protos {plugin} protos/deltawire/v1/*.proto") is flagged
 
 
 async def breaking(folder: Path) -> Outcome:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import struct
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, overload
 
-from deltawire import CallError, StreamInterrupted
+from deltawire import CallError, StreamInterrupted, WatchBookmark
 from deltawire.v1.chat_completion_pb2 import Completed
 from tests.conformance.conformance_pb2 import Answer, ClientCase, ClientResult, Failure
 
@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     import deltawire
-    from deltawire import Choice, DeltawireError, Model
-    from deltawire.v1.chat_completion_pb2 import StreamOptions
+    from deltawire import AsyncChatStream, AsyncClient, ChatStream, Choice, Client, DeltawireError, Model, ModelChange
 
 _UNKNOWN = 2
 
@@ -34,12 +33,43 @@ def report(name: str, result: ClientResult) -> None:
     sys.stdout.buffer.flush()
 
 
-def arguments(options: StreamOptions) -> dict[str, object]:
-    """The options of a request as the client's arguments."""
-    given: dict[str, object] = {}
-    for field, value in options.ListFields():
-        given[field.name] = value if isinstance(value, bool) else value.ToTimedelta()
-    return given
+@overload
+def opened(client: Client, case: ClientCase) -> ChatStream: ...
+@overload
+def opened(client: AsyncClient, case: ClientCase) -> AsyncChatStream: ...
+def opened(client: Client | AsyncClient, case: ClientCase) -> ChatStream | AsyncChatStream:
+    """The stream that a case asks for."""
+    request = case.stream.request
+    if request.HasField("chat"):
+        options: dict[str, Any] = {
+            field.name: value if isinstance(value, bool) else value.ToTimedelta()
+            for field, value in request.options.ListFields()
+        }
+        return client.chat.stream(request.chat, timeout=timeout(case), **options)
+    after = request.resume.last_sequence if request.resume.HasField("last_sequence") else None
+    return client.chat.resume(request.resume.completion_id, after, timeout=timeout(case))
+
+
+class Watched:
+    """What a watch has brought."""
+
+    def __init__(self, case: ClientCase) -> None:
+        self._bookmarks = case.watch.bookmarks
+        self._models: dict[str, Model] = {}
+
+    def take(self, event: ModelChange | WatchBookmark) -> bool:
+        """Take an event. Whether the case asks for no more."""
+        if isinstance(event, WatchBookmark):
+            self._bookmarks -= 1
+        elif event.change == "REMOVED":
+            self._models.pop(event.model.id, None)
+        else:
+            self._models[event.model.id] = event.model
+        return self._bookmarks == 0
+
+    def result(self) -> ClientResult:
+        """The result of the watch."""
+        return watched(self._models.values())
 
 
 def timeout(case: ClientCase) -> float | None:

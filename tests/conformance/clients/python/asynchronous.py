@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from deltawire import AsyncClient, DeltawireError, WatchBookmark
-from tests.conformance.clients.python import answered, arguments, cases, failed, report, timeout, watched
+from deltawire import AsyncClient, DeltawireError
+from tests.conformance.clients.python import Watched, answered, cases, failed, opened, report, timeout
 
 if TYPE_CHECKING:
-    from deltawire import AsyncChatStream, Model
     from tests.conformance.conformance_pb2 import ClientCase, ClientResult
 
 
@@ -29,7 +28,7 @@ async def _run(case: ClientCase) -> ClientResult:
 
 
 async def _stream(client: AsyncClient, case: ClientCase) -> ClientResult:
-    async with _open(client, case) as stream:
+    async with opened(client, case) as stream:
         if case.stream.HasField("cancel_after_events"):
             count = 0
             async for _ in stream:
@@ -39,28 +38,13 @@ async def _stream(client: AsyncClient, case: ClientCase) -> ClientResult:
         return answered(await stream.final())
 
 
-def _open(client: AsyncClient, case: ClientCase) -> AsyncChatStream:
-    request = case.stream.request
-    if request.HasField("chat"):
-        return client.chat.stream(request.chat, timeout=timeout(case), **arguments(request.options))  # type: ignore[arg-type]
-    after = request.resume.last_sequence if request.resume.HasField("last_sequence") else None
-    return client.chat.resume(request.resume.completion_id, after, timeout=timeout(case))
-
-
 async def _watch(client: AsyncClient, case: ClientCase) -> ClientResult:
-    models: dict[str, Model] = {}
-    bookmarks = case.watch.bookmarks
+    watched = Watched(case)
     async with client.models.watch(case.watch.request.revision, timeout=timeout(case)) as watch:
         async for event in watch:
-            if isinstance(event, WatchBookmark):
-                bookmarks -= 1
-                if not bookmarks:
-                    break
-            elif event.change == "REMOVED":
-                models.pop(event.model.id, None)
-            else:
-                models[event.model.id] = event.model
-    return watched(models.values())
+            if watched.take(event):
+                break
+    return watched.result()
 
 
 if __name__ == "__main__":

@@ -19,5 +19,5 @@ ln -sfn ../client/typescript node_modules/deltawire
 # The program has the API's messages a second time, which are the same to it, because those of the protocol refer to them.
 protoc -I protos -I "$here/../.." --plugin="$packages/.bin/protoc-gen-es" --es_out=gen --es_opt=target=ts,import_extension=js \
   protos/deltawire/v1/*.proto "$here/../../conformance.proto"
-cp "$here"/{main.ts,package.json,tsconfig.json} .
+cp "$here"/{*.ts,package.json,tsconfig.json} .
 "$packages/.bin/tsc"

@@ -9,6 +9,7 @@ import (
 	"os"
 	"time"
 
+	"deltawire.dev/go/codec"
 	deltawirev1 "deltawire.dev/go/deltawire/v1"
 	"google.golang.org/grpc"
 )
@@ -21,7 +22,7 @@ func main() {
 }
 
 func chat(target string) error {
-	connection, err := grpc.Dial(target, grpc.WithInsecure())
+	connection, err := grpc.Dial(target, grpc.WithInsecure(), grpc.WithDefaultCallOptions(grpc.ForceCodec(codec.Codec{})))
 	if err != nil {
 		return err
 	}

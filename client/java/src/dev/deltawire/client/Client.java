@@ -142,7 +142,7 @@ public final class Client implements AutoCloseable {
     return stream(StreamChatCompletionRequest.newBuilder().setChat(chat).build(), options);
   }
 
-  /** The same with options for the stream, such as {@code retention}. */
+  /** The same with options for the stream, such as {@code retention}; or a request to {@link #resume}. */
   public ChatStream stream(StreamChatCompletionRequest request, CallOptions options) {
     return new ChatStream(this, request, null, options);
   }

@@ -40,6 +40,9 @@ final class Resumption {
           Status.Code.CANCELLED,
           Status.Code.DEADLINE_EXCEEDED);
 
+  /** For how long a request that resumes goes on without anything new. */
+  private static final Duration RESUME_FOR = Duration.ofMinutes(1);
+
   private final StreamChatCompletionRequest request;
   private final String completionId;
   private final boolean madeId;
@@ -56,13 +59,19 @@ final class Resumption {
   /**
    * @param request what was asked; a retained one without an id gets one that cannot be guessed, so that it can be resumed before
    *     it has begun
-   * @param resumeFor for how long to go on without anything new; null takes the request's retention
+   * @param resumeFor for how long to go on without anything new; null takes the request's retention, or a minute if it resumes
    */
   Resumption(StreamChatCompletionRequest request, Duration resumeFor) {
     com.google.protobuf.Duration asked = request.getOptions().getRetention();
-    boolean isRetained = resumeFor == null && request.getOptions().hasRetention();
-    retention = isRetained ? Duration.ofSeconds(asked.getSeconds(), asked.getNanos()) : resumeFor;
     isResuming = request.hasResume();
+    if (resumeFor != null) {
+      retention = resumeFor;
+    } else if (isResuming) {
+      retention = RESUME_FOR;
+    } else {
+      boolean isRetained = request.getOptions().hasRetention();
+      retention = isRetained ? Duration.ofSeconds(asked.getSeconds(), asked.getNanos()) : null;
+    }
     madeId = request.hasChat() && retention != null && request.getChat().getCompletionId().isEmpty();
     StreamChatCompletionRequest.Builder own = request.toBuilder();
     if (madeId) {
