@@ -240,7 +240,7 @@ async def lab(vllm: FakeVllm, tmp_path: Path) -> AsyncIterator[Lab]:
         client_driver.Program(go, LIMIT) as go_program,
         client_driver.Program(java, LIMIT) as java_program,
     ):
-        programs = map(Program, (go_program.ask, java_program.ask, page))
+        programs = map(Program, (go_program.exchange, java_program.exchange, page))
         yield Lab(vllm, (first, second), proxy, ChatCompletionStub(channel), *programs)
 
 
