@@ -51,7 +51,8 @@ async def gateway(
 @contextlib.asynccontextmanager
 async def gateway_process(vllm: FakeVllm, folder: Path) -> AsyncIterator[tuple[Process, str]]:
     """The same as a process of its own, which can be killed."""
-    own = ("--vllm-url", vllm.base_url, "--listen", "127.0.0.1:0", "--database-url", f"sqlite:///{folder}/process.db")
+    database = f"sqlite:///{folder}/process-{next(_numbers)}.db"
+    own = ("--vllm-url", vllm.base_url, "--listen", "127.0.0.1:0", "--database-url", database)
     async with started(tool("deltawire-server"), *own, "--log-format", "json", home=folder) as process:
         assert process.stderr is not None
         async with asyncio.timeout(LIMIT):
