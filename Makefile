@@ -266,7 +266,7 @@ dist: $(DIST)/.installed ## Build wheel, source distribution, npm package, archi
 		&& "$$tools/tools/bin/cyclonedx-py" environment --output-reproducible --pyproject pyproject.toml \
 			--output-file "$$out/deltawire-$(VERSION).cdx.json" "$$tools/gateway"
 	@export PATH="$(abspath $(DIST))/tools/bin:$$PATH" && umask 022 && cd $(CACHE)/source/$(TYPESCRIPT_CLIENT) \
-		&& chmod --recursive u=rwX,go=rX . && cp ../../LICENSE . && ln -s "$(abspath $(DIST))/npm/node_modules" node_modules \
+		&& cp ../../LICENSE . && chmod --recursive u=rwX,go=rX . && ln -s "$(abspath $(DIST))/npm/node_modules" node_modules \
 		&& npm pack --silent >/dev/null && mv deltawire-*.tgz "$(CURDIR)/dist/deltawire-$(VERSION)-npm.tgz"
 	@cd dist && sha256sum * >SHA256SUMS && cat SHA256SUMS
 

@@ -144,7 +144,7 @@ async def test_calls_are_refused_and_ended_for_want_of_memory(tmp_path: Path) ->
             assert refused.retry_seconds
             other.close()
             other = ledger.hold(caller="another")
-            other.set(55 * MIB)
+            other.set(60 * MIB)
             upstream.plans["modest"] = Plan([Send(script.HEAD + BEGIN + END)])
             await read_well(gateway.stream(ask(model="fake"), metadata=(("x-request-id", "modest"),)))
             other.close()

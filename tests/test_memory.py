@@ -98,18 +98,35 @@ def test_a_caller_that_uses_much_is_not_felt_by_others() -> None:
     ledger.admit(350, "modest")
     with pytest.raises(GatewayError):
         ledger.admit(351, "modest")
-    modest = call("modest", 90)
-    ledger.admit(200, "modest")
-    assert ended == []
-    largest = call("modest", 250)
     assert ended == ["greedy 300"]
-    ledger.admit(100, "third")
+    modest = call("modest", 350)
+    ledger.admit(50, "third")
+    with pytest.raises(GatewayError):
+        ledger.admit(250, "third")
+    assert ended == ["greedy 300"]
+    largest = call("third", 60)
+    assert ended == ["greedy 300", "greedy 250"]
     for hold in (*greedy, modest, largest):
         hold.close()
     assert ledger.held == 0
     ledger.admit(700, "greedy")
     with pytest.raises(GatewayError):
         ledger.admit(701, "greedy")
+
+
+@pytest.mark.parametrize("callers", [1, 2, 50])
+def test_requests_that_cannot_be_ended_stay_below_the_limit(callers: int) -> None:
+    """However many callers send them: nobody can make room for more."""
+    ledger = Ledger(10_000)
+    admitted = 0
+    for _ in range(100):
+        for number in range(callers):
+            with contextlib.suppress(GatewayError):
+                ledger.admit(100, f"{number}")
+                ledger.hold(caller=f"{number}").set(100)
+                admitted += 1
+    assert 87 <= admitted <= 100
+    assert ledger.held == 100 * admitted
 
 
 @pytest.mark.parametrize(

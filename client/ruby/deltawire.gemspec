@@ -11,4 +11,6 @@ Gem::Specification.new do |gem|
   gem.required_ruby_version = '>= 3.1'
   # gRPC brings google-protobuf, and googleapis-common-protos-types with the messages of google.rpc.
   gem.add_runtime_dependency 'grpc', '~> 1.51'
+  # Stubs of protoc 3.21 do not load with google-protobuf 4.
+  gem.add_runtime_dependency 'google-protobuf', '~> 3.21'
 end

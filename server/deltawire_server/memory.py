@@ -119,14 +119,17 @@ class Ledger:
         """
         if self.held + size <= self.limit * REFUSE:
             return
-        callers = len(self._by_caller) + (caller not in self._by_caller)
-        if self._by_caller[caller] + size > self.limit * REFUSE / callers:
-            raise GatewayError(
-                Reason.MEMORY_LIMIT_EXCEEDED,
-                "the active calls use all memory that this gateway may use for calls: retry later, or on another gateway",
-                metadata={"limit_bytes": str(self.limit)},
-                retry_after=RETRY_SECONDS,
-            )
+        part = self.limit * REFUSE / (len(self._by_caller) + (caller not in self._by_caller))
+        if self._by_caller[caller] + size <= part:
+            self._make_room(self.limit - size, part)
+            if self.held + size <= self.limit:
+                return
+        raise GatewayError(
+            Reason.MEMORY_LIMIT_EXCEEDED,
+            "the active calls use all memory that this gateway may use for calls: retry later, or on another gateway",
+            metadata={"limit_bytes": str(self.limit)},
+            retry_after=RETRY_SECONDS,
+        )
 
     def hold(self, evict: Callable[[], object] | None = None, caller: str = "") -> Hold:
         """Open the account of one call, with 0 bytes. `close` it at the end of the call.
@@ -146,13 +149,18 @@ class Ledger:
         self._by_caller[caller] += size
         if not self._by_caller[caller]:
             del self._by_caller[caller]
-        if size <= 0 or self.held <= self.limit or self._making_room:
+        if size > 0:
+            self._make_room(self.limit)
+
+    def _make_room(self, size: int, part: float = 0.0) -> None:
+        """Evict until at most `size` bytes are held, and only calls of callers that use more than `part` bytes."""
+        if self.held <= size or self._making_room:
             return
         self._making_room = True
         try:
             used = self._by_caller.copy()
             for hold in sorted(self._holds, key=lambda hold: (used[hold.caller], hold.size), reverse=True):
-                if self.held <= self.limit:
+                if self.held <= size or used[hold.caller] <= part:
                     break
                 if hold.evict is not None:
                     hold.evict()

@@ -108,12 +108,16 @@ async def test_the_page_leads_to_an_answer_and_a_tool_call(vllm: FakeVllm, targe
     assert [each["function"]["name"] for each in vllm.chats[1].body["tools"]] == ["get_weather"]
 
 
-async def test_the_example_reports_failures(target: str, package: Path) -> None:
+async def test_the_example_reports_failures(vllm: FakeVllm, target: str, package: Path) -> None:
     """On standard error, with a status."""
     chat = (tool("node"), str(package / "examples" / "chat.js"))
     outcome = await run(*chat, "--target", target, "--model", "nobody", "hi", home=package)
     assert (outcome.status, outcome.out) == (1, "")
     assert outcome.err.startswith("NotFound MODEL_NOT_FOUND: ")
+    vllm.play(BROKEN)
+    outcome = await run(*chat, "--target", target, "hi", home=package)
+    assert (outcome.status, outcome.out) == (1, "half\n")
+    assert outcome.err.startswith("Aborted UPSTREAM_INCOMPLETE: ")
     outcome = await run(*chat, home=package)
     assert outcome.status == 2
     assert "usage: node chat.js" in outcome.err

@@ -76,7 +76,8 @@ async function main() {
     if (!(error instanceof CallError)) {
       throw error;
     }
-    console.error(`${begun ? "\n" : ""}${error.message}`);
+    process.stdout.write(begun ? "\n" : ""); // ends the line of the text so far
+    console.error(error.message);
     return error.code === Code.Canceled ? 130 : 1;
   } finally {
     client.close();

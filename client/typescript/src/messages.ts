@@ -62,10 +62,11 @@ export function tool(given: OpenAiTool | ToolDefinition): ToolInit {
     const { parameters, ...others } = given.function;
     return tool({ ...others, inputSchema: parameters });
   }
-  const { inputSchema = "", ...others } = given;
+  const { inputSchema, ...others } = given;
   if (!others.name) {
     throw new TypeError("a tool needs a name");
   }
-  const schema = typeof inputSchema === "string" ? inputSchema : JSON.stringify(inputSchema);
-  return fromJson(ToolSchema, { ...(others as JsonObject), inputSchema: schema });
+  const schema = typeof inputSchema === "string" ? inputSchema : JSON.stringify(inputSchema ?? undefined);
+  const fields = Object.entries({ ...others, inputSchema: schema }).filter(([, value]) => value !== undefined);
+  return fromJson(ToolSchema, Object.fromEntries(fields) as JsonObject);
 }

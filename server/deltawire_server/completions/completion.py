@@ -283,9 +283,9 @@ class Completion:
             self._take(self._reader.finish(fault), limit_seconds=limit_seconds)
 
     def _evict(self) -> None:
-        """End it because the process is at its memory limit and it is among the largest completions."""
+        """End it because the process is at its memory limit, and it is among the largest of the caller that uses most."""
         message = (
-            "the gateway is at its memory limit for calls in progress, and this call was among the largest: retry later"
+            "the gateway is at its memory limit for calls in progress, of which this caller uses most: retry later"
         )
         self._reader.forget()
         self.end(Fault(Reason.MEMORY_LIMIT_EXCEEDED, message))

@@ -376,6 +376,7 @@ class Retention:
         self.count = 0
         """The number of streams."""
         self._holds: dict[str, Hold] = {}  # by caller
+        self._running: dict[str, set[RetainedStream]] = {}  # by caller
         # By caller, in the order of their ends.
         self._ended: dict[str, OrderedDict[RetainedStream, None]] = {}
 
@@ -398,6 +399,7 @@ class Retention:
         """
         stream = RetainedStream(self, retain_for, dropped, share or Share(), whole=whole)
         self.count += 1
+        self._running.setdefault(stream.share.key, set()).add(stream)
         stream.share.add(Use.KEPT, 1)
         self.grown(stream, stream.size)
         return stream
@@ -428,11 +430,13 @@ class Retention:
 
     def ended(self, stream: RetainedStream) -> None:
         """Record that a stream has ended, so that it may be dropped as a whole."""
+        self._runs_no_more(stream)
         self._ended.setdefault(stream.share.key, OrderedDict())[stream] = None
 
     def dropped(self, stream: RetainedStream) -> None:
         """Record that a stream was dropped."""
         key = stream.share.key
+        self._runs_no_more(stream)
         self.count -= 1
         stream.share.give_back(Use.KEPT)
         self._count(stream.share, -stream.size)
@@ -448,7 +452,7 @@ class Retention:
         share.add(Use.RETAINED_BYTES, size)
         hold = self._holds.get(share.key)
         if hold is None:
-            evict = functools.partial(self._drop_ended, share.key)
+            evict = functools.partial(self._make_room, share.key)
             hold = self._holds[share.key] = self._memory.hold(evict, share.key)
         hold.set(hold.size + size)
         if not hold.size and self._holds.get(share.key) is hold:
@@ -462,7 +466,15 @@ class Retention:
             return True
         return False
 
-    def _drop_ended(self, key: str) -> None:
-        """Drop all ended streams of a caller, because the process is at its memory limit."""
+    def _runs_no_more(self, stream: RetainedStream) -> None:
+        running = self._running.get(stream.share.key, set())
+        running.discard(stream)
+        if not running:
+            self._running.pop(stream.share.key, None)
+
+    def _make_room(self, key: str) -> None:
+        """Drop all ended streams of a caller and shorten its running ones, because the process is at its memory limit."""
         while self._drop_one(key):
             pass
+        for stream in self._running.get(key, ()):
+            stream.shorten(0)

@@ -206,10 +206,15 @@ async def _connected(connect: Coroutine[object, object, DBAPIConnection]) -> DBA
     try:
         return await asyncio.shield(connecting)
     except asyncio.CancelledError:
-        await asyncio.wait([connecting])
-        if connecting.exception() is None:
-            await greenlet_spawn(connecting.result().close)
+        # In a task of its own, because this one may be canceled again.
+        await asyncio.shield(asyncio.create_task(_closed(connecting)))
         raise
+
+
+async def _closed(connecting: asyncio.Task[DBAPIConnection]) -> None:
+    await asyncio.wait([connecting])
+    if connecting.exception() is None:
+        await greenlet_spawn(connecting.result().close)
 
 
 def _prepare(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:

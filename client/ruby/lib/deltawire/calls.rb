@@ -149,11 +149,13 @@ module Deltawire
       end
     end
 
-    # Lets time pass; false if the calls ended meanwhile.
+    # Waits for the pause; false if the calls ended meanwhile.
     def wait(pause)
       till = [Clock.now + pause, @deadline].compact.min
       @mutex.synchronize do
-        @changed.wait(@mutex, till - Clock.now) while !@canceled && Clock.now < till
+        until @canceled || (left = till - Clock.now) <= 0
+          @changed.wait(@mutex, left)
+        end
       end
       !over?
     end

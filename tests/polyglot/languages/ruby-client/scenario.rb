@@ -35,9 +35,14 @@ def ends(target)
   rescue Timeout::Error
     report { stream.answer }
   end
-  reader = Thread.new { begun(client.stream(CHAT, timeout: LIMIT)).answer }
+  reading = Queue.new
+  reader = Thread.new do
+    stream = begun(client.stream(CHAT, timeout: LIMIT))
+    reading.push(true)
+    stream.answer
+  end
   reader.report_on_exception = false
-  sleep 0.01 until reader.stop?
+  reading.pop
   reader.raise(IOError, 'not needed any more')
   report { reader.value }
 rescue IOError => e

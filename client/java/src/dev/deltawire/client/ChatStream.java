@@ -188,9 +188,7 @@ public final class ChatStream
     }
     resumption.received(event.getSequence());
     completionId = accumulator.completionId();
-    if (event.hasStarted()) {
-      operation.found(completionId);
-    }
+    operation.found(completionId);
     next = event;
   }
 
