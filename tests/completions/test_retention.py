@@ -12,6 +12,8 @@ from deltawire_server.completions import retention
 from deltawire_server.completions.info import NOTHING_YET, Outcome
 from deltawire_server.completions.retention import STREAM_BYTES, RetainedStream, Retention, RetentionLimits
 from deltawire_server.errors import CallerError, Code, DeltawireError, GatewayError, ProviderError, Reason
+from deltawire_server.limits import Share
+from deltawire_server.memory import Ledger
 from deltawire_server.sansio.coalesce import weight
 from deltawire_server.sansio.events import (
     Completed,
@@ -408,3 +410,25 @@ async def test_a_stream_before_its_model_is_resolved() -> None:
     await asyncio.sleep(0)
     stream.close(CallerError(Reason.MODEL_NOT_FOUND, "no such model"))
     assert (await waiting).reason is Reason.MODEL_NOT_FOUND
+
+
+@pytest.mark.usefixtures("strict")
+def test_running_streams_make_room_at_the_memory_limit() -> None:
+    """Those of the caller that uses most, before any call of others ends."""
+    memory = Ledger(1000 * weight(TEXT))
+    kept_by = Retention(memory=memory)
+    greedy, modest = (kept_by.open(LONG, lambda: None, share=Share(name)) for name in ("greedy", "modest"))
+    evicted: list[str] = []
+    call = memory.hold(lambda: evicted.append("modest"), "modest")
+    for stream in (greedy, modest):
+        stream.run(FakeCompletion())
+    greedy.put([TEXT] * 900)
+    modest.put([TEXT] * 10)
+    call.set(90 * weight(TEXT))
+    assert greedy.size == STREAM_BYTES + weight(TEXT)
+    assert modest.size == STREAM_BYTES + 10 * weight(TEXT)
+    assert not evicted
+    greedy.drop()
+    modest.drop()
+    call.close()
+    assert memory.held == 0

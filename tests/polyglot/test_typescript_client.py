@@ -132,6 +132,17 @@ async def test_the_example_reports_failures(vllm: FakeVllm, target: str, package
     assert "use TLS" in outcome.err
 
 
+async def test_a_tool_may_have_fields_without_a_value(package: Path) -> None:
+    """As objects of JavaScript often do."""
+    made = "{ name: 'f', description: undefined, parameters: null }"
+    code = f"import {{ tool }} from 'deltawire/node'; const made = {made}; const {{ parameters, ...own }} = made;"
+    code += (
+        " for (const given of [{ function: made }, own]) { console.log(tool(given).name, tool(given).inputSchema); }"
+    )
+    outcome = await run(tool("node"), "--input-type=module", "-e", code, home=package, folder=package)
+    assert (outcome.status, outcome.out.split()) == (0, ["f", "f"]), outcome.err
+
+
 async def test_the_examples_of_the_page_run(vllm: FakeVllm, target: str, package: Path) -> None:
     """With the answers that they print."""
     vllm.play(Script.recording(TRANSCRIPTS / "tool-text-before.sse"), says("Yes."))

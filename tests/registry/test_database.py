@@ -11,13 +11,14 @@ import traceback
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from deltawire_server.errors import Reason, RegistryError
+from deltawire_server.registry import sqlite
 from deltawire_server.registry.database import cause_text
 from deltawire_server.registry.store import Store
 from tests.registry.databases import LLAMA, engine_of, execute, plain, whole
@@ -424,3 +425,28 @@ async def test_a_file_that_others_may_use_is_warned_of(tmp_path: Path) -> None:
 def test_what_a_driver_quotes(words: str, shown: str) -> None:
     """Secrets of a connection string or a URL are masked, wherever its error goes."""
     assert cause_text(ValueError(words)) == shown
+
+
+@pytest.mark.parametrize("cancels", [1, 2])
+async def test_a_connection_that_nobody_waits_for_is_closed(cancels: int) -> None:
+    """However often the task that opened it is canceled; the driver would keep it open."""
+    opened, closed = asyncio.Event(), asyncio.Event()
+
+    class Connection:
+        def close(self) -> None:
+            closed.set()
+
+    async def connect() -> Connection:
+        await opened.wait()
+        return Connection()
+
+    waiting = asyncio.create_task(sqlite._connected(cast("Any", connect())))
+    for _ in range(cancels):
+        await asyncio.sleep(0)
+        waiting.cancel()
+    await asyncio.sleep(0)
+    opened.set()
+    async with asyncio.timeout(10):
+        await asyncio.wait([waiting])
+        await closed.wait()
+    assert waiting.cancelled()
