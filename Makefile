@@ -77,7 +77,7 @@ cover: install ## The fast tests with branch coverage: 100 % of sansio/, 90 % ov
 	@$(BIN)/coverage report --fail-under=90
 	@$(BIN)/coverage report --include='*/sansio/*' --fail-under=100
 
-# An environment for each version of Python, so that `.venv` stays as it is. mypy reads the standard library's types of that version.
+# An environment for each version of Python, so that `.venv` is unchanged. mypy reads the standard library's types of that version.
 TESTS ?=
 .PHONY: check-python
 check-python: ## Types and every test that needs no vLLM, with another Python: PYTHON=python3.14, TESTS=tests/rpc for a part

@@ -107,7 +107,7 @@ func Dial(target string, options ...Option) (*Client, error) {
 	dialOptions = append(dialOptions, set.options...)
 	dial := func() (*grpc.ClientConn, error) { return grpc.Dial(target, dialOptions...) }
 	conn, err := dial()
-	if err != nil && set.key.secure && set.tls == nil {
+	if err != nil && strings.Contains(err.Error(), "transport level security") {
 		err = fmt.Errorf("a key is not sent over plaintext to another machine: use WithTLS, or WithPlaintextKey: %w", err)
 	}
 	return &Client{conn: conn, dial: dial, others: map[*grpc.ClientConn]bool{}}, err

@@ -18,13 +18,13 @@ module Deltawire
   def self.tool_result(call, text) = V1::ChatMessage.new(tool: V1::ToolMessage.new(call_id: call.call_id, text: text))
 
   # Reads tools from JSON: one, or a list. Each is a V1::Tool as protobuf writes it, whose schema may be an object too, or
-  # OpenAI's object. The keys of a schema keep their order.
+  # OpenAI's object. The keys of a schema keep their order; its numbers are written anew.
   #
   # @raise [ArgumentError] it is something else
   def self.parse_tools(json)
     given = JSON.parse(json)
     (given.is_a?(Array) ? given : [given]).map { |each| tool_of(each) }
-  rescue JSON::ParserError, Google::Protobuf::ParseError => e
+  rescue JSON::JSONError, Google::Protobuf::ParseError => e
     raise ArgumentError, e.message
   end
 
@@ -33,7 +33,7 @@ module Deltawire
 
     fields = given.transform_keys('inputSchema' => 'input_schema')
     if given['function'].is_a?(Hash)
-      fields = given['function'].slice('name', 'description', 'strict').compact
+      fields = given['function'].except('parameters')
       fields['input_schema'] = given['function']['parameters']
     end
     fields['input_schema'] = JSON.generate(fields['input_schema']) if fields['input_schema'].is_a?(Hash)
