@@ -275,6 +275,7 @@ async def test_names_of_other_kinds_are_other_owners(start_gateway: StartGateway
         assert failure.reason == "COMPLETION_NOT_FOUND"
 
 
+@pytest.mark.usefixtures("late_requests")
 async def test_reflection_for_a_caller_that_a_proxy_names(
     start_gateway: StartGateway, certificates: Certificates
 ) -> None:
