@@ -241,6 +241,7 @@ async def test_who_may_not_call_learns_nothing_else(start_gateway: StartGateway,
         assert kinds([event async for event in messages])[-1] == "completed"
 
 
+@pytest.mark.usefixtures("late_requests")
 async def test_health_and_reflection_are_open(start_gateway: StartGateway) -> None:
     """Meshes ask the one, tools the other, and neither has a key."""
     async with start_gateway(access=ACCESS) as gateway:
