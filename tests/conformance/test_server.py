@@ -10,6 +10,7 @@ from deltawire_server.fake_vllm import FakeVllm
 from tests.conformance import cases, scripted_server, server_checks
 from tests.conformance.__main__ import SLOW, gateway_process
 from tests.conformance.case_pb2 import Case, ServerCall
+from tests.support.ports import free_port
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,3 +37,14 @@ async def test_a_server_that_breaks_the_contract_is_noticed(name: str) -> None:
         server.play(played)
         (outcome,) = await server_checks.run(server.target, prefix="stream/contract")
     assert "contract" in outcome.difference
+
+
+def test_no_server(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sentence with the address; and a prefix that no check has is refused before."""
+    monkeypatch.setattr(server_checks, "CONNECT_LIMIT", 0.2)
+    target = f"127.0.0.1:{free_port()}"
+    assert server_checks.main(["--target", target]) == 1
+    assert capsys.readouterr().err.startswith(f"no gRPC server answers at {target} ")
+    with pytest.raises(SystemExit):
+        server_checks.main(["--target", target, "--case", "nosuch"])
+    assert "no check begins with 'nosuch'" in capsys.readouterr().err

@@ -78,6 +78,24 @@ def test_an_address_in_use(capsys: pytest.CaptureFixture[str]) -> None:
     assert "in use" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--tokens", "0"),
+        ("--tokens", "1.5"),
+        ("--tokens-per-second", "-1"),
+        ("--after", "-2"),
+        ("--first-delay", "nan"),
+    ],
+)
+def test_numbers_out_of_range(flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The message names the flag."""
+    with pytest.raises(SystemExit) as caught:
+        main([flag, value])
+    assert caught.value.code == 2
+    assert f"argument {flag}: '{value}' is not a " in capsys.readouterr().err
+
+
 def test_a_recording_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     """One line says so; status 1."""
     assert main(["--recording", "/nowhere.sse"]) == 1

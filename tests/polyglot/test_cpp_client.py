@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
+from deltawire_server.fake_vllm import FakeVllm, Script
 from tests.docs.markdown import blocks
 from tests.polyglot import stubs
 from tests.polyglot.calls import MODEL, ask, chat_request, gateway
-from tests.polyglot.documented import commands
-from tests.polyglot.programs import LIMIT, ROOT, Outcome, run, started, tool
+from tests.polyglot.client_pages import BROKEN, CALLS, CHUNK, ENDLESS, PRINTED, SALT, SHIPPED_TARGET, says, steps
+from tests.polyglot.programs import LIMIT, ROOT, run, started, tool
 from tests.polyglot.proxy import envoy
 from tests.support.recordings import TRANSCRIPTS
 
@@ -28,23 +28,11 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.polyglot
 
 PAGE = ROOT / "client" / "cpp" / "README.md"
-HEADING = "From nothing to an answer"
-SHIPPED_TARGET = "127.0.0.1:50051"
 SHIPPED_BUILD = "client/cpp/build"
 BUILD = ROOT / ".cache" / "cpp"
 """The stubs take a minute to compile: builds share their objects, also with the program of the conformance kit."""
 CHAT = str(BUILD / "chat")
 WEATHER = str(ROOT / "client" / "examples" / "weather.json")
-ENDLESS = Script.generated(tokens=1_000_000, tokens_per_second=50)
-CHUNK = Chunks()
-
-
-def says(*events: dict[str, object], reason: str = "stop") -> Script:
-    """An answer of these chunks."""
-    return Script.chunks([CHUNK.role(), *events, CHUNK.finish(reason), CHUNK.usage(7, 3)])
-
-
-CALLS = says(CHUNK.call("get_weather"), CHUNK.arguments('{"city": "Oslo"}'), reason="tool_calls")
 
 
 def built(command: str) -> None:
@@ -68,10 +56,7 @@ def code(tmp_path_factory: pytest.TempPathFactory) -> str:
 
     They are compiled at once, with the page's command for a program, since gRPC's headers take longer to read than all the rest.
     """
-    install, build, *_ = commands(HEADING, PAGE)
-    listed = (ROOT / "tests" / "polyglot" / "debian-packages.txt").read_text(encoding="utf-8").split()
-    assert install.startswith("apt-get install -y --no-install-recommends ")
-    assert set(install.split()[4:]) <= set(listed)
+    _install, build, *_ = steps(PAGE)
     tool("g++")
     built(build)
     parts = [block.text for block in blocks(PAGE) if block.language == "cpp"]
@@ -98,19 +83,9 @@ def code(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.usefixtures("code")
 async def test_the_page_leads_to_an_answer_and_a_tool_call(vllm: FakeVllm, target: str, tmp_path: Path) -> None:
     """Its last two commands, as written but for the address and the folder."""
-    steps = commands(HEADING, PAGE)
-    assert len(steps) <= 8
-    vllm.play(says(CHUNK.text("It is the"), CHUNK.text(" salt.")), CALLS)
-    lines = [step.replace(SHIPPED_TARGET, target).replace(SHIPPED_BUILD, str(BUILD)) for step in steps[-2:]]
-    assert [await run("bash", "-c", line, home=tmp_path, folder=ROOT) for line in lines] == [
-        Outcome(0, "It is the salt.\n[STOP_REASON_END_OF_TURN, 3 tokens]\n", ""),
-        Outcome(
-            0,
-            '\ntool call: get_weather({"city": "Oslo"})\n'
-            "[STOP_REASON_END_OF_MESSAGE, 3 tokens, tool calls may be executed]\n",
-            "",
-        ),
-    ]
+    vllm.play(SALT, CALLS)
+    lines = [step.replace(SHIPPED_TARGET, target).replace(SHIPPED_BUILD, str(BUILD)) for step in steps(PAGE)[-2:]]
+    assert [await run("bash", "-c", line, home=tmp_path, folder=ROOT) for line in lines] == PRINTED
     (offered,) = vllm.chats[1].body["tools"]
     assert list(offered["function"]["parameters"]) == ["type", "properties", "required", "additionalProperties"]
 
@@ -138,10 +113,10 @@ async def test_tool_calls_and_errors_of_the_example(vllm: FakeVllm, target: str,
     assert failed.status == 0, failed.err
     assert "failed tool call: get_weather: the arguments are not JSON" in failed.out
     assert "may be executed" not in failed.out
-    refused = await run(CHAT, "--target", target, "--model", "nobody", "hi", home=tmp_path)
+    refused = await run(CHAT, "--target", target, "--model", "no-such-model", "hi", home=tmp_path)
     assert (refused.status, refused.out) == (1, "")
     assert refused.err.startswith("deltawire: NOT_FOUND (MODEL_NOT_FOUND): ")
-    vllm.play(Script.chunks([CHUNK.role(), CHUNK.text("half an"), CHUNK.text(" ans")], after=3, end="cut"))
+    vllm.play(BROKEN)
     broken = await run(CHAT, "--target", target, "hi", home=tmp_path)
     assert (broken.status, broken.out) == (1, "half an ans\n")
     assert broken.err.startswith("deltawire: ABORTED (UPSTREAM_INCOMPLETE): ")

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
+from deltawire_server.fake_vllm import FakeVllm, Script
 from tests.docs.markdown import blocks
 from tests.polyglot import stubs
 from tests.polyglot.calls import MODEL, ask, chat_request, gateway
-from tests.polyglot.documented import commands
+from tests.polyglot.client_pages import BROKEN, CALLS, CHUNK, ENDLESS, PRINTED, SALT, SHIPPED_TARGET, says, steps
 from tests.polyglot.programs import LIMIT, ROOT, Outcome, run, started, tool
 from tests.polyglot.proxy import envoy
 from tests.support.recordings import TRANSCRIPTS
@@ -27,15 +27,12 @@ pytestmark = pytest.mark.polyglot
 
 CLIENT = ROOT / "client" / "go"
 PAGE = CLIENT / "README.md"
-SHIPPED_TARGET = "127.0.0.1:50051"
 TAGS = "-tags grpc133"
-ENDLESS = Script.generated(tokens=1_000_000, tokens_per_second=50)
-CHUNK = Chunks()
 
 
 def shell(script: str, folder: Path) -> Outcome:
     """Run commands in a copy of a clone, after those of the page that set Go up."""
-    *_, environment, _build, _chat, _tool = commands("From nothing to an answer", PAGE)
+    *_, environment, _build, _chat, _tool = steps(PAGE)
     # The cache, which runs share, holds gRPC and what it needs.
     lines = [f"export GOCACHE={ROOT}/.cache/go HOME={folder}", "unset GOFLAGS", environment, script]
     command = ["bash", "-euo", "pipefail", "-c", "\n".join(lines)]
@@ -46,10 +43,7 @@ def shell(script: str, folder: Path) -> Outcome:
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the clone, after the page's commands up to the first call, which build its example."""
-    install, copy, generate, _environment, build, *_ = commands("From nothing to an answer", PAGE)
-    listed = (ROOT / "tests" / "polyglot" / "debian-packages.txt").read_text(encoding="utf-8").split()
-    assert install.startswith("apt-get install -y --no-install-recommends ")
-    assert set(install.split()[4:]) <= set(listed)
+    _install, copy, generate, _environment, build, *_ = steps(PAGE)
     tool("go")
     folder = tmp_path_factory.mktemp("go")
     stubs.workspace(folder)
@@ -67,29 +61,12 @@ async def chat(clone: Path, target: str, *flags: str) -> Outcome:
     return await run(str(clone / "build" / "chat"), "--target", target, *flags, home=clone)
 
 
-def says(*events: dict[str, object], reason: str = "stop") -> Script:
-    """An answer of these chunks."""
-    return Script.chunks([CHUNK.role(), *events, CHUNK.finish(reason), CHUNK.usage(7, 3)])
-
-
-CALLS = says(CHUNK.call("get_weather"), CHUNK.arguments('{"city": "Oslo"}'), reason="tool_calls")
-
-
 async def test_the_page_leads_to_an_answer_and_a_tool_call(vllm: FakeVllm, target: str, clone: Path) -> None:
     """Its last two commands, as written but for the address."""
-    vllm.play(says(CHUNK.text("It is the"), CHUNK.text(" salt.")), CALLS)
-    *_, answer, call = commands("From nothing to an answer", PAGE)
+    vllm.play(SALT, CALLS)
+    *_, answer, call = steps(PAGE)
     outcomes = [await asyncio.to_thread(shell, line.replace(SHIPPED_TARGET, target), clone) for line in (answer, call)]
-    assert outcomes == [
-        Outcome(0, "It is the salt.\n[STOP_REASON_END_OF_TURN, 3 tokens]\n", ""),
-        Outcome(
-            0,
-            '\ntool call: get_weather({"city": "Oslo"})\n'
-            "[STOP_REASON_END_OF_MESSAGE, 3 tokens, tool calls may be executed]\n",
-            "",
-        ),
-    ]
-    assert len(commands("From nothing to an answer", PAGE)) <= 8
+    assert outcomes == PRINTED
 
 
 async def test_the_code_of_the_page_runs(vllm: FakeVllm, target: str, clone: Path) -> None:
@@ -132,10 +109,10 @@ async def test_a_failed_tool_call_is_shown_as_failed(vllm: FakeVllm, target: str
 
 async def test_errors_of_the_example(vllm: FakeVllm, target: str, clone: Path) -> None:
     """A refusal, a fault in the middle of an answer, and a wrong command line."""
-    refused = await chat(clone, target, "--model", "nobody", "hi")
+    refused = await chat(clone, target, "--model", "no-such-model", "hi")
     assert (refused.status, refused.out) == (1, "")
     assert refused.err.startswith("deltawire: NotFound (MODEL_NOT_FOUND): ")
-    vllm.play(Script.chunks([CHUNK.role(), CHUNK.text("half an"), CHUNK.text(" ans")], after=3, end="cut"))
+    vllm.play(BROKEN)
     broken = await chat(clone, target, "hi")
     assert (broken.status, broken.out) == (1, "half an ans\n")
     assert broken.err.startswith("deltawire: Aborted (UPSTREAM_INCOMPLETE): ")

@@ -91,7 +91,7 @@ class Expected:
 
 
 def answer(number: int, completion_id: str) -> Expected:
-    """An answer of two choices, whose text and reasoning take turns, in pieces that end between any two code points."""
+    """An answer of two choices, with text and reasoning alternating, in pieces that end between any two code points."""
     draw = random.Random(number)  # noqa: S311 -- the same in each run
     chunk = Chunks()
     choices = [Completed.Choice(index=index, message=AssistantMessage()) for index in range(2)]
@@ -150,7 +150,7 @@ class Lab:
     async def hand_over(self, number: int) -> None:
         """Hand a stream over twice, and compare the pieces with the answer.
 
-        Of two streams, the first goes through Envoy, which knows the way by the id. The other one begins at a gateway, and the
+        Of two streams, the first goes through Envoy, which routes by the id. The other one begins at a gateway, and the
         Java program reaches the gateways in turn: so the second of these is searched for. Its id has the form of those that
         gateways generate, so that the other gateway answers WRONG_REPLICA.
         """

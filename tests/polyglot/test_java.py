@@ -15,11 +15,11 @@ import pytest
 from grpc import aio
 
 from deltawire.v1 import chat_completion_pb2 as chat_pb
-from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
+from deltawire_server.fake_vllm import FakeVllm, Script
 from tests.docs.markdown import blocks
 from tests.polyglot import stubs
 from tests.polyglot.calls import MODEL, ask, chat_request, gateway
-from tests.polyglot.documented import commands
+from tests.polyglot.client_pages import BROKEN, CALLS, CHUNK, ENDLESS, SALT, SHIPPED_TARGET, says, steps, two_gateways
 from tests.polyglot.programs import LIMIT, ROOT, Outcome, run, tool
 from tests.polyglot.proxy import envoy
 from tests.support.recordings import TRANSCRIPTS
@@ -33,32 +33,17 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.polyglot
 
 PAGE = stubs.JAVA_CLIENT / "README.md"
-HEADING = "From nothing to an answer"
-SHIPPED_TARGET = "127.0.0.1:50051"
 ARGUMENTS = "@build/java/arguments"
-ENDLESS = Script.generated(tokens=1_000_000, tokens_per_second=50)
-CHUNK = Chunks()
 CODE = {
     name: block.text for block in blocks(PAGE) for name in re.findall(r"^public class (\w+)", block.text, re.MULTILINE)
 }
 """The code of the page by the name of its class."""
 
 
-def says(*events: dict[str, object], reason: str = "stop") -> Script:
-    """An answer of these chunks."""
-    return Script.chunks([CHUNK.role(), *events, CHUNK.finish(reason), CHUNK.usage(7, 3)])
-
-
-CALLS = says(CHUNK.call("get_weather"), CHUNK.arguments('{"city": "Oslo"}'), reason="tool_calls")
-
-
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the clone, after the page's commands up to the first call; also the page's code and the scenarios, compiled."""
-    install, build, *_ = commands(HEADING, PAGE)
-    listed = (ROOT / "tests" / "polyglot" / "debian-packages.txt").read_text(encoding="utf-8").split()
-    assert install.startswith("apt-get install -y --no-install-recommends ")
-    assert set(install.split()[4:]) <= set(listed)
+    _install, build, *_ = steps(PAGE)
     tool("javac")
     folder = tmp_path_factory.mktemp("java")
     stubs.workspace(folder)
@@ -94,10 +79,8 @@ async def scenario(clone: Path, *arguments: str) -> list[str]:
 
 async def test_the_page_leads_to_an_answer_and_a_tool_call(vllm: FakeVllm, target: str, clone: Path) -> None:
     """Its last two commands, as written but for the address."""
-    steps = commands(HEADING, PAGE)
-    assert len(steps) <= 8
-    vllm.play(says(CHUNK.text("It is the"), CHUNK.text(" salt.")), CALLS)
-    lines = [step.replace(SHIPPED_TARGET, target) for step in steps[-2:]]
+    vllm.play(SALT, CALLS)
+    lines = [step.replace(SHIPPED_TARGET, target) for step in steps(PAGE)[-2:]]
     outcomes = [await run("bash", "-c", line, home=clone, folder=clone) for line in lines]
     assert [(each.status, each.err) for each in outcomes] == [(0, "")] * 2
     assert outcomes[0].out == "It is the salt.\n[STOP_REASON_END_OF_TURN, 3 tokens]\n"
@@ -136,7 +119,7 @@ async def test_the_example_reports_failures(vllm: FakeVllm, target: str, clone: 
     """A failed call of a tool in the API's form, a fault in the middle of an answer, a refusal, and wrong command lines."""
     vllm.play(
         Script.recording(TRANSCRIPTS / "tool-malformed.sse"),
-        Script.chunks([CHUNK.role(), CHUNK.text("half an"), CHUNK.text(" ans")], after=3, end="cut"),
+        BROKEN,
     )
     city = {"type": "object", "properties": {"city": {"type": "string"}}}
     tools = [{"name": "get_weather", "inputSchema": json.dumps(city)}, {"name": "get_time", "input_schema": city}]
@@ -179,14 +162,10 @@ async def test_every_end_of_a_call_reaches_the_engine(vllm: FakeVllm, target: st
 
 async def test_two_gateways_behind_envoy(vllm: FakeVllm, tmp_path: Path, clone: Path) -> None:
     """Soft cancels reach the gateway that has the stream, and so does a client that knows only a chosen id."""
-    async with (
-        gateway(vllm, tmp_path) as (_, first),
-        gateway(vllm, tmp_path) as (_, second),
-        envoy(tmp_path, first, second) as proxy,
-    ):
+    async with two_gateways(vllm, tmp_path) as target:
         vllm.play(*[ENDLESS] * 13)
-        assert await scenario(clone, "softly", proxy.target) == ["[STOP_REASON_CANCELLED]"]
-        assert await scenario(clone, "another", proxy.target) == [
+        assert await scenario(clone, "softly", target) == ["[STOP_REASON_CANCELLED]"]
+        assert await scenario(clone, "another", target) == [
             "COMPLETION_STATE_RUNNING",
             "COMPLETION_STATE_RUNNING",
             "STOP_REASON_CANCELLED",

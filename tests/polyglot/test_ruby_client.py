@@ -12,11 +12,22 @@ from typing import TYPE_CHECKING
 import pytest
 
 from deltawire import __version__
-from deltawire_server.fake_vllm import Chunks, FakeVllm, Script
+from deltawire_server.fake_vllm import FakeVllm, Script
 from tests.docs.markdown import blocks
 from tests.polyglot import stubs
 from tests.polyglot.calls import MODEL, ask, chat_request, gateway
-from tests.polyglot.documented import commands
+from tests.polyglot.client_pages import (
+    BROKEN,
+    CALLS,
+    CHUNK,
+    ENDLESS,
+    PRINTED,
+    SALT,
+    SHIPPED_TARGET,
+    says,
+    steps,
+    two_gateways,
+)
 from tests.polyglot.programs import LIMIT, ROOT, Outcome, run, started, tool
 from tests.polyglot.proxy import envoy
 from tests.support.recordings import TRANSCRIPTS
@@ -30,28 +41,13 @@ pytestmark = pytest.mark.polyglot
 
 CLIENT = ROOT / "client" / "ruby"
 PAGE = CLIENT / "README.md"
-HEADING = "From nothing to an answer"
-SHIPPED_TARGET = "127.0.0.1:50051"
 CHAT = "client/ruby/examples/chat.rb"
-ENDLESS = Script.generated(tokens=1_000_000, tokens_per_second=50)
-CHUNK = Chunks()
-
-
-def says(*events: dict[str, object], reason: str = "stop") -> Script:
-    """An answer of these chunks."""
-    return Script.chunks([CHUNK.role(), *events, CHUNK.finish(reason), CHUNK.usage(7, 3)])
-
-
-CALLS = says(CHUNK.call("get_weather"), CHUNK.arguments('{"city": "Oslo"}'), reason="tool_calls")
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the clone, after the page's commands up to the first call; also the page's code and the scenarios."""
-    install, generate, *_ = commands(HEADING, PAGE)
-    listed = (ROOT / "tests" / "polyglot" / "debian-packages.txt").read_text(encoding="utf-8").split()
-    assert install.startswith("apt-get install -y --no-install-recommends ")
-    assert set(install.split()[4:]) <= set(listed)
+    _install, generate, *_ = steps(PAGE)
     tool("ruby")
     folder = tmp_path_factory.mktemp("ruby")
     stubs.workspace(folder)
@@ -59,6 +55,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "client" / "examples").mkdir()
     shutil.copy(ROOT / "client" / "examples" / "weather.json", folder / "client" / "examples")
     shutil.copy(stubs.LANGUAGES / "ruby-client" / "scenario.rb", folder)
+    shutil.copy(ROOT / "LICENSE", folder)
     for number, block in enumerate(block for block in blocks(PAGE) if block.language == "ruby"):
         # The address is known only when it runs.
         assert block.text.count(f"'{SHIPPED_TARGET}'") == 1
@@ -72,7 +69,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 async def shell(clone: Path, script: str) -> Outcome:
     """Run commands in the copy, after that of the page which names the library."""
-    _install, _generate, library, *_ = commands(HEADING, PAGE)
+    _install, _generate, library, *_ = steps(PAGE)
     return await run("bash", "-euo", "pipefail", "-c", f"{library}\n{script}", home=clone, folder=clone)
 
 
@@ -90,18 +87,8 @@ async def scenario(clone: Path, *arguments: str) -> list[str]:
 
 async def test_the_page_leads_to_an_answer_and_a_tool_call(vllm: FakeVllm, target: str, clone: Path) -> None:
     """Its last two commands, as written but for the address."""
-    steps = commands(HEADING, PAGE)
-    assert len(steps) <= 8
-    vllm.play(says(CHUNK.text("It is the"), CHUNK.text(" salt.")), CALLS)
-    assert [await shell(clone, step.replace(SHIPPED_TARGET, target)) for step in steps[-2:]] == [
-        Outcome(0, "It is the salt.\n[STOP_REASON_END_OF_TURN, 3 tokens]\n", ""),
-        Outcome(
-            0,
-            '\ntool call: get_weather({"city": "Oslo"})\n'
-            "[STOP_REASON_END_OF_MESSAGE, 3 tokens, tool calls may be executed]\n",
-            "",
-        ),
-    ]
+    vllm.play(SALT, CALLS)
+    assert [await shell(clone, step.replace(SHIPPED_TARGET, target)) for step in steps(PAGE)[-2:]] == PRINTED
     (offered,) = vllm.chats[1].body["tools"]
     assert list(offered["function"]["parameters"]) == ["type", "properties", "required", "additionalProperties"]
 
@@ -133,6 +120,7 @@ async def test_it_is_a_gem(clone: Path) -> None:
         export GEM_PATH="$(gem env path)" GEM_HOME="$PWD/gems"
         ({installed}) >gem.log 2>&1 || {{ cat gem.log; exit 1; }}
         ruby -e 'require "deltawire"; puts Gem.loaded_specs["deltawire"].version, Deltawire::V1::Tool.new.name.size'
+        cmp LICENSE gems/gems/deltawire-{__version__}/LICENSE
     """
     assert await shell(clone, script) == Outcome(0, f"{__version__}\n0\n", "")
 
@@ -154,7 +142,7 @@ async def test_the_example_reports_failures(vllm: FakeVllm, target: str, clone: 
     """A call whose arguments are not JSON, a fault in the middle of an answer, a refusal, and wrong command lines."""
     vllm.play(
         Script.recording(TRANSCRIPTS / "tool-malformed.sse"),
-        Script.chunks([CHUNK.role(), CHUNK.text("half an"), CHUNK.text(" ans")], after=3, end="cut"),
+        BROKEN,
     )
     own = '{"name": "add", "inputSchema": "{\\"type\\": \\"object\\"}", "strict": false}'
     (clone / "tools.json").write_text(f'[{own}, {{"function": {{"name": "get_weather"}}}}]', encoding="utf-8")
@@ -168,7 +156,7 @@ async def test_the_example_reports_failures(vllm: FakeVllm, target: str, clone: 
     broken = await ruby(clone, CHAT, "--target", target, "hi")
     assert (broken.status, broken.out) == (1, "half an ans\n")
     assert broken.err.startswith("ABORTED (UPSTREAM_INCOMPLETE): ")
-    refused = await ruby(clone, CHAT, "--target", target, "--model", "nobody", "hi")
+    refused = await ruby(clone, CHAT, "--target", target, "--model", "no-such-model", "hi")
     assert (refused.status, refused.out) == (1, "")
     assert refused.err.startswith("NOT_FOUND (MODEL_NOT_FOUND): ")
     keyed = await shell(clone, f"DELTAWIRE_TOKEN=key ruby {CHAT} --target gateway.example:50051 hi")
@@ -210,16 +198,10 @@ async def test_every_end_of_a_call_reaches_the_engine(vllm: FakeVllm, target: st
 
 async def test_two_gateways_behind_envoy(vllm: FakeVllm, tmp_path: Path, clone: Path) -> None:
     """Soft cancels reach the gateway that has the stream, and so does a client that knows only an id, chosen or generated."""
-    async with (
-        gateway(vllm, tmp_path) as (_, first),
-        gateway(vllm, tmp_path) as (_, second),
-        envoy(tmp_path, first, second) as proxy,
-    ):
+    async with two_gateways(vllm, tmp_path) as target:
         vllm.play(*[ENDLESS] * 13)
-        assert await scenario(clone, "softly", proxy.target) == [
-            "[[:STOP_REASON_CANCELLED, :COMPLETION_STATE_COMPLETED]]"
-        ]
-        assert await scenario(clone, "another", proxy.target) == [
+        assert await scenario(clone, "softly", target) == ["[[:STOP_REASON_CANCELLED, :COMPLETION_STATE_COMPLETED]]"]
+        assert await scenario(clone, "another", target) == [
             "COMPLETION_STATE_RUNNING",
             "COMPLETION_STATE_RUNNING",
             "STOP_REASON_CANCELLED",

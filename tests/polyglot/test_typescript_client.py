@@ -19,6 +19,7 @@ from tests.docs.markdown import blocks
 from tests.polyglot import browser, stubs
 from tests.polyglot.browser import serving
 from tests.polyglot.calls import gateway
+from tests.polyglot.client_pages import HEADING, SHIPPED_TARGET, two_gateways
 from tests.polyglot.documented import commands
 from tests.polyglot.programs import LIMIT, ROOT, run, started, tool
 from tests.polyglot.proxy import ORIGIN, envoy, web_configuration
@@ -34,7 +35,6 @@ pytestmark = pytest.mark.polyglot
 
 CLIENT = ROOT / "client" / "typescript"
 PAGE = CLIENT / "README.md"
-SHIPPED_TARGET = "127.0.0.1:50051"
 BROKEN = Script.chunks([Chunks().role(), Chunks().text("half")], after=2, end="cut")
 FAULT = {"code": "Aborted", "reason": "UPSTREAM_INCOMPLETE", "text": "half"}
 ENDLESS = Script.generated(tokens=1_000_000, tokens_per_second=20)
@@ -49,7 +49,7 @@ def says(text: str) -> Script:
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The client's folder in a copy of the clone, built by the page's commands, with the page's examples."""
-    install, enter, packages, build, *_ = commands("From nothing to an answer", PAGE)
+    install, enter, packages, build, *_ = commands(HEADING, PAGE)
     assert (install.split()[:2], enter, packages) == (["apt-get", "install"], "cd client/typescript", "npm ci")
     clone = tmp_path_factory.mktemp("clone")
     stubs.workspace(clone)
@@ -94,7 +94,7 @@ async def scenario(name: str, package: Path, target: str, **options: Any) -> Any
 
 async def test_the_page_leads_to_an_answer_and_a_tool_call(vllm: FakeVllm, target: str, package: Path) -> None:
     """Its last two commands, in at most eight."""
-    steps = commands("From nothing to an answer", PAGE)
+    steps = commands(HEADING, PAGE)
     assert len(steps) <= 8
     vllm.play(*[Script.recording(TRANSCRIPTS / "tool-text-before.sse")] * 2)
     outs = []
@@ -111,7 +111,7 @@ async def test_the_page_leads_to_an_answer_and_a_tool_call(vllm: FakeVllm, targe
 async def test_the_example_reports_failures(vllm: FakeVllm, target: str, package: Path) -> None:
     """On standard error, with a status."""
     chat = (tool("node"), str(package / "examples" / "chat.js"))
-    outcome = await run(*chat, "--target", target, "--model", "nobody", "hi", home=package)
+    outcome = await run(*chat, "--target", target, "--model", "no-such-model", "hi", home=package)
     assert (outcome.status, outcome.out) == (1, "")
     assert outcome.err.startswith("NotFound MODEL_NOT_FOUND: ")
     vllm.play(BROKEN)
@@ -202,16 +202,12 @@ async def test_whole_answers_counts_and_states(target: str, package: Path, vllm:
 
 async def test_two_gateways_behind_envoy(vllm: FakeVllm, tmp_path: Path, package: Path) -> None:
     """Soft cancels reach the gateway that has the stream, and so does a client that knows only a chosen id."""
-    async with (
-        gateway(vllm, tmp_path) as (_, first),
-        gateway(vllm, tmp_path) as (_, second),
-        envoy(tmp_path, first, second) as proxy,
-    ):
+    async with two_gateways(vllm, tmp_path) as target:
         vllm.play(*[ENDLESS] * 13)
-        assert await scenario("softly", package, proxy.target) == ["CANCELLED"]
-        assert await scenario("another", package, proxy.target) == ["RUNNING", "CANCELLED", True]
+        assert await scenario("softly", package, target) == ["CANCELLED"]
+        assert await scenario("another", package, target) == ["RUNNING", "CANCELLED", True]
         vllm.play(*[says("Yes.")] * 12)
-        assert await scenario("remember", package, proxy.target) == ["COMPLETED"]
+        assert await scenario("remember", package, target) == ["COMPLETED"]
         assert len(vllm.chats) == 25
 
 
@@ -283,7 +279,7 @@ async def test_a_browser(vllm: FakeVllm, target: str, tmp_path: Path, package: P
                 assert await page.reports.get() == "begun"
             gate.set()
             assert (await asking)["text"] == "begun, ended"
-            assert (await page.call("chat", url, "nobody"))["reason"] == "MODEL_NOT_FOUND"
+            assert (await page.call("chat", url, "no-such-model"))["reason"] == "MODEL_NOT_FOUND"
             vllm.play(BROKEN)
             assert await page.call("chat", url) == FAULT
             vllm.play(ENDLESS)

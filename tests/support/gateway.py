@@ -211,8 +211,8 @@ class Failure:
 def taken_apart(error: aio.AioRpcError) -> Failure:
     """The status of a failed call and of its trailers, which must be equal."""
     trailers = dict(error.trailing_metadata() or ())
-    packed = trailers["grpc-status-details-bin"]
-    assert isinstance(packed, bytes)
+    packed = trailers.get("grpc-status-details-bin")
+    assert isinstance(packed, bytes), f"a failure without details: {error.code().name}: {error.details()}"
     status = status_pb2.Status.FromString(packed)
     failure = Failure(error.code(), error.details() or "", status, trailers, dict(error.initial_metadata() or ()))
     for detail in status.details:

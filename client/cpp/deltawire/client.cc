@@ -149,7 +149,7 @@ class Scope {
       deadline_ = system_clock::now() + std::chrono::duration_cast<system_clock::duration>(*options.timeout);
     }
     const auto given = metadata_.find(kRequestId);
-    // By this id a call that never came back is found in the gateway's log.
+    // By this id a call without a response is found in the gateway's log.
     request_id = given == metadata_.end() ? metadata_.emplace(kRequestId, random_id())->second : given->second;
   }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import resource
 import signal
 import sys
@@ -14,7 +15,7 @@ from deltawire_server.fake_vllm.script import End, Knobs, Script
 from deltawire_server.fake_vllm.server import FakeVllm
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 EXAMPLES = """\
 examples:
@@ -85,6 +86,22 @@ async def _serve(fake: FakeVllm, models: Sequence[str]) -> None:
         await stopped.wait()
 
 
+def _at_least(least: int, kind: type[int | float] = float) -> Callable[[str], float]:
+    """The type of a number with a lower bound."""
+
+    def number(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < math.inf:
+            message = f"{text!r} is not a {'whole ' if kind is int else ''}number of at least {least}"
+            raise argparse.ArgumentTypeError(message)
+        return value
+
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m deltawire_server.fake_vllm",
@@ -131,14 +148,26 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="play this .sse or .body file verbatim; by default, an answer is generated",
     )
-    add("--tokens", type=int, default=24, metavar="N", help="length of a generated answer (default %(default)s)")
-    add("--tokens-per-second", type=float, default=0.0, metavar="R", help="pace of each stream (default: unlimited)")
+    add(
+        "--tokens",
+        type=_at_least(1, int),
+        default=24,
+        metavar="N",
+        help="length of a generated answer (default %(default)s)",
+    )
+    add(
+        "--tokens-per-second",
+        type=_at_least(0),
+        default=0.0,
+        metavar="R",
+        help="pace of each stream (default: unlimited)",
+    )
     add(
         "--tool-call", action="store_true", help="generate a tool call whose arguments have N pieces, for every request"
     )
     add(
         "--chunks-per-write",
-        type=int,
+        type=_at_least(1, int),
         default=32,
         metavar="N",
         help="without a pace: tokens written at once, each in its own HTTP chunk (default %(default)s); "
@@ -146,11 +175,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     pace = parser.add_argument_group("delays and faults (times in seconds)")
     add = pace.add_argument
-    add("--headers-delay", type=float, default=0.0, metavar="S", help="wait before the status line")
-    add("--first-delay", type=float, default=0.0, metavar="S", help="wait between the headers and the first chunk")
-    add("--chunk-delay", type=float, default=0.0, metavar="S", help="time from chunk to chunk; for recordings")
-    add("--keep-alive", type=float, default=0.0, metavar="S", help="send comment lines while waiting")
-    add("--after", type=int, metavar="N", help="end after N chunks")
+    add("--headers-delay", type=_at_least(0), default=0.0, metavar="S", help="wait before the status line")
+    add(
+        "--first-delay",
+        type=_at_least(0),
+        default=0.0,
+        metavar="S",
+        help="wait between the headers and the first chunk",
+    )
+    add("--chunk-delay", type=_at_least(0), default=0.0, metavar="S", help="time from chunk to chunk; for recordings")
+    add("--keep-alive", type=_at_least(0), default=0.0, metavar="S", help="send comment lines while waiting")
+    add("--after", type=_at_least(0, int), metavar="N", help="end after N chunks")
     add("--end", choices=get_args(End), default="clean", help="how streams end (default %(default)s)")
     return parser
 

@@ -3,7 +3,7 @@
 require 'deltawire/v1/chat_completion_pb'
 
 module Deltawire
-  # What the events of a stream add up to.
+  # The answer that the events of a stream contain.
   #
   # `started` says which model and provider answer; nil if it was not received. `choices` are by ascending index, each a
   # V1::Completed::Choice with its whole text and reasoning, its tool calls, those that failed, and the log-probabilities.

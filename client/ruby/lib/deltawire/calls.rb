@@ -114,7 +114,7 @@ module Deltawire
   #
   # One thread makes the calls; any may cancel them.
   class Scope
-    # The id by which a call that never came back is found in the gateway's log.
+    # The id by which a call without a response is found in the gateway's log.
     attr_accessor :request_id
 
     def initialize(client, timeout, metadata)

@@ -204,7 +204,7 @@ module Deltawire
       close
     end
 
-    # Closes the connection that this stream has for itself, if it has one, and goes to another one.
+    # Closes the own connection of this stream, if it has one, and continues on another one.
     def leave(channel)
       old = @mutex.synchronize do
         before = @channel

@@ -1,6 +1,6 @@
 # frozen_string_literal: true
 
-# What the Ruby client does with a real gateway, by the name of the scenario: prints a line for each thing that came of it.
+# What the Ruby client does with a real gateway, by the name of the scenario: prints a line for each result.
 
 require 'deltawire'
 require 'timeout'
