@@ -114,6 +114,17 @@ def test_a_caller_that_uses_much_is_not_felt_by_others() -> None:
         ledger.admit(701, "greedy")
 
 
+def test_no_call_is_ended_in_vain() -> None:
+    """If all that can be ended makes too little room, the new call is refused and nothing ends."""
+    ledger = Ledger(800)
+    ended: list[None] = []
+    ledger.hold(caller="greedy").set(600)
+    ledger.hold(lambda: ended.append(None), "greedy").set(150)
+    with pytest.raises(GatewayError):
+        ledger.admit(210, "modest")
+    assert not ended
+
+
 @pytest.mark.parametrize("callers", [1, 2, 50])
 def test_requests_that_cannot_be_ended_stay_below_the_limit(callers: int) -> None:
     """For any number of callers: such requests make no room for others."""

@@ -107,6 +107,7 @@ func Dial(target string, options ...Option) (*Client, error) {
 	dialOptions = append(dialOptions, set.options...)
 	dial := func() (*grpc.ClientConn, error) { return grpc.Dial(target, dialOptions...) }
 	conn, err := dial()
+	// By its text, because grpc-go does not export this error, and options may bring credentials of their own.
 	if err != nil && strings.Contains(err.Error(), "transport level security") {
 		err = fmt.Errorf("a key is not sent over plaintext to another machine: use WithTLS, or WithPlaintextKey: %w", err)
 	}

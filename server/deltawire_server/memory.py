@@ -159,10 +159,13 @@ class Ledger:
         self._making_room = True
         try:
             used = self._by_caller.copy()
-            for hold in sorted(self._holds, key=lambda hold: (used[hold.caller], hold.size), reverse=True):
-                if self.held <= size or used[hold.caller] <= part:
+            holds = [hold for hold in self._holds if hold.evict is not None and used[hold.caller] > part]
+            if part and self.held - sum(hold.size for hold in holds) > size:
+                return  # calls would be ended in vain
+            for hold in sorted(holds, key=lambda hold: (used[hold.caller], hold.size), reverse=True):
+                if self.held <= size:
                     break
-                if hold.evict is not None:
+                if hold.evict is not None:  # one of them may have ended with another
                     hold.evict()
         finally:
             self._making_room = False
